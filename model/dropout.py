@@ -1,0 +1,52 @@
+"""Dropout whose mask is a function of where the value sits, never of rank, call order or random state.
+
+The mask bit of an element depends on (seed, site, global sequence index, token, feature) alone. The global sequence
+index counts every sequence of the run, so it also tells the step. Two layouts, a recomputed block and a resumed run
+therefore draw the same masks (architecture.md, contract 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def site_key(seed: int, site: str) -> int:
+    """A 63-bit key for one place in the model, e.g. `blocks.3.attention`: stable across runs and Python versions."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:8], "little") >> 1
+
+
+def keep_mask(*, probability: float, key: int, sequence_index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Boolean mask, True with probability 1 - `probability`.
+
+    `sequence_index` [B] int64: index of each sequence in the whole run. `shape` is [B, ...]: the remaining axes are
+    token and feature (or head, expert), numbered in row-major order. Returns a bool tensor of `shape`.
+    The probability is met to 2^-24; the mixing is two rounds of a 32-bit multiply-xorshift hash.
+    """
+    device = sequence_index.device
+    per_sequence = 1
+    for size in shape[1:]:
+        per_sequence *= size
+    counter = torch.arange(per_sequence, dtype=torch.int64, device=device)
+    sequence = _mix((sequence_index & _MASK_32) ^ (key & _MASK_32)) ^ (sequence_index >> 32) ^ (key >> 32)
+    sequence = _mix(sequence & _MASK_32)
+    bits = _mix(_mix(counter & _MASK_32)[None, :] ^ sequence[:, None])
+    threshold = round(probability * 2**24)
+    return ((bits >> 8) >= threshold).view(shape)
+
+
+def dropout(x: Tensor, *, probability: float, key: int, sequence_index: Tensor) -> Tensor:
+    """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p)."""
+    mask = keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=tuple(x.shape))
+    return x * mask.to(x.dtype) / (1.0 - probability)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Bijective hash of 32-bit values held in int64 (so that products and shifts never meet the sign bit)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
+    return x ^ (x >> 16)

@@ -1,0 +1,64 @@
+"""Initial weights of the paper (paper.md section 4), each drawn from a generator seeded by the parameter's name.
+
+Seeding by name makes the values independent of the order of construction and of the layout: a rank that holds a slice
+of a parameter takes that slice of the same full tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.config import DenseFeedForwardConfig, ModelConfig
+
+
+def initialize(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
+    """Fills every parameter of `model` in place (fp32, canonical names as keys)."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed=seed))
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:
+    """The full initial tensor of the parameter `name`, fp32 on the CPU."""
+    leaf = ".".join(name.split(".")[-2:])
+    if leaf.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm." in name:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.randn(shape, generator=generator) * standard_deviation(name, config)
+    return _equal_row_norms(value) if name.endswith("feedforward.router") else value
+
+
+def standard_deviation(name: str, config: ModelConfig) -> float:
+    """Standard deviation of the normal distribution that the parameter `name` is drawn from.
+
+    s = sqrt(2 / L). Embedding and output layer 1 / sqrt(d); attention Q, K, value experts and selectors, up
+    projections and router s / sqrt(d); attention outputs s / sqrt(H h); down projections s / sqrt(fan-in), which for
+    sigma-MoE is the dense equivalent's N_E G.
+    """
+    scale = math.sqrt(2.0 / config.num_layers)
+    attention, feedforward = config.attention, config.feedforward
+    if name in ("embedding.weight", "head.weight"):
+        return 1.0 / math.sqrt(config.d_model)
+    if name.endswith(("attention.output.weight", "attention.output_experts")):
+        return scale / math.sqrt(attention.num_heads * attention.head_dim)
+    if ".feedforward.down" in name:
+        if isinstance(feedforward, DenseFeedForwardConfig):
+            fan_in = feedforward.hidden_size
+        else:
+            fan_in = feedforward.num_experts * feedforward.expert_size
+        return scale / math.sqrt(fan_in)
+    return scale / math.sqrt(config.d_model)
+
+
+def _equal_row_norms(weight: Tensor) -> Tensor:
+    """Scales every row to the same norm and then all of them so that the tensor keeps its standard deviation."""
+    std = weight.std()
+    rows = weight / weight.norm(dim=-1, keepdim=True)
+    return rows * (std / rows.std())

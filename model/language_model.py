@@ -1,0 +1,74 @@
+"""The plain module: all layers on one device, with the loss. Tensor- and pipeline-parallel forms use the same layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.initialization import initialize
+from model.layers import build_layers
+from model.parallel.context import ParallelContext
+from model.routing import RoutingStatistics
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only language model. Parameter names: embedding.*, blocks.N.*, final_norm.*, head.*."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        layers = dict(build_layers(config, parallel or ParallelContext(), seed=seed))
+        self.embedding = layers["embedding"]
+        self.blocks = nn.ModuleList(layers[f"blocks.{index}"] for index in range(config.num_layers))
+        self.final_norm = layers["final_norm"]
+        self.head = layers["head"]
+
+    def logits(self, tokens: Tensor, sequence_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`tokens` [B, T] int64 -> logits [B, T, vocab_size] and the auxiliary loss (fp32 scalar).
+
+        `sequence_index` [B] int64 (index of each sequence in the run) is needed only where dropout is active.
+        """
+        if sequence_index is None:
+            sequence_index = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        state = self.embedding((tokens, sequence_index))
+        for block in self.blocks:
+            state = block(state)
+        logits, _, auxiliary_loss = self.head(self.final_norm(state))
+        return logits, auxiliary_loss
+
+    def forward(self, tokens: Tensor, targets: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+        """`tokens`, `targets` [B, T] int64, `sequence_index` [B] int64.
+
+        Returns the training objective (fp32 scalar: mean cross-entropy over all tokens plus auxiliary losses, in nats)
+        and the detached mean cross-entropy of each sequence [B] fp32.
+        """
+        logits, auxiliary_loss = self.logits(tokens, sequence_index)
+        # fp32 logits: a bf16 softmax over thousands of classes loses the third digit of the loss.
+        token_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        sequence_loss = token_loss.view(targets.shape).mean(1)
+        return sequence_loss.mean() + auxiliary_loss, sequence_loss.detach()
+
+
+def build_model(config: ModelConfig, parallel: ParallelContext | None = None, *, seed: int) -> LanguageModel:
+    """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks."""
+    model = LanguageModel(config, parallel, seed=seed)
+    initialize(model, config, seed=seed)
+    return model
+
+
+def build_on_meta(config: ModelConfig) -> LanguageModel:
+    """The model without storage, for counting parameters of any size in a moment."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
+def routing_statistics(model: nn.Module) -> Iterator[tuple[str, RoutingStatistics]]:
+    """Every router's statistics with a canonical name, e.g. `blocks.3.feedforward.statistics`, in module order."""
+    for module_name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, RoutingStatistics):
+                yield f"{module_name}.{attribute}", value

@@ -1,0 +1,113 @@
+"""The model as a list of layers, the form that both the plain module and a pipeline are built from.
+
+A layer maps a state to a state. The state is a plain tuple of tensors, so that it can cross a pipeline boundary:
+    hidden          [B, T, d] activations (at the first layer: token ids [B, T] int64)
+    sequence_index  [B] int64, index of each sequence in the whole run: seeds every dropout mask
+    auxiliary_loss  [] fp32, sum of the auxiliary losses of the layers so far
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.dense import DenseAttention
+from model.attention.switchhead import SwitchHeadAttention
+from model.config import DenseAttentionConfig, DenseFeedForwardConfig, ModelConfig
+from model.dropout import dropout, site_key
+from model.feedforward.dense import DenseFeedForward
+from model.feedforward.sigma_moe import SigmaMoE
+from model.parallel.context import ParallelContext
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+class Dropout(nn.Module):
+    """Dropout at one named place of the model; masks are functions of position, see model/dropout.py."""
+
+    def __init__(self, probability: float, *, name: str, seed: int) -> None:
+        super().__init__()
+        self.probability = probability
+        self._key = site_key(seed, name)
+
+    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        return dropout(x, probability=self.probability, key=self._key, sequence_index=sequence_index)
+
+
+class Embedding(nn.Module):
+    """Token embedding, without a sqrt(d) factor, and dropout."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.dropout = Dropout(config.dropout, name="embedding", seed=seed)
+
+    def forward(self, state: tuple[Tensor, Tensor]) -> State:
+        tokens, sequence_index = state
+        hidden = nn.functional.embedding(tokens, self.weight)
+        return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros(()).float()
+
+
+class Block(nn.Module):
+    """Pre-LN block: x + attention(norm(x)), then x + feedforward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, index: int, seed: int) -> None:
+        super().__init__()
+        name = f"blocks.{index}"
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention: SwitchHeadAttention | DenseAttention
+        if isinstance(config.attention, DenseAttentionConfig):
+            self.attention = DenseAttention(config)
+        else:
+            self.attention = SwitchHeadAttention(config, name=f"{name}.attention", seed=seed)
+        self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)
+        self.feedforward_norm = nn.LayerNorm(config.d_model)
+        self.feedforward: SigmaMoE | DenseFeedForward
+        if isinstance(config.feedforward, DenseFeedForwardConfig):
+            self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed)
+        else:
+            self.feedforward = SigmaMoE(config, parallel=parallel, name=f"{name}.feedforward", seed=seed)
+        self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed)
+
+    def forward(self, state: State) -> State:
+        hidden, sequence_index, auxiliary_loss = state
+        attended = self.attention(self.attention_norm(hidden), sequence_index)
+        hidden = hidden + self.attention_dropout(attended, sequence_index)
+        transformed, layer_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
+        hidden = hidden + self.feedforward_dropout(transformed, sequence_index)
+        return hidden, sequence_index, auxiliary_loss + layer_loss
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm after the last block."""
+
+    def forward(self, state: State) -> State:  # type: ignore[override]
+        hidden, sequence_index, auxiliary_loss = state
+        return super().forward(hidden), sequence_index, auxiliary_loss
+
+
+class Head(nn.Linear):
+    """Dropout and the output layer, untied and with a bias: hidden -> logits [B, T, vocab_size]."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        super().__init__(config.d_model, config.vocab_size)
+        self.dropout = Dropout(config.dropout, name="head", seed=seed)
+
+    def forward(self, state: State) -> State:  # type: ignore[override]
+        hidden, sequence_index, auxiliary_loss = state
+        return super().forward(self.dropout(hidden, sequence_index)), sequence_index, auxiliary_loss
+
+
+def build_layers(config: ModelConfig, parallel: ParallelContext, *, seed: int) -> list[tuple[str, nn.Module]]:
+    """The layers in order, each with its canonical name prefix. `seed` keys the dropout masks.
+
+    Parameters are not initialised: call model.initialization.initialize on the assembled module.
+    """
+    layers: list[tuple[str, nn.Module]] = [("embedding", Embedding(config, seed=seed))]
+    for index in range(config.num_layers):
+        layers.append((f"blocks.{index}", Block(config, parallel=parallel, index=index, seed=seed)))
+    layers.append(("final_norm", FinalNorm(config.d_model)))
+    layers.append(("head", Head(config, seed=seed)))
+    return layers
