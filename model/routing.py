@@ -41,7 +41,7 @@ def select(logits: Tensor, k: int, *, keep: Tensor | None = None, drop_scores: b
 
 
 class RoutingStatistics:
-    """Counts of one router, fp32 on the router's device; not module buffers, so that a bf16 cast cannot touch them.
+    """Counts of one router, fp64 (exact beyond 2^24 tokens) on the router's device; not module buffers, so that a bf16 cast cannot touch them.
 
     `load` [...]: how often each expert was chosen since the last step. `probability_sum` [E] and `num_tokens` []:
     sum over tokens of softmax(logits), only where the entropy regulariser needs it. `probability` [E]: the mean
@@ -51,9 +51,9 @@ class RoutingStatistics:
     def __init__(self, shape: tuple[int, ...], *, tracks_probability: bool) -> None:
         self.shape = shape
         self.tracks_probability = tracks_probability
-        self.load = torch.zeros(shape, device="cpu")
-        self.num_tokens = torch.zeros((), device="cpu")
-        self.probability_sum = torch.zeros(shape if tracks_probability else (0,), device="cpu")
+        self.load = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self.num_tokens = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.probability_sum = torch.zeros(shape if tracks_probability else (0,), dtype=torch.float64, device="cpu")
         self.probability = torch.full_like(self.probability_sum, 1.0 / shape[-1])
 
     def to(self, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class RoutingStatistics:
             self.load += torch.bincount(flat, minlength=self.load.numel()).view(self.shape)
         if self.tracks_probability:
             assert logits is not None
-            self.probability_sum += logits.softmax(-1).sum(0)
+            self.probability_sum += logits.softmax(-1).sum(0, dtype=torch.float64)
             self.num_tokens += logits.shape[0]
 
     def accumulators(self) -> list[Tensor]:
@@ -101,7 +101,7 @@ def entropy_regularizer(
     """
     distribution = logits.softmax(-1).mean(0)
     if config.entropy_scope == "global_batch":
-        coefficient = 1.0 + statistics.probability.clamp_min(1e-30).log()
+        coefficient = 1.0 + statistics.probability.float().clamp_min(1e-30).log()
         return config.entropy_weight * (coefficient * distribution).sum()
     if parallel.data_size > 1:
         distribution = differentiable_all_reduce(distribution, group=parallel.data_group) / parallel.data_size

@@ -1,0 +1,220 @@
+"""Checkpoints: every rank writes the pieces of the fp32 state that it owns; any number of ranks and any ZeRO stage reads them.
+
+A checkpoint is the folder checkpoints/step-NNNNNNNN with
+    rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
+                             `rng/cpu` (uint8), and in rank 0's file `routing/NAME` (fp64)
+    state.json               everything else, with size and sha256 of the files above
+It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.language_model import LanguageModel, routing_statistics
+from pretrain.atomic import sha256, sync_directory, write_json
+from pretrain.errors import UserError
+from pretrain.paths import REPOSITORY
+from pretrain.zero_state import MOMENTS, optimizer_steps, parameter_shapes, pieces, set_optimizer_steps
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The position of a run: what, beside tensors, decides its future."""
+
+    step: int
+    """Optimizer steps done."""
+    consumed_sequences: int
+    """Positions of the data order consumed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its folder and parsed state.json."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.state["progress"])
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Parses state.json and checks that the files are there with their sizes. Raises UserError."""
+        try:
+            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            version = state["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); remove the folder or name another "
+                            f"one with checkpoint.resume") from None
+        if version != FORMAT_VERSION:
+            raise UserError(f"checkpoint {path}: format {version}, this version reads {FORMAT_VERSION}")
+        for name, entry in state["files"].items():
+            if Path(name).name != name:
+                raise UserError(f"checkpoint {path}: file name {name!r} leaves the folder")
+            size = (path / name).stat().st_size if (path / name).exists() else None
+            if size != entry["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise UserError(f"checkpoint {path}: {name} is {found}, not {entry['bytes']} bytes")
+        return cls(path, state)
+
+    def damaged_file(self, *, rank: int, world_size: int) -> str | None:
+        """Checks this rank's share of the sha256 sums; the name of a file that does not match, or None."""
+        for name in sorted(self.state["files"])[rank::world_size]:
+            if sha256(self.path / name) != self.state["files"][name]["sha256"]:
+                return name
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("step-") and p.suffix != ".partial")
+
+
+def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any], keep_last: int) -> Path:
+    """Writes a checkpoint; collective over all ranks. `extra` joins state.json. Returns its folder."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    final = folder / f"step-{progress.step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    if rank == 0:
+        for stale in folder.glob("step-*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+    dist.barrier()
+
+    file = partial / f"rank-{rank:05d}.safetensors"
+    save_file(_owned_tensors(engine, rank, world_size), file)
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+    entries: list[Any] = [None] * world_size
+    dist.all_gather_object(entries, (file.name, {"bytes": file.stat().st_size, "sha256": sha256(file)}))
+
+    if rank == 0:
+        write_json(partial / STATE_FILE, {
+            "format_version": FORMAT_VERSION,
+            "progress": vars(progress),
+            "optimizer_steps": optimizer_steps(engine),
+            "loss_scale": getattr(engine.optimizer, "cur_scale", None),
+            "parameters": parameter_shapes(engine),
+            "layout": {"data": world_size, "zero": engine.zero_optimization_stage()},
+            "versions": _versions(),
+            "files": dict(entries),
+            **extra,
+        })
+        if final.exists():  # a resumed run reached the same step again
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        sync_directory(folder)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
+    """Fills a model that is not yet sharded with the fp32 weights of the checkpoint."""
+    store = _PieceStore(checkpoint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if list(parameter.shape) != checkpoint.state["parameters"].get(name):
+                raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {checkpoint.state['parameters'].get(name)}, "
+                                f"the model's is {list(parameter.shape)}")
+            parameter.copy_(store.read("master", name, 0, parameter.numel()).view_as(parameter))
+
+
+def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
+    """Restores this rank's masters, moments, step counters, routing statistics, loss scale and RNG state."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = _PieceStore(checkpoint)
+    with torch.no_grad():
+        for piece in pieces(engine, rank=rank, world_size=world_size, for_saving=False):
+            stop = piece.start + piece.master.numel()
+            piece.master.copy_(store.read("master", piece.name, piece.start, stop))
+            for key in MOMENTS:
+                piece.moments[key].copy_(store.read(key, piece.name, piece.start, stop))
+    set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
+    if checkpoint.state["loss_scale"] is not None and hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler.cur_scale = checkpoint.state["loss_scale"]
+    for name, statistics in routing_statistics(engine.module):
+        statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
+    # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
+    # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
+    if checkpoint.state["layout"]["data"] == world_size:
+        torch.set_rng_state(store.single("rng/cpu", rank=rank))
+
+
+class _PieceStore:
+    """Reads any range of any parameter's state out of the rank files, by memory map."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._files = {name: safetensors.safe_open(checkpoint.path / name, framework="pt")
+                       for name in checkpoint.state["files"]}
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
+        for file, handle in self._files.items():
+            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                kind, _, rest = key.partition("/")
+                if kind == "master" or kind in MOMENTS:
+                    name, _, start = rest.rpartition("/")
+                    length = handle.get_slice(key).get_shape()[0]
+                    self._pieces[kind, name].append((int(start), length, file))
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, fp32. Raises UserError if the files do not cover them."""
+        result = torch.empty(stop - start)
+        covered = 0
+        for first, length, file in self._pieces[kind, name]:
+            low, high = max(first, start), min(first + length, stop)
+            if low < high:
+                part = self._files[file].get_slice(f"{kind}/{name}/{first}")[low - first : high - first]
+                result[low - start : high - start] = part
+                covered += high - low
+        if covered != stop - start:
+            raise UserError(f"checkpoint: {kind} of {name} is incomplete ({covered} of {stop - start} elements)")
+        return result
+
+    def single(self, key: str, *, rank: int) -> Tensor:
+        return self._files[f"rank-{rank:05d}.safetensors"].get_tensor(key)
+
+
+def _owned_tensors(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    for piece in pieces(engine, rank=rank, world_size=world_size, for_saving=True):
+        for kind, value in {"master": piece.master, **piece.moments}.items():
+            # A copy: pieces of one flat tensor share memory, which safetensors refuses.
+            tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
+    if rank == 0:
+        for name, statistics in routing_statistics(engine.module):
+            tensors[f"routing/{name}"] = statistics.probability.cpu().clone()
+    return tensors
+
+
+def _versions() -> dict[str, str | None]:
+    import deepspeed
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "git": git.stdout.strip() or None,
+    }

@@ -1,0 +1,157 @@
+"""One run as one typed tree: frozen, unknown keys refused, every field with its unit and effect.
+
+A field marked FREE may change when a run resumes (layout, machine, logging and stop settings); every other field is
+part of what the run computes, and a change is refused by name unless `checkpoint.allow_changes` lists it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from model.config import ModelConfig, PositiveInt, Section
+
+FREE: dict[str, Any] = {"on_resume": "free"}
+"""`json_schema_extra` of fields that may change on resume."""
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class DataConfig(Section):
+    """Which shards are read."""
+
+    manifest: str = Field("data/sample/manifest.json", json_schema_extra=FREE)
+    """manifest.json written by data_prep, or its folder. A relative path is looked for in the current directory, then
+    in the repository. It may move between resumes; its digest may not change."""
+    train_split: str = "train"
+    """Split of the manifest to train on."""
+    validation_split: str = "validation"
+    """Held-out split of the manifest."""
+    verify: Literal["size", "full"] = Field("size", json_schema_extra=FREE)
+    """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read.
+    `full`: the sha256 of every shard at start."""
+
+
+class BatchConfig(Section):
+    """Sizes of batches, in sequences of model.sequence_length tokens."""
+
+    global_sequences: PositiveInt = 64
+    """Sequences per optimizer step, over all ranks and micro-steps."""
+    micro_sequences: PositiveInt = 8
+    """Sequences per forward pass of one rank. global_sequences must be a multiple of micro_sequences x DP; the
+    quotient is the number of micro-steps."""
+
+
+class OptimizerConfig(Section):
+    """torch AdamW; the defaults are the paper's."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2.5e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay, applied to every parameter."""
+    clip_norm: Annotated[float, Field(ge=0.0)] = 0.25
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps: linear warm-up, then a cosine."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up; clipped to train.steps - 1 (with one line saying so)."""
+    final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate after the last step, as a share of the peak."""
+
+
+class TrainConfig(Section):
+    """Length, precision and randomness of the run."""
+
+    steps: PositiveInt = 100_000
+    """Optimizer steps of the whole run; the length of the schedule."""
+    stop_after_steps: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    """Absolute step after which this start stops (checkpointed), without changing the schedule; null: train.steps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
+    seed: NonNegativeInt = 0
+    """Decides initial weights, data order and dropout masks."""
+    threads: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
+
+
+class ParallelConfig(Section):
+    """Layout over ranks. Data parallelism is the number of ranks divided by the product of the other sizes."""
+
+    tensor: PositiveInt = Field(1, json_schema_extra=FREE)
+    """Tensor-parallel size. This version trains data-parallel: only 1 is accepted."""
+    pipeline: PositiveInt = Field(1, json_schema_extra=FREE)
+    """Pipeline stages. Only 1 is accepted in this version."""
+    sequence: bool = Field(False, json_schema_extra=FREE)
+    """Sequence parallelism inside the tensor-parallel group. Only false is accepted in this version."""
+    expert: PositiveInt = Field(1, json_schema_extra=FREE)
+    """Expert-parallel size. Only 1 is accepted in this version."""
+    zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming, under RUN_DIR/checkpoints."""
+
+    every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
+    """Steps between checkpoints; the last step of a start is always saved."""
+    keep_last: PositiveInt = Field(3, json_schema_extra=FREE)
+    """Newest checkpoints kept; older ones are removed after a new one is committed."""
+    resume: str = Field("auto", json_schema_extra=FREE)
+    """auto: continue from the newest valid checkpoint of the run folder, if any. never: refuse to start where there is
+    one. Anything else: path of the checkpoint to continue from."""
+    allow_changes: tuple[str, ...] = Field((), json_schema_extra=FREE)
+    """Dotted keys (or sections) that may differ from the checkpoint's, e.g. ["optimizer.learning_rate"]."""
+
+
+class MonitorConfig(Section):
+    """What is written while training."""
+
+    print_every_steps: PositiveInt = Field(10, json_schema_extra=FREE)
+    """Steps between lines on the terminal; metrics.jsonl gets every step."""
+    tensorboard: bool = Field(True, json_schema_extra=FREE)
+    """Write TensorBoard scalars to RUN_DIR/tensorboard."""
+    tensorboard_every_steps: PositiveInt = Field(1, json_schema_extra=FREE)
+    """Steps between TensorBoard scalars."""
+
+
+class EvaluateConfig(Section):
+    """Validation on the held-out split."""
+
+    every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
+    """Steps between validations; 0: only after the last step."""
+    sequences: NonNegativeInt = Field(256, json_schema_extra=FREE)
+    """Windows of the validation split used, from its beginning; 0 turns validation off."""
+
+
+class Config(Section):
+    """A pretraining run."""
+
+    description: str = Field("", json_schema_extra=FREE)
+    """What the run is for; printed at start."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=FREE)
+    """Extra keys for DeepSpeed's own configuration; they may not contradict the sections above."""
+
+    @model_validator(mode="after")
+    def _rules_across_sections(self) -> Config:
+        from pretrain.rules import check_rules
+
+        check_rules(self)
+        return self

@@ -1,0 +1,128 @@
+"""From JSON and `--set` to a checked Config and back. Every refusal is one ConfigError that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pretrain.config import Config
+from pretrain.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config: {path} is not JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {path} must hold a JSON object")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Applies `dotted.key=value` to `tree` in place. The value is JSON if it parses as JSON, else a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, leaf = key.strip().split(".")
+    node = tree
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    # Another kind of layer has other keys: those of the previous kind would be refused as unknown.
+    if leaf == "type" and node.get("type", value) != value:
+        node.clear()
+    node[leaf] = value
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validates a JSON tree. Raises ConfigError with the first problem and how many more there are."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(_describe(problems[0]) + more) from None
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved tree, defaults included, as plain JSON types."""
+    return config.model_dump(mode="json")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as {dotted.key: value}; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    """Every leaf field as (dotted key, owning section class, field name), union members in turn."""
+    for name, field in model.model_fields.items():
+        members = [m for m in (field.annotation, *get_args(field.annotation)) if _is_section(m)]
+        if not members:
+            yield f"{prefix}{name}", model, name
+        for member in members:
+            yield from fields(member, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ConfigError(f"{repeated}: stands twice in the same JSON object; keep one")
+    return tree
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """One line for one pydantic problem: the dotted key, what is wrong, and what would work."""
+    # A tagged union adds the tag as an extra path element: model.attention.switchhead.num_heads.
+    tags = {"switchhead", "dense", "sigma_moe"}
+    key = ".".join(str(part) for part in problem["loc"] if part not in tags)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(key)}"
+    if problem["type"] == "missing":
+        return f"{key}: is required and missing"
+    message = str(cause) if cause is not None else problem["msg"][0].lower() + problem["msg"][1:]
+    given = "" if cause is not None else f" (given {json.dumps(problem['input'], default=str)})"
+    return f"{key}: {message}{given}"
+
+
+def _suggestion(key: str) -> str:
+    known = sorted({dotted for dotted, _, _ in fields()} | {dotted.rsplit(".", 1)[0] for dotted, _, _ in fields()})
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:
+        leaf = key.rsplit(".", 1)[-1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f"; the nearest known key is {close[0]}" if close else "; see --help for all keys"

@@ -1,0 +1,116 @@
+"""Windows of tokens for training and validation, by position in the run.
+
+A window is sequence_length + 1 consecutive tokens of a split; window w starts at token w x sequence_length, so that
+every token is a target exactly once per epoch (the first of a split never).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.shard_format import Manifest
+from data_prep.shard_reader import SplitReader
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.order import window_order
+from pretrain.paths import find_input
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank, on its device."""
+
+    tokens: Tensor
+    """[B, T] int64 inputs."""
+    targets: Tensor
+    """[B, T] int64: tokens shifted by one."""
+    sequence_index: Tensor
+    """[B] int64: position of each sequence in the run."""
+
+
+def open_manifest(config: Config) -> Manifest:
+    """Loads the manifest and checks what needs no shard to be read: the splits are there and fit the model."""
+    path = find_input(config.data.manifest)
+    if not path.exists():
+        raise UserError(
+            f"data.manifest: there is no {path}; prepare the data first: python -m data_prep run --config "
+            f"configs/data/NAME.json (make data for the sample)"
+        )
+    manifest = Manifest.load(path)
+    vocab_size = manifest.tokenizer.vocab_size
+    if vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
+            f"to {vocab_size} or more"
+        )
+    needed = {config.data.train_split: "data.train_split"}
+    if config.evaluate.sequences:
+        needed[config.data.validation_split] = "data.validation_split"
+    for split, key in needed.items():
+        if split not in manifest.splits:
+            known = ", ".join(sorted(manifest.splits))
+            raise UserError(f"{key}: the manifest has no split {split!r}; it has {known}")
+        if num_windows(manifest, split, config.model.sequence_length) < 1:
+            raise UserError(
+                f"{key}: split {split!r} holds {manifest.num_tokens(split)} tokens, fewer than one window of "
+                f"model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or shorten the model"
+            )
+    return manifest
+
+
+def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
+    """Windows of sequence_length + 1 tokens in a split; neighbours share one token."""
+    return max(0, (manifest.num_tokens(split) - 1) // sequence_length)
+
+
+class WindowReader:
+    """Reads windows of one split by index."""
+
+    def __init__(self, manifest: Manifest, split: str, sequence_length: int, *, verify_on_first_read: bool) -> None:
+        self.num_windows = num_windows(manifest, split, sequence_length)
+        self.sequence_length = sequence_length
+        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read)
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
+        T = self.sequence_length
+        rows = np.stack([self._split.read(int(w) * T, int(w) * T + T + 1) for w in windows]).astype(np.int64)
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+class TrainingStream:
+    """The global batches of a run, cut for one data-parallel rank.
+
+    Step s (from 0) consumes positions s G .. (s + 1) G - 1, G = global_sequences. Micro-step m takes positions
+    m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
+    The order of windows depends on (manifest, seed, position) alone.
+    """
+
+    def __init__(self, reader: WindowReader, config: Config, *, data_rank: int, data_size: int) -> None:
+        self._reader = reader
+        self._seed = config.train.seed
+        self._global = config.batch.global_sequences
+        self._micro = config.batch.micro_sequences
+        self._rank, self._size = data_rank, data_size
+        self.micro_steps = self._global // (self._micro * data_size)
+
+    def positions(self, step: int, micro_step: int) -> np.ndarray:
+        """Positions in the run [micro_sequences] int64 of this rank's sequences."""
+        first = step * self._global + (micro_step * self._size + self._rank) * self._micro
+        return np.arange(first, first + self._micro, dtype=np.int64)
+
+    def batch(self, step: int, micro_step: int, device: torch.device) -> Batch:
+        """The micro-batch of this rank at (step, micro-step), both from 0."""
+        positions = self.positions(step, micro_step)
+        tokens, targets = self._reader.read(window_order(positions, self._reader.num_windows, seed=self._seed))
+        index = torch.from_numpy(positions)
+        return Batch(tokens.to(device), targets.to(device), index.to(device))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training split after `step` steps."""
+        return step * self._global / self._reader.num_windows

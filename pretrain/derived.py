@@ -1,0 +1,96 @@
+"""What follows from the configuration: values printed once with their formula, and DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.shard_format import Manifest
+from model.attention.rope import rotated_width
+from model.config import ModelConfig
+from model.language_model import build_on_meta
+from model.parameters import ParameterCount, count_parameters
+from pretrain.config import Config
+from pretrain.data import num_windows
+from pretrain.schedule import warmup_steps
+
+
+@dataclass(frozen=True)
+class DerivedValue:
+    name: str
+    value: str
+    formula: str
+
+
+def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: str) -> list[DerivedValue]:
+    """Everything that a user would otherwise compute by hand, in the order of the data flow."""
+    batch, model, train = config.batch, config.model, config.train
+    count = parameter_count(model)
+    windows = num_windows(manifest, config.data.train_split, model.sequence_length)
+    tokens_per_step = batch.global_sequences * model.sequence_length
+    micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
+    values = [
+        DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
+        DerivedValue("data", str(manifest.folder), f"data.manifest, digest {manifest.digest[:12]}"),
+        DerivedValue("parameters, total", f"{count.total:,}", "counted on the meta device"),
+        DerivedValue("parameters, active", f"{count.active:,}", "expert tensors count k / E, all others whole"),
+        DerivedValue("data-parallel size", f"{data_size}", "ranks / (tensor x pipeline)"),
+        DerivedValue("micro-steps", f"{micro_steps}", "global_sequences / (micro_sequences x DP)"),
+        DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
+        DerivedValue("tokens of the run", f"{tokens_per_step * train.steps:,}", "tokens per step x train.steps"),
+        DerivedValue("windows per epoch", f"{windows:,}", "(train tokens - 1) // sequence_length"),
+        DerivedValue("epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"),
+        DerivedValue(
+            "rotated dimensions",
+            f"{rotated_width(model.attention.head_dim, model.position.fraction)} of {model.attention.head_dim}",
+            "position.fraction x head_dim, rounded down to even",
+        ),
+    ]
+    if warmup_steps(config) != config.schedule.warmup_steps:
+        values.append(
+            DerivedValue("warm-up steps", f"{warmup_steps(config)}", f"schedule.warmup_steps = "
+                         f"{config.schedule.warmup_steps} clipped to train.steps - 1")
+        )
+    unused = model.vocab_size - manifest.tokenizer.vocab_size
+    if unused:
+        values.append(DerivedValue("unused vocabulary rows", f"{unused}", "model.vocab_size - tokenizer pieces"))
+    return values
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Total and active parameters, counted on the built model without storage."""
+    return count_parameters(build_on_meta(model), model)
+
+
+def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""
+    batch = config.batch
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch.micro_sequences,
+        "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {"stage": config.parallel.zero},
+        # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if config.train.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+        # Micro-steps and ranks are summed in fp32: bf16 sums lose the contribution of late micro-steps.
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
+    if config.train.precision == "fp16":
+        derived["fp16"] = {"enabled": True, "loss_scale": 0}
+    return _merge(derived, config.deepspeed)
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`extra` below `ours`, objects merged key by key; rules.py has refused contradictions."""
+    merged = dict(ours)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

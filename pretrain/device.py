@@ -1,0 +1,108 @@
+"""Where this process computes: device, collective backend, threads. Every branch that only a GPU takes is here.
+
+Branches marked `GPU-ONLY name` were never executed in development; docs/untested-on-gpu.md lists them and a test
+compares the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process in the job, from the launcher's environment; a single process without one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        env = os.environ
+        world_size = int(env.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(env.get("RANK", "0")),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            world_size=world_size,
+            local_size=int(env.get("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", str(world_size)))),
+        )
+
+
+def device_type() -> str:
+    """`cuda` if a GPU is usable, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start(ranks: Ranks, threads: int | None) -> torch.device:
+    """Sets threads, joins the process group and returns the device of this rank. Call once, before any model."""
+    _set_threads(ranks, threads)
+    for key, value in {
+        "RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size,
+        "LOCAL_SIZE": ranks.local_size, "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(key, str(value))
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if device_type() == "cuda":  # GPU-ONLY nccl-backend
+        device, backend = torch.device("cuda", ranks.local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+    import deepspeed
+
+    if device.type == "cpu":
+        # Otherwise DeepSpeed compiles its shared-memory collectives at the first start (94 s), and a killed compile
+        # leaves a lock file on which every later run waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for queued kernels, so that a wall-clock time means something."""
+    if device.type == "cuda":  # GPU-ONLY synchronize
+        torch.cuda.synchronize(device)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its launcher dies: SIGKILL of the launcher leaves no rank behind."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died between the two lines above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _set_threads(ranks: Ranks, threads: int | None) -> None:
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+                      // ranks.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

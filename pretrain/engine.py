@@ -1,0 +1,70 @@
+"""The DeepSpeed engine around the plain model: optimizer, ZeRO, precision, and the gradient norm it does not give."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.language_model import LanguageModel, routing_statistics
+from model.parallel.context import ParallelContext
+from pretrain.config import Config
+from pretrain.derived import deepspeed_json
+
+
+def parallel_context() -> ParallelContext:
+    """Every rank is one data-parallel rank of the default group."""
+    size = dist.get_world_size()
+    group = dist.group.WORLD if size > 1 else None
+    return ParallelContext(data_rank=dist.get_rank(), data_size=size, data_group=group)
+
+
+def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
+    """Hands the initialised model to DeepSpeed. Returns a DeepSpeedEngine whose module is `model`."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_json(config, parallel.data_size), dist_init_required=False
+    )
+    for _, statistics in routing_statistics(model):
+        statistics.to(device)
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Sets the rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+class GradientNorm:
+    """The global gradient norm before clipping. DeepSpeed gives it for ZeRO 1 to 3; for ZeRO 0 it is computed here,
+    between the last backward (which averages over ranks) and the optimizer step (which clears the gradients)."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._own: Tensor | None = None
+
+    def before_step(self) -> None:
+        """Call before engine.step() of the last micro-step."""
+        if self._engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._own = torch.nn.utils.get_total_norm(gradients)
+
+    def value(self) -> float:
+        """Call after engine.step() of the last micro-step."""
+        if self._own is not None:
+            return float(self._own)
+        return float(self._engine.get_global_grad_norm())

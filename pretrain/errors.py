@@ -1,0 +1,14 @@
+"""Errors that are the user's to fix: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+"""Exit code of a run that was refused before it started."""
+
+
+class UserError(ValueError):
+    """Says what is wrong, where (key, file, rank) and which value or command would work."""
+
+
+class ConfigError(UserError):
+    """The configuration is refused; the message starts with the dotted key."""

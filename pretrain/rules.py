@@ -1,0 +1,85 @@
+"""Rules that join several settings: all in one place, each message with its key and the nearest legal value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "batch.global_sequences",
+    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+    "gradient_accumulation_steps": "batch.global_sequences and batch.micro_sequences",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "zero_optimization.stage": "parallel.zero",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "tensorboard": "monitor.tensorboard",
+}
+
+
+def check_rules(config: Config) -> None:
+    """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
+    for key in ("tensor", "pipeline", "expert"):
+        value = getattr(config.parallel, key)
+        if value != 1:
+            raise ConfigError(f"parallel.{key}: {value} is not supported by this version; set parallel.{key} to 1")
+    if config.parallel.sequence:
+        raise ConfigError("parallel.sequence: needs parallel.tensor > 1, which this version does not have; set it to false")
+    if config.parallel.zero == 0 and config.train.precision != "fp32":
+        raise ConfigError(
+            f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), but "
+            f"train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
+        )
+    if config.batch.global_sequences % config.batch.micro_sequences:
+        raise ConfigError(
+            f"batch.global_sequences: {config.batch.global_sequences} is not divisible by batch.micro_sequences = "
+            f"{config.batch.micro_sequences}; set it to {_nearest_multiple(config.batch.global_sequences, config.batch.micro_sequences)}"
+        )
+    for key, owner in OWNED_DEEPSPEED_KEYS.items():
+        section: object = config.deepspeed
+        for part in key.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is not None:
+            raise ConfigError(f"deepspeed.{key}: is derived from {owner}; set that and remove this key")
+
+
+def check_ranks(config: Config, world_size: int) -> int:
+    """Whether the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
+            f"start {_nearest_multiple(world_size, model_ranks)} ranks"
+        )
+    data_size = world_size // model_ranks
+    sequences = config.batch.micro_sequences * data_size
+    if config.batch.global_sequences % sequences:
+        raise ConfigError(
+            f"batch.global_sequences: {config.batch.global_sequences} is not divisible by batch.micro_sequences x DP = "
+            f"{config.batch.micro_sequences} x {data_size} = {sequences}; set it to "
+            f"{_nearest_multiple(config.batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
+            f"fewer ranks"
+        )
+    return data_size
+
+
+def check_device(config: Config, device_type: str) -> None:
+    """Whether the precision exists on the device (`cuda` or `cpu`). Raises ConfigError."""
+    if config.train.precision == "fp16" and device_type != "cuda":
+        raise ConfigError(
+            "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
+            "overflow at 65504 inside reductions; set train.precision to bf16 or fp32"
+        )
+
+
+def _nearest_multiple(value: int, divisor: int) -> int:
+    """The positive multiple of `divisor` nearest to `value`."""
+    return max(divisor, round(value / divisor) * divisor)

@@ -1,0 +1,111 @@
+"""The fp32 training state that this rank owns, as named pieces of full parameters, for every ZeRO stage.
+
+This is the only module that knows how DeepSpeed 0.19.8 lays out its partitions:
+    stage 0          every rank holds every parameter; for saving, each takes one slice of it
+    stages 1, 2      one flat fp32 tensor per parameter group and rank; param._hp_mapping says where a piece lies
+    stage 3          each parameter is cut into equal pieces (the last one padded) inside flat fp32 tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start .. start + master.numel() of the flattened parameter `name`: views into the optimizer's memory."""
+
+    name: str
+    start: int
+    master: Tensor
+    """[n] fp32 weights."""
+    moments: dict[str, Tensor]
+    """exp_avg and exp_avg_sq, [n] fp32 each."""
+
+
+def parameter_shapes(engine: Any) -> dict[str, list[int]]:
+    """Full shape of every parameter by canonical name, also where ZeRO 3 has emptied the local tensor."""
+    return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+
+
+def pieces(engine: Any, *, rank: int, world_size: int, for_saving: bool) -> Iterator[Piece]:
+    """This rank's pieces. `for_saving`: no element comes from two ranks; else: all that this rank must restore."""
+    stage = engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            located = _stage_3(engine.optimizer, parameter)
+        elif stage in (1, 2):
+            located = _stages_1_and_2(engine.optimizer, parameter)
+        else:
+            located = _stage_0(parameter, rank, world_size, for_saving)
+        if located is None:
+            continue
+        start, length, flat, offset = located
+        state = _adam_state(_torch_optimizer(engine), flat)
+        yield Piece(
+            name=name,
+            start=start,
+            master=flat.detach().view(-1)[offset : offset + length],
+            moments={key: state[key].view(-1)[offset : offset + length] for key in MOMENTS},
+        )
+
+
+def optimizer_steps(engine: Any) -> int:
+    """Updates that Adam has applied (the exponent of its bias correction)."""
+    states = [s for s in _torch_optimizer(engine).state.values() if "step" in s]
+    return int(states[0]["step"]) if states else 0
+
+
+def set_optimizer_steps(engine: Any, steps: int) -> None:
+    """Sets the counter of every optimizer state (they exist once `pieces` was walked)."""
+    for state in _torch_optimizer(engine).state.values():
+        state["step"] = torch.tensor(float(steps))
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The client AdamW, inside DeepSpeed's wrapper if there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """State of one (flat) parameter; created as AdamW itself would at its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(parameter.detach())
+    return state
+
+
+Located = tuple[int, int, Tensor, int]  # start in the parameter, length, flat tensor, offset in it
+
+
+def _stage_0(parameter: Tensor, rank: int, world_size: int, for_saving: bool) -> Located | None:
+    numel = parameter.numel()
+    share = -(-numel // world_size) if for_saving else numel
+    start = min(rank * share, numel) if for_saving else 0
+    length = min(share, numel - start)
+    return (start, length, parameter, start) if length > 0 else None
+
+
+def _stages_1_and_2(optimizer: Any, parameter: Any) -> Located | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # no element of this parameter lies in this rank's partition
+        return None
+    flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+    local, full = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return full.start, full.numel, flat, local.start
+
+
+def _stage_3(optimizer: Any, parameter: Any) -> Located | None:
+    group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+    length = min(int(share), parameter.ds_numel - start)
+    return (start, length, optimizer.fp32_partitioned_groups_flat[group], int(offset)) if length > 0 else None
