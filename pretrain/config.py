@@ -24,10 +24,6 @@ class DataConfig(Section):
     manifest: str = Field("data/sample/manifest.json", json_schema_extra=FREE)
     """manifest.json written by data_prep, or its folder. A relative path is looked for in the current directory, then
     in the repository. It may move between resumes; its digest may not change."""
-    train_split: str = "train"
-    """Split of the manifest to train on."""
-    validation_split: str = "validation"
-    """Held-out split of the manifest."""
     verify: Literal["size", "full"] = Field("size", json_schema_extra=FREE)
     """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read.
     `full`: the sha256 of every shard at start."""

@@ -47,17 +47,12 @@ def open_manifest(config: Config) -> Manifest:
             f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
             f"to {vocab_size} or more"
         )
-    needed = {config.data.train_split: "data.train_split"}
-    if config.evaluate.sequences:
-        needed[config.data.validation_split] = "data.validation_split"
-    for split, key in needed.items():
-        if split not in manifest.splits:
-            known = ", ".join(sorted(manifest.splits))
-            raise UserError(f"{key}: the manifest has no split {split!r}; it has {known}")
+    for split in ("train", "validation") if config.evaluate.sequences else ("train",):
         if num_windows(manifest, split, config.model.sequence_length) < 1:
             raise UserError(
-                f"{key}: split {split!r} holds {manifest.num_tokens(split)} tokens, fewer than one window of "
-                f"model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or shorten the model"
+                f"data.manifest: the {split} split of {path} holds {manifest.num_tokens(split)} tokens, fewer than one "
+                f"window of model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or shorten "
+                f"the model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
             )
     return manifest
 

@@ -26,7 +26,7 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
     """Everything that a user would otherwise compute by hand, in the order of the data flow."""
     batch, model, train = config.batch, config.model, config.train
     count = parameter_count(model)
-    windows = num_windows(manifest, config.data.train_split, model.sequence_length)
+    windows = num_windows(manifest, "train", model.sequence_length)
     tokens_per_step = batch.global_sequences * model.sequence_length
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
     values = [
