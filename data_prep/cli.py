@@ -1,0 +1,166 @@
+"""The command line: `python -m data_prep run|tokenizer|shard|verify|show|stats`.
+
+Results go to stdout, progress to stderr. A user's mistake prints one line, `error: ...`, and exits with 2.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from data_prep import prepare, report
+from data_prep.config import load_config
+from data_prep.plan import Plan, make_plan
+from data_prep.shard_format import SPLITS, DataError, Manifest
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _steps_command(arguments: argparse.Namespace) -> None:
+    """`tokenizer`, `shard` and `run`: stage, then publish."""
+    plan = _plan(arguments)
+    if prepare.is_up_to_date(plan, force=arguments.force):
+        print(f"up to date: {plan.output}")
+        return
+    seconds: dict[str, float] = {}
+    with prepare.staging(plan.output) as folder:
+
+        def timed(step: str, work: Callable[[Plan, Path], object]) -> None:
+            started = time.monotonic()
+            work(plan, folder)
+            seconds[step] = time.monotonic() - started
+
+        if arguments.command == "shard":
+            timed("tokenizer", prepare.reuse_tokenizer)
+        else:
+            timed("tokenizer", prepare.tokenizer_step)
+        if arguments.command != "tokenizer":
+            timed("shard", prepare.shard_step)
+        prepare.write_run_record(plan, folder, config_path=arguments.config, seconds=seconds)
+        prepare.publish(folder, plan.output)
+    took = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
+    if arguments.command == "tokenizer":
+        print(f"wrote {plan.output / prepare.TOKENIZER_FILE} ({took})")
+        return
+    manifest = Manifest.load(plan.output)
+    report.stats(manifest)
+    print(f"\nwrote {plan.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
+    if not manifest.split("validation"):
+        print(
+            "warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr
+        )
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    return make_plan(load_config(arguments.config, arguments.set))
+
+
+def _manifest(arguments: argparse.Namespace) -> Manifest:
+    """The manifest that a reading command is about: FOLDER, or the output of --config."""
+    if (arguments.folder is None) == (arguments.config is None):
+        raise DataError(f"{arguments.command} needs either the FOLDER of prepared data or --config CONFIG")
+    folder = arguments.folder or Path(load_config(arguments.config, arguments.set).output)
+    return Manifest.load(folder)
+
+
+def _show_command(arguments: argparse.Namespace) -> None:
+    report.show(_manifest(arguments), split=arguments.split, index=arguments.index, count=arguments.count)
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m data_prep",
+        description="Turns raw C4 and peS2o dumps into a SentencePiece model, webdataset shards and a manifest.",
+        epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, handler: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(handler=handler)
+        return command
+
+    def add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
+        command.add_argument(
+            "--config", type=Path, required=required, metavar="FILE", help="JSON config, see configs/data/"
+        )
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a key, e.g. tokenizer.vocab_size=4000",
+        )
+
+    for name, text in {
+        "run": "tokenizer and shard in one go; does nothing if the output is up to date",
+        "tokenizer": "train (or copy) the SentencePiece model into the output folder",
+        "shard": "tokenise into shards with the model that `tokenizer` left in the output folder",
+    }.items():
+        command = add(name, _steps_command, text)
+        add_config(command, required=True)
+        command.add_argument(
+            "--force", action="store_true", help="rebuild although the output holds data made in another way"
+        )
+    readers = {
+        "verify": add(
+            "verify", lambda a: report.verify(_manifest(a)), "check every size and sha256, print a table"
+        ),
+        "show": add("show", _show_command, "print documents, decoded from the shards"),
+        "stats": add(
+            "stats", lambda a: report.stats(_manifest(a)), "print documents, tokens, bytes and lengths"
+        ),
+    }
+    for command in readers.values():
+        command.add_argument(
+            "folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)"
+        )
+        add_config(command, required=False)
+    readers["show"].add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    readers["show"].add_argument(
+        "--index", type=_at_least(0), default=0, help="first document, from 0 (default: 0)"
+    )
+    readers["show"].add_argument(
+        "--count", type=_at_least(1), default=1, help="number of documents (default: 1)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _build_parser().parse_args(argv)
+    try:
+        arguments.handler(arguments)
+        sys.stdout.flush()
+    except DataError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:  # `show | head`: the reader left, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # disk full, no permission: the system's own words name the file
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published", file=sys.stderr)
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,180 @@
+"""The configuration of a preparation: JSON in, `--set key=value` on top, every mistake one message with the
+fix.
+
+Relative paths. `input`, `validation_input` and `tokenizer.model` are looked up in the current directory and,
+if nothing is there, in the repository root, so the shipped configs work from anywhere. `output` is made in
+the current directory, except that a config from the repository's own `configs/` writes below the repository
+root; an `output` given with `--set` is always relative to the current directory.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.documents import FormatName
+from data_prep.shard_format import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+PathPatterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TokenizerConfig(_Section):
+    """Which tokenizer: an existing SentencePiece model, or how to train one."""
+
+    model: str | None = None
+    """Path of an existing SentencePiece model, which is copied into `output`; null trains one, and then the
+    other keys of this section count."""
+    vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
+    """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
+    of 2."""
+    type: Literal["bpe", "unigram"] = "bpe"
+    """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe."""
+    split_digits: bool = True
+    """Whether every digit is a piece of its own."""
+    byte_fallback: bool = True
+    """Whether characters outside the vocabulary become their UTF-8 bytes; if false they become unk and are
+    lost."""
+    sample_bytes: int = Field(default=100_000_000, ge=1)
+    """Most UTF-8 bytes of text to train on; 100 MB take about 43 s with bpe. Memory is about 10 times
+    this."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Chooses the documents to train on when there is more text than `sample_bytes`."""
+
+
+class ShardConfig(_Section):
+    """Sizes of shards and their members."""
+
+    tokens_per_shard: int = Field(default=67_108_864, ge=1)
+    """Tokens after which a shard closes, at the next end of a document. The default makes files of 128
+    MiB."""
+    tokens_per_member: int = Field(default=131_072, ge=1, le=16_777_216)
+    """Tokens of a tar member; 65,536 to 262,144 read fastest. Documents span members."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "ShardConfig":
+        if self.tokens_per_member > self.tokens_per_shard:
+            raise ValueError(
+                f"tokens_per_member {self.tokens_per_member} must not exceed tokens_per_shard {self.tokens_per_shard}"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    """One preparation: which raw files become which shards."""
+
+    input: PathPatterns = Field(min_length=1)
+    """Raw files of the train split: a path, a glob, or a list of them. Read in the order of the list, each
+    glob sorted."""
+    validation_input: PathPatterns = ()
+    """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
+    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
+    """Share of the documents of `input` that go to validation, chosen by a hash of their text, so equal texts
+    never end up on both sides. Used only without `validation_input`."""
+    output: str = Field(min_length=1)
+    """Folder for shards, tokenizer.model and manifest.json."""
+    format: FormatName = "auto"
+    """Source format of the raw files. auto looks at the keys of the first line of each file; c4 or pes2o skip
+    that look and ask only for a `text` in each line."""
+    workers: int = Field(default=0, ge=0, le=1024)
+    """Processes that tokenise; 0 takes every CPU that this process may use. The output does not depend on
+    it."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    shard: ShardConfig = ShardConfig()
+    """Shard sizes."""
+
+
+def load_config(path: Path, overrides: list[str]) -> DataConfig:
+    """Reads a config file and applies `key=value` overrides. Raises DataError."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise DataError(f"cannot read the config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    if not isinstance(body, dict):
+        raise DataError(f"{path}: a config is a JSON object, not {type(body).__name__}")
+    own = path.resolve().is_relative_to(REPOSITORY / "configs")
+    if own and isinstance(body.get("output"), str):
+        body["output"] = str(REPOSITORY / body["output"])
+    for override in overrides:
+        _apply(body, override)
+    try:
+        return DataConfig.model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        raise DataError(f"{path}: {_explain(error)}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key!r} is given twice; keep one")
+    return dict(pairs)
+
+
+def _apply(body: dict[str, Any], override: str) -> None:
+    """Sets one `a.b=value`; the value is JSON if it parses as JSON and a string otherwise."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise DataError(f"--set {override}: write it as key=value, for example shard.tokens_per_member=65536")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        body = body.setdefault(section, {})
+        if not isinstance(body, dict):
+            raise DataError(
+                f"--set {override}: {section!r} holds no keys; known keys: {', '.join(known_keys())}"
+            )
+    body[last] = value
+
+
+def known_keys() -> list[str]:
+    """Every key of the config, dotted: input, ..., tokenizer.vocab_size, ..."""
+    keys = []
+    for name, field in DataConfig.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+    return keys
+
+
+def _nearest_key(key: str) -> str | None:
+    """The known key most like an unknown one, by whole name and by last part (a key in the wrong section)."""
+    known = known_keys()
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    last_parts = {name.rpartition(".")[2]: name for name in known}
+    by_last = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
+    return found[0] if found else last_parts[by_last[0]] if by_last else None
+
+
+def _explain(error: ValidationError) -> str:
+    """One message for the first problem; an unknown key comes first, since it often explains the others."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        nearest = _nearest_key(key)
+        hint = f"did you mean {nearest!r}?" if nearest else f"known keys: {', '.join(known_keys())}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing; add it"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{key} = {json.dumps(problem['input'])}: {problem['msg']}"

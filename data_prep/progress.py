@@ -1,0 +1,54 @@
+"""Progress on stderr: a byte bar with an ETA, and a heartbeat for work that cannot report its own
+progress."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+# A terminal is redrawn 5 times a second; a log file (SLURM) gets one line every 15 s instead of thousands.
+TERMINAL_INTERVAL_SECONDS = 0.2
+LOG_INTERVAL_SECONDS = 15.0
+
+
+def _interval_seconds() -> float:
+    return TERMINAL_INTERVAL_SECONDS if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
+
+
+def byte_bar(*, total: int, description: str, enabled: bool = True) -> "tqdm[Any]":
+    """A tqdm bar that counts bytes; use it as a context manager and call `update(number_of_bytes)`."""
+    interval = _interval_seconds()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        maxinterval=max(interval, 10.0),
+        disable=not enabled,
+    )
+
+
+@contextlib.contextmanager
+def heartbeat(description: str) -> Iterator[None]:
+    """Says what started, how long it has been running (every 15 s), and how long it took."""
+    started = time.monotonic()
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(LOG_INTERVAL_SECONDS):
+            print(f"{description}: {time.monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    print(f"{description} ...", file=sys.stderr, flush=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    print(f"{description}: done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""What a user sees of prepared data: verification table, statistics, documents."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep.shard_format import SPLITS, Manifest, ShardIndex
+from data_prep.shard_reader import SplitReader
+from data_prep.tokenizer import TextTokenizer
+
+QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Plain text columns: first column left, others right; integers get thousands separators."""
+    cells = [list(header)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def verify(manifest: Manifest) -> None:
+    """Checks everything, every byte included, and prints one row per shard. Raises DataError at the first
+    mismatch."""
+    started = time.monotonic()
+    manifest.check("full", progress=True)
+    rows = [
+        (e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok")
+        for s in SPLITS
+        for e in manifest.split(s)
+    ]
+    print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
+    tokenizer = manifest.tokenizer
+    print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}, ok")
+    print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
+
+
+def stats(manifest: Manifest) -> None:
+    """Prints totals of each split and the distribution of tokens per document (EOS not counted)."""
+    totals = []
+    lengths = []
+    for split, sums in manifest.totals.items():
+        ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
+        totals.append(
+            (split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio)
+        )
+        if sums.documents:
+            tokens = _document_tokens(manifest, split)
+            quantiles = np.quantile(tokens, list(QUANTILES.values()), method="lower")
+            lengths.append((split, *(int(q) for q in quantiles), f"{tokens.mean():.1f}"))
+    print(table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
+    print()
+    print("tokens per document")
+    print(table(("split", *QUANTILES, "mean"), lengths))
+
+
+def _document_tokens(manifest: Manifest, split: str) -> np.ndarray:
+    """int64 [documents]: ids of every document of a split, EOS not counted; from the indexes alone."""
+    parts = []
+    for entry in manifest.split(split):
+        starts = ShardIndex.load(manifest, entry).document_start
+        parts.append(np.diff(starts, append=entry.tokens) - 1)
+    return np.concatenate(parts)
+
+
+def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
+    """Prints documents decoded from the shards. Raises DataError for an unknown split or number."""
+    manifest.check("size")
+    tokenizer = TextTokenizer.load(manifest.folder / manifest.tokenizer.file)
+    with SplitReader(manifest, split, verify_on_first_read=True) as reader:
+        for number in range(index, index + count):
+            ids = reader.document(number)
+            print(f"=== {split} document {number} of {reader.num_documents:,}: {len(ids):,} tokens ===")
+            print(tokenizer.decode(ids))

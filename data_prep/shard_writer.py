@@ -1,0 +1,184 @@
+"""Writing shards and manifests. The same tokens and settings give the same bytes, on any machine at any time.
+
+The tar headers are written here and not by webdataset: its default mtime is a float, which adds a 1 KB PAX
+header to every member and a different sha256 to every run.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.shard_format import (
+    INDEX_SUFFIX,
+    MANIFEST_FILE,
+    MEMBER_SUFFIX,
+    TAR_BLOCK_BYTES,
+    Manifest,
+    ShardEntry,
+    ShardIndex,
+    SplitTotals,
+    manifest_digest,
+)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees all of it or none: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: Path, body: dict[str, Any]) -> Manifest:
+    """Adds the digest to a manifest body (JSON types only), writes it atomically and loads it back,
+    validated."""
+    body = {**body, "digest": manifest_digest(body)}
+    write_atomically(folder / MANIFEST_FILE, (json.dumps(body, indent=2) + "\n").encode("ascii"))
+    return Manifest.load(folder)
+
+
+class _ShardFile:
+    """One tar being written under a temporary name; `finish` gives it its own name and writes its index."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self._folder = folder
+        self._name = name
+        self._dtype = dtype.newbyteorder("<")
+        self._temporary = folder / f".{name}.tar.tmp"
+        self._stream = self._temporary.open("wb")
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self._member_offset: list[int] = []
+        self._member_tokens: list[int] = []
+        self.document_start: list[int] = []
+        self.tokens = 0  # appended so far, members not yet written included
+
+    def write_member(self, tokens: np.ndarray) -> None:
+        """Appends one member: tokens [n] of the shard's dtype."""
+        data = tokens.astype(self._dtype, copy=False).tobytes()
+        header = tarfile.TarInfo(f"{self._name}-{len(self._member_tokens):06d}{MEMBER_SUFFIX}")
+        header.size, header.mtime, header.uid, header.gid, header.mode = len(data), 0, 0, 0, 0o644
+        self._append(header.tobuf(tarfile.USTAR_FORMAT))
+        self._member_offset.append(self._bytes)
+        self._member_tokens.append(len(tokens))
+        self._append(data)
+        self._append(b"\0" * (-len(data) % TAR_BLOCK_BYTES))
+
+    def _append(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+
+    def finish(self) -> ShardEntry:
+        """Ends the tar (two zero blocks), renames it and writes the index."""
+        self._append(b"\0" * (2 * TAR_BLOCK_BYTES))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        index = ShardIndex(
+            member_offset=np.array(self._member_offset, np.int64),
+            member_tokens=np.array(self._member_tokens, np.int64),
+            document_start=np.array(self.document_start, np.int64),
+        ).to_bytes()
+        write_atomically(self._folder / f"{self._name}{INDEX_SUFFIX}", index)
+        os.replace(self._temporary, self._folder / f"{self._name}.tar")
+        return ShardEntry(
+            file=f"{self._name}.tar",
+            bytes=self._bytes,
+            sha256=self._hash.hexdigest(),
+            tokens=self.tokens,
+            documents=len(self.document_start),
+            index_file=f"{self._name}{INDEX_SUFFIX}",
+            index_bytes=len(index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+    def discard(self) -> None:
+        """Drops an unfinished tar."""
+        self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class SplitWriter:
+    """Writes the documents of one split into shards NAME-00000.tar, NAME-00001.tar, ...
+
+    A shard closes after the document that takes it to `tokens_per_shard` or beyond, so documents never span
+    shards. Memory: one member (`tokens_per_member` ids) and the document starts of one shard.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        dtype: np.dtype[Any],
+        eos_id: int,
+        tokens_per_shard: int,
+        tokens_per_member: int,
+    ) -> None:
+        self._folder = folder
+        self._split = split
+        self._eos = np.array([eos_id], dtype)
+        self._tokens_per_shard = tokens_per_shard
+        self._member = np.empty(tokens_per_member, dtype)
+        self._fill = 0  # ids in self._member
+        self._shard: _ShardFile | None = None
+        self._entries: list[ShardEntry] = []
+        self._text_bytes = 0
+
+    def add_document(self, tokens: np.ndarray, *, text_bytes: int) -> None:
+        """Appends one document: integer ids [n] without EOS (n may be 0); `text_bytes` is the UTF-8 size of
+        its text."""
+        if self._shard is None:
+            name = f"{self._split}-{len(self._entries):05d}"
+            self._shard = _ShardFile(self._folder, name, self._eos.dtype)
+        self._shard.document_start.append(self._shard.tokens)
+        self._append(self._shard, tokens)
+        self._append(self._shard, self._eos)
+        self._text_bytes += text_bytes
+        if self._shard.tokens >= self._tokens_per_shard:
+            self._close_shard()
+
+    def _append(self, shard: _ShardFile, tokens: np.ndarray) -> None:
+        shard.tokens += len(tokens)
+        while len(tokens):
+            taken = min(len(tokens), len(self._member) - self._fill)
+            self._member[self._fill : self._fill + taken] = tokens[:taken]
+            self._fill += taken
+            tokens = tokens[taken:]
+            if self._fill == len(self._member):
+                self._flush(shard)
+
+    def _flush(self, shard: _ShardFile) -> None:
+        if self._fill:
+            shard.write_member(self._member[: self._fill])
+            self._fill = 0
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._flush(self._shard)
+            self._entries.append(self._shard.finish())
+            self._shard = None
+
+    def finish(self) -> tuple[list[ShardEntry], SplitTotals]:
+        """Closes the last shard; the entries in order and their sums."""
+        self._close_shard()
+        totals = SplitTotals(
+            documents=sum(entry.documents for entry in self._entries),
+            tokens=sum(entry.tokens for entry in self._entries),
+            text_bytes=self._text_bytes,
+        )
+        return self._entries, totals
+
+    def discard(self) -> None:
+        """Drops the shard that is being written; finished shards stay."""
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
