@@ -1,0 +1,21 @@
+"""Shared fixtures: one prepared data set of generated text for the whole session."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch: two ranks with two threads each on two cores mostly wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import prepare_corpus
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with manifest.json, tokenizer and shards: about 60,000 training tokens, vocabulary 400."""
+    return prepare_corpus(tmp_path_factory.mktemp("corpus"))

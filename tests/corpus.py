@@ -1,0 +1,43 @@
+"""A small prepared corpus for tests: generated documents in C4 format, through the real data_prep."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+from data_prep.cli import main as data_prep
+
+VOCAB_SIZE = 400
+
+
+def write_dump(path: Path, *, documents: int, seed: int) -> None:
+    """A C4-format json.gz of sentences drawn from a skewed vocabulary of 200 invented words."""
+    draw = random.Random(seed)
+    letters = random.Random(0)
+    words = ["".join(letters.choice("abcdefghijklmnoprstuvw") for _ in range(letters.randint(2, 8))) for _ in range(200)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for number in range(documents):
+            sentences = [" ".join(draw.choices(words, weights, k=draw.randint(4, 12))) for _ in range(draw.randint(2, 8))]
+            row = {"text": ".\n".join(sentences), "timestamp": "2024-01-01T00:00:00Z", "url": f"urn:test:{number}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def prepare_corpus(folder: Path, *, seed: int = 0, name: str = "prepared") -> Path:
+    """Writes dumps under `folder` and prepares them; returns the folder of the manifest."""
+    write_dump(folder / "c4-train.json.gz", documents=800, seed=seed)
+    write_dump(folder / "c4-validation.json.gz", documents=60, seed=seed + 1)
+    config = {
+        "input": [str(folder / "c4-train.json.gz")],
+        "validation_input": [str(folder / "c4-validation.json.gz")],
+        "output": str(folder / name),
+        "workers": 1,
+        "tokenizer": {"vocab_size": VOCAB_SIZE},
+        # Several shards and members, so that windows cross their borders.
+        "shard": {"tokens_per_shard": 24_000, "tokens_per_member": 5_000},
+    }
+    (folder / "data.json").write_text(json.dumps(config))
+    assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
+    return folder / name

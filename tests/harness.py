@@ -1,0 +1,101 @@
+"""Runs a function on N forked gloo ranks in seconds: torch and deepspeed are imported once, in a fork server that never
+computes (a process that has run OpenMP or autograd threads must not fork)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.harness_preload"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not finish in time; holds the first rank's traceback."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 240.0) -> list[Any]:
+    """Calls `function(rank, *args)` on every rank inside a gloo process group; returns the results in rank order.
+
+    `function` and its results must be picklable by reference (module level). Every rank runs with one thread. If one
+    fails or the time is over, the others are killed and RankFailed shows what happened.
+    """
+    port = _free_port()
+    ranks = []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank_main, args=(sender, function, rank, world_size, port, args), daemon=True)
+        process.start()
+        sender.close()
+        ranks.append((process, receiver))
+    deadline = time.monotonic() + timeout_seconds
+    results: list[Any] = []
+    try:
+        for rank, (process, receiver) in enumerate(ranks):
+            while not receiver.poll(0.2):
+                _raise_if_failed(ranks)
+                if time.monotonic() > deadline:
+                    raise RankFailed(f"rank {rank} of {world_size} did not finish within {timeout_seconds:.0f} s")
+            succeeded, value = _receive(receiver, rank)
+            if not succeeded:
+                raise RankFailed(f"rank {rank} of {world_size} failed:\n{value}")
+            results.append(value)
+            process.join(max(1.0, deadline - time.monotonic()))
+        return results
+    finally:
+        for process, _ in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _raise_if_failed(ranks: list[tuple[Any, Any]]) -> None:
+    for rank, (process, receiver) in enumerate(ranks):
+        if process.exitcode not in (None, 0):
+            value = _receive(receiver, rank)[1] if receiver.poll() else f"exit code {process.exitcode}"
+            raise RankFailed(f"rank {rank} failed:\n{value}")
+
+
+def _receive(receiver: Any, rank: int) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        return False, f"rank {rank} died without a word"
+
+
+def _send(sender: Any, result: tuple[bool, Any]) -> None:
+    # Plain pickle copies tensors; multiprocessing's own would leave them in shared memory of a process that exits.
+    sender.send_bytes(pickle.dumps(result))
+
+
+def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+    )
+    code = 1
+    try:
+        from pretrain.device import Ranks, start, stop
+
+        start(Ranks.from_environment(), threads=1)
+        result = function(rank, *args)
+        stop()
+        _send(sender, (True, result))
+        code = 0
+    except BaseException:
+        _send(sender, (False, traceback.format_exc()))
+    finally:
+        sender.close()
+        os._exit(code)  # no exit handlers of libraries that were imported before the fork
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

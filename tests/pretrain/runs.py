@@ -1,0 +1,136 @@
+"""Small runs for tests: a configuration, the real trainer on N ranks, and the same training in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import model.routing
+from data_prep.shard_format import Manifest
+from model.language_model import build_model, routing_statistics
+from pretrain.config import Config
+from pretrain.config_io import apply_override, parse_config
+from pretrain.data import TrainingStream, WindowReader
+from pretrain.engine import parallel_context
+from pretrain.loop import build_trainer
+from pretrain.schedule import learning_rate
+from tests.corpus import VOCAB_SIZE
+
+
+def small_config(prepared: Path, *overrides: str) -> Config:
+    """SwitchAll with two odd-sized layers, 8 sequences of 16 tokens a step, fp32, clipping active, regulariser on."""
+    tree: dict[str, Any] = {
+        "model": {
+            "d_model": 24, "num_layers": 2, "vocab_size": VOCAB_SIZE, "sequence_length": 16,
+            "attention": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
+            "feedforward": {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2,
+                            "entropy_weight": 0.05},
+        },
+        "data": {"manifest": str(prepared)},
+        "batch": {"global_sequences": 8, "micro_sequences": 2},
+        "optimizer": {"learning_rate": 0.01, "clip_norm": 0.5},
+        "schedule": {"warmup_steps": 3},
+        "train": {"steps": 30, "precision": "fp32", "seed": 2},
+        "evaluate": {"sequences": 24},
+        "monitor": {"tensorboard": False},
+    }
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
+
+
+@dataclass
+class Trace:
+    """What a run computed: per step loss and gradient norm; per parameter the gradient of chosen steps; weights."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    smallest_margin: float = float("inf")
+
+
+def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: tuple[int, ...]) -> list[Trace]:
+    """Runs every configuration on this gloo group, through the real trainer; gradients are copied before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    traces = []
+    for config in configs:
+        manifest = Manifest.load(config.data.manifest)
+        trainer = build_trainer(config, manifest, parallel_context(), torch.device("cpu"), None)
+        trace = Trace()
+        engine = trainer.engine
+        engine_step = engine.step
+        for step in range(steps):
+            def capture(step: int = step) -> None:
+                if step in gradient_steps and engine.is_gradient_accumulation_boundary():
+                    trace.gradients[step] = {
+                        name: safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
+                        for name, p in engine.module.named_parameters()
+                    }
+                engine_step()
+
+            engine.step = capture
+            sums, norm = trainer.step(step)
+            trace.losses.append(sums.loss)
+            trace.grad_norms.append(norm)
+        engine.step = engine_step
+        engine.destroy()
+        traces.append(trace)
+    return traces if rank == 0 else []
+
+
+def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
+    """The same training without DeepSpeed, ranks or micro-steps: one global batch a step, torch AdamW, torch clipping.
+
+    Micro-step regularisers cannot be had from one batch: config.batch.micro_sequences sequences (times nothing) are one
+    micro-step here.
+    """
+    manifest = Manifest.load(config.data.manifest)
+    reader = WindowReader(manifest, "train", config.model.sequence_length, verify_on_first_read=True)
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1)
+    network = build_model(config.model, seed=config.train.seed)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    trace, original = Trace(), model.routing.top_k
+
+    def measured(scores: torch.Tensor, k: int) -> torch.Tensor:
+        ordered = scores.sort(dim=-1, descending=True).values
+        if k < scores.shape[-1]:
+            trace.smallest_margin = min(trace.smallest_margin, float((ordered[..., k - 1] - ordered[..., k]).min()))
+        return original(scores, k)
+
+    model.routing.top_k = measured
+    try:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            losses = []
+            for micro_step in range(stream.micro_steps):
+                batch = stream.batch(step, micro_step, torch.device("cpu"))
+                objective, sequence_loss = network(batch.tokens, batch.targets, batch.sequence_index)
+                (objective / stream.micro_steps).backward()
+                losses.append(float(sequence_loss.mean()))
+            for _, statistics in routing_statistics(network):
+                statistics.finish_step()
+            if step in gradient_steps:
+                trace.gradients[step] = {n: p.grad.clone() for n, p in network.named_parameters()}
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
+            trace.losses.append(sum(losses) / len(losses))
+            trace.grad_norms.append(float(norm))
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        model.routing.top_k = original
+    return trace
+
+
+def gradient_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||g - g_ref|| / ||g_ref||, absolute where the norm is below 1e-8."""
+    norm = float(reference.norm())
+    error = float((value - reference).norm())
+    return error / norm if norm > 1e-8 else error
