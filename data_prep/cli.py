@@ -89,7 +89,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data_prep",
-        description="Turns raw C4 and peS2o dumps into a SentencePiece model, webdataset shards and a manifest.",
+        description="Turns raw C4 and peS2o dumps into a SentencePiece model and webdataset shards.",
         epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
         allow_abbrev=False,
     )

@@ -66,8 +66,9 @@ class ShardConfig(_Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> "ShardConfig":
         if self.tokens_per_member > self.tokens_per_shard:
+            member = self.tokens_per_member
             raise ValueError(
-                f"tokens_per_member {self.tokens_per_member} must not exceed tokens_per_shard {self.tokens_per_shard}"
+                f"tokens_per_member {member} is more than tokens_per_shard {self.tokens_per_shard}"
             )
         return self
 

@@ -108,19 +108,19 @@ def _find(key: str, patterns: tuple[str, ...]) -> list[Path]:
     """Files in the order of the patterns, each pattern sorted; every pattern must find something."""
     files: list[Path] = []
     for pattern in patterns:
-        for root in (Path(), REPOSITORY):
-            # A name that exists is meant literally, even with [brackets] in it.
-            whole = root / pattern
-            found = [str(whole)] if whole.exists() else sorted(glob.glob(str(whole), recursive=True))
-            matched = [Path(name) for name in found if Path(name).is_file()]
-            if matched:
-                break
-        else:
-            what = (
-                "is a folder; name its files, for example with a glob"
-                if whole.is_dir()
-                else "matches no file"
-            )
+        found = _match(Path(), pattern) or _match(REPOSITORY, pattern)
+        matched = [path for path in found if path.is_file()]
+        if not matched:
+            what = "is a folder; name its files, for example with a glob" if found else "matches no file"
             raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY})")
         files += matched
     return files
+
+
+def _match(root: Path, pattern: str) -> list[Path]:
+    """What a pattern finds below a root, sorted. A name that exists is meant literally, even with
+    [brackets]."""
+    whole = root / pattern
+    return (
+        [whole] if whole.exists() else [Path(name) for name in sorted(glob.glob(str(whole), recursive=True))]
+    )

@@ -210,7 +210,7 @@ def is_up_to_date(plan: Plan, *, force: bool) -> bool:
     changed = difference(plan, manifest)
     if changed:
         raise DataError(
-            f"{plan.output} holds other prepared data: {changed}; choose another `output`, or rebuild it with --force"
+            f"{plan.output} holds other data: {changed}; choose another `output`, or rebuild it with --force"
         )
     manifest.check("size")
     return True

@@ -4,11 +4,11 @@ A prepared folder holds
 
     train-00000.tar              a webdataset tar; its members train-00000-000000.tok.bin, ... are token ids,
                                  little-endian uint16 (uint32 when vocab_size > 65,536). Every document ends
-                                 with EOS and may span members; a shard starts with a document and ends with EOS.
+                                 with EOS and may span members; a shard starts with a document, ends with EOS.
     train-00000.idx.safetensors  int64 member_offset [members]: byte offset of a member's data in the tar,
                                  int64 member_tokens [members], int64 document_start [documents] in tokens.
     tokenizer.model              the SentencePiece model that made the ids
-    manifest.json                sizes and sha256 of all of these, totals, provenance, own digest; written last
+    manifest.json                sizes and sha256 of all these, totals, provenance, own digest; written last
 
 All of it is data: JSON, raw integers and safetensors, never pickle. Imports: numpy, safetensors and pydantic.
 """
@@ -210,7 +210,7 @@ class Manifest(_Record):
             raw = file.read_bytes()
         except FileNotFoundError:
             raise DataError(
-                f"no prepared data: {file} does not exist; make it with `python -m data_prep run --config CONFIG`"
+                f"no prepared data: no file {file}; make it with `python -m data_prep run --config CONFIG`"
             ) from None
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror}") from None
@@ -220,7 +220,7 @@ class Manifest(_Record):
         for name in [manifest.tokenizer.file, *manifest._shard_files()]:
             if not (root / name).resolve().is_relative_to(root):
                 raise DataError(
-                    f"{file}: {name} leads out of the folder of the manifest (a link?); store the file inside it"
+                    f"{file}: {name} leads out of the manifest's folder (a link?); store the file inside it"
                 )
         return manifest
 
@@ -244,7 +244,7 @@ class Manifest(_Record):
         found = manifest_digest(body)
         if found != manifest.digest:
             raise DataError(
-                f"{file} was edited: its digest says {manifest.digest}, its content hashes to {found}; {REBUILD}"
+                f"{file} was edited: its digest is {manifest.digest}, its content has {found}; {REBUILD}"
             )
         return manifest
 
@@ -369,7 +369,7 @@ class ShardIndex:
         # next.
         gaps = offset - np.concatenate([np.zeros(1, np.int64), end[:-1]])
         if gaps.min() < TAR_BLOCK_BYTES or (offset % TAR_BLOCK_BYTES).any() or end[-1] > entry.bytes:
-            return f"member offsets overlap, are off the tar blocks or leave the {entry.bytes} bytes of the shard"
+            return f"member offsets overlap, are off the tar blocks or leave the shard of {entry.bytes} bytes"
         if len(document) != entry.documents:
             return f"{len(document)} document starts, the manifest says {entry.documents}"
         if document[0] != 0 or (np.diff(document) < 1).any() or document[-1] >= entry.tokens:

@@ -100,11 +100,6 @@ class _ShardFile:
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
 
-    def discard(self) -> None:
-        """Drops an unfinished tar."""
-        self._stream.close()
-        self._temporary.unlink(missing_ok=True)
-
 
 class SplitWriter:
     """Writes the documents of one split into shards NAME-00000.tar, NAME-00001.tar, ...
@@ -176,9 +171,3 @@ class SplitWriter:
             text_bytes=self._text_bytes,
         )
         return self._entries, totals
-
-    def discard(self) -> None:
-        """Drops the shard that is being written; finished shards stay."""
-        if self._shard is not None:
-            self._shard.discard()
-            self._shard = None

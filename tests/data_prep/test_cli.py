@@ -1,0 +1,94 @@
+"""The command line as a user sees it: output, one-line errors, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.config import REPOSITORY
+from tests.data_prep.conftest import Corpus
+
+
+def test_show_prints_documents_of_both_splits(
+    corpus: Corpus, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(prepared), "--split", "train", "--index", "3", "--count", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "=== train document 3 of 189" in out
+    assert corpus.train[3] in out
+    assert corpus.train[4] in out
+    config = corpus.write_config(prepared.parent / "config.json", output=str(prepared))
+    assert main(["show", "--config", str(config), "--split", "validation"]) == 0
+    assert corpus.validation[0] in capsys.readouterr().out
+
+
+def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(prepared)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == [
+        "split",
+        "shards",
+        "documents",
+        "tokens",
+        "text",
+        "bytes",
+        "bytes/token",
+    ]
+    assert out.splitlines()[1].split()[:3:2] == ["train", "189"]
+    assert "p50" in out
+    assert main(["verify", str(prepared)]) == 0
+    out = capsys.readouterr().out
+    assert "train-00000.tar" in out
+    assert "manifest digest" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["show", "{data}", "--index", "189"], "no document 189: the split has 189"),
+        (["show", "{data}", "--index", "-1"], "argument --index: expected"),
+        (
+            ["show", "{data}", "--count", "0"],
+            "argument --count: expected a whole number of at least 1, not '0'",
+        ),
+        (["show", "{data}", "--split", "test"], "argument --split: invalid choice"),
+        (["verify"], "verify needs either the FOLDER of prepared data or --config CONFIG"),
+        (["stats", "nowhere"], "no prepared data"),
+        (["run"], "the following arguments are required: --config"),
+        (["run", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
+        (["bake"], "invalid choice: 'bake'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_2(
+    prepared: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        code = main([argument.format(data=prepared) for argument in arguments])
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_verify_fails_on_a_damaged_shard(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = prepared / "train-00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    for command in ("verify", "show"):
+        assert main([command, str(prepared)]) == 2
+        assert "train-00000.tar does not match the manifest: expected sha256" in capsys.readouterr().err
+
+
+def test_the_module_runs_from_a_shell_and_a_closed_pipe_is_no_error(prepared: Path) -> None:
+    show = f"{sys.executable} -m data_prep show {prepared} --count 150 | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", show], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("=== train document 0 of 189")

@@ -1,0 +1,139 @@
+"""Configs: each mistake is one message with the key and the fix; paths are found by the documented rule."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.config import REPOSITORY, DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
+from data_prep.plan import make_plan
+from data_prep.shard_format import DataError
+from tests.data_prep.conftest import c4_line, write_dump
+
+
+def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"input": "a.json.gz", "output": "out", **body}))
+    return load_config(path, list(overrides))
+
+
+@pytest.mark.parametrize(
+    "body, overrides, message",
+    [
+        ({"wokers": 2}, [], "unknown key 'wokers'; did you mean 'workers'?"),
+        (
+            {"shard": {"tokens_per_shart": 2}},
+            [],
+            "'shard.tokens_per_shart'; did you mean 'shard.tokens_per_shard'?",
+        ),
+        ({"vocab_size": 2}, [], "unknown key 'vocab_size'; did you mean 'tokenizer.vocab_size'?"),
+        ({"zzz": 2}, [], "unknown key 'zzz'; known keys: input, validation_input"),
+        ({}, ["tokenizer.vocabsize=9000"], "did you mean 'tokenizer.vocab_size'?"),
+        ({}, ["workers"], "--set workers: write it as key=value"),
+        ({}, ["output.x=1"], "--set output.x=1: 'output' holds no keys"),
+        ({"workers": True}, [], "workers = true: Input should be a valid integer"),
+        ({"workers": -1}, [], "workers = -1: Input should be greater than or equal to 0"),
+        ({"validation_fraction": 1}, [], "validation_fraction = 1: Input should be less than 1"),
+        ({"format": "csv"}, [], "format = \"csv\": Input should be 'auto', 'c4' or 'pes2o'"),
+        (
+            {"tokenizer": {"type": "word"}},
+            [],
+            "tokenizer.type = \"word\": Input should be 'bpe' or 'unigram'",
+        ),
+        (
+            {"tokenizer": {"split_digits": "yes"}},
+            [],
+            'tokenizer.split_digits = "yes": Input should be a valid boolean',
+        ),
+        ({"input": []}, [], "input = []"),
+        ({"input": [3]}, [], "input.0 = 3: Input should be a valid string"),
+        ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
+    ],
+)
+def test_every_mistake_is_one_message(
+    tmp_path: Path, body: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        load(tmp_path, body, *overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(DataError, match=r"cannot read the config .*config\.json: No such file"):
+        load_config(path, [])
+    for text, message in [
+        ("{", "Expecting"),
+        ("[]", "is a JSON object, not list"),
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_config(path, [])
+    path.write_text('{"output": "x"}')
+    with pytest.raises(DataError, match="key 'input' is missing"):
+        load_config(path, [])
+
+
+def test_overrides_are_json_or_strings(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, {}, "tokenizer.split_digits=false", "shard.tokens_per_member=7", "input=b.gz", "workers=3"
+    )
+    assert config.tokenizer.split_digits is False
+    assert (config.shard.tokens_per_member, config.input, config.workers) == (7, ("b.gz",), 3)
+
+
+def test_every_key_is_documented() -> None:
+    assert {
+        "input",
+        "validation_input",
+        "workers",
+        "tokenizer.sample_bytes",
+        "shard.tokens_per_member",
+    } <= set(known_keys())
+    for section in (DataConfig, TokenizerConfig, ShardConfig):
+        assert all(field.description for field in section.model_fields.values())
+
+
+@pytest.mark.parametrize("name", ["sample", "c4", "pes2o"])
+def test_shipped_configs_are_valid_and_write_below_the_repository_root(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = REPOSITORY / "configs" / "data" / f"{name}.json"
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path, []).output == str(REPOSITORY / "data" / name)
+    assert load_config(path, ["output=here"]).output == "here"
+    assert load_config(path, []).tokenizer.vocab_size == 8000
+
+
+def test_inputs_are_found_here_and_then_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data_prep.plan.REPOSITORY", tmp_path / "repository")
+    for name in ("b", "a"):
+        write_dump(tmp_path / "repository" / "raw" / f"{name}.json.gz", [c4_line(name)])
+    config = load(tmp_path, {"input": "raw/*.json.gz"})
+    assert [source.path.name for source in make_plan(config).sources] == ["a.json.gz", "b.json.gz"]
+    assert make_plan(config).sources[0].path.is_relative_to(tmp_path / "repository")
+    write_dump(tmp_path / "raw" / "c.json.gz", [c4_line("c")])
+    plan = make_plan(config)
+    assert [source.path for source in plan.sources] == [Path("raw/c.json.gz")]
+    assert plan.output == tmp_path / "out"
+
+
+def test_input_mistakes_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dump(tmp_path / "raw" / "a.json.gz", [c4_line("a")])
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"input": "none/*.gz"}, r"input: 'none/\*\.gz' matches no file"),
+        ({"input": "raw"}, "input: 'raw' is a folder; name its files"),
+        ({"input": ["raw/a.json.gz", "raw/*.gz"]}, r"a\.json\.gz is matched twice, by `input` and `input`"),
+        ({"input": "raw/*", "validation_input": "raw/*"}, "matched twice, by `input` and `validation_input`"),
+        ({"input": "raw/*", "tokenizer": {"model": "no.model"}}, r"tokenizer\.model: no file no\.model"),
+    ]
+    for body, message in mistakes:
+        with pytest.raises(DataError, match=message):
+            make_plan(load(tmp_path, body))

@@ -1,0 +1,251 @@
+"""The whole preparation: what comes back, that it is reproducible, and that it never leaves a false
+manifest."""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import prepare
+from data_prep.cli import main
+from data_prep.config import REPOSITORY
+from data_prep.shard_format import Manifest
+from data_prep.shard_reader import SplitReader
+from data_prep.tokenizer import TextTokenizer
+from tests.data_prep.conftest import Corpus, c4_line, write_dump
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """sha256 of every file but run.json, which tells time and host."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "run.json"
+    }
+
+
+def decoded(manifest: Manifest, split: str) -> list[str]:
+    tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
+    with SplitReader(manifest, split, verify_on_first_read=True) as reader:
+        return [tokenizer.decode(reader.document(number)) for number in range(reader.num_documents)]
+
+
+def test_every_document_comes_back_in_order(corpus: Corpus, manifest: Manifest) -> None:
+    assert decoded(manifest, "train") == corpus.train
+    assert decoded(manifest, "validation") == corpus.validation
+
+
+def test_manifest_totals_and_provenance(corpus: Corpus, manifest: Manifest) -> None:
+    for split, texts in [("train", corpus.train), ("validation", corpus.validation)]:
+        totals = manifest.model_dump()["totals"][split]
+        assert totals["documents"] == len(texts)
+        assert totals["text_bytes"] == sum(len(text.encode()) for text in texts)
+        assert totals["tokens"] == manifest.num_tokens(split)
+    inputs = manifest.provenance.inputs
+    assert [(record.name, record.format, record.split, record.documents) for record in inputs] == [
+        ("c4-train.00000-of-00002.json.gz", "c4", "train", 63),
+        ("c4-train.00001-of-00002.json.gz", "c4", "train", 63),
+        ("train-00000.json.gz", "pes2o", "train", 63),
+        ("c4-validation.00000.json.gz", "c4", "validation", 63),
+        ("valid-00000.json.gz", "pes2o", "validation", 63),
+    ]
+    stored = (corpus.folder / "c4" / inputs[0].name).read_bytes()
+    assert (inputs[0].bytes, inputs[0].sha256) == (len(stored), hashlib.sha256(stored).hexdigest())
+    assert manifest.provenance.versions.keys() == {
+        "data_prep",
+        "python",
+        "numpy",
+        "safetensors",
+        "sentencepiece",
+    }
+    assert str(corpus.folder) not in (manifest.folder / "manifest.json").read_text()
+    assert (manifest.dtype, manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id) == ("uint16", 500, 1)
+
+
+def test_two_workers_another_folder_and_two_steps_give_the_same_bytes(
+    corpus: Corpus, prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with tiny chunks, so that both workers are busy and results must be put back in order."""
+    monkeypatch.setattr("data_prep.documents.RawFile.chunks.__kwdefaults__", {"chunk_bytes": 2000})
+    (tmp_path / "moved").symlink_to(corpus.folder)
+    moved = {
+        key: [pattern.replace(str(corpus.folder), str(tmp_path / "moved")) for pattern in corpus.config[key]]
+        for key in ("input", "validation_input")
+    }
+    config = corpus.write_config(tmp_path / "c.json", workers=2, output=str(tmp_path / "two"), **moved)
+    assert main(["tokenizer", "--config", str(config)]) == 0
+    assert outputs(tmp_path / "two").keys() == {"tokenizer.model", "tokenizer.json"}
+    assert main(["shard", "--config", str(config)]) == 0
+    assert outputs(tmp_path / "two") == outputs(prepared_once)
+
+
+def run(config: Path, *extra: str, command: str = "run") -> int:
+    return main([command, "--config", str(config), *extra])
+
+
+@pytest.fixture
+def config(corpus: Corpus, prepared: Path, tmp_path: Path) -> Path:
+    """The config that made `prepared`."""
+    return corpus.write_config(tmp_path / "config.json", output=str(prepared))
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_second_run_is_up_to_date_whatever_the_workers(
+    config: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    assert run(config, "--set", "workers=2") == 0
+    assert "up to date" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
+
+
+def test_other_settings_are_refused_and_force_rebuilds(
+    config: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ("--set", "shard.tokens_per_shard=40000")
+    assert run(config, *change) == 2
+    error = one_error(capsys)
+    assert "`shard` was" in error
+    assert "--force" in error
+    old = set(outputs(prepared))
+    assert run(config, *change, "--force") == 0
+    assert len(Manifest.load(prepared).split("train")) == 1
+    assert set(outputs(prepared)) < old  # shards of the former data are gone
+    Manifest.load(prepared).check("full")
+
+
+def test_other_raw_files_are_refused(
+    corpus: Corpus, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(corpus.folder.glob("*/*.gz"))
+    for path in names:
+        (tmp_path / "raw" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / path.parent.name / path.name).write_bytes(path.read_bytes())
+    body = json.loads(json.dumps(corpus.config).replace(str(corpus.folder), str(tmp_path / "raw")))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**body, "output": str(prepared)}))
+    assert run(config) == 0  # the same content elsewhere is the same data
+    changed = tmp_path / "raw" / "c4" / "c4-train.00001-of-00002.json.gz"
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    assert run(config) == 2
+    assert "c4-train.00001-of-00002.json.gz has changed" in one_error(capsys)
+    changed.unlink()
+    assert run(config) == 2
+    assert "made from 5 raw files, there are now 4" in one_error(capsys)
+
+
+def test_a_failing_rebuild_leaves_the_former_data_whole(
+    config: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = outputs(prepared)
+    bad = write_dump(tmp_path / "bad.json.gz", [c4_line("word " * 500)] * 30 + [b"{oops"])
+    model = json.dumps(str(prepared / "tokenizer.model"))
+    for workers in (1, 2):
+        extra = (
+            "--set",
+            f"input={bad}",
+            "--set",
+            f"tokenizer.model={model}",
+            "--set",
+            f"workers={workers}",
+            "--force",
+        )
+        assert run(config, *extra) == 2
+        assert "bad.json.gz:31: not a line of JSON" in one_error(capsys)
+        assert outputs(prepared) == before
+
+
+def test_a_crash_while_publishing_leaves_no_manifest(
+    config: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+    moves: list[Any] = []
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).parent == prepared and len(moves) == 3:
+            raise OSError(28, "No space left on device")
+        if Path(target).parent == prepared:
+            moves.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    assert run(config, "--force") == 2
+    assert not (prepared / "manifest.json").exists()
+    monkeypatch.undo()
+    assert run(config) == 0
+    Manifest.load(prepared).check("full")
+    assert not (prepared / prepare.STAGING).exists()
+
+
+def test_a_second_writer_is_refused(config: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = os.open(prepared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert run(config, "--force") == 2
+    assert "another preparation is writing to" in one_error(capsys)
+    os.close(lock)
+
+
+def test_validation_by_hash_splits_without_loss(corpus: Corpus, prepared: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = {
+        "validation_input": [],
+        "validation_fraction": 0.3,
+        "tokenizer": {"model": str(prepared / "tokenizer.model")},
+    }
+    config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"), **body)
+    assert run(config) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    train, validation = decoded(manifest, "train"), decoded(manifest, "validation")
+    assert sorted(train + validation) == sorted(corpus.train)
+    assert not set(train) & set(validation)
+    assert 0.2 < len(validation) / len(corpus.train) < 0.4
+    assert {record.split for record in manifest.provenance.inputs} == {"hash"}
+    used = manifest.provenance.config["tokenizer"]
+    assert used == {"model_sha256": hashlib.sha256((prepared / "tokenizer.model").read_bytes()).hexdigest()}
+
+
+def test_shard_needs_the_tokenizer_of_this_config(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"))
+    assert run(config, command="shard") == 2
+    assert "no tokenizer in" in one_error(capsys)
+    assert run(config, command="tokenizer") == 0
+    assert run(config, "--set", "tokenizer.vocab_size=450", command="shard") == 2
+    assert "was not made with the `tokenizer` section of this config" in one_error(capsys)
+
+
+def test_no_train_document_is_an_error(
+    corpus: Corpus, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = write_dump(tmp_path / "empty.json.gz", [])
+    tokenizer = {"model": str(prepared / "tokenizer.model")}
+    config = corpus.write_config(
+        tmp_path / "config.json", input=str(empty), output=str(tmp_path / "out"), tokenizer=tokenizer
+    )
+    assert run(config) == 2
+    assert "no document for the train split" in one_error(capsys)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_reading_side_imports_neither_torch_nor_webdataset_nor_sentencepiece() -> None:
+    code = (
+        "import sys, data_prep.shard_reader; "
+        "print(sorted({'torch', 'webdataset', 'sentencepiece', 'tqdm', 'pickle5'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

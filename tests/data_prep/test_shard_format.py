@@ -1,0 +1,234 @@
+"""Every way in which a prepared folder can be wrong is found and named with its fix."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from data_prep.shard_format import DataError, Manifest, dtype_name, manifest_digest
+from data_prep.shard_reader import ShardReader, SplitReader
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edit_manifest(folder: Path, edit: Edit, *, sign: bool = True) -> None:
+    """Changes manifest.json; with `sign` its digest is made right again, so that only the edit itself is
+    wrong."""
+    path = folder / "manifest.json"
+    body = json.loads(path.read_text())
+    edit(body)
+    if sign:
+        body["digest"] = manifest_digest(body)
+    path.write_text(json.dumps(body))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Rewrites the index of the first shard and makes the manifest agree with the new file."""
+    entry = Manifest.load(folder).split("train")[0]
+    arrays = safetensors.numpy.load_file(folder / entry.index_file)
+    change(arrays)
+    data = safetensors.numpy.save(arrays)
+    (folder / entry.index_file).write_bytes(data)
+
+    def edit(body: dict[str, Any]) -> None:
+        body["splits"]["train"][0]["index_bytes"] = len(data)
+        body["splits"]["train"][0]["index_sha256"] = hashlib.sha256(data).hexdigest()
+
+    edit_manifest(folder, edit)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, name", [(2, "uint16"), (8000, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_dtype_is_the_narrowest_that_holds_every_id(vocab_size: int, name: str) -> None:
+    assert dtype_name(vocab_size) == name
+
+
+def test_a_good_folder_passes_both_levels_from_folder_or_file(prepared: Path) -> None:
+    for path in (prepared, prepared / "manifest.json", str(prepared)):
+        manifest = Manifest.load(path)
+        assert manifest.folder == prepared
+        manifest.check("size")
+        manifest.check("full")
+
+
+def test_digest_is_the_hash_of_the_canonical_json_of_the_rest(prepared: Path) -> None:
+    body = json.loads((prepared / "manifest.json").read_text())
+    digest = body.pop("digest")
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    assert digest == hashlib.sha256(canonical).hexdigest() == Manifest.load(prepared).digest
+
+
+def test_missing_shard_is_named(manifest: Manifest) -> None:
+    path = manifest.folder / manifest.split("train")[1].file
+    path.unlink()
+    for refuses in (
+        lambda: manifest.check("size"),
+        lambda: ShardReader(manifest, manifest.split("train")[1], False),
+    ):
+        with pytest.raises(DataError, match=rf"missing file .*{path.name}; prepare the data again"):
+            refuses()
+
+
+def test_truncated_shard_is_named_with_both_sizes(manifest: Manifest) -> None:
+    entry = manifest.split("train")[0]
+    path = manifest.folder / entry.file
+    path.write_bytes(path.read_bytes()[:-512])
+    message = (
+        rf"{entry.file} does not match .* expected bytes {entry.bytes}, found {entry.bytes - 512}; prepare"
+    )
+    with pytest.raises(DataError, match=message):
+        manifest.check("size")
+
+
+def test_flipped_byte_is_found_on_first_read_and_by_the_full_check(manifest: Manifest) -> None:
+    entry = manifest.split("train")[1]
+    path = manifest.folder / entry.file
+    flip_byte(path, 700)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    message = rf"{entry.file} does not match .* sha256 {entry.sha256}, found {found}; prepare"
+    manifest.check("size")
+    with pytest.raises(DataError, match=message):
+        manifest.check("full")
+    first_shard_tokens = manifest.split("train")[0].tokens
+    with SplitReader(manifest, "train", verify_on_first_read=True) as reader:
+        reader.read(0, first_shard_tokens)  # the damaged shard is not touched yet
+        with pytest.raises(DataError, match=message):
+            reader.read(first_shard_tokens - 1, first_shard_tokens + 1)
+
+
+@pytest.mark.parametrize("level", ["size", "full"])
+def test_changed_tokenizer_is_found_at_every_level(manifest: Manifest, level: Any) -> None:
+    flip_byte(manifest.folder / "tokenizer.model", 100)
+    with pytest.raises(DataError, match=r"tokenizer\.model does not match the manifest: expected sha256"):
+        manifest.check(level)
+    (manifest.folder / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=r"missing file .*tokenizer\.model"):
+        manifest.check(level)
+
+
+def test_changed_index_is_found_by_check_and_by_the_reader(manifest: Manifest) -> None:
+    entry = manifest.split("validation")[0]
+    flip_byte(manifest.folder / entry.index_file, entry.index_bytes - 8)
+    for refuses in (lambda: manifest.check("size"), lambda: ShardReader(manifest, entry, False)):
+        with pytest.raises(
+            DataError, match=rf"{entry.index_file} does not match the manifest: expected sha256"
+        ):
+            refuses()
+
+
+def add(name: str, position: int, value: int) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name][position] += value
+
+    return change
+
+
+def replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = np.ascontiguousarray(make(arrays[name]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (add("member_tokens", 0, 1), "members hold"),
+        (add("member_offset", -1, 1 << 30), "leave the shard"),
+        (add("member_offset", 1, 2), "off the tar blocks"),
+        (add("member_offset", 1, -1024), "member offsets overlap"),
+        (add("document_start", 0, 1), "document starts must rise from 0"),
+        (add("document_start", -1, 1 << 40), "document starts must rise from 0"),
+        (replace("document_start", lambda a: a[::-1]), "document starts must rise from 0"),
+        (replace("document_start", lambda a: a[:-1]), r"\d+ document starts, the manifest says"),
+        (replace("member_offset", lambda a: a[:-1]), "member offsets for"),
+        (replace("member_tokens", lambda a: a.astype(np.int32)), "expected the int64 vectors"),
+        (lambda arrays: arrays.pop("document_start"), "expected the int64 vectors"),
+    ],
+)
+def test_an_index_that_does_not_describe_its_shard_is_refused(
+    prepared: Path, change: Callable[[dict[str, np.ndarray]], None], message: str
+) -> None:
+    edit_index(prepared, change)
+    manifest = Manifest.load(prepared)
+    for refuses in (
+        lambda: manifest.check("size"),
+        lambda: ShardReader(manifest, manifest.split("train")[0], False),
+    ):
+        with pytest.raises(
+            DataError, match=rf"train-00000\.idx\.safetensors: .*{message}.*prepare the data again"
+        ):
+            refuses()
+
+
+def set_shard(key: str, value: Any) -> Edit:
+    def edit(body: dict[str, Any]) -> None:
+        body["splits"]["train"][0][key] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (set_shard("file", "../x.tar"), r"splits\.train\.0\.file: .*'\.\./x\.tar' must be relative"),
+        (set_shard("file", "a/../../x.tar"), "must be relative"),
+        (set_shard("file", "/etc/passwd"), "must be relative"),
+        (set_shard("index_file", "..\\x"), "must be relative"),
+        (set_shard("file", ""), "must be relative"),
+        (set_shard("file", "train-00001.tar"), "listed twice"),
+        (set_shard("tokens", "12"), r"splits\.train\.0\.tokens: Input should be a valid integer"),
+        (set_shard("tokens", 12), "totals of split 'train'"),
+        (set_shard("sha256", "ABC"), r"splits\.train\.0\.sha256"),
+        (set_shard("checksum", "x"), r"splits\.train\.0\.checksum: Extra inputs are not permitted"),
+        (lambda body: body.update(colour="red"), "colour: Extra inputs are not permitted"),
+        (lambda body: body.update(format_version=2), "format_version is 2, this code reads 1"),
+        (lambda body: body.pop("format_version"), "format_version is None"),
+        (lambda body: body.update(dtype="uint32"), "dtype, vocab_size and eos_id contradict"),
+        (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
+        (lambda body: body["splits"].pop("validation"), "splits and totals must have exactly the keys"),
+    ],
+)
+def test_a_manifest_that_breaks_a_rule_is_refused(prepared: Path, edit: Edit, message: str) -> None:
+    edit_manifest(prepared, edit)
+    with pytest.raises(DataError, match=rf"manifest\.json: .*{message}.*prepare the data again"):
+        Manifest.load(prepared)
+
+
+def test_an_edited_manifest_is_refused_by_its_digest(prepared: Path) -> None:
+    edit_manifest(prepared, lambda body: body["provenance"]["config"].update(format="c4"), sign=False)
+    with pytest.raises(DataError, match=r"manifest\.json was edited: its digest is"):
+        Manifest.load(prepared)
+
+
+def test_no_manifest_or_no_json_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file .*manifest\.json; make it with `python -m data_prep run"):
+        Manifest.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format_version": 1,')
+    with pytest.raises(DataError, match="is not JSON"):
+        Manifest.load(tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_refused(prepared: Path, tmp_path: Path) -> None:
+    shard = prepared / "train-00000.tar"
+    shard.rename(tmp_path / "elsewhere.tar")
+    shard.symlink_to(tmp_path / "elsewhere.tar")
+    with pytest.raises(DataError, match=r"train-00000\.tar leads out of the manifest's folder"):
+        Manifest.load(prepared)
+
+
+def test_unknown_split_names_the_known_ones(manifest: Manifest) -> None:
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        manifest.split("test")

@@ -1,0 +1,179 @@
+"""Writer and reader against independent references: literal bytes, tarfile, webdataset, numpy."""
+
+import hashlib
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from data_prep.shard_format import DataError, Manifest, ShardIndex, dtype_name
+from data_prep.shard_reader import ShardReader, SplitReader
+from data_prep.shard_writer import SplitWriter, write_manifest
+
+EOS = 1
+
+
+def write_data(
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    vocab_size: int,
+    tokens_per_shard: int,
+    tokens_per_member: int,
+) -> Manifest:
+    """Writes documents as the train split of a complete folder, with a file that stands in for the
+    tokenizer."""
+    folder.mkdir(exist_ok=True)
+    dtype = np.dtype(dtype_name(vocab_size))
+    sizes: dict[str, Any] = {"tokens_per_shard": tokens_per_shard, "tokens_per_member": tokens_per_member}
+    writer = SplitWriter(folder, "train", dtype=dtype, eos_id=EOS, **sizes)
+    for document in documents:
+        writer.add_document(document, text_bytes=7)
+    entries, totals = writer.finish()
+    (folder / "tokenizer.model").write_bytes(b"stand-in")
+    sha256 = hashlib.sha256(b"stand-in").hexdigest()
+    body = {
+        "format_version": 1,
+        "dtype": dtype.name,
+        "tokenizer": {"file": "tokenizer.model", "sha256": sha256, "vocab_size": vocab_size, "eos_id": EOS},
+        "splits": {"train": [entry.model_dump() for entry in entries], "validation": []},
+        "totals": {
+            "train": totals.model_dump(),
+            "validation": {"documents": 0, "tokens": 0, "text_bytes": 0},
+        },
+        "provenance": {"inputs": [], "config": {}, "versions": {}},
+    }
+    return write_manifest(folder, body)
+
+
+def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> list[np.ndarray]:
+    return [rng.integers(2, vocab_size, size=int(rng.integers(0, 400))) for _ in range(count)]
+
+
+def joined(documents: list[np.ndarray]) -> np.ndarray:
+    """The reference: documents one after the other, each followed by EOS."""
+    return np.concatenate([np.append(document, EOS) for document in documents])
+
+
+def test_a_small_shard_byte_for_byte(tmp_path: Path) -> None:
+    """Literal offsets, and a literal sha256: the same on every machine, at any time, for any user."""
+    documents = [np.array([5, 6, 7]), np.array([], np.int64), np.array([8, 9])]
+    manifest = write_data(tmp_path, documents, vocab_size=100, tokens_per_shard=100, tokens_per_member=3)
+    (entry,) = manifest.split("train")
+    index = ShardIndex.load(manifest, entry)
+    assert index.member_offset.tolist() == [512, 1536, 2560]
+    assert index.member_tokens.tolist() == [3, 3, 2]
+    assert index.document_start.tolist() == [0, 4, 5]
+    raw = (tmp_path / entry.file).read_bytes()
+    assert len(raw) == entry.bytes == 3 * 1024 + 1024
+    assert raw[512:518] == b"\x05\0\x06\0\x07\0"
+    assert raw[1536:1542] == b"\x01\0\x01\0\x08\0"
+    assert raw[2560:2564] == b"\x09\0\x01\0"
+    assert entry.sha256 == "1c16714ff1f74e755bc85bee2dd558f1188456af6b8857a4b4373adfe46b8503"
+
+
+def test_tar_members_carry_nothing_of_the_host(prepared: Path) -> None:
+    with tarfile.open(prepared / "train-00000.tar") as tar:
+        members = tar.getmembers()
+    assert [m.name for m in members[:2]] == ["train-00000-000000.tok.bin", "train-00000-000001.tok.bin"]
+    assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in members} == {(0, 0, 0, 0o644, "", "")}
+    assert all(not m.pax_headers for m in members)
+    assert {m.size for m in members[:-1]} == {1024 * 2}
+
+
+@pytest.mark.parametrize("vocab_size, stored", [(8000, "<u2"), (65536, "<u2"), (70000, "<u4")])
+def test_webdataset_reads_the_same_tokens(tmp_path: Path, vocab_size: int, stored: str) -> None:
+    documents = random_documents(np.random.default_rng(1), 40, vocab_size)
+    documents.append(np.array([vocab_size - 1]))
+    manifest = write_data(
+        tmp_path, documents, vocab_size=vocab_size, tokens_per_shard=2000, tokens_per_member=256
+    )
+    entries = manifest.split("train")
+    assert len(entries) > 2
+    assert manifest.numpy_dtype == np.dtype(stored)
+    urls = [str(tmp_path / entry.file) for entry in entries]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len({sample["__key__"] for sample in samples}) == len(samples)
+    tokens = np.concatenate([np.frombuffer(sample["tok.bin"], stored) for sample in samples])
+    np.testing.assert_array_equal(tokens, joined(documents))
+    with SplitReader(manifest, "train", verify_on_first_read=True) as reader:
+        np.testing.assert_array_equal(reader.read(0, reader.num_tokens), tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens_per_shard, tokens_per_member", [(1, 7), (700, 64), (5000, 5000), (3000, 1000)]
+)
+def test_random_ranges_equal_slices_of_one_array(
+    tmp_path: Path, tokens_per_shard: int, tokens_per_member: int
+) -> None:
+    rng = np.random.default_rng(tokens_per_shard)
+    documents = random_documents(rng, 30, 8000)
+    expected = joined(documents)
+    manifest = write_data(
+        tmp_path,
+        documents,
+        vocab_size=8000,
+        tokens_per_shard=tokens_per_shard,
+        tokens_per_member=tokens_per_member,
+    )
+    # Two open shards at most: reading must not depend on what is still open.
+    with SplitReader(manifest, "train", verify_on_first_read=True, max_open_shards=2) as reader:
+        assert reader.num_tokens == len(expected) == manifest.num_tokens("train")
+        assert reader.num_documents == len(documents)
+        for _ in range(300):
+            start, stop = sorted(rng.integers(0, len(expected) + 1, size=2).tolist())
+            tokens = reader.read(start, stop)
+            assert tokens.dtype == np.int64
+            np.testing.assert_array_equal(tokens, expected[start:stop])
+        for number in rng.permutation(len(documents)).tolist():
+            np.testing.assert_array_equal(reader.document(number), documents[number])
+        for start, stop in [(-1, 3), (3, 2), (0, len(expected) + 1)]:
+            with pytest.raises(IndexError, match="outside"):
+                reader.read(start, stop)
+        for number in (-1, len(documents)):
+            with pytest.raises(DataError, match=f"no document {number}: the split has {len(documents)}"):
+                reader.document(number)
+
+
+def test_shards_start_with_a_document_and_end_with_eos(manifest: Manifest) -> None:
+    for split in ("train", "validation"):
+        for entry in manifest.split(split):
+            reader = ShardReader(manifest, entry, True)
+            tokens = reader.read(0, reader.num_tokens)
+            starts = reader.document_starts
+            assert starts[0] == 0
+            assert tokens[-1] == EOS
+            assert (tokens[starts[1:] - 1] == EOS).all()
+            # EOS ends documents and occurs nowhere else: the text "</s>" is ordinary text.
+            assert (tokens == EOS).sum() == reader.num_documents == entry.documents
+            reader.close()
+
+
+def test_every_shard_but_the_last_reaches_the_asked_size(manifest: Manifest) -> None:
+    entries = manifest.split("train")
+    assert len(entries) >= 3
+    assert all(entry.tokens >= 5000 for entry in entries[:-1])
+
+
+def test_a_shard_is_hashed_once_even_if_it_is_opened_again(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[ShardReader] = []
+    verify = ShardReader._verify
+
+    def counting_verify(reader: ShardReader) -> None:
+        hashed.append(reader)
+        verify(reader)
+
+    monkeypatch.setattr(ShardReader, "_verify", counting_verify)
+    with SplitReader(manifest, "train", verify_on_first_read=True, max_open_shards=1) as reader:
+        for _ in range(3):
+            reader.read(0, reader.num_tokens)
+    assert len(hashed) == len(manifest.split("train"))
+
+
+def test_nothing_is_left_under_a_temporary_name(prepared: Path) -> None:
+    assert [path.name for path in prepared.iterdir() if path.name.startswith(".") or "tmp" in path.name] == []

@@ -1,0 +1,135 @@
+"""The tokenizer: exact both ways, reproducible, and its sample."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data_prep.config import TokenizerConfig
+from data_prep.documents import RawFile
+from data_prep.shard_format import DataError
+from data_prep.tokenizer import (
+    MAX_LINE_CHARACTERS,
+    SEGMENT_CHARACTERS,
+    TextTokenizer,
+    sample_documents,
+    train_tokenizer,
+    training_lines,
+)
+from tests.data_prep.conftest import c4_line, make_texts, write_dump
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return train_tokenizer(make_texts(150, seed=9), TokenizerConfig(vocab_size=500))
+
+
+def test_special_pieces(model: bytes) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert (pieces.unk_id(), pieces.eos_id(), pieces.bos_id(), pieces.pad_id()) == (0, 1, -1, -1)
+    assert pieces.vocab_size() == TextTokenizer(model, name="m").vocab_size == 500
+    assert pieces.id_to_piece(2) == "\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n", "  a  ", "▁", "▁▁ ▁", "a▁\n▁ b", "\r\n\t\x00", "🙂", "</s><unk>", "e\u0301"]
+)
+def test_odd_texts_survive(model: bytes, text: str) -> None:
+    tokenizer = TextTokenizer(model, name="m")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_random_texts_survive(model: bytes) -> None:
+    tokenizer = TextTokenizer(model, name="m")
+    rng = random.Random(3)
+    parts = ["▁", " ", "  ", "\n", "a", "é", "中", "shard ", "12", "x" * 700, "\n\n", "\x00"]
+    for _ in range(400):
+        text = "".join(rng.choice(parts) for _ in range(rng.randint(0, 40)))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_long_texts_give_the_same_ids_as_in_one_go(model: bytes) -> None:
+    tokenizer = TextTokenizer(model, name="m")
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    text = "\n".join(make_texts(120, seed=4)).replace("▁", "")
+    assert len(text) > 10 * SEGMENT_CHARACTERS
+    np.testing.assert_array_equal(tokenizer.encode(text), reference.encode(text))
+
+
+def test_digits_are_split(model: bytes) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert [p for p in pieces.encode("2048 42", out_type=str) if p.strip("▁")] == [
+        "2",
+        "0",
+        "4",
+        "8",
+        "4",
+        "2",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_twice_gives_the_same_bytes(kind: str) -> None:
+    config = TokenizerConfig.model_validate({"type": kind, "vocab_size": 330})
+    digests = {hashlib.sha256(train_tokenizer(make_texts(60, seed=1), config)).hexdigest() for _ in range(2)}
+    assert len(digests) == 1
+
+
+def test_training_lines_are_never_long_enough_to_be_dropped() -> None:
+    text = "short\n\n" + "é" * 5000 + "\n" + "word " * 900 + "\n" + "🙂" * 1500
+    lines = list(training_lines([text]))
+    assert "".join(lines) == text.replace("\n", "")
+    assert max(len(line.encode()) for line in lines) <= 4192
+    assert max(map(len, lines)) <= MAX_LINE_CHARACTERS
+    assert "" not in lines
+
+
+@pytest.mark.parametrize(
+    "vocab_size, message",
+    [
+        (60000, r"60000 is too large for this text; use at most \d+"),
+        (262, "too small for this text; use more than"),
+    ],
+)
+def test_an_impossible_vocabulary_names_the_limit(vocab_size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(make_texts(20, seed=1), TokenizerConfig(vocab_size=vocab_size))
+
+
+def test_no_text_is_an_error() -> None:
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_tokenizer(["", "\n"], TokenizerConfig())
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"garbage")
+    with pytest.raises(DataError, match=r"x\.model is not a SentencePiece model"):
+        TextTokenizer.load(tmp_path / "x.model")
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*none\.model"):
+        TextTokenizer.load(tmp_path / "none.model")
+
+
+def test_the_sample_is_capped_seeded_and_free_of_validation_text(tmp_path: Path) -> None:
+    texts = {name: [f"{name} {number} " + "word " * 20 for number in range(300)] for name in "ab"}
+    paths = [write_dump(tmp_path / f"{name}.json.gz", [c4_line(t) for t in texts[name]]) for name in "ab"]
+
+    def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
+        files = [RawFile(path) for path in paths]
+        return list(
+            sample_documents(
+                files, sample_bytes=sample_bytes, seed=seed, validation_fraction=validation_fraction
+            )
+        )
+
+    everything = texts["a"] + texts["b"]
+    assert sample(10**9) == everything
+    small = sample(10_000)
+    assert 9_000 < sum(map(len, small)) <= 10_000
+    assert small == sample(10_000) != sample(10_000, seed=1)
+    assert small == [text for text in everything if text in set(small)]  # in input order
+    assert {text[0] for text in small} == {"a", "b"}
+    without = sample(10**9, validation_fraction=0.2)
+    assert 0.7 * 600 < len(without) < 0.9 * 600
