@@ -114,6 +114,8 @@ def build_trainer(
     config: Config, manifest: Manifest, parallel: ParallelContext, device: torch.device, resumed: Checkpoint | None
 ) -> Trainer:
     """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
+    # Nothing in training draws from torch's generator; seeded all the same, so that code which a user adds is repeatable.
+    torch.manual_seed(config.train.seed + parallel.data_rank)
     model = build_model(config.model, parallel, seed=config.train.seed)
     if resumed is not None:
         checkpoints.load_weights(resumed, model)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.config import REPOSITORY
+from data_prep.config import REPOSITORY, known_keys
 from tests.data_prep.conftest import Corpus
 
 
@@ -75,6 +75,17 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for key in known_keys():
+        assert key in out
+    assert "tokenizer.vocab_size (default 8000)" in out
+    assert "input (required)" in out
 
 
 def test_verify_fails_on_a_damaged_shard(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def outputs(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name != "run.json"
+        if path.name not in ("run.json", ".lock")
     }
 
 
@@ -191,11 +191,10 @@ def test_a_crash_while_publishing_leaves_no_manifest(
 
 
 def test_a_second_writer_is_refused(config: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock = os.open(prepared, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert run(config, "--force") == 2
+    with (prepared / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(config, "--force") == 2
     assert "another preparation is writing to" in one_error(capsys)
-    os.close(lock)
 
 
 def test_validation_by_hash_splits_without_loss(corpus: Corpus, prepared: Path, tmp_path: Path) -> None:

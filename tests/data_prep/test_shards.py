@@ -176,4 +176,5 @@ def test_a_shard_is_hashed_once_even_if_it_is_opened_again(
 
 
 def test_nothing_is_left_under_a_temporary_name(prepared: Path) -> None:
-    assert [path.name for path in prepared.iterdir() if path.name.startswith(".") or "tmp" in path.name] == []
+    left = [path.name for path in prepared.iterdir() if path.name.startswith(".") or "tmp" in path.name]
+    assert left == [".lock"]

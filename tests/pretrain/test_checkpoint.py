@@ -1,0 +1,210 @@
+"""Stopping and resuming: bit-identical in the same layout, equal to rounding in another one, complete and atomic."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_prep.shard_format import Manifest
+from pretrain import checkpoint as checkpoints
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.loop import train
+from tests.harness import RankFailed, run_ranks
+from tests.pretrain.runs import small_config
+
+DROPOUTS = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
+COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
+
+
+def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
+    """Trains each configuration to its end, or to its stop, in the given run folder."""
+    for config, run_dir in runs:
+        train(config, Manifest.load(config.data.manifest), run_dir, torch.device("cpu"))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[float, ...]]:
+    return [tuple(line[key] for key in COMPARED) for line in metrics(run_dir)]
+
+
+def state_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    folder = list_checkpoints(run_dir / "checkpoints")[-1]
+    return {f"{file.name}/{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_bit_identical(resumed: Path, unbroken: Path) -> None:
+    assert curve(resumed) == curve(unbroken)
+    ours, theirs = state_tensors(resumed), state_tensors(unbroken)
+    assert ours.keys() == theirs.keys()
+    assert any("master/blocks.1.feedforward.router" in key for key in ours)
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_run_is_bit_identical(prepared: Path, tmp_path: Path, ranks: int) -> None:
+    layouts = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+    runs = []
+    for precision, zero in layouts:
+        keys = (*DROPOUTS, "train.steps=7", "evaluate.sequences=0", "checkpoint.every_steps=3", f"parallel.zero={zero}",
+                f"train.precision={precision}")
+        folder = tmp_path / f"{precision}-{zero}"
+        runs.append((small_config(prepared, *keys), folder / "unbroken"))
+        runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
+        runs.append((small_config(prepared, *keys), folder / "resumed"))
+    run_ranks(train_runs, ranks, runs)
+    for precision, zero in layouts:
+        folder = tmp_path / f"{precision}-{zero}"
+        assert_bit_identical(folder / "resumed", folder / "unbroken")
+
+
+def test_resuming_in_another_layout_gives_the_same_losses(prepared: Path, tmp_path: Path) -> None:
+    keys = (*DROPOUTS, "train.steps=12", "evaluate.sequences=0", "batch.micro_sequences=2")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
+    first = small_config(prepared, *keys, "train.stop_after_steps=5", "parallel.zero=2")
+    run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
+    for ranks, zero in ((1, 0), (1, 1), (4, 3), (4, 0), (4, 1)):
+        target = tmp_path / f"resumed-{ranks}-{zero}"
+        shutil.copytree(tmp_path / "saved", target)
+        run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
+        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
+            for key in COMPARED:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks, ZeRO {zero}: {key} of {ours['step']}"
+        changed = [json.loads(line)["key"] for line in (target / "events.jsonl").read_text().splitlines()
+                   if json.loads(line)["event"] == "changed_setting"]
+        assert set(changed) >= {"train.stop_after_steps"}
+
+
+def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=3", "evaluate.sequences=0", "parallel.zero=3")
+    run_ranks(train_runs, 2, [(config, tmp_path)])
+    checkpoint = Checkpoint.open(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert checkpoint.progress == checkpoints.Progress(step=3, consumed_sequences=24)
+    manifest = Manifest.load(prepared)
+    assert checkpoint.state["manifest_digest"] == manifest.digest
+    assert checkpoint.state["config"]["train"]["steps"] == 3
+    assert checkpoint.state["versions"]["torch"] == torch.__version__
+    assert checkpoint.damaged_file(rank=0, world_size=1) is None
+    sizes: dict[str, int] = {}
+    for file in checkpoint.path.glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            name = key.rpartition("/")[0]
+            sizes[name] = sizes.get(name, 0) + value.numel()
+    for name, shape in checkpoint.state["parameters"].items():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert sizes[f"{kind}/{name}"] == torch.Size(shape).numel()
+    assert {p.suffix for p in checkpoint.path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_old_checkpoints_are_removed_and_metrics_have_every_step_once(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", "checkpoint.keep_last=2")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000004", "step-00000006"]
+    # The machine stopped after step 5, in the middle of a line, and in the middle of a checkpoint.
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    (tmp_path / "checkpoints" / "step-00000006.partial").mkdir()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    superseded = [e["metrics"] for e in events if e["event"] == "superseded_metrics"]
+    assert [line["step"] for line in superseded] == [5, 6]
+    assert superseded[0]["loss"] == metrics(tmp_path)[4]["loss"]
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    run_ranks(train_runs, 2, [(small_config(prepared, *keys), tmp_path)])
+    expected = curve(tmp_path)
+    damaged = next((tmp_path / "checkpoints" / "step-00000006").glob("rank-00001*"))
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    run_ranks(train_runs, 2, [(small_config(prepared, *keys), tmp_path)])
+    assert curve(tmp_path) == expected
+    reasons = [json.loads(line).get("reason", "") for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert any("step-00000006" in r and "sha256" in r for r in reasons)
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("optimizer.learning_rate=0.02", "optimizer.learning_rate"),
+        ("model.feedforward.active_experts=3", "model.feedforward.active_experts"),
+        ("schedule.warmup_steps=2", "schedule.warmup_steps"),
+        ("batch.global_sequences=16", "batch.global_sequences"),
+        ("train.steps=9", "train.steps"),
+        ("train.seed=5", "train.seed"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name_unless_allowed(
+    stopped_run: Path, prepared: Path, tmp_path: Path, override: str, key: str
+) -> None:
+    from pretrain.resume import changed_settings
+
+    checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
+    digest = Manifest.load(prepared).digest
+    keys = ("train.steps=6", "evaluate.sequences=0")
+    with pytest.raises(UserError, match=key.replace(".", r"\.")) as refusal:
+        changed_settings(small_config(prepared, *keys, override), checkpoint, digest)
+    assert "checkpoint.allow_changes" in str(refusal.value)
+    allowed = small_config(prepared, *keys, override, f'checkpoint.allow_changes=["{key}"]')
+    assert key in changed_settings(allowed, checkpoint, digest)
+
+
+def test_layout_machine_logging_and_stop_settings_may_change(stopped_run: Path, prepared: Path) -> None:
+    from pretrain.resume import changed_settings
+
+    checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
+    free = ("parallel.zero=3", "train.stop_after_steps=4", "train.threads=2", "monitor.print_every_steps=3",
+            "checkpoint.every_steps=9", "evaluate.every_steps=4", "data.verify=full")
+    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", *free)
+    changes = changed_settings(config, checkpoint, Manifest.load(prepared).digest)
+    assert set(changes) >= {entry.partition("=")[0] for entry in free}
+
+
+def test_another_manifest_is_refused(stopped_run: Path, prepared: Path) -> None:
+    from pretrain.resume import changed_settings
+
+    checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
+    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0")
+    with pytest.raises(UserError, match=r"data\.manifest"):
+        changed_settings(config, checkpoint, "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("stopped")
+    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", "train.stop_after_steps=2")
+    run_ranks(train_runs, 1, [(config, run_dir)])
+    return run_dir
+
+
+def test_resume_never_refuses_a_used_folder(stopped_run: Path, prepared: Path) -> None:
+    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", "checkpoint.resume=never")
+    with pytest.raises(RankFailed, match=r"checkpoint\.resume"):
+        run_ranks(train_runs, 1, [(config, stopped_run)])
+
+
+def test_state_that_leads_out_of_the_folder_is_refused(stopped_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000002"
+    shutil.copytree(list_checkpoints(stopped_run / "checkpoints")[-1], folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["files"]["../outside.safetensors"] = {"bytes": 1, "sha256": "0" * 64}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="leaves the folder"):
+        Checkpoint.open(folder)
