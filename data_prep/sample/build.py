@@ -62,10 +62,9 @@ REGISTRIES = re.compile(r"pypi\.|crates\.io|npmjs|anaconda\.|deb\.debian", re.I)
 
 
 def clean(text: str) -> str:
-    """One line of NFC text: no control or zero-width characters, single spaces, straight TeX delimiters."""
+    """One line of NFC text: no control or zero-width characters, single spaces."""
     text = unicodedata.normalize("NFC", text).replace("¶", "").replace("\u00ad", "")
     text = "".join(c if unicodedata.category(c)[0] != "C" else " " if c.isspace() else "" for c in text)
-    text = re.sub(r"\\[()]", "$", re.sub(r"\\[\[\]]", "$$", text))
     return re.sub(r"\s+([,.;:])(?=\s|$)", r"\1", re.sub(r"\s+", " ", text)).strip()
 
 
@@ -89,12 +88,14 @@ def is_english(paragraphs: list[str]) -> bool:
     return sum(word in ENGLISH for word in words) >= 0.15 * len(words)
 
 
-def page_paragraphs(blocks: list[Block]) -> list[str]:
+def page_paragraphs(blocks: list[Block], has_tex: bool) -> list[str]:
     """Keeps headings with text below them, prose, list items and a little code."""
     out: list[Block] = []
     num_chars = num_code = 0
     for kind, raw in blocks:
         text = clean(raw)
+        if has_tex:
+            text = re.sub(r"\\[()]", "$", re.sub(r"\\[\[\]]", "$$", text))
         if REGISTRIES.search(text):
             continue
         if kind == "pre":
@@ -135,7 +136,8 @@ def pages(source: Source, folder: Path) -> Iterator[tuple[str, list[str]]]:
         page.flush()
         starts = [i for i, (kind, _) in enumerate(page.blocks) if kind == "h1"] if "Tutorial" in name else []
         for i, (start, end) in enumerate(zip([0, *starts], [*starts, len(page.blocks)], strict=True)):
-            yield source.base + name + (f"#chapter-{i}" if i else ""), page_paragraphs(page.blocks[start:end])
+            paragraphs = page_paragraphs(page.blocks[start:end], has_tex=source.part == "pes2o")
+            yield source.base + name + (f"#chapter-{i}" if i else ""), paragraphs
 
 
 def r_strings(path: Path) -> Iterator[str]:
