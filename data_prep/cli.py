@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep import prepare, report
-from data_prep.config import load_config
+from data_prep.config import describe_keys, load_config
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import SPLITS, DataError, Manifest
 
@@ -119,6 +119,8 @@ def _build_parser() -> argparse.ArgumentParser:
     }.items():
         command = add(name, _steps_command, text)
         add_config(command, required=True)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.epilog = f"keys of the config:\n{describe_keys()}"
         command.add_argument(
             "--force", action="store_true", help="rebuild although the output holds data made in another way"
         )

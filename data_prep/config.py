@@ -9,10 +9,13 @@ root; an `output` given with `--set` is always relative to the current directory
 
 import difflib
 import json
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from data_prep.documents import FormatName
 from data_prep.shard_format import DataError
@@ -35,8 +38,8 @@ class TokenizerConfig(_Section):
     """Which tokenizer: an existing SentencePiece model, or how to train one."""
 
     model: str | None = None
-    """Path of an existing SentencePiece model, which is copied into `output`; null trains one, and then the
-    other keys of this section count."""
+    """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other
+    keys of this section are for training; a `vocab_size` that is given must be that of the model."""
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
@@ -97,6 +100,14 @@ class DataConfig(_Section):
     shard: ShardConfig = ShardConfig()
     """Shard sizes."""
 
+    @model_validator(mode="after")
+    def _check_validation(self) -> "DataConfig":
+        if self.validation_input and "validation_fraction" in self.model_fields_set:
+            raise ValueError(
+                "validation_fraction has no effect with validation_input; remove it or set validation_input=[]"
+            )
+        return self
+
 
 def load_config(path: Path, overrides: list[str]) -> DataConfig:
     """Reads a config file and applies `key=value` overrides. Raises DataError."""
@@ -146,14 +157,33 @@ def _apply(body: dict[str, Any], override: str) -> None:
     body[last] = value
 
 
-def known_keys() -> list[str]:
-    """Every key of the config, dotted: input, ..., tokenizer.vocab_size, ..."""
-    keys = []
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the config, dotted, with its field: input, ..., tokenizer, tokenizer.model, ..."""
     for name, field in DataConfig.model_fields.items():
-        keys.append(name)
+        yield name, field
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-    return keys
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield f"{name}.{inner}", inner_field
+
+
+def known_keys() -> list[str]:
+    """Every key of the config, dotted."""
+    return [key for key, _ in _fields()]
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, for --help."""
+    lines = []
+    for key, field in _fields():
+        if isinstance(field.default, BaseModel):
+            continue
+        default = "required" if field.is_required() else f"default {json.dumps(field.default)}"
+        text = " ".join((field.description or "").split())
+        lines += [
+            f"  {key} ({default})",
+            *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
+    return "\n".join(lines)
 
 
 def _nearest_key(key: str) -> str | None:
@@ -177,5 +207,6 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"key {key!r} is missing; add it"
     if problem["type"] == "value_error":
-        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
     return f"{key} = {json.dumps(problem['input'])}: {problem['msg']}"

@@ -36,7 +36,9 @@ class Plan:
     @property
     def workers(self) -> int:
         """Number of tokenising processes, 0 resolved."""
-        return self.config.workers or len(os.sched_getaffinity(0))
+        # The CPUs that SLURM or taskset left to this process; macOS has no such call.
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.config.workers or available or 1
 
     @property
     def validation_fraction(self) -> float:

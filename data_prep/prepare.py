@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ from data_prep.tokenizer import TextTokenizer, sample_documents, train_tokenizer
 # date.
 PREPARATION_VERSION = "1"
 STAGING = ".staging"
+LOCK = ".lock"
 TOKENIZER_RECORD = (
     "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
 )
@@ -51,10 +53,10 @@ SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_
 
 def tokenizer_step(plan: Plan, folder: Path) -> None:
     """Puts tokenizer.model (trained or copied) and tokenizer.json into a folder."""
+    settings = plan.config.tokenizer
     if plan.external_model is not None:
         model = plan.external_model.read_bytes()
     else:
-        settings = plan.config.tokenizer
         texts = sample_documents(
             plan.training_files(),
             sample_bytes=settings.sample_bytes,
@@ -62,7 +64,11 @@ def tokenizer_step(plan: Plan, folder: Path) -> None:
             validation_fraction=plan.validation_fraction,
         )
         model = train_tokenizer(texts, settings)
-    TextTokenizer(model, name=str(plan.external_model or TOKENIZER_FILE))
+    found = TextTokenizer(model, name=str(plan.external_model or TOKENIZER_FILE)).vocab_size
+    if "vocab_size" in settings.model_fields_set and settings.vocab_size != found:
+        raise DataError(
+            f"{plan.external_model} has {found} pieces; set tokenizer.vocab_size to that or leave it out"
+        )
     write_atomically(folder / TOKENIZER_FILE, model)
     record = {"sha256": sha256_file(folder / TOKENIZER_FILE), "settings": plan.tokenizer_settings()}
     write_atomically(folder / TOKENIZER_RECORD, (json.dumps(record, indent=2) + "\n").encode("ascii"))
@@ -218,17 +224,18 @@ def is_up_to_date(plan: Plan, *, force: bool) -> bool:
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """An empty staging folder in the output, removed at the end. One process at a time: DataError for a
-    second one."""
+    """An empty staging folder in the output, removed at the end. DataError while another process has one."""
     output.mkdir(parents=True, exist_ok=True)
-    lock = os.open(output, os.O_RDONLY)  # a lock on the folder itself: no lock file stays behind
-    try:
+    # A file opened for writing, because NFS gives no exclusive lock on anything else. It stays: removing
+    # it would let two processes each lock a file of that name.
+    with (output / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(
-                f"another preparation is writing to {output}; wait for it or choose another `output`"
-            ) from None
+            message = f"another preparation is writing to {output}; wait for it or choose another `output`"
+            raise DataError(message) from None
+        except OSError as error:  # a file system without locks, such as Lustre mounted without flock
+            print(f"warning: no lock on {output} ({error}); run one preparation at a time", file=sys.stderr)
         folder = output / STAGING
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -236,8 +243,6 @@ def staging(output: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def publish(folder: Path, output: Path) -> None:
@@ -249,11 +254,6 @@ def publish(folder: Path, output: Path) -> None:
             old.unlink()
     for new in sorted(folder.iterdir(), key=lambda path: (path.name == MANIFEST_FILE, path.name)):
         os.replace(new, output / new.name)
-    directory = os.open(output, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_run_record(plan: Plan, folder: Path, *, config_path: Path, seconds: dict[str, float]) -> None:

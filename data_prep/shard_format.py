@@ -228,7 +228,7 @@ class Manifest(_Record):
     def _parse(cls, file: Path, raw: bytes) -> "Manifest":
         try:
             body = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file} is not JSON ({error}); {REBUILD}") from None
         version = body.get("format_version") if isinstance(body, dict) else None
         if version != FORMAT_VERSION:

@@ -15,8 +15,8 @@ from data_prep.shard_format import Manifest
 
 VOCABULARY = (
     "the shard holds tokens of many documents and every reader checks its hash before use while experts "
-    "route each token to few values; attention heads select keys 0 1 2 3 42 2048 naïve café größe 中文 данные 🙂 "
-    "window batch stream order index manifest"
+    "route each token to few values; attention heads select keys 0 1 2 3 42 2048 naïve café größe 中文 "
+    "данные 🙂 window batch stream order index manifest"
 )
 WORDS = VOCABULARY.split()
 

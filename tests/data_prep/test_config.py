@@ -48,6 +48,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ),
         ({"input": []}, [], "input = []"),
         ({"input": [3]}, [], "input.0 = 3: Input should be a valid string"),
+        ({"validation_input": "b", "validation_fraction": 0.1}, [], "validation_fraction has no effect with"),
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
     ],
 )

@@ -197,7 +197,9 @@ def test_a_second_writer_is_refused(config: Path, prepared: Path, capsys: pytest
     assert "another preparation is writing to" in one_error(capsys)
 
 
-def test_validation_by_hash_splits_without_loss(corpus: Corpus, prepared: Path, tmp_path: Path) -> None:
+def test_validation_by_hash_splits_without_loss(
+    corpus: Corpus, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     body: dict[str, Any] = {
         "validation_input": [],
         "validation_fraction": 0.3,
@@ -205,6 +207,8 @@ def test_validation_by_hash_splits_without_loss(corpus: Corpus, prepared: Path, 
     }
     config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"), **body)
     assert run(config) == 0
+    assert run(config, "--set", "tokenizer.vocab_size=8000", "--force") == 2
+    assert "tokenizer.model has 500 pieces; set tokenizer.vocab_size to that" in one_error(capsys)
     manifest = Manifest.load(tmp_path / "out")
     train, validation = decoded(manifest, "train"), decoded(manifest, "validation")
     assert sorted(train + validation) == sorted(corpus.train)
