@@ -1,0 +1,83 @@
+"""SwitchHead and sigma-MoE as loops over tokens, heads and experts, written from the papers' equations, in fp64.
+
+Independent of the project's model code: plain tensors in, plain tensors out; gradients come from autograd over the loop.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import torch
+from torch import Tensor
+
+
+def choose(scores: list[float], k: int) -> list[int]:
+    """Indices of the k largest scores; of equal ones the lowest index."""
+    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
+
+
+def rotate(vector: Tensor, position: int, *, fraction: float, base: float) -> Tensor:
+    """RoPE as multiplication by a complex number: dimensions i and i + n/2 are its real and imaginary part."""
+    width = int(fraction * vector.numel())
+    width -= width % 2
+    half = width // 2
+    parts = list(vector.unbind())
+    for i in range(half):
+        turn = cmath.exp(1j * position * base ** (-2 * i / width))
+        real, imaginary = vector[i], vector[i + half]
+        parts[i] = real * turn.real - imaginary * turn.imag
+        parts[i + half] = real * turn.imag + imaginary * turn.real
+    return torch.stack(parts)
+
+
+def switchhead(
+    x: Tensor, p: dict[str, Tensor], *, k: int, fraction: float, base: float, keep_v: Tensor | None, keep_o: Tensor | None
+) -> Tensor:
+    """One sequence x [T, d]. p: query, key [H, h, d]; value_selector, output_selector [H, E, d]; value_experts
+    [H, E, d, h]; output_experts [H, E, h, d]. keep_* [T, H, E] bool: experts that expert dropout leaves."""
+    T, d = x.shape
+    H, h, _ = p["query"].shape
+
+    def gates(selector: Tensor, token: int, keep: Tensor | None) -> dict[int, Tensor]:
+        logits = selector @ x[token]
+        choosing = [float(v) if keep is None or bool(keep[e]) else -math.inf for e, v in enumerate(logits)]
+        return {e: 1 / (1 + torch.exp(-logits[e])) for e in choose(choosing, k)}
+
+    y = [torch.zeros(d, dtype=x.dtype) for _ in range(T)]
+    for head in range(H):
+        queries = [rotate(p["query"][head] @ x[t], t, fraction=fraction, base=base) for t in range(T)]
+        keys = [rotate(p["key"][head] @ x[t], t, fraction=fraction, base=base) for t in range(T)]
+        values = []
+        for t in range(T):
+            chosen = gates(p["value_selector"][head], t, None if keep_v is None else keep_v[t, head])
+            values.append(sum(s * (x[t] @ p["value_experts"][head, e]) for e, s in chosen.items()))
+        for t in range(T):
+            logits = torch.stack([queries[t] @ keys[u] / math.sqrt(h) for u in range(t + 1)])
+            weights = torch.exp(logits - logits.max())
+            weights = weights / weights.sum()
+            attended = sum(weights[u] * values[u] for u in range(t + 1))
+            chosen = gates(p["output_selector"][head], t, None if keep_o is None else keep_o[t, head])
+            y[t] = y[t] + sum(s * (attended @ p["output_experts"][head, e]) for e, s in chosen.items())
+    return torch.stack(y)
+
+
+def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -> Tensor:
+    """Tokens x [N, d]. p: router [E, d], up_experts [E, d, G], down_experts [E, G, d]. keep [N, E] bool."""
+    rows = []
+    for t in range(x.shape[0]):
+        scores = 1 / (1 + torch.exp(-(p["router"] @ x[t])))
+        if keep is not None:
+            scores = torch.stack([s if bool(keep[t, e]) else s * 0 for e, s in enumerate(scores)])
+        chosen = choose([float(s) for s in scores], k)
+        rows.append(sum(scores[e] * (torch.relu(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
+    return torch.stack(rows)
+
+
+def entropy_term(x: Tensor, router: Tensor) -> Tensor:
+    """sum_e p_e log p_e with p the mean over tokens of softmax(x router^T)."""
+    probability = torch.zeros(router.shape[0], dtype=x.dtype)
+    for token in x:
+        exponent = torch.exp(router @ token)
+        probability = probability + exponent / exponent.sum() / x.shape[0]
+    return (probability * torch.log(probability)).sum()

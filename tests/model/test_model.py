@@ -1,0 +1,135 @@
+"""The assembled model: names, initialisation, dropout masks, parameter counts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.dropout import dropout, keep_mask, site_key
+from model.language_model import build_model, build_on_meta
+from model.parameters import count_parameters
+from pretrain.config_io import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def small(**changes: object) -> ModelConfig:
+    return ModelConfig.model_validate({
+        "d_model": 64, "num_layers": 3, "vocab_size": 500, "sequence_length": 16,
+        "attention": {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 5, "active_experts": 3},
+        "feedforward": {"type": "sigma_moe", "num_experts": 8, "expert_size": 40, "active_experts": 2}, **changes,
+    })
+
+
+def test_parameter_names_are_canonical() -> None:
+    names = set(dict(build_on_meta(small()).named_parameters()))
+    block = {"attention_norm.weight", "attention_norm.bias", "attention.query.weight", "attention.key.weight",
+             "attention.value_selector", "attention.output_selector", "attention.value_experts",
+             "attention.output_experts", "feedforward_norm.weight", "feedforward_norm.bias", "feedforward.router",
+             "feedforward.up_experts", "feedforward.down_experts"}
+    expected = {f"blocks.{i}.{name}" for i in range(3) for name in block}
+    assert names == expected | {"embedding.weight", "final_norm.weight", "final_norm.bias", "head.weight", "head.bias"}
+
+
+def test_initial_standard_deviations_are_the_papers() -> None:
+    model = build_model(small(), seed=0)
+    s = math.sqrt(2 / 3)
+    expected = {
+        "embedding.weight": 1 / 8, "head.weight": 1 / 8,
+        "blocks.1.attention.query.weight": s / 8, "blocks.1.attention.key.weight": s / 8,
+        "blocks.1.attention.value_experts": s / 8, "blocks.1.attention.value_selector": s / 8,
+        "blocks.1.attention.output_selector": s / 8, "blocks.1.attention.output_experts": s / math.sqrt(2 * 24),
+        "blocks.1.feedforward.router": s / 8, "blocks.1.feedforward.up_experts": s / 8,
+        "blocks.1.feedforward.down_experts": s / math.sqrt(8 * 40),
+    }
+    parameters = dict(model.named_parameters())
+    for name, std in expected.items():
+        tolerance = 4 / math.sqrt(2 * parameters[name].numel())
+        assert float(parameters[name].detach().std()) == pytest.approx(std, rel=tolerance), name
+    rows = parameters["blocks.1.feedforward.router"].detach().norm(dim=-1)
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    assert float(parameters["head.bias"].detach().abs().sum()) == 0
+    assert float(parameters["final_norm.weight"].detach().mean()) == 1
+
+
+def test_initial_weights_depend_on_name_and_seed_alone() -> None:
+    deep, shallow = build_model(small(num_layers=3), seed=4), build_model(small(num_layers=3, vocab_size=300), seed=4)
+    name = "blocks.2.attention.value_experts"
+    assert torch.equal(dict(deep.named_parameters())[name], dict(shallow.named_parameters())[name])
+    other = build_model(small(), seed=5)
+    assert not torch.equal(dict(deep.named_parameters())[name], dict(other.named_parameters())[name])
+    blocks = [dict(deep.named_parameters())[f"blocks.{i}.attention.value_experts"] for i in range(2)]
+    assert not torch.equal(*blocks)
+
+
+def test_parameter_counts_by_hand() -> None:
+    config = small()
+    attention = 2 * 64 * 2 * 24 + 2 * 2 * 5 * 64
+    attention_experts = 2 * (2 * 5 * 64 * 24)
+    router, experts = 8 * 64, 2 * 8 * 64 * 40
+    outside = 500 * 64 + 500 * 64 + 500 + 2 * 64 + 3 * 4 * 64
+    count = count_parameters(build_on_meta(config), config)
+    assert count.total == outside + 3 * (attention + attention_experts + router + experts)
+    assert count.active == outside + 3 * (attention + attention_experts * 3 // 5 + router + experts * 2 // 8)
+    assert count.total == sum(p.numel() for p in build_model(config, seed=0).parameters())
+
+
+def test_switchall_1b_has_1_to_1_2_billion_parameters() -> None:
+    config = load_config(ROOT / "configs" / "switchall_1b.json").model
+    count = count_parameters(build_on_meta(config), config)
+    assert 1.0e9 <= count.total <= 1.2e9
+    assert count.active < count.total
+    assert (config.d_model, config.num_layers, config.vocab_size, config.sequence_length) == (2048, 18, 32000, 2048)
+
+
+def test_dropout_masks_are_functions_of_place() -> None:
+    key = site_key(1, "blocks.0.attention")
+    index = torch.tensor([3, 900_000_000_007, 12])
+    mask = keep_mask(probability=0.3, key=key, sequence_index=index, shape=(3, 40, 50))
+    for row, single in zip(mask, index, strict=True):
+        assert torch.equal(row[None], keep_mask(probability=0.3, key=key, sequence_index=single[None], shape=(1, 40, 50)))
+    assert not torch.equal(mask[0], mask[2])
+    other = keep_mask(probability=0.3, key=site_key(1, "blocks.1.attention"), sequence_index=index, shape=(3, 40, 50))
+    assert not torch.equal(mask, other)
+    assert torch.equal(mask, keep_mask(probability=0.3, key=key, sequence_index=index, shape=(3, 40, 50)))
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
+def test_dropout_rate_independence_and_scale(probability: float) -> None:
+    index = torch.arange(200, dtype=torch.int64)
+    mask = keep_mask(probability=probability, key=site_key(0, "x"), sequence_index=index, shape=(200, 50, 40)).double()
+    sigma = math.sqrt(probability * (1 - probability) / mask.numel())
+    assert abs(float(mask.mean()) - (1 - probability)) < 5 * sigma
+    # Neighbouring sequences, tokens and features are uncorrelated.
+    centred = mask - mask.mean()
+    for axis in range(3):
+        product = centred * centred.roll(1, axis)
+        assert abs(float(product.mean())) < 5 * probability * (1 - probability) / math.sqrt(mask.numel()), axis
+    ones = dropout(torch.ones(200, 50, 40), probability=probability, key=site_key(0, "x"), sequence_index=index)
+    assert float(ones.max()) == pytest.approx(1 / (1 - probability))
+    assert torch.equal(ones != 0, mask.bool())
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
+    model = build_model(small(), seed=0)
+    tokens = torch.randint(0, 500, (3, 17), generator=torch.Generator().manual_seed(0))
+    objective, sequence_loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(3))
+    logits, _ = model.logits(tokens[:, :-1])
+    by_hand = -logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
+    torch.testing.assert_close(sequence_loss.double(), by_hand, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(objective.double(), by_hand.mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_no_token_sees_its_future() -> None:
+    model = build_model(small(), seed=0)
+    tokens = torch.randint(0, 500, (1, 16), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 500
+    before, after = model.logits(tokens)[0], model.logits(changed)[0]
+    # Not bitwise: experts compute their tokens in groups, and a matrix product rounds by the size of the group.
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-6, atol=1e-6)
+    assert (before[:, 9] - after[:, 9]).abs().max() > 0.1

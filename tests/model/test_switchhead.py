@@ -1,0 +1,147 @@
+"""SwitchHead attention against the fp64 loop: forward and the gradient of every parameter and of the input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.attention.dense import DenseAttention
+from model.attention.switchhead import SwitchHeadAttention
+from model.config import ModelConfig
+from model.dropout import keep_mask, site_key
+from tests.model import oracles
+
+# d, H, h, E, k, T, B, expert dropout, rotated fraction
+SHAPES = [
+    (11, 2, 7, 5, 3, 6, 2, 0.0, 0.5),
+    (11, 2, 7, 5, 3, 6, 2, 0.4, 0.5),
+    (8, 1, 4, 1, 1, 5, 1, 0.0, 0.5),
+    (9, 3, 5, 4, 4, 4, 2, 0.0, 1.0),
+    (16, 4, 8, 4, 2, 1, 3, 0.0, 0.25),
+    (13, 1, 3, 2, 1, 7, 1, 0.9, 0.1),
+]
+
+
+def build(d: int, H: int, h: int, E: int, k: int, T: int, dropout: float, fraction: float) -> SwitchHeadAttention:
+    config = ModelConfig.model_validate({
+        "d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
+        "attention": {"type": "switchhead", "num_heads": H, "head_dim": h, "num_experts": E, "active_experts": k,
+                      "expert_dropout": dropout},
+        "position": {"fraction": fraction},
+    })
+    layer = SwitchHeadAttention(config, name="blocks.0.attention", seed=3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+@pytest.mark.parametrize("d, H, h, E, k, T, B, dropout, fraction", SHAPES)
+def test_forward_and_every_gradient_equal_the_loop(
+    d: int, H: int, h: int, E: int, k: int, T: int, B: int, dropout: float, fraction: float
+) -> None:
+    layer = build(d, H, h, E, k, T, dropout, fraction)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(B, T, d, generator=generator).requires_grad_()
+    upstream = torch.randn(B, T, d, generator=generator)
+    sequence_index = torch.arange(B) + 40
+    y = layer(x, sequence_index)
+    y.backward(upstream)
+
+    p = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
+    shaped = {name.removesuffix(".weight"): v.view(H, h, d) if name.endswith("weight") else v for name, v in p.items()}
+    x64 = x.detach().double().requires_grad_()
+    keep = {"value": None, "output": None}
+    if dropout:
+        keep = {side: keep_mask(probability=dropout, key=site_key(3, f"blocks.0.attention.{side}_experts"),
+                                sequence_index=sequence_index, shape=(B, T, H, E)) for side in ("value", "output")}
+    expected = torch.stack([
+        oracles.switchhead(x64[b], shaped, k=k, fraction=fraction, base=10000.0,
+                           keep_v=None if keep["value"] is None else keep["value"][b],
+                           keep_o=None if keep["output"] is None else keep["output"][b])
+        for b in range(B)
+    ])
+    expected.backward(upstream.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=5e-5, atol=5e-5)
+    assert len(p) == 6
+    for name, parameter in layer.named_parameters():
+        # One token attends to itself alone: queries and keys then have no gradient, and the error is absolute.
+        error = (parameter.grad.double() - p[name].grad).norm() / p[name].grad.norm().clamp_min(0.1)
+        assert error < 5e-6, f"gradient of {name} is off by {error:.1e}"
+
+
+def test_selectors_learn_only_through_chosen_scores() -> None:
+    layer = build(8, 2, 4, 4, 1, 5, 0.0, 0.5)
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    layer(x, torch.zeros(1, dtype=torch.int64)).square().sum().backward()
+    chosen = layer.value_statistics.load > 0
+    has_gradient = layer.value_selector.grad.abs().sum(-1) > 0
+    assert torch.equal(chosen, has_gradient)
+    assert 0 < int(chosen.sum()) < chosen.numel()
+
+
+def test_dropped_experts_are_not_preferred_and_chosen_weights_stay_true() -> None:
+    """With all but one expert dropped, the remaining one is chosen first; its gate is the undropped score."""
+    from model.routing import select
+
+    logits = torch.tensor([[2.0, 1.0, -1.0, 0.5]])
+    keep = torch.tensor([[False, False, True, True]])
+    scores, index = select(logits, 2, keep=keep)
+    assert index.tolist() == [[3, 2]]
+    torch.testing.assert_close(scores, torch.sigmoid(torch.tensor([[0.5, -1.0]])))
+
+
+def test_identical_experts_equal_dense_attention_scaled_by_the_gates() -> None:
+    """If the experts of a head are copies, values and outputs are a dense head's times the sums of chosen gates."""
+    d, H, h, T = 12, 2, 6, 5
+    layer = build(d, H, h, 4, 2, T, 0.0, 0.5)
+    config = ModelConfig.model_validate({"d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
+                                         "attention": {"type": "dense", "num_heads": H, "head_dim": h}})
+    dense = DenseAttention(config)
+    with torch.no_grad():
+        layer.value_experts.copy_(layer.value_experts[:, :1].expand_as(layer.value_experts).clone())
+        layer.output_experts.copy_(layer.output_experts[:, :1].expand_as(layer.output_experts).clone())
+        # Zero selectors: every gate is sigmoid(0) = 1/2, two are chosen, so their sum is 1 on both sides.
+        layer.value_selector.zero_()
+        layer.output_selector.zero_()
+        dense.query.weight.copy_(layer.query.weight)
+        dense.key.weight.copy_(layer.key.weight)
+        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
+        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
+    x = torch.randn(3, T, d, generator=torch.Generator().manual_seed(5))
+    index = torch.zeros(3, dtype=torch.int64)
+    torch.testing.assert_close(layer(x, index), dense(x, index), rtol=1e-5, atol=1e-5)
+
+
+def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
+    layer = build(10, 2, 4, 5, 2, 6, 0.0, 0.5)
+    x = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2))
+    index = torch.zeros(2, dtype=torch.int64)
+    before = layer(x, index)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        for parameter in (layer.value_selector, layer.value_experts, layer.output_selector, layer.output_experts):
+            parameter.copy_(parameter[:, order].clone())
+    torch.testing.assert_close(layer(x, index), before, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_attention_equals_softmax_by_hand() -> None:
+    d, H, h, T = 10, 3, 5, 6
+    config = ModelConfig.model_validate({"d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
+                                         "attention": {"type": "dense", "num_heads": H, "head_dim": h}})
+    torch.manual_seed(0)
+    layer = DenseAttention(config)
+    x = torch.randn(1, T, d)
+    q, k, v = (F.linear(x[0], m.weight).view(T, H, h).double() for m in (layer.query, layer.key, layer.value))
+    rows = []
+    for head in range(H):
+        turned_q = torch.stack([oracles.rotate(q[t, head], t, fraction=0.5, base=10000.0) for t in range(T)])
+        turned_k = torch.stack([oracles.rotate(k[t, head], t, fraction=0.5, base=10000.0) for t in range(T)])
+        logits = turned_q @ turned_k.T / h**0.5
+        logits = logits.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        rows.append(logits.softmax(-1) @ v[:, head])
+    expected = torch.cat(rows, dim=-1) @ layer.output.weight.double().T
+    torch.testing.assert_close(layer(x, torch.zeros(1))[0].double(), expected, rtol=1e-5, atol=1e-6)
