@@ -73,6 +73,14 @@ def _manifest(arguments: argparse.Namespace) -> Manifest:
     return Manifest.load(folder)
 
 
+def _verify_command(arguments: argparse.Namespace) -> None:
+    report.verify(_manifest(arguments))
+
+
+def _stats_command(arguments: argparse.Namespace) -> None:
+    report.stats(_manifest(arguments))
+
+
 def _show_command(arguments: argparse.Namespace) -> None:
     report.show(_manifest(arguments), split=arguments.split, index=arguments.index, count=arguments.count)
 
@@ -84,6 +92,32 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "--config", type=Path, required=required, metavar="FILE", help="JSON config, see configs/data/"
+    )
+    example = "override a key, e.g. tokenizer.vocab_size=4000"
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    """The arguments of `run`, `tokenizer` and `shard`, which write."""
+    _add_config(command, required=True)
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = f"keys of the config:\n{describe_keys()}"
+    command.add_argument(
+        "--force", action="store_true", help="rebuild although the output holds data made in another way"
+    )
+
+
+def _add_reader(command: argparse.ArgumentParser) -> None:
+    """The arguments of `verify`, `show` and `stats`, which read."""
+    command.add_argument(
+        "folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)"
+    )
+    _add_config(command, required=False)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -100,51 +134,18 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    def add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
-        command.add_argument(
-            "--config", type=Path, required=required, metavar="FILE", help="JSON config, see configs/data/"
-        )
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override a key, e.g. tokenizer.vocab_size=4000",
-        )
-
-    for name, text in {
-        "run": "tokenizer and shard in one go; does nothing if the output is up to date",
-        "tokenizer": "train (or copy) the SentencePiece model into the output folder",
-        "shard": "tokenise into shards with the model that `tokenizer` left in the output folder",
-    }.items():
-        command = add(name, _steps_command, text)
-        add_config(command, required=True)
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.epilog = f"keys of the config:\n{describe_keys()}"
-        command.add_argument(
-            "--force", action="store_true", help="rebuild although the output holds data made in another way"
-        )
-    readers = {
-        "verify": add(
-            "verify", lambda a: report.verify(_manifest(a)), "check every size and sha256, print a table"
-        ),
-        "show": add("show", _show_command, "print documents, decoded from the shards"),
-        "stats": add(
-            "stats", lambda a: report.stats(_manifest(a)), "print documents, tokens, bytes and lengths"
-        ),
-    }
-    for command in readers.values():
-        command.add_argument(
-            "folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)"
-        )
-        add_config(command, required=False)
-    readers["show"].add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    readers["show"].add_argument(
-        "--index", type=_at_least(0), default=0, help="first document, from 0 (default: 0)"
+    _add_step(
+        add("run", _steps_command, "tokenizer and shard in one go; nothing if the output is up to date")
     )
-    readers["show"].add_argument(
-        "--count", type=_at_least(1), default=1, help="number of documents (default: 1)"
-    )
+    _add_step(add("tokenizer", _steps_command, "train (or copy) the SentencePiece model into the output"))
+    _add_step(add("shard", _steps_command, "tokenise into shards with the model that `tokenizer` left there"))
+    _add_reader(add("verify", _verify_command, "check every size and sha256, print a table"))
+    _add_reader(add("stats", _stats_command, "print documents, tokens, bytes and lengths"))
+    show = add("show", _show_command, "print documents, decoded from the shards")
+    _add_reader(show)
+    show.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    show.add_argument("--index", type=_at_least(0), default=0, help="first document, from 0 (default: 0)")
+    show.add_argument("--count", type=_at_least(1), default=1, help="number of documents (default: 1)")
     return parser
 
 

@@ -104,7 +104,7 @@ class DataConfig(_Section):
     def _check_validation(self) -> "DataConfig":
         if self.validation_input and "validation_fraction" in self.model_fields_set:
             raise ValueError(
-                "validation_fraction has no effect with validation_input; remove it or set validation_input=[]"
+                "validation_fraction has no effect with validation_input; drop it or set validation_input=[]"
             )
         return self
 

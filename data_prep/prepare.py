@@ -97,7 +97,6 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
     tokenizer = TextTokenizer.load(folder / TOKENIZER_FILE)
     dtype = np.dtype(dtype_name(tokenizer.vocab_size))
     files = plan.raw_files()
-    documents = [0] * len(files)
     writers = {
         split: SplitWriter(
             folder,
@@ -109,9 +108,44 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
         )
         for split in SPLITS
     }
+    documents = _write_documents(plan, files, writers, model_path=folder / TOKENIZER_FILE)
+    finished = {split: writer.finish() for split, writer in writers.items()}
+    if not finished["train"][0]:
+        raise DataError(
+            "the input holds no document for the train split; check `input` and `validation_fraction`"
+        )
+    inputs = [
+        {**_identity(plan, raw, sha256=raw.sha256, size=raw.bytes), "documents": count, "format": raw.format}
+        for raw, count in zip(files, documents, strict=True)
+    ]
+    return write_manifest(
+        folder,
+        {
+            "format_version": FORMAT_VERSION,
+            "dtype": dtype.name,
+            "tokenizer": {
+                "file": TOKENIZER_FILE,
+                "sha256": sha256_file(folder / TOKENIZER_FILE),
+                "vocab_size": tokenizer.vocab_size,
+                "eos_id": tokenizer.eos_id,
+            },
+            "splits": {
+                split: [entry.model_dump() for entry in entries] for split, (entries, _) in finished.items()
+            },
+            "totals": {split: totals.model_dump() for split, (_, totals) in finished.items()},
+            "provenance": {"inputs": inputs, "config": plan.recorded_config(), "versions": _versions()},
+        },
+    )
+
+
+def _write_documents(
+    plan: Plan, files: list[RawFile], writers: dict[str, SplitWriter], *, model_path: Path
+) -> list[int]:
+    """Tokenises all files into the writers of their splits; the number of documents of each file."""
+    documents = [0] * len(files)
     encoded_chunks = encode_chunks(
         _all_chunks(files),
-        model_path=folder / TOKENIZER_FILE,
+        model_path=model_path,
         validation_fraction=plan.validation_fraction,
         workers=plan.workers,
     )
@@ -122,38 +156,7 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
             whole_file_to_validation = plan.sources[encoded.source].split == "validation"
             _write_chunk(writers, encoded, whole_file_to_validation=whole_file_to_validation)
             bar.update(encoded.stored_bytes)
-    finished = {split: writer.finish() for split, writer in writers.items()}
-    if not finished["train"][0]:
-        raise DataError(
-            "the input holds no document for the train split; check `input` and `validation_fraction`"
-        )
-    body = {
-        "format_version": FORMAT_VERSION,
-        "dtype": dtype.name,
-        "tokenizer": {
-            "file": TOKENIZER_FILE,
-            "sha256": sha256_file(folder / TOKENIZER_FILE),
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-        },
-        "splits": {
-            split: [entry.model_dump() for entry in entries] for split, (entries, _) in finished.items()
-        },
-        "totals": {split: totals.model_dump() for split, (_, totals) in finished.items()},
-        "provenance": {
-            "inputs": [
-                {
-                    **_identity(plan, raw, sha256=raw.sha256, size=raw.bytes),
-                    "documents": count,
-                    "format": raw.format,
-                }
-                for raw, count in zip(files, documents, strict=True)
-            ],
-            "config": plan.recorded_config(),
-            "versions": _versions(),
-        },
-    }
-    return write_manifest(folder, body)
+    return documents
 
 
 def _all_chunks(files: list[RawFile]) -> Iterator[Chunk]:
