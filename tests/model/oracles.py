@@ -41,7 +41,7 @@ def switchhead(
 
     def gates(selector: Tensor, token: int, keep: Tensor | None) -> dict[int, Tensor]:
         logits = selector @ x[token]
-        choosing = [float(v) if keep is None or bool(keep[e]) else -math.inf for e, v in enumerate(logits)]
+        choosing = [float(v.detach()) if keep is None or bool(keep[e]) else -math.inf for e, v in enumerate(logits)]
         return {e: 1 / (1 + torch.exp(-logits[e])) for e in choose(choosing, k)}
 
     y = [torch.zeros(d, dtype=x.dtype) for _ in range(T)]
@@ -69,7 +69,7 @@ def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -
         scores = 1 / (1 + torch.exp(-(p["router"] @ x[t])))
         if keep is not None:
             scores = torch.stack([s if bool(keep[t, e]) else s * 0 for e, s in enumerate(scores)])
-        chosen = choose([float(s) for s in scores], k)
+        chosen = choose([float(s.detach()) for s in scores], k)
         rows.append(sum(scores[e] * (torch.relu(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
     return torch.stack(rows)
 

@@ -67,9 +67,10 @@ def test_forward_and_every_gradient_equal_the_loop(
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=5e-5, atol=5e-5)
     assert len(p) == 6
+    # A single token attends to itself alone: queries and keys then have no gradient but rounding.
+    largest = max(float(value.grad.norm()) for value in p.values())
     for name, parameter in layer.named_parameters():
-        # One token attends to itself alone: queries and keys then have no gradient, and the error is absolute.
-        error = (parameter.grad.double() - p[name].grad).norm() / p[name].grad.norm().clamp_min(0.1)
+        error = (parameter.grad.double() - p[name].grad).norm() / max(float(p[name].grad.norm()), 1e-3 * largest)
         assert error < 5e-6, f"gradient of {name} is off by {error:.1e}"
 
 
