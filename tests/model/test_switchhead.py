@@ -67,10 +67,13 @@ def test_forward_and_every_gradient_equal_the_loop(
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=5e-5, atol=5e-5)
     assert len(p) == 6
-    # A single token attends to itself alone: queries and keys then have no gradient but rounding.
     largest = max(float(value.grad.norm()) for value in p.values())
     for name, parameter in layer.named_parameters():
-        error = (parameter.grad.double() - p[name].grad).norm() / max(float(p[name].grad.norm()), 1e-3 * largest)
+        if T == 1 and name in ("query.weight", "key.weight"):
+            # A single token attends to itself alone: no gradient, but for rounding.
+            assert float(parameter.grad.norm()) < 1e-5 * largest and float(p[name].grad.norm()) < 1e-12 * largest
+            continue
+        error = (parameter.grad.double() - p[name].grad).norm() / p[name].grad.norm()
         assert error < 5e-6, f"gradient of {name} is off by {error:.1e}"
 
 
