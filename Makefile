@@ -29,7 +29,7 @@ data: install  ## raw sample -> tokenizer -> shards in data/sample
 
 demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> validation perplexity
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/pretrain.py \
-	  --config configs/demo.json --run-dir $(DEMO_RUN)
+	  --config configs/switchall_tiny.json --run-dir $(DEMO_RUN)
 	@echo
 	@echo "Watch it:   $(BIN)/tensorboard --logdir $(DEMO_RUN)/tensorboard"
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"
@@ -42,6 +42,7 @@ test-slow: install  ## the slow tests: the real launcher, kill and resume
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove the environment, prepared data and runs of the demo

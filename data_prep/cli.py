@@ -56,9 +56,7 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     report.stats(manifest)
     print(f"\nwrote {plan.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
     if not manifest.split("validation"):
-        print(
-            "warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr
-        )
+        print("warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -114,9 +112,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
 
 def _add_reader(command: argparse.ArgumentParser) -> None:
     """The arguments of `verify`, `show` and `stats`, which read."""
-    command.add_argument(
-        "folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)"
-    )
+    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)")
     _add_config(command, required=False)
 
 
@@ -134,9 +130,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    _add_step(
-        add("run", _steps_command, "tokenizer and shard in one go; nothing if the output is up to date")
-    )
+    _add_step(add("run", _steps_command, "tokenizer and shard in one go; nothing if the output is up to date"))
     _add_step(add("tokenizer", _steps_command, "train (or copy) the SentencePiece model into the output"))
     _add_step(add("shard", _steps_command, "tokenise into shards with the model that `tokenizer` left there"))
     _add_reader(add("verify", _verify_command, "check every size and sha256, print a table"))

@@ -70,9 +70,7 @@ class ShardConfig(_Section):
     def _check_sizes(self) -> "ShardConfig":
         if self.tokens_per_member > self.tokens_per_shard:
             member = self.tokens_per_member
-            raise ValueError(
-                f"tokens_per_member {member} is more than tokens_per_shard {self.tokens_per_shard}"
-            )
+            raise ValueError(f"tokens_per_member {member} is more than tokens_per_shard {self.tokens_per_shard}")
         return self
 
 
@@ -151,9 +149,7 @@ def _apply(body: dict[str, Any], override: str) -> None:
     for section in sections:
         body = body.setdefault(section, {})
         if not isinstance(body, dict):
-            raise DataError(
-                f"--set {override}: {section!r} holds no keys; known keys: {', '.join(known_keys())}"
-            )
+            raise DataError(f"--set {override}: {section!r} holds no keys; known keys: {', '.join(known_keys())}")
     body[last] = value
 
 

@@ -89,9 +89,7 @@ class RawFile:
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror or error}") from None
 
-    def _cut(
-        self, text: Iterator[bytes] | IO[bytes], counter: _CountingStream, chunk_bytes: int
-    ) -> Iterator[Chunk]:
+    def _cut(self, text: Iterator[bytes] | IO[bytes], counter: _CountingStream, chunk_bytes: int) -> Iterator[Chunk]:
         lines: list[bytes] = []
         size, first_line, consumed = 0, 1, 0
 
@@ -132,9 +130,7 @@ def _parse_object(line: bytes, *, where: str) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON ({error}); repair or remove the line") from None
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: expected a JSON object, found {type(record).__name__}; repair or remove the line"
-        )
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}; repair or remove the line")
     return record
 
 
@@ -146,9 +142,7 @@ def detect_format(line: bytes, *, where: str) -> str:
             return name
     known = "; ".join(f"{name} has {', '.join(sorted(keys))}" for name, keys in FORMAT_KEYS.items())
     found = ", ".join(sorted(record)) or "none"
-    raise DataError(
-        f"{where}: unknown format, its keys are {found} ({known}); set `format` to read only their text"
-    )
+    raise DataError(f"{where}: unknown format, its keys are {found} ({known}); set `format` to read only their text")
 
 
 def parse_texts(chunk: Chunk) -> Iterator[str]:

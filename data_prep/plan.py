@@ -48,8 +48,7 @@ class Plan:
     def raw_files(self) -> list[RawFile]:
         """A fresh reader for every source, in order."""
         return [
-            RawFile(source.path, source=number, format=self.config.format)
-            for number, source in enumerate(self.sources)
+            RawFile(source.path, source=number, format=self.config.format) for number, source in enumerate(self.sources)
         ]
 
     def training_files(self) -> list[RawFile]:
@@ -80,9 +79,7 @@ def make_plan(config: DataConfig) -> Plan:
     for key, path in [("input", p) for p in train] + [("validation_input", p) for p in validation]:
         real = path.resolve()
         if real in seen:
-            raise DataError(
-                f"{path} is matched twice, by `{seen[real]}` and `{key}`; keep it in one of them, once"
-            )
+            raise DataError(f"{path} is matched twice, by `{seen[real]}` and `{key}`; keep it in one of them, once")
         seen[real] = key
     model = None
     if config.tokenizer.model is not None:
@@ -123,6 +120,4 @@ def _match(root: Path, pattern: str) -> list[Path]:
     """What a pattern finds below a root, sorted. A name that exists is meant literally, even with
     [brackets]."""
     whole = root / pattern
-    return (
-        [whole] if whole.exists() else [Path(name) for name in sorted(glob.glob(str(whole), recursive=True))]
-    )
+    return [whole] if whole.exists() else [Path(name) for name in sorted(glob.glob(str(whole), recursive=True))]

@@ -44,9 +44,7 @@ from data_prep.tokenizer import TextTokenizer, sample_documents, train_tokenizer
 PREPARATION_VERSION = "1"
 STAGING = ".staging"
 LOCK = ".lock"
-TOKENIZER_RECORD = (
-    "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
-)
+TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
 RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_SUFFIX)})")
 
@@ -66,9 +64,7 @@ def tokenizer_step(plan: Plan, folder: Path) -> None:
         model = train_tokenizer(texts, settings)
     found = TextTokenizer(model, name=str(plan.external_model or TOKENIZER_FILE)).vocab_size
     if "vocab_size" in settings.model_fields_set and settings.vocab_size != found:
-        raise DataError(
-            f"{plan.external_model} has {found} pieces; set tokenizer.vocab_size to that or leave it out"
-        )
+        raise DataError(f"{plan.external_model} has {found} pieces; set tokenizer.vocab_size to that or leave it out")
     write_atomically(folder / TOKENIZER_FILE, model)
     record = {"sha256": sha256_file(folder / TOKENIZER_FILE), "settings": plan.tokenizer_settings()}
     write_atomically(folder / TOKENIZER_RECORD, (json.dumps(record, indent=2) + "\n").encode("ascii"))
@@ -111,9 +107,7 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
     documents = _write_documents(plan, files, writers, model_path=folder / TOKENIZER_FILE)
     finished = {split: writer.finish() for split, writer in writers.items()}
     if not finished["train"][0]:
-        raise DataError(
-            "the input holds no document for the train split; check `input` and `validation_fraction`"
-        )
+        raise DataError("the input holds no document for the train split; check `input` and `validation_fraction`")
     inputs = [
         {**_identity(plan, raw, sha256=raw.sha256, size=raw.bytes), "documents": count, "format": raw.format}
         for raw, count in zip(files, documents, strict=True)
@@ -129,9 +123,7 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
             },
-            "splits": {
-                split: [entry.model_dump() for entry in entries] for split, (entries, _) in finished.items()
-            },
+            "splits": {split: [entry.model_dump() for entry in entries] for split, (entries, _) in finished.items()},
             "totals": {split: totals.model_dump() for split, (_, totals) in finished.items()},
             "provenance": {"inputs": inputs, "config": plan.recorded_config(), "versions": _versions()},
         },
@@ -164,9 +156,7 @@ def _all_chunks(files: list[RawFile]) -> Iterator[Chunk]:
         yield from raw.chunks()
 
 
-def _write_chunk(
-    writers: dict[str, SplitWriter], encoded: EncodedChunk, *, whole_file_to_validation: bool
-) -> None:
+def _write_chunk(writers: dict[str, SplitWriter], encoded: EncodedChunk, *, whole_file_to_validation: bool) -> None:
     stop = np.cumsum(encoded.lengths)
     for number in range(len(stop)):
         split = "validation" if whole_file_to_validation or encoded.validation[number] else "train"
@@ -192,9 +182,7 @@ def difference(plan: Plan, manifest: Manifest) -> str:
     wanted = plan.recorded_config()
     for key, value in wanted.items():
         if manifest.provenance.config.get(key) != value:
-            return (
-                f"`{key}` was {json.dumps(manifest.provenance.config.get(key))}, is now {json.dumps(value)}"
-            )
+            return f"`{key}` was {json.dumps(manifest.provenance.config.get(key))}, is now {json.dumps(value)}"
     recorded = manifest.provenance.inputs
     if len(recorded) != len(plan.sources):
         return f"it was made from {len(recorded)} raw files, there are now {len(plan.sources)}"

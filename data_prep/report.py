@@ -17,9 +17,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [list(header)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
-        "  ".join(
-            c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in cells
     ]
     return "\n".join(lines)
@@ -30,11 +28,7 @@ def verify(manifest: Manifest) -> None:
     mismatch."""
     started = time.monotonic()
     manifest.check("full", progress=True)
-    rows = [
-        (e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok")
-        for s in SPLITS
-        for e in manifest.split(s)
-    ]
+    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in SPLITS for e in manifest.split(s)]
     print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
     print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}, ok")
@@ -47,9 +41,7 @@ def stats(manifest: Manifest) -> None:
     lengths = []
     for split, sums in manifest.totals.items():
         ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
-        totals.append(
-            (split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio)
-        )
+        totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
         if sums.documents:
             tokens = _document_tokens(manifest, split)
             quantiles = np.quantile(tokens, list(QUANTILES.values()), method="lower")

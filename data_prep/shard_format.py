@@ -193,10 +193,7 @@ class Manifest(_Record):
             sums = (sum(e.documents for e in entries), sum(e.tokens for e in entries))
             if sums != (self.totals[split].documents, self.totals[split].tokens):
                 raise ValueError(f"totals of split {split!r} are not the sums over its shards")
-        if (
-            self.dtype != dtype_name(self.tokenizer.vocab_size)
-            or self.tokenizer.eos_id >= self.tokenizer.vocab_size
-        ):
+        if self.dtype != dtype_name(self.tokenizer.vocab_size) or self.tokenizer.eos_id >= self.tokenizer.vocab_size:
             raise ValueError("dtype, vocab_size and eos_id contradict each other")
         return self
 
@@ -232,9 +229,7 @@ class Manifest(_Record):
             raise DataError(f"{file} is not JSON ({error}); {REBUILD}") from None
         version = body.get("format_version") if isinstance(body, dict) else None
         if version != FORMAT_VERSION:
-            raise DataError(
-                f"{file}: format_version is {version!r}, this code reads {FORMAT_VERSION}; {REBUILD}"
-            )
+            raise DataError(f"{file}: format_version is {version!r}, this code reads {FORMAT_VERSION}; {REBUILD}")
         try:
             manifest = cls.model_validate_json(raw)
         except ValidationError as error:
@@ -243,9 +238,7 @@ class Manifest(_Record):
             raise DataError(f"{file}: {key}: {first['msg']}; {REBUILD}") from None
         found = manifest_digest(body)
         if found != manifest.digest:
-            raise DataError(
-                f"{file} was edited: its digest is {manifest.digest}, its content has {found}; {REBUILD}"
-            )
+            raise DataError(f"{file} was edited: its digest is {manifest.digest}, its content has {found}; {REBUILD}")
         return manifest
 
     @property
@@ -305,9 +298,7 @@ class Manifest(_Record):
 
 def _expect(what: str, path: Path, expected: object, found: object) -> None:
     if expected != found:
-        raise DataError(
-            f"{path} does not match the manifest: expected {what} {expected}, found {found}; {REBUILD}"
-        )
+        raise DataError(f"{path} does not match the manifest: expected {what} {expected}, found {found}; {REBUILD}")
 
 
 def check_size(path: Path, expected_bytes: int) -> None:

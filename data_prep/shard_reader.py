@@ -59,9 +59,7 @@ class ShardReader:
         """Tokens [start, stop) as a fresh int64 array, across members. IndexError if the range is not in the
         shard."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(
-                f"token range [{start}, {stop}) is outside [0, {self.num_tokens}) of {self._path}"
-            )
+            raise IndexError(f"token range [{start}, {stop}) is outside [0, {self.num_tokens}) of {self._path}")
         if self._unverified:
             self._verify()
         tokens = np.empty(stop - start, np.int64)
@@ -111,12 +109,8 @@ class SplitReader:
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._verified: set[int] = set()
         zero = np.zeros(1, np.int64)
-        self._shard_start = np.concatenate(
-            [zero, np.cumsum([e.tokens for e in self._entries], dtype=np.int64)]
-        )
-        self._document_start = np.concatenate(
-            [zero, np.cumsum([e.documents for e in self._entries], dtype=np.int64)]
-        )
+        self._shard_start = np.concatenate([zero, np.cumsum([e.tokens for e in self._entries], dtype=np.int64)])
+        self._document_start = np.concatenate([zero, np.cumsum([e.documents for e in self._entries], dtype=np.int64)])
 
     @property
     def num_tokens(self) -> int:

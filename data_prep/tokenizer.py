@@ -42,13 +42,9 @@ class TextTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise DataError(
-                f"{name} is not a SentencePiece model; point tokenizer.model at a *.model file"
-            ) from None
+            raise DataError(f"{name} is not a SentencePiece model; point tokenizer.model at a *.model file") from None
         if self._model.eos_id() < 0:
-            raise DataError(
-                f"{name} has no EOS piece, which must end every document; use a model with eos_id >= 0"
-            )
+            raise DataError(f"{name} has no EOS piece, which must end every document; use a model with eos_id >= 0")
         self.vocab_size: int = self._model.vocab_size()
         self.eos_id: int = self._model.eos_id()
         self._newline = self._find_newline()
@@ -172,9 +168,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
         raise DataError("no text to train a tokenizer on; check `input`, or raise tokenizer.sample_bytes")
     size = sum(len(line.encode("utf-8")) for line in lines)
     model = io.BytesIO()
-    description = (
-        f"training {config.type}, {config.vocab_size} pieces, on {size / 1e6:.1f} MB in {len(lines)} lines"
-    )
+    description = f"training {config.type}, {config.vocab_size} pieces, on {size / 1e6:.1f} MB in {len(lines)} lines"
     with heartbeat(description):
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -207,7 +201,5 @@ def _explain(error: str, config: TokenizerConfig) -> str:
         return f"{size} is too large for this text; use at most {limit[1]}, or more text"
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", error)
     if needed:
-        return (
-            f"tokenizer.vocab_size {config.vocab_size} is too small for this text; use more than {needed[1]}"
-        )
+        return f"tokenizer.vocab_size {config.vocab_size} is too small for this text; use more than {needed[1]}"
     return f"SentencePiece refused to train: {error.rsplit('] ', 1)[-1]}"

@@ -36,7 +36,7 @@ class RopeConfig(Section):
 
 
 class SwitchHeadConfig(Section):
-    """SwitchHead attention (NeurIPS 2024): num_heads attention matrices, experts in the value and output projections."""
+    """SwitchHead attention (NeurIPS 2024): few attention matrices, experts in the value and output projections."""
 
     type: Literal["switchhead"] = "switchhead"
     """Kind of attention."""
@@ -126,4 +126,3 @@ class ModelConfig(Section):
     dropout: Probability = 0.0
     """Dropout on the embedding output, after attention, after the feed-forward, inside a dense feed-forward, and
     before the output layer."""
-

@@ -1,4 +1,4 @@
-"""The plain module: all layers on one device, with the loss. Tensor- and pipeline-parallel forms use the same layers."""
+"""The plain module: all layers on one device, with the loss. Parallel forms use the same layers."""
 
 from __future__ import annotations
 

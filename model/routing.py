@@ -41,10 +41,11 @@ def select(logits: Tensor, k: int, *, keep: Tensor | None = None, drop_scores: b
 
 
 class RoutingStatistics:
-    """Counts of one router, fp64 (exact beyond 2^24 tokens) on the router's device; not module buffers, so that a bf16 cast cannot touch them.
+    """Counts of one router, fp64 (exact beyond 2^24 tokens) on the router's device; not module buffers, so that a cast
+    of the module to bf16 cannot touch them.
 
-    `load` [...]: how often each expert was chosen since the last step. `probability_sum` [E] and `num_tokens` []:
-    sum over tokens of softmax(logits), only where the entropy regulariser needs it. `probability` [E]: the mean
+    `load` [E] or [H, E]: how often each expert was chosen since the last step. `probability_sum` [E] and `num_tokens`
+    []: sum over tokens of softmax(logits), only where the entropy regulariser needs it. `probability` [E]: the mean
     routing distribution of the previous global batch, part of the training state (checkpointed).
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoints: every rank writes the pieces of the fp32 state that it owns; any number of ranks and any ZeRO stage reads them.
+"""Checkpoints: every rank writes the pieces of the fp32 state that it owns; any ranks and ZeRO stage read them.
 
 A checkpoint is the folder checkpoints/step-NNNNNNNN with
     rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
@@ -63,8 +63,10 @@ class Checkpoint:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
             version = state["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); remove the folder or name another "
-                            f"one with checkpoint.resume") from None
+            raise UserError(
+                f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); remove the folder or name another "
+                f"one with checkpoint.resume"
+            ) from None
         if version != FORMAT_VERSION:
             raise UserError(f"checkpoint {path}: format {version}, this version reads {FORMAT_VERSION}")
         for name, entry in state["files"].items():
@@ -110,17 +112,20 @@ def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any]
     dist.all_gather_object(entries, (file.name, {"bytes": file.stat().st_size, "sha256": sha256(file)}))
 
     if rank == 0:
-        write_json(partial / STATE_FILE, {
-            "format_version": FORMAT_VERSION,
-            "progress": vars(progress),
-            "optimizer_steps": optimizer_steps(engine),
-            "loss_scale": getattr(engine.optimizer, "cur_scale", None),
-            "parameters": parameter_shapes(engine),
-            "layout": {"data": world_size, "zero": engine.zero_optimization_stage()},
-            "versions": _versions(),
-            "files": dict(entries),
-            **extra,
-        })
+        write_json(
+            partial / STATE_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "progress": vars(progress),
+                "optimizer_steps": optimizer_steps(engine),
+                "loss_scale": engine.optimizer.loss_scale if engine.fp16_enabled() else None,
+                "parameters": parameter_shapes(engine),
+                "layout": {"data": world_size, "zero": engine.zero_optimization_stage()},
+                "versions": _versions(),
+                "files": dict(entries),
+                **extra,
+            },
+        )
         if final.exists():  # a resumed run reached the same step again
             shutil.rmtree(final)
         os.rename(partial, final)
@@ -137,8 +142,10 @@ def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if list(parameter.shape) != checkpoint.state["parameters"].get(name):
-                raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {checkpoint.state['parameters'].get(name)}, "
-                                f"the model's is {list(parameter.shape)}")
+                raise UserError(
+                    f"checkpoint {checkpoint.path}: {name} has shape {checkpoint.state['parameters'].get(name)}, "
+                    f"the model's is {list(parameter.shape)}"
+                )
             parameter.copy_(store.read("master", name, 0, parameter.numel()).view_as(parameter))
 
 
@@ -153,7 +160,7 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
             for key in MOMENTS:
                 piece.moments[key].copy_(store.read(key, piece.name, piece.start, stop))
     set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
-    if checkpoint.state["loss_scale"] is not None and hasattr(engine.optimizer, "loss_scaler"):
+    if checkpoint.state["loss_scale"] is not None:  # GPU-ONLY fp16-loss-scale
         engine.optimizer.loss_scaler.cur_scale = checkpoint.state["loss_scale"]
     for name, statistics in routing_statistics(engine.module):
         statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
@@ -167,8 +174,9 @@ class _PieceStore:
     """Reads any range of any parameter's state out of the rank files, by memory map."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files = {name: safetensors.safe_open(checkpoint.path / name, framework="pt")
-                       for name in checkpoint.state["files"]}
+        self._files = {
+            name: safetensors.safe_open(checkpoint.path / name, framework="pt") for name in checkpoint.state["files"]
+        }
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
         for file, handle in self._files.items():
             for key in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)

@@ -31,17 +31,36 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=keys_help(),
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run as JSON, e.g. "
-                        "configs/switchall_tiny.json")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-                        help="override one dotted key, repeatable: --set train.steps=200 --set model.attention.type=dense "
-                        "(values are JSON where they parse as JSON: true, false, null, 1e-4, [1,2])")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/NAME, NAME being the config "
-                        "file's); started again with the same folder, a run continues")
-    parser.add_argument("--dry-run", action="store_true", help="check configuration, data and layout, print the resolved "
-                        "configuration and derived values, and stop")
-    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: check the layout for N ranks (default: the "
-                        "product of the parallel sizes)")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the run as JSON, e.g. configs/switchall_tiny.json"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override one dotted key, repeatable: --set train.steps=200 --set model.attention.type=dense "
+        "(values are JSON where they parse as JSON: true, false, null, 1e-4, [1,2])",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: runs/NAME, NAME being the config "
+        "file's); started again with the same folder, a run continues",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration, data and layout, print the resolved configuration and derived values, and stop",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --dry-run: check the layout for N ranks (default: the product of the parallel sizes)",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 
@@ -141,8 +160,9 @@ def keys_help() -> str:
             lines += ["", f"{heading[0] or 'top level'}: {' '.join((section.__doc__ or '').split())}"]
         free = "; may change on resume" if field.json_schema_extra == FREE else ""
         lines.append(f"  {dotted} = {_default(section, field)}{free}")
-        lines += textwrap.wrap(" ".join((field.description or "").split()), 96,
-                               initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            " ".join((field.description or "").split()), 96, initial_indent="      ", subsequent_indent="      "
+        )
     return "\n".join(lines)
 
 

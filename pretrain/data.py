@@ -51,8 +51,8 @@ def open_manifest(config: Config) -> Manifest:
         if num_windows(manifest, split, config.model.sequence_length) < 1:
             raise UserError(
                 f"data.manifest: the {split} split of {path} holds {manifest.num_tokens(split)} tokens, fewer than one "
-                f"window of model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or shorten "
-                f"the model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
+                f"window of model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or "
+                f"shorten the model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
             )
     return manifest
 
@@ -73,7 +73,7 @@ class WindowReader:
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
-        rows = np.stack([self._split.read(int(w) * T, int(w) * T + T + 1) for w in windows]).astype(np.int64)
+        rows = np.stack([self._split.read(int(w) * T, int(w) * T + T + 1) for w in windows])
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

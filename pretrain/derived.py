@@ -39,7 +39,9 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
         DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
         DerivedValue("tokens of the run", f"{tokens_per_step * train.steps:,}", "tokens per step x train.steps"),
         DerivedValue("windows per epoch", f"{windows:,}", "(train tokens - 1) // sequence_length"),
-        DerivedValue("epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"),
+        DerivedValue(
+            "epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"
+        ),
         DerivedValue(
             "rotated dimensions",
             f"{rotated_width(model.attention.head_dim, model.position.fraction)} of {model.attention.head_dim}",
@@ -48,8 +50,11 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
     ]
     if warmup_steps(config) != config.schedule.warmup_steps:
         values.append(
-            DerivedValue("warm-up steps", f"{warmup_steps(config)}", f"schedule.warmup_steps = "
-                         f"{config.schedule.warmup_steps} clipped to train.steps - 1")
+            DerivedValue(
+                "warm-up steps",
+                f"{warmup_steps(config)}",
+                f"schedule.warmup_steps = {config.schedule.warmup_steps} clipped to train.steps - 1",
+            )
         )
     unused = model.vocab_size - manifest.tokenizer.vocab_size
     if unused:

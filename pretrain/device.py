@@ -47,8 +47,11 @@ def start(ranks: Ranks, threads: int | None) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model."""
     _set_threads(ranks, threads)
     for key, value in {
-        "RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size,
-        "LOCAL_SIZE": ranks.local_size, "MASTER_ADDR": "127.0.0.1",
+        "RANK": ranks.rank,
+        "LOCAL_RANK": ranks.local_rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_SIZE": ranks.local_size,
+        "MASTER_ADDR": "127.0.0.1",
     }.items():
         os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
@@ -96,8 +99,11 @@ def die_with_parent() -> None:
 
 def _set_threads(ranks: Ranks, threads: int | None) -> None:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-                      // ranks.local_size)
+        threads = max(
+            1,
+            len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+            // ranks.local_size,
+        )
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -37,9 +37,14 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, whatever the log level
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # its bf16 optimizer prints the memory in use, whatever the log level
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_json(config, parallel.data_size), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_json(config, parallel.data_size),
+            dist_init_required=False,
         )
     for _, statistics in routing_statistics(model):
         statistics.to(device)

@@ -94,8 +94,10 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
         synchronize(device)
         seconds = time.perf_counter() - started
         if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
-            raise Diverged(f"step {step + 1}: loss {sums.loss}, gradient norm {grad_norm}: not finite. Nothing was saved "
-                           f"after the last checkpoint; lower optimizer.learning_rate or resume from an earlier one")
+            raise Diverged(
+                f"step {step + 1}: loss {sums.loss}, gradient norm {grad_norm}: not finite. Nothing was saved "
+                f"after the last checkpoint; lower optimizer.learning_rate or resume from an earlier one"
+            )
         progress = Progress(step=step + 1, consumed_sequences=(step + 1) * config.batch.global_sequences)
         if monitor is not None:
             monitor.step(step_values(config, trainer, sums, grad_norm, progress, seconds), sums.load)
@@ -114,7 +116,7 @@ def build_trainer(
     config: Config, manifest: Manifest, parallel: ParallelContext, device: torch.device, resumed: Checkpoint | None
 ) -> Trainer:
     """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
-    # Nothing in training draws from torch's generator; seeded all the same, so that code which a user adds is repeatable.
+    # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
     torch.manual_seed(config.train.seed + parallel.data_rank)
     model = build_model(config.model, parallel, seed=config.train.seed)
     if resumed is not None:
@@ -127,9 +129,7 @@ def build_trainer(
         first_read = config.data.verify == "size"
         return WindowReader(manifest, split, config.model.sequence_length, verify_on_first_read=first_read)
 
-    stream = TrainingStream(
-        reader("train"), config, data_rank=parallel.data_rank, data_size=parallel.data_size
-    )
+    stream = TrainingStream(reader("train"), config, data_rank=parallel.data_rank, data_size=parallel.data_size)
     validation = reader("validation") if config.evaluate.sequences else None
     return Trainer(config, engine, stream, validation, parallel, device)
 
@@ -169,8 +169,11 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
     monitor.validation(step, values)
     if is_last:
         below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
-        print(f"validation perplexity {values['perplexity']:.2f}; unigram perplexity of the same "
-              f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} ({below:.1f}% below)", flush=True)
+        print(
+            f"validation perplexity {values['perplexity']:.2f}; unigram perplexity of the same "
+            f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} ({below:.1f}% below)",
+            flush=True,
+        )
 
 
 def save(trainer: Trainer, run_dir: Path, progress: Progress, manifest: Manifest, folder: RunFolder | None) -> None:

@@ -1,4 +1,4 @@
-"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes; every rank takes part in the sums."""
+"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, all ranks sum."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ class Monitor:
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"validation/{key}", value, step)
-        print(f"validation after step {step}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}", flush=True)
+        print(
+            f"validation after step {step}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}",
+            flush=True,
+        )
 
     def close(self) -> None:
         if self._board is not None:

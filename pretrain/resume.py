@@ -22,25 +22,31 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
     if choice == "never":
         if existing:
             raise UserError(
-                f"checkpoint.resume: is never, but {run_dir} holds {len(existing)} checkpoints; choose another --run-dir, "
-                f"or set checkpoint.resume to auto to continue"
+                f"checkpoint.resume: is never, but {run_dir} holds {len(existing)} checkpoints; choose another "
+                f"--run-dir, or set checkpoint.resume to auto to continue"
             )
         return []
     path = Path(choice).expanduser().absolute()
     if not path.is_dir():
-        raise UserError(f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder")
+        raise UserError(
+            f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
+        )
     return [path]
 
 
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
     then, now = flatten(checkpoint.state["config"]), flatten(to_json(config))
-    changes = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)}
+    changes = {
+        key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
+    }
     data_changed = checkpoint.state["manifest_digest"] != manifest_digest
     if data_changed:
         changes["data.manifest (digest)"] = (checkpoint.state["manifest_digest"][:12], manifest_digest[:12])
     free = free_keys()
-    refused = [key for key in changes if not _is_under(key, free) and not _is_under(key, config.checkpoint.allow_changes)]
+    refused = [
+        key for key in changes if not _is_under(key, free) and not _is_under(key, config.checkpoint.allow_changes)
+    ]
     if data_changed and _is_under("data.manifest", config.checkpoint.allow_changes):
         refused.remove("data.manifest (digest)")
     if refused:
@@ -48,8 +54,8 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
         name = key.removesuffix(" (digest)")
         raise UserError(
-            f"{key}: was {changes[key][0]!r} in {checkpoint.path}, is {changes[key][1]!r} now{more}; a resumed run keeps "
-            f"it: restore the old value, choose another --run-dir, or allow the change with "
+            f"{key}: was {changes[key][0]!r} in {checkpoint.path}, is {changes[key][1]!r} now{more}; a resumed run "
+            f"keeps it: restore the old value, choose another --run-dir, or allow the change with "
             f"--set 'checkpoint.allow_changes=[\"{name}\"]'"
         )
     return changes

@@ -32,16 +32,19 @@ def check_rules(config: Config) -> None:
         if value != 1:
             raise ConfigError(f"parallel.{key}: {value} is not supported by this version; set parallel.{key} to 1")
     if config.parallel.sequence:
-        raise ConfigError("parallel.sequence: needs parallel.tensor > 1, which this version does not have; set it to false")
+        raise ConfigError(
+            "parallel.sequence: needs parallel.tensor > 1, which this version does not have; set it to false"
+        )
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
-            f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), but "
-            f"train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
+            f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
+            f"but train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
         )
-    if config.batch.global_sequences % config.batch.micro_sequences:
+    batch = config.batch
+    if batch.global_sequences % batch.micro_sequences:
         raise ConfigError(
-            f"batch.global_sequences: {config.batch.global_sequences} is not divisible by batch.micro_sequences = "
-            f"{config.batch.micro_sequences}; set it to {_nearest_multiple(config.batch.global_sequences, config.batch.micro_sequences)}"
+            f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
+            f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
     for key, owner in OWNED_DEEPSPEED_KEYS.items():
         section: object = config.deepspeed

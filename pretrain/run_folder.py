@@ -42,7 +42,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept, superseded = [], []
+        kept: list[tuple[str, dict[str, Any]]] = []
+        superseded: list[tuple[str, dict[str, Any]]] = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 values = json.loads(line)

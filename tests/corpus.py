@@ -16,11 +16,15 @@ def write_dump(path: Path, *, documents: int, seed: int) -> None:
     """A C4-format json.gz of sentences drawn from a skewed vocabulary of 200 invented words."""
     draw = random.Random(seed)
     letters = random.Random(0)
-    words = ["".join(letters.choice("abcdefghijklmnoprstuvw") for _ in range(letters.randint(2, 8))) for _ in range(200)]
+    words = [
+        "".join(letters.choice("abcdefghijklmnoprstuvw") for _ in range(letters.randint(2, 8))) for _ in range(200)
+    ]
     weights = [1 / (rank + 1) for rank in range(len(words))]
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for number in range(documents):
-            sentences = [" ".join(draw.choices(words, weights, k=draw.randint(4, 12))) for _ in range(draw.randint(2, 8))]
+            sentences = [
+                " ".join(draw.choices(words, weights, k=draw.randint(4, 12))) for _ in range(draw.randint(2, 8))
+            ]
             row = {"text": ".\n".join(sentences), "timestamp": "2024-01-01T00:00:00Z", "url": f"urn:test:{number}"}
             file.write(json.dumps(row) + "\n")
 

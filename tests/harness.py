@@ -30,7 +30,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ranks = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(sender, function, rank, world_size, port, args), daemon=True)
+        process = _context.Process(
+            target=_rank_main, args=(sender, function, rank, world_size, port, args), daemon=True
+        )
         process.start()
         sender.close()
         ranks.append((process, receiver))
@@ -76,8 +78,14 @@ def _send(sender: Any, result: tuple[bool, Any]) -> None:
 
 def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
     )
     code = 1
     try:

@@ -24,7 +24,5 @@ class DenseFeedForward(nn.Module):
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
         hidden = F.relu(self.up(x))
         if self.training and self.dropout > 0.0:
-            hidden = dropout(
-                hidden, probability=self.dropout, key=self._dropout_key, sequence_index=sequence_index
-            )
+            hidden = dropout(hidden, probability=self.dropout, key=self._dropout_key, sequence_index=sequence_index)
         return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()

@@ -28,7 +28,7 @@ class SigmaMoE(nn.Module):
         self._dropout_key = site_key(seed, f"{name}.experts")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, T, d] -> output [B, T, d] and the weighted entropy regulariser (fp32 scalar, to be added to the loss)."""
+        """`x` [B, T, d] -> output [B, T, d] and the weighted entropy regulariser (fp32 scalar, part of the loss)."""
         B, T, d = x.shape
         logits = router_logits(x, self.router)  # [B, T, E]
         keep = None

@@ -46,9 +46,7 @@ def pes2o_line(text: str) -> dict[str, Any]:
 
 def write_dump(path: Path, lines: list[Any]) -> Path:
     """Writes one JSON value a line, gzipped without a time stamp; bytes lines are written as they are."""
-    data = b"".join(
-        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines
-    )
+    data = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data, mtime=0))
     return path

@@ -52,9 +52,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
     ],
 )
-def test_every_mistake_is_one_message(
-    tmp_path: Path, body: dict[str, Any], overrides: list[str], message: str
-) -> None:
+def test_every_mistake_is_one_message(tmp_path: Path, body: dict[str, Any], overrides: list[str], message: str) -> None:
     with pytest.raises(DataError) as error:
         load(tmp_path, body, *overrides)
     assert message in str(error.value)
@@ -79,9 +77,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
 
 
 def test_overrides_are_json_or_strings(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, {}, "tokenizer.split_digits=false", "shard.tokens_per_member=7", "input=b.gz", "workers=3"
-    )
+    config = load(tmp_path, {}, "tokenizer.split_digits=false", "shard.tokens_per_member=7", "input=b.gz", "workers=3")
     assert config.tokenizer.split_digits is False
     assert (config.shard.tokens_per_member, config.input, config.workers) == (7, ("b.gz",), 3)
 
@@ -109,9 +105,7 @@ def test_shipped_configs_are_valid_and_write_below_the_repository_root(
     assert load_config(path, []).tokenizer.vocab_size == 8000
 
 
-def test_inputs_are_found_here_and_then_in_the_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_are_found_here_and_then_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_prep.plan.REPOSITORY", tmp_path / "repository")
     for name in ("b", "a"):

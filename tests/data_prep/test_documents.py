@@ -34,8 +34,7 @@ def test_texts_come_back_in_order_with_hash_size_and_format(
 
 def test_plain_files_concatenated_gzip_and_blank_lines_are_read(tmp_path: Path) -> None:
     first, second = (
-        write_dump(tmp_path / f"{n}.gz", [c4_line(f"text {n}"), b"", c4_line(f"more {n}")]).read_bytes()
-        for n in (1, 2)
+        write_dump(tmp_path / f"{n}.gz", [c4_line(f"text {n}"), b"", c4_line(f"more {n}")]).read_bytes() for n in (1, 2)
     )
     both = tmp_path / "both.json.gz"
     both.write_bytes(first + second)

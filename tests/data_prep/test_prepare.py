@@ -248,7 +248,5 @@ def test_the_reading_side_imports_neither_torch_nor_webdataset_nor_sentencepiece
         "import sys, data_prep.shard_reader; "
         "print(sorted({'torch', 'webdataset', 'sentencepiece', 'tqdm', 'pickle5'} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -48,9 +48,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) ->
     edit_manifest(folder, edit)
 
 
-@pytest.mark.parametrize(
-    "vocab_size, name", [(2, "uint16"), (8000, "uint16"), (65536, "uint16"), (65537, "uint32")]
-)
+@pytest.mark.parametrize("vocab_size, name", [(2, "uint16"), (8000, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_dtype_is_the_narrowest_that_holds_every_id(vocab_size: int, name: str) -> None:
     assert dtype_name(vocab_size) == name
 
@@ -85,9 +83,7 @@ def test_truncated_shard_is_named_with_both_sizes(manifest: Manifest) -> None:
     entry = manifest.split("train")[0]
     path = manifest.folder / entry.file
     path.write_bytes(path.read_bytes()[:-512])
-    message = (
-        rf"{entry.file} does not match .* expected bytes {entry.bytes}, found {entry.bytes - 512}; prepare"
-    )
+    message = rf"{entry.file} does not match .* expected bytes {entry.bytes}, found {entry.bytes - 512}; prepare"
     with pytest.raises(DataError, match=message):
         manifest.check("size")
 
@@ -122,9 +118,7 @@ def test_changed_index_is_found_by_check_and_by_the_reader(manifest: Manifest) -
     entry = manifest.split("validation")[0]
     flip_byte(manifest.folder / entry.index_file, entry.index_bytes - 8)
     for refuses in (lambda: manifest.check("size"), lambda: ShardReader(manifest, entry, False)):
-        with pytest.raises(
-            DataError, match=rf"{entry.index_file} does not match the manifest: expected sha256"
-        ):
+        with pytest.raises(DataError, match=rf"{entry.index_file} does not match the manifest: expected sha256"):
             refuses()
 
 
@@ -167,9 +161,7 @@ def test_an_index_that_does_not_describe_its_shard_is_refused(
         lambda: manifest.check("size"),
         lambda: ShardReader(manifest, manifest.split("train")[0], False),
     ):
-        with pytest.raises(
-            DataError, match=rf"train-00000\.idx\.safetensors: .*{message}.*prepare the data again"
-        ):
+        with pytest.raises(DataError, match=rf"train-00000\.idx\.safetensors: .*{message}.*prepare the data again"):
             refuses()
 
 

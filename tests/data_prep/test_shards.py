@@ -88,9 +88,7 @@ def test_tar_members_carry_nothing_of_the_host(prepared: Path) -> None:
 def test_webdataset_reads_the_same_tokens(tmp_path: Path, vocab_size: int, stored: str) -> None:
     documents = random_documents(np.random.default_rng(1), 40, vocab_size)
     documents.append(np.array([vocab_size - 1]))
-    manifest = write_data(
-        tmp_path, documents, vocab_size=vocab_size, tokens_per_shard=2000, tokens_per_member=256
-    )
+    manifest = write_data(tmp_path, documents, vocab_size=vocab_size, tokens_per_shard=2000, tokens_per_member=256)
     entries = manifest.split("train")
     assert len(entries) > 2
     assert manifest.numpy_dtype == np.dtype(stored)
@@ -103,12 +101,8 @@ def test_webdataset_reads_the_same_tokens(tmp_path: Path, vocab_size: int, store
         np.testing.assert_array_equal(reader.read(0, reader.num_tokens), tokens)
 
 
-@pytest.mark.parametrize(
-    "tokens_per_shard, tokens_per_member", [(1, 7), (700, 64), (5000, 5000), (3000, 1000)]
-)
-def test_random_ranges_equal_slices_of_one_array(
-    tmp_path: Path, tokens_per_shard: int, tokens_per_member: int
-) -> None:
+@pytest.mark.parametrize("tokens_per_shard, tokens_per_member", [(1, 7), (700, 64), (5000, 5000), (3000, 1000)])
+def test_random_ranges_equal_slices_of_one_array(tmp_path: Path, tokens_per_shard: int, tokens_per_member: int) -> None:
     rng = np.random.default_rng(tokens_per_shard)
     documents = random_documents(rng, 30, 8000)
     expected = joined(documents)
@@ -158,9 +152,7 @@ def test_every_shard_but_the_last_reaches_the_asked_size(manifest: Manifest) -> 
     assert all(entry.tokens >= 5000 for entry in entries[:-1])
 
 
-def test_a_shard_is_hashed_once_even_if_it_is_opened_again(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_hashed_once_even_if_it_is_opened_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[ShardReader] = []
     verify = ShardReader._verify
 

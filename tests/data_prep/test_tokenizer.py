@@ -119,9 +119,7 @@ def test_the_sample_is_capped_seeded_and_free_of_validation_text(tmp_path: Path)
     def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
         files = [RawFile(path) for path in paths]
         return list(
-            sample_documents(
-                files, sample_bytes=sample_bytes, seed=seed, validation_fraction=validation_fraction
-            )
+            sample_documents(files, sample_bytes=sample_bytes, seed=seed, validation_fraction=validation_fraction)
         )
 
     everything = texts["a"] + texts["b"]

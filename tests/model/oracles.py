@@ -1,6 +1,6 @@
 """SwitchHead and sigma-MoE as loops over tokens, heads and experts, written from the papers' equations, in fp64.
 
-Independent of the project's model code: plain tensors in, plain tensors out; gradients come from autograd over the loop.
+Independent of the project's model code: plain tensors in and out; gradients come from autograd over the loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ def rotate(vector: Tensor, position: int, *, fraction: float, base: float) -> Te
 
 
 def switchhead(
-    x: Tensor, p: dict[str, Tensor], *, k: int, fraction: float, base: float, keep_v: Tensor | None, keep_o: Tensor | None
+    x: Tensor,
+    p: dict[str, Tensor],
+    *,
+    k: int,
+    fraction: float,
+    base: float,
+    keep_v: Tensor | None,
+    keep_o: Tensor | None,
 ) -> Tensor:
     """One sequence x [T, d]. p: query, key [H, h, d]; value_selector, output_selector [H, E, d]; value_experts
     [H, E, d, h]; output_experts [H, E, h, d]. keep_* [T, H, E] bool: experts that expert dropout leaves."""

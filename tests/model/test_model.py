@@ -18,19 +18,36 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def small(**changes: object) -> ModelConfig:
-    return ModelConfig.model_validate({
-        "d_model": 64, "num_layers": 3, "vocab_size": 500, "sequence_length": 16,
-        "attention": {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 5, "active_experts": 3},
-        "feedforward": {"type": "sigma_moe", "num_experts": 8, "expert_size": 40, "active_experts": 2}, **changes,
-    })
+    return ModelConfig.model_validate(
+        {
+            "d_model": 64,
+            "num_layers": 3,
+            "vocab_size": 500,
+            "sequence_length": 16,
+            "attention": {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 5, "active_experts": 3},
+            "feedforward": {"type": "sigma_moe", "num_experts": 8, "expert_size": 40, "active_experts": 2},
+            **changes,
+        }
+    )
 
 
 def test_parameter_names_are_canonical() -> None:
     names = set(dict(build_on_meta(small()).named_parameters()))
-    block = {"attention_norm.weight", "attention_norm.bias", "attention.query.weight", "attention.key.weight",
-             "attention.value_selector", "attention.output_selector", "attention.value_experts",
-             "attention.output_experts", "feedforward_norm.weight", "feedforward_norm.bias", "feedforward.router",
-             "feedforward.up_experts", "feedforward.down_experts"}
+    block = {
+        "attention_norm.weight",
+        "attention_norm.bias",
+        "attention.query.weight",
+        "attention.key.weight",
+        "attention.value_selector",
+        "attention.output_selector",
+        "attention.value_experts",
+        "attention.output_experts",
+        "feedforward_norm.weight",
+        "feedforward_norm.bias",
+        "feedforward.router",
+        "feedforward.up_experts",
+        "feedforward.down_experts",
+    }
     expected = {f"blocks.{i}.{name}" for i in range(3) for name in block}
     assert names == expected | {"embedding.weight", "final_norm.weight", "final_norm.bias", "head.weight", "head.bias"}
 
@@ -39,11 +56,16 @@ def test_initial_standard_deviations_are_the_papers() -> None:
     model = build_model(small(), seed=0)
     s = math.sqrt(2 / 3)
     expected = {
-        "embedding.weight": 1 / 8, "head.weight": 1 / 8,
-        "blocks.1.attention.query.weight": s / 8, "blocks.1.attention.key.weight": s / 8,
-        "blocks.1.attention.value_experts": s / 8, "blocks.1.attention.value_selector": s / 8,
-        "blocks.1.attention.output_selector": s / 8, "blocks.1.attention.output_experts": s / math.sqrt(2 * 24),
-        "blocks.1.feedforward.router": s / 8, "blocks.1.feedforward.up_experts": s / 8,
+        "embedding.weight": 1 / 8,
+        "head.weight": 1 / 8,
+        "blocks.1.attention.query.weight": s / 8,
+        "blocks.1.attention.key.weight": s / 8,
+        "blocks.1.attention.value_experts": s / 8,
+        "blocks.1.attention.value_selector": s / 8,
+        "blocks.1.attention.output_selector": s / 8,
+        "blocks.1.attention.output_experts": s / math.sqrt(2 * 24),
+        "blocks.1.feedforward.router": s / 8,
+        "blocks.1.feedforward.up_experts": s / 8,
         "blocks.1.feedforward.down_experts": s / math.sqrt(8 * 40),
     }
     parameters = dict(model.named_parameters())
@@ -91,7 +113,9 @@ def test_dropout_masks_are_functions_of_place() -> None:
     index = torch.tensor([3, 900_000_000_007, 12])
     mask = keep_mask(probability=0.3, key=key, sequence_index=index, shape=(3, 40, 50))
     for row, single in zip(mask, index, strict=True):
-        assert torch.equal(row[None], keep_mask(probability=0.3, key=key, sequence_index=single[None], shape=(1, 40, 50)))
+        assert torch.equal(
+            row[None], keep_mask(probability=0.3, key=key, sequence_index=single[None], shape=(1, 40, 50))
+        )
     assert not torch.equal(mask[0], mask[2])
     other = keep_mask(probability=0.3, key=site_key(1, "blocks.1.attention"), sequence_index=index, shape=(3, 40, 50))
     assert not torch.equal(mask, other)

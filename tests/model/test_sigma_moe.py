@@ -25,11 +25,23 @@ SHAPES = [
 
 
 def build(d: int, E: int, G: int, k: int, dropout: float, gamma: float = 0.0, scope: str = "micro_batch") -> SigmaMoE:
-    config = ModelConfig.model_validate({
-        "d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": 4,
-        "feedforward": {"type": "sigma_moe", "num_experts": E, "expert_size": G, "active_experts": k,
-                        "expert_dropout": dropout, "entropy_weight": gamma, "entropy_scope": scope},
-    })
+    config = ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": 4,
+            "feedforward": {
+                "type": "sigma_moe",
+                "num_experts": E,
+                "expert_size": G,
+                "active_experts": k,
+                "expert_dropout": dropout,
+                "entropy_weight": gamma,
+                "entropy_scope": scope,
+            },
+        }
+    )
     layer = SigmaMoE(config, parallel=ParallelContext(), name="blocks.0.feedforward", seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -55,8 +67,12 @@ def test_forward_and_every_gradient_equal_the_loop(
     x64 = x.detach().double().requires_grad_()
     keep = None
     if dropout:
-        keep = keep_mask(probability=dropout, key=site_key(3, "blocks.0.feedforward.experts"),
-                         sequence_index=sequence_index, shape=(B, T, E)).view(B * T, E)
+        keep = keep_mask(
+            probability=dropout,
+            key=site_key(3, "blocks.0.feedforward.experts"),
+            sequence_index=sequence_index,
+            shape=(B, T, E),
+        ).view(B * T, E)
         assert 0 < int(keep.sum()) < keep.numel()
     flat = x64.view(B * T, d)
     expected = oracles.sigma_moe(flat, p, k=k, keep=keep).view(B, T, d)
@@ -138,8 +154,12 @@ def _rank_gradient(rank: int, x: torch.Tensor, router: torch.Tensor, world_size:
     """Average over ranks of the gradient that each rank computes from its share of the tokens."""
     import torch.distributed as dist
 
-    parallel = ParallelContext(data_rank=rank, data_size=world_size, data_group=dist.group.WORLD if world_size > 1 else None)
-    config = SigmaMoEConfig(num_experts=router.shape[0], active_experts=2, entropy_weight=1.0, entropy_scope="micro_batch")
+    parallel = ParallelContext(
+        data_rank=rank, data_size=world_size, data_group=dist.group.WORLD if world_size > 1 else None
+    )
+    config = SigmaMoEConfig(
+        num_experts=router.shape[0], active_experts=2, entropy_weight=1.0, entropy_scope="micro_batch"
+    )
     statistics = RoutingStatistics((router.shape[0],), tracks_probability=True)
     router = router.clone().requires_grad_()
     share = x.chunk(world_size)[rank]

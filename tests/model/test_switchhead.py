@@ -24,12 +24,23 @@ SHAPES = [
 
 
 def build(d: int, H: int, h: int, E: int, k: int, T: int, dropout: float, fraction: float) -> SwitchHeadAttention:
-    config = ModelConfig.model_validate({
-        "d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
-        "attention": {"type": "switchhead", "num_heads": H, "head_dim": h, "num_experts": E, "active_experts": k,
-                      "expert_dropout": dropout},
-        "position": {"fraction": fraction},
-    })
+    config = ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": T,
+            "attention": {
+                "type": "switchhead",
+                "num_heads": H,
+                "head_dim": h,
+                "num_experts": E,
+                "active_experts": k,
+                "expert_dropout": dropout,
+            },
+            "position": {"fraction": fraction},
+        }
+    )
     layer = SwitchHeadAttention(config, name="blocks.0.attention", seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -55,14 +66,29 @@ def test_forward_and_every_gradient_equal_the_loop(
     x64 = x.detach().double().requires_grad_()
     keep = {"value": None, "output": None}
     if dropout:
-        keep = {side: keep_mask(probability=dropout, key=site_key(3, f"blocks.0.attention.{side}_experts"),
-                                sequence_index=sequence_index, shape=(B, T, H, E)) for side in ("value", "output")}
-    expected = torch.stack([
-        oracles.switchhead(x64[b], shaped, k=k, fraction=fraction, base=10000.0,
-                           keep_v=None if keep["value"] is None else keep["value"][b],
-                           keep_o=None if keep["output"] is None else keep["output"][b])
-        for b in range(B)
-    ])
+        keep = {
+            side: keep_mask(
+                probability=dropout,
+                key=site_key(3, f"blocks.0.attention.{side}_experts"),
+                sequence_index=sequence_index,
+                shape=(B, T, H, E),
+            )
+            for side in ("value", "output")
+        }
+    expected = torch.stack(
+        [
+            oracles.switchhead(
+                x64[b],
+                shaped,
+                k=k,
+                fraction=fraction,
+                base=10000.0,
+                keep_v=None if keep["value"] is None else keep["value"][b],
+                keep_o=None if keep["output"] is None else keep["output"][b],
+            )
+            for b in range(B)
+        ]
+    )
     expected.backward(upstream.double())
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=5e-5, atol=5e-5)
@@ -102,8 +128,15 @@ def test_identical_experts_equal_dense_attention_scaled_by_the_gates() -> None:
     """If the experts of a head are copies, values and outputs are a dense head's times the sums of chosen gates."""
     d, H, h, T = 12, 2, 6, 5
     layer = build(d, H, h, 4, 2, T, 0.0, 0.5)
-    config = ModelConfig.model_validate({"d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
-                                         "attention": {"type": "dense", "num_heads": H, "head_dim": h}})
+    config = ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": T,
+            "attention": {"type": "dense", "num_heads": H, "head_dim": h},
+        }
+    )
     dense = DenseAttention(config)
     with torch.no_grad():
         layer.value_experts.copy_(layer.value_experts[:, :1].expand_as(layer.value_experts).clone())
@@ -134,8 +167,15 @@ def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
 
 def test_dense_attention_equals_softmax_by_hand() -> None:
     d, H, h, T = 10, 3, 5, 6
-    config = ModelConfig.model_validate({"d_model": d, "num_layers": 1, "vocab_size": 4, "sequence_length": T,
-                                         "attention": {"type": "dense", "num_heads": H, "head_dim": h}})
+    config = ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": T,
+            "attention": {"type": "dense", "num_heads": H, "head_dim": h},
+        }
+    )
     torch.manual_seed(0)
     layer = DenseAttention(config)
     x = torch.randn(1, T, d)

@@ -15,7 +15,7 @@ from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
 from pretrain.data import TrainingStream, WindowReader
 from pretrain.engine import parallel_context
-from pretrain.loop import build_trainer
+from pretrain.loop import Trainer, build_trainer
 from pretrain.schedule import learning_rate
 from tests.corpus import VOCAB_SIZE
 
@@ -24,10 +24,18 @@ def small_config(prepared: Path, *overrides: str) -> Config:
     """SwitchAll with two odd-sized layers, 8 sequences of 16 tokens a step, fp32, clipping active, regulariser on."""
     tree: dict[str, Any] = {
         "model": {
-            "d_model": 24, "num_layers": 2, "vocab_size": VOCAB_SIZE, "sequence_length": 16,
+            "d_model": 24,
+            "num_layers": 2,
+            "vocab_size": VOCAB_SIZE,
+            "sequence_length": 16,
             "attention": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
-            "feedforward": {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2,
-                            "entropy_weight": 0.05},
+            "feedforward": {
+                "type": "sigma_moe",
+                "num_experts": 5,
+                "expert_size": 7,
+                "active_experts": 2,
+                "entropy_weight": 0.05,
+            },
         },
         "data": {"manifest": str(prepared)},
         "batch": {"global_sequences": 8, "micro_sequences": 2},
@@ -54,46 +62,47 @@ class Trace:
 
 def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: tuple[int, ...]) -> list[Trace]:
     """Runs every configuration on this gloo group, through the real trainer; gradients are copied before clipping."""
-    from deepspeed.utils import safe_get_full_grad
-
     traces = []
     for config in configs:
         manifest = Manifest.load(config.data.manifest)
         trainer = build_trainer(config, manifest, parallel_context(), torch.device("cpu"), None)
-        trace = Trace()
-        engine = trainer.engine
-        engine_step = engine.step
-        for step in range(steps):
-            def capture(step: int = step) -> None:
-                if step in gradient_steps and engine.is_gradient_accumulation_boundary():
-                    trace.gradients[step] = {
-                        name: safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
-                        for name, p in engine.module.named_parameters()
-                    }
-                engine_step()
-
-            engine.step = capture
-            sums, norm = trainer.step(step)
-            trace.losses.append(sums.loss)
-            trace.grad_norms.append(norm)
-        engine.step = engine_step
-        engine.destroy()
-        traces.append(trace)
+        traces.append(_trace_one(trainer, steps, gradient_steps))
+        trainer.engine.destroy()
     return traces if rank == 0 else []
 
 
-def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
-    """The same training without DeepSpeed, ranks or micro-steps: one global batch a step, torch AdamW, torch clipping.
+def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
+    from deepspeed.utils import safe_get_full_grad
 
-    Micro-step regularisers cannot be had from one batch: config.batch.micro_sequences sequences (times nothing) are one
-    micro-step here.
-    """
+    trace, engine, engine_step, now = Trace(), trainer.engine, trainer.engine.step, 0
+
+    def step_and_capture() -> None:
+        if now in gradient_steps and engine.is_gradient_accumulation_boundary():
+            trace.gradients[now] = {
+                name: safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
+                for name, p in engine.module.named_parameters()
+            }
+        engine_step()
+
+    engine.step = step_and_capture
+    for now in range(steps):
+        sums, norm = trainer.step(now)
+        trace.losses.append(sums.loss)
+        trace.grad_norms.append(norm)
+    return trace
+
+
+def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
+    """The same training in one process without DeepSpeed: plain backward, torch clipping, torch AdamW."""
     manifest = Manifest.load(config.data.manifest)
     reader = WindowReader(manifest, "train", config.model.sequence_length, verify_on_first_read=True)
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps,
+        network.parameters(),
+        lr=1.0,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )
     trace, original = Trace(), model.routing.top_k

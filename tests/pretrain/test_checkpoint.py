@@ -58,8 +58,14 @@ def test_resumed_run_is_bit_identical(prepared: Path, tmp_path: Path, ranks: int
     layouts = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
     runs = []
     for precision, zero in layouts:
-        keys = (*DROPOUTS, "train.steps=7", "evaluate.sequences=0", "checkpoint.every_steps=3", f"parallel.zero={zero}",
-                f"train.precision={precision}")
+        keys = (
+            *DROPOUTS,
+            "train.steps=7",
+            "evaluate.sequences=0",
+            "checkpoint.every_steps=3",
+            f"parallel.zero={zero}",
+            f"train.precision={precision}",
+        )
         folder = tmp_path / f"{precision}-{zero}"
         runs.append((small_config(prepared, *keys), folder / "unbroken"))
         runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
@@ -81,9 +87,14 @@ def test_resuming_in_another_layout_gives_the_same_losses(prepared: Path, tmp_pa
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
         for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
             for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks, ZeRO {zero}: {key} of {ours['step']}"
-        changed = [json.loads(line)["key"] for line in (target / "events.jsonl").read_text().splitlines()
-                   if json.loads(line)["event"] == "changed_setting"]
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (
+                    f"{ranks} ranks, ZeRO {zero}: {key} of {ours['step']}"
+                )
+        changed = [
+            json.loads(line)["key"]
+            for line in (target / "events.jsonl").read_text().splitlines()
+            if json.loads(line)["event"] == "changed_setting"
+        ]
         assert set(changed) >= {"train.stop_after_steps"}
 
 
@@ -170,8 +181,15 @@ def test_layout_machine_logging_and_stop_settings_may_change(stopped_run: Path, 
     from pretrain.resume import changed_settings
 
     checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
-    free = ("parallel.zero=3", "train.stop_after_steps=4", "train.threads=2", "monitor.print_every_steps=3",
-            "checkpoint.every_steps=9", "evaluate.every_steps=4", "data.verify=full")
+    free = (
+        "parallel.zero=3",
+        "train.stop_after_steps=4",
+        "train.threads=2",
+        "monitor.print_every_steps=3",
+        "checkpoint.every_steps=9",
+        "evaluate.every_steps=4",
+        "data.verify=full",
+    )
     config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", *free)
     changes = changed_settings(config, checkpoint, Manifest.load(prepared).digest)
     assert set(changes) >= {entry.partition("=")[0] for entry in free}

@@ -22,10 +22,14 @@ LAYOUTS = {
 
 
 def assert_same(trace: Trace, reference: Trace, label: str) -> None:
-    assert reference.smallest_margin > 1e-6, f"a routing choice is decided by {reference.smallest_margin}: choose a seed"
+    assert reference.smallest_margin > 1e-6, (
+        f"a routing choice is decided by {reference.smallest_margin}: choose a seed"
+    )
     assert len(trace.losses) == STEPS
     for step in range(STEPS):
-        assert trace.losses[step] == pytest.approx(reference.losses[step], rel=TOLERANCE), f"{label}: loss of step {step}"
+        assert trace.losses[step] == pytest.approx(reference.losses[step], rel=TOLERANCE), (
+            f"{label}: loss of step {step}"
+        )
         norm, expected = trace.grad_norms[step], reference.grad_norms[step]
         assert norm == pytest.approx(expected, rel=TOLERANCE), f"{label}: gradient norm of step {step}"
     for step, gradients in reference.gradients.items():
@@ -45,7 +49,8 @@ def reference(prepared: Path) -> Trace:
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_every_data_parallel_layout_gives_the_same_numbers(prepared: Path, reference: Trace, ranks: int) -> None:
     configs = [
-        small_config(prepared, f"parallel.zero={zero}", f"batch.micro_sequences={micro}") for zero, micro in LAYOUTS[ranks]
+        small_config(prepared, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
+        for zero, micro in LAYOUTS[ranks]
     ]
     traces = run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0]
     for (zero, micro), trace in zip(LAYOUTS[ranks], traces, strict=True):
@@ -61,22 +66,31 @@ def test_micro_batch_scope_is_the_same_for_every_split_with_the_same_sequences_p
         trace = run_ranks(engine_trace, ranks, [config], STEPS, GRADIENT_STEPS)[0][0]
         assert_same(trace, reference, f"{ranks} ranks, ZeRO {zero}, micro_batch scope")
     other = plain_trace(small_config(prepared, scope, "batch.micro_sequences=8"), 2, ())
-    assert abs(other.grad_norms[1] / reference.grad_norms[1] - 1) > TOLERANCE, "the scope has no effect: the test is blind"
+    assert abs(other.grad_norms[1] / reference.grad_norms[1] - 1) > TOLERANCE, (
+        "the scope has no effect: the test is blind"
+    )
 
 
 def test_dropout_masks_are_the_same_in_every_layout(prepared: Path) -> None:
     dropouts = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
     reference = plain_trace(small_config(prepared, *dropouts, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    configs = [small_config(prepared, *dropouts, "parallel.zero=2", "batch.micro_sequences=1"),
-               small_config(prepared, *dropouts, "parallel.zero=0", "batch.micro_sequences=4")]
+    configs = [
+        small_config(prepared, *dropouts, "parallel.zero=2", "batch.micro_sequences=1"),
+        small_config(prepared, *dropouts, "parallel.zero=0", "batch.micro_sequences=4"),
+    ]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
         assert_same(trace, reference, "2 ranks, every dropout on")
     assert reference.losses[0] != plain_trace(small_config(prepared, "batch.micro_sequences=8"), 1, ()).losses[0]
 
 
 def test_dense_baseline_trains_the_same_in_every_layout(prepared: Path) -> None:
-    dense = ("model.attention.type=dense", "model.attention.num_heads=3", "model.attention.head_dim=6",
-             "model.feedforward.type=dense", "model.feedforward.hidden_size=20")
+    dense = (
+        "model.attention.type=dense",
+        "model.attention.num_heads=3",
+        "model.attention.head_dim=6",
+        "model.feedforward.type=dense",
+        "model.feedforward.hidden_size=20",
+    )
     reference = plain_trace(small_config(prepared, *dense, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
     configs = [small_config(prepared, *dense, f"parallel.zero={zero}", "batch.micro_sequences=2") for zero in (0, 1, 3)]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
@@ -84,12 +98,14 @@ def test_dense_baseline_trains_the_same_in_every_layout(prepared: Path) -> None:
 
 
 def test_bf16_stays_near_fp32(prepared: Path) -> None:
-    """bf16 has 8 bits of mantissa and Adam amplifies rounding in its first steps: measured 0.9% in single losses of this
-    24-wide model, 0.3% in their mean."""
+    """bf16 has 8 bits of mantissa and Adam amplifies rounding in its first steps: measured 0.9% in single losses
+    of this 24-wide model, 0.3% in their mean."""
     reference = plain_trace(small_config(prepared, "batch.micro_sequences=8"), STEPS, ())
     bf16 = "train.precision=bf16"
-    configs = [small_config(prepared, bf16, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
-               for zero, micro in ((1, 4), (1, 1), (2, 2), (3, 1))]
+    configs = [
+        small_config(prepared, bf16, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
+        for zero, micro in ((1, 4), (1, 1), (2, 2), (3, 1))
+    ]
     for config, trace in zip(configs, run_ranks(engine_trace, 2, configs, STEPS, ())[0], strict=True):
         assert trace.losses != reference.losses
         assert trace.losses == pytest.approx(reference.losses, rel=2e-2), f"ZeRO {config.parallel.zero}"

@@ -1,0 +1,132 @@
+"""The entry points as a user starts them: from another directory, dry runs, refusals before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs" / "switchall_tiny.json")
+
+
+def start(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs an entry point as a user would: no variable of the test session, another working directory."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "launch").glob("[!_]*.py")))
+def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
+    done = start(str(ROOT / "launch" / script), "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_dry_run_prints_the_resolved_tree_and_derived_values(prepared: Path, tmp_path: Path) -> None:
+    done = start(
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        TINY,
+        "--set",
+        f"data.manifest={prepared}",
+        "--dry-run",
+        "--ranks",
+        "8",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    tree, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert tree["data"]["manifest"] == str(prepared)
+    derived = done.stdout[end:]
+    for words in ("parameters, total", "parameters, active", "micro-steps", "unused vocabulary rows"):
+        assert words in derived
+    assert not list(tmp_path.iterdir()), "a dry run wrote something"
+
+
+def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, tmp_path: Path) -> None:
+    done = start(
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        str(ROOT / "configs" / "switchall_1b.json"),
+        "--set",
+        f"data.manifest={prepared}",
+        "--set",
+        "evaluate.sequences=0",
+        "--dry-run",
+        "--ranks",
+        "64",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1,117,441,280" in done.stdout and "437,964,032" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--set", "train.stepz=3"], "train.stepz: unknown key; the nearest known key is train.steps"),
+        (["--set", "model.attention.active_experts=5"], "num_experts = 4"),
+        (["--set", "batch.global_sequences=30"], "batch.global_sequences: 30 is not divisible"),
+        (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
+        (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
+        (["--dry-run", "--ranks", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP"),
+        (["--ranks", "3"], "--ranks: goes with --dry-run"),
+    ],
+)
+def test_refusals_are_one_message_without_traceback(
+    prepared: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = start(
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        TINY,
+        "--set",
+        f"data.manifest={prepared}",
+        *arguments,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir()), "something was written before the refusal"
+
+
+def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--config",
+        TINY,
+        "--set",
+        f"data.manifest={prepared}",
+        "--set",
+        "train.steps=4",
+        "--set",
+        "batch.global_sequences=4",
+        "--set",
+        "evaluate.sequences=8",
+        "--run-dir",
+        "run",
+    ]
+    script = str(ROOT / "launch" / "pretrain.py")
+    done = start(script, *arguments, "--set", "train.stop_after_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "run"
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
+    refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: optimizer.eps: was 1e-08")
+    done = start(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout and "unigram perplexity" in done.stdout
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -1,0 +1,116 @@
+"""The real deepspeed launcher, slow tier: layouts through it, SIGKILL at random steps and a bit-identical resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.pretrain.test_checkpoint import assert_bit_identical, metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def command(ranks: int, prepared: Path, run_dir: Path, *overrides: str) -> list[str]:
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    line = [
+        launcher,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(random.randint(20000, 60000)),
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        str(ROOT / "configs" / "switchall_tiny.json"),
+        "--run-dir",
+        str(run_dir),
+        "--set",
+        f"data.manifest={prepared}",
+        "--set",
+        "monitor.tensorboard=false",
+    ]
+    return line + [part for override in overrides for part in ("--set", override)]
+
+
+def environment() -> dict[str, str]:
+    dropped = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**{k: v for k, v in os.environ.items() if k not in dropped}, "PATH": path}
+
+
+def run(*line: str, cwd: Path) -> None:
+    done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_launcher_gives_one_process_losses(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=20", "evaluate.sequences=0", "batch.global_sequences=8", "batch.micro_sequences=2")
+    run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
+    run(*command(4, prepared, tmp_path / "four", *keys, "parallel.zero=3"), cwd=tmp_path)
+    for ours, theirs in zip(metrics(tmp_path / "four"), metrics(tmp_path / "one"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
+
+
+@pytest.mark.parametrize("zero, victim", [(1, "rank"), (2, "launcher"), (3, "rank")])
+def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
+    prepared: Path, tmp_path: Path, zero: int, victim: str
+) -> None:
+    keys = (
+        "train.steps=24",
+        "evaluate.sequences=0",
+        "checkpoint.every_steps=5",
+        "batch.global_sequences=8",
+        "batch.micro_sequences=2",
+        f"parallel.zero={zero}",
+        "model.dropout=0.1",
+    )
+    run(*command(2, prepared, tmp_path / "unbroken", *keys), cwd=tmp_path)
+    run_dir, kills = tmp_path / "killed", 0
+    draw = random.Random(zero)
+    for target in (draw.randint(2, 9), draw.randint(12, 20)):
+        process = subprocess.Popen(
+            command(2, prepared, run_dir, *keys),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while len(_lines(run_dir)) < target and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ranks = [
+            p
+            for p in psutil.Process(process.pid).children(recursive=True)
+            if "launch/pretrain.py" in " ".join(p.cmdline()) and "deepspeed.launcher" not in " ".join(p.cmdline())
+        ]
+        assert len(ranks) == 2, "the run was over before it could be killed"
+        if victim == "rank":
+            draw.choice(ranks).send_signal(signal.SIGKILL)
+        else:
+            for parent in [process.pid, *[p.ppid() for p in ranks]]:
+                if psutil.pid_exists(parent):
+                    os.kill(parent, signal.SIGKILL)
+        process.wait(timeout=120)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive, "a rank survived"
+        kills += 1
+    run(*command(2, prepared, run_dir, *keys), cwd=tmp_path)
+    assert kills == 2
+    assert_bit_identical(run_dir, tmp_path / "unbroken")
+    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert events.count("resumed") >= 1 and "superseded_metrics" in events
+
+
+def _lines(run_dir: Path) -> list[str]:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,183 @@
+"""Configuration: overrides, refusals in one message, help, derived DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import keys_help
+from pretrain.config import Config
+from pretrain.config_io import apply_override, fields, flatten, load_config, parse_config, to_json
+from pretrain.derived import deepspeed_json
+from pretrain.errors import ConfigError
+from pretrain.resume import free_keys
+from pretrain.rules import check_device, check_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "configs" / "switchall_tiny.json"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path) -> None:
+    config = load_config(path)
+    assert config.description
+    assert parse_config(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_tiny_is_even_enough_for_every_later_layout() -> None:
+    config = load_config(TINY)
+    model = config.model
+    assert model.num_layers >= 4
+    even = (
+        model.attention.num_heads,
+        model.attention.num_experts,
+        model.attention.active_experts,
+        model.feedforward.num_experts,
+        model.feedforward.active_experts,
+        model.sequence_length,
+        model.vocab_size,
+    )
+    assert all(value % 2 == 0 for value in even)
+    assert (model.dropout, model.attention.expert_dropout, model.feedforward.expert_dropout) == (0, 0, 0)
+    for ranks in (1, 2, 4, 8):
+        assert check_ranks(config, ranks) == ranks
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(
+        TINY,
+        [
+            "train.steps=7",
+            "monitor.tensorboard=false",
+            "optimizer.betas=[0.5,0.6]",
+            "train.stop_after_steps=null",
+            "data.manifest=elsewhere",
+            "optimizer.eps=1e-6",
+        ],
+    )
+    assert (config.train.steps, config.monitor.tensorboard, config.optimizer.betas) == (7, False, (0.5, 0.6))
+    assert (config.train.stop_after_steps, config.data.manifest, config.optimizer.eps) == (None, "elsewhere", 1e-6)
+
+
+def test_another_type_of_layer_starts_from_its_defaults() -> None:
+    config = load_config(TINY, ["model.attention.type=dense", "model.attention.num_heads=3"])
+    assert to_json(config)["model"]["attention"] == {"type": "dense", "num_heads": 3, "head_dim": 64}
+    same = load_config(TINY, ["model.attention.type=switchhead"])
+    assert same.model == load_config(TINY).model
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.stepz=3", ["train.stepz", "unknown key", "train.steps"]),
+        ("model.attention.num_head=2", ["model.attention.num_head", "model.attention.num_heads"]),
+        ("steps=3", ["steps: unknown key", "train.steps"]),
+        ("model.attention.active_experts=9", ["model.attention", "active_experts is 9", "at most 4"]),
+        ("model.feedforward.active_experts=17", ["model.feedforward", "17", "num_experts = 16"]),
+        ("batch.global_sequences=30", ["batch.global_sequences", "30", "micro_sequences = 4", "set it to 32"]),
+        ("parallel.zero=7", ["parallel.zero", "7"]),
+        ("parallel.tensor=2", ["parallel.tensor", "set parallel.tensor to 1"]),
+        ("parallel.sequence=true", ["parallel.sequence", "false"]),
+        ("train.precision=fp64", ["train.precision", "fp64", "bf16"]),
+        ("model.d_model=wide", ["model.d_model", "integer", "wide"]),
+        ("train=3", ["train", "3"]),
+        ("train.steps", ["--set train.steps", "dotted.key=value"]),
+        ("train.steps.more=3", ["train.steps is a value"]),
+        ("model.attention.type=sparse", ["model.attention", "sparse", "switchhead"]),
+        ("deepspeed.gradient_clipping=3", ["deepspeed.gradient_clipping", "optimizer.clip_norm"]),
+        ('deepspeed={"zero_optimization":{"stage":3}}', ["deepspeed.zero_optimization.stage", "parallel.zero"]),
+        ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "greater than 0"]),
+        ("optimizer.learning_rate=NaN", ["optimizer.learning_rate"]),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(TINY, [override])
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_zero_0_needs_fp32() -> None:
+    assert load_config(TINY, ["parallel.zero=0"]).parallel.zero == 0
+    with pytest.raises(ConfigError, match=r"parallel\.zero: stage 0 trains in fp32 only"):
+        load_config(TINY, ["parallel.zero=0", "train.precision=bf16"])
+
+
+def test_ranks_that_do_not_divide_the_batch() -> None:
+    config = load_config(TINY, ["batch.global_sequences=24"])
+    with pytest.raises(ConfigError, match=r"batch\.global_sequences: 24 .* 4 x 4 = 16; set it to 32"):
+        check_ranks(config, 4)
+    assert check_ranks(config, 3) == 3
+
+
+def test_fp16_is_refused_on_the_cpu_with_the_reason() -> None:
+    config = load_config(TINY, ["train.precision=fp16"])
+    with pytest.raises(ConfigError, match=r"train\.precision: fp16 needs CUDA"):
+        check_device(config, "cpu")
+    check_device(config, "cuda")
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_config(path)
+    path.write_text("{\n 'a': 1}")
+    with pytest.raises(ConfigError, match="not JSON: line 2"):
+        load_config(path)
+    path.write_text('{"train": {"steps": 1, "steps": 2}}')
+    with pytest.raises(ConfigError, match="steps: stands twice"):
+        load_config(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="JSON object"):
+        load_config(path)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="model: is required"):
+        load_config(path)
+
+
+def test_every_key_is_documented_and_in_the_help() -> None:
+    text = keys_help()
+    for dotted, section, name in fields():
+        assert section.model_fields[name].description, f"{dotted} has no docstring"
+        assert f"  {dotted} = " in text
+
+
+def test_what_may_change_on_resume() -> None:
+    sections = {key.split(".")[0] for key in flatten(to_json(load_config(TINY)))}
+    free = free_keys()
+    assert {key.split(".")[0] for key in free} <= sections | {"description", "deepspeed"}
+    assert not any(key.startswith(("model.", "optimizer.", "schedule.", "batch.")) for key in free)
+    assert {"train.stop_after_steps", "train.threads", "parallel.zero", "data.verify"} <= free
+    assert not {"train.steps", "train.seed", "train.precision"} & free
+
+
+def test_deepspeed_json_is_derived() -> None:
+    config = load_config(
+        TINY,
+        [
+            "train.precision=bf16",
+            "parallel.zero=2",
+            'deepspeed={"zero_optimization":{"reduce_bucket_size":1000}, "memory_breakdown": true}',
+        ],
+    )
+    derived = deepspeed_json(config, data_size=2)
+    assert derived["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert (derived["train_micro_batch_size_per_gpu"], derived["gradient_accumulation_steps"]) == (4, 4)
+    assert derived["gradient_clipping"] == config.optimizer.clip_norm
+    assert derived["bf16"]["enabled"] and derived["data_types"]["grad_accum_dtype"] == "fp32"
+    assert derived["memory_breakdown"] is True
+    assert "optimizer" not in derived and "fp16" not in derived
+
+
+def test_the_tree_is_frozen() -> None:
+    config = load_config(TINY)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+    tree: dict = {}
+    apply_override(tree, "a.b.c=1")
+    assert tree == {"a": {"b": {"c": 1}}}
+    assert Config.model_config["extra"] == "forbid"

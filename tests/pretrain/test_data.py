@@ -1,0 +1,166 @@
+"""Data order, windows and schedule: pure functions of the position."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shard_format import DataError, Manifest
+from data_prep.shard_reader import SplitReader
+from pretrain.data import TrainingStream, WindowReader, open_manifest
+from pretrain.errors import UserError
+from pretrain.order import permute, window_order
+from pretrain.schedule import learning_rate
+from tests.pretrain.runs import small_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])
+def test_permutation_is_a_bijection(size: int) -> None:
+    image = permute(np.arange(size), size, key="7/0")
+    assert sorted(image.tolist()) == list(range(size))
+
+
+def test_permutation_depends_on_its_key_and_mixes() -> None:
+    size = 10_000
+    image, other = permute(np.arange(size), size, key="0/0"), permute(np.arange(size), size, key="0/1")
+    assert (image == other).mean() < 0.01
+    assert (image == np.arange(size)).mean() < 0.01
+    # Neighbours land apart: mean distance of random pairs is size / 3.
+    assert np.abs(np.diff(image)).mean() == pytest.approx(size / 3, rel=0.05)
+    assert abs(np.corrcoef(np.arange(size), image)[0, 1]) < 0.05
+
+
+def test_a_space_of_ten_billion_windows_needs_no_memory() -> None:
+    size = 10**10 + 7
+    image = permute(np.arange(512) + 10**9, size, key="1/0")
+    assert image.min() >= 0 and image.max() < size and len(set(image.tolist())) == 512
+
+
+def test_every_epoch_visits_every_window_once() -> None:
+    order = window_order(np.arange(35), 7, seed=3)
+    epochs = order.reshape(5, 7)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(7))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStream:
+    config = small_config(prepared, f"batch.micro_sequences={micro}")
+    reader = WindowReader(Manifest.load(prepared), "train", 16, verify_on_first_read=True)
+    return TrainingStream(reader, config, data_rank=rank, data_size=size)
+
+
+def global_batch(prepared: Path, step: int, size: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+    streams = [stream_of(prepared, rank, size, micro) for rank in range(size)]
+    batches = [s.batch(step, m, CPU) for m in range(streams[0].micro_steps) for s in streams]
+    return torch.cat([b.tokens for b in batches]), torch.cat([b.sequence_index for b in batches])
+
+
+def test_the_global_batch_is_the_same_for_every_split(prepared: Path) -> None:
+    for step in (0, 3, 1000):
+        tokens, index = global_batch(prepared, step, 1, 8)
+        assert index.tolist() == list(range(8 * step, 8 * step + 8))
+        for size, micro in ((1, 2), (2, 4), (2, 1), (4, 2), (4, 1), (8, 1)):
+            other_tokens, other_index = global_batch(prepared, step, size, micro)
+            assert torch.equal(other_tokens, tokens) and torch.equal(other_index, index), (size, micro)
+
+
+def test_micro_step_and_rank_take_the_documented_block(prepared: Path) -> None:
+    stream = stream_of(prepared, rank=1, size=2, micro=2)
+    assert stream.positions(step=5, micro_step=1).tolist() == [46, 47]
+
+
+def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: Path) -> None:
+    manifest = Manifest.load(prepared)
+    with SplitReader(manifest, "train", verify_on_first_read=True) as split:
+        everything = split.read(0, split.num_tokens)
+    reader = WindowReader(manifest, "train", 16, verify_on_first_read=False)
+    assert reader.num_windows == (len(everything) - 1) // 16
+    windows = np.random.default_rng(0).integers(0, reader.num_windows, 50)
+    windows = np.append(windows, [0, reader.num_windows - 1])
+    tokens, targets = reader.read(windows)
+    assert tokens.dtype == targets.dtype == torch.int64
+    for row, window in enumerate(windows):
+        assert tokens[row].tolist() == everything[window * 16 : window * 16 + 16].tolist()
+        assert targets[row].tolist() == everything[window * 16 + 1 : window * 16 + 17].tolist()
+
+
+def test_another_seed_is_another_order_and_an_epoch_is_complete(prepared: Path) -> None:
+    reader = WindowReader(Manifest.load(prepared), "train", 16, verify_on_first_read=False)
+    n = reader.num_windows
+    order = window_order(np.arange(n), n, seed=0)
+    assert sorted(order.tolist()) == list(range(n))
+    assert (order != window_order(np.arange(n), n, seed=1)).mean() > 0.99
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def refusal(folder: Path, *overrides: str) -> str:
+    config = small_config(folder, *overrides)
+    with pytest.raises((UserError, DataError)) as error:
+        open_manifest(config).check(config.data.verify)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_and_damaged_data_is_refused_before_training(copy: Path) -> None:
+    shard = sorted(copy.glob("train-*.tar"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    assert shard.name in refusal(copy) and "missing" in refusal(copy)
+    shard.write_bytes(content[:-512])
+    assert shard.name in refusal(copy) and "bytes" in refusal(copy)
+    shard.write_bytes(content)
+    index = next(copy.glob("train-*.idx.safetensors"))
+    original = index.read_bytes()
+    index.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    assert index.name in refusal(copy)
+    index.write_bytes(original)
+    tokenizer = copy / "tokenizer.model"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"x")
+    assert "tokenizer.model" in refusal(copy)
+
+
+def test_an_altered_shard_is_found_at_first_read_or_at_start(copy: Path) -> None:
+    shard = sorted(copy.glob("train-*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in refusal(copy, "data.verify=full")
+    config = small_config(copy)
+    manifest = open_manifest(config)
+    manifest.check("size")  # passes: sizes and indices are right
+    reader = WindowReader(manifest, "train", 16, verify_on_first_read=True)
+    with pytest.raises(DataError, match=shard.name):
+        reader.read(np.array([0]))
+
+
+def test_data_that_does_not_fit_the_model(copy: Path) -> None:
+    assert "model.vocab_size" in refusal(copy, "model.vocab_size=300") and "400" in refusal(
+        copy, "model.vocab_size=300"
+    )
+    assert "model.sequence_length" in refusal(copy, "model.sequence_length=100000")
+    assert "data_prep run" in refusal(copy / "nowhere")
+
+
+def test_learning_rate_by_hand(prepared: Path) -> None:
+    config = small_config(
+        prepared, "train.steps=10", "schedule.warmup_steps=4", "optimizer.learning_rate=1.0", "schedule.final_ratio=0.1"
+    )
+    rates = [learning_rate(config, step) for step in range(10)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert rates[4:] == pytest.approx([0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    assert rates[-1] > 0.1
+    clipped = small_config(prepared, "train.steps=1", "schedule.warmup_steps=100", "optimizer.learning_rate=1.0")
+    assert learning_rate(clipped, 0) == 1.0

@@ -1,0 +1,110 @@
+"""What a run writes: metrics, TensorBoard, validation, unigram perplexity, expert load."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shard_format import Manifest
+from data_prep.shard_reader import SplitReader
+from model.language_model import build_model
+from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.data import WindowReader
+from pretrain.evaluate import unigram_perplexity
+from pretrain.monitor import clock, load_summary, perplexity
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import metrics, train_runs
+
+
+def test_unigram_perplexity_is_that_of_the_token_frequencies(prepared: Path) -> None:
+    reader = WindowReader(Manifest.load(prepared), "validation", 16, verify_on_first_read=False)
+    with SplitReader(Manifest.load(prepared), "validation", verify_on_first_read=False) as split:
+        targets = split.read(1, 20 * 16 + 1).tolist()
+    counts = Counter(targets)
+    cross_entropy = -sum(math.log(counts[t] / len(targets)) for t in targets) / len(targets)
+    assert unigram_perplexity(reader, 20) == pytest.approx(math.exp(cross_entropy))
+
+
+def test_load_summary_by_hand() -> None:
+    load = {
+        "blocks.0.feedforward.statistics": torch.tensor([6.0, 2.0, 0.0, 0.0]),
+        "blocks.0.attention.value_statistics": torch.tensor([[3.0, 1.0], [2.0, 2.0]]),
+    }
+    assert load_summary(load) == {
+        "attention_load_max": 1.5,
+        "attention_experts_unused": 0.0,
+        "feedforward_load_max": 3.0,
+        "feedforward_experts_unused": 0.5,
+    }
+
+
+def test_clock_and_perplexity() -> None:
+    assert (clock(61), clock(3725), clock(0.4)) == ("1:01", "1:02:05", "0:00")
+    assert perplexity(0) == 1 and perplexity(1e6) == math.inf
+
+
+def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {}
+    for ranks in (1, 3):  # 24 sequences a step; 21 validation windows do not divide evenly
+        keys = (
+            "train.steps=3",
+            "batch.global_sequences=24",
+            "evaluate.sequences=21",
+            "monitor.tensorboard=true",
+            "parallel.zero=3",
+        )
+        run_dir = tmp_path / str(ranks)
+        run_ranks(train_runs, ranks, [(small_config(prepared, *keys), run_dir)])
+        rows = metrics(run_dir)
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert rows[-1]["tokens"] == 3 * 24 * 16
+        for row in rows:
+            assert {
+                "loss",
+                "grad_norm",
+                "lr",
+                "tokens_per_second",
+                "auxiliary_loss",
+                "feedforward_load_max",
+                "attention_load_max",
+                "routing_negative_entropy",
+            } <= row.keys()
+            assert -math.log(5) <= row["routing_negative_entropy"] <= 0
+        board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+        tags = set(board.Tags()["scalars"])
+        assert {
+            "train/loss",
+            "train/grad_norm",
+            "train/lr",
+            "train/tokens_per_second",
+            "validation/loss",
+            "validation/perplexity",
+            "expert_load_max/blocks.1.feedforward.statistics",
+        } <= tags
+        assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3]
+        assert board.Scalars("train/loss")[2].value == pytest.approx(rows[2]["loss"], rel=1e-6)
+        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        (validation,) = [e for e in events if e["event"] == "validation"]
+        assert validation["tokens"] == 21 * 16 and validation["unigram_perplexity"] > 1
+        losses[ranks] = validation["loss"]
+    assert losses[1] == pytest.approx(losses[3], rel=1e-5)
+
+    # The same number from the saved weights in plain PyTorch.
+    config = small_config(prepared)
+    network = build_model(config.model, seed=99)
+    load_weights(Checkpoint.open(list_checkpoints(tmp_path / "1" / "checkpoints")[-1]), network)
+    reader = WindowReader(Manifest.load(prepared), "validation", 16, verify_on_first_read=False)
+    tokens, targets = reader.read(np.arange(21))
+    network.eval()
+    logits, _ = network.logits(tokens)
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), targets.flatten())
+    assert losses[1] == pytest.approx(float(by_hand.detach()), rel=1e-5)

@@ -1,0 +1,32 @@
+"""docs/untested-on-gpu.md lists exactly the branches that only a GPU executes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_list_equals_the_code() -> None:
+    marked = set()
+    for folder in ("pretrain", "model", "launch", "data_prep"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"# GPU-ONLY ([\w-]+)", path.read_text()):
+                marked.add((name, path.relative_to(ROOT).as_posix()))
+    table = re.findall(
+        r"^\| ([\w-]+) \| (\S+\.py) \|", (ROOT / "docs" / "untested-on-gpu.md").read_text(), re.MULTILINE
+    )
+    assert marked == set(table)
+    assert len(table) == len(set(table)) > 0
+
+
+def test_cuda_is_touched_in_the_device_module_alone() -> None:
+    """Other modules may compare device types; calling torch.cuda elsewhere would hide a GPU-only branch."""
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("pretrain", "model", "launch", "data_prep")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"torch\.cuda\.", path.read_text())
+    }
+    assert users == {"pretrain/device.py"}
