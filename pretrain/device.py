@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,8 @@ def start(ranks: Ranks, threads: int | None) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: a line per rank that no user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
     if device.type == "cpu":
