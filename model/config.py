@@ -13,7 +13,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of every configuration section: frozen, unknown keys refused, docstrings under the fields feed `--help`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 def _check_active(active_experts: int, num_experts: int) -> None:

@@ -54,6 +54,8 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
         else:
             fan_in = feedforward.num_experts * feedforward.expert_size
         return scale / math.sqrt(fan_in)
+    from_d_model = ("query.weight", "key.weight", "value.weight", "value_experts", "_selector", "router", ".up.weight")
+    assert name.endswith((*from_d_model, "up_experts")), f"no initial distribution is known for {name}"
     return scale / math.sqrt(config.d_model)
 
 

@@ -82,10 +82,13 @@ class RoutingStatistics:
         return [self.load, self.probability_sum, self.num_tokens]
 
     @torch.no_grad()
-    def finish_step(self) -> None:
-        """Called after the sum over ranks: keeps the step's distribution and clears the counts."""
-        if self.tracks_probability and float(self.num_tokens) > 0:
-            self.probability = self.probability_sum / self.num_tokens
+    def finish_step(self, *, keep: bool = True) -> None:
+        """Called after the sum over ranks: keeps the step's distribution (not a skipped one's), clears counts."""
+        if (
+            self.tracks_probability and keep
+        ):  # without a host sync: a step that recorded nothing keeps the old distribution
+            updated = self.probability_sum / self.num_tokens.clamp_min(1.0)
+            self.probability = torch.where(self.num_tokens > 0, updated, self.probability)
         for tensor in self.accumulators():
             tensor.zero_()
 
@@ -97,12 +100,13 @@ def entropy_regularizer(
 
     `logits` [N, E] before expert dropout. Scope `micro_batch`: p is the mean of softmax(logits) over the N tokens of
     every data-parallel rank, reduced by a collective that autograd knows. Scope `global_batch`: the coefficient
-    (1 + log p), p of the previous step, multiplies this micro-step's mean: the gradient of the true term linearised
+    log p, p of the previous step, multiplies this micro-step's mean: the gradient of the true term linearised
     at that p, and no communication. Data-parallel gradients are averages over ranks, so is this term.
     """
     distribution = logits.softmax(-1).mean(0)
     if config.entropy_scope == "global_batch":
-        coefficient = 1.0 + statistics.probability.float().clamp_min(1e-30).log()
+        # The 1 of (1 + log p) is left out: sum_e p_e = 1 has no gradient, and without it the value is the entropy's.
+        coefficient = statistics.probability.float().clamp_min(1e-30).log()
         return config.entropy_weight * (coefficient * distribution).sum()
     if parallel.data_size > 1:
         distribution = differentiable_all_reduce(distribution, group=parallel.data_group) / parallel.data_size

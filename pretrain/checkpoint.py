@@ -2,7 +2,8 @@
 
 A checkpoint is the folder checkpoints/step-NNNNNNNN with
     rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
-                             `rng/cpu` (uint8), and in rank 0's file `routing/NAME` (fp64)
+                             `rng/cpu` (uint8; training itself draws nothing, see model/dropout.py, and no
+                             other generator is saved), and in rank 0's file `routing/NAME` (fp64)
     state.json               everything else, with size and sha256 of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections import defaultdict
@@ -32,6 +34,7 @@ from pretrain.paths import REPOSITORY
 from pretrain.zero_state import MOMENTS, optimizer_steps, parameter_shapes, pieces, set_optimizer_steps
 
 FORMAT_VERSION = 1
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 STATE_FILE = "state.json"
 
 
@@ -43,6 +46,10 @@ class Progress:
     """Optimizer steps done."""
     consumed_sequences: int
     """Positions of the data order consumed."""
+
+
+class DamagedCheckpoint(UserError):
+    """The folder does not hold what its state.json promises; another checkpoint may serve."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,30 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Parses state.json and checks that the files are there with their sizes. Raises UserError."""
+        """Parses state.json and checks that the files are there with their sizes.
+
+        Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but of another format."""
+        if not path.is_dir():
+            raise UserError(
+                f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
+            )
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            version = state["format_version"]
+            version, files = state["format_version"], state["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); remove the folder or name another "
-                f"one with checkpoint.resume"
-            ) from None
+            raise DamagedCheckpoint(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
         if version != FORMAT_VERSION:
-            raise UserError(f"checkpoint {path}: format {version}, this version reads {FORMAT_VERSION}")
-        for name, entry in state["files"].items():
+            raise UserError(
+                f"checkpoint {path}: is of format {version}, this version reads {FORMAT_VERSION}; continue with the "
+                f"version that wrote it, or choose another --run-dir"
+            )
+        for name, entry in files.items():
             if Path(name).name != name:
-                raise UserError(f"checkpoint {path}: file name {name!r} leaves the folder")
+                raise DamagedCheckpoint(f"checkpoint {path}: file name {name!r} leaves the folder")
             size = (path / name).stat().st_size if (path / name).exists() else None
             if size != entry["bytes"]:
                 found = "missing" if size is None else f"{size} bytes"
-                raise UserError(f"checkpoint {path}: {name} is {found}, not {entry['bytes']} bytes")
+                raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}, not {entry['bytes']} bytes")
         return cls(path, state)
 
     def damaged_file(self, *, rank: int, world_size: int) -> str | None:
@@ -87,10 +100,38 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN: a copy under another name is the
+    user's, never resumed from by itself and never removed."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("step-") and p.suffix != ".partial")
+    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of steps after `step`, which a run that starts there will write anew. Returns the new
+    names; nothing is deleted."""
+    renamed = []
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            number = 1
+            while (target := path.with_name(f"superseded-{number}-{path.name}")).exists():
+                number += 1
+            path.rename(target)
+            renamed.append(target)
+    return renamed
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; if it is interrupted, what is left no longer has the name of a whole one."""
+    doomed = path.with_name(path.name + ".partial")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any], keep_last: int) -> Path:
@@ -118,20 +159,18 @@ def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any]
                 "format_version": FORMAT_VERSION,
                 "progress": vars(progress),
                 "optimizer_steps": optimizer_steps(engine),
-                "loss_scale": engine.optimizer.loss_scale if engine.fp16_enabled() else None,
+                "loss_scaler": _loss_scaler(engine),
                 "parameters": parameter_shapes(engine),
                 "layout": {"data": world_size, "zero": engine.zero_optimization_stage()},
-                "versions": _versions(),
+                "versions": versions(),
                 "files": dict(entries),
                 **extra,
             },
         )
-        if final.exists():  # a resumed run reached the same step again
-            shutil.rmtree(final)
         os.rename(partial, final)
         sync_directory(folder)
         for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return final
 
@@ -160,8 +199,8 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
             for key in MOMENTS:
                 piece.moments[key].copy_(store.read(key, piece.name, piece.start, stop))
     set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
-    if checkpoint.state["loss_scale"] is not None:  # GPU-ONLY fp16-loss-scale
-        engine.optimizer.loss_scaler.cur_scale = checkpoint.state["loss_scale"]
+    for key, value in (checkpoint.state["loss_scaler"] or {}).items():
+        setattr(engine.optimizer.loss_scaler, key, value)
     for name, statistics in routing_statistics(engine.module):
         statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
@@ -216,7 +255,15 @@ def _owned_tensors(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]
     return tensors
 
 
-def _versions() -> dict[str, str | None]:
+def _loss_scaler(engine: Any) -> dict[str, Any] | None:
+    """State of DeepSpeed's dynamic loss scaling; None but for fp16."""
+    if not engine.fp16_enabled():
+        return None
+    return {key: getattr(engine.optimizer.loss_scaler, key) for key in LOSS_SCALER_FIELDS}
+
+
+def versions() -> dict[str, str | None]:
+    """What computes: recorded in every checkpoint, and compared on resume."""
     import deepspeed
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -18,6 +18,9 @@ from pretrain.config import FREE, Config
 from pretrain.config_io import fields, load_config, to_json
 from pretrain.errors import EXIT_USER_ERROR, UserError
 from pretrain.rules import check_device, check_ranks
+
+if TYPE_CHECKING:
+    from pretrain.device import Ranks
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
 
@@ -70,34 +73,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pretrain.device import Ranks, die_with_parent
 
     args = build_parser().parse_args(arguments)
-    ranks = Ranks.from_environment()
+    try:
+        ranks = Ranks.from_environment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     if ranks.world_size > 1:
         die_with_parent()
     try:
-        if args.ranks is not None and not args.dry_run:
-            raise UserError("--ranks: goes with --dry-run; the launcher's --num_gpus decides the ranks of a run")
+        if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+            raise UserError(
+                "--ranks: goes with --dry-run and is at least 1; --num_gpus of the launcher decides a run's"
+            )
         config = load_config(args.config, args.overrides)
         run_dir = (args.run_dir or Path("runs") / args.config.stem).absolute()
         if args.dry_run:
-            world_size = args.ranks or config.parallel.tensor * config.parallel.pipeline
-        else:
-            world_size = ranks.world_size
-        manifest, data_size = preflight(config, world_size, run_dir, show_progress=ranks.rank == 0)
-        if ranks.rank == 0:
-            report(config, data_size, manifest, run_dir, with_config=args.dry_run)
-        if args.dry_run:
+            dry_run(config, args.ranks or config.parallel.tensor * config.parallel.pipeline, run_dir)
             return 0
+        manifest, data_size = preflight(config, ranks.world_size, run_dir)
+        if ranks.rank == 0:
+            print_derived(config, data_size, manifest, run_dir)
         return run(config, manifest, run_dir, ranks)
     except (UserError, DataError) as error:
-        # Every rank finds the same fault at the same place; one of them says so.
+        # Before the ranks have met, all of a node find the same fault: one of them says so.
         if ranks.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 
 
-def preflight(config: Config, world_size: int, run_dir: Path, *, show_progress: bool) -> tuple[Manifest, int]:
+def preflight(config: Config, world_size: int, run_dir: Path) -> tuple[Manifest, int]:
     """Everything that can be refused without a process group or an allocation. Returns the manifest and DP size."""
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
     from pretrain.data import open_manifest
     from pretrain.device import device_type
     from pretrain.resume import candidates, changed_settings
@@ -105,27 +111,46 @@ def preflight(config: Config, world_size: int, run_dir: Path, *, show_progress: 
     data_size = check_ranks(config, world_size)
     check_device(config, device_type())
     manifest = open_manifest(config)
-    manifest.check(config.data.verify, progress=show_progress)
+    manifest.check("size")
     for path in candidates(config, run_dir):
         try:
             newest = Checkpoint.open(path)
-        except UserError:
-            continue  # damaged: whether an older one serves is decided, and said, when the ranks have met
+        except DamagedCheckpoint:
+            continue  # whether an older one serves is decided, and said, when the ranks have met
         changed_settings(config, newest, manifest.digest)
         break
     return manifest, data_size
 
 
-def run(config: Config, manifest: Manifest, run_dir: Path, ranks: object) -> int:
+def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
+    """Prints configuration and parameters, then checks data and layout as a run would, hashing shards if asked to."""
+    from pretrain.derived import parameter_count
+
+    count = parameter_count(config.model)
+    print(json.dumps(to_json(config), indent=1))
+    print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
+    manifest, data_size = preflight(config, world_size, run_dir)
+    if config.data.verify == "full":
+        manifest.check("full", progress=True)
+    print_derived(config, data_size, manifest, run_dir)
+
+
+def run(config: Config, manifest: Manifest, run_dir: Path, ranks: Ranks) -> int:
     """Joins the process group and trains."""
     from pretrain import device as devices
+    from pretrain.agreement import PeerFailed, agreed
     from pretrain.loop import EXIT_DIVERGED, Diverged, train
 
-    assert isinstance(ranks, devices.Ranks)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = devices.start(ranks, config.train.threads)
     try:
+        if config.data.verify == "full":  # one reader: N ranks would read the data set N times
+            agreed(lambda: manifest.check("full", progress=True) if ranks.rank == 0 else None)
         train(config, manifest, run_dir, device)
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except PeerFailed:
+        return EXIT_USER_ERROR
     except Diverged as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -135,12 +160,10 @@ def run(config: Config, manifest: Manifest, run_dir: Path, ranks: object) -> int
     return 0
 
 
-def report(config: Config, data_size: int, manifest: Manifest, run_dir: Path, *, with_config: bool) -> None:
-    """Prints the resolved configuration (dry run) and the derived values with their formulas."""
+def print_derived(config: Config, data_size: int, manifest: Manifest, run_dir: Path) -> None:
+    """Prints the derived values, each with its formula."""
     from pretrain.derived import derived_values
 
-    if with_config:
-        print(json.dumps(to_json(config), indent=1))
     if config.description:
         print(config.description)
     rows = derived_values(config, data_size, manifest, str(run_dir))

@@ -49,7 +49,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay, applied to every parameter."""
+    """Decoupled weight decay of matrices and expert tensors; LayerNorms and biases are never decayed."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 0.25
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 
@@ -72,7 +72,7 @@ class TrainConfig(Section):
     """Absolute step after which this start stops (checkpointed), without changing the schedule; null: train.steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, data order and dropout masks."""
     threads: PositiveInt | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
@@ -124,7 +124,7 @@ class EvaluateConfig(Section):
     every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between validations; 0: only after the last step."""
     sequences: NonNegativeInt = Field(256, json_schema_extra=FREE)
-    """Windows of the validation split used, from its beginning; 0 turns validation off."""
+    """Windows of the validation split used, spread evenly over it; 0 turns validation off."""
 
 
 class Config(Section):
@@ -142,8 +142,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=FREE)
-    """Extra keys for DeepSpeed's own configuration; they may not contradict the sections above."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Extra keys for DeepSpeed's own configuration, e.g. {"zero_optimization": {"overlap_comm": true}}; a key that is
+    derived from the sections above is refused."""
 
     @model_validator(mode="after")
     def _rules_across_sections(self) -> Config:

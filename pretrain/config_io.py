@@ -27,7 +27,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config: {path} is not JSON: line {error.lineno}: {error.msg}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} must hold a JSON object")
-    for override in overrides:
+    # Types first: a change of type resets its section, which must not discard a key set before it on the line.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         apply_override(tree, override)
     return parse_config(tree)
 
@@ -56,7 +57,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validates a JSON tree. Raises ConfigError with the first problem and how many more there are."""
     try:
-        return Config.model_validate(tree)
+        # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
+        return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -105,7 +107,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _describe(problem: ErrorDetails) -> str:
     """One line for one pydantic problem: the dotted key, what is wrong, and what would work."""
     # A tagged union adds the tag as an extra path element: model.attention.switchhead.num_heads.
-    tags = {"switchhead", "dense", "sigma_moe"}
+    tags = {section.model_fields["type"].default for _, section, _ in fields() if "type" in section.model_fields}
     key = ".".join(str(part) for part in problem["loc"] if part not in tags)
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):

@@ -36,9 +36,10 @@ def open_manifest(config: Config) -> Manifest:
     """Loads the manifest and checks what needs no shard to be read: the splits are there and fit the model."""
     path = find_input(config.data.manifest)
     if not path.exists():
+        name = (path.parent if path.suffix == ".json" else path).name
         raise UserError(
-            f"data.manifest: there is no {path}; prepare the data first: python -m data_prep run --config "
-            f"configs/data/NAME.json (make data for the sample)"
+            f"data.manifest: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
+            f"configs/data/{name}.json"
         )
     manifest = Manifest.load(path)
     vocab_size = manifest.tokenizer.vocab_size
@@ -81,8 +82,8 @@ class WindowReader:
 class TrainingStream:
     """The global batches of a run, cut for one data-parallel rank.
 
-    Step s (from 0) consumes positions s G .. (s + 1) G - 1, G = global_sequences. Micro-step m takes positions
-    m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
+    A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
+    takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
     The order of windows depends on (manifest, seed, position) alone.
     """
 
@@ -94,18 +95,19 @@ class TrainingStream:
         self._rank, self._size = data_rank, data_size
         self.micro_steps = self._global // (self._micro * data_size)
 
-    def positions(self, step: int, micro_step: int) -> np.ndarray:
+    def positions(self, consumed: int, micro_step: int) -> np.ndarray:
         """Positions in the run [micro_sequences] int64 of this rank's sequences."""
-        first = step * self._global + (micro_step * self._size + self._rank) * self._micro
+        first = consumed + (micro_step * self._size + self._rank) * self._micro
         return np.arange(first, first + self._micro, dtype=np.int64)
 
-    def batch(self, step: int, micro_step: int, device: torch.device) -> Batch:
-        """The micro-batch of this rank at (step, micro-step), both from 0."""
-        positions = self.positions(step, micro_step)
+    def batch(self, consumed: int, micro_step: int, device: torch.device) -> Batch:
+        """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
+        Raises DataError if a shard does not match its sha256."""
+        positions = self.positions(consumed, micro_step)
         tokens, targets = self._reader.read(window_order(positions, self._reader.num_windows, seed=self._seed))
         index = torch.from_numpy(positions)
         return Batch(tokens.to(device), targets.to(device), index.to(device))
 
-    def epoch(self, step: int) -> float:
-        """Passes over the training split after `step` steps."""
-        return step * self._global / self._reader.num_windows
+    def epoch(self, consumed: int) -> float:
+        """Passes over the training split after `consumed` sequences."""
+        return consumed / self._reader.num_windows

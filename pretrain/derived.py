@@ -87,6 +87,7 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         derived["communication_data_type"] = "fp32"
     if config.train.precision == "fp16":
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
+        derived["communication_data_type"] = "fp32"
     return _merge(derived, config.deepspeed)
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pretrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -30,6 +32,11 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> Ranks:
         env = os.environ
+        if "WORLD_SIZE" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UserError(
+                f"launch: srun started {env['SLURM_STEP_NUM_TASKS']} tasks without telling them their ranks; start one "
+                f"`deepspeed` per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            )
         world_size = int(env.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(env.get("RANK", "0")),
@@ -73,8 +80,22 @@ def start(ranks: Ranks, threads: int | None) -> torch.device:
         # leaves a lock file on which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        except dist.DistNetworkError as error:
+            port = os.environ["MASTER_PORT"]
+            raise UserError(
+                f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); "
+                f"if another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
+            ) from None
     return device
+
+
+def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where the default group's collectives can take it: NCCL has no CPU tensors."""
+    if dist.get_backend() == "nccl":  # GPU-ONLY collective-device
+        return tensor.cuda()
+    return tensor
 
 
 def stop() -> None:

@@ -31,11 +31,10 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
 
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        parameter_groups(model, config),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
     )
     with contextlib.redirect_stdout(
         io.StringIO()
@@ -49,6 +48,21 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     return engine
+
+
+def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
+    """Matrices and expert tensors are decayed; vectors (LayerNorm, biases) are not."""
+    decay = config.optimizer.weight_decay
+    if decay == 0.0:
+        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def step_was_skipped(engine: Any) -> bool:
+    """Whether fp16 loss scaling discarded the last optimizer step because a gradient overflowed."""
+    return bool(engine.fp16_enabled() and engine.optimizer.overflow)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

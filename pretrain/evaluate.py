@@ -1,4 +1,4 @@
-"""Held-out validation: mean cross-entropy over the first windows of the validation split, the same in every layout."""
+"""Held-out validation: mean cross-entropy over windows spread evenly over the split, the same in every layout."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 
 from model.parallel.context import ParallelContext
+from pretrain.agreement import agreed
 from pretrain.config import Config
 from pretrain.data import WindowReader
 
 
-def evaluation_windows(reader: WindowReader, config: Config) -> int:
-    """Windows that are evaluated: evaluate.sequences, or all if the split is smaller."""
-    return min(config.evaluate.sequences, reader.num_windows)
+def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
+    """Indices [n] int64 of the windows that are evaluated: n = evaluate.sequences, or all if the split is smaller.
+    Evenly spread, because a split holds its sources one after the other."""
+    count = min(config.evaluate.sequences, reader.num_windows)
+    return np.arange(count) * reader.num_windows // count
 
 
 @torch.no_grad()
@@ -25,13 +28,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Collective. Windows are dealt to ranks in blocks of micro_sequences; a rank with none left computes a window
     that does not count, because under ZeRO 3 every forward pass is collective."""
-    total, micro = evaluation_windows(reader, config), config.batch.micro_sequences
+    windows, micro = evaluation_windows(reader, config), config.batch.micro_sequences
+    total = len(windows)
+    places = [
+        first + parallel.data_rank * micro + np.arange(micro) for first in range(0, total, micro * parallel.data_size)
+    ]
+    # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
+    batches = agreed(lambda: [reader.read(windows[np.minimum(place, total - 1)]) for place in places])
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     engine.eval()
-    for first in range(0, total, micro * parallel.data_size):
-        windows = first + parallel.data_rank * micro + np.arange(micro)
-        counted = torch.from_numpy(windows < total).to(device)
-        tokens, targets = reader.read(np.minimum(windows, total - 1))
+    for place, (tokens, targets) in zip(places, batches, strict=True):
+        counted = torch.from_numpy(place < total).to(device)
         index = torch.zeros(micro, dtype=torch.int64, device=device)  # seeds dropout, which is off
         _, sequence_loss = engine(tokens.to(device), targets.to(device), index)
         sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
@@ -42,10 +49,10 @@ def evaluate(
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(sums[1]) * reader.sequence_length}
 
 
-def unigram_perplexity(reader: WindowReader, windows: int) -> float:
+def unigram_perplexity(reader: WindowReader, windows: np.ndarray) -> float:
     """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
     counts = np.zeros(0, dtype=np.int64)
-    for window in range(windows):
+    for window in windows:
         _, targets = reader.read(np.array([window]))
         seen = np.bincount(targets.numpy().ravel())
         counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))

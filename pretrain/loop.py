@@ -15,15 +15,16 @@ from data_prep.shard_format import Manifest
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
+from pretrain.agreement import agreed, check_same, check_shared
 from pretrain.checkpoint import Checkpoint, Progress
 from pretrain.config import Config
 from pretrain.config_io import to_json
-from pretrain.data import TrainingStream, WindowReader
+from pretrain.data import Batch, TrainingStream, WindowReader
 from pretrain.device import synchronize
-from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate
+from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate, step_was_skipped
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor, StepSums, load_summary, reduce_step
-from pretrain.resume import candidates, changed_settings, newest_valid
+from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
 
@@ -33,6 +34,15 @@ EXIT_DIVERGED = 3
 
 class Diverged(RuntimeError):
     """Loss or gradient norm is not finite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gives, the same on every rank."""
+
+    sums: StepSums
+    grad_norm: float | None
+    """Global gradient norm before clipping; None where fp16 loss scaling skipped the update."""
 
 
 @dataclass
@@ -46,22 +56,30 @@ class Trainer:
     parallel: ParallelContext
     device: torch.device
 
-    def step(self, step: int) -> tuple[StepSums, float]:
-        """Optimizer step `step` (from 0): all micro-steps, clipping, update. Returns global sums and gradient norm."""
-        set_learning_rate(self.engine, learning_rate(self.config, step))
+    def step(self, progress: Progress) -> StepResult:
+        """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
+        set_learning_rate(self.engine, learning_rate(self.config, progress.step))
+        batches = self._read(progress.consumed_sequences)
         norm = GradientNorm(self.engine)
         loss_sum, auxiliary_sum = torch.zeros((2,), device=self.device).unbind()
-        for micro_step in range(self.stream.micro_steps):
-            batch = self.stream.batch(step, micro_step, self.device)
+        for batch in batches:
             objective, sequence_loss = self.engine(batch.tokens, batch.targets, batch.sequence_index)
             self.engine.backward(objective)
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
-            if micro_step == self.stream.micro_steps - 1:
+            if batch is batches[-1]:
                 norm.before_step()
             self.engine.step()
-        sums = reduce_step(self.engine.module, loss_sum, auxiliary_sum, self.stream.micro_steps, self.parallel)
-        return sums, norm.value()
+        skipped = step_was_skipped(self.engine)
+        sums = reduce_step(
+            self.engine.module, loss_sum, auxiliary_sum, len(batches), self.parallel, keep_statistics=not skipped
+        )
+        return StepResult(sums, None if skipped else norm.value())
+
+    def _read(self, consumed: int) -> list[Batch]:
+        """All micro-batches of a step (token ids: a few megabytes at most). Read before the first collective, so that
+        a damaged shard is one rank's message and not everybody's hang."""
+        return agreed(lambda: [self.stream.batch(consumed, m, self.device) for m in range(self.stream.micro_steps)])
 
 
 def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.device) -> None:
@@ -70,46 +88,66 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
     Raises UserError (nothing was changed) and Diverged (the last checkpoint stands).
     """
     parallel = parallel_context()
-    resumed, passed_over = newest_valid(
-        candidates(config, run_dir), rank=parallel.data_rank, world_size=parallel.data_size
-    )
-    changes = changed_settings(config, resumed, manifest.digest) if resumed else {}
+    check_same("data.manifest (digest)", manifest.digest)
+    folder = agreed(lambda: RunFolder(run_dir, writes=parallel.data_rank == 0))
+    check_shared(run_dir)
+    resumed, passed_over, changes = agreed(lambda: find_start(config, manifest, run_dir, parallel))
     trainer = build_trainer(config, manifest, parallel, device, resumed)
     progress = resumed.progress if resumed else Progress(step=0, consumed_sequences=0)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
 
-    is_writer = parallel.data_rank == 0
-    folder = RunFolder(run_dir) if is_writer else None
     monitor = None
-    if folder is not None:
-        folder.rewind_metrics(progress.step)
-        folder.write_config(to_json(config))
-        _report_start(folder, resumed, passed_over, changes, progress, last)
+    if parallel.data_rank == 0:
+        prepare_folder(folder, config, trainer, resumed, passed_over, changes, last)
         monitor = Monitor(config, folder, first_step=progress.step, last_step=last)
+    if progress.step >= last:
+        run_validation(trainer, monitor, progress.step, is_last=True)
 
-    for step in range(progress.step, last):
+    while progress.step < last:
         synchronize(device)
         started = time.perf_counter()
-        sums, grad_norm = trainer.step(step)
+        result = trainer.step(progress)
         synchronize(device)
         seconds = time.perf_counter() - started
-        if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
-            raise Diverged(
-                f"step {step + 1}: loss {sums.loss}, gradient norm {grad_norm}: not finite. Nothing was saved "
-                f"after the last checkpoint; lower optimizer.learning_rate or resume from an earlier one"
-            )
-        progress = Progress(step=step + 1, consumed_sequences=(step + 1) * config.batch.global_sequences)
+        progress = Progress(progress.step + 1, progress.consumed_sequences + config.batch.global_sequences)
+        check_finite(result, progress.step)
         if monitor is not None:
-            monitor.step(step_values(config, trainer, sums, grad_norm, progress, seconds), sums.load)
+            monitor.step(step_values(trainer, result, progress, seconds), result.sums.load)
         if _is_due(progress.step, config.evaluate.every_steps, last):
             run_validation(trainer, monitor, progress.step, is_last=progress.step == last)
         if _is_due(progress.step, config.checkpoint.every_steps, last):
-            save(trainer, run_dir, progress, manifest, folder)
+            if monitor is not None:
+                monitor.flush()
+            save(trainer, folder, progress, manifest, branch_start(config, resumed))
 
-    if monitor is not None and folder is not None:
+    if monitor is not None:
         folder.event("finished", step=progress.step)
         print(f"finished at step {progress.step} of {config.train.steps}; run folder {run_dir}", flush=True)
         monitor.close()
+
+
+def find_start(
+    config: Config, manifest: Manifest, run_dir: Path, parallel: ParallelContext
+) -> tuple[Checkpoint | None, list[str], dict[str, tuple[Any, Any]]]:
+    """The checkpoint to continue from, if any, why newer ones were passed over, and the settings that differ from it.
+    Collective; rank 0's listing of the folder counts. Raises UserError on every rank alike."""
+    paths = [candidates(config, run_dir)]
+    if parallel.data_size > 1:
+        dist.broadcast_object_list(paths, src=0, group=parallel.data_group)
+    resumed, passed_over = newest_valid(paths[0], rank=parallel.data_rank, world_size=parallel.data_size)
+    changes = changed_settings(config, resumed, manifest.digest) if resumed else {}
+    return resumed, passed_over, changes
+
+
+def check_finite(result: StepResult, step: int) -> None:
+    """Raises Diverged where loss or gradient norm is not a number (a skipped fp16 step is not a divergence)."""
+    norm = 0.0 if result.grad_norm is None else result.grad_norm
+    if not (math.isfinite(result.sums.loss) and math.isfinite(norm)):
+        raise Diverged(
+            f"step {step}: loss {result.sums.loss}, gradient norm {norm}: not finite. The last checkpoint stands: "
+            f"resume from it with a lower learning rate (--set optimizer.learning_rate=... "
+            f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
+        )
 
 
 def build_trainer(
@@ -134,25 +172,25 @@ def build_trainer(
     return Trainer(config, engine, stream, validation, parallel, device)
 
 
-def step_values(
-    config: Config, trainer: Trainer, sums: StepSums, grad_norm: float, progress: Progress, seconds: float
-) -> dict[str, float]:
+def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
     """One line of metrics.jsonl."""
-    tokens_per_step = config.batch.global_sequences * config.model.sequence_length
-    values: dict[str, float] = {
+    config, sums = trainer.config, result.sums
+    values: dict[str, float | None] = {
         "step": progress.step,
         "loss": sums.loss,
         "auxiliary_loss": sums.auxiliary_loss,
-        "grad_norm": grad_norm,
+        "grad_norm": result.grad_norm,
         "lr": learning_rate(config, progress.step - 1),
         "tokens": progress.consumed_sequences * config.model.sequence_length,
-        "tokens_per_second": tokens_per_step / seconds,
+        "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
         "step_seconds": seconds,
-        "epoch": trainer.stream.epoch(progress.step),
+        "epoch": trainer.stream.epoch(progress.consumed_sequences),
         **load_summary(sums.load),
     }
-    if sums.negative_entropy:
-        values["routing_negative_entropy"] = sum(sums.negative_entropy.values()) / len(sums.negative_entropy)
+    if sums.negative_entropy is not None:
+        values["routing_negative_entropy"] = sums.negative_entropy
+    if trainer.engine.fp16_enabled():
+        values["loss_scale"] = float(trainer.engine.optimizer.loss_scale)
     return values
 
 
@@ -171,49 +209,60 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
         below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
         print(
             f"validation perplexity {values['perplexity']:.2f}; unigram perplexity of the same "
-            f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} ({below:.1f}% below)",
+            f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} "
+            f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
             flush=True,
         )
 
 
-def save(trainer: Trainer, run_dir: Path, progress: Progress, manifest: Manifest, folder: RunFolder | None) -> None:
+def save(trainer: Trainer, folder: RunFolder, progress: Progress, manifest: Manifest, started_from: str | None) -> None:
     """Writes a checkpoint (collective) and logs it."""
     started = time.perf_counter()
+    folder.make_durable()
     path = checkpoints.save(
         trainer.engine,
-        run_dir / "checkpoints",
+        folder.checkpoints,
         progress,
         extra={
             "config": to_json(trainer.config),
             "manifest_digest": manifest.digest,
             "tokenizer_sha256": manifest.tokenizer.sha256,
+            "branch_start": started_from,
         },
         keep_last=trainer.config.checkpoint.keep_last,
     )
-    if folder is not None:
-        folder.event("checkpoint", step=progress.step, path=path.name, seconds=time.perf_counter() - started)
+    folder.event("checkpoint", step=progress.step, path=path.name, seconds=time.perf_counter() - started)
+
+
+def prepare_folder(
+    folder: RunFolder,
+    config: Config,
+    trainer: Trainer,
+    resumed: Checkpoint | None,
+    passed_over: list[str],
+    changes: dict[str, tuple[Any, Any]],
+    last: int,
+) -> None:
+    """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins."""
+    step = resumed.progress.step if resumed else 0
+    for reason in passed_over:
+        print(f"passed over a damaged checkpoint: {reason}", flush=True)
+        folder.event("checkpoint_passed_over", reason=reason)
+    for path in checkpoints.set_aside_newer(folder.checkpoints, step):
+        print(f"set aside a checkpoint of a later step: {path}", flush=True)
+        folder.event("checkpoint_set_aside", path=path.name)
+    folder.rewind_metrics(step)
+    folder.write_config(to_json(config))
+    folder.event("started", step=step, ranks=trainer.parallel.data_size, last_step=last)
+    if resumed is None:
+        return
+    print(f"resuming from {resumed.path} at step {step}", flush=True)
+    folder.event("resumed", step=step, path=str(resumed.path))
+    layout = {"data": trainer.parallel.data_size, "zero": config.parallel.zero}
+    for key, (then, now) in {**changes, **environment_changes(resumed, layout)}.items():
+        print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
+        folder.event("changed_setting", key=key, then=then, now=now)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _report_start(
-    folder: RunFolder,
-    resumed: Checkpoint | None,
-    passed_over: list[str],
-    changes: dict[str, tuple[Any, Any]],
-    progress: Progress,
-    last: int,
-) -> None:
-    for reason in passed_over:
-        print(f"passed over a damaged checkpoint: {reason}", flush=True)
-        folder.event("checkpoint_passed_over", reason=reason)
-    folder.event("started", step=progress.step, ranks=dist.get_world_size(), last_step=last)
-    if resumed is None:
-        return
-    print(f"resuming from {resumed.path} at step {progress.step}", flush=True)
-    folder.event("resumed", step=progress.step, path=str(resumed.path))
-    for key, (then, now) in changes.items():
-        print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
-        folder.event("changed_setting", key=key, then=then, now=now)

@@ -28,16 +28,23 @@ class StepSums:
     """Mean of the auxiliary losses over micro-steps and ranks."""
     load: dict[str, Tensor]
     """Choices per expert of every router, fp64 [E] or [H, E], by canonical name."""
-    negative_entropy: dict[str, float]
-    """sum_e p_e log p_e of the step's mean routing distribution, where it is tracked."""
+    negative_entropy: float | None
+    """sum_e p_e log p_e of the step's mean routing distribution, averaged over the routers that track it."""
 
 
 def reduce_step(
-    module: nn.Module, loss_sum: Tensor, auxiliary_sum: Tensor, micro_steps: int, parallel: ParallelContext
+    module: nn.Module,
+    loss_sum: Tensor,
+    auxiliary_sum: Tensor,
+    micro_steps: int,
+    parallel: ParallelContext,
+    *,
+    keep_statistics: bool = True,
 ) -> StepSums:
     """Sums the step's scalars and routing counts over ranks in one collective, and closes the step of every router.
 
-    `loss_sum`, `auxiliary_sum`: this rank's sums over its micro-steps, scalars.
+    `loss_sum`, `auxiliary_sum`: this rank's sums over its micro-steps, scalars. Without `keep_statistics` (the update
+    was skipped) the routing distribution of the step before stays.
     """
     routers = dict(routing_statistics(module))
     tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1)]
@@ -48,18 +55,14 @@ def reduce_step(
     for target, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         target.copy_(summed)
 
-    load = {name: statistics.load.clone() for name, statistics in routers.items()}
+    load = {name: statistics.load.to("cpu", copy=True) for name, statistics in routers.items()}
     for statistics in routers.values():
-        statistics.finish_step()
+        statistics.finish_step(keep=keep_statistics)
     shares = micro_steps * parallel.data_size
-    return StepSums(
-        loss=float(tensors[0]) / shares,
-        auxiliary_loss=float(tensors[1]) / shares,
-        load=load,
-        negative_entropy={
-            name: float(negative_entropy(s.probability)) for name, s in routers.items() if s.tracks_probability
-        },
-    )
+    entropies = [negative_entropy(s.probability) for s in routers.values() if s.tracks_probability]
+    entropy = torch.stack(entropies).mean().view(1) if entropies else flat.new_zeros(1)
+    loss, auxiliary_loss, mean_entropy = torch.cat([flat[:2] / shares, entropy]).tolist()
+    return StepSums(loss, auxiliary_loss, load, mean_entropy if entropies else None)
 
 
 def load_summary(load: dict[str, Tensor]) -> dict[str, float]:
@@ -91,13 +94,13 @@ class Monitor:
             # purge_step hides what a killed run wrote after its last checkpoint.
             self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1)
 
-    def step(self, values: dict[str, float], load: dict[str, Tensor]) -> None:
-        """Records optimizer step values["step"] (from 1)."""
+    def step(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
+        """Records optimizer step values["step"] (from 1); a None is a value that this step does not have."""
         step = int(values["step"])
         self._folder.metrics(values)
         if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
-            for key, value in values.items():
-                if key != "step":
+            for key, value in {**values, "perplexity": perplexity(values["loss"])}.items():
+                if key != "step" and value is not None:
                     self._board.add_scalar(f"train/{key}", value, step)
             for name, counts in load.items():
                 share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0) * counts.shape[-1]
@@ -116,17 +119,23 @@ class Monitor:
             flush=True,
         )
 
+    def flush(self) -> None:
+        """Brings TensorBoard's file to the disk; call where the run may be continued from."""
+        if self._board is not None:
+            self._board.flush()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
-    def _line(self, step: int, values: dict[str, float]) -> str:
+    def _line(self, step: int, values: dict[str, Any]) -> str:
         done = step - self._first
         remaining = (time.monotonic() - self._start) / done * (self._last - step)
         width = len(str(self._last))
+        norm = "skipped" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
         line = (
             f"step {step:>{width}}/{self._last}  loss {values['loss']:.4f}  ppl {perplexity(values['loss']):.4g}  "
-            f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
+            f"grad {norm}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
         )
         if "feedforward_load_max" in values:
             line += f"  load {values['feedforward_load_max']:.2f}x"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, versions
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, flatten, to_json
 from pretrain.errors import UserError
@@ -26,12 +26,23 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
                 f"--run-dir, or set checkpoint.resume to auto to continue"
             )
         return []
-    path = Path(choice).expanduser().absolute()
-    if not path.is_dir():
-        raise UserError(
-            f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
-        )
-    return [path]
+    # A path is where a branch starts. The same command, started again, continues that branch.
+    start = Path(choice).expanduser().resolve()
+    return [path for path in existing[::-1] if _starts_at(path) == str(start)] + [start]
+
+
+def branch_start(config: Config, resumed: Checkpoint | None) -> str | None:
+    """What checkpoints of this start record as their `branch_start`: the path given as checkpoint.resume, if any."""
+    if config.checkpoint.resume not in ("auto", "never"):
+        return str(Path(config.checkpoint.resume).expanduser().resolve())
+    return resumed.state["branch_start"] if resumed else None
+
+
+def _starts_at(path: Path) -> str | None:
+    try:
+        return Checkpoint.open(path).state["branch_start"]
+    except DamagedCheckpoint:
+        return None
 
 
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
@@ -67,23 +78,36 @@ def free_keys() -> set[str]:
 
 
 def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Checkpoint | None, list[str]]:
-    """The first of `paths` whose files match their sha256; collective. Also the reasons why others were passed over."""
+    """The first of `paths` whose files match their sha256, and the reasons why others were passed over; collective.
+
+    Raises UserError, on every rank, if there are checkpoints but none is whole: starting again from step 0 is never
+    what a run folder with checkpoints asks for."""
     reasons: list[str] = []
     for path in paths:
+        checkpoint: Checkpoint | None = None
+        problem: str | None = None
         try:
-            checkpoint: Checkpoint | None = Checkpoint.open(path)
-            assert checkpoint is not None
+            checkpoint = Checkpoint.open(path)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
             problem = f"checkpoint {path}: {damaged} does not match its sha256" if damaged else None
-        except UserError as error:
-            checkpoint, problem = None, str(error)
+        except DamagedCheckpoint as error:
+            problem = str(error)
         problems: list[str | None] = [None] * world_size
         dist.all_gather_object(problems, problem)
         found = next((p for p in problems if p), None)
         if found is None:
             return checkpoint, reasons
         reasons.append(found)
+    if reasons:
+        raise UserError(f"no checkpoint is whole ({'; '.join(reasons)}); move them away or choose another --run-dir")
     return None, reasons
+
+
+def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (then, now)} of ranks, ZeRO stage and versions that differ from the checkpoint's."""
+    then = {**checkpoint.state["layout"], **checkpoint.state["versions"]}
+    now = {**engine_layout, **versions()}
+    return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 
 
 def _is_under(key: str, prefixes: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from pretrain.errors import ConfigError
@@ -18,9 +19,17 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler": "the schedule section",
     "bf16": "train.precision",
     "fp16": "train.precision",
-    "zero_optimization.stage": "parallel.zero",
+    "bfloat16": "train.precision",
     "data_types": "train.precision",
+    "communication_data_type": "train.precision",
     "torch_autocast": "train.precision",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.compute_grad_norm": "the need of metrics.jsonl for the gradient norm",
+    "zero_allow_untested_optimizer": "the optimizer section",
+    "prescale_gradients": "the average over ranks that every layout shares",
+    "gradient_predivide_factor": "the average over ranks that every layout shares",
+    "steps_per_print": "monitor.print_every_steps",
+    "wall_clock_breakdown": "monitor.print_every_steps",
     "tensorboard": "monitor.tensorboard",
 }
 
@@ -51,7 +60,8 @@ def check_rules(config: Config) -> None:
         for part in key.split("."):
             section = section.get(part) if isinstance(section, dict) else None
         if section is not None:
-            raise ConfigError(f"deepspeed.{key}: is derived from {owner}; set that and remove this key")
+            raise ConfigError(f"deepspeed.{key}: is decided by {owner}; remove this key")
+    _check_allow_changes(config)
 
 
 def check_ranks(config: Config, world_size: int) -> int:
@@ -86,3 +96,15 @@ def check_device(config: Config, device_type: str) -> None:
 def _nearest_multiple(value: int, divisor: int) -> int:
     """The positive multiple of `divisor` nearest to `value`."""
     return max(divisor, round(value / divisor) * divisor)
+
+
+def _check_allow_changes(config: Config) -> None:
+    """Every entry of checkpoint.allow_changes must name a key or a section: a misspelt one would allow nothing."""
+    from pretrain.config_io import fields
+
+    keys = {key for key, _, _ in fields()}
+    known = keys | {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
+    for entry in config.checkpoint.allow_changes:
+        if entry not in known and not entry.startswith("deepspeed."):
+            close = difflib.get_close_matches(entry, sorted(known), n=1, cutoff=0.0)[0]
+            raise ConfigError(f"checkpoint.allow_changes: {entry!r} is no key; the nearest known key is {close}")

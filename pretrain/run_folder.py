@@ -15,14 +15,19 @@ from pretrain.errors import UserError
 class RunFolder:
     """Creates the folder and appends to its logs; every line is flushed, so a killed run loses none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """`writes` is true on one rank, which creates the folder and appends; on the others every call is a no-op.
+        Raises UserError if the folder cannot be written."""
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--run-dir: {path} cannot be created: {error.strerror}") from None
         self.checkpoints = path / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
+        self._writes = writes
+        if not writes:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._append("events.jsonl", {"event": "opened", "time": time.time()})
+        except OSError as error:
+            raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""
@@ -35,6 +40,13 @@ class RunFolder:
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl: exactly one per optimizer step, floats with full precision."""
         self._append("metrics.jsonl", values)
+
+    def make_durable(self) -> None:
+        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it after a power loss."""
+        path = self.path / "metrics.jsonl"
+        if self._writes and path.exists():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
     def rewind_metrics(self, step: int) -> None:
         """Moves the lines of steps after `step` to events.jsonl: they will be computed again. A torn last line (the
@@ -60,5 +72,7 @@ class RunFolder:
         os.replace(partial, path)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")

@@ -11,6 +11,7 @@ import torch
 import model.routing
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
+from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
 from pretrain.data import TrainingStream, WindowReader
@@ -86,9 +87,9 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 
     engine.step = step_and_capture
     for now in range(steps):
-        sums, norm = trainer.step(now)
-        trace.losses.append(sums.loss)
-        trace.grad_norms.append(norm)
+        result = trainer.step(Progress(now, now * trainer.config.batch.global_sequences))
+        trace.losses.append(result.sums.loss)
+        trace.grad_norms.append(float("nan") if result.grad_norm is None else result.grad_norm)
     return trace
 
 
@@ -98,13 +99,14 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
     reader = WindowReader(manifest, "train", config.model.sequence_length, verify_on_first_read=True)
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=1.0,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    names = dict(network.named_parameters())
+    undecayed = [p for n, p in names.items() if "norm" in n or n.endswith("bias")]
+    decayed = [p for n, p in names.items() if not ("norm" in n or n.endswith("bias"))]
+    groups = [
+        {"params": undecayed, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
     trace, original = Trace(), model.routing.top_k
 
     def measured(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -123,7 +125,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
                 group["lr"] = learning_rate(config, step)
             losses = []
             for micro_step in range(stream.micro_steps):
-                batch = stream.batch(step, micro_step, torch.device("cpu"))
+                batch = stream.batch(step * config.batch.global_sequences, micro_step, torch.device("cpu"))
                 objective, sequence_loss = network(batch.tokens, batch.targets, batch.sequence_index)
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))

@@ -226,3 +226,113 @@ def test_state_that_leads_out_of_the_folder_is_refused(stopped_run: Path, tmp_pa
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="leaves the folder"):
         Checkpoint.open(folder)
+
+
+def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=8", "evaluate.sequences=0", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    before = metrics(tmp_path)
+    start = tmp_path / "checkpoints" / "step-00000004"
+    branch = (
+        *keys,
+        f"checkpoint.resume={start}",
+        "optimizer.learning_rate=0.002",
+        'checkpoint.allow_changes=["optimizer.learning_rate"]',
+    )
+    run_ranks(train_runs, 1, [(small_config(prepared, *branch, "train.stop_after_steps=6"), tmp_path)])
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000006", "superseded-1-step-00000006", "superseded-1-step-00000008"}
+    # The same command again continues the branch; so does auto.
+    run_ranks(train_runs, 1, [(small_config(prepared, *branch, "train.stop_after_steps=7"), tmp_path)])
+    auto = (*keys, "optimizer.learning_rate=0.002")
+    run_ranks(train_runs, 1, [(small_config(prepared, *auto), tmp_path)])
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[:4] == before[:4]
+    assert rows[5]["lr"] == pytest.approx(before[5]["lr"] / 2)
+    starts = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "events.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "started"
+    ]
+    assert starts == [0, 4, 6, 7]
+
+
+def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    elsewhere = small_config(prepared, *keys, f"checkpoint.resume={tmp_path}")
+    with pytest.raises(RankFailed, match="no checkpoint is whole"):
+        run_ranks(train_runs, 1, [(elsewhere, tmp_path / "new")])
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        next(folder.glob("rank-*")).write_bytes(b"")
+    with pytest.raises(RankFailed, match=r"no checkpoint is whole .*0 bytes"):
+        run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**state, "format_version": 99}))
+    with pytest.raises(RankFailed, match="format 99"):
+        run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_a_changed_batch_continues_the_data_where_it_was(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=6", "evaluate.sequences=0")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "train.stop_after_steps=4"), tmp_path)])
+    changed = ("batch.global_sequences=16", 'checkpoint.allow_changes=["batch"]')
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, *changed), tmp_path)])
+    assert [row["tokens"] // 16 for row in metrics(tmp_path)] == [8, 16, 24, 32, 48, 64]
+
+
+def test_only_folders_with_the_exact_name_are_checkpoints(stopped_run: Path, tmp_path: Path) -> None:
+    for name in ("step-00000002.keep", "step-00000009-good", "step-00000003.partial", "step-100000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000020").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
+
+
+def test_fp16_skips_overflows_and_resumes_with_its_loss_scale(prepared: Path, tmp_path: Path) -> None:
+    """fp16 is refused on the CPU by the command line; its machinery is tested here all the same."""
+    # 2^16 is DeepSpeed's first scale; 2^24 overflows here and must be halved by skipped steps, not end the run.
+    keys = ("train.steps=14", "evaluate.sequences=0", "train.precision=fp16", "parallel.zero=1", *DROPOUTS)
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        runs = [
+            (small_config(prepared, *keys), folder / "unbroken"),
+            (small_config(prepared, *keys, "train.stop_after_steps=6"), folder / "resumed"),
+            (small_config(prepared, *keys), folder / "resumed"),
+        ]
+        run_ranks(_train_runs_at_a_high_loss_scale, ranks, runs)
+        assert_bit_identical(folder / "resumed", folder / "unbroken")
+        rows = metrics(folder / "resumed")
+        skipped = [row for row in rows if row["grad_norm"] is None]
+        assert 0 < len(skipped) < len(rows)
+        assert rows[-1]["loss_scale"] < 2**28
+        assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]]) -> None:
+    import pretrain.engine
+
+    derive = pretrain.engine.deepspeed_json
+
+    def derive_with_high_scale(config: Config, data_size: int) -> dict[str, Any]:
+        tree = derive(config, data_size)
+        tree["fp16"].update(initial_scale_power=28, hysteresis=1)
+        return tree
+
+    pretrain.engine.deepspeed_json = derive_with_high_scale
+    train_runs(rank, runs)
+
+
+def test_weight_decay_groups_survive_a_resume(prepared: Path, tmp_path: Path) -> None:
+    for zero in (0, 1, 3):
+        keys = ("train.steps=5", "evaluate.sequences=0", "optimizer.weight_decay=0.1", f"parallel.zero={zero}")
+        folder = tmp_path / str(zero)
+        runs = [
+            (small_config(prepared, *keys), folder / "unbroken"),
+            (small_config(prepared, *keys, "train.stop_after_steps=2"), folder / "resumed"),
+            (small_config(prepared, *keys), folder / "resumed"),
+        ]
+        run_ranks(train_runs, 2, runs)
+        assert_bit_identical(folder / "resumed", folder / "unbroken")

@@ -64,6 +64,8 @@ def test_overrides_are_typed() -> None:
 def test_another_type_of_layer_starts_from_its_defaults() -> None:
     config = load_config(TINY, ["model.attention.type=dense", "model.attention.num_heads=3"])
     assert to_json(config)["model"]["attention"] == {"type": "dense", "num_heads": 3, "head_dim": 64}
+    other_order = load_config(TINY, ["model.attention.num_heads=3", "model.attention.type=dense"])
+    assert other_order == config
     same = load_config(TINY, ["model.attention.type=switchhead"])
     assert same.model == load_config(TINY).model
 
@@ -79,6 +81,11 @@ def test_another_type_of_layer_starts_from_its_defaults() -> None:
         ("batch.global_sequences=30", ["batch.global_sequences", "30", "micro_sequences = 4", "set it to 32"]),
         ("parallel.zero=7", ["parallel.zero", "7"]),
         ("parallel.tensor=2", ["parallel.tensor", "set parallel.tensor to 1"]),
+        ("train.seed=99999999999999999999999", ["train.seed"]),
+        ("train.steps=true", ["train.steps", "integer"]),
+        ('checkpoint.allow_changes=["optimizer.lr"]', ["checkpoint.allow_changes", "optimizer.lr", "nearest"]),
+        ("deepspeed.communication_data_type=bf16", ["deepspeed.communication_data_type", "train.precision"]),
+        ("optimizer.learning_rate=Infinity", ["optimizer.learning_rate"]),
         ("parallel.sequence=true", ["parallel.sequence", "false"]),
         ("train.precision=fp64", ["train.precision", "fp64", "bf16"]),
         ("model.d_model=wide", ["model.d_model", "integer", "wide"]),

@@ -59,7 +59,7 @@ def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStrea
 
 def global_batch(prepared: Path, step: int, size: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     streams = [stream_of(prepared, rank, size, micro) for rank in range(size)]
-    batches = [s.batch(step, m, CPU) for m in range(streams[0].micro_steps) for s in streams]
+    batches = [s.batch(8 * step, m, CPU) for m in range(streams[0].micro_steps) for s in streams]
     return torch.cat([b.tokens for b in batches]), torch.cat([b.sequence_index for b in batches])
 
 
@@ -74,7 +74,8 @@ def test_the_global_batch_is_the_same_for_every_split(prepared: Path) -> None:
 
 def test_micro_step_and_rank_take_the_documented_block(prepared: Path) -> None:
     stream = stream_of(prepared, rank=1, size=2, micro=2)
-    assert stream.positions(step=5, micro_step=1).tolist() == [46, 47]
+    assert stream.positions(consumed=40, micro_step=1).tolist() == [46, 47]
+    assert stream.positions(consumed=41, micro_step=0).tolist() == [43, 44]
 
 
 def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: Path) -> None:

@@ -111,3 +111,12 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
         assert trace.losses == pytest.approx(reference.losses, rel=2e-2), f"ZeRO {config.parallel.zero}"
         assert sum(trace.losses) == pytest.approx(sum(reference.losses), rel=5e-3), f"ZeRO {config.parallel.zero}"
         assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05), f"ZeRO {config.parallel.zero}"
+
+
+def test_weight_decay_spares_vectors_in_every_layout(prepared: Path) -> None:
+    decay = "optimizer.weight_decay=0.3"
+    reference = plain_trace(small_config(prepared, decay, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    configs = [small_config(prepared, decay, f"parallel.zero={zero}", "batch.micro_sequences=2") for zero in (0, 1, 3)]
+    for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
+        assert_same(trace, reference, "2 ranks, weight decay")
+    assert reference.losses != plain_trace(small_config(prepared, "batch.micro_sequences=8"), STEPS, ()).losses

@@ -1,0 +1,111 @@
+"""What one rank finds, all ranks leave for: one message, no hang, no broken collective."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from data_prep.shard_format import DataError, Manifest
+from pretrain.agreement import PeerFailed, agreed, check_same, check_shared
+from pretrain.config import Config
+from pretrain.errors import UserError
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import train_runs
+
+
+def _outcome_of_training(rank: int, config: Config, run_dir: Path) -> str:
+    try:
+        train_runs(rank, [(config, run_dir)])
+    except (UserError, DataError, PeerFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_an_altered_shard_is_one_ranks_message_and_stops_all(prepared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    for shard in folder.glob("train-*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[700] ^= 1
+        shard.write_bytes(content)
+    outcomes = run_ranks(_outcome_of_training, 3, small_config(folder, "batch.global_sequences=6"), tmp_path / "run")
+    assert sorted(outcome.split(":")[0] for outcome in outcomes) == ["DataError", "PeerFailed", "PeerFailed"]
+    (message,) = [outcome for outcome in outcomes if outcome.startswith("DataError")]
+    assert "train-0000" in message
+    assert "sha256" in message
+
+
+def test_an_altered_validation_shard_too(prepared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    shard = next(folder.glob("validation-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    config = small_config(folder, "train.steps=1", "evaluate.sequences=8")
+    outcomes = run_ranks(_outcome_of_training, 2, config, tmp_path / "run")
+    assert sorted(outcome.split(":")[0] for outcome in outcomes) == ["DataError", "PeerFailed"]
+
+
+def test_a_run_folder_that_cannot_be_written(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcomes = run_ranks(_outcome_of_training, 2, small_config(prepared), tmp_path / "file" / "run")
+    assert outcomes[0].startswith("UserError: --run-dir:")
+    assert outcomes[1].startswith("PeerFailed")
+
+
+def _primitives(rank: int, folder: Path) -> list[str]:
+    outcomes = []
+
+    def attempt(function: object) -> None:
+        try:
+            outcomes.append(str(function()))  # type: ignore[operator]
+        except (UserError, PeerFailed) as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+
+    def fail_on_rank_1() -> int:
+        if rank == 1:
+            raise UserError("mine")
+        return rank
+
+    attempt(lambda: agreed(lambda: rank))
+    attempt(lambda: agreed(fail_on_rank_1))
+    attempt(lambda: check_same("data", "a"))
+    attempt(lambda: check_same("data", "a" if rank == 0 else "b"))
+    attempt(lambda: check_shared(folder))
+    own = folder / str(rank)
+    own.mkdir()
+    attempt(lambda: check_shared(own))
+    return outcomes
+
+
+def test_primitives(tmp_path: Path) -> None:
+    first, second = run_ranks(_primitives, 2, tmp_path)
+    assert first[:3] == ["0", "PeerFailed: ", "None"]
+    assert second[:3] == ["1", "UserError: mine", "None"]
+    assert first[3] == "UserError: data: rank 0 has a, rank 1 has b; give all nodes the same"
+    assert second[3] == "PeerFailed: "
+    assert first[4] == second[4] == "None"
+    assert first[5] == "PeerFailed: "
+    assert "rank 1 does not see the folder" in second[5]
+    assert not list(tmp_path.glob("*/.seen*"))
+
+
+def test_ranks_with_other_data_do_not_train(prepared: Path, tmp_path: Path) -> None:
+    assert Manifest.load(prepared).digest
+    outcomes = run_ranks(_outcome_with_own_digest, 2, small_config(prepared), tmp_path)
+    assert outcomes[0].startswith("UserError: data.manifest (digest): rank 0 has")
+
+
+def _outcome_with_own_digest(rank: int, config: Config, run_dir: Path) -> str:
+    import torch
+
+    from pretrain.loop import train
+
+    manifest = Manifest.load(config.data.manifest)
+    if rank == 1:
+        manifest = manifest.model_copy(update={"digest": "0" * 64})
+    try:
+        train(config, manifest, run_dir, torch.device("cpu"))
+    except (UserError, PeerFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
