@@ -22,8 +22,9 @@ from torch import Tensor
 
 Strategy = Literal["all", "sets", "experts"]
 
-ROW_BLOCK = 512
-"""Rows of a group without gather: a [512, 1024] fp32 block is 2 MB, the second-level cache of one core."""
+MAX_GROUP_ROWS = 256
+"""Longer groups are split: a [256, 1024] fp32 block is 1 MB, half the second-level cache of one core. Against whole
+groups of 341 rows the weight gradient takes 11.1 instead of 13.7 ms on a loaded machine, the other passes are equal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
     N, H, k = index.shape
     head = torch.arange(H)
     if strategy == "all":
-        blocks = [Group(i, min(i + ROW_BLOCK, N), tuple(range(num_experts))) for i in range(0, N, ROW_BLOCK)]
+        blocks = _blocks(0, N, tuple(range(num_experts)))
         token = torch.arange(N).expand(H, N)
         place = (head[:, None] * num_experts + index) * N + torch.arange(N)[:, None, None]
         return Grouping(strategy, N, num_experts, token, token, place, [blocks] * H)
@@ -118,10 +119,17 @@ def _sort_rows(keys: Tensor, experts: list[tuple[int, ...]]) -> tuple[Tensor, Te
     row = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     ends = torch.searchsorted(keys, torch.arange(len(experts)).expand(len(keys), -1).contiguous(), right=True)
     groups = [
-        [Group(start, stop, e) for start, stop, e in zip([0, *stops[:-1]], stops, experts, strict=True) if stop > start]
+        [block for start, stop, e in zip([0, *stops[:-1]], stops, experts, strict=True) for block in _blocks(start, stop, e)]
         for stops in ends.tolist()
     ]
     return order, row, groups
+
+
+def _blocks(start: int, stop: int, experts: tuple[int, ...]) -> list[Group]:
+    """The rows start:stop in equal parts of at most MAX_GROUP_ROWS."""
+    parts = -(-(stop - start) // MAX_GROUP_ROWS)
+    edges = [start + (stop - start) * i // max(parts, 1) for i in range(parts + 1)]
+    return [Group(a, b, experts) for a, b in itertools.pairwise(edges)]
 
 
 def _set_numbers(members: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, ...]]]:
