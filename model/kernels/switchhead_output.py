@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.grouping import (
+    HeadWeights,
     NarrowRows,
     Strategy,
+    WeightGradient,
     WideRows,
     WideSum,
     combine,
@@ -58,10 +60,10 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     narrow, total = NarrowRows(a, grouping, compute_gates(scores, grouping, dtype)), WideSum(grouping, d, dtype)
     for head in range(H):
         _, gated = narrow.read(head)
-        weights = experts[head].to(dtype)
+        weights = HeadWeights(experts[head].to(dtype), columns=False)
         total.begin_head(head)
         for group in grouping.groups[head]:
-            total.add(group, gated, weights)
+            total.add(group, gated[group.start : group.stop], weights.join(group.experts))
         total.end_head(head)
     return total.finish().to(a.dtype)
 
@@ -79,15 +81,14 @@ def backward_cpu(
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
     for head in range(H):
         rows, gated = narrow.read(head)
-        weights = experts[head].to(dtype).transpose(1, 2)
-        grad_weights = torch.zeros(experts.shape[1:], dtype=dtype)
+        weights = HeadWeights(experts[head].to(dtype), columns=False)
+        gradient = WeightGradient(grad_experts[head], dtype, columns=False)
         for group in grouping.groups[head]:
             block, span = wide.read(head, group), slice(group.start, group.stop)
-            for member, expert in enumerate(group.experts):
-                torch.mm(block, weights[expert], out=products[head, member, span])
-                grad_weights[expert].addmm_(gated[member, span].t(), block)
-        torch.sum(products[head] * rows, -1, out=grad_gates[head])
-        grad_experts[head] = grad_weights
+            torch.mm(block, weights.join(group.experts).t(), out=products[head, span].view(len(group), -1))
+            gradient.add(group, gated[span].t(), block)
+        torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+        gradient.finish()
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
     return combine(products, grouping, scores, a.dtype), grad_scores, grad_experts
 

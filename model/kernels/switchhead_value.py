@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.grouping import (
+    HeadWeights,
     NarrowRows,
     Strategy,
+    WeightGradient,
     WideRows,
     WideSum,
     combine,
@@ -50,18 +52,19 @@ def reference_backward(
 
 
 def forward_cpu(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor]:
-    """(v [N, H, h], chosen products [H W R, h] in the grouping's order)."""
+    """(v [N, H, h], products x W_V of every row and member [H R W, h])."""
     H, E, _, h = experts.shape
     dtype = compute_dtype(x.dtype)
     grouping = group_tokens(index, E, strategy)
-    products = torch.empty(H, grouping.num_members, grouping.num_rows, h, dtype=dtype)
+    products = torch.empty(H, grouping.num_rows, grouping.num_members, h, dtype=dtype)
     wide = WideRows(x, grouping)
     for head in range(H):
         weights = experts[head].to(dtype)
         for group in grouping.groups[head]:
-            rows = wide.read(head, group)
+            rows, result = wide.read(head, group), products[head, group.start : group.stop]
+            # Joined weights do not pay here: 9.6 against 8.2 ms a head.
             for member, expert in enumerate(group.experts):
-                torch.mm(rows, weights[expert], out=products[head, member, group.start : group.stop])
+                torch.mm(rows, weights[expert], out=result[:, member])
     v = combine(products, grouping, scores, x.dtype)
     return v, products.view(-1, h).to(x.dtype)
 
@@ -79,17 +82,16 @@ def backward_cpu(
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
     for head in range(H):
         rows, gated = narrow.read(head)
-        torch.sum(products[head] * rows, -1, out=grad_gates[head])
-        weights = experts[head].to(dtype).transpose(1, 2)
-        grad_weights = torch.zeros(E, h, d, dtype=dtype)
+        torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+        weights = HeadWeights(experts[head].to(dtype), columns=True)
+        gradient = WeightGradient(grad_experts[head], dtype, columns=True)
         total.begin_head(head)
         for group in grouping.groups[head]:
-            total.add(group, gated, weights)
-            block = wide.read(head, group)
-            for member, expert in enumerate(group.experts):
-                grad_weights[expert].addmm_(gated[member, group.start : group.stop].t(), block)
+            factor = gated[group.start : group.stop]
+            total.add(group, factor, weights.join(group.experts).t())
+            gradient.add(group, wide.read(head, group).t(), factor)
         total.end_head(head)
-        grad_experts[head] = grad_weights.transpose(1, 2)
+        gradient.finish()
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
     return total.finish().to(x.dtype), grad_scores, grad_experts
 
