@@ -61,11 +61,9 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     for head in range(H):
         _, gated = narrow.read(head)
         weights = HeadWeights(experts[head].to(dtype), columns=False)
-        total.begin_head(head)
         for group in grouping.groups[head]:
-            total.add(group, gated[group.start : group.stop], weights.join(group.experts))
-        total.end_head(head)
-    return total.finish().to(a.dtype)
+            total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
+    return total.total.to(a.dtype)
 
 
 def backward_cpu(

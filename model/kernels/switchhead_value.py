@@ -85,15 +85,13 @@ def backward_cpu(
         torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
         weights = HeadWeights(experts[head].to(dtype), columns=True)
         gradient = WeightGradient(grad_experts[head], dtype, columns=True)
-        total.begin_head(head)
         for group in grouping.groups[head]:
             factor = gated[group.start : group.stop]
-            total.add(group, factor, weights.join(group.experts).t())
+            total.add(head, group, factor, weights.join(group.experts).t())
             gradient.add(group, wide.read(head, group).t(), factor)
-        total.end_head(head)
         gradient.finish()
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
-    return total.finish().to(x.dtype), grad_scores, grad_experts
+    return total.total.to(x.dtype), grad_scores, grad_experts
 
 
 @torch.library.custom_op("switchall::switchhead_value", mutates_args=())
