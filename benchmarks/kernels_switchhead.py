@@ -1,4 +1,4 @@
-"""SwitchHead kernels on CPU: the two expert projections per strategy, and the whole attention layer against the dense one.
+"""SwitchHead kernels on CPU: the two expert projections per strategy, and the attention layer against the dense one.
 
     python -m benchmarks.kernels_switchhead [--threads 2] [--quick] [--json]
 

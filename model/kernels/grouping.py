@@ -68,14 +68,25 @@ class Grouping:
 
 
 def choose_strategy(num_tokens: int, num_experts: int, k: int) -> Strategy:
-    """By arithmetic on the shape only, so that every rank and every repetition takes the same path."""
-    if k == num_experts:
+    """By the shape alone, so that every rank and every repetition takes the same path.
+
+    Useful GFLOP/s, forward + backward of value and output op, fp32, one thread, median of 7 (torch.mm 125-151):
+
+        N     d     H  h    E  k    all   sets  experts
+        2048  1024  4  112  4  2     46     93     88
+        8192  1024  4  112  4  2            83     69
+        2048  1024  4  112  5  3     61     95     89
+        2048   412  2   76  5  3            75     72
+        2048   412  2   76  5  2     30     46     47
+        2048  1024  2  132  8  4     59     54     90    sets of 29 rows
+        8192  1024  2  132  8  4     53     83     86    sets of 117 rows
+         512  1024  4  112  4  2     55     79     87    sets of 85 rows
+         256  1024  4  112  4  2     49     56     83    sets of 43 rows
+        2048   512  2   64 32  4     13            68
+    """
+    if 8 * k > 7 * num_experts:
         return "all"
-    if num_tokens >= 96 * math.comb(num_experts, k):
-        return "sets"
-    if num_experts <= 2 * k or num_tokens * k < 32 * num_experts:
-        return "all"
-    return "experts"
+    return "sets" if num_tokens >= 128 * math.comb(num_experts, k) else "experts"
 
 
 def resolve_strategy(backend: str, index_shape: Sequence[int], num_experts: int) -> Strategy:
@@ -99,21 +110,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Grouping:
     """Groups `index` [N, H, k] int64 (distinct experts per token and head). One small host copy: the group sizes."""
     N, H, k = index.shape
-    head = torch.arange(H)
+    head = torch.arange(H, device=index.device)
     if strategy == "all":
         blocks = _blocks(0, N, tuple(range(num_experts)))
-        token = torch.arange(N).expand(H, N)
-        place = (head[:, None] * N + torch.arange(N)[:, None, None]) * num_experts + index
-        return Grouping(strategy, N, num_experts, token, place, [blocks] * H)
+        token = torch.arange(N, device=index.device)
+        place = (head[:, None] * N + token[:, None, None]) * num_experts + index
+        return Grouping(strategy, N, num_experts, token.expand(H, N), place, [blocks] * H)
     if strategy == "experts":
-        experts = [(e,) for e in range(num_experts)]
+        experts: list[tuple[int, ...]] = [(e,) for e in range(num_experts)]
         order, row, groups = _sort_rows(index.transpose(0, 1).reshape(H, N * k), experts)
-        place = (head[:, None] * (N * k) + row).view(H, N, k).transpose(0, 1)
+        place = (head[:, None] * (N * k) + row).view(H, N, k).transpose(0, 1).contiguous()
         return Grouping(strategy, N, 1, order // k, place, groups)
     members, choice = index.sort(dim=-1)
     numbers, sets = _set_numbers(members, num_experts)
     token, row, groups = _sort_rows(numbers.t(), sets)
-    by_member = (head * N + row.t())[:, :, None] * k + torch.arange(k)  # [N, H, k], members ascending
+    by_member = (head * N + row.t())[:, :, None] * k + torch.arange(k, device=index.device)  # [N, H, k], members ascending
     place = torch.empty_like(index).scatter_(2, choice, by_member)
     return Grouping(strategy, N, k, token, place, groups)
 
@@ -121,13 +132,13 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
 def _sort_rows(keys: Tensor, experts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[list[Group]]]:
     """Stable sort of `keys` [H, R]: order [H, R], its inverse [H, R], and the group of each key that occurs."""
     keys, order = keys.contiguous().sort(dim=1, stable=True)
-    row = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-    ends = torch.searchsorted(keys, torch.arange(len(experts)).expand(len(keys), -1).contiguous(), right=True)
-    groups = [
-        [block for start, stop, e in zip([0, *stops[:-1]], stops, experts, strict=True) for block in _blocks(start, stop, e)]
-        for stops in ends.tolist()
-    ]
-    return order, row, groups
+    inverse = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=keys.device).expand_as(order))
+    numbers = torch.arange(len(experts), device=keys.device).repeat(len(keys), 1)
+    groups = []
+    for ends in torch.searchsorted(keys, numbers, right=True).tolist():
+        spans = zip([0, *ends[:-1]], ends, experts, strict=True)
+        groups.append([block for start, stop, members in spans for block in _blocks(start, stop, members)])
+    return order, inverse, groups
 
 
 def _blocks(start: int, stop: int, experts: tuple[int, ...]) -> list[Group]:
@@ -143,16 +154,15 @@ def _set_numbers(members: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[
     Combinatorial number system: the set e_1 < ... < e_k is number C(e_1, 1) + ... + C(e_k, k) of C(E, k).
     """
     k = members.shape[-1]
-    table = torch.tensor([[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)]).view(k, num_experts)
-    number = table[torch.arange(k), members].sum(-1)
-    sets = [()] if k == 0 else list(itertools.combinations(range(num_experts), k))
-    return number, sorted(sets, key=lambda s: s[::-1])
+    table = torch.tensor([[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)], device=members.device)
+    number = table[torch.arange(k, device=members.device), members].sum(-1)
+    return number, sorted(itertools.combinations(range(num_experts), k), key=lambda members: members[::-1])
 
 
 def compute_gates(scores: Tensor, grouping: Grouping, dtype: torch.dtype) -> Tensor:
     """Gate of every (row, member) [H, R, W]: `scores` [N, H, k] at their places, 0 where a member is not chosen."""
     shape = (scores.shape[1], grouping.num_rows, grouping.num_members)
-    gates = torch.zeros(math.prod(shape), dtype=dtype)
+    gates = scores.new_zeros(math.prod(shape), dtype=dtype)
     return gates.scatter_(0, grouping.place.flatten(), scores.to(dtype).flatten()).view(shape)
 
 
@@ -165,7 +175,7 @@ def combine(products: Tensor, grouping: Grouping, scores: Tensor, dtype: torch.d
     N, H, k = scores.shape
     h = products.shape[-1]
     if N == 0:
-        return torch.zeros(N, H, h, dtype=dtype)
+        return products.new_zeros(N, H, h, dtype=dtype)
     bags, weights = grouping.place.reshape(N * H, k), scores.to(products.dtype).reshape(N * H, k)
     return F.embedding_bag(bags, products.view(-1, h), mode="sum", per_sample_weights=weights).view(N, H, h).to(dtype)
 
@@ -179,7 +189,7 @@ class WideRows:
     def __init__(self, source: Tensor, grouping: Grouping) -> None:
         self.source, self.grouping = source, grouping
         dtype = compute_dtype(source.dtype)
-        self.gathered = torch.empty(grouping.longest, source.shape[1], dtype=source.dtype)
+        self.gathered = source.new_empty(grouping.longest, source.shape[1])
         self.block = self.gathered if dtype == source.dtype else torch.empty_like(self.gathered, dtype=dtype)
 
     def read(self, head: int, group: Group) -> Tensor:
@@ -197,7 +207,7 @@ class NarrowRows:
 
     def __init__(self, source: Tensor, grouping: Grouping, gates: Tensor) -> None:
         self.source, self.grouping, self.gates = source, grouping, gates
-        self.gated = torch.empty(*gates.shape[1:], source.shape[-1], dtype=gates.dtype)
+        self.gated = gates.new_empty(*gates.shape[1:], source.shape[-1])
 
     def read(self, head: int) -> tuple[Tensor, Tensor]:
         """([R, h], [R, W h]) in the compute dtype; the second is valid until the next call."""
@@ -206,7 +216,7 @@ class NarrowRows:
             rows = rows.index_select(0, self.grouping.token[head])
         rows = rows.to(self.gated.dtype)
         torch.mul(rows[:, None, :], self.gates[head][:, :, None], out=self.gated)
-        return rows, self.gated.view(len(rows), -1)
+        return rows, self.gated.flatten(1)
 
 
 class WideSum:

@@ -37,7 +37,7 @@ def switchhead_output(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor,
 def reference(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor) -> Tensor:
     """The equation as a masked einsum over all experts."""
     gates = dense_gates(scores, index, experts.shape[1]).to(a.dtype)
-    return torch.einsum("nkeh,kehd->nd", torch.einsum("nke,nkh->nkeh", gates, a), experts)
+    return torch.einsum("nkeh,kehd->nd", torch.einsum("nke,nkh->nkeh", gates, a), experts).contiguous()
 
 
 def reference_backward(
@@ -49,7 +49,7 @@ def reference_backward(
     grad_gates = torch.einsum("nkeh,nkh->nke", products, a)
     grad_experts = torch.einsum("nkeh,nd->kehd", torch.einsum("nke,nkh->nkeh", gates, a), grad)
     grad_a = torch.einsum("nkeh,nke->nkh", products, gates)
-    return grad_a, grad_gates.to(scores.dtype).gather(2, index), grad_experts
+    return grad_a.contiguous(), grad_gates.to(scores.dtype).gather(2, index), grad_experts.contiguous()
 
 
 def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> Tensor:

@@ -37,7 +37,7 @@ def switchhead_value(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, 
 def reference(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor) -> Tensor:
     """The equation as a masked einsum over all experts."""
     gates = dense_gates(scores, index, experts.shape[1]).to(x.dtype)
-    return torch.einsum("nkeh,nke->nkh", torch.einsum("nd,kedh->nkeh", x, experts), gates)
+    return torch.einsum("nkeh,nke->nkh", torch.einsum("nd,kedh->nkeh", x, experts), gates).contiguous()
 
 
 def reference_backward(
@@ -48,7 +48,7 @@ def reference_backward(
     grad_gates = torch.einsum("nkeh,nkh->nke", torch.einsum("nd,kedh->nkeh", x, experts), grad)
     gated = torch.einsum("nke,nkh->nkeh", gates, grad)
     grad_x, grad_experts = torch.einsum("nkeh,kedh->nd", gated, experts), torch.einsum("nd,nkeh->kedh", x, gated)
-    return grad_x, grad_gates.to(scores.dtype).gather(2, index), grad_experts
+    return grad_x.contiguous(), grad_gates.to(scores.dtype).gather(2, index), grad_experts.contiguous()
 
 
 def forward_cpu(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor]:
