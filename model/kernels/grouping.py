@@ -124,7 +124,8 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
     members, choice = index.sort(dim=-1)
     numbers, sets = _set_numbers(members, num_experts)
     token, row, groups = _sort_rows(numbers.t(), sets)
-    by_member = (head * N + row.t())[:, :, None] * k + torch.arange(k, device=index.device)  # [N, H, k], members ascending
+    # [N, H, k] with ascending members; scattered back to the order of the choices.
+    by_member = (head * N + row.t())[:, :, None] * k + torch.arange(k, device=index.device)
     place = torch.empty_like(index).scatter_(2, choice, by_member)
     return Grouping(strategy, N, k, token, place, groups)
 
@@ -132,7 +133,8 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
 def _sort_rows(keys: Tensor, experts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[list[Group]]]:
     """Stable sort of `keys` [H, R]: order [H, R], its inverse [H, R], and the group of each key that occurs."""
     keys, order = keys.contiguous().sort(dim=1, stable=True)
-    inverse = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=keys.device).expand_as(order))
+    position = torch.arange(order.shape[1], device=keys.device)
+    inverse = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
     numbers = torch.arange(len(experts), device=keys.device).repeat(len(keys), 1)
     groups = []
     for ends in torch.searchsorted(keys, numbers, right=True).tolist():

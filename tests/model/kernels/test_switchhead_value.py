@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +69,14 @@ def run(op: Callable[..., Tensor], tensors: tuple, upstream: Tensor, *extra: str
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype).expand_as(y))]
 
 
+@functools.cache
+def expectation(shape: tuple, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
+    """Inputs, upstream gradient, and what the loop makes of them; once for all backends."""
+    tensors = inputs(shape, dtype)
+    upstream = torch.randn(shape[0], shape[2], shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
+    return tensors, upstream, run(oracle, tuple(t.double() if t.is_floating_point() else t for t in tensors), upstream)
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -83,9 +92,7 @@ def skip_too_many_sets(shape: tuple, backend: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_every_gradient_equal_the_loop(shape: tuple, backend: str, dtype: torch.dtype) -> None:
     skip_too_many_sets(shape, backend)
-    tensors = inputs(shape, dtype)
-    upstream = torch.randn(shape[0], shape[2], shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = run(oracle, tuple(t.double() if t.is_floating_point() else t for t in tensors), upstream)
+    tensors, upstream, expected = expectation(shape, dtype)
     limit = (REFERENCE_TOLERANCE if backend == "reference" else TOLERANCE)[dtype]
     actual = run(switchhead_value, tensors, upstream, backend)
     for name, ours, exact, given in zip(NAMES, actual, expected, (tensors[0], *tensors[:2], tensors[3]), strict=True):
