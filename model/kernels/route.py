@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from model.kernels.workers import run_blocks
+
 
 class Routing(NamedTuple):
     """What one selection decides. Gradients flow through `logits` (all experts) and `scores` (the chosen ones)."""
@@ -147,14 +149,25 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, (R, E, d) = x.shape[0], weight.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = torch.mm(x.to(wide), weight.to(wide).reshape(R * E, d).t()).view(N, R, E)
-    scores = torch.sigmoid(logits)
-    if keep is not None and drop_scores:
-        scores.mul_(keep)
-    choosing = scores if keep is None or drop_scores else logits.masked_fill(~keep, -torch.inf)
-    index = top_k(choosing, k)
+    columns = weight.to(wide).reshape(R * E, d).t()
+    logits = x.new_empty(N, R, E, dtype=wide)
+    scores, index = x.new_empty(N, R, k, dtype=wide), x.new_empty(N, R, k, dtype=torch.int64)
+
+    def compute(block: slice) -> None:
+        block_logits = logits[block]
+        torch.mm(x[block].to(wide), columns, out=block_logits.view(-1, R * E))
+        all_scores = torch.sigmoid(block_logits)
+        choosing = all_scores
+        if keep is not None and drop_scores:
+            all_scores.mul_(keep[block])
+        elif keep is not None:
+            choosing = block_logits.masked_fill(~keep[block], -torch.inf)
+        index[block] = top_k(choosing, k)
+        scores[block] = all_scores.gather(-1, index[block])
+
+    run_blocks(N, compute)
     load, order = counting_sort(index, E)
-    return logits, scores.gather(-1, index), index, load, order
+    return logits, scores, index, load, order
 
 
 def top_k(values: Tensor, k: int) -> Tensor:
@@ -197,13 +210,24 @@ def _backward_cpu(
     grad_logits: Tensor | None, grad_scores: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     N, (R, E, d) = x.shape[0], weight.shape
-    grad = scores.new_zeros(N, R, E)
-    if grad_scores is not None:
-        # s (1 - s) is 0 for a dropped score of 0 too. The k indices of a row differ: one addend per element.
-        grad.scatter_(-1, index, grad_scores * scores * (1.0 - scores))
-    if grad_logits is not None:
-        grad += grad_logits
-    flat = grad.view(N, R * E)
-    grad_x = flat @ weight.to(flat.dtype).reshape(R * E, d)
-    grad_weight = (flat.t() @ x.to(flat.dtype)).view(R, E, d)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+    rows = weight.to(scores.dtype).reshape(R * E, d)
+    grad_x = x.new_empty(x.shape)
+    partial_sums: dict[int, Tensor] = {}
+
+    def compute(block: slice) -> None:
+        grad = scores.new_zeros(block.stop - block.start, R, E)
+        if grad_scores is not None:
+            # s (1 - s) is 0 for a dropped score of 0 too. The k indices of a row differ: one addend per element.
+            s = scores[block]
+            grad.scatter_(-1, index[block], grad_scores[block] * s * (1.0 - s))
+        if grad_logits is not None:
+            grad += grad_logits[block]
+        flat = grad.view(-1, R * E)
+        grad_x[block] = flat @ rows
+        partial_sums[block.start] = flat.t() @ x[block].to(flat.dtype)
+
+    run_blocks(N, compute)
+    grad_weight = rows.new_zeros(rows.shape)
+    for start in sorted(partial_sums):
+        grad_weight += partial_sums[start]
+    return grad_x, grad_weight.view(R, E, d).to(weight.dtype)

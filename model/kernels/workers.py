@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+BLOCK_TOKENS = 1024
+"""Tokens of one task: a [1024, 512] fp32 block is 2 MB, the second-level cache of one core."""
+
 _pool: ThreadPoolExecutor | None = None
 _local = threading.local()
 
@@ -56,6 +59,15 @@ def run_tasks(sizes: Sequence[int], task: Callable[[int], None]) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+def run_blocks(num_tokens: int, task: Callable[[slice], None]) -> None:
+    """Calls task(block) for consecutive blocks of BLOCK_TOKENS tokens, on the workers of `run_tasks`.
+
+    The blocks do not depend on the number of threads, nor does then a sum over them.
+    """
+    blocks = [slice(start, min(start + BLOCK_TOKENS, num_tokens)) for start in range(0, num_tokens, BLOCK_TOKENS)]
+    run_tasks([block.stop - block.start for block in blocks], lambda i: task(blocks[i]))
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
