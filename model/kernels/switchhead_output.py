@@ -16,11 +16,13 @@ from model.kernels.grouping import (
     WeightGradient,
     WideRows,
     WideSum,
+    add_up,
     combine,
     compute_dtype,
     compute_gates,
     dense_gates,
     group_tokens,
+    over_heads,
     resolve_strategy,
 )
 
@@ -57,13 +59,18 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     H, E, _, d = experts.shape
     dtype = compute_dtype(a.dtype)
     grouping = group_tokens(index, E, strategy)
-    narrow, total = NarrowRows(a, grouping, compute_gates(scores, grouping, dtype)), WideSum(grouping, d, dtype)
-    for head in range(H):
-        _, gated = narrow.read(head)
-        weights = HeadWeights(experts[head].to(dtype), columns=False)
-        for group in grouping.groups[head]:
-            total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
-    return total.total.to(a.dtype)
+    gates = compute_gates(scores, grouping, dtype)
+
+    def project(heads: range) -> Tensor:
+        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, d, gates)
+        for head in heads:
+            _, gated = narrow.read(head)
+            weights = HeadWeights(experts[head].to(dtype), columns=False)
+            for group in grouping.groups[head]:
+                total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
+        return total.total
+
+    return add_up(over_heads(project, H, len(a))).to(a.dtype)
 
 
 def backward_cpu(
@@ -74,19 +81,23 @@ def backward_cpu(
     dtype = compute_dtype(a.dtype)
     grouping = group_tokens(index, E, strategy)
     gates = compute_gates(scores, grouping, dtype)
-    wide, narrow = WideRows(grad, grouping), NarrowRows(a, grouping, gates)
-    products = torch.empty(*gates.shape, h, dtype=dtype)  # grad W_O^T
+    products = gates.new_empty(*gates.shape, h)  # grad W_O^T
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
-    for head in range(H):
-        rows, gated = narrow.read(head)
-        weights = HeadWeights(experts[head].to(dtype), columns=False)
-        gradient = WeightGradient(grad_experts[head], dtype, columns=False)
-        for group in grouping.groups[head]:
-            block, span = wide.read(head, group), slice(group.start, group.stop)
-            torch.mm(block, weights.join(group.experts).t(), out=products[head, span].view(len(group), -1))
-            gradient.add(group, gated[span].t(), block)
-        torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
-        gradient.finish()
+
+    def project(heads: range) -> None:
+        wide, narrow = WideRows(grad, grouping), NarrowRows(a, grouping, gates)
+        for head in heads:
+            rows, gated = narrow.read(head)
+            weights = HeadWeights(experts[head].to(dtype), columns=False)
+            gradient = WeightGradient(grad_experts[head], dtype, columns=False)
+            for group in grouping.groups[head]:
+                block, span = wide.read(head, group), slice(group.start, group.stop)
+                torch.mm(block, weights.join(group.experts).t(), out=products[head, span].view(len(group), -1))
+                gradient.add(group, gated[span].t(), block)
+            torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+            gradient.finish()
+
+    over_heads(project, H, len(a))
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
     return combine(products, grouping, scores, a.dtype), grad_scores, grad_experts
 
