@@ -1,0 +1,247 @@
+"""SwitchHead kernels on CPU: the two expert projections per strategy, and the attention layer against the dense one.
+
+    python -m benchmarks.kernels_switchhead [--threads 2] [--quick] [--json]
+
+Every case of a dtype runs in turn, round after round, so that a slow phase of a shared machine hits all of them alike;
+the medians and, above all, their ratios are what counts. torch.mm runs in the same rounds as the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention.dense import DenseAttention
+from model.attention.rope import rope_angles
+from model.attention.switchhead import SwitchHeadAttention
+from model.config import ModelConfig
+from model.kernels.switchhead_output import switchhead_output
+from model.kernels.switchhead_value import switchhead_value
+from model.routing import router_logits, select
+
+BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
+# N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.
+SHAPES = {
+    "262M": (2048, 1024, 4, 112, 4, 2),
+    "47M": (2048, 412, 2, 76, 5, 3),
+    "262M-wt103": (2048, 1024, 2, 132, 8, 4),
+    "sparse": (2048, 512, 2, 64, 32, 4),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Rotate(torch.autograd.Function):
+    """RoPE of [B, T, H, h] without concatenation: writes both halves and the rest into one result. Twice as fast as
+    `model.attention.rope.apply_rope` (forward + backward of [2, 1024, 4, 112]: 5.5 instead of 10.9 ms on one thread).
+    """
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        result = torch.empty_like(x)
+        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+        result[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+        result[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+        result[..., 2 * half :] = x[..., 2 * half :]
+        return result
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return Rotate.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return Rotate.rotate(grad, cos, -sin), None, None
+
+
+def rotated_heads(layer: nn.Linear, x: Tensor, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, T, d] -> [B, H, T, h], rotated before the transpose, while rows are contiguous."""
+    return Rotate.apply(layer(x).unflatten(-1, (num_heads, -1)), cos, sin).transpose(1, 2)
+
+
+class FastDenseAttention(DenseAttention):
+    """DenseAttention with the RoPE above: what SwitchHead is measured against."""
+
+    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        angles = rope_angles(torch.arange(T), self.config.head_dim, self.position)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        q, k = (rotated_heads(layer, x, self.config.num_heads, cos, sin) for layer in (self.query, self.key))
+        v = self.value(x).view(B, T, self.config.num_heads, self.config.head_dim).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(attended.transpose(1, 2).reshape(B, T, -1))
+
+
+class FastSwitchHeadAttention(SwitchHeadAttention):
+    """SwitchHeadAttention on the ops: same parameters, same result (no expert dropout here)."""
+
+    backend = "cpu"
+
+    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
+        B, T, d = x.shape
+        H, h, E, k = (getattr(self.config, n) for n in ("num_heads", "head_dim", "num_experts", "active_experts"))
+        angles = rope_angles(torch.arange(T), h, self.position)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        query, key = (rotated_heads(layer, x, H, cos, sin) for layer in (self.query, self.key))
+
+        tokens = x.view(B * T, d)
+        selectors = torch.cat([self.value_selector, self.output_selector]).view(2 * H * E, d)
+        logits = router_logits(tokens, selectors).view(B * T, 2 * H, E)  # one cast of x and one GEMM for both
+        scores, index = select(logits, k)
+        if self.training:
+            self.value_statistics.record(index[:, :H], None)
+            self.output_statistics.record(index[:, H:], None)
+
+        v = switchhead_value(tokens, scores[:, :H], index[:, :H], self.value_experts, self.backend)
+        attended = F.scaled_dot_product_attention(query, key, v.view(B, T, H, h).transpose(1, 2), is_causal=True)
+        a = attended.transpose(1, 2).reshape(B * T, H, h)
+        y = switchhead_output(a, scores[:, H:], index[:, H:], self.output_experts, self.backend)
+        return y.view(B, T, d)
+
+
+class Bench:
+    """Times named callables round after round; a case may time several phases of one call."""
+
+    def __init__(self) -> None:
+        # One thread: its CPU time, blind to other processes (autograd runs in the calling thread). More: wall time.
+        self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.cases: list[Callable[[], dict[str, float]]] = []
+        self.flops: dict[str, float] = {}
+
+    def add(self, name: str, forward: Callable[[], Tensor], inputs: list[Tensor], flops: float) -> None:
+        """`forward`, and forward + backward to `inputs` if there are any; `flops` of the forward pass."""
+        phases = {f"{name} fwd": flops} | ({f"{name} fwd+bwd": 3 * flops} if inputs else {})
+        self.flops |= phases
+        gradient = torch.randn_like(forward().detach())
+
+        def case() -> dict[str, float]:
+            start = self.clock()
+            y = forward()
+            middle = self.clock()
+            if inputs:
+                torch.autograd.grad(y, inputs, gradient)
+            return dict(zip(phases, (middle - start, self.clock() - start), strict=False))
+
+        self.cases.append(case)
+
+    def run(self, rounds: int) -> dict[str, float]:
+        """Median seconds of every phase; one round to warm up."""
+        seconds: dict[str, list[float]] = {}
+        for i in range(rounds + 1):
+            for case in self.cases:
+                for name, value in case().items():
+                    seconds.setdefault(name, []).append(value)
+            if i == 0:
+                seconds.clear()
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def add_mm(bench: Bench, dtype: torch.dtype, N: int, d: int, width: int) -> None:
+    a, b = torch.randn(N, d).to(dtype), torch.randn(d, width).to(dtype)
+    bench.add("torch.mm", lambda: a @ b, [], 2.0 * N * d * width)
+
+
+def bench_ops(dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    N, d, H, h, E, k = shape
+    bench = Bench()
+    add_mm(bench, dtype, N, d, H * h * k)
+    scores, index = torch.rand(N, H, E).topk(k, -1)
+    scores.requires_grad_()
+    wide, narrow = torch.randn(N, d).to(dtype).requires_grad_(), torch.randn(N, H, h).to(dtype).requires_grad_()
+    for op, rows, size in ((switchhead_value, wide, (d, h)), (switchhead_output, narrow, (h, d))):
+        experts = torch.randn(H, E, *size).to(dtype).requires_grad_()
+        for backend in BACKENDS:
+            def forward(op: Any = op, rows: Tensor = rows, experts: Tensor = experts, backend: str = backend) -> Tensor:
+                return op(rows, scores, index, experts, backend)
+
+            bench.add(f"{op.__name__} {backend}", forward, [rows, scores, experts], 2.0 * N * H * k * d * h)
+    return bench.run(rounds), bench.flops
+
+
+def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The issue's layers: d = 1024, RoPE; SwitchHead H=4 h=112 E=4 k=2, dense H=16 h=64."""
+    base = {"d_model": 1024, "num_layers": 1, "vocab_size": 4, "sequence_length": 1024}
+    switch = ModelConfig.model_validate(base | {"attention": {
+        "type": "switchhead", "num_heads": 4, "head_dim": 112, "num_experts": 4, "active_experts": 2}})
+    dense = ModelConfig.model_validate(base | {"attention": {"type": "dense", "num_heads": 16, "head_dim": 64}})
+    found: dict[str, nn.Module] = {
+        "dense": FastDenseAttention(dense),
+        "switchhead": FastSwitchHeadAttention(switch, name="attention", seed=0),
+        "switchhead masked einsum": SwitchHeadAttention(switch, name="attention", seed=0),
+    }
+    for layer in found.values():
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=1024**-0.5)
+        layer.to(dtype)
+    return found
+
+
+def layer_macs(T: int) -> dict[str, float]:
+    """Multiply-adds per token of one layer as computed, attention counted in full (the paper's convention)."""
+    return {"dense": 4 * 1024 * 1024 + 2 * 1024 * T, "switchhead": (2 + 2 * 2) * 1024 * 448 + 2 * 448 * T}
+
+
+def bench_layers(dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    bench, (B, T) = Bench(), (2, 1024)
+    add_mm(bench, dtype, B * T, 1024, 1024)
+    x, sequence_index = torch.randn(B, T, 1024).to(dtype).requires_grad_(), torch.arange(B)
+    macs = layer_macs(T)
+    for name, layer in layers(dtype).items():
+        flops = 2 * B * T * macs["dense" if name == "dense" else "switchhead"]
+        bench.add(name, lambda layer=layer: layer(x, sequence_index), [x, *layer.parameters()], flops)  # type: ignore[misc]
+    return bench.run(rounds), bench.flops
+
+
+def table(title: str, seconds: dict[str, float], flops: dict[str, float]) -> list[dict[str, Any]]:
+    limit = flops["torch.mm fwd"] / seconds["torch.mm fwd"]
+    rows = [
+        {"case": name, "ms": 1e3 * s, "gflops": flops[name] / s / 1e9, "of_mm": flops[name] / s / limit}
+        for name, s in seconds.items()
+    ]
+    print(f"\n{title}\n{'case':44s} {'ms':>8s} {'GFLOP/s':>8s} {'of mm':>6s}")
+    for row in rows:
+        print(f"{row['case']:44s} {row['ms']:8.1f} {row['gflops']:8.1f} {row['of_mm']:6.0%}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="3 rounds, target shape only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object after the tables")
+    parser.add_argument("--only", choices=("ops", "layer"), help="one half of the benchmark")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rounds = 3 if options.quick else options.rounds
+    macs = layer_macs(1024)
+    report: dict[str, Any] = {"threads": options.threads, "mac_ratio": macs["switchhead"] / macs["dense"]}
+    for name, dtype in DTYPES.items():
+        if options.only != "ops":
+            seconds, flops = bench_layers(dtype, rounds)
+            report[f"layer {name}"] = table(f"Attention layer, {name}", seconds, flops)
+            for phase in ("fwd", "fwd+bwd"):
+                ratio = report[f"ratio {name} {phase}"] = seconds[f"switchhead {phase}"] / seconds[f"dense {phase}"]
+                print(f"SwitchHead / dense, {phase}: {ratio:.3f} (MAC ratio {report['mac_ratio']:.3f})")
+        shapes = itertools.islice(SHAPES.items(), 1 if options.quick else None)
+        for label, shape in shapes if options.only != "layer" else ():
+            title = f"Projections {label}, {name}: N, d, H, h, E, k = {shape}"
+            report[f"{label} {name}"] = table(title, *bench_ops(dtype, shape, rounds))
+    if options.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

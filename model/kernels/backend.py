@@ -1,0 +1,101 @@
+"""Which implementation computes an op: asked for in the configuration, decided once before the first call, logged once.
+
+| backend    | what it is                                                | device     | dtypes                 |
+|------------|-----------------------------------------------------------|------------|------------------------|
+| reference  | plain PyTorch and its autograd: the specification         | any        | any                    |
+| cpu        | rows sorted by expert, GEMMs into preallocated outputs    | CPU        | fp64, fp32, bf16, fp16 |
+| grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "route": ("reference", "cpu"),
+    "sigma_moe": ("reference", "cpu", "grouped_mm"),
+    "switchhead_value": ("reference", "cpu"),
+    "switchhead_output": ("reference", "cpu"),
+    "linear_cross_entropy": ("reference", "cpu"),
+}
+"""Every op and the backends that it has."""
+
+GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve(
+    requested: str, op: str, device_type: str, *, dtype: torch.dtype | None = None, widths: Sequence[int] = ()
+) -> str:
+    """The backend that computes `op` on `device_type`; ValueError with the reason where `requested` cannot.
+
+    `dtype` of the tensors and `widths` (d_model, expert size), where given, are checked against the limits of
+    F.grouped_mm. `auto` takes the first that works of: `cpu` on the CPU, `grouped_mm`, `reference`.
+    """
+    if op not in BACKENDS:
+        raise ValueError(f"no op {op!r}: there is {', '.join(BACKENDS)}")
+    reasons = {name: _why_not(name, op, device_type, dtype, widths) for name in BACKENDS[op]}
+    possible = [name for name, reason in reasons.items() if reason is None]
+    if requested == "auto":
+        chosen = min(possible, key=("cpu", "grouped_mm", "reference").index)
+    elif requested in possible:
+        chosen = requested
+    else:
+        reason = reasons.get(requested, f"{op} has no such backend")
+        raise ValueError(
+            f"kernels.backend={requested} cannot compute {op} on {device_type}: {reason}. "
+            f"Possible: {', '.join(['auto', *possible])}"
+        )
+    _log_choice(op, chosen)
+    return chosen
+
+
+def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
+    """The reason why `backend` cannot compute `op` here, or None."""
+    if backend == "cpu" and device_type != "cpu":
+        return "it runs on CPU tensors only"
+    if backend == "grouped_mm":
+        return grouped_mm_limit(device_type, dtype, widths)
+    return None
+
+
+def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
+    """What F.grouped_mm of torch 2.13 refuses: None where it takes everything (measured on CPU, read for CUDA)."""
+    if device_type not in ("cpu", "cuda"):
+        return f"F.grouped_mm has no {device_type} kernel"
+    if dtype is not None:
+        if device_type == "cuda" and dtype != torch.bfloat16:
+            return f"F.grouped_mm takes bfloat16 on CUDA, not {dtype}"
+        if dtype not in GROUPED_MM_DTYPES:
+            return f"F.grouped_mm takes float32, bfloat16 and float16, not {dtype}"
+        multiple = 16 // dtype.itemsize
+        for width in widths:
+            if width % multiple != 0:
+                return f"F.grouped_mm needs rows of n * 16 bytes: {width} is no multiple of {multiple} ({dtype})"
+    return None
+
+
+@functools.cache
+def _log_choice(op: str, backend: str) -> None:
+    """Once per (op, backend) in a process, however many layers ask."""
+    logger.info("kernels: %s is computed by backend %s", op, backend)
+
+
+@functools.cache
+def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which CPU GEMMs and sums on tensors of `dtype` are computed.
+
+    Half precision is widened to fp32 unless the CPU multiplies bf16 in AMX tiles: without them (Sapphire Rapids with
+    AMX masked, one thread) torch.mm reaches 150 GF/s in fp32 and 79 in bf16, and the sums over k and over tokens are
+    exact to fp32 for free.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return dtype
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return dtype
+    return torch.float32

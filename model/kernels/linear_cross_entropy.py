@@ -1,0 +1,186 @@
+"""Output layer and cross-entropy in one op that never holds the logits of all tokens.
+
+    loss = mean over tokens n with targets[n] != ignore_index of  logsumexp(l_n) - l_n[targets[n]],
+    l_n = hidden[n] weight^T + bias,        d loss / d l_n = (softmax(l_n) - onehot(targets[n])) / number of such tokens
+
+Shapes: N tokens, d d_model, V vocabulary. The gradients are computed in the forward pass, chunk of tokens by chunk of
+tokens, while the chunk's logits exist; the backward pass scales them by the loss's own gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+CHUNK_BYTES = 128 * 2**20
+"""Logits of one chunk. A chunk reads and writes the whole weight gradient once, so small chunks cost memory traffic."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`hidden` [N, d], `weight` [V, d], `bias` [V] or None, `targets` [N] int64.
+
+    Returns the loss (fp32 scalar, 0 with zero gradients where every token is ignored) and the detached loss of each
+    token [N] (fp32, 0 where ignored). fp64 stays fp64. `backend` is a resolved one.
+    """
+    if backend == "reference":
+        return linear_cross_entropy_reference(hidden, weight, bias, targets, ignore_index=ignore_index)
+    grad = torch.is_grad_enabled()
+    need_hidden = grad and hidden.requires_grad
+    need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    loss, token_loss, *_ = _linear_cross_entropy(
+        hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, backend
+    )
+    return loss, token_loss
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """The specification: all logits at once, in fp32 whatever the storage dtype."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    num_targets = (targets != ignore_index).sum().clamp_min(1)
+    return token_loss.sum() / num_targets, token_loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------- op
+
+
+@torch.library.custom_op("switchall::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, token_loss and the gradients of hidden, weight and bias for d loss = 1 (empty where not needed)."""
+    return {"cpu": _forward_cpu}[backend](hidden, weight, bias, targets, ignore_index, need_hidden, need_weight)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, backend):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(0) if bias is None or not need_weight else bias.new_empty(bias.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, bias, _, _, ctx.need_hidden, ctx.need_weight, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 8
+    needed = (ctx.need_hidden, ctx.need_weight, ctx.need_weight and ctx.has_bias)
+    grads = [
+        (grad * grad_loss).to(grad.dtype) if need else None
+        for grad, need in zip(ctx.saved_tensors, needed, strict=True)
+    ]
+    return *grads, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.switchall.linear_cross_entropy)
+def linear_cross_entropy_flop(
+    hidden_shape, weight_shape, bias_shape, targets_shape, ignore_index, need_hidden, need_weight, *args, **kwargs
+) -> int:
+    """One product for the logits and one for each gradient, all in the forward pass."""
+    V, d = weight_shape
+    return 2 * hidden_shape[0] * V * d * (1 + int(need_hidden) + int(need_weight))
+
+
+# --------------------------------------------------------------------------------------------------------------- CPU
+
+
+def _forward_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, d), V = hidden.shape, weight.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    token_loss = hidden.new_zeros(N, dtype=dtype)
+    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,))
+    grad_weight = wide_weight.new_zeros((V, d) if need_weight else (0,))
+    grad_bias = wide_weight.new_zeros(V if need_weight and bias is not None else 0)
+
+    kept = targets != ignore_index
+    inverse_count = 1.0 / max(int(kept.sum()), 1)
+    chunk_size = max(1, min(N, CHUNK_BYTES // (V * dtype.itemsize)))
+    buffer = wide_weight.new_empty(chunk_size, V)
+    for start in range(0, N, chunk_size):
+        chunk = slice(start, min(start + chunk_size, N))
+        rows, keep = hidden[chunk].to(dtype), kept[chunk]
+        logits = buffer[: rows.shape[0]]
+        torch.mm(rows, wide_weight.t(), out=logits)
+        if wide_bias is not None:
+            logits += wide_bias
+        target = torch.where(keep, targets[chunk], 0)
+        maximum, exp_sum, target_logit = shard_statistics(logits, target, first_class=0)
+        # A vocabulary shard combines here: all-reduce of `maximum` (max), exp_sum rescaled to it, then of both (sum).
+        token_loss[chunk] = torch.where(keep, exp_sum.log() + maximum - target_logit, 0.0)
+        if not (need_hidden or need_weight):
+            continue
+        scale = shard_gradient(logits, target, exp_sum, first_class=0)
+        scale = torch.where(keep, scale * inverse_count, 0.0)[:, None]
+        if need_hidden:
+            grad_hidden[chunk] = (logits @ wide_weight).mul_(scale)
+        if need_weight:
+            grad_weight.addmm_(logits.t(), rows * scale)
+            if bias is not None:
+                grad_bias += (logits.t() @ scale)[:, 0]
+    loss = token_loss.sum() * inverse_count
+    return loss, token_loss, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def shard_statistics(logits: Tensor, targets: Tensor, *, first_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a vocabulary shard's `logits` [C, V] (classes from `first_class` on): maximum, sum of exp(logit - maximum) and
+    target logit (0 where another shard has the target), each [C]. Leaves exp(logit - maximum) in `logits`."""
+    maximum = logits.amax(1)
+    local, here = _local_targets(logits, targets, first_class)
+    target_logit = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
+    exp_sum = logits.sub_(maximum[:, None]).exp_().sum(1)
+    return maximum, exp_sum, target_logit
+
+
+def shard_gradient(exponentials: Tensor, targets: Tensor, exp_sum: Tensor, *, first_class: int) -> Tensor:
+    """Turns a shard's exp(logit - maximum) [C, V] into d token_loss / d logit up to a factor per token, and returns the
+    factor [C]: the narrow side of the next products takes it, not the wide one.
+
+    `exp_sum` [C] is the sum over all shards of the same exponentials.
+    """
+    local, here = _local_targets(exponentials, targets, first_class)
+    exponentials.scatter_add_(1, local[:, None], torch.where(here, -exp_sum, 0.0)[:, None])
+    return 1.0 / exp_sum
+
+
+def _local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
+    """Column of each target, clamped into the shard, and whether the shard has it."""
+    local = targets - first_class
+    here = (local >= 0) & (local < logits.shape[1])
+    return torch.where(here, local, 0), here

@@ -1,0 +1,281 @@
+"""sigma-MoE feed-forward: all experts of one layer, both matrices, as one op.
+
+    y[n] = sum over j of scores[n, j] * ReLU(x[n] W_1[e]) W_2[e],  e = index[n, j]      (arXiv 2310.10837, eq. 10-12)
+
+Shapes: N tokens, d d_model, E experts, G expert width, k experts per token. A slot n*k + j is one (token, choice) pair.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from model.kernels.backend import gemm_dtype, grouped_mm_limit
+from model.kernels.workers import run_blocks, run_tasks, scratch
+
+
+def sigma_moe(
+    x: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    *,
+    backend: str,
+) -> Tensor:
+    """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
+    `up_experts` [E, d, G], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
+
+    Differentiable in `x`, `scores` (any float dtype), `up_experts` and `down_experts`. `order` and `load` are those of
+    `model.kernels.route` for `index`. `backend` is a resolved one (model/kernels/backend.py).
+    """
+    if backend == "reference":
+        return sigma_moe_reference(x, scores, index, up_experts, down_experts)
+    return _sigma_moe(x, scores, order, load, up_experts, down_experts, backend)[0]
+
+
+def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Tensor, down_experts: Tensor) -> Tensor:
+    """The specification: every expert computes every token, the gate of an expert that was not chosen is zero.
+
+    E / k times the arithmetic of the op, but no data-dependent shape. Half precision is computed in fp32.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gates = scores.new_zeros(x.shape[0], up_experts.shape[0]).scatter(1, index, scores).to(wide)  # [N, E]
+    hidden = F.relu(torch.einsum("nd,edg->neg", x.to(wide), up_experts.to(wide)))
+    return torch.einsum("neg,egd->nd", hidden * gates[:, :, None], down_experts.to(wide)).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- op
+
+
+@torch.library.custom_op("switchall::sigma_moe", mutates_args=())
+def _sigma_moe(
+    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """-> output [N, d] and the hidden layer [N*k, G] (after ReLU, before the gate, grouped by expert) for backward."""
+    forward = {"cpu": _forward_cpu, "grouped_mm": _forward_grouped_mm}[backend]
+    return forward(x, scores, order, load, up_experts, down_experts)
+
+
+@_sigma_moe.register_fake
+def _(x, scores, order, load, up_experts, down_experts, backend):
+    hidden_dtype = gemm_dtype(x.dtype) if backend == "cpu" else x.dtype
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        order.shape[0], up_experts.shape[2], dtype=hidden_dtype
+    )
+
+
+@torch.library.custom_op("switchall::sigma_moe_backward", mutates_args=())
+def _sigma_moe_backward(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
+    backward = {"cpu": _backward_cpu, "grouped_mm": _backward_grouped_mm}[backend]
+    return backward(grad, x, scores, order, load, up_experts, down_experts, hidden)
+
+
+@_sigma_moe_backward.register_fake
+def _(grad, x, scores, order, load, up_experts, down_experts, hidden, backend):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, scores, up_experts, down_experts)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
+    grad_x, grad_scores, grad_up, grad_down = _sigma_moe_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return grad_x, grad_scores, None, None, grad_up, grad_down, None
+
+
+_sigma_moe.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.switchall.sigma_moe)
+def sigma_moe_flop(x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs) -> int:
+    """2 flops per multiply-add, two matrices, k experts per token."""
+    _, d, G = up_shape
+    return 2 * 2 * order_shape[0] * d * G
+
+
+@register_flop_formula(torch.ops.switchall.sigma_moe_backward)
+def sigma_moe_backward_flop(
+    grad_shape, x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs
+) -> int:
+    """Input and weight gradient of both matrices: twice the forward pass."""
+    _, d, G = up_shape
+    return 4 * 2 * order_shape[0] * d * G
+
+
+# --------------------------------------------------------------------------------------------------------------- CPU
+
+
+def _forward_cpu(
+    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
+    dtype, counts = gemm_dtype(x.dtype), load.tolist()
+    source, gates, tokens = x.to(dtype), _sorted_gates(scores, order, dtype), order // k
+    rows, hidden = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, G, dtype=dtype)
+
+    def compute(expert: int) -> None:
+        segment = _segment(counts, expert)
+        gathered = scratch("gathered", (counts[expert], d), dtype)
+        gated = scratch("gated", (counts[expert], G), dtype)
+        torch.index_select(source, 0, tokens[segment], out=gathered)
+        expert_hidden = torch.mm(gathered, up_experts[expert].to(dtype), out=hidden[segment]).relu_()
+        # The gate multiplies the hidden layer, which is narrower than the output: the same product, fewer bytes.
+        torch.mul(expert_hidden, gates[segment], out=gated)
+        torch.mm(gated, down_experts[expert].to(dtype), out=rows[segment])
+
+    run_tasks(counts, compute)
+    return _sum_slots(rows, order, x), hidden
+
+
+def _backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
+    dtype, counts = hidden.dtype, load.tolist()
+    source, grad = x.to(dtype), grad.to(dtype).contiguous()
+    gates, tokens = _sorted_gates(scores, order, dtype), order // k
+    rows, grad_gates = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, dtype=dtype)
+    grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
+
+    def compute(expert: int) -> None:
+        segment = _segment(counts, expert)
+        expert_hidden, expert_gates = hidden[segment], gates[segment]
+        gathered = scratch("gathered", (counts[expert], d), dtype)
+        gated = scratch("gated", (counts[expert], G), dtype)
+        grad_hidden = scratch("grad_hidden", (counts[expert], G), dtype)
+        torch.index_select(grad, 0, tokens[segment], out=gathered)
+        torch.mul(expert_hidden, expert_gates, out=gated)
+        _mm_into(grad_down[expert], gated.t(), gathered)
+        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_hidden)
+        torch.linalg.vecdot(grad_hidden, expert_hidden, out=grad_gates[segment])
+        grad_hidden.mul_(expert_gates)
+        torch.ops.aten.threshold_backward.grad_input(grad_hidden, expert_hidden, 0, grad_input=grad_hidden)
+        torch.index_select(source, 0, tokens[segment], out=gathered)
+        _mm_into(grad_up[expert], gathered.t(), grad_hidden)
+        torch.mm(grad_hidden, up_experts[expert].to(dtype).t(), out=rows[segment])
+
+    run_tasks(counts, compute)
+    for expert, count in enumerate(counts):
+        if count == 0:
+            grad_up[expert].zero_()
+            grad_down[expert].zero_()
+    grad_scores = scores.new_empty(N * k)
+    grad_scores[order] = grad_gates.to(scores.dtype)
+    return _sum_slots(rows, order, x), grad_scores.view(N, k), grad_up, grad_down
+
+
+def _segment(counts: list[int], expert: int) -> slice:
+    """The rows of `expert` in the sorted order."""
+    start = sum(counts[:expert])
+    return slice(start, start + counts[expert])
+
+
+def _sorted_gates(scores: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N*k, 1]: the gate of every sorted row."""
+    return scores.flatten()[order, None].to(dtype)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Where each slot is in the sorted order."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
+def _sum_slots(rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
+    """Sum over the k slots of each token of `rows` [N*k, d], sorted by expert, in the shape and dtype of `x` [N, d].
+
+    Gather and sum in one pass with fp32 sums: 3.5 ms on one thread for 16384 rows, index_select and sum take 13.
+    """
+    y = x.new_empty(x.shape)
+    if x.shape[0] > 0:
+        places = _inverse(order).view(x.shape[0], -1)
+        run_blocks(x.shape[0], lambda block: y[block].copy_(F.embedding_bag(places[block], rows, mode="sum")))
+    return y
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, rounded once where `out` is narrower."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+# -------------------------------------------------------------------------------------------------------- grouped_mm
+
+
+def _forward_grouped_mm(
+    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    _check_grouped_mm(x, up_experts)
+    k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
+    gates = scores.flatten()[order, None].to(x.dtype)
+    hidden = F.grouped_mm(x[order // k], up_experts, offs=offsets).relu_()
+    rows = F.grouped_mm(hidden * gates, down_experts, offs=offsets)
+    return _sum_rows(rows, order, scores, x), hidden
+
+
+def _backward_grouped_mm(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
+    tokens, gates = order // k, scores.flatten()[order, None].to(x.dtype)
+    rows = grad.contiguous()[tokens]
+    grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
+    grad_down = F.grouped_mm((hidden * gates).t(), rows, offs=offsets)
+    grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    grad_scores.view(-1)[order] = (grad_gated * hidden).sum(1, dtype=torch.float32).to(scores.dtype)
+    grad_hidden = torch.ops.aten.threshold_backward(grad_gated * gates, hidden, 0)
+    grad_up = F.grouped_mm(x[tokens].t(), grad_hidden, offs=offsets)
+    grad_x = _sum_rows(F.grouped_mm(grad_hidden, up_experts.transpose(1, 2), offs=offsets), order, scores, x)
+    return grad_x, grad_scores, grad_up, grad_down
+
+
+def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:
+    """As `_sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
+    return rows[_inverse(order)].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _check_grouped_mm(x: Tensor, up_experts: Tensor) -> None:
+    reason = grouped_mm_limit(x.device.type, x.dtype, up_experts.shape[1:])
+    if reason is not None:
+        raise ValueError(
+            f"kernels.backend=grouped_mm cannot compute sigma_moe: {reason}. Possible: auto, cpu, reference"
+        )

@@ -1,0 +1,157 @@
+"""SwitchHead output projection: y[n] = sum over h and j of scores[n, h, j] * a[n, h] W_O[h, index[n, h, j]]."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from model.kernels.grouping import (
+    HeadWeights,
+    NarrowRows,
+    Strategy,
+    WeightGradient,
+    WideRows,
+    WideSum,
+    add_up,
+    combine,
+    compute_dtype,
+    compute_gates,
+    dense_gates,
+    group_tokens,
+    over_heads,
+    resolve_strategy,
+)
+
+
+def switchhead_output(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str = "cpu") -> Tensor:
+    """Sum over heads of a mixture of output experts (SwitchHead, arXiv 2312.07987, section 2.2).
+
+    `a` [N, H, h]: attention's result per head; `scores` [N, H, k] fp32, sigmoid of the chosen logits; `index` [N, H, k]
+    int64, distinct along k; `experts` [H, E, h, d]. Returns [N, d] in the dtype of `a`. Gradients: a, scores, experts.
+    """
+    return torch.ops.switchall.switchhead_output(a, scores, index, experts, backend)
+
+
+def reference(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor) -> Tensor:
+    """The equation as a masked einsum over all experts."""
+    gates = dense_gates(scores, index, experts.shape[1]).to(a.dtype)
+    return torch.einsum("nkeh,kehd->nd", torch.einsum("nke,nkh->nkeh", gates, a), experts).contiguous()
+
+
+def reference_backward(
+    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `reference` by the chain rule: autograd is off inside a custom op."""
+    gates = dense_gates(scores, index, experts.shape[1]).to(a.dtype)
+    products = torch.einsum("nd,kehd->nkeh", grad, experts)
+    grad_gates = torch.einsum("nkeh,nkh->nke", products, a)
+    grad_experts = torch.einsum("nkeh,nd->kehd", torch.einsum("nke,nkh->nkeh", gates, a), grad)
+    grad_a = torch.einsum("nkeh,nke->nkh", products, gates)
+    return grad_a.contiguous(), grad_gates.to(scores.dtype).gather(2, index), grad_experts.contiguous()
+
+
+def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> Tensor:
+    """y [N, d]."""
+    H, E, _, d = experts.shape
+    dtype = compute_dtype(a.dtype)
+    grouping = group_tokens(index, E, strategy)
+    gates = compute_gates(scores, grouping, dtype)
+
+    def project(heads: range) -> Tensor:
+        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, d, gates)
+        for head in heads:
+            _, gated = narrow.read(head)
+            weights = HeadWeights(experts[head].to(dtype), columns=False)
+            for group in grouping.groups[head]:
+                total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
+        return total.total
+
+    return add_up(over_heads(project, H, len(a))).to(a.dtype)
+
+
+def backward_cpu(
+    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, scores and experts. One gather of `grad` serves both wide products."""
+    H, E, h, _ = experts.shape
+    dtype = compute_dtype(a.dtype)
+    grouping = group_tokens(index, E, strategy)
+    gates = compute_gates(scores, grouping, dtype)
+    products = gates.new_empty(*gates.shape, h)  # grad W_O^T
+    grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
+
+    def project(heads: range) -> None:
+        wide, narrow = WideRows(grad, grouping), NarrowRows(a, grouping, gates)
+        for head in heads:
+            rows, gated = narrow.read(head)
+            weights = HeadWeights(experts[head].to(dtype), columns=False)
+            gradient = WeightGradient(grad_experts[head], dtype, columns=False)
+            for group in grouping.groups[head]:
+                block, span = wide.read(head, group), slice(group.start, group.stop)
+                torch.mm(block, weights.join(group.experts).t(), out=products[head, span].view(len(group), -1))
+                gradient.add(group, gated[span].t(), block)
+            torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+            gradient.finish()
+
+    over_heads(project, H, len(a))
+    grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
+    return combine(products, grouping, scores, a.dtype), grad_scores, grad_experts
+
+
+@torch.library.custom_op("switchall::switchhead_output", mutates_args=())
+def _forward(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference(a, scores, index, experts)
+    return forward_cpu(a, scores, index, experts.contiguous(), resolve_strategy(backend, index.shape, experts.shape[1]))
+
+
+@torch.library.custom_op("switchall::switchhead_output_backward", mutates_args=())
+def _backward(
+    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "reference":
+        return reference_backward(grad, a, scores, index, experts)
+    strategy = resolve_strategy(backend, index.shape, experts.shape[1])
+    return backward_cpu(grad, a, scores, index, experts.contiguous(), strategy)
+
+
+@_forward.register_fake
+def _(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> Tensor:
+    return a.new_empty(a.shape[0], experts.shape[3])
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return a.new_empty(a.shape), scores.new_empty(scores.shape), experts.new_empty(experts.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, scores, index, experts = ctx.saved_tensors
+    backward = torch.ops.switchall.switchhead_output_backward
+    grad_a, grad_scores, grad_experts = backward(grad, a, scores, index, experts, ctx.backend)
+    return grad_a, grad_scores, None, grad_experts, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.switchall.switchhead_output)
+def _forward_flops(a: Any, scores: Any, index: Any, experts: Any, *args: Any, **kwargs: Any) -> int:
+    """Useful flops: k experts per token and head, whatever the strategy computes."""
+    return 2 * math.prod(index) * math.prod(experts[2:])
+
+
+@register_flop_formula(torch.ops.switchall.switchhead_output_backward)
+def _backward_flops(grad: Any, a: Any, scores: Any, index: Any, experts: Any, *args: Any, **kwargs: Any) -> int:
+    return 4 * math.prod(index) * math.prod(experts[2:])

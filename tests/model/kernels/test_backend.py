@@ -1,0 +1,85 @@
+"""Which backend is chosen, what is refused and why, and that the choice is logged once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.kernels import backend
+
+
+@pytest.mark.parametrize(
+    "requested, op, device, expected",
+    [
+        ("auto", "sigma_moe", "cpu", "cpu"),
+        ("auto", "sigma_moe", "cuda", "grouped_mm"),
+        ("auto", "sigma_moe", "meta", "reference"),
+        ("auto", "route", "cpu", "cpu"),
+        ("auto", "route", "cuda", "reference"),
+        ("auto", "linear_cross_entropy", "cuda", "reference"),
+        ("reference", "sigma_moe", "cuda", "reference"),
+        ("grouped_mm", "sigma_moe", "cpu", "grouped_mm"),
+    ],
+)
+def test_choice(requested: str, op: str, device: str, expected: str) -> None:
+    assert backend.resolve(requested, op, device) == expected
+
+
+@pytest.mark.parametrize(
+    "requested, op, device, message",
+    [
+        ("cpu", "sigma_moe", "cuda", "runs on CPU tensors only. Possible: auto, reference, grouped_mm"),
+        ("grouped_mm", "route", "cpu", "route has no such backend. Possible: auto, reference, cpu"),
+        ("triton", "sigma_moe", "cuda", "sigma_moe has no such backend. Possible: auto, reference, grouped_mm"),
+        ("grouped_mm", "sigma_moe", "mps", "F.grouped_mm has no mps kernel"),
+        ("auto", "dense", "cpu", "no op 'dense'"),
+    ],
+)
+def test_impossible_choice_says_why(requested: str, op: str, device: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        backend.resolve(requested, op, device)
+    assert message in str(caught.value)
+
+
+def test_grouped_mm_falls_back_only_where_auto_asked() -> None:
+    """412, the paper's d_model, is no multiple of 8: auto takes another backend, the user's own choice is refused."""
+    assert backend.resolve("auto", "sigma_moe", "cuda", dtype=torch.bfloat16, widths=(412, 128)) == "reference"
+    with pytest.raises(ValueError, match="412 is no multiple of 8"):
+        backend.resolve("grouped_mm", "sigma_moe", "cpu", dtype=torch.bfloat16, widths=(412, 128))
+    with pytest.raises(ValueError, match=r"takes bfloat16 on CUDA, not torch\.float32"):
+        backend.resolve("grouped_mm", "sigma_moe", "cuda", dtype=torch.float32, widths=(512, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [2, 4, 6, 8, 12, 16])
+def test_grouped_mm_limit_is_that_of_torch(d: int, dtype: torch.dtype) -> None:
+    """Asks F.grouped_mm itself on CPU: what we allow works, what we refuse fails."""
+    x, weight, offsets = torch.ones(5, d, dtype=dtype), torch.ones(2, d, 16, dtype=dtype), torch.tensor([2, 5])
+    if backend.grouped_mm_limit("cpu", dtype, (d, 16)) is None:
+        assert F.grouped_mm(x, weight, offs=offsets.int()).shape == (5, 16)
+    else:
+        with pytest.raises(RuntimeError):
+            F.grouped_mm(x, weight, offs=offsets.int())
+
+
+def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    backend._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        for requested in ("auto", "cpu", "auto", "reference"):
+            backend.resolve(requested, "sigma_moe", "cpu")
+        backend.resolve("auto", "route", "cpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels: sigma_moe is computed by backend cpu",
+        "kernels: sigma_moe is computed by backend reference",
+        "kernels: route is computed by backend cpu",
+    ]
+
+
+def test_half_precision_is_widened_without_amx() -> None:
+    assert backend.gemm_dtype(torch.float64) == torch.float64
+    assert backend.gemm_dtype(torch.float16) == torch.float32
+    expected = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    assert backend.gemm_dtype(torch.bfloat16) == expected

@@ -1,0 +1,276 @@
+"""route against a loop over tokens and experts in fp64, with every gradient; choices, ties, expert dropout, order."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import routing
+from model.kernels import backend as kernel_backend
+from model.kernels.route import Routing, counting_sort, route, top_k
+from tests.model import oracles
+
+
+class Shape(NamedTuple):
+    N: int
+    d: int
+    R: int
+    E: int
+    k: int
+
+
+SHAPES = {
+    "feed-forward": Shape(N=33, d=24, R=1, E=16, k=4),
+    "heads": Shape(N=20, d=16, R=4, E=5, k=3),
+    "k is 1": Shape(N=17, d=8, R=2, E=4, k=1),
+    "all experts chosen": Shape(N=9, d=8, R=3, E=2, k=2),
+    "64 experts, k is 8, odd width": Shape(N=30, d=13, R=1, E=64, k=8),
+    "one expert": Shape(N=7, d=5, R=2, E=1, k=1),
+    "one token": Shape(N=1, d=8, R=1, E=4, k=2),
+    "empty": Shape(N=0, d=8, R=2, E=4, k=2),
+}
+DROPOUT = ("none", "attention", "feed-forward")
+BACKENDS = kernel_backend.BACKENDS["route"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: only the gradients are rounded
+
+
+class Case(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    keep: Tensor | None
+    drop_scores: bool
+    grad_logits: Tensor
+    grad_scores: Tensor
+
+
+def make_case(shape: Shape, dropout: str, dtype: torch.dtype) -> Case:
+    N, d, R, E, k = shape
+    generator = torch.Generator().manual_seed(N + 11 * E)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    x, weight = normal(N, d).to(dtype).requires_grad_(), (normal(R, E, d) / d**0.5).to(dtype).requires_grad_()
+    # Half of the experts dropped: often fewer than k are left.
+    keep = None if dropout == "none" else torch.rand(N, R, E, generator=generator) < 0.5
+    return Case(x, weight, keep, dropout == "feed-forward", normal(N, R, E).to(wide), normal(N, R, k).to(wide))
+
+
+def run(case: Case, k: int, backend: str) -> tuple[Routing, list[Tensor]]:
+    x, weight, keep, drop_scores, grad_logits, grad_scores = case
+    routing = route(x, weight, k, keep=keep, drop_scores=drop_scores, backend=backend)
+    grads = torch.autograd.grad((routing.logits, routing.scores), (x, weight), (grad_logits, grad_scores))
+    return routing, list(grads)
+
+
+def loop(case: Case, k: int, decided: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, scores and gradients in fp64; `decided` [N, R, E] are the values that decide (scores or logits)."""
+    x, weight = (t.detach().double().requires_grad_() for t in (case.x, case.weight))
+    N, (R, E, _) = x.shape[0], weight.shape
+    logits, scores = torch.zeros(N, R, E, dtype=torch.float64), torch.zeros(N, R, k, dtype=torch.float64)
+    for n in range(N):
+        for r in range(R):
+            kept = [True] * E if case.keep is None else case.keep[n, r].tolist()
+            all_logits = [weight[r, e] @ x[n] for e in range(E)]
+            all_scores = [1 / (1 + torch.exp(-logit)) for logit in all_logits]
+            values = [float(v) for v in decided[n, r]]
+            if case.drop_scores:
+                all_scores = [s if here else 0 * s for s, here in zip(all_scores, kept, strict=True)]
+                values = [v if here else 0.0 for v, here in zip(values, kept, strict=True)]
+            else:
+                values = [v if here else -math.inf for v, here in zip(values, kept, strict=True)]
+            chosen = oracles.choose(values, k)
+            logits[n, r] = torch.stack(all_logits)
+            scores[n, r] = torch.stack([all_scores[e] for e in chosen])
+    grads = [torch.zeros_like(x), torch.zeros_like(weight)]
+    if N > 0:
+        upstream = (case.grad_logits.double(), case.grad_scores.double())
+        grads = list(torch.autograd.grad((logits, scores), (x, weight), upstream))
+    return logits.detach(), scores.detach(), grads
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    difference, norm = (actual.double() - expected).norm().item(), expected.norm().item()
+    return difference / norm if norm > 1e-8 else difference
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_loop(name: str, backend: str, dropout: str, dtype: torch.dtype) -> None:
+    shape, wide = SHAPES[name], torch.promote_types(dtype, torch.float32)
+    case = make_case(shape, dropout, dtype)
+    routing, grads = run(case, shape.k, backend)
+    assert (routing.logits.dtype, routing.scores.dtype) == (wide, wide)
+    assert [g.dtype for g in grads] == [dtype, dtype]
+    decided = routing.logits.detach() if dropout == "attention" else routing.logits.detach().sigmoid()
+    logits, scores, expected_grads = loop(case, shape.k, decided)
+    assert error(routing.logits.detach(), logits) <= min(TOLERANCE[dtype], 1e-5)
+    assert error(routing.scores.detach(), scores) <= min(TOLERANCE[dtype], 1e-5)
+    for what, actual, expected in zip(("x", "weight"), grads, expected_grads, strict=True):
+        assert error(actual, expected) <= TOLERANCE[dtype], what
+
+
+@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_index_load_order(name: str, backend: str, dropout: str) -> None:
+    """Choices equal model/routing.py's; load and order equal counting by hand."""
+    shape = SHAPES[name]
+    case = make_case(shape, dropout, torch.float32)
+    actual = route(case.x, case.weight, shape.k, keep=case.keep, drop_scores=case.drop_scores, backend=backend)
+    scores, index = routing.select(actual.logits, shape.k, keep=case.keep, drop_scores=case.drop_scores)
+    assert torch.equal(actual.index, index)
+    torch.testing.assert_close(actual.scores, scores)
+    for r in range(shape.R):
+        slots = index[:, r].flatten().tolist()
+        assert actual.order[r].tolist() == [s for e in range(shape.E) for s, chosen in enumerate(slots) if chosen == e]
+        assert actual.load[r].tolist() == [slots.count(e) for e in range(shape.E)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_ties_go_to_the_lowest_index(backend: str, fraction: float) -> None:
+    """One-hot tokens read logits off the weight: coarse values tie often, +0.0 and -0.0 tie, sigmoid saturates at 1."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-2, 3, (200, 16), generator=generator).float() * 40
+    logits[torch.rand(200, 16, generator=generator) < 0.1] *= -0.0
+    keep = torch.rand(200, 1, 16, generator=generator) >= fraction
+    for drop_scores in (False, True):
+        actual = route(torch.eye(200), logits.t()[None], 8, keep=keep, drop_scores=drop_scores, backend=backend)
+        torch.testing.assert_close(actual.logits[:, 0], logits)
+        for n in range(200):
+            values = actual.logits[n, 0].sigmoid() if drop_scores else actual.logits[n, 0]
+            dropped = 0.0 if drop_scores else -math.inf
+            expected = oracles.choose([float(v) if bool(keep[n, 0, e]) else dropped for e, v in enumerate(values)], 8)
+            assert actual.index[n, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_top_k_on_every_kind_of_number(dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, -math.inf, 1.0, -1.0, 1.0000001, 0.5], dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    values = special[torch.randint(0, special.numel(), (500, 33), generator=generator)]
+    for k in (1, 5, 33):
+        expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(top_k(values, k), expected)
+
+
+def test_counting_sort_of_many_experts() -> None:
+    """Beyond 2^15 experts the keys no longer fit 16 bits."""
+    index = torch.randint(0, 40000, (50, 2, 4), generator=torch.Generator().manual_seed(2))
+    load, order = counting_sort(index, 40000)
+    slots = index.transpose(0, 1).reshape(2, -1)
+    assert torch.equal(order, slots.sort(dim=-1, stable=True).indices)
+    assert torch.equal(load, torch.stack([row.bincount(minlength=40000) for row in slots]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_of_two_gradients(backend: str) -> None:
+    """The entropy regulariser alone or the scores alone."""
+    case = make_case(SHAPES["heads"], "none", torch.float32)
+    both = run(case, 3, backend)[1]
+    r = route(case.x, case.weight, 3, backend=backend)
+    inputs = (case.x, case.weight)
+    only_logits = torch.autograd.grad(r.logits, inputs, case.grad_logits, retain_graph=True)
+    only_scores = torch.autograd.grad(r.scores, inputs, case.grad_scores, retain_graph=True)
+    for a, b, c in zip(both, only_logits, only_scores, strict=True):
+        torch.testing.assert_close(a, b + c)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str) -> None:
+    case = make_case(SHAPES["heads"], "attention", torch.float32)
+    assert case.keep is not None
+    strided = case._replace(
+        x=case.x.detach().t().contiguous().t().requires_grad_(),
+        weight=case.weight.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_(),
+        keep=case.keep.transpose(0, 1).contiguous().transpose(0, 1),
+        grad_logits=torch.tensor(0.3).expand_as(case.grad_logits),
+        grad_scores=torch.tensor(0.7).expand_as(case.grad_scores),
+    )
+    r, grads = run(strided, 3, backend)
+    _, scores, expected = loop(strided, 3, r.logits.detach())
+    assert error(r.scores.detach(), scores) <= 1e-5
+    for actual, e in zip(grads, expected, strict=True):
+        assert error(actual, e) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_for_bit(backend: str) -> None:
+    case = make_case(Shape(N=500, d=32, R=2, E=16, k=4), "feed-forward", torch.float32)
+    first, first_grads = run(case, 4, backend)
+    for _ in range(3):
+        again, again_grads = run(case, 4, backend)
+        assert all(torch.equal(a, b) for a, b in zip([*first, *first_grads], [*again, *again_grads], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str) -> None:
+    case = make_case(Shape(N=4, d=3, R=2, E=4, k=2), "feed-forward", torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, w: route(x, w, 2, keep=case.keep, drop_scores=True, backend=backend)[:2], (case.x, case.weight)
+    )
+
+
+@pytest.mark.parametrize("dropout", ["none", "attention"])
+def test_opcheck(dropout: str) -> None:
+    case = make_case(SHAPES["heads"], dropout, torch.bfloat16)
+    torch.library.opcheck(torch.ops.switchall.route.default, (case.x, case.weight, case.keep, 3, False, "cpu"))
+    _, scores, index, _, _ = torch.ops.switchall.route(case.x.detach(), case.weight.detach(), None, 3, False, "cpu")
+    torch.library.opcheck(
+        torch.ops.switchall.route_backward.default,
+        (case.grad_logits, case.grad_scores, case.x.detach(), case.weight.detach(), scores, index, "cpu"),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    case = make_case(SHAPES["feed-forward"], "none", torch.float32)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        r = route(x * 2, weight, 4, backend=backend)
+        return r.scores.square().sum() + r.logits.logsumexp(-1).sum() + r.load.sum() + r.order.sum()
+
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case.x, case.weight)
+    expected = function(case.x, case.weight)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(y, (case.x, case.weight)) for y in (actual, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_tensors(backend: str) -> None:
+    shape = SHAPES["heads"]
+    x = torch.empty(shape.N, shape.d, device="meta", requires_grad=True)
+    weight = torch.empty(shape.R, shape.E, shape.d, device="meta", requires_grad=True)
+    r = route(x, weight, shape.k, backend=backend)
+    N, _, R, E, k = shape
+    assert [tuple(t.shape) for t in r] == [(N, R, E), (N, R, k), (N, R, k), (R, E), (R, N * k)]
+    r.scores.sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flop_counter(backend: str) -> None:
+    N, d, R, E, _ = SHAPES["heads"]
+    case = make_case(SHAPES["heads"], "none", torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        r = route(case.x, case.weight, 3, backend=backend)
+    assert counter.get_total_flops() == 2 * N * R * E * d
+    with FlopCounterMode(display=False) as counter:
+        r.scores.sum().backward()
+    assert counter.get_total_flops() == 4 * N * R * E * d
+
+
+def test_impossible_k_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"5 active experts of 4: k must be in 1\.\.4"):
+        route(torch.ones(2, 3), torch.ones(1, 4, 3), 5, backend="cpu")

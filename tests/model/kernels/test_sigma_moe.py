@@ -1,0 +1,254 @@
+"""sigma_moe against a loop over tokens and choices in fp64, forward and every gradient, for every backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.kernels import backend as kernel_backend
+from model.kernels.sigma_moe import sigma_moe
+from model.kernels.workers import run_tasks
+
+
+class Shape(NamedTuple):
+    N: int
+    d: int
+    E: int
+    G: int
+    k: int
+    experts: str = "random"
+    """random; one: every token chooses expert E - 1 first; single: one expert has one token, another none."""
+
+
+SHAPES = {
+    "plain": Shape(N=33, d=24, E=8, G=16, k=3),
+    "k is 1": Shape(N=17, d=16, E=4, G=8, k=1),
+    "two experts, both chosen": Shape(N=9, d=8, E=2, G=8, k=2),
+    "odd widths": Shape(N=21, d=13, E=5, G=7, k=2),
+    "64 experts, k is 8": Shape(N=40, d=12, E=64, G=5, k=8),
+    "more experts than slots": Shape(N=3, d=8, E=16, G=8, k=2),
+    "all tokens on one expert": Shape(N=19, d=8, E=6, G=16, k=1, experts="one"),
+    "one and no token on an expert": Shape(N=19, d=8, E=6, G=8, k=2, experts="single"),
+    "one token": Shape(N=1, d=8, E=4, G=8, k=4),
+    "empty": Shape(N=0, d=8, E=4, G=8, k=2),
+}
+NAMES = ("x", "scores", "up_experts", "down_experts")
+BACKENDS = kernel_backend.BACKENDS["sigma_moe"]
+
+# Rounding of inputs is not an error here (the loop gets the same values), so fp32 differs by the order of its sums.
+# bf16: `cpu` and `reference` compute in fp32 and round once, half a unit of 2^-8; grouped_mm rounds the hidden layer,
+# the gated one and every row too: a few times that.
+TOLERANCE = {
+    torch.float64: dict.fromkeys(BACKENDS, 1e-12),
+    torch.float32: dict.fromkeys(BACKENDS, 1e-5),
+    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-8, "grouped_mm": 2**-6},
+}
+
+
+class Case(NamedTuple):
+    x: Tensor
+    scores: Tensor
+    index: Tensor
+    order: Tensor
+    load: Tensor
+    up_experts: Tensor
+    down_experts: Tensor
+    grad: Tensor
+
+
+def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | None = None) -> Case:
+    N, d, E, G, k, experts = shape
+    generator = torch.Generator().manual_seed(N * 7 + d)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    preference = normal(N, E)
+    if experts == "one":
+        preference[:, E - 1] += 100
+    elif experts == "single":
+        preference[:, 0] -= 100
+        preference[:, 1] -= 50
+        preference[5, 1] += 100
+    index = preference.topk(k).indices
+    order = index.flatten().sort(stable=True).indices
+    load = index.flatten().bincount(minlength=E)
+    x, up, down = normal(N, d).to(dtype), (normal(E, d, G) / d**0.5).to(dtype), (normal(E, G, d) / G**0.5).to(dtype)
+    scores = normal(N, k).sigmoid().to(scores_dtype or dtype)
+    for leaf in (x, scores, up, down):
+        leaf.requires_grad_()
+    return Case(x, scores, index, order, load, up, down, normal(N, d).to(dtype))
+
+
+def loop(case: Case) -> list[Tensor]:
+    """Output and the gradients of NAMES in fp64, one token and one choice at a time."""
+    x, scores, up, down = (
+        t.detach().double().requires_grad_() for t in (case.x, case.scores, case.up_experts, case.down_experts)
+    )
+    rows = []
+    for n, chosen in enumerate(case.index.tolist()):
+        row = torch.zeros(x.shape[1], dtype=torch.float64)
+        for j, e in enumerate(chosen):
+            row = row + scores[n, j] * (torch.relu(x[n] @ up[e]) @ down[e])
+        rows.append(row)
+    y = torch.stack(rows) if rows else (x * 1.0)
+    grads = torch.autograd.grad(y, (x, scores, up, down), case.grad.double(), allow_unused=True, materialize_grads=True)
+    return [y.detach(), *grads]
+
+
+def run(case: Case, backend: str) -> list[Tensor]:
+    x, scores, index, order, load, up, down, grad = case
+    y = sigma_moe(x, scores, index, order, load, up, down, backend=backend)
+    assert y.dtype == x.dtype
+    return [y.detach(), *torch.autograd.grad(y, (x, scores, up, down), grad)]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    difference, norm = (actual.double() - expected).norm().item(), expected.norm().item()
+    return difference / norm if norm > 1e-8 else difference
+
+
+def possible(backend: str, shape: Shape, dtype: torch.dtype) -> bool:
+    return backend != "grouped_mm" or kernel_backend.grouped_mm_limit("cpu", dtype, (shape.d, shape.G)) is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_loop(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[name], dtype)
+    if not possible(backend, SHAPES[name], dtype):
+        with pytest.raises(ValueError, match="Possible: auto, cpu, reference"):
+            run(case, backend)
+        return
+    for what, actual, expected in zip(("y", *NAMES), run(case, backend), loop(case), strict=True):
+        assert error(actual, expected) <= TOLERANCE[dtype][backend], what
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_may_be_fp32_beside_bf16(backend: str) -> None:
+    case = make_case(SHAPES["plain"], torch.bfloat16, scores_dtype=torch.float32)
+    results = run(case, backend)
+    assert results[2].dtype == torch.float32
+    for what, actual, expected in zip(("y", *NAMES), results, loop(case), strict=True):
+        assert error(actual, expected) <= TOLERANCE[torch.bfloat16][backend], what
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str) -> None:
+    """Non-contiguous x, scores and experts, and a gradient expanded from a scalar."""
+    case = make_case(SHAPES["plain"], torch.float32)
+    strided = case._replace(
+        x=case.x.detach().t().contiguous().t().requires_grad_(),
+        scores=case.scores.detach().t().contiguous().t().requires_grad_(),
+        up_experts=case.up_experts.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        down_experts=case.down_experts.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_(),
+        grad=torch.tensor(0.3).expand_as(case.grad),
+    )
+    if backend == "grouped_mm":  # F.grouped_mm itself refuses these strides of the experts
+        strided = strided._replace(up_experts=case.up_experts, down_experts=case.down_experts)
+    for what, actual, expected in zip(("y", *NAMES), run(strided, backend), loop(strided), strict=True):
+        assert error(actual, expected) <= 1e-5, what
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
+    case = make_case(Shape(N=300, d=64, E=8, G=32, k=3), torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = run(case, backend)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(case, backend), strict=True))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for what, actual, expected in zip(("y", *NAMES), first, loop(case), strict=True):
+        assert error(actual, expected) <= 1e-5, what
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend: str) -> None:
+    x, scores, index, order, load, up, down, _ = make_case(Shape(N=5, d=4, E=4, G=3, k=2), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, scores, up, down: sigma_moe(x, scores, index, order, load, up, down, backend=backend),
+        (x, scores, up, down),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
+def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+    x, scores, _, order, load, up, down, grad = make_case(SHAPES["plain"], dtype)
+    torch.library.opcheck(torch.ops.switchall.sigma_moe.default, (x, scores, order, load, up, down, backend))
+    detached = [t.detach() for t in (grad, x, scores, order, load, up, down)]
+    hidden = torch.ops.switchall.sigma_moe(*detached[1:], backend)[1]
+    torch.library.opcheck(torch.ops.switchall.sigma_moe_backward.default, (*detached, hidden, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    x, scores, index, order, load, up, down, grad = make_case(SHAPES["plain"], torch.float32)
+
+    def function(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.tanh(sigma_moe(x * 2, scores, index, order, load, up, down, backend=backend))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = (x, scores, up, down)
+    expected = function(*inputs)
+    actual = compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(y, inputs, grad) for y in (actual, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_tensors(backend: str) -> None:
+    real = make_case(SHAPES["plain"], torch.bfloat16)
+    case = Case(*(t.detach().to("meta").requires_grad_(t.requires_grad) for t in real))
+    y = sigma_moe(*case[:7], backend=backend)
+    assert y.is_meta
+    assert y.shape == case.x.shape
+    y.backward(case.grad)
+    assert case.up_experts.grad is not None
+    assert case.up_experts.grad.shape == case.up_experts.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flop_counter(backend: str) -> None:
+    """2 N k d G multiply-adds forward and twice that backward; the reference computes every expert (E instead of k)."""
+    shape = SHAPES["plain"]
+    experts = shape.E if backend == "reference" else shape.k
+    macs = 2 * shape.N * experts * shape.d * shape.G
+    case = make_case(shape, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = sigma_moe(*case[:7], backend=backend)
+    assert counter.get_total_flops() == 2 * macs
+    with FlopCounterMode(display=False) as counter:
+        y.backward(case.grad)
+    assert counter.get_total_flops() == 4 * macs
+
+
+def test_error_in_a_worker_reaches_the_caller() -> None:
+    done = []
+
+    def task(i: int) -> None:
+        if i == 2:
+            raise RuntimeError("task 2")
+        done.append(i)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="task 2"):
+            run_tasks([1, 0, 3, 1], task)
+        assert torch.get_num_threads() == 2
+        assert 1 not in done
+    finally:
+        torch.set_num_threads(before)
