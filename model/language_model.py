@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.initialization import initialize
-from model.layers import build_layers
+from model.kernels.choice import Backends
+from model.layers import State, build_layers
 from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics
 
@@ -18,10 +18,17 @@ from model.routing import RoutingStatistics
 class LanguageModel(nn.Module):
     """Decoder-only language model. Parameter names: embedding.*, blocks.N.*, final_norm.*, head.*."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelContext | None = None,
+        backends: Backends | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.config = config
-        layers = dict(build_layers(config, parallel or ParallelContext(), seed=seed))
+        layers = dict(build_layers(config, parallel or ParallelContext(), backends or Backends(), seed=seed))
         self.embedding = layers["embedding"]
         self.blocks = nn.ModuleList(layers[f"blocks.{index}"] for index in range(config.num_layers))
         self.final_norm = layers["final_norm"]
@@ -34,10 +41,7 @@ class LanguageModel(nn.Module):
         """
         if sequence_index is None:
             sequence_index = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-        state = self.embedding((tokens, sequence_index))
-        for block in self.blocks:
-            state = block(state)
-        logits, _, auxiliary_loss = self.head(self.final_norm(state))
+        logits, _, auxiliary_loss = self.head(self._final_state(tokens, sequence_index))
         return logits, auxiliary_loss
 
     def forward(self, tokens: Tensor, targets: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,16 +50,22 @@ class LanguageModel(nn.Module):
         Returns the training objective (fp32 scalar: mean cross-entropy over all tokens plus auxiliary losses, in nats)
         and the detached mean cross-entropy of each sequence [B] fp32.
         """
-        logits, auxiliary_loss = self.logits(tokens, sequence_index)
-        # fp32 logits: a bf16 softmax over thousands of classes loses the third digit of the loss.
-        token_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        sequence_loss = token_loss.view(targets.shape).mean(1)
-        return sequence_loss.mean() + auxiliary_loss, sequence_loss.detach()
+        loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index), targets)
+        return loss + auxiliary_loss, sequence_loss
+
+    def _final_state(self, tokens: Tensor, sequence_index: Tensor) -> State:
+        state = self.embedding((tokens, sequence_index))
+        for block in self.blocks:
+            state = block(state)
+        return self.final_norm(state)
 
 
-def build_model(config: ModelConfig, parallel: ParallelContext | None = None, *, seed: int) -> LanguageModel:
-    """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks."""
-    model = LanguageModel(config, parallel, seed=seed)
+def build_model(
+    config: ModelConfig, parallel: ParallelContext | None = None, backends: Backends | None = None, *, seed: int
+) -> LanguageModel:
+    """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks. Without `backends`
+    every op is the readable reference."""
+    model = LanguageModel(config, parallel, backends, seed=seed)
     initialize(model, config, seed=seed)
     return model
 

@@ -17,6 +17,8 @@ from model.config import DenseAttentionConfig, DenseFeedForwardConfig, ModelConf
 from model.dropout import dropout, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
+from model.kernels.choice import Backends
+from model.kernels.linear_cross_entropy import linear_cross_entropy
 from model.parallel.context import ParallelContext
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -53,7 +55,9 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Pre-LN block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, index: int, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, index: int, seed: int
+    ) -> None:
         super().__init__()
         name = f"blocks.{index}"
         self.attention_norm = nn.LayerNorm(config.d_model)
@@ -61,14 +65,16 @@ class Block(nn.Module):
         if isinstance(config.attention, DenseAttentionConfig):
             self.attention = DenseAttention(config)
         else:
-            self.attention = SwitchHeadAttention(config, name=f"{name}.attention", seed=seed)
+            self.attention = SwitchHeadAttention(config, backends=backends, name=f"{name}.attention", seed=seed)
         self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)
         self.feedforward_norm = nn.LayerNorm(config.d_model)
         self.feedforward: SigmaMoE | DenseFeedForward
         if isinstance(config.feedforward, DenseFeedForwardConfig):
             self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed)
         else:
-            self.feedforward = SigmaMoE(config, parallel=parallel, name=f"{name}.feedforward", seed=seed)
+            self.feedforward = SigmaMoE(
+                config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
+            )
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed)
 
     def forward(self, state: State) -> State:
@@ -89,25 +95,36 @@ class FinalNorm(nn.LayerNorm):
 
 
 class Head(nn.Linear):
-    """Dropout and the output layer, untied and with a bias: hidden -> logits [B, T, vocab_size]."""
+    """Dropout and the output layer, untied and with a bias. Gives the loss without ever holding all logits."""
 
-    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, backends: Backends, seed: int) -> None:
         super().__init__(config.d_model, config.vocab_size)
+        self.backend = backends.linear_cross_entropy
         self.dropout = Dropout(config.dropout, name="head", seed=seed)
 
-    def forward(self, state: State) -> State:  # type: ignore[override]
+    def forward(self, state: State, targets: Tensor | None = None) -> State:  # type: ignore[override]
+        """Without `targets` the first element of the result is the logits [B, T, vocab_size]. With `targets` [B, T]
+        int64: the mean cross-entropy (fp32 scalar, nats), then the detached one of each sequence [B]."""
         hidden, sequence_index, auxiliary_loss = state
-        return super().forward(self.dropout(hidden, sequence_index)), sequence_index, auxiliary_loss
+        hidden = self.dropout(hidden, sequence_index)
+        if targets is None:
+            return super().forward(hidden), sequence_index, auxiliary_loss
+        loss, token_loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, self.bias, targets.flatten(), backend=self.backend
+        )
+        return loss, token_loss.view(targets.shape).mean(1), auxiliary_loss
 
 
-def build_layers(config: ModelConfig, parallel: ParallelContext, *, seed: int) -> list[tuple[str, nn.Module]]:
+def build_layers(
+    config: ModelConfig, parallel: ParallelContext, backends: Backends, *, seed: int
+) -> list[tuple[str, nn.Module]]:
     """The layers in order, each with its canonical name prefix. `seed` keys the dropout masks.
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """
     layers: list[tuple[str, nn.Module]] = [("embedding", Embedding(config, seed=seed))]
     for index in range(config.num_layers):
-        layers.append((f"blocks.{index}", Block(config, parallel=parallel, index=index, seed=seed)))
+        layers.append((f"blocks.{index}", Block(config, parallel=parallel, backends=backends, index=index, seed=seed)))
     layers.append(("final_norm", FinalNorm(config.d_model)))
-    layers.append(("head", Head(config, seed=seed)))
+    layers.append(("head", Head(config, backends=backends, seed=seed)))
     return layers

@@ -1,43 +1,16 @@
-"""Selection of experts: sigmoid scores, top-k, expert dropout, the entropy regulariser and load statistics.
+"""The entropy regulariser and the load statistics of routers; the selection itself is model/kernels/route.py.
 
-Tensor shapes: N tokens, E experts, k chosen experts; leading axes (heads) are allowed everywhere.
+Tensor shapes: N tokens, H heads, E experts.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from model.config import SigmaMoEConfig
 from model.parallel.context import ParallelContext
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """fp32 logits [..., E] of `x` [..., d] against the rows of `weight` [E, d], whatever dtype both are stored in."""
-    return F.linear(x.float(), weight.float())
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices [..., k] (int64) of the k largest scores, best first; ties go to the lowest index in every backend."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def select(logits: Tensor, k: int, *, keep: Tensor | None = None, drop_scores: bool = False) -> tuple[Tensor, Tensor]:
-    """Chooses k experts by sigmoid score (SwitchHead section 2.2; sigma-MoE eq. 11).
-
-    `logits` [..., E] fp32. `keep` [..., E] bool marks the experts that expert dropout leaves. With `drop_scores`
-    (sigma-MoE) a dropped expert scores 0 for choosing and for weighting; without (SwitchHead) it is only never
-    preferred in choosing and the weight is the true score. Returns the chosen scores [..., k] (fp32, differentiable)
-    and their indices [..., k]. No softmax over experts and no renormalisation.
-    """
-    scores = torch.sigmoid(logits)
-    if keep is not None and drop_scores:
-        scores = scores * keep
-    choosing = scores if keep is None or drop_scores else logits.masked_fill(~keep, float("-inf"))
-    index = top_k(choosing.detach(), k)
-    return scores.gather(-1, index), index
 
 
 class RoutingStatistics:
@@ -63,15 +36,9 @@ class RoutingStatistics:
             setattr(self, name, getattr(self, name).to(device))
 
     @torch.no_grad()
-    def record(self, index: Tensor, logits: Tensor | None) -> None:
-        """Adds one forward pass: chosen `index` [..., heads, k] or [N, k], and [N, E] logits where they are tracked."""
-        num_experts = self.shape[-1]
-        if len(self.shape) == 1:
-            self.load += torch.bincount(index.flatten(), minlength=num_experts)
-        else:  # one router per head: number the experts of all heads consecutively
-            offset = torch.arange(self.shape[0], device=index.device)[:, None] * num_experts
-            flat = (index + offset).flatten()
-            self.load += torch.bincount(flat, minlength=self.load.numel()).view(self.shape)
+    def record(self, load: Tensor, logits: Tensor | None) -> None:
+        """Adds one forward pass: `load` of shape `shape`, and the clean logits [N, E] where p is tracked."""
+        self.load += load
         if self.tracks_probability:
             assert logits is not None
             self.probability_sum += logits.softmax(-1).sum(0, dtype=torch.float64)

@@ -118,6 +118,14 @@ class MonitorConfig(Section):
     """Steps between TensorBoard scalars."""
 
 
+class KernelsConfig(Section):
+    """Which implementation computes the ops of model/kernels."""
+
+    backend: Literal["auto", "reference", "cpu", "grouped_mm"] = Field("auto", json_schema_extra=FREE)
+    """auto: the fastest that the device has. reference: plain PyTorch, the specification. cpu: sorted rows, for CPUs.
+    grouped_mm: F.grouped_mm for sigma-MoE, auto for the other ops. The choice per op is printed at start."""
+
+
 class EvaluateConfig(Section):
     """Validation on the held-out split."""
 
@@ -142,6 +150,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    kernels: KernelsConfig = KernelsConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra keys for DeepSpeed's own configuration, e.g. {"zero_optimization": {"overlap_comm": true}}; a key that is
     derived from the sections above is refused."""

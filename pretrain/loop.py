@@ -25,6 +25,7 @@ from pretrain.engine import GradientNorm, build_engine, parallel_context, set_le
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor, StepSums, load_summary, reduce_step
 from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
+from pretrain.rules import choose_backends
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
 
@@ -156,7 +157,10 @@ def build_trainer(
     """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
     torch.manual_seed(config.train.seed + parallel.data_rank)
-    model = build_model(config.model, parallel, seed=config.train.seed)
+    backends = choose_backends(config, device.type)
+    if parallel.data_rank == 0:
+        print(f"kernels: {backends}", flush=True)
+    model = build_model(config.model, parallel, backends, seed=config.train.seed)
     if resumed is not None:
         checkpoints.load_weights(resumed, model)
     engine = build_engine(model, config, parallel, device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from model.kernels.choice import Backends
     from pretrain.config import Config
 
 OWNED_DEEPSPEED_KEYS = {
@@ -85,12 +86,26 @@ def check_ranks(config: Config, world_size: int) -> int:
 
 
 def check_device(config: Config, device_type: str) -> None:
-    """Whether the precision exists on the device (`cuda` or `cpu`). Raises ConfigError."""
+    """Whether precision and kernels exist on the device (`cuda` or `cpu`). Raises ConfigError."""
     if config.train.precision == "fp16" and device_type != "cuda":
         raise ConfigError(
             "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
             "overflow at 65504 inside reductions; set train.precision to bf16 or fp32"
         )
+    choose_backends(config, device_type)
+
+
+def choose_backends(config: Config, device_type: str) -> Backends:
+    """The backend of every op. Raises ConfigError with the reason where kernels.backend is impossible here."""
+    import torch
+
+    from model.kernels.choice import Backends
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    try:
+        return Backends.choose(config.kernels.backend, config.model, device_type=device_type, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(f"kernels.backend: {error}") from None
 
 
 def _nearest_multiple(value: int, divisor: int) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, rope_angles
+from model.attention.rope import apply_rope, rope_tables
 from model.config import DenseAttentionConfig, ModelConfig
 
 
@@ -28,8 +28,9 @@ class DenseAttention(nn.Module):
         """`x` [B, T, d] is the layer-normed block input; `sequence_index` [B] is unused: nothing here is random."""
         B, T, _ = x.shape
         heads = (B, T, self.config.num_heads, self.config.head_dim)
-        q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        angles = rope_angles(torch.arange(T, device=x.device), self.config.head_dim, self.position)
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        q, k, v = (layer(x).view(heads) for layer in (self.query, self.key, self.value))
+        cos, sin = rope_tables(torch.arange(T, device=x.device), self.config.head_dim, self.position)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(attended.transpose(1, 2).reshape(B, T, -1))

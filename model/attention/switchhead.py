@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, rope_angles
+from model.attention.rope import apply_rope, rope_tables
 from model.config import ModelConfig, SwitchHeadConfig
 from model.dropout import keep_mask, site_key
-from model.routing import RoutingStatistics, router_logits, select
+from model.kernels.choice import Backends
+from model.kernels.route import route
+from model.kernels.switchhead_output import switchhead_output
+from model.kernels.switchhead_value import switchhead_value
+from model.routing import RoutingStatistics
 
 
 class SwitchHeadAttention(nn.Module):
@@ -20,11 +24,12 @@ class SwitchHeadAttention(nn.Module):
     layer-normed block input. Shape legend: B batch, T tokens, H heads, h head_dim, E experts, d d_model.
     """
 
-    def __init__(self, config: ModelConfig, *, name: str, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, backends: Backends, name: str, seed: int) -> None:
         super().__init__()
         assert isinstance(config.attention, SwitchHeadConfig)
         self.config = config.attention
         self.position = config.position
+        self.backends = backends
         H, h, E, d = self.config.num_heads, self.config.head_dim, self.config.num_experts, config.d_model
         self.query = nn.Linear(d, H * h, bias=False)
         self.key = nn.Linear(d, H * h, bias=False)
@@ -41,36 +46,34 @@ class SwitchHeadAttention(nn.Module):
         """`x` [B, T, d]: layer-normed block input; `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d]."""
         B, T, d = x.shape
         H, h = self.config.num_heads, self.config.head_dim
-        q, k = (layer(x).view(B, T, H, h).transpose(1, 2) for layer in (self.query, self.key))
-        angles = rope_angles(torch.arange(T, device=x.device), h, self.position)
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        cos, sin = rope_tables(torch.arange(T, device=x.device), h, self.position)
+        q, k = (apply_rope(layer(x).view(B, T, H, h), cos, sin).transpose(1, 2) for layer in (self.query, self.key))
 
-        value_gates = self._gates(x, self.value_selector, self._value_key, self.value_statistics, sequence_index)
-        expert_values = torch.einsum("btd,kedh->btkeh", x, self.value_experts)  # [B, T, H, E, h]
-        v = (expert_values * value_gates[..., None]).sum(3).transpose(1, 2)  # [B, H, T, h]
-
+        tokens = x.reshape(B * T, d)
+        scores, index = self._select(tokens, sequence_index, T)  # [N, 2H, k]: value routers, then output routers
+        v = switchhead_value(tokens, scores[:, :H], index[:, :H], self.value_experts, self.backends.switchhead_value)
         # q and k each carry head_dim^-1/4 in the paper: the default scale of the attention below.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # [B, T, H, h]
+        attended = F.scaled_dot_product_attention(q, k, v.view(B, T, H, h).transpose(1, 2), is_causal=True)
+        attended = attended.transpose(1, 2).reshape(B * T, H, h)
+        y = switchhead_output(
+            attended, scores[:, H:], index[:, H:], self.output_experts, self.backends.switchhead_output
+        )
+        return y.view(B, T, d)
 
-        output_gates = self._gates(x, self.output_selector, self._output_key, self.output_statistics, sequence_index)
-        gated = attended[:, :, :, None, :] * output_gates[..., None]  # [B, T, H, E, h]
-        return gated.reshape(B, T, -1) @ self.output_experts.view(-1, d)
-
-    def _gates(
-        self, x: Tensor, selector: Tensor, key: int, statistics: RoutingStatistics, sequence_index: Tensor
-    ) -> Tensor:
-        """Gate of every expert [B, T, H, E] in the dtype of `x`: the sigmoid score if chosen, else 0."""
-        H, E, d = selector.shape
-        logits = router_logits(x, selector.view(H * E, d)).view(*x.shape[:2], H, E)
+    def _select(self, tokens: Tensor, sequence_index: Tensor, T: int) -> tuple[Tensor, Tensor]:
+        """Scores (fp32) and indices [N, 2H, k] of the chosen value experts and output experts, from one product."""
+        H, E, probability = self.config.num_heads, self.config.num_experts, self.config.expert_dropout
         keep = None
-        if self.training and self.config.expert_dropout > 0.0:
-            keep = keep_mask(
-                probability=self.config.expert_dropout,
-                key=key,
-                sequence_index=sequence_index,
-                shape=tuple(logits.shape),
-            )
-        scores, index = select(logits, self.config.active_experts, keep=keep)
+        if self.training and probability > 0.0:
+            shape = (sequence_index.shape[0], T, H, E)
+            masks = [
+                keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=shape)
+                for key in (self._value_key, self._output_key)
+            ]
+            keep = torch.cat(masks, dim=2).flatten(0, 1)
+        selectors = torch.cat([self.value_selector, self.output_selector])
+        routing = route(tokens, selectors, self.config.active_experts, keep=keep, backend=self.backends.route)
         if self.training:
-            statistics.record(index, None)
-        return torch.zeros_like(logits).scatter(-1, index, scores).to(x.dtype)
+            self.value_statistics.record(routing.load[:H], None)
+            self.output_statistics.record(routing.load[H:], None)
+        return routing.scores, routing.index

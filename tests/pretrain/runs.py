@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-import model.routing
+import model.attention.switchhead
+import model.feedforward.sigma_moe
+import model.kernels.route
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
 from pretrain.checkpoint import Progress
@@ -107,18 +109,24 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
-    trace, original = Trace(), model.routing.top_k
+    trace, original = Trace(), model.kernels.route.route
 
-    def measured(scores: torch.Tensor, k: int) -> torch.Tensor:
-        ordered = scores.sort(dim=-1, descending=True).values
-        if k < scores.shape[-1]:
+    def measured(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
+        routing = original(x, weight, k, **options)
+        keep, scores = options.get("keep"), torch.sigmoid(routing.logits.detach())
+        if keep is not None:
+            scores = scores * keep if options.get("drop_scores") else scores.masked_fill(~keep, float("-inf"))
+        if k < weight.shape[1]:
+            ordered = scores.sort(dim=-1, descending=True).values
             last_in, first_out = ordered[..., k - 1], ordered[..., k]
             # Two dropped experts tie by construction, and the lowest index wins in every layout.
             gap = (last_in - first_out)[~((last_in == first_out) & ((last_in == 0) | last_in.isinf()))]
             trace.smallest_margin = min([trace.smallest_margin, *gap.flatten().tolist()])
-        return original(scores, k)
+        return routing
 
-    model.routing.top_k = measured
+    users = (model.attention.switchhead, model.feedforward.sigma_moe)
+    for user in users:
+        user.route = measured
     try:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -139,7 +147,8 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             optimizer.step()
             optimizer.zero_grad()
     finally:
-        model.routing.top_k = original
+        for user in users:
+            user.route = original
     return trace
 
 
