@@ -5,6 +5,10 @@
 
 Shapes: N tokens, d d_model, V vocabulary. The gradients are computed in the forward pass, chunk of tokens by chunk of
 tokens, while the chunk's logits exist; the backward pass scales them by the loss's own gradient.
+
+Measured (N=8192, d=512, V=32000, forward + backward, peak resident set above the inputs): fp32 7.5 s and 264 MB where
+F.cross_entropy(F.linear(h, w, b).float(), t) takes 11.4 s and 3049 MB; bf16 7.0 s and 348 MB against 16.1 s and 2959 MB
+(CPU seconds; bf16 is computed in fp32). Chunks of 32, 64 and 128 MB: 8.1, 8.0 and 7.5 s.
 """
 
 from __future__ import annotations

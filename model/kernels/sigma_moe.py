@@ -3,6 +3,12 @@
     y[n] = sum over j of scores[n, j] * ReLU(x[n] W_1[e]) W_2[e],  e = index[n, j]      (arXiv 2310.10837, eq. 10-12)
 
 Shapes: N tokens, d d_model, E experts, G expert width, k experts per token. A slot n*k + j is one (token, choice) pair.
+
+Measured (N=4096, d=512, E=16, k=4, G=128, forward + backward, share of torch.mm's rate at 2048^3 in the same run):
+2 threads 59% in fp32, 1 thread 68%; the GEMMs alone reach 95%, gathers take 10%, the sum over k 5%, ReLU and gates 4%.
+bf16 is computed in fp32 where the CPU has no AMX: 90-120% of torch.mm's bf16 rate. Shares of other designs, forward on
+one thread in one run: gather into the rows that are summed at the end 66% (this one: into a tile that stays in cache,
+69%), index_add_ per expert 64%, blocks of 1024 tokens through all experts 60%.
 """
 
 from __future__ import annotations
@@ -217,9 +223,12 @@ def _sum_slots(rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
     Gather and sum in one pass with fp32 sums: 3.5 ms on one thread for 16384 rows, index_select and sum take 13.
     """
     y = x.new_empty(x.shape)
-    if x.shape[0] > 0:
-        places = _inverse(order).view(x.shape[0], -1)
-        run_blocks(x.shape[0], lambda block: y[block].copy_(F.embedding_bag(places[block], rows, mode="sum")))
+    places = _inverse(order).view(x.shape[0], -1) if x.shape[0] > 0 else order
+
+    def compute(block: slice) -> None:
+        y[block] = F.embedding_bag(places[block], rows, mode="sum")
+
+    run_blocks(x.shape[0], compute)
     return y
 
 

@@ -38,8 +38,9 @@ def run_tasks(sizes: Sequence[int], task: Callable[[int], None]) -> None:
     threads = torch.get_num_threads()
     num_workers = min(threads, max(1, round(sum(sizes) / sizes[todo[0]])))
     if num_workers == 1:
-        for i in todo:
-            task(i)
+        with torch.no_grad():
+            for i in todo:
+                task(i)
         return
     counter = itertools.count()  # next() on it is atomic
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import routing
 from model.kernels import backend as kernel_backend
+from model.kernels import workers
 from model.kernels.route import Routing, counting_sort, route, top_k
 from tests.model import oracles
 
@@ -37,6 +38,12 @@ SHAPES = {
 DROPOUT = ("none", "attention", "feed-forward")
 BACKENDS = kernel_backend.BACKENDS["route"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: only the gradients are rounded
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are split into several blocks in the small shapes too."""
+    monkeypatch.setattr(workers, "BLOCK_TOKENS", 16)
 
 
 class Case(NamedTuple):
