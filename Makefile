@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One thread a rank: two ranks with two threads each on two cores spend their time switching.
 RANKS ?= 2
 DEMO_RUN := runs/demo
 
@@ -28,7 +27,10 @@ data: install  ## raw sample -> tokenizer -> shards in data/sample
 	$(BIN)/python -m data_prep run --config configs/data/sample.json
 
 demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> validation perplexity
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/pretrain.py \
+	@# A free port: 29500, the launcher's default, may belong to another job of this machine.
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) \
+	  --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
+	  launch/pretrain.py \
 	  --config configs/switchall_tiny.json --run-dir $(DEMO_RUN)
 	@echo
 	@echo "Watch it:   $(BIN)/tensorboard --logdir $(DEMO_RUN)/tensorboard"

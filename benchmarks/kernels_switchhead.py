@@ -17,16 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.dense import DenseAttention
-from model.attention.rope import rope_angles
 from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig
+from model.kernels.choice import Backends
 from model.kernels.switchhead_output import switchhead_output
 from model.kernels.switchhead_value import switchhead_value
-from model.routing import router_logits, select
 
 BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
 # N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.
@@ -37,77 +35,6 @@ SHAPES = {
     "sparse": (2048, 512, 2, 64, 32, 4),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Rotate(torch.autograd.Function):
-    """RoPE of [B, T, H, h] without concatenation: writes both halves and the rest into one result. Twice as fast as
-    `model.attention.rope.apply_rope` (forward + backward of [2, 1024, 4, 112]: 5.5 instead of 10.9 ms on one thread).
-    """
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = cos.shape[-1]
-        result = torch.empty_like(x)
-        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        result[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-        result[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
-        result[..., 2 * half :] = x[..., 2 * half :]
-        return result
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return Rotate.rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return Rotate.rotate(grad, cos, -sin), None, None
-
-
-def rotated_heads(layer: nn.Linear, x: Tensor, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, T, d] -> [B, H, T, h], rotated before the transpose, while rows are contiguous."""
-    return Rotate.apply(layer(x).unflatten(-1, (num_heads, -1)), cos, sin).transpose(1, 2)
-
-
-class FastDenseAttention(DenseAttention):
-    """DenseAttention with the RoPE above: what SwitchHead is measured against."""
-
-    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
-        B, T, _ = x.shape
-        angles = rope_angles(torch.arange(T), self.config.head_dim, self.position)[:, None]
-        cos, sin = angles.cos(), angles.sin()
-        q, k = (rotated_heads(layer, x, self.config.num_heads, cos, sin) for layer in (self.query, self.key))
-        v = self.value(x).view(B, T, self.config.num_heads, self.config.head_dim).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(attended.transpose(1, 2).reshape(B, T, -1))
-
-
-class FastSwitchHeadAttention(SwitchHeadAttention):
-    """SwitchHeadAttention on the ops: same parameters, same result (no expert dropout here)."""
-
-    backend = "cpu"
-
-    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
-        B, T, d = x.shape
-        H, h, E, k = (getattr(self.config, n) for n in ("num_heads", "head_dim", "num_experts", "active_experts"))
-        angles = rope_angles(torch.arange(T), h, self.position)[:, None]
-        cos, sin = angles.cos(), angles.sin()
-        query, key = (rotated_heads(layer, x, H, cos, sin) for layer in (self.query, self.key))
-
-        tokens = x.view(B * T, d)
-        selectors = torch.cat([self.value_selector, self.output_selector]).view(2 * H * E, d)
-        logits = router_logits(tokens, selectors).view(B * T, 2 * H, E)  # one cast of x and one GEMM for both
-        scores, index = select(logits, k)
-        if self.training:
-            self.value_statistics.record(index[:, :H], None)
-            self.output_statistics.record(index[:, H:], None)
-
-        v = switchhead_value(tokens, scores[:, :H], index[:, :H], self.value_experts, self.backend)
-        attended = F.scaled_dot_product_attention(query, key, v.view(B, T, H, h).transpose(1, 2), is_causal=True)
-        a = attended.transpose(1, 2).reshape(B * T, H, h)
-        y = switchhead_output(a, scores[:, H:], index[:, H:], self.output_experts, self.backend)
-        return y.view(B, T, d)
 
 
 class Bench:
@@ -162,6 +89,7 @@ def bench_ops(dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> tuple[
     for op, rows, size in ((switchhead_value, wide, (d, h)), (switchhead_output, narrow, (h, d))):
         experts = torch.randn(H, E, *size).to(dtype).requires_grad_()
         for backend in BACKENDS:
+
             def forward(op: Any = op, rows: Tensor = rows, experts: Tensor = experts, backend: str = backend) -> Tensor:
                 return op(rows, scores, index, experts, backend)
 
@@ -172,13 +100,16 @@ def bench_ops(dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> tuple[
 def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     """The issue's layers: d = 1024, RoPE; SwitchHead H=4 h=112 E=4 k=2, dense H=16 h=64."""
     base = {"d_model": 1024, "num_layers": 1, "vocab_size": 4, "sequence_length": 1024}
-    switch = ModelConfig.model_validate(base | {"attention": {
-        "type": "switchhead", "num_heads": 4, "head_dim": 112, "num_experts": 4, "active_experts": 2}})
+    switch = ModelConfig.model_validate(
+        base
+        | {"attention": {"type": "switchhead", "num_heads": 4, "head_dim": 112, "num_experts": 4, "active_experts": 2}}
+    )
     dense = ModelConfig.model_validate(base | {"attention": {"type": "dense", "num_heads": 16, "head_dim": 64}})
+    fast = Backends(route="cpu", switchhead_value="cpu", switchhead_output="cpu")
     found: dict[str, nn.Module] = {
-        "dense": FastDenseAttention(dense),
-        "switchhead": FastSwitchHeadAttention(switch, name="attention", seed=0),
-        "switchhead masked einsum": SwitchHeadAttention(switch, name="attention", seed=0),
+        "dense": DenseAttention(dense),
+        "switchhead": SwitchHeadAttention(switch, backends=fast, name="attention", seed=0),
+        "switchhead masked einsum": SwitchHeadAttention(switch, backends=Backends(), name="attention", seed=0),
     }
     for layer in found.values():
         for parameter in layer.parameters():
