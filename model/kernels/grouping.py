@@ -11,20 +11,17 @@ grouping, W members: experts that every row of a group goes through.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Result = TypeVar("Result")
+from model.kernels.workers import run_tasks, scratch
+
 Strategy = Literal["all", "sets", "experts"]
 
 MAX_GROUP_ROWS = 512
@@ -196,8 +193,9 @@ class WideRows:
     def __init__(self, source: Tensor, grouping: Grouping) -> None:
         self.source, self.grouping = source, grouping
         dtype = compute_dtype(source.dtype)
-        self.gathered = source.new_empty(grouping.longest, source.shape[1])
-        self.block = self.gathered if dtype == source.dtype else torch.empty_like(self.gathered, dtype=dtype)
+        shape = (grouping.longest, source.shape[1])
+        self.gathered = scratch("gathered wide rows", shape, source.dtype)
+        self.block = self.gathered if dtype == source.dtype else scratch("cast wide rows", shape, dtype)
 
     def read(self, head: int, group: Group) -> Tensor:
         """[n, d], valid until the next call."""
@@ -214,7 +212,7 @@ class NarrowRows:
 
     def __init__(self, source: Tensor, grouping: Grouping, gates: Tensor) -> None:
         self.source, self.grouping, self.gates = source, grouping, gates
-        self.gated = gates.new_empty(*gates.shape[1:], source.shape[-1])
+        self.gated = scratch("gated rows", (*gates.shape[1:], source.shape[-1]), gates.dtype)
 
     def read(self, head: int) -> tuple[Tensor, Tensor]:
         """([R, h], [R, W h]) in the compute dtype; the second is valid until the next call."""
@@ -235,10 +233,17 @@ class WideSum:
     buffer; a buffer per head 16 ms in page faults; scatter_add_ as much as index_add_ (N = 2048, d = 1024, fp32).
     """
 
-    def __init__(self, grouping: Grouping, width: int, like: Tensor) -> None:
-        self.grouping = grouping
-        self.total = like.new_zeros(grouping.num_tokens, width)
-        self.block = like.new_empty(0 if grouping.strategy == "all" else grouping.longest, width)
+    def __init__(self, grouping: Grouping, total: Tensor) -> None:
+        self.grouping, self.total = grouping, total.zero_()
+        if grouping.strategy != "all":
+            self.block = scratch("wide products", (grouping.longest, total.shape[1]), total.dtype)
+
+    @staticmethod
+    def parts(grouping: Grouping, width: int, dtype: torch.dtype) -> list[Tensor]:
+        """A total for each part of `over_heads`: the first is new, the others are scratch of the calling thread."""
+        N, num_heads = grouping.num_tokens, len(grouping.groups)
+        others = [scratch(f"wide sum {i}", (N, width), dtype) for i in range(1, num_parts(num_heads, N))]
+        return [torch.empty(N, width, dtype=dtype, device=grouping.token.device), *others]
 
     def add(self, head: int, group: Group, gated: Tensor, weights: Tensor) -> None:
         """Adds `gated` [n, W h] times `weights` [W h, d] to the rows of the group's tokens."""
@@ -276,7 +281,10 @@ class HeadWeights:
             elif self.dim == 0 and (span := neighbours(members)):
                 found = self.experts[span].flatten(0, 1)
             else:
-                found = torch.cat([self.experts[e] for e in members], self.dim)
+                shape = list(self.experts.shape[1:])
+                shape[self.dim] *= len(members)
+                found = scratch("joined experts", tuple(shape), self.experts.dtype)
+                torch.cat([self.experts[e] for e in members], self.dim, out=found)
             self.joined = members, found
         return self.joined[1]
 
@@ -302,7 +310,7 @@ class WeightGradient:
         if self.dim == 0 and (span := neighbours(group.experts)):
             self.sum[span].flatten(0, 1).addmm_(left, right)
             return
-        joined = torch.mm(left, right)
+        joined = torch.mm(left, right, out=scratch("joined gradient", (len(left), right.shape[1]), left.dtype))
         for expert, part in zip(group.experts, joined.chunk(len(group.experts), self.dim), strict=True):
             self.sum[expert].add_(part)
 
@@ -311,38 +319,18 @@ class WeightGradient:
             self.result.copy_(self.sum)
 
 
-def over_heads(body: Callable[[range], Result], num_heads: int, num_tokens: int) -> list[Result]:
-    """`body` on ranges that cover the heads, each on one thread of its own where there is more than one; in order.
+def over_heads(body: Callable[[int, range], None], num_heads: int, num_tokens: int) -> None:
+    """`body(part, heads)` for the parts that cover the heads: each on one thread where there is more than one.
 
-    One fork and join per op. A GEMM of one group is 0.2 ms: spreading each of the hundreds of them over the threads
-    costs a barrier each, and where other processes share the cores a scheduler slice (4 ms) for each barrier.
+    One fork and join per op. A GEMM of one group is 0.2 ms: spreading each of the hundreds of them over two threads
+    costs a barrier each; next to three busy processes that made the attention layer 3.6 times slower than this.
     """
-    threads = min(torch.get_num_threads(), num_heads)
-    if threads < 2 or num_tokens < 128:
-        return [body(range(num_heads))]
-    edges = [num_heads * i // threads for i in range(threads + 1)]
-    pool = _thread_pool(os.getpid(), torch.get_num_threads())
-    return list(pool.map(torch.no_grad()(body), (range(a, b) for a, b in itertools.pairwise(edges))))
+    parts = num_parts(num_heads, num_tokens)
+    edges = [num_heads * i // parts for i in range(parts + 1)]
+    ranges = [range(a, b) for a, b in itertools.pairwise(edges)]
+    run_tasks([len(heads) for heads in ranges], lambda part: body(part, ranges[part]))
 
 
-@functools.lru_cache(maxsize=1)
-def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """A pool of `threads`, each of which runs ATen and MKL on itself alone; one per process (a fork keeps no threads).
-
-    torch.set_num_threads is global until a thread first asks for the number and is then that thread's own: every
-    worker asks while it is 1.
-    """
-    together = threading.Barrier(threads + 1)
-
-    def settle() -> None:
-        torch.set_num_threads(1)
-        assert torch.get_num_threads() == 1
-        together.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="switchhead")
-    settled = [pool.submit(settle) for _ in range(threads)]
-    together.wait()
-    for future in settled:
-        future.result()
-    torch.set_num_threads(threads)
-    return pool
+def num_parts(num_heads: int, num_tokens: int) -> int:
+    """Parts that `over_heads` makes: a thread each, but one part where the work is not worth a thread's start."""
+    return max(1, min(torch.get_num_threads(), num_heads)) if num_tokens >= 128 else 1

@@ -25,6 +25,7 @@ from model.kernels.grouping import (
     over_heads,
     resolve_strategy,
 )
+from model.kernels.workers import scratch
 
 
 def switchhead_output(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str = "cpu") -> Tensor:
@@ -61,16 +62,18 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     grouping = group_tokens(index, E, strategy)
     gates = compute_gates(scores, grouping, dtype)
 
-    def project(heads: range) -> Tensor:
-        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, d, gates)
+    totals = WideSum.parts(grouping, d, dtype)
+
+    def project(part: int, heads: range) -> None:
+        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, totals[part])
         for head in heads:
             _, gated = narrow.read(head)
             weights = HeadWeights(experts[head].to(dtype), columns=False)
             for group in grouping.groups[head]:
                 total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
-        return total.total
 
-    return add_up(over_heads(project, H, len(a))).to(a.dtype)
+    over_heads(project, H, len(a))
+    return add_up(totals).to(a.dtype)
 
 
 def backward_cpu(
@@ -81,10 +84,10 @@ def backward_cpu(
     dtype = compute_dtype(a.dtype)
     grouping = group_tokens(index, E, strategy)
     gates = compute_gates(scores, grouping, dtype)
-    products = gates.new_empty(*gates.shape, h)  # grad W_O^T
+    products = scratch("products", (*gates.shape, h), dtype)  # grad W_O^T
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
 
-    def project(heads: range) -> None:
+    def project(part: int, heads: range) -> None:
         wide, narrow = WideRows(grad, grouping), NarrowRows(a, grouping, gates)
         for head in heads:
             rows, gated = narrow.read(head)

@@ -25,6 +25,7 @@ from model.kernels.grouping import (
     over_heads,
     resolve_strategy,
 )
+from model.kernels.workers import scratch
 
 
 def switchhead_value(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str = "cpu") -> Tensor:
@@ -58,9 +59,10 @@ def forward_cpu(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     H, E, _, h = experts.shape
     dtype = compute_dtype(x.dtype)
     grouping = group_tokens(index, E, strategy)
-    products = torch.empty(H, grouping.num_rows, grouping.num_members, h, dtype=dtype)
+    shape = (H, grouping.num_rows, grouping.num_members, h)
+    products = x.new_empty(shape) if x.dtype == dtype else scratch("products", shape, dtype)
 
-    def project(heads: range) -> None:
+    def project(part: int, heads: range) -> None:
         wide = WideRows(x, grouping)
         for head in heads:
             weights = experts[head].to(dtype)
@@ -86,8 +88,10 @@ def backward_cpu(
     products = products.view(*gates.shape, h)
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
 
-    def project(heads: range) -> Tensor:
-        wide, narrow, total = WideRows(x, grouping), NarrowRows(grad, grouping, gates), WideSum(grouping, d, gates)
+    totals = WideSum.parts(grouping, d, dtype)
+
+    def project(part: int, heads: range) -> None:
+        wide, narrow, total = WideRows(x, grouping), NarrowRows(grad, grouping, gates), WideSum(grouping, totals[part])
         for head in heads:
             rows, gated = narrow.read(head)
             torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
@@ -98,11 +102,10 @@ def backward_cpu(
                 total.add(head, group, factor, weights.join(group.experts).t())
                 gradient.add(group, wide.read(head, group).t(), factor)
             gradient.finish()
-        return total.total
 
-    grad_x = add_up(over_heads(project, H, len(x)))
+    over_heads(project, H, len(x))
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
-    return grad_x.to(x.dtype), grad_scores, grad_experts
+    return add_up(totals).to(x.dtype), grad_scores, grad_experts
 
 
 @torch.library.custom_op("switchall::switchhead_value", mutates_args=())
