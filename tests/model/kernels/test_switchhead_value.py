@@ -186,9 +186,18 @@ def test_unknown_backend_is_refused() -> None:
 
 
 # N, E, k: what is measured fastest at d = 1024, h = 112 (benchmarks/kernels_switchhead.py).
-@pytest.mark.parametrize("shape, strategy", [
-    ((2048, 4, 2), "sets"), ((2048, 5, 3), "sets"), ((2048, 8, 4), "experts"), ((2048, 64, 8), "experts"),
-    ((2048, 4, 4), "all"), ((2048, 1, 1), "all"), ((16, 4, 2), "experts"), ((0, 4, 2), "experts"),
-])
+@pytest.mark.parametrize(
+    "shape, strategy",
+    [
+        ((2048, 4, 2), "sets"),
+        ((2048, 5, 3), "sets"),
+        ((2048, 8, 4), "experts"),
+        ((2048, 64, 8), "experts"),
+        ((2048, 4, 4), "all"),
+        ((2048, 1, 1), "all"),
+        ((16, 4, 2), "experts"),
+        ((0, 4, 2), "experts"),
+    ],
+)
 def test_strategy_follows_from_the_shape(shape: tuple[int, int, int], strategy: str) -> None:
     assert grouping.choose_strategy(*shape) == strategy
