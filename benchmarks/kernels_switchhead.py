@@ -24,9 +24,9 @@ from model.attention.dense import DenseAttention
 from model.attention.rope import rope_angles
 from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig
+from model.kernels.route import route
 from model.kernels.switchhead_output import switchhead_output
 from model.kernels.switchhead_value import switchhead_value
-from model.routing import router_logits, select
 
 BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
 # N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.
@@ -90,18 +90,18 @@ class FastSwitchHeadAttention(SwitchHeadAttention):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
         B, T, d = x.shape
-        H, h, E, k = (getattr(self.config, n) for n in ("num_heads", "head_dim", "num_experts", "active_experts"))
+        H, h, k = self.config.num_heads, self.config.head_dim, self.config.active_experts
         angles = rope_angles(torch.arange(T), h, self.position)[:, None]
         cos, sin = angles.cos(), angles.sin()
         query, key = (rotated_heads(layer, x, H, cos, sin) for layer in (self.query, self.key))
 
         tokens = x.view(B * T, d)
-        selectors = torch.cat([self.value_selector, self.output_selector]).view(2 * H * E, d)
-        logits = router_logits(tokens, selectors).view(B * T, 2 * H, E)  # one cast of x and one GEMM for both
-        scores, index = select(logits, k)
+        selectors = torch.cat([self.value_selector, self.output_selector])  # one cast of x and one GEMM for both
+        routing = route(tokens, selectors, k, backend=self.backend)
+        scores, index = routing.scores, routing.index
         if self.training:
-            self.value_statistics.record(index[:, :H], None)
-            self.output_statistics.record(index[:, H:], None)
+            self.value_statistics.load += routing.load[:H]
+            self.output_statistics.load += routing.load[H:]
 
         v = switchhead_value(tokens, scores[:, :H], index[:, :H], self.value_experts, self.backend)
         attended = F.scaled_dot_product_attention(query, key, v.view(B, T, H, h).transpose(1, 2), is_causal=True)
