@@ -63,6 +63,10 @@ class Grouping:
     def num_rows(self) -> int:
         return self.token.shape[1]
 
+    def split(self, head: int, rows: Tensor) -> Sequence[Tensor]:
+        """`rows` [R, ...] of a head, group by group; one call, because every view a worker takes costs it the GIL."""
+        return rows.split([len(group) for group in self.groups[head]])
+
     @property
     def longest(self) -> int:
         """Rows of the largest group."""
@@ -197,12 +201,11 @@ class WideRows:
         self.gathered = scratch("gathered wide rows", shape, source.dtype)
         self.block = self.gathered if dtype == source.dtype else scratch("cast wide rows", shape, dtype)
 
-    def read(self, head: int, group: Group) -> Tensor:
-        """[n, d], valid until the next call."""
+    def read(self, group: Group, token: Tensor) -> Tensor:
+        """[n, d], the rows of the group's tokens; valid until the next call."""
         if self.grouping.strategy == "all":
             rows = self.source[group.start : group.stop]
         else:
-            token = self.grouping.token[head, group.start : group.stop]
             rows = torch.index_select(self.source, 0, token, out=self.gathered[: len(group)])
         return rows if rows.dtype == self.block.dtype else self.block[: len(group)].copy_(rows)
 
@@ -245,13 +248,13 @@ class WideSum:
         others = [scratch(f"wide sum {i}", (N, width), dtype) for i in range(1, num_parts(num_heads, N))]
         return [torch.empty(N, width, dtype=dtype, device=grouping.token.device), *others]
 
-    def add(self, head: int, group: Group, gated: Tensor, weights: Tensor) -> None:
+    def add(self, group: Group, token: Tensor, gated: Tensor, weights: Tensor) -> None:
         """Adds `gated` [n, W h] times `weights` [W h, d] to the rows of the group's tokens."""
         if self.grouping.strategy == "all":
             self.total[group.start : group.stop].addmm_(gated, weights)
             return
         product = torch.mm(gated, weights, out=self.block[: len(group)])
-        self.total.index_add_(0, self.grouping.token[head, group.start : group.stop], product)
+        self.total.index_add_(0, token, product)
 
 
 def add_up(parts: list[Tensor]) -> Tensor:
@@ -270,21 +273,21 @@ class HeadWeights:
     """
 
     def __init__(self, experts: Tensor, *, columns: bool) -> None:
-        self.experts, self.dim = experts, int(columns)
+        self.experts, self.single, self.dim = experts, experts.unbind(), int(columns)
         self.joined: tuple[tuple[int, ...], Tensor] = ((), experts)
 
     def join(self, members: tuple[int, ...]) -> Tensor:
         """[W h, d], or [d, W h] by columns; a view where the members are neighbours in memory."""
         if self.joined[0] != members:  # groups of the same set follow each other
             if len(members) == 1:
-                found = self.experts[members[0]]
+                found = self.single[members[0]]
             elif self.dim == 0 and (span := neighbours(members)):
                 found = self.experts[span].flatten(0, 1)
             else:
                 shape = list(self.experts.shape[1:])
                 shape[self.dim] *= len(members)
                 found = scratch("joined experts", tuple(shape), self.experts.dtype)
-                torch.cat([self.experts[e] for e in members], self.dim, out=found)
+                torch.cat([self.single[e] for e in members], self.dim, out=found)
             self.joined = members, found
         return self.joined[1]
 
@@ -300,19 +303,24 @@ class WeightGradient:
 
     def __init__(self, result: Tensor, dtype: torch.dtype, *, columns: bool) -> None:
         self.result, self.dim = result, int(columns)
-        self.sum = result.zero_() if result.dtype == dtype else torch.zeros(result.shape, dtype=dtype)
+        self.sum = result if result.dtype == dtype else scratch("weight gradient", tuple(result.shape), dtype)
+        self.single = self.sum.zero_().unbind()
+        self.joined = result[:0, 0]
 
     def add(self, group: Group, left: Tensor, right: Tensor) -> None:
         """Adds left times right, the group's joined members, to each member's gradient."""
         if len(group.experts) == 1:
-            self.sum[group.experts[0]].addmm_(left, right)
+            self.single[group.experts[0]].addmm_(left, right)
             return
         if self.dim == 0 and (span := neighbours(group.experts)):
             self.sum[span].flatten(0, 1).addmm_(left, right)
             return
-        joined = torch.mm(left, right, out=scratch("joined gradient", (len(left), right.shape[1]), left.dtype))
-        for expert, part in zip(group.experts, joined.chunk(len(group.experts), self.dim), strict=True):
-            self.sum[expert].add_(part)
+        shape = (len(left), right.shape[1])
+        if self.joined.shape != shape:
+            self.joined = scratch("joined gradient", shape, left.dtype)
+        torch.mm(left, right, out=self.joined)
+        for expert, part in zip(group.experts, self.joined.chunk(len(group.experts), self.dim), strict=True):
+            self.single[expert].add_(part)
 
     def finish(self) -> None:
         if self.sum is not self.result:
@@ -323,7 +331,7 @@ def over_heads(body: Callable[[int, range], None], num_heads: int, num_tokens: i
     """`body(part, heads)` for the parts that cover the heads: each on one thread where there is more than one.
 
     One fork and join per op. A GEMM of one group is 0.2 ms: spreading each of the hundreds of them over two threads
-    costs a barrier each; next to three busy processes that made the attention layer 3.6 times slower than this.
+    costs a barrier each: next to busy processes the attention layer (bf16) took 4800 ms that way and 1380 this way.
     """
     parts = num_parts(num_heads, num_tokens)
     edges = [num_heads * i // parts for i in range(parts + 1)]

@@ -69,8 +69,9 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
         for head in heads:
             _, gated = narrow.read(head)
             weights = HeadWeights(experts[head].to(dtype), columns=False)
-            for group in grouping.groups[head]:
-                total.add(head, group, gated[group.start : group.stop], weights.join(group.experts))
+            tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
+            for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
+                total.add(group, token, factor, weights.join(group.experts))
 
     over_heads(project, H, len(a))
     return add_up(totals).to(a.dtype)
@@ -93,10 +94,12 @@ def backward_cpu(
             rows, gated = narrow.read(head)
             weights = HeadWeights(experts[head].to(dtype), columns=False)
             gradient = WeightGradient(grad_experts[head], dtype, columns=False)
-            for group in grouping.groups[head]:
-                block, span = wide.read(head, group), slice(group.start, group.stop)
-                torch.mm(block, weights.join(group.experts).t(), out=products[head, span].view(len(group), -1))
-                gradient.add(group, gated[span].t(), block)
+            rows_of = (grouping.token[head], gated, products[head].flatten(1))
+            parts = zip(grouping.groups[head], *(grouping.split(head, t) for t in rows_of), strict=True)
+            for group, token, factor, result in parts:
+                block = wide.read(group, token)
+                torch.mm(block, weights.join(group.experts).t(), out=result)
+                gradient.add(group, factor.t(), block)
             torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
             gradient.finish()
 
