@@ -73,7 +73,8 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_sequences,
         "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
-        "gradient_clipping": config.optimizer.clip_norm,
+        # At stage 0 we clip ourselves, by a norm summed in fp64 as in the other stages (engine.GradientNorm).
+        "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,
         "zero_optimization": {"stage": config.parallel.zero},
         # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
         "zero_allow_untested_optimizer": True,

@@ -72,18 +72,28 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 
 
 class GradientNorm:
-    """The global gradient norm before clipping. DeepSpeed gives it for ZeRO 1 to 3; for ZeRO 0 it is computed here,
-    between the last backward (which averages over ranks) and the optimizer step (which clears the gradients)."""
+    """The global gradient norm before clipping.
 
-    def __init__(self, engine: Any) -> None:
+    DeepSpeed gives it for ZeRO 1 to 3, summed in fp64. For ZeRO 0 norm and clipping are ours, between the last backward
+    (which averages over ranks) and the optimizer step (which clears the gradients), in fp64 as well: torch's fp32 norm
+    of an 8000 x 128 embedding is off by 1.1e-5 on a CPU, of 4 million elements by 7e-5, and clipping scales by it.
+    """
+
+    def __init__(self, engine: Any, clip_norm: float) -> None:
         self._engine = engine
+        self._clip_norm = clip_norm
         self._own: Tensor | None = None
 
     def before_step(self) -> None:
-        """Call before engine.step() of the last micro-step."""
-        if self._engine.zero_optimization_stage() == 0:
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._own = torch.nn.utils.get_total_norm(gradients)
+        """Call before engine.step() of the last micro-step: takes the norm and clips where DeepSpeed does not."""
+        if self._engine.zero_optimization_stage() != 0:
+            return
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in gradients])
+        self._own = squares.sum().sqrt()
+        if self._clip_norm > 0.0:
+            factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor.float())
 
     def value(self) -> float:
         """Call after engine.step() of the last micro-step."""

@@ -61,7 +61,7 @@ class Trainer:
         """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
         set_learning_rate(self.engine, learning_rate(self.config, progress.step))
         batches = self._read(progress.consumed_sequences)
-        norm = GradientNorm(self.engine)
+        norm = GradientNorm(self.engine, self.config.optimizer.clip_norm)
         loss_sum, auxiliary_sum = torch.zeros((2,), device=self.device).unbind()
         for batch in batches:
             objective, sequence_loss = self.engine(batch.tokens, batch.targets, batch.sequence_index)

@@ -17,7 +17,7 @@ from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
 from pretrain.data import TrainingStream, WindowReader
-from pretrain.engine import parallel_context
+from pretrain.engine import GradientNorm, parallel_context
 from pretrain.loop import Trainer, build_trainer
 from pretrain.schedule import learning_rate
 from tests.corpus import VOCAB_SIZE
@@ -77,21 +77,22 @@ def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: t
 def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
     from deepspeed.utils import safe_get_full_grad
 
-    trace, engine, engine_step, now = Trace(), trainer.engine, trainer.engine.step, 0
+    trace, before_step, now = Trace(), GradientNorm.before_step, 0
 
-    def step_and_capture() -> None:
-        if now in gradient_steps and engine.is_gradient_accumulation_boundary():
+    def capture_first(norm: GradientNorm) -> None:  # where clipping has not happened yet, at any ZeRO stage
+        if now in gradient_steps:
             trace.gradients[now] = {
                 name: safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
-                for name, p in engine.module.named_parameters()
+                for name, p in trainer.engine.module.named_parameters()
             }
-        engine_step()
+        before_step(norm)
 
-    engine.step = step_and_capture
+    GradientNorm.before_step = capture_first  # type: ignore[method-assign]
     for now in range(steps):
         result = trainer.step(Progress(now, now * trainer.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
         trace.grad_norms.append(float("nan") if result.grad_norm is None else result.grad_norm)
+    GradientNorm.before_step = before_step  # type: ignore[method-assign]
     return trace
 
 
