@@ -293,7 +293,7 @@ def test_only_folders_with_the_exact_name_are_checkpoints(stopped_run: Path, tmp
 
 def test_fp16_skips_overflows_and_resumes_with_its_loss_scale(prepared: Path, tmp_path: Path) -> None:
     """fp16 is refused on the CPU by the command line; its machinery is tested here all the same."""
-    # 2^16 is DeepSpeed's first scale; 2^24 overflows here and must be halved by skipped steps, not end the run.
+    # From 2^28 (DeepSpeed starts at 2^16) gradients overflow: skipped steps must halve the scale, not end the run.
     keys = ("train.steps=14", "evaluate.sequences=0", "train.precision=fp16", "parallel.zero=1", *DROPOUTS)
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
