@@ -23,6 +23,10 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's router compiles a function that needs CUDA
 
+import model.openmp  # noqa: F401  # as in training; before torch
+
+# isort: split
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -16,6 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import model.openmp  # noqa: F401  # as in training; before torch
+
+# isort: split
+
 import torch
 from torch import Tensor, nn
 

@@ -226,7 +226,10 @@ def _backward_cpu(
         if grad_logits is not None:
             grad += grad_logits[block]
         flat = grad.view(-1, R * E)
-        grad_x[block] = flat @ rows
+        if x.dtype == flat.dtype:
+            torch.mm(flat, rows, out=grad_x[block])
+        else:
+            grad_x[block] = flat @ rows
         partial_sums[block.start] = flat.t() @ x[block].to(flat.dtype)
 
     run_blocks(N, compute)

@@ -24,6 +24,7 @@ from model.kernels.grouping import (
     group_tokens,
     over_heads,
     resolve_strategy,
+    score_gradient,
 )
 from model.kernels.workers import scratch
 
@@ -72,6 +73,7 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
             tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
             for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
                 total.add(group, token, factor, weights.join(group.experts))
+            total.next_head()
 
     over_heads(project, H, len(a))
     return add_up(totals).to(a.dtype)
@@ -100,7 +102,7 @@ def backward_cpu(
                 block = wide.read(group, token)
                 torch.mm(block, weights.join(group.experts).t(), out=result)
                 gradient.add(group, factor.t(), block)
-            torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+            score_gradient(products[head], rows, grad_gates[head])
             gradient.finish()
 
     over_heads(project, H, len(a))

@@ -24,6 +24,7 @@ from model.kernels.grouping import (
     group_tokens,
     over_heads,
     resolve_strategy,
+    score_gradient,
 )
 from model.kernels.workers import scratch
 
@@ -95,7 +96,7 @@ def backward_cpu(
         wide, narrow, total = WideRows(x, grouping), NarrowRows(grad, grouping, gates), WideSum(grouping, totals[part])
         for head in heads:
             rows, gated = narrow.read(head)
-            torch.sum(products[head] * rows[:, None, :], -1, out=grad_gates[head])
+            score_gradient(products[head].to(dtype), rows, grad_gates[head])
             weights = HeadWeights(experts[head].to(dtype), columns=True)
             gradient = WeightGradient(grad_experts[head], dtype, columns=True)
             tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
@@ -103,6 +104,7 @@ def backward_cpu(
                 total.add(group, token, factor, weights.join(group.experts).t())
                 gradient.add(group, wide.read(group, token).t(), factor)
             gradient.finish()
+            total.next_head()
 
     over_heads(project, H, len(x))
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
