@@ -42,6 +42,23 @@ class RopeConfig(Section):
     """Base of the geometric progression of wavelengths, in tokens."""
 
 
+class XLConfig(Section):
+    """Transformer-XL (arXiv 1901.02860): relative positions, and the previous chunks' layer inputs as extra context.
+
+    The logit of query i and key j gains q_i . W_pos r(i - j), r being sinusoids of width d_model. The dense baseline
+    also has the biases u and v and a learned scale on the logits; SwitchHead has neither; MoA has the learned scale.
+    """
+
+    type: Literal["xl"] = "xl"
+    """Kind of position information."""
+    memory_chunks: Annotated[int, Field(ge=0)] = 1
+    """Chunks of sequence_length tokens before the current one that keys and values also come from (C - 1), without a
+    gradient. 1 or more trains on contiguous streams of text; 0 is relative positions alone."""
+
+
+Projection = Literal["query", "key", "value", "output"]
+
+
 class SwitchHeadConfig(Section):
     """SwitchHead attention (NeurIPS 2024): few attention matrices, experts in the value and output projections."""
 
@@ -55,13 +72,34 @@ class SwitchHeadConfig(Section):
     """Value experts and output experts of each head (E). 1 is a dense head with a sigmoid gate."""
     active_experts: PositiveInt = 2
     """Experts chosen per token and head, separately for values and for outputs (k)."""
+    expert_projections: tuple[Projection, ...] = Field(default=("value", "output"), min_length=1, strict=False)
+    """Projections that consist of experts; the others are dense. Value and output is the paper's choice."""
+    selection: Literal["side", "projection", "shared"] = "side"
+    """Who chooses: `side`, as published, has one selector for key and value experts (the key's token decides) and one
+    for query and output experts (the query's token decides); `projection` has one for each; `shared` one for all."""
+    normalized_init: bool = False
+    """Divides the initial expert weights by their norm over all heads and experts, entry by entry, keeping the standard
+    deviation. The published 262M peS2o run does this."""
     expert_dropout: Probability = 0.0
     """Probability that an expert may not be chosen by a token; the weight of a chosen expert is never altered."""
 
     @model_validator(mode="after")
-    def _active_within_experts(self) -> SwitchHeadConfig:
+    def _consistent(self) -> SwitchHeadConfig:
         _check_active(self.active_experts, self.num_experts)
+        if len(set(self.expert_projections)) != len(self.expert_projections):
+            raise ValueError("expert_projections names a projection twice; name each at most once")
         return self
+
+    def selector_of(self, projection: Projection) -> Projection:
+        """The projection whose selector chooses for `projection` (an expert one): often its own."""
+        experts = self.expert_projections
+        if self.selection == "projection":
+            return projection
+        # As in the authors' code the output's selector leads, then the value's.
+        order: tuple[Projection, ...] = ("output", "value", "query", "key")
+        if self.selection == "side":
+            order = ("value", "key") if projection in ("key", "value") else ("output", "query")
+        return next(name for name in order if name in experts)
 
 
 class DenseAttentionConfig(Section):
@@ -73,6 +111,49 @@ class DenseAttentionConfig(Section):
     """Attention heads per layer (H)."""
     head_dim: PositiveInt = 64
     """Width of a query, key and value vector (h)."""
+
+
+class MoAConfig(Section):
+    """Mixture of Attention Heads (arXiv 2210.05144): one shared key and value projection, query and output experts.
+
+    Each token attends with its `num_heads` chosen experts. Routers differ between publications; both are here.
+    """
+
+    type: Literal["moa"] = "moa"
+    """Kind of attention."""
+    num_heads: PositiveInt = 4
+    """Experts chosen per token (k): the attention matrices computed."""
+    head_dim: PositiveInt = 64
+    """Width of a query, key and value vector (h)."""
+    num_experts: PositiveInt = 8
+    """Query and output experts (E)."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax` over all experts, the chosen probabilities used as they are (competitive, needs the losses below), or
+    `sigmoid` of each logit (as in SwitchHead)."""
+    expert_dropout: Probability = 0.0
+    """Probability that an expert may not be chosen by a token; the weight of a chosen expert is never altered."""
+    z_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the mean over tokens of logsumexp(logits)^2."""
+    switch_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of E sum_e f_e P_e: f the share of choices, P the mean probability of an expert over a batch."""
+    cv_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the squared coefficient of variation over experts of the summed gates of a batch."""
+    loss_scope: Literal["global_batch", "micro_batch"] = "global_batch"
+    """Batch of the switch and cv losses, as `entropy_scope` of the sigma_moe feed-forward."""
+
+    @model_validator(mode="after")
+    def _active_within_experts(self) -> MoAConfig:
+        if self.num_heads > self.num_experts:
+            raise ValueError(
+                f"num_heads is {self.num_heads} but there are only num_experts = {self.num_experts} to choose from; "
+                f"set num_heads to at most {self.num_experts}"
+            )
+        if self.router == "sigmoid" and (self.switch_loss_weight or self.cv_loss_weight or self.z_loss_weight):
+            raise ValueError(
+                "z_loss_weight, switch_loss_weight and cv_loss_weight regularise the softmax router; set them to 0 "
+                "with router = sigmoid"
+            )
+        return self
 
 
 class SigmaMoEConfig(Section):
@@ -109,8 +190,18 @@ class DenseFeedForwardConfig(Section):
     """Width of the hidden layer (d_ff)."""
 
 
-AttentionConfig = Annotated[SwitchHeadConfig | DenseAttentionConfig, Field(discriminator="type")]
-FeedForwardConfig = Annotated[SigmaMoEConfig | DenseFeedForwardConfig, Field(discriminator="type")]
+class SwiGLUConfig(Section):
+    """Gated feed-forward without biases: y = (SiLU(x W_gate) * x W_up) W_down (arXiv 2002.05202)."""
+
+    type: Literal["swiglu"] = "swiglu"
+    """Kind of feed-forward layer."""
+    hidden_size: PositiveInt = 512
+    """Width of the hidden layer (d_ff). 2/3 of a ReLU layer's width has as many parameters."""
+
+
+AttentionConfig = Annotated[SwitchHeadConfig | DenseAttentionConfig | MoAConfig, Field(discriminator="type")]
+PositionConfig = Annotated[RopeConfig | XLConfig, Field(discriminator="type")]
+FeedForwardConfig = Annotated[SigmaMoEConfig | DenseFeedForwardConfig | SwiGLUConfig, Field(discriminator="type")]
 
 
 class ModelConfig(Section):
@@ -125,11 +216,19 @@ class ModelConfig(Section):
     sequence_length: PositiveInt
     """Tokens of context in training and evaluation (T)."""
     attention: AttentionConfig = SwitchHeadConfig()
-    """Attention layer: `type` is switchhead or dense."""
-    position: RopeConfig = RopeConfig()
-    """Position information inside attention."""
+    """Attention layer: `type` is switchhead, dense or moa."""
+    position: PositionConfig = RopeConfig()
+    """Position information inside attention: `type` is rope or xl."""
     feedforward: FeedForwardConfig = SigmaMoEConfig()
-    """Feed-forward layer: `type` is sigma_moe or dense."""
+    """Feed-forward layer: `type` is sigma_moe, dense or swiglu."""
+    init_scale: Literal["paper", "library"] = "paper"
+    """s in the initial standard deviations of the blocks: sqrt(2 / L), the experiments' value, or sqrt(1 / L), which the
+    authors' stand-alone library recommends."""
     dropout: Probability = 0.0
     """Dropout on the embedding output, after attention, after the feed-forward, inside a dense feed-forward, and
     before the output layer."""
+
+    @property
+    def memory_length(self) -> int:
+        """Tokens of memory before a chunk: (C - 1) T with Transformer-XL positions, else 0."""
+        return self.position.memory_chunks * self.sequence_length if isinstance(self.position, XLConfig) else 0

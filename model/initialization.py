@@ -38,11 +38,11 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, *, seed: in
 def standard_deviation(name: str, config: ModelConfig) -> float:
     """Standard deviation of the normal distribution that the parameter `name` is drawn from.
 
-    s = sqrt(2 / L). Embedding and output layer 1 / sqrt(d); attention Q, K, value experts and selectors, up
+    s = sqrt(2 / L) or sqrt(1 / L), by init_scale. Embedding and output layer 1 / sqrt(d); attention Q, K, value experts and selectors, up
     projections and router s / sqrt(d); attention outputs s / sqrt(H h); down projections s / sqrt(fan-in), which for
     sigma-MoE is the dense equivalent's N_E G.
     """
-    scale = math.sqrt(2.0 / config.num_layers)
+    scale = math.sqrt((2.0 if config.init_scale == "paper" else 1.0) / config.num_layers)
     attention, feedforward = config.attention, config.feedforward
     if name in ("embedding.weight", "head.weight"):
         return 1.0 / math.sqrt(config.d_model)
