@@ -22,6 +22,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "sigma_moe": ("reference", "cpu", "grouped_mm"),
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
+    "expert_linear": ("reference", "cpu"),
     "linear_cross_entropy": ("reference", "cpu"),
 }
 """Every op and the backends that it has."""

@@ -17,6 +17,7 @@ class Backends:
     route: str = "reference"
     switchhead_value: str = "reference"
     switchhead_output: str = "reference"
+    expert_linear: str = "reference"
     sigma_moe: str = "reference"
     linear_cross_entropy: str = "reference"
 

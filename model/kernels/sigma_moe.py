@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import gemm_dtype, grouped_mm_limit
-from model.kernels.workers import run_blocks, run_tasks, scratch
+from model.kernels.sorted_rows import expert_segment, inverse, mm_into, sorted_gates, sum_slots
+from model.kernels.workers import run_tasks, scratch
 
 
 def sigma_moe(
@@ -140,11 +141,11 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
     dtype, counts = gemm_dtype(x.dtype), load.tolist()
-    source, gates, tokens = x.to(dtype), _sorted_gates(scores, order, dtype), order // k
+    source, gates, tokens = x.to(dtype), sorted_gates(scores, order, dtype), order // k
     rows, hidden = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, G, dtype=dtype)
 
     def compute(expert: int) -> None:
-        segment = _segment(counts, expert)
+        segment = expert_segment(counts, expert)
         gathered = scratch("gathered", (counts[expert], d), dtype)
         gated = scratch("gated", (counts[expert], G), dtype)
         torch.index_select(source, 0, tokens[segment], out=gathered)
@@ -154,7 +155,7 @@ def _forward_cpu(
         torch.mm(gated, down_experts[expert].to(dtype), out=rows[segment])
 
     run_tasks(counts, compute)
-    return _sum_slots(rows, order, x), hidden
+    return sum_slots(rows, order, x), hidden
 
 
 def _backward_cpu(
@@ -170,25 +171,25 @@ def _backward_cpu(
     (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
     dtype, counts = hidden.dtype, load.tolist()
     source, grad = x.to(dtype), grad.to(dtype).contiguous()
-    gates, tokens = _sorted_gates(scores, order, dtype), order // k
+    gates, tokens = sorted_gates(scores, order, dtype), order // k
     rows, grad_gates = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, dtype=dtype)
     grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
 
     def compute(expert: int) -> None:
-        segment = _segment(counts, expert)
+        segment = expert_segment(counts, expert)
         expert_hidden, expert_gates = hidden[segment], gates[segment]
         gathered = scratch("gathered", (counts[expert], d), dtype)
         gated = scratch("gated", (counts[expert], G), dtype)
         grad_hidden = scratch("grad_hidden", (counts[expert], G), dtype)
         torch.index_select(grad, 0, tokens[segment], out=gathered)
         torch.mul(expert_hidden, expert_gates, out=gated)
-        _mm_into(grad_down[expert], gated.t(), gathered)
+        mm_into(grad_down[expert], gated.t(), gathered)
         torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_hidden)
         torch.linalg.vecdot(grad_hidden, expert_hidden, out=grad_gates[segment])
         grad_hidden.mul_(expert_gates)
         torch.ops.aten.threshold_backward.grad_input(grad_hidden, expert_hidden, 0, grad_input=grad_hidden)
         torch.index_select(source, 0, tokens[segment], out=gathered)
-        _mm_into(grad_up[expert], gathered.t(), grad_hidden)
+        mm_into(grad_up[expert], gathered.t(), grad_hidden)
         torch.mm(grad_hidden, up_experts[expert].to(dtype).t(), out=rows[segment])
 
     run_tasks(counts, compute)
@@ -198,46 +199,7 @@ def _backward_cpu(
             grad_down[expert].zero_()
     grad_scores = scores.new_empty(N * k)
     grad_scores[order] = grad_gates.to(scores.dtype)
-    return _sum_slots(rows, order, x), grad_scores.view(N, k), grad_up, grad_down
-
-
-def _segment(counts: list[int], expert: int) -> slice:
-    """The rows of `expert` in the sorted order."""
-    start = sum(counts[:expert])
-    return slice(start, start + counts[expert])
-
-
-def _sorted_gates(scores: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N*k, 1]: the gate of every sorted row."""
-    return scores.flatten()[order, None].to(dtype)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """Where each slot is in the sorted order."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-
-
-def _sum_slots(rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
-    """Sum over the k slots of each token of `rows` [N*k, d], sorted by expert, in the shape and dtype of `x` [N, d].
-
-    Gather and sum in one pass with fp32 sums: 3.5 ms on one thread for 16384 rows, index_select and sum take 13.
-    """
-    y = x.new_empty(x.shape)
-    places = _inverse(order).view(x.shape[0], -1) if x.shape[0] > 0 else order
-
-    def compute(block: slice) -> None:
-        y[block] = F.embedding_bag(places[block], rows, mode="sum")
-
-    run_blocks(x.shape[0], compute)
-    return y
-
-
-def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, rounded once where `out` is narrower."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+    return sum_slots(rows, order, x), grad_scores.view(N, k), grad_up, grad_down
 
 
 # -------------------------------------------------------------------------------------------------------- grouped_mm
@@ -278,8 +240,8 @@ def _backward_grouped_mm(
 
 
 def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:
-    """As `_sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
-    return rows[_inverse(order)].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+    """As `sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
+    return rows[inverse(order)].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 def _check_grouped_mm(x: Tensor, up_experts: Tensor) -> None:

@@ -1,0 +1,235 @@
+"""expert_linear and expert_linear_sum against a loop over tokens and choices in fp64, forward and every gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.kernels import backend as kernel_backend
+from model.kernels import workers
+from model.kernels.expert_linear import expert_linear, expert_linear_sum
+
+
+class Shape(NamedTuple):
+    N: int
+    d: int
+    h: int
+    E: int
+    k: int
+    experts: str = "random"
+    """random; one: every token chooses expert E - 1 first; single: one expert has one token, another none."""
+
+
+SHAPES = {
+    "plain": Shape(N=33, d=24, h=16, E=8, k=3),
+    "k is 1": Shape(N=17, d=16, h=8, E=4, k=1),
+    "two experts, both chosen": Shape(N=9, d=8, h=8, E=2, k=2),
+    "odd widths": Shape(N=21, d=13, h=7, E=5, k=2),
+    "64 experts, k is 8": Shape(N=40, d=12, h=5, E=64, k=8),
+    "more experts than slots": Shape(N=3, d=8, h=8, E=16, k=2),
+    "h wider than d": Shape(N=11, d=3, h=10, E=3, k=2),
+    "all tokens on one expert": Shape(N=19, d=8, h=16, E=6, k=1, experts="one"),
+    "one and no token on an expert": Shape(N=19, d=8, h=8, E=6, k=2, experts="single"),
+    "one token": Shape(N=1, d=8, h=8, E=4, k=4),
+    "empty": Shape(N=0, d=8, h=8, E=4, k=2),
+}
+BACKENDS = kernel_backend.BACKENDS["expert_linear"]
+OPS = ("expert_linear", "expert_linear_sum")
+NAMES = {"expert_linear": ("x", "experts"), "expert_linear_sum": ("a", "gates", "experts")}
+
+# The loop gets the same rounded inputs, so fp32 differs by the order of its sums; bf16 is computed in fp32 and rounded
+# once, half a unit of 2^-8.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are split into several blocks in the small shapes too."""
+    monkeypatch.setattr(workers, "BLOCK_TOKENS", 16)
+
+
+class Case(NamedTuple):
+    op: str
+    leaves: tuple[Tensor, ...]
+    """x, experts; or a, gates, experts."""
+    index: Tensor  # type: ignore[assignment]
+    order: Tensor
+    load: Tensor
+    grad: Tensor
+
+    def __call__(self, *leaves: Tensor, backend: str) -> Tensor:
+        *rows, experts = leaves
+        function = expert_linear if self.op == "expert_linear" else expert_linear_sum
+        return function(*rows, self.index, self.order, self.load, experts, backend=backend)
+
+
+def make_case(op: str, shape: Shape, dtype: torch.dtype, *, gates_dtype: torch.dtype | None = None) -> Case:
+    N, d, h, E, k, experts = shape
+    generator = torch.Generator().manual_seed(N * 7 + d)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    preference = normal(N, E)
+    if experts == "one":
+        preference[:, E - 1] += 100
+    elif experts == "single":
+        preference[:, 0] -= 100
+        preference[:, 1] -= 50
+        preference[5, 1] += 100
+    index = preference.topk(k).indices
+    order = index.flatten().sort(stable=True).indices
+    load = index.flatten().bincount(minlength=E)
+    if op == "expert_linear":
+        leaves = (normal(N, d).to(dtype), (normal(E, d, h) / d**0.5).to(dtype))
+        grad = normal(N, k, h).to(dtype)
+    else:
+        gates = normal(N, k).sigmoid().to(gates_dtype or dtype)
+        leaves = (normal(N, k, h).to(dtype), gates, (normal(E, h, d) / h**0.5).to(dtype))
+        grad = normal(N, d).to(dtype)
+    return Case(op, tuple(leaf.requires_grad_() for leaf in leaves), index, order, load, grad)
+
+
+def loop(case: Case) -> list[Tensor]:
+    """Output and the gradient of every leaf in fp64, one token and one choice at a time."""
+    leaves = tuple(t.detach().double().requires_grad_() for t in case.leaves)
+    y = torch.zeros(case.grad.shape, dtype=torch.float64)
+    parts = []
+    for n, chosen in enumerate(case.index.tolist()):
+        if case.op == "expert_linear":
+            x, experts = leaves
+            parts.append(torch.stack([x[n] @ experts[e] for e in chosen]))
+        else:
+            a, gates, experts = leaves
+            parts.append(sum(gates[n, j] * (a[n, j] @ experts[e]) for j, e in enumerate(chosen)))
+    y = torch.stack(parts) if parts else y + 0.0 * leaves[-1].sum()
+    return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.double(), allow_unused=True, materialize_grads=True)]
+
+
+def run(case: Case, backend: str) -> list[Tensor]:
+    y = case(*case.leaves, backend=backend)
+    assert y.dtype == case.leaves[0].dtype
+    assert y.is_contiguous()
+    assert y.shape == case.grad.shape
+    return [y.detach(), *torch.autograd.grad(y, case.leaves, case.grad)]
+
+
+def assert_equal(case: Case, actual: list[Tensor], tolerance: float) -> None:
+    for what, value, expected in zip(("y", *NAMES[case.op]), actual, loop(case), strict=True):
+        difference, norm = (value.double() - expected).norm().item(), expected.norm().item()
+        assert (difference / norm if norm > 1e-8 else difference) <= tolerance, what
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_loop(name: str, op: str, backend: str, dtype: torch.dtype) -> None:
+    case = make_case(op, SHAPES[name], dtype)
+    assert_equal(case, run(case, backend), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_may_be_fp32_beside_bf16(backend: str) -> None:
+    case = make_case("expert_linear_sum", SHAPES["plain"], torch.bfloat16, gates_dtype=torch.float32)
+    results = run(case, backend)
+    assert results[2].dtype == torch.float32
+    assert_equal(case, results, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_strides(op: str, backend: str) -> None:
+    """Inputs whose axes are stored in reverse order, and a gradient expanded from a scalar."""
+    case = make_case(op, SHAPES["plain"], torch.float32)
+    strided = case._replace(
+        leaves=tuple(
+            t.detach().permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]).requires_grad_()
+            for t in case.leaves
+        ),
+        grad=torch.tensor(0.3).expand_as(case.grad),
+    )
+    assert_equal(strided, run(strided, backend), 1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_repeats_bit_for_bit(op: str, backend: str, threads: int) -> None:
+    case = make_case(op, Shape(N=300, d=64, h=32, E=8, k=3), torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = run(case, backend)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(case, backend), strict=True))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(case, first, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op: str, backend: str) -> None:
+    case = make_case(op, Shape(N=5, d=4, h=3, E=4, k=2), torch.float64)
+    assert torch.autograd.gradcheck(lambda *leaves: case(*leaves, backend=backend), case.leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    case = make_case(op, SHAPES["plain"], dtype)
+    *rows, experts = case.leaves
+    k = [SHAPES["plain"].k] if op == "expert_linear" else []
+    forward, backward = (getattr(torch.ops.switchall, name).default for name in (op, f"{op}_backward"))
+    torch.library.opcheck(forward, (*rows, case.order, case.load, experts, *k, "cpu"))
+    detached = [t.detach() for t in (case.grad, *rows, case.order, case.load, experts)]
+    torch.library.opcheck(backward, (*detached, "cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_graph_breaks(op: str, backend: str) -> None:
+    case = make_case(op, SHAPES["plain"], torch.float32)
+
+    def function(rows: Tensor, *rest: Tensor) -> Tensor:
+        return torch.tanh(case(rows * 2, *rest, backend=backend))
+
+    expected = function(*case.leaves)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*case.leaves)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(*(torch.autograd.grad(y, case.leaves, case.grad) for y in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors(op: str, backend: str) -> None:
+    real = make_case(op, SHAPES["plain"], torch.bfloat16)
+    leaves = tuple(t.detach().to("meta").requires_grad_() for t in real.leaves)
+    case = Case(op, leaves, *(t.to("meta") for t in real[2:]))
+    y = case(*case.leaves, backend=backend)
+    assert y.is_meta
+    assert y.shape == case.grad.shape
+    y.backward(case.grad)
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_flop_counter(op: str, backend: str) -> None:
+    """N k d h multiply-adds forward and twice that backward; the reference computes every expert (E instead of k)."""
+    shape = SHAPES["plain"]
+    macs = shape.N * (shape.E if backend == "reference" else shape.k) * shape.d * shape.h
+    case = make_case(op, shape, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = case(*case.leaves, backend=backend)
+    assert counter.get_total_flops() == 2 * macs
+    with FlopCounterMode(display=False) as counter:
+        y.backward(case.grad)
+    assert counter.get_total_flops() == 4 * macs
