@@ -44,8 +44,8 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     """Standard deviation of the normal distribution that the parameter `name` is drawn from.
 
     s = sqrt(2 / L) or sqrt(1 / L), by init_scale. Embedding and output layer 1 / sqrt(d); attention Q, K, V, W_pos and
-    selectors, up and gate projections and router s / sqrt(d); attention outputs s / sqrt(H h); down projections
-    s / sqrt(fan-in), which for sigma-MoE is the dense equivalent's N_E G.
+    selectors, up and gate projections and router s / sqrt(d); attention outputs s / sqrt(H h), H being MoA's active
+    experts; down projections s / sqrt(fan-in), which for sigma-MoE is the dense equivalent's N_E G.
     """
     scale = math.sqrt((2.0 if config.init_scale == "paper" else 1.0) / config.num_layers)
     attention, feedforward = config.attention, config.feedforward
@@ -60,7 +60,15 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
             fan_in = feedforward.hidden_size
         return scale / math.sqrt(fan_in)
     attention_in = tuple(f"attention.{p}{kind}" for p in ("query", "key", "value") for kind in (".weight", "_experts"))
-    others = ("attention.position.weight", "_selector", "router", "up_experts", ".up.weight", ".gate.weight")
+    others = (
+        "attention.position.weight",
+        "attention.selector",
+        "_selector",
+        "router",
+        "up_experts",
+        ".up.weight",
+        ".gate.weight",
+    )
     assert name.endswith((*attention_in, *others)), f"no initial distribution is known for {name}"
     return scale / math.sqrt(config.d_model)
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.dense import DenseAttention
+from model.attention.moa import MoAAttention
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import DenseAttentionConfig, DenseFeedForwardConfig, ModelConfig, SwiGLUConfig
+from model.config import DenseAttentionConfig, DenseFeedForwardConfig, MoAConfig, ModelConfig, SwiGLUConfig
 from model.dropout import dropout, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
@@ -63,9 +64,13 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{index}"
         self.attention_norm = nn.LayerNorm(config.d_model)
-        self.attention: SwitchHeadAttention | DenseAttention
+        self.attention: SwitchHeadAttention | DenseAttention | MoAAttention
         if isinstance(config.attention, DenseAttentionConfig):
             self.attention = DenseAttention(config)
+        elif isinstance(config.attention, MoAConfig):
+            self.attention = MoAAttention(
+                config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
+            )
         else:
             self.attention = SwitchHeadAttention(config, backends=backends, name=f"{name}.attention", seed=seed)
         self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)

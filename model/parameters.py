@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.config import MoAConfig, ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCount:
 def _expert_share(name: str, config: ModelConfig) -> tuple[int, int]:
     """(active, total) experts of the tensor `name`; (1, 1) if it holds none."""
     if ".attention." in name and name.endswith("_experts"):
+        if isinstance(config.attention, MoAConfig):
+            return config.attention.num_heads, config.attention.num_experts
         assert isinstance(config.attention, SwitchHeadConfig)
         return config.attention.active_experts, config.attention.num_experts
     if name.endswith((".up_experts", ".down_experts")):

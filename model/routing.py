@@ -17,47 +17,80 @@ class RoutingStatistics:
     """Counts of one router, fp64 (exact beyond 2^24 tokens) on the router's device; not module buffers, so that a cast
     of the module to bf16 cannot touch them.
 
-    `load` [E] or [H, E]: how often each expert was chosen since the last step. `probability_sum` [E] and `num_tokens`
-    []: sum over tokens of softmax(logits), only where the entropy regulariser needs it. `probability` [E]: the mean
-    routing distribution of the previous global batch, part of the training state (checkpointed).
+    Sums since the last step: `load` [E] or [H, E], how often each expert was chosen; `num_tokens` [], `probability_sum`
+    [E] of softmax(logits) and `gate_sum` [E] of the chosen gates, only where a regulariser needs them.
+    Means of the previous global batch, part of the training state (`state`, checkpointed), uniform before the first:
+    `probability` [E], with `tracks_probability` (entropy regulariser); `choice_share` [E], the share of choices, and
+    `gate_mean` [E] per token, with `tracks_balance` (MoA). What is not tracked has size 0.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, tracks_probability: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], *, tracks_probability: bool, tracks_balance: bool = False) -> None:
         self.shape = shape
         self.tracks_probability = tracks_probability
+        self.tracks_balance = tracks_balance
+        probability_shape, balance_shape = (
+            shape if tracks else (0,) for tracks in (tracks_probability, tracks_balance)
+        )
         self.load = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self.num_tokens = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.probability_sum = torch.zeros(shape if tracks_probability else (0,), dtype=torch.float64, device="cpu")
+        self.probability_sum = torch.zeros(probability_shape, dtype=torch.float64, device="cpu")
+        self.gate_sum = torch.zeros(balance_shape, dtype=torch.float64, device="cpu")
         self.probability = torch.full_like(self.probability_sum, 1.0 / shape[-1])
+        self.choice_share = torch.full_like(self.gate_sum, 1.0 / shape[-1])
+        self.gate_mean = torch.full_like(self.gate_sum, 1.0 / shape[-1])
 
     def to(self, device: torch.device) -> None:
         """Moves all tensors to `device` (the engine moves only parameters and buffers)."""
-        for name in ("load", "num_tokens", "probability_sum", "probability"):
-            setattr(self, name, getattr(self, name).to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
 
     @torch.no_grad()
-    def record(self, load: Tensor, logits: Tensor | None) -> None:
-        """Adds one forward pass: `load` of shape `shape`, and the clean logits [N, E] where p is tracked."""
+    def record(
+        self, load: Tensor, logits: Tensor | None, gates: Tensor | None = None, index: Tensor | None = None
+    ) -> None:
+        """Adds one forward pass: `load` of shape `shape`; where p or balance is tracked the clean logits [N, E]; for
+        balance also `gates` and `index` [N, k] of the chosen experts."""
         self.load += load
         if self.tracks_probability:
             assert logits is not None
             self.probability_sum += logits.softmax(-1).sum(0, dtype=torch.float64)
+        if self.tracks_balance:
+            assert gates is not None and index is not None
+            self.gate_sum += chosen_gates(gates, index, self.shape[-1]).sum(0, dtype=torch.float64)
+        if logits is not None:
             self.num_tokens += logits.shape[0]
 
     def accumulators(self) -> list[Tensor]:
         """The tensors to be summed over data-parallel ranks at the end of a step, in a fixed order."""
-        return [self.load, self.probability_sum, self.num_tokens]
+        return [self.load, self.probability_sum, self.gate_sum, self.num_tokens]
+
+    def state(self) -> dict[str, Tensor]:
+        """The training state by name, to be saved and to be copied into."""
+        balance = {"choice_share": self.choice_share, "gate_mean": self.gate_mean} if self.tracks_balance else {}
+        return {"probability": self.probability, **balance}
 
     @torch.no_grad()
     def finish_step(self, *, keep: bool = True) -> None:
-        """Called after the sum over ranks: keeps the step's distribution (not a skipped one's), clears counts."""
-        if (
-            self.tracks_probability and keep
-        ):  # without a host sync: a step that recorded nothing keeps the old distribution
-            updated = self.probability_sum / self.num_tokens.clamp_min(1.0)
-            self.probability = torch.where(self.num_tokens > 0, updated, self.probability)
+        """Called after the sum over ranks: keeps the step's means (not a skipped one's), clears counts."""
+        if keep:
+            if self.tracks_probability:
+                self.probability = _mean(self.probability_sum, self.num_tokens, self.probability)
+            if self.tracks_balance:
+                self.choice_share = _mean(self.load, self.load.sum(), self.choice_share)
+                self.gate_mean = _mean(self.gate_sum, self.num_tokens, self.gate_mean)
         for tensor in self.accumulators():
             tensor.zero_()
+
+
+def _mean(total: Tensor, count: Tensor, previous: Tensor) -> Tensor:
+    """total / count, without a host sync; a step that recorded nothing keeps the `previous` mean."""
+    return torch.where(count > 0, total / count.clamp_min(1.0), previous)
+
+
+def chosen_gates(gates: Tensor, index: Tensor, num_experts: int) -> Tensor:
+    """`gates` [N, k] at their experts `index` [N, k] of [N, E], 0 elsewhere. Sums of it over tokens are repeatable."""
+    return gates.new_zeros(gates.shape[0], num_experts).scatter(1, index, gates)
 
 
 def entropy_regularizer(

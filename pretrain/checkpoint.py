@@ -3,7 +3,8 @@
 A checkpoint is the folder checkpoints/step-NNNNNNNN with
     rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
                              `rng/cpu` (uint8; training itself draws nothing, see model/dropout.py, and no
-                             other generator is saved), and in rank 0's file `routing/NAME` (fp64)
+                             other generator is saved), and in rank 0's file `routing/NAME` and, of MoA,
+                             `routing/NAME/STATISTIC` (fp64)
     state.json               everything else, with size and sha256 of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
@@ -202,7 +203,8 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
     for key, value in (checkpoint.state["loss_scaler"] or {}).items():
         setattr(engine.optimizer.loss_scaler, key, value)
     for name, statistics in routing_statistics(engine.module):
-        statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
+        for key, value in statistics.state().items():
+            value.copy_(store.single(_routing_key(name, key), rank=0))
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if checkpoint.state["layout"]["data"] == world_size:
@@ -251,8 +253,14 @@ def _owned_tensors(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]
             tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
     if rank == 0:
         for name, statistics in routing_statistics(engine.module):
-            tensors[f"routing/{name}"] = statistics.probability.cpu().clone()
+            for key, value in statistics.state().items():
+                tensors[_routing_key(name, key)] = value.cpu().clone()
     return tensors
+
+
+def _routing_key(name: str, key: str) -> str:
+    """`routing/NAME` is the mean routing distribution, the only statistic of most routers."""
+    return f"routing/{name}" if key == "probability" else f"routing/{name}/{key}"
 
 
 def _loss_scaler(engine: Any) -> dict[str, Any] | None:

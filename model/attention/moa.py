@@ -1,0 +1,101 @@
+"""Mixture of Attention Heads (MoA, arXiv 2210.05144): the sparse-attention baseline of the SwitchHead paper."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention.rope import apply_rope, rope_tables
+from model.attention.xl import relative_attention
+from model.balance import balance_losses
+from model.config import MoAConfig, ModelConfig, XLConfig
+from model.dropout import keep_mask, site_key
+from model.kernels.choice import Backends
+from model.kernels.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.route import Routing, route
+from model.parallel.context import ParallelContext
+from model.routing import RoutingStatistics
+
+
+class MoAAttention(nn.Module):
+    """Every token attends with its k chosen experts, each a query and an output projection; keys and values are shared.
+
+    q[t, j] = x[t] W_Q[e], e the j-th choice of token t;  a[t, j] = attention of q[t, j] over all keys and values;
+    y[t] = sum_j g[t, e] a[t, j] W_O[e].  The gate g is softmax(logits) over all E experts, taken as it is, as in the
+    SwitchHead authors' baseline (the original MoA divides the chosen ones by their detached sum), or sigmoid(logits).
+    With XL positions one W_pos and one learned scale of the logits serve all experts; there are no u and v.
+    Shape legend: B batch, T tokens of the chunk, L = M + T of the context, N = B T, h head_dim, E experts, d d_model.
+    """
+
+    position: nn.Linear
+
+    def __init__(
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
+    ) -> None:
+        super().__init__()
+        assert isinstance(config.attention, MoAConfig)
+        self.config = config.attention
+        self.position_config = config.position
+        self.parallel = parallel
+        self.backends = backends
+        h, E, d = self.config.head_dim, self.config.num_experts, config.d_model
+        self.selector = nn.Parameter(torch.empty(E, d))
+        self.query_experts = nn.Parameter(torch.empty(E, d, h))
+        self.output_experts = nn.Parameter(torch.empty(E, h, d))
+        self.key = nn.Linear(d, h, bias=False)
+        self.value = nn.Linear(d, h, bias=False)
+        if isinstance(config.position, XLConfig):
+            self.position = nn.Linear(d, h, bias=False)
+            self.scale = nn.Parameter(torch.empty(1))
+        self.statistics = RoutingStatistics((E,), tracks_probability=False, tracks_balance=True)
+        self._dropout_key = site_key(seed, f"{name}.experts")
+
+    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
+        `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d] and the weighted losses (fp32 scalar)."""
+        B, L, d = context.shape
+        T, k, h = num_queries, self.config.num_heads, self.config.head_dim
+        tokens = context[:, L - T :].reshape(B * T, d)
+        routing = self._route(tokens, sequence_index, T)
+        logits, index, load, order = routing.logits[:, 0], routing.index[:, 0], routing.load[0], routing.order[0]
+        probability = logits.softmax(-1) if self.config.router == "softmax" else None
+        gates = routing.scores[:, 0] if probability is None else probability.gather(1, index)  # [N, k] fp32
+        auxiliary_loss = logits.new_zeros((), dtype=torch.float32)
+        if self.training:
+            if probability is not None:
+                auxiliary_loss = balance_losses(
+                    logits, probability, gates, index, load, self.config, self.statistics, self.parallel
+                )
+            self.statistics.record(load, logits, gates, index)
+
+        backend = self.backends.expert_linear
+        q = expert_linear(tokens, index, order, load, self.query_experts, backend=backend).view(B, T, k, h)
+        attended = self._attend(q, self.key(context)[:, :, None], self.value(context)[:, :, None])
+        y = expert_linear_sum(
+            attended.reshape(B * T, k, h), gates, index, order, load, self.output_experts, backend=backend
+        )
+        return y.view(B, T, d), auxiliary_loss
+
+    def _attend(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""
+        if isinstance(self.position_config, XLConfig):
+            q, key, value = (t.transpose(1, 2) for t in (q, key, value))
+            return relative_attention(q, key, value, self.position, scale=self.scale).transpose(1, 2)
+        cos, sin = rope_tables(torch.arange(q.shape[1], device=q.device), q.shape[3], self.position_config)
+        q, key, value = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(key, cos, sin), value))
+        # One key and value head for k query heads, without copies of it.
+        attended = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+    def _route(self, tokens: Tensor, sequence_index: Tensor, T: int) -> Routing:
+        """The choice of `tokens` [N, d]; the one router is an axis of size 1. The losses see clean logits."""
+        keep, E = None, self.config.num_experts
+        if self.training and self.config.expert_dropout > 0.0:
+            keep = keep_mask(
+                probability=self.config.expert_dropout,
+                key=self._dropout_key,
+                sequence_index=sequence_index,
+                shape=(sequence_index.shape[0], T, E),
+            ).view(-1, 1, E)
+        return route(tokens, self.selector[None], self.config.num_heads, keep=keep, backend=self.backends.route)
