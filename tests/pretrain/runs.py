@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
 import model.kernels.route
@@ -51,6 +52,13 @@ def small_config(prepared: Path, *overrides: str) -> Config:
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree)
+
+
+MOA = (
+    'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
+    '"switch_loss_weight": 0.3, "cv_loss_weight": 0.3}',
+)
+"""Overrides of `small_config`: MoA attention with all of its losses, strong enough to be seen."""
 
 
 @dataclass
@@ -125,7 +133,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             trace.smallest_margin = min([trace.smallest_margin, *gap.flatten().tolist()])
         return routing
 
-    users = (model.attention.switchhead, model.feedforward.sigma_moe)
+    users = (model.attention.moa, model.attention.switchhead, model.feedforward.sigma_moe)
     for user in users:
         user.route = measured
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run_ranks
-from tests.pretrain.runs import Trace, engine_trace, gradient_error, plain_trace, small_config
+from tests.pretrain.runs import MOA, Trace, engine_trace, gradient_error, plain_trace, small_config
 
 STEPS = 20
 GRADIENT_STEPS = (0, 4, 9)
@@ -95,6 +95,25 @@ def test_dense_baseline_trains_the_same_in_every_layout(prepared: Path) -> None:
     configs = [small_config(prepared, *dense, f"parallel.zero={zero}", "batch.micro_sequences=2") for zero in (0, 1, 3)]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
         assert_same(trace, reference, "2 ranks, dense")
+
+
+@pytest.mark.parametrize("scope", ["global_batch", "micro_batch"])
+def test_moa_trains_the_same_in_every_layout(prepared: Path, scope: str) -> None:
+    """With its three losses; of scope micro_batch in layouts with the same 4 sequences per micro-step."""
+    moa = (*MOA, f"model.attention.loss_scope={scope}", "model.attention.expert_dropout=0.1")
+    reference = plain_trace(small_config(prepared, *moa, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
+    layouts = ((0, 4), (3, 1)) if scope == "global_batch" else ((1, 2),)
+    configs = [
+        small_config(prepared, *moa, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
+        for zero, micro in layouts
+    ]
+    for (zero, micro), trace in zip(
+        layouts, run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0], strict=True
+    ):
+        assert_same(trace, reference, f"2 ranks, ZeRO {zero}, micro {micro}, MoA")
+    weightless = small_config(prepared, *moa, "model.attention.cv_loss_weight=0.0", "batch.micro_sequences=4")
+    other = plain_trace(weightless, 3, ())
+    assert abs(other.grad_norms[2] / reference.grad_norms[2] - 1) > TOLERANCE, "the cv loss has no effect"
 
 
 def test_bf16_stays_near_fp32(prepared: Path) -> None:
