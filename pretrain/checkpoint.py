@@ -206,7 +206,8 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
     for key, value in (checkpoint.state["loss_scaler"] or {}).items():
         setattr(engine.optimizer.loss_scaler, key, value)
     for name, statistics in routing_statistics(engine.module):
-        statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
+        for key, value in statistics.state().items():
+            value.copy_(store.single(_routing_key(name, key), rank=0))
     for name, memory in layer_memories(engine.module):
         memory.kept = store.memory(name, memory.streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code

@@ -18,7 +18,7 @@ from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.loop import train
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import MOA, small_config
 
 DROPOUTS = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
 COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
@@ -74,6 +74,27 @@ def test_resumed_run_is_bit_identical(prepared: Path, tmp_path: Path, ranks: int
     for precision, zero in layouts:
         folder = tmp_path / f"{precision}-{zero}"
         assert_bit_identical(folder / "resumed", folder / "unbroken")
+
+
+def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path, tmp_path: Path) -> None:
+    """The losses of scope global_batch would notice a lost statistic."""
+    keys = (*MOA, "train.steps=5", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    stop = "train.stop_after_steps=3"
+    run_ranks(
+        train_runs,
+        2,
+        [
+            (small_config(prepared, *keys), tmp_path / "unbroken"),
+            (small_config(prepared, *keys, stop), tmp_path / "resumed"),
+            (small_config(prepared, *keys), tmp_path / "resumed"),
+        ],
+    )
+    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
+    tensors = state_tensors(tmp_path / "resumed")
+    for layer in (0, 1):
+        key = f"rank-00000.safetensors/routing/blocks.{layer}.attention.statistics"
+        assert tensors[f"{key}/choice_share"].sum().item() == pytest.approx(1.0)
+        assert tensors[f"{key}/gate_mean"].std() > 0
 
 
 def test_resuming_in_another_layout_gives_the_same_losses(prepared: Path, tmp_path: Path) -> None:
