@@ -13,6 +13,7 @@ from model.memory import LayerMemory, layer_memories, separate_streams
 ATTENTIONS = {
     "dense": {"type": "dense", "num_heads": 3, "head_dim": 5},
     "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 5, "num_experts": 4, "active_experts": 2},
+    "moa": {"type": "moa", "num_heads": 2, "head_dim": 5, "num_experts": 4},
 }
 
 
