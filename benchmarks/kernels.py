@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from model.kernels.backend import BACKENDS
+from model.kernels.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.linear_cross_entropy import linear_cross_entropy
 from model.kernels.route import route
 from model.kernels.sigma_moe import sigma_moe
@@ -98,6 +99,37 @@ def route_suite(dtype: torch.dtype, quick: bool) -> Suite:
     return Suite(f"T={N} d={d} R={R} E={E} k={k}", 2 * N * R * E * d, cases)
 
 
+def expert_linear_suite(dtype: torch.dtype, quick: bool) -> Suite:
+    """MoA's query and output projections, one after the other; the choice is given. The loop is over experts."""
+    N, d, h, E, k = (512, 128, 64, 8, 2) if quick else (2048, 416, 88, 10, 4)
+    x, query, output, gates = (_normal(dtype, *size) for size in ((N, d), (E, d, h), (E, h, d), (N, k)))
+    index = torch.rand(N, E).topk(k).indices
+    load, order = index.flatten().bincount(minlength=E), index.flatten().sort(stable=True).indices
+    slots = torch.empty_like(order).scatter_(0, order, torch.arange(N * k))
+
+    def ours(backend: str) -> Tensor:
+        q = expert_linear(x, index, order, load, query, backend=backend)
+        return expert_linear_sum(q, gates, index, order, load, output, backend=backend)
+
+    def grouped_mm() -> Tensor:
+        offsets = load.cumsum(0).int()
+        q = F.grouped_mm(x[order // k], query, offs=offsets)
+        rows = F.grouped_mm(q * gates.flatten()[order, None], output, offs=offsets)
+        return rows[slots].view(N, k, d).sum(1)
+
+    def loop() -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, choice = (index == e).nonzero(as_tuple=True)
+            y = y.index_add(0, token, (x[token] @ query[e] * gates[token, choice, None]) @ output[e])
+        return y
+
+    inputs = (x, query, output, gates)
+    cases = [Case(f"ours, {b}", lambda b=b: ours(b), inputs) for b in BACKENDS["expert_linear"]]
+    cases += [Case("F.grouped_mm", grouped_mm, inputs), Case("loop over experts", loop, inputs)]
+    return Suite(f"T={N} d={d} h={h} E={E} k={k}", 2 * 2 * N * k * d * h, cases)
+
+
 def linear_cross_entropy_suite(dtype: torch.dtype, quick: bool) -> Suite:
     N, d, V = (1024, 128, 8000) if quick else (8192, 512, 32000)
     hidden, weight, bias = _normal(dtype, N, d), _normal(dtype, V, d), _normal(dtype, V)
@@ -118,6 +150,7 @@ def linear_cross_entropy_suite(dtype: torch.dtype, quick: bool) -> Suite:
 SUITES: dict[str, str] = {
     "sigma_moe": "benchmarks.kernels:sigma_moe_suite",
     "route": "benchmarks.kernels:route_suite",
+    "expert_linear": "benchmarks.kernels:expert_linear_suite",
     "linear_cross_entropy": "benchmarks.kernels:linear_cross_entropy_suite",
 }
 """op -> module:function, the function from (dtype, quick) to a Suite. Resolved when the op is asked for."""
