@@ -190,7 +190,7 @@ def set_shard(key: str, value: Any) -> Edit:
         (lambda body: body.pop("format_version"), "format_version is None"),
         (lambda body: body.update(dtype="uint32"), "dtype, vocab_size and eos_id contradict"),
         (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
-        (lambda body: body["splits"].pop("validation"), "splits and totals must have exactly the keys"),
+        (lambda body: body["splits"].pop("validation"), "splits and totals must have the keys train, validation"),
     ],
 )
 def test_a_manifest_that_breaks_a_rule_is_refused(prepared: Path, edit: Edit, message: str) -> None:
