@@ -190,6 +190,10 @@ def set_shard(key: str, value: Any) -> Edit:
         (lambda body: body.pop("format_version"), "format_version is None"),
         (lambda body: body.update(dtype="uint32"), "dtype, vocab_size and eos_id contradict"),
         (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
+        (lambda body: body["tokenizer"].update(kind="words"), r"tokenizer\.kind: Input should be"),
+        (lambda body: body["tokenizer"].update(kind="bytes"), "bytes have vocab_size 256 and neither file"),
+        (lambda body: body["tokenizer"].pop("file"), "a SentencePiece model needs file, sha256 and eos_id"),
+        (lambda body: body["splits"].update(test=[]), "splits and totals must have the keys train, validation"),
         (lambda body: body["splits"].pop("validation"), "splits and totals must have the keys train, validation"),
     ],
 )
