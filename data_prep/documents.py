@@ -29,10 +29,10 @@ FormatName = Literal["auto", "c4", "pes2o", "wikitext", "enwik8"]
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
 WIKITEXT_MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 ENWIK8_SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
-# Where to get a corpus whose files are not there.
+# Where the files of a corpus come from, for messages.
 ORIGINS = {
-    "wikitext": "unpack https://wikitext.smerity.com/wikitext-103-raw-v1.zip there",
-    "enwik8": "unpack http://mattmahoney.net/dc/enwik8.zip there",
+    "wikitext": "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+    "enwik8": "http://mattmahoney.net/dc/enwik8.zip",
 }
 # About 0.3 s of BPE encoding: small enough to spread over workers, large enough that handing it over costs
 # nothing.
@@ -95,7 +95,10 @@ class RawFile:
             if self.format == "enwik8":
                 yield from self._enwik8(content, chunk_bytes)
             elif self.format == "wikitext":
-                no_article = f"{content.name} has no line ` = Title = ` that opens an article, so it is no Wikitext-103"
+                no_article = (
+                    f"{content.name} has no line ` = Title = ` that opens an article; fetch it again from "
+                    f"{ORIGINS['wikitext']}"
+                )
                 articles = documents(content.lines(), starts=is_article_heading, if_none=no_article)
                 yield from self._cut(articles, content, self._split, chunk_bytes)
             else:
@@ -111,8 +114,8 @@ class RawFile:
             holds = f"{found:,}" if found < wanted else f"more than {wanted:,}"
             parts = " + ".join(f"{size:,}" for size in self._split_bytes)
             raise DataError(
-                f"{self.path} holds {holds} bytes, not {wanted:,} ({parts}); fetch enwik8 again "
-                f"({ORIGINS['enwik8']}), or set split_bytes to the sizes [train, validation, test] of this file"
+                f"{self.path} holds {holds} bytes, not {wanted:,} ({parts}); fetch it again from "
+                f"{ORIGINS['enwik8']}, or set split_bytes to the sizes [train, validation, test] of this file"
             )
 
     def _cut(self, records: Iterator[bytes], content: Unpacked, split: SplitName, chunk_bytes: int) -> Iterator[Chunk]:

@@ -93,7 +93,7 @@ class Plan:
 
 def make_plan(config: DataConfig) -> Plan:
     """Finds the files of a config. Raises DataError with the key and the pattern that found nothing."""
-    origin = ORIGINS.get(config.format, "")
+    origin = ORIGINS.get(config.format)
     patterns = {"input": config.input, "validation_input": config.validation_input, "test_input": config.test_input}
     found = {key: _find(key, value, origin=origin) for key, value in patterns.items()}
     _check_once(found, format=config.format)
@@ -134,16 +134,16 @@ def _existing(path: str) -> Path:
     return Path(path) if Path(path).exists() else REPOSITORY / path
 
 
-def _find(key: str, patterns: tuple[str, ...], *, origin: str) -> list[Path]:
-    """Files in the order of the patterns, each pattern sorted; every pattern must find something. `origin`: how to
-    get the files, for the message."""
+def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[Path]:
+    """Files in the order of the patterns, each pattern sorted; every pattern must find something. `origin`: where
+    a corpus comes from, for the message."""
     files: list[Path] = []
     for pattern in patterns:
         found = _match(Path(), pattern) or _match(REPOSITORY, pattern)
         matched = [path for path in found if path.is_file()]
         if not matched:
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"
-            fix = f"; {origin}" if origin else ""
+            fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
             raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY}){fix}")
         files += matched
     return files

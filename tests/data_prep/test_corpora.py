@@ -183,8 +183,22 @@ def test_enwik8_of_another_size_is_refused(
     assert run(enwik8) == 2
     error = one_error(capsys)
     assert f"enwik8 holds {holds} bytes, not 40,014 (30,011 + 5,003 + 5,000)" in error
-    assert "fetch enwik8 again" in error and "or set split_bytes to" in error
+    assert "fetch it again from http" in error and "or set split_bytes to" in error
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_failing_rebuild_leaves_the_former_data_whole(
+    enwik8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(enwik8) == 0
+    before = outputs(tmp_path / "out")
+    make_enwik8(tmp_path / "raw" / "enwik8", 40_013)
+    assert run(enwik8) == 2
+    assert "enwik8 has changed" in one_error(capsys)
+    for workers in (1, 2):
+        assert run(enwik8, "--force", "--set", f"workers={workers}") == 2
+        assert "holds 40,013 bytes" in one_error(capsys)
+        assert outputs(tmp_path / "out") == before
 
 
 def test_the_standard_split_is_90_5_5_million(enwik8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +382,9 @@ def test_the_shipped_configs_say_where_missing_files_come_from(
     assert config.output == str(REPOSITORY / "data" / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_prep.plan.REPOSITORY", tmp_path)
-    with pytest.raises(DataError, match=r"input: 'raw/.*' matches no file .*; unpack https?://.*zip"):
+    with pytest.raises(
+        DataError, match=r"input: 'raw/.*' matches no file .*; fetch https?://\S+zip and unpack it there, or"
+    ):
         make_plan(config)
 
 
