@@ -167,7 +167,8 @@ def documents(lines: Iterator[bytes], *, starts: Callable[[bytes], bool], if_non
 
 
 def is_article_heading(line: bytes) -> bool:
-    """Whether a line of Wikitext is ` = Title = `, and not ` = = Section = = `; any line end or none."""
+    """Whether a line of Wikitext is ` = Title = `, and not ` = = Section = = `; any line end or none. A line of text
+    that begins and ends with = passes too: then an article is cut in two, and no text is lost."""
     text = line.rstrip()
     return (
         len(text) > len(b" =  =")
