@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main as data_prep
+from pretrain.config import Config
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs
@@ -34,17 +36,20 @@ def prepare_bytes(folder: Path) -> Path:
     return folder / "bytes"
 
 
-def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(
-    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
+    """`train_runs` with what it prints in a file: the process that forks the ranks may be older than a capture."""
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
+        train_runs(rank, runs)
+
+
+def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = ("train.steps=2", "monitor.tensorboard=true")
     config = small_config(prepare_bytes(tmp_path), "model.vocab_size=256", *keys)
     pieces = small_config(prepared, *keys)
-    capfd.readouterr()
-    run_ranks(train_runs, 1, [(config, tmp_path / "run"), (pieces, tmp_path / "pieces")])
-    printed = capfd.readouterr().out.splitlines()
+    run_ranks(train_and_keep_output, 1, [(config, tmp_path / "run"), (pieces, tmp_path / "pieces")], tmp_path / "out")
+    printed = (tmp_path / "out").read_text().splitlines()
 
     def validation(run: str) -> dict[str, float]:
         events = [json.loads(line) for line in (tmp_path / run / "events.jsonl").read_text().splitlines()]
