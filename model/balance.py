@@ -1,4 +1,7 @@
-"""The load-balancing losses of MoA's softmax router (arXiv 2210.05144, section 3.3).
+"""The load-balancing losses of MoA's softmax router (arXiv 2210.05144, section 3), as its authors' code has them.
+
+The SwitchHead authors' copy of that code scatters the gates of a [B, T, E] tensor along T, so its choices and gates are
+not counted per expert; here they are.
 
 Tensor shapes: N tokens of a micro-step on this rank, E experts, k choices. P [E] is the mean over tokens of the
 probabilities, f [E] the share of choices (no gradient), m [E] the mean over tokens of the chosen gates (0 elsewhere).

@@ -2,7 +2,7 @@
 
     expert_linear      y[n, j] = x[n] W[e],                               e = index[n, j]         (the queries)
     expert_linear_sum  y[n]    = sum over j of gates[n, j] * a[n, j] W[e]                         (the output)
-                                                                     (MoA, arXiv 2210.05144, section 3.1)
+                                                                        (MoA, arXiv 2210.05144, section 3)
 
 Shapes: N tokens, d d_model (wide), h head_dim (narrow), E experts, k experts per token. A slot n*k + j is one (token,
 choice) pair. Wide rows belong to tokens and narrow ones to slots: each op is the other's input gradient.
