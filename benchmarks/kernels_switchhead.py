@@ -134,7 +134,7 @@ def bench_layers(dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], dic
     macs = layer_macs(T)
     for name, layer in layers(dtype).items():
         flops = 2 * B * T * macs["dense" if name == "dense" else "switchhead"]
-        bench.add(name, lambda layer=layer: layer(x, sequence_index), [x, *layer.parameters()], flops)  # type: ignore[misc]
+        bench.add(name, lambda layer=layer: layer(x, T, sequence_index)[0], [x, *layer.parameters()], flops)  # type: ignore[misc]
     return bench.run(rounds), bench.flops
 
 

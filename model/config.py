@@ -222,8 +222,8 @@ class ModelConfig(Section):
     feedforward: FeedForwardConfig = SigmaMoEConfig()
     """Feed-forward layer: `type` is sigma_moe, dense or swiglu."""
     init_scale: Literal["paper", "library"] = "paper"
-    """s in the initial standard deviations of the blocks: sqrt(2 / L), the experiments' value, or sqrt(1 / L), which the
-    authors' stand-alone library recommends."""
+    """s in the initial standard deviations of the blocks: sqrt(2 / L), the experiments' value, or sqrt(1 / L), which
+    the authors' stand-alone library recommends."""
     dropout: Probability = 0.0
     """Dropout on the embedding output, after attention, after the feed-forward, inside a dense feed-forward, and
     before the output layer."""

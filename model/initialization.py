@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.config import DenseFeedForwardConfig, ModelConfig
+from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 
 
 def initialize(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
@@ -29,18 +29,23 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, *, seed: in
         return torch.zeros(shape)
     if "norm." in name:
         return torch.ones(shape)
+    if name.endswith("attention.scale"):
+        return torch.full(shape, config.attention.head_dim**-0.5)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     value = torch.randn(shape, generator=generator) * standard_deviation(name, config)
-    return _equal_row_norms(value) if name.endswith("feedforward.router") else value
+    normalized = isinstance(config.attention, SwitchHeadConfig) and config.attention.normalized_init
+    if normalized and ".attention." in name and name.endswith("_experts"):
+        return _equal_norms(value, dim=(0, 1))
+    return _equal_norms(value, dim=(-1,)) if name.endswith("feedforward.router") else value
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
     """Standard deviation of the normal distribution that the parameter `name` is drawn from.
 
-    s = sqrt(2 / L) or sqrt(1 / L), by init_scale. Embedding and output layer 1 / sqrt(d); attention Q, K, value experts and selectors, up
-    projections and router s / sqrt(d); attention outputs s / sqrt(H h); down projections s / sqrt(fan-in), which for
-    sigma-MoE is the dense equivalent's N_E G.
+    s = sqrt(2 / L) or sqrt(1 / L), by init_scale. Embedding and output layer 1 / sqrt(d); attention Q, K, V, W_pos and
+    selectors, up and gate projections and router s / sqrt(d); attention outputs s / sqrt(H h); down projections
+    s / sqrt(fan-in), which for sigma-MoE is the dense equivalent's N_E G.
     """
     scale = math.sqrt((2.0 if config.init_scale == "paper" else 1.0) / config.num_layers)
     attention, feedforward = config.attention, config.feedforward
@@ -49,18 +54,19 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     if name.endswith(("attention.output.weight", "attention.output_experts")):
         return scale / math.sqrt(attention.num_heads * attention.head_dim)
     if ".feedforward.down" in name:
-        if isinstance(feedforward, DenseFeedForwardConfig):
-            fan_in = feedforward.hidden_size
-        else:
+        if isinstance(feedforward, SigmaMoEConfig):
             fan_in = feedforward.num_experts * feedforward.expert_size
+        else:
+            fan_in = feedforward.hidden_size
         return scale / math.sqrt(fan_in)
-    from_d_model = ("query.weight", "key.weight", "value.weight", "value_experts", "_selector", "router", ".up.weight")
-    assert name.endswith((*from_d_model, "up_experts")), f"no initial distribution is known for {name}"
+    attention_in = tuple(f"attention.{p}{kind}" for p in ("query", "key", "value") for kind in (".weight", "_experts"))
+    others = ("attention.position.weight", "_selector", "router", "up_experts", ".up.weight", ".gate.weight")
+    assert name.endswith((*attention_in, *others)), f"no initial distribution is known for {name}"
     return scale / math.sqrt(config.d_model)
 
 
-def _equal_row_norms(weight: Tensor) -> Tensor:
-    """Scales every row to the same norm and then all of them so that the tensor keeps its standard deviation."""
+def _equal_norms(weight: Tensor, *, dim: tuple[int, ...]) -> Tensor:
+    """Scales `weight` to the same norm along `dim` everywhere and then so that it keeps its standard deviation."""
     std = weight.std()
-    rows = weight / weight.norm(dim=-1, keepdim=True)
-    return rows * (std / rows.std())
+    scaled = weight / weight.norm(dim=dim, keepdim=True)
+    return scaled * (std / scaled.std())

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import DenseAttentionConfig, DenseFeedForwardConfig, ModelConfig
+from model.config import DenseAttentionConfig, DenseFeedForwardConfig, ModelConfig, SwiGLUConfig
 from model.dropout import dropout, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
+from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.linear_cross_entropy import linear_cross_entropy
+from model.memory import LayerMemory
 from model.parallel.context import ParallelContext
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -67,10 +69,13 @@ class Block(nn.Module):
         else:
             self.attention = SwitchHeadAttention(config, backends=backends, name=f"{name}.attention", seed=seed)
         self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)
+        self.memory = LayerMemory(config.memory_length) if config.memory_length else None
         self.feedforward_norm = nn.LayerNorm(config.d_model)
-        self.feedforward: SigmaMoE | DenseFeedForward
+        self.feedforward: SigmaMoE | DenseFeedForward | SwiGLU
         if isinstance(config.feedforward, DenseFeedForwardConfig):
             self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed)
+        elif isinstance(config.feedforward, SwiGLUConfig):
+            self.feedforward = SwiGLU(config, name=f"{name}.feedforward", seed=seed)
         else:
             self.feedforward = SigmaMoE(
                 config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
@@ -79,11 +84,13 @@ class Block(nn.Module):
 
     def forward(self, state: State) -> State:
         hidden, sequence_index, auxiliary_loss = state
-        attended = self.attention(self.attention_norm(hidden), sequence_index)
+        # Memory is normalised with the present weights, like the chunk itself.
+        context = hidden if self.memory is None else self.memory.extend(hidden, sequence_index)
+        attended, attention_loss = self.attention(self.attention_norm(context), hidden.shape[1], sequence_index)
         hidden = hidden + self.attention_dropout(attended, sequence_index)
-        transformed, layer_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
+        transformed, feedforward_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
         hidden = hidden + self.feedforward_dropout(transformed, sequence_index)
-        return hidden, sequence_index, auxiliary_loss + layer_loss
+        return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
 
 
 class FinalNorm(nn.LayerNorm):

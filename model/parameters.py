@@ -32,7 +32,7 @@ def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCount:
 
 def _expert_share(name: str, config: ModelConfig) -> tuple[int, int]:
     """(active, total) experts of the tensor `name`; (1, 1) if it holds none."""
-    if name.endswith((".value_experts", ".output_experts")):
+    if ".attention." in name and name.endswith("_experts"):
         assert isinstance(config.attention, SwitchHeadConfig)
         return config.attention.active_experts, config.attention.num_experts
     if name.endswith((".up_experts", ".down_experts")):

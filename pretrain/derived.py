@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.shard_format import Manifest
 from model.attention.rope import rotated_width
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeConfig
 from model.language_model import build_on_meta
 from model.parameters import ParameterCount, count_parameters
 from pretrain.config import Config
@@ -42,12 +42,27 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
         DerivedValue(
             "epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"
         ),
-        DerivedValue(
-            "rotated dimensions",
-            f"{rotated_width(model.attention.head_dim, model.position.fraction)} of {model.attention.head_dim}",
-            "position.fraction x head_dim, rounded down to even",
-        ),
     ]
+    if isinstance(model.position, RopeConfig):
+        rotated = rotated_width(model.attention.head_dim, model.position.fraction)
+        values.append(
+            DerivedValue(
+                "rotated dimensions",
+                f"{rotated} of {model.attention.head_dim}",
+                "position.fraction x head_dim, rounded down to even",
+            )
+        )
+    if model.memory_length:
+        values.append(
+            DerivedValue("memory", f"{model.memory_length} tokens", "position.memory_chunks x sequence_length")
+        )
+        values.append(
+            DerivedValue(
+                "streams",
+                f"{batch.global_sequences} of {windows // batch.global_sequences:,} chunks",
+                "global_sequences; windows per epoch // global_sequences; memory is empty where they begin again",
+            )
+        )
     if warmup_steps(config) != config.schedule.warmup_steps:
         values.append(
             DerivedValue(

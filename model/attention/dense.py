@@ -1,4 +1,4 @@
-"""Multi-head attention without experts: the dense baseline."""
+"""Multi-head attention without experts: the dense baseline, with RoPE or Transformer-XL positions."""
 
 from __future__ import annotations
 
@@ -7,30 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.rope import apply_rope, rope_tables
-from model.config import DenseAttentionConfig, ModelConfig
+from model.attention.xl import relative_attention
+from model.config import DenseAttentionConfig, ModelConfig, XLConfig
 
 
 class DenseAttention(nn.Module):
-    """Causal multi-head attention, no biases. [B, T, d] -> [B, T, d]."""
+    """Causal multi-head attention, no biases in the projections. With XL positions: biases u and v on the queries
+    (initially 0) and a learned scale of the logits (initially 1 / sqrt(head_dim)), as in the paper's baseline."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention
-        self.position = config.position
-        width = self.config.num_heads * self.config.head_dim
-        self.query = nn.Linear(config.d_model, width, bias=False)
-        self.key = nn.Linear(config.d_model, width, bias=False)
-        self.value = nn.Linear(config.d_model, width, bias=False)
-        self.output = nn.Linear(width, config.d_model, bias=False)
+        self.position_config = config.position
+        H, h = self.config.num_heads, self.config.head_dim
+        self.query = nn.Linear(config.d_model, H * h, bias=False)
+        self.key = nn.Linear(config.d_model, H * h, bias=False)
+        self.value = nn.Linear(config.d_model, H * h, bias=False)
+        self.output = nn.Linear(H * h, config.d_model, bias=False)
+        if isinstance(config.position, XLConfig):
+            self.position = nn.Linear(config.d_model, H * h, bias=False)
+            self.content_bias = nn.Parameter(torch.empty(H, h))
+            self.position_bias = nn.Parameter(torch.empty(H, h))
+            self.scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
-        """`x` [B, T, d] is the layer-normed block input; `sequence_index` [B] is unused: nothing here is random."""
-        B, T, _ = x.shape
-        heads = (B, T, self.config.num_heads, self.config.head_dim)
-        q, k, v = (layer(x).view(heads) for layer in (self.query, self.key, self.value))
-        cos, sin = rope_tables(torch.arange(T, device=x.device), self.config.head_dim, self.position)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(attended.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+        """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
+        `sequence_index` [B] is unused: nothing here is random. -> [B, T, d] and a zero auxiliary loss (fp32)."""
+        B, L, _ = context.shape
+        T, H, h = num_queries, self.config.num_heads, self.config.head_dim
+        q = self.query(context[:, L - T :]).view(B, T, H, h)
+        k, v = (layer(context).view(B, L, H, h) for layer in (self.key, self.value))
+        if isinstance(self.position_config, XLConfig):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
+            attended = relative_attention(q, k, v, self.position, scale=self.scale, **biases)
+        else:
+            cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
+            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = self.output(attended.transpose(1, 2).reshape(B, T, H * h))
+        return y, y.new_zeros((), dtype=torch.float32)

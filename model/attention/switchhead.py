@@ -1,4 +1,4 @@
-"""SwitchHead attention (arXiv 2312.07987, section 2.2): few heads, experts in the value and output projections."""
+"""SwitchHead attention (arXiv 2312.07987, section 2.2): few heads, experts in some of their projections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.rope import apply_rope, rope_tables
-from model.config import ModelConfig, SwitchHeadConfig
+from model.attention.xl import relative_attention
+from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.route import route
@@ -15,65 +16,131 @@ from model.kernels.switchhead_output import switchhead_output
 from model.kernels.switchhead_value import switchhead_value
 from model.routing import RoutingStatistics
 
+PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
+SOURCE: tuple[Projection, ...] = ("key", "value")
+"""Projections of the context's tokens; query and output are of the chunk's own."""
+
+Selection = tuple[Tensor, Tensor]
+"""Scores (fp32) and indices (int64) [N, H, k] of the chosen experts."""
+
 
 class SwitchHeadAttention(nn.Module):
-    """H attention matrices; per token and head, k of E value experts and k of E output experts, sigmoid gated.
+    """H attention matrices; per token and head, k of E experts, sigmoid gated, in each of `expert_projections`.
 
     v[h] = sum_{e in top-k} s_V[h, e] x W_V[h, e];  y = sum_h sum_{e in top-k} s_O[h, e] a[h] W_O[h, e].
-    The value selector looks at the key's token, the output selector at the query's token, both through the
-    layer-normed block input. Shape legend: B batch, T tokens, H heads, h head_dim, E experts, d d_model.
+    The value selector looks at the key's token (memory included), the output selector at the query's token, both
+    through the layer-normed block input; key experts go with values, query experts with outputs (`selection`).
+    Shape legend: B batch, T tokens of the chunk, L = M + T of the context, H heads, h head_dim, E experts, d d_model.
     """
+
+    output: nn.Linear
+    output_experts: Tensor
+    position: nn.Linear
 
     def __init__(self, config: ModelConfig, *, backends: Backends, name: str, seed: int) -> None:
         super().__init__()
         assert isinstance(config.attention, SwitchHeadConfig)
         self.config = config.attention
-        self.position = config.position
+        self.position_config = config.position
         self.backends = backends
         H, h, E, d = self.config.num_heads, self.config.head_dim, self.config.num_experts, config.d_model
-        self.query = nn.Linear(d, H * h, bias=False)
-        self.key = nn.Linear(d, H * h, bias=False)
-        self.value_selector = nn.Parameter(torch.empty(H, E, d))
-        self.output_selector = nn.Parameter(torch.empty(H, E, d))
-        self.value_experts = nn.Parameter(torch.empty(H, E, d, h))
-        self.output_experts = nn.Parameter(torch.empty(H, E, h, d))
-        self.value_statistics = RoutingStatistics((H, E), tracks_probability=False)
-        self.output_statistics = RoutingStatistics((H, E), tracks_probability=False)
-        self._value_key = site_key(seed, f"{name}.value_experts")
-        self._output_key = site_key(seed, f"{name}.output_experts")
+        for projection in PROJECTIONS:
+            wide_to_narrow = projection != "output"
+            if projection in self.config.expert_projections:
+                experts = torch.empty(H, E, d, h) if wide_to_narrow else torch.empty(H, E, h, d)
+                self.register_parameter(f"{projection}_experts", nn.Parameter(experts))
+            else:
+                width = (d, H * h) if wide_to_narrow else (H * h, d)
+                setattr(self, projection, nn.Linear(*width, bias=False))
+        self._selector_of = {p: self.config.selector_of(p) for p in PROJECTIONS if p in self.config.expert_projections}
+        self._dropout_keys = {}
+        # Value before output: the order in which the first version drew and counted.
+        order: tuple[Projection, ...] = ("key", "value", "query", "output")
+        self.selectors = [p for p in order if p in self._selector_of.values()]
+        for owner in self.selectors:
+            self.register_parameter(f"{owner}_selector", nn.Parameter(torch.empty(H, E, d)))
+            setattr(self, f"{owner}_statistics", RoutingStatistics((H, E), tracks_probability=False))
+            self._dropout_keys[owner] = site_key(seed, f"{name}.{owner}_experts")
+        if isinstance(config.position, XLConfig):
+            self.position = nn.Linear(d, H * h, bias=False)
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
-        """`x` [B, T, d]: layer-normed block input; `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d]."""
-        B, T, d = x.shape
-        H, h = self.config.num_heads, self.config.head_dim
-        cos, sin = rope_tables(torch.arange(T, device=x.device), h, self.position)
-        q, k = (apply_rope(layer(x).view(B, T, H, h), cos, sin).transpose(1, 2) for layer in (self.query, self.key))
-
-        tokens = x.reshape(B * T, d)
-        scores, index = self._select(tokens, sequence_index, T)  # [N, 2H, k]: value routers, then output routers
-        v = switchhead_value(tokens, scores[:, :H], index[:, :H], self.value_experts, self.backends.switchhead_value)
-        # q and k each carry head_dim^-1/4 in the paper: the default scale of the attention below.
-        attended = F.scaled_dot_product_attention(q, k, v.view(B, T, H, h).transpose(1, 2), is_causal=True)
+    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
+        `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d] and a zero auxiliary loss (fp32 scalar)."""
+        B, L, d = context.shape
+        T, H, h = num_queries, self.config.num_heads, self.config.head_dim
+        selections = self._select(context, T, sequence_index)
+        source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
+        q = self._project("query", chunk, selections).view(B, T, H, h)
+        k, v = (self._project(projection, source, selections).view(B, L, H, h) for projection in SOURCE)
+        # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
+        if isinstance(self.position_config, XLConfig):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            attended = relative_attention(q, k, v, self.position, scale=h**-0.5)
+        else:
+            cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
+            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
-        y = switchhead_output(
-            attended, scores[:, H:], index[:, H:], self.output_experts, self.backends.switchhead_output
-        )
-        return y.view(B, T, d)
+        if "output" in selections:
+            backend = self.backends.switchhead_output
+            y = switchhead_output(attended, *selections["output"], self.output_experts, backend)
+        else:
+            y = self.output(attended.flatten(1))
+        return y.view(B, T, d), y.new_zeros((), dtype=torch.float32)
 
-    def _select(self, tokens: Tensor, sequence_index: Tensor, T: int) -> tuple[Tensor, Tensor]:
-        """Scores (fp32) and indices [N, 2H, k] of the chosen value experts and output experts, from one product."""
+    def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Selection]) -> Tensor:
+        """[N, d] -> [N, H, h] or [N, H h]."""
+        if projection not in selections:
+            return getattr(self, projection)(tokens)
+        experts = getattr(self, f"{projection}_experts")
+        return switchhead_value(tokens, *selections[projection], experts, self.backends.switchhead_value)
+
+    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Selection]:
+        """What is chosen for each expert projection: for keys and values at every token of the context, for queries
+        and outputs at the chunk's. Selectors that look at the same tokens share one product."""
+        sides: dict[bool, list[Projection]] = {True: [], False: []}
+        for owner in self.selectors:
+            of_source = any(self._selector_of.get(p) == owner for p in SOURCE)
+            # Without memory both sides are the same tokens.
+            sides[of_source or context.shape[1] == T].append(owner)
+        chosen: dict[Projection, Selection] = {}
+        for of_context, owners in sides.items():
+            if owners:
+                tokens = context if of_context else context[:, context.shape[1] - T :]
+                chosen |= self._route(tokens, owners, sequence_index)
+        selections = {}
+        for projection, owner in self._selector_of.items():
+            scores, index = chosen[owner]
+            if projection not in SOURCE and scores.shape[1] != T:  # a shared selector routed the memory too
+                scores, index = scores[:, -T:], index[:, -T:]
+            selections[projection] = (scores.flatten(0, 1), index.flatten(0, 1))
+        return selections
+
+    def _route(self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor) -> dict[Projection, Selection]:
+        """Scores and indices [B, L, H, k] of each selector in `owners`, for `tokens` [B, L, d]."""
+        B, L, d = tokens.shape
         H, E, probability = self.config.num_heads, self.config.num_experts, self.config.expert_dropout
         keep = None
         if self.training and probability > 0.0:
-            shape = (sequence_index.shape[0], T, H, E)
             masks = [
-                keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=shape)
-                for key in (self._value_key, self._output_key)
+                keep_mask(
+                    probability=probability,
+                    key=self._dropout_keys[owner],
+                    sequence_index=sequence_index,
+                    shape=(B, L, H, E),
+                )
+                for owner in owners
             ]
             keep = torch.cat(masks, dim=2).flatten(0, 1)
-        selectors = torch.cat([self.value_selector, self.output_selector])
-        routing = route(tokens, selectors, self.config.active_experts, keep=keep, backend=self.backends.route)
-        if self.training:
-            self.value_statistics.record(routing.load[:H], None)
-            self.output_statistics.record(routing.load[H:], None)
-        return routing.scores, routing.index
+        weight = torch.cat([getattr(self, f"{owner}_selector") for owner in owners])
+        routing = route(
+            tokens.reshape(B * L, d), weight, self.config.active_experts, keep=keep, backend=self.backends.route
+        )
+        found = {}
+        parts = zip(owners, *(t.split(H, dim=1) for t in (routing.scores, routing.index)), strict=True)
+        for (owner, scores, index), load in zip(parts, routing.load.split(H), strict=True):
+            if self.training:
+                getattr(self, f"{owner}_statistics").record(load, None)
+            found[owner] = (scores.unflatten(0, (B, L)), index.unflatten(0, (B, L)))
+        return found

@@ -47,7 +47,7 @@ def build(
                 "active_experts": k,
                 "expert_dropout": dropout,
             },
-            "position": {"fraction": fraction},
+            "position": {"type": "rope", "fraction": fraction},
         }
     )
     layer = SwitchHeadAttention(config, backends=BACKENDS[backend], name="blocks.0.attention", seed=3)
@@ -68,7 +68,7 @@ def test_forward_and_every_gradient_equal_the_loop(
     x = torch.randn(B, T, d, generator=generator).requires_grad_()
     upstream = torch.randn(B, T, d, generator=generator)
     sequence_index = torch.arange(B) + 40
-    y = layer(x, sequence_index)
+    y, _ = layer(x, T, sequence_index)
     y.backward(upstream)
 
     p = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
@@ -116,7 +116,7 @@ def test_forward_and_every_gradient_equal_the_loop(
 def test_selectors_learn_only_through_chosen_scores() -> None:
     layer = build(8, 2, 4, 4, 1, 5, 0.0, 0.5)
     x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    layer(x, torch.zeros(1, dtype=torch.int64)).square().sum().backward()
+    layer(x, 5, torch.zeros(1, dtype=torch.int64))[0].square().sum().backward()
     chosen = layer.value_statistics.load > 0
     has_gradient = layer.value_selector.grad.abs().sum(-1) > 0
     assert torch.equal(chosen, has_gradient)
@@ -149,19 +149,19 @@ def test_identical_experts_equal_dense_attention_scaled_by_the_gates() -> None:
         dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
     x = torch.randn(3, T, d, generator=torch.Generator().manual_seed(5))
     index = torch.zeros(3, dtype=torch.int64)
-    torch.testing.assert_close(layer(x, index), dense(x, index), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, T, index)[0], dense(x, T, index)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
     layer = build(10, 2, 4, 5, 2, 6, 0.0, 0.5)
     x = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2))
     index = torch.zeros(2, dtype=torch.int64)
-    before = layer(x, index)
+    before, _ = layer(x, 6, index)
     order = torch.tensor([3, 0, 4, 1, 2])
     with torch.no_grad():
         for parameter in (layer.value_selector, layer.value_experts, layer.output_selector, layer.output_experts):
             parameter.copy_(parameter[:, order].clone())
-    torch.testing.assert_close(layer(x, index), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, 6, index)[0], before, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_attention_equals_softmax_by_hand() -> None:
@@ -187,4 +187,4 @@ def test_dense_attention_equals_softmax_by_hand() -> None:
         logits = logits.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
         rows.append(logits.softmax(-1) @ v[:, head])
     expected = torch.cat(rows, dim=-1) @ layer.output.weight.double().T
-    torch.testing.assert_close(layer(x, torch.zeros(1))[0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x, T, torch.zeros(1))[0][0].double(), expected, rtol=1e-5, atol=1e-6)

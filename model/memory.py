@@ -1,0 +1,81 @@
+"""Transformer-XL memory: what each layer keeps of the previous chunks of every stream (arXiv 1901.02860, section 3.2).
+
+A stream is one contiguous run of text; a step feeds the next chunk of every stream. Sequence n of the run belongs to
+stream n mod S, S the sequences of a step, in every layout. A layer keeps its inputs (hidden states before its first
+LayerNorm), without gradient. Reading sees what the previous step left; writing becomes visible at `advance`, once per
+step: micro-steps, their order and recomputation cannot see each other.
+
+All streams begin, wrap around and forget together, so that the length is one number for a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerMemory:
+    """The memory of one layer for the streams of one rank. Not a buffer: it is data, not a parameter of the model."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.streams = torch.zeros(0, dtype=torch.int64, device="cpu")
+        """[n] int64: the streams held here, a row each."""
+        self.kept: Tensor | None = None
+        """[n, m, d], m <= max_length: inputs of the tokens before this step's; None if there are none yet."""
+        self._written: Tensor | None = None
+        self._row = self.streams
+
+    def assign(self, streams: Tensor, num_streams: int) -> None:
+        """Holds the rows of `streams` [n] int64 of `num_streams`, empty; indices stay on the device of `streams`."""
+        self.streams = streams
+        self._row = torch.full((num_streams,), -1, dtype=torch.int64, device=streams.device)
+        self._row[streams] = torch.arange(len(streams), device=streams.device)
+        self.forget()
+
+    def forget(self) -> None:
+        """The next chunk begins a stream."""
+        self.kept = self._written = None
+
+    def extend(self, hidden: Tensor, sequence_index: Tensor) -> Tensor:
+        """Context [B, m + T, d] of `hidden` [B, T, d], the chunks of the sequences `sequence_index` [B]; notes the
+        chunks for the next step. Memory carries no gradient."""
+        assert len(self._row), "no streams were assigned to this memory"
+        rows = self._row[sequence_index % len(self._row)]
+        context = hidden if self.kept is None else torch.cat([self.kept[rows], hidden], dim=1)
+        tail = context[:, -self.max_length :].detach()
+        if self._written is None:
+            self._written = tail.new_zeros(len(self.streams), *tail.shape[1:])
+        self._written[rows] = tail
+        return context
+
+    def advance(self) -> None:
+        """Ends a step: what was noted is the memory of the next one."""
+        self.kept, self._written = self._written, None
+
+
+def layer_memories(model: nn.Module) -> Iterator[tuple[str, LayerMemory]]:
+    """Every layer's memory with the layer's canonical name, e.g. `blocks.3`, in order; none without memory."""
+    for name, module in model.named_modules():
+        memory = getattr(module, "memory", None)
+        if isinstance(memory, LayerMemory):
+            yield name, memory
+
+
+class separate_streams:
+    """Context in which the model reads other streams (validation) and after which its own go on untouched."""
+
+    def __init__(self, model: nn.Module, streams: Tensor, num_streams: int) -> None:
+        self._model, self._streams, self._num_streams = model, streams, num_streams
+        self._saved: list[dict[str, object]] = []
+
+    def __enter__(self) -> None:
+        for _, memory in layer_memories(self._model):
+            self._saved.append(dict(vars(memory)))
+            memory.assign(self._streams, self._num_streams)
+
+    def __exit__(self, *exception: object) -> None:
+        for (_name, memory), saved in zip(layer_memories(self._model), self._saved, strict=True):
+            vars(memory).update(saved)
