@@ -4,11 +4,12 @@ MACs and memory are those of one layer and one sequence of T tokens, forward, ca
 conventions (SwitchHead, arXiv 2312.07987, section 3 and appendix):
 
     published     reproduces every figure in the paper's tables
-    equation_13   the paper's own equation, which counts SwitchHead's position term on C T distances instead of T
+    equation_13   the paper's own equation: SwitchHead's position term on C T distances instead of T, no selectors
 
-They differ for SwitchHead with Transformer-XL memory alone (262M on C4: 2.36G and 2.82G). Neither is what a forward
-pass computes: both count keys and values on T tokens although C T are projected, leave out the position logits, and
-count a selector once instead of per head. `model.counted_costs` counts the built model.
+They differ for SwitchHead alone: with Transformer-XL memory, 262M on C4, 2.36G and 2.82G, 43.9% and 52.5% of dense
+(2.83G and 52.7% with the selectors). Neither is what a forward pass computes: keys and values are counted on T tokens
+although C T are projected, a selector once instead of per head, position logits not at all. `model.counted_costs`
+counts the built model.
 
 Symbols: d d_model, T sequence_length, C 1 + memory chunks, H heads (attention matrices), h head_dim, E experts,
 k active experts, G expert_size, N feed-forward experts, L layers, V vocab_size.
@@ -55,9 +56,10 @@ def attention_macs(config: ModelConfig, convention: Convention = "published") ->
     E, k, num_expert = attention.num_experts, attention.active_experts, len(attention.expert_projections)
     projections = (num_expert * k + (4 - num_expert)) * d * H * h * T
     gates = num_expert * H * k * T * h
+    if convention == "equation_13":
+        return matrices + projections + gates + xl * 2 * H * d * T * h * C
     selectors = len(selectors_of(attention)) * E * d * T * C
-    position = xl * 2 * H * d * T * h * (C if convention == "equation_13" else 1)
-    return matrices + projections + gates + selectors + position
+    return matrices + projections + gates + selectors + xl * 2 * H * d * T * h
 
 
 def attention_memory(config: ModelConfig) -> int:

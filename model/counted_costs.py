@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel
+from model.memory import layer_memories
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class CountedMACs:
 
 def count_macs(config: ModelConfig) -> CountedMACs:
     """Runs one sequence through embedding, one block and output layer with torch's FlopCounterMode; all blocks cost
-    the same. MACs are its FLOPs / 2.
+    the same. MACs are its FLOPs / 2. With Transformer-XL the memory is full: keys and values come from all C T tokens,
+    and W_pos r of the C T distances counts for this one sequence although a batch shares it.
 
     Counted are matrix products (gates, softmax, norms and sums are not), expert products at the k experts a token
     chooses, as the ops of model/kernels state them, and attention matrices whole: causal masking is not deducted.
@@ -40,8 +42,15 @@ def count_macs(config: ModelConfig) -> CountedMACs:
         model = LanguageModel(single, backends=backends).eval()
         tokens = torch.zeros(1, config.sequence_length, dtype=torch.int64)
         sequence_index = torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens, tokens, sequence_index)
+    with torch.no_grad():
+        for _, memory in layer_memories(model):
+            memory.assign(sequence_index, num_streams=1)
+        for _ in range(config.memory_length // config.sequence_length):
+            model(tokens, tokens, sequence_index)
+            for _, memory in layer_memories(model):
+                memory.advance()
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens, sequence_index)
     counts = counter.get_flop_counts()
     attention, feedforward, head = (
         _macs(counts.get(f"LanguageModel.{name}", {}))

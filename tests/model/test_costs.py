@@ -98,7 +98,8 @@ def test_equation_13_keeps_the_memory_in_the_position_term() -> None:
     assert f"{attention_macs(config, 'equation_13') / dense:.1%}" == "52.5%"
     assert f"{attention_macs(config) / dense:.1%}" == "43.9%"
     rope = paper("c4_switchhead_rope_244m")
-    assert attention_macs(rope, "equation_13") == attention_macs(rope)
+    selectors = 2 * 4 * rope.d_model * rope.sequence_length
+    assert attention_macs(rope, "equation_13") == attention_macs(rope) - selectors
 
 
 def test_moa_has_its_published_costs() -> None:
@@ -217,6 +218,18 @@ def test_counted_macs_by_hand() -> None:
     dense = count_macs(odd(DENSE, feedforward={"type": "dense", "hidden_size": 31}))
     assert dense.attention == 4 * 11 * 20 * 24 + matrices
     assert dense.feedforward == 2 * 11 * 20 * 31
+
+
+def test_counted_macs_include_the_memory() -> None:
+    """Keys, values and the value selector on C T = 22 tokens (33 with two chunks), position keys and logits too."""
+    for chunks, L in ((0, 11), (1, 22), (2, 33)):
+        position = {"type": "xl", "memory_chunks": chunks}
+        matrices = 3 * 3 * 11 * L * 8  # content logits, position logits, weighted sum
+        counted = count_macs(odd(SWITCHHEAD, position=position)).attention
+        experts, selectors = 3 * 2 * 20 * 8 * (L + 11), 3 * 5 * 20 * (L + 11)
+        assert counted == (11 + L + L) * 20 * 24 + experts + selectors + matrices
+        counted = count_macs(odd(DENSE, position=position)).attention
+        assert counted == (2 * 11 + 2 * L + L) * 20 * 24 + matrices
 
 
 def test_dense_rope_is_counted_as_published() -> None:
