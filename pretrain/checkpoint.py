@@ -3,7 +3,9 @@
 A checkpoint is the folder checkpoints/step-NNNNNNNN with
     rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
                              `rng/cpu` (uint8; training itself draws nothing, see model/dropout.py, and no
-                             other generator is saved), and in rank 0's file `routing/NAME` (fp64)
+                             other generator is saved), `memory/LAYER` (Transformer-XL: inputs of the last tokens of
+                             this rank's streams, a row each) with `memory_streams` (int64), and in rank 0's file
+                             `routing/NAME` (fp64)
     state.json               everything else, with size and sha256 of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
@@ -28,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.language_model import LanguageModel, routing_statistics
+from model.memory import layer_memories
 from pretrain.atomic import sha256, sync_directory, write_json
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
@@ -189,7 +192,8 @@ def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
 
 
 def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
-    """Restores this rank's masters, moments, step counters, routing statistics, loss scale and RNG state."""
+    """Restores this rank's masters, moments, step counters, routing statistics, the memory of the streams that were
+    assigned to this rank, loss scale and RNG state."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = _PieceStore(checkpoint)
     with torch.no_grad():
@@ -203,6 +207,8 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
         setattr(engine.optimizer.loss_scaler, key, value)
     for name, statistics in routing_statistics(engine.module):
         statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
+    for name, memory in layer_memories(engine.module):
+        memory.kept = store.memory(name, memory.streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if checkpoint.state["layout"]["data"] == world_size:
@@ -239,6 +245,21 @@ class _PieceStore:
             raise UserError(f"checkpoint: {kind} of {name} is incomplete ({covered} of {stop - start} elements)")
         return result
 
+    def memory(self, layer: str, streams: Tensor) -> Tensor | None:
+        """[n, m, d], a row for each of `streams` [n], in the dtype of the run; None if there was no memory yet."""
+        key, place = f"memory/{layer}", {}
+        for file, handle in self._files.items():
+            if key in handle.keys():  # noqa: SIM118
+                place.update({s: (file, row) for row, s in enumerate(handle.get_tensor("memory_streams").tolist())})
+        if not place:
+            return None
+        missing = [s for s in streams.tolist() if s not in place]
+        if missing:
+            raise UserError(f"checkpoint: the memory of {layer} is missing for streams {missing[:5]}")
+        slices = {file: self._files[file].get_slice(key) for file, _ in place.values()}
+        rows = [slices[file][row : row + 1] for file, row in (place[s] for s in streams.tolist())]
+        return torch.cat(rows).to(streams.device)
+
     def single(self, key: str, *, rank: int) -> Tensor:
         return self._files[f"rank-{rank:05d}.safetensors"].get_tensor(key)
 
@@ -249,6 +270,10 @@ def _owned_tensors(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]
         for kind, value in {"master": piece.master, **piece.moments}.items():
             # A copy: pieces of one flat tensor share memory, which safetensors refuses.
             tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
+    for name, memory in layer_memories(engine.module):
+        if memory.kept is not None:
+            tensors[f"memory/{name}"] = memory.kept.cpu().contiguous()
+            tensors["memory_streams"] = memory.streams.cpu().clone()
     if rank == 0:
         for name, statistics in routing_statistics(engine.module):
             tensors[f"routing/{name}"] = statistics.probability.cpu().clone()

@@ -132,7 +132,11 @@ class EvaluateConfig(Section):
     every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between validations; 0: only after the last step."""
     sequences: NonNegativeInt = Field(256, json_schema_extra=FREE)
-    """Windows of the validation split used, spread evenly over it; 0 turns validation off."""
+    """Windows of the validation split used, spread evenly over it (all, if the split has fewer); 0 turns validation
+    off."""
+    streams: PositiveInt = Field(64, json_schema_extra=FREE)
+    """With Transformer-XL memory: parallel streams that the windows are divided into, each read in order with memory
+    carried along (the paper's validation); other models take every window by itself."""
 
 
 class Config(Section):

@@ -48,6 +48,13 @@ def open_manifest(config: Config) -> Manifest:
             f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
             f"to {vocab_size} or more"
         )
+    streams = config.batch.global_sequences
+    if config.model.memory_length and num_windows(manifest, "train", config.model.sequence_length) < streams:
+        raise UserError(
+            f"batch.global_sequences: {streams} streams with memory need a window each, but the train split of {path} "
+            f"holds {num_windows(manifest, 'train', config.model.sequence_length)} windows of model.sequence_length = "
+            f"{config.model.sequence_length}; prepare more text or lower one of the two"
+        )
     for split in ("train", "validation") if config.evaluate.sequences else ("train",):
         if num_windows(manifest, split, config.model.sequence_length) < 1:
             raise UserError(
@@ -84,7 +91,9 @@ class TrainingStream:
 
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
-    The order of windows depends on (manifest, seed, position) alone.
+    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. With Transformer-XL
+    memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
+    position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory.
     """
 
     def __init__(self, reader: WindowReader, config: Config, *, data_rank: int, data_size: int) -> None:
@@ -93,6 +102,7 @@ class TrainingStream:
         self._global = config.batch.global_sequences
         self._micro = config.batch.micro_sequences
         self._rank, self._size = data_rank, data_size
+        self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
     def positions(self, consumed: int, micro_step: int) -> np.ndarray:
@@ -104,10 +114,25 @@ class TrainingStream:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
         Raises DataError if a shard does not match its sha256."""
         positions = self.positions(consumed, micro_step)
-        tokens, targets = self._reader.read(window_order(positions, self._reader.num_windows, seed=self._seed))
+        tokens, targets = self._reader.read(self.windows(positions))
         index = torch.from_numpy(positions)
         return Batch(tokens.to(device), targets.to(device), index.to(device))
 
+    def windows(self, positions: np.ndarray) -> np.ndarray:
+        """Window of each position of the run; both [n] int64."""
+        if not self._chunks:
+            return window_order(positions, self._reader.num_windows, seed=self._seed)
+        step, stream = np.divmod(positions, self._global)
+        return stream * self._chunks + step % self._chunks
+
+    def streams(self) -> Tensor:
+        """The streams [n] int64 that this rank reads in every step, by micro-step."""
+        return torch.from_numpy(np.concatenate([self.positions(0, m) for m in range(self.micro_steps)]))
+
+    def begins(self, consumed: int) -> bool:
+        """Whether the step after `consumed` sequences reads the first window of every stream."""
+        return self._chunks > 0 and consumed // self._global % self._chunks == 0
+
     def epoch(self, consumed: int) -> float:
         """Passes over the training split after `consumed` sequences."""
-        return consumed / self._reader.num_windows
+        return consumed / (self._chunks * self._global or self._reader.num_windows)

@@ -51,13 +51,15 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
 
 
 def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
-    """Matrices and expert tensors are decayed; vectors (LayerNorm, biases) are not."""
+    """Matrices and expert tensors are decayed; LayerNorms, biases (XL's u and v are matrices) and scales are not."""
     decay = config.optimizer.weight_decay
     if decay == 0.0:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed = {name: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    return [
+        {"params": [p for name, p in model.named_parameters() if decayed[name] is wanted], "weight_decay": rate}
+        for wanted, rate in ((True, decay), (False, 0.0))
+    ]
 
 
 def step_was_skipped(engine: Any) -> bool:

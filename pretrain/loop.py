@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from data_prep.shard_format import Manifest
 from model.language_model import build_model
+from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed, check_same, check_shared
@@ -60,6 +61,9 @@ class Trainer:
     def step(self, progress: Progress) -> StepResult:
         """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
         set_learning_rate(self.engine, learning_rate(self.config, progress.step))
+        if self.stream.begins(progress.consumed_sequences):
+            for _, memory in layer_memories(self.engine.module):
+                memory.forget()
         batches = self._read(progress.consumed_sequences)
         norm = GradientNorm(self.engine, self.config.optimizer.clip_norm)
         loss_sum, auxiliary_sum = torch.zeros((2,), device=self.device).unbind()
@@ -71,6 +75,8 @@ class Trainer:
             if batch is batches[-1]:
                 norm.before_step()
             self.engine.step()
+        for _, memory in layer_memories(self.engine.module):
+            memory.advance()
         skipped = step_was_skipped(self.engine)
         sums = reduce_step(
             self.engine.module, loss_sum, auxiliary_sum, len(batches), self.parallel, keep_statistics=not skipped
@@ -164,8 +170,6 @@ def build_trainer(
     if resumed is not None:
         checkpoints.load_weights(resumed, model)
     engine = build_engine(model, config, parallel, device)
-    if resumed is not None:
-        checkpoints.load_training_state(resumed, engine)
 
     def reader(split: str) -> WindowReader:
         first_read = config.data.verify == "size"
@@ -173,6 +177,10 @@ def build_trainer(
 
     stream = TrainingStream(reader("train"), config, data_rank=parallel.data_rank, data_size=parallel.data_size)
     validation = reader("validation") if config.evaluate.sequences else None
+    for _, memory in layer_memories(engine.module):
+        memory.assign(stream.streams().to(device), config.batch.global_sequences)
+    if resumed is not None:
+        checkpoints.load_training_state(resumed, engine)
     return Trainer(config, engine, stream, validation, parallel, device)
 
 
