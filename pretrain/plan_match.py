@@ -8,8 +8,8 @@ from typing import Literal
 
 from model.config import ModelConfig, SigmaMoEConfig
 from model.costs import formula_parameters
-from pretrain.config_io import load_config
 from pretrain.errors import ConfigError
+from pretrain.plan_costs import load_model
 
 Width = Literal["head_dim", "hidden_size"]
 WIDTHS: dict[Width, str] = {"head_dim": "model.attention.head_dim", "hidden_size": "model.feedforward.hidden_size"}
@@ -68,7 +68,7 @@ def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
 
 def print_match(config: Path, like: Path, solve: Width, overrides: list[str]) -> None:
     """Solves for the configuration files and prints value, totals and the override to use."""
-    found = match_width(load_config(config, overrides).model, load_config(like).model, solve)
+    found = match_width(load_model(config, overrides), load_model(like, ()), solve)
     difference = found.total - found.target
     print(f"{found.key} = {found.value} (was {found.before})")
     print(f"  {config}: {found.total:,} parameters")
