@@ -1,0 +1,84 @@
+"""Every attention of the family as loops over tokens, heads and experts in fp64, written from the equations.
+
+Independent of the project's model code: plain tensors in and out; gradients come from autograd over the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.model.oracles import choose, rotate
+
+Keep = dict[str, Tensor]
+"""Per selector [tokens, H, E] bool: experts that expert dropout leaves."""
+
+
+def sinusoid(distance: int, width: int) -> Tensor:
+    """Transformer-XL's r: sine on even channels, cosine on odd ones."""
+    angles = [distance / 10000.0 ** (2 * (c // 2) / width) for c in range(width)]
+    return torch.tensor([math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(angles)], dtype=torch.float64)
+
+
+def attention(
+    context: Tensor,
+    num_queries: int,
+    p: dict[str, Tensor],
+    *,
+    k: int,
+    selector_of: Callable[[str], str],
+    rope: tuple[float, float] | None,
+    scale: Tensor | float,
+    keep: Keep | None = None,
+) -> Tensor:
+    """One sequence `context` [L, d], of which the last `num_queries` tokens attend. -> [num_queries, d].
+
+    `p` holds, for each of query, key, value: NAME [H, h, d] or NAME_experts [H, E, d, h]; output [H, d, h] or
+    output_experts [H, E, h, d]; OWNER_selector [H, E, d]. `rope` (fraction, base), or None for relative positions with
+    position [H, h, d] and, if present, content_bias and position_bias [H, h].
+    """
+    (L, d), T = context.shape, num_queries
+    H = next(value.shape[0] for name, value in p.items() if name.startswith("query"))
+
+    def gates(projection: str, head: int, token: int) -> dict[int, Tensor]:
+        owner = selector_of(projection)
+        logits = p[f"{owner}_selector"][head] @ context[token]
+        # A selector that looks at the chunk alone numbers its tokens from the chunk's first.
+        of_chunk = keep is not None and keep[owner].shape[0] == T < L
+        kept = None if keep is None else keep[owner][token - (L - T) if of_chunk else token, head]
+        choosing = [float(v.detach()) if kept is None or bool(kept[e]) else -math.inf for e, v in enumerate(logits)]
+        return {e: 1 / (1 + torch.exp(-logits[e])) for e in choose(choosing, k)}
+
+    def project(projection: str, head: int, token: int) -> Tensor:
+        if projection in p:
+            return p[projection][head] @ context[token]
+        experts = p[f"{projection}_experts"][head]
+        return sum(s * (context[token] @ experts[e]) for e, s in gates(projection, head, token).items())
+
+    y = [torch.zeros(d, dtype=torch.float64) for _ in range(T)]
+    for head in range(H):
+        keys = [project("key", head, j) for j in range(L)]
+        values = [project("value", head, j) for j in range(L)]
+        if rope is not None:
+            keys = [rotate(key, j, fraction=rope[0], base=rope[1]) for j, key in enumerate(keys)]
+        for t in range(T):
+            i = L - T + t
+            q = project("query", head, i)
+            if rope is not None:
+                logits = torch.stack([rotate(q, i, fraction=rope[0], base=rope[1]) @ keys[j] for j in range(i + 1)])
+            else:
+                u, v = (p[name][head] if name in p else 0.0 for name in ("content_bias", "position_bias"))
+                far = [p["position"][head] @ sinusoid(i - j, d) for j in range(i + 1)]
+                logits = torch.stack([(q + u) @ keys[j] + (q + v) @ far[j] for j in range(i + 1)])
+            weights = torch.exp(scale * logits - (scale * logits).max().detach())
+            weights = weights / weights.sum()
+            attended = sum(weights[j] * values[j] for j in range(i + 1))
+            if "output" in p:
+                y[t] = y[t] + p["output"][head] @ attended
+            else:
+                for e, s in gates("output", head, i).items():
+                    y[t] = y[t] + s * (attended @ p["output_experts"][head, e])
+    return torch.stack(y)

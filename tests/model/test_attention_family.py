@@ -1,0 +1,214 @@
+"""All attentions but MoA against the fp64 loop, forward and every gradient: which projections are experts, who selects,
+RoPE or Transformer-XL positions, with and without memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import model.attention.switchhead as switchhead_module
+from model.attention.dense import DenseAttention
+from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
+from model.attention.xl import relative_shift, sinusoids
+from model.config import ModelConfig
+from model.dropout import keep_mask, site_key
+from model.initialization import initial_value
+from model.kernels.choice import Backends
+from model.kernels.route import Routing
+from tests.model import attention_oracle
+
+ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]
+VO = ("value", "output")
+# projections, selection, position, memory, expert dropout, d, H, h, E, k, T, B
+CASES = [
+    *[
+        (subset, "side", "rope" if i % 2 else "xl", 5 * (i % 4 == 0), 0.0, 11, 2, 5, 3, 2, 4, 2)
+        for i, subset in enumerate(ALL_SUBSETS)
+    ],
+    (VO, "shared", "xl", 3, 0.0, 9, 3, 7, 4, 1, 5, 1),
+    (VO, "shared", "rope", 0, 0.3, 9, 3, 7, 4, 1, 5, 1),
+    (VO, "side", "xl", 6, 0.4, 13, 2, 4, 5, 3, 3, 2),
+    (PROJECTIONS, "shared", "xl", 4, 0.3, 10, 1, 6, 4, 2, 4, 2),
+    (PROJECTIONS, "projection", "xl", 4, 0.3, 10, 1, 6, 4, 2, 4, 2),
+    (PROJECTIONS, "projection", "rope", 0, 0.0, 12, 2, 3, 2, 1, 6, 1),
+    (VO, "side", "xl", 4, 0.0, 7, 1, 3, 1, 1, 1, 3),
+    ((), "side", "xl", 5, 0.0, 11, 3, 5, 1, 1, 4, 2),
+    ((), "side", "xl", 0, 0.0, 10, 2, 4, 1, 1, 6, 1),
+    ((), "side", "rope", 0, 0.0, 10, 2, 7, 1, 1, 6, 1),
+]  # fmt: skip
+
+
+def model_config(attention: dict[str, object], position: str, d: int, T: int) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": T,
+            "attention": attention,
+            "position": {"type": position},
+        }
+    )
+
+
+def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAttention:
+    backends = Backends(route=backend, switchhead_value=backend, switchhead_output=backend)
+    if config.attention.type == "dense":
+        layer: SwitchHeadAttention | DenseAttention = DenseAttention(config)
+    else:
+        layer = SwitchHeadAttention(config, backends=backends, name="blocks.0.attention", seed=3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("experts, selection, position, memory, dropout, d, H, h, E, k, T, B", CASES)
+def test_forward_and_every_gradient_equal_the_loop(
+    experts: tuple[str, ...], selection: str, position: str, memory: int, dropout: float, d: int, H: int, h: int,
+    E: int, k: int, T: int, B: int, backend: str,
+) -> None:  # fmt: skip
+    attention = {"type": "dense", "num_heads": H, "head_dim": h}
+    if experts:
+        attention |= {"type": "switchhead", "num_experts": E, "active_experts": k, "expert_dropout": dropout}
+        attention |= {"expert_projections": list(experts), "selection": selection}
+    config = model_config(attention, position, d, T)
+    layer, L = build(config, backend), memory + T
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(B, L, d, generator=generator).requires_grad_()
+    upstream = torch.randn(B, T, d, generator=generator)
+    sequence_index = torch.arange(B) + 40
+    y, auxiliary = layer(context, T, sequence_index)
+    assert float(auxiliary) == 0.0
+    y.backward(upstream)
+
+    p64 = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
+    shaped = {}
+    for name, value in p64.items():
+        if name == "output.weight":
+            shaped["output"] = value.view(d, H, h).transpose(0, 1)
+        else:
+            shaped[name.removesuffix(".weight")] = value.view(H, h, d) if name.endswith("weight") else value
+    scale = p64["scale"] if "scale" in p64 else h**-0.5
+    sources = [name for name in ("key", "value") if name in experts]
+    keep: list[attention_oracle.Keep | None] = [None] * B
+    if dropout:
+        masks = {}
+        for owner in layer.selectors:
+            of_source = any(config.attention.selector_of(name) == owner for name in sources)
+            masks[owner] = keep_mask(
+                probability=dropout,
+                key=site_key(3, f"blocks.0.attention.{owner}_experts"),
+                sequence_index=sequence_index,
+                shape=(B, L if of_source else T, H, E),
+            )
+        keep = [{owner: mask[b] for owner, mask in masks.items()} for b in range(B)]
+    context64 = context.detach().double().requires_grad_()
+    expected = torch.stack(
+        [
+            attention_oracle.attention(
+                context64[b],
+                T,
+                shaped,
+                k=k,
+                selector_of=getattr(config.attention, "selector_of", str),
+                rope=(0.5, 10000.0) if position == "rope" else None,
+                scale=scale,
+                keep=keep[b],
+            )
+            for b in range(B)
+        ]
+    )
+    expected.backward(upstream.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(context.grad.double(), context64.grad, rtol=5e-5, atol=5e-5)
+    largest = max(float(value.grad.norm()) for value in p64.values())
+    for name, parameter in layer.named_parameters():
+        error = float((parameter.grad.double() - p64[name].grad).norm())
+        assert error < 1e-5 * max(float(p64[name].grad.norm()), 5e-2 * largest), f"gradient of {name} is off by {error}"
+
+
+@pytest.mark.parametrize("position, memory", [("rope", 0), ("xl", 0), ("xl", 5)])
+def test_one_expert_with_gates_of_one_is_dense_attention(
+    position: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, H, h, T, B = 12, 3, 6, 5, 2
+    one = {"type": "switchhead", "num_heads": H, "head_dim": h, "num_experts": 1, "active_experts": 1}
+    layer = build(model_config(one, position, d, T), "cpu")
+    dense = build(model_config({"type": "dense", "num_heads": H, "head_dim": h}, position, d, T), "cpu")
+    original = switchhead_module.route
+
+    def open_gates(*arguments: object, **options: object) -> Routing:
+        routing = original(*arguments, **options)  # type: ignore[arg-type]
+        return routing._replace(scores=torch.ones_like(routing.scores))
+
+    monkeypatch.setattr(switchhead_module, "route", open_gates)
+    with torch.no_grad():
+        dense.query.weight.copy_(layer.query.weight)
+        dense.key.weight.copy_(layer.key.weight)
+        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
+        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
+        if position == "xl":
+            dense.position.weight.copy_(layer.position.weight)
+            dense.content_bias.zero_()
+            dense.position_bias.zero_()
+            dense.scale.fill_(h**-0.5)
+    context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
+    index = torch.zeros(B, dtype=torch.int64)
+    torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["side", "projection", "shared"])
+def test_permuting_experts_with_their_selector_rows_changes_nothing(selection: str) -> None:
+    attention = {"type": "switchhead", "num_heads": 2, "head_dim": 5, "num_experts": 4, "active_experts": 2}
+    attention |= {"expert_projections": list(PROJECTIONS), "selection": selection}
+    layer = build(model_config(attention, "xl", 9, 6), "cpu")
+    context = torch.randn(2, 10, 9, generator=torch.Generator().manual_seed(2))
+    index = torch.zeros(2, dtype=torch.int64)
+    before, _ = layer(context, 6, index)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("_selector", "_experts")):
+                parameter.copy_(parameter[:, [2, 0, 3, 1]].clone())
+    torch.testing.assert_close(layer(context, 6, index)[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_selectors_are_shared_as_the_setting_says() -> None:
+    def selectors(selection: str, *experts: str) -> set[str]:
+        attention = {"type": "switchhead", "expert_projections": experts, "selection": selection}
+        names = dict(build(model_config(attention, "rope", 8, 4), "reference").named_parameters())
+        return {name.removesuffix("_selector") for name in names if name.endswith("_selector")}
+
+    assert selectors("side", "query", "key", "value", "output") == {"value", "output"}
+    assert selectors("side", "query", "key") == {"query", "key"}
+    assert selectors("side", "key", "output") == {"key", "output"}
+    assert selectors("projection", "key", "value", "output") == {"key", "value", "output"}
+    assert selectors("shared", "query", "key", "value") == {"value"}
+    assert selectors("shared", "value", "output") == {"output"}
+
+
+def test_relative_shift_against_indices_and_sinusoids_at_a_known_place() -> None:
+    x = torch.randn(2, 3, 4, 9)
+    shifted = relative_shift(x)
+    for i, j in itertools.product(range(4), range(9)):
+        if j + 3 - i < 9:
+            assert torch.equal(shifted[..., i, j], x[..., i, j + 3 - i])
+    for width in (6, 7):
+        rows = torch.stack([attention_oracle.sinusoid(distance, width) for distance in (0, 1, 700)])
+        torch.testing.assert_close(sinusoids(torch.tensor([0, 1, 700]), width).double(), rows, rtol=0, atol=1e-7)
+
+
+def test_normalized_initial_experts_have_one_norm_and_the_same_deviation() -> None:
+    attention = {"type": "switchhead", "num_heads": 2, "head_dim": 8, "num_experts": 3, "normalized_init": True}
+    config = model_config(attention, "rope", 64, 4)
+    name, shape = "blocks.0.attention.value_experts", torch.Size((2, 3, 64, 8))
+    value = initial_value(name, shape, config, seed=0)
+    norms = value.norm(dim=(0, 1))
+    torch.testing.assert_close(norms, norms.mean().expand_as(norms), rtol=1e-5, atol=0)
+    plain = initial_value(name, shape, model_config(attention | {"normalized_init": False}, "rope", 64, 4), seed=0)
+    assert float(value.std()) == pytest.approx(float(plain.std()), rel=1e-5)
+    assert float(plain.norm(dim=(0, 1)).std()) > 1e-3
