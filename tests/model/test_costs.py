@@ -230,6 +230,8 @@ def test_counted_macs_include_the_memory() -> None:
         assert counted == (11 + L + L) * 20 * 24 + experts + selectors + matrices
         counted = count_macs(odd(DENSE, position=position)).attention
         assert counted == (2 * 11 + 2 * L + L) * 20 * 24 + matrices
+        counted = count_macs(odd(MOA, position=position)).attention
+        assert counted == (2 * 3 * 11 + 2 * L + L) * 20 * 8 + 11 * 6 * 20 + matrices  # keys, values, W_pos are shared
 
 
 def test_dense_rope_is_counted_as_published() -> None:
@@ -261,7 +263,7 @@ def test_attention_costs_generalise_to_other_expert_projections() -> None:
 
 def test_training_flops_are_three_forward_passes() -> None:
     """Without memory: backward costs two forward passes, and the counted model has no other matrix products."""
-    for config in (odd(SWITCHHEAD), odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})):
+    for config in (odd(SWITCHHEAD), odd(MOA), odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})):
         assert training_flops_per_token(config) * config.sequence_length == 6 * count_macs(config).model
 
 
