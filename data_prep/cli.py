@@ -32,6 +32,9 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
         return
+    if arguments.command == "tokenizer" and plan.config.tokenizer.type == "bytes":
+        print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
+        return
     seconds: dict[str, float] = {}
     with prepare.staging(plan.output) as folder:
 
@@ -119,7 +122,7 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data_prep",
-        description="Turns raw C4 and peS2o dumps into a SentencePiece model and webdataset shards.",
+        description="Turns raw C4, peS2o, Wikitext-103 and Enwik8 into a SentencePiece model and webdataset shards.",
         epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
         allow_abbrev=False,
     )

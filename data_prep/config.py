@@ -1,9 +1,9 @@
 """The configuration of a preparation: JSON in, `--set key=value` on top, every mistake one message with the
 fix.
 
-Relative paths. `input`, `validation_input` and `tokenizer.model` are looked up in the current directory and,
-if nothing is there, in the repository root, so the shipped configs work from anywhere. `output` is made in
-the current directory, except that a config from the repository's own `configs/` writes below the repository
+Relative paths. `input`, `validation_input`, `test_input` and `tokenizer.model` are looked up in the current
+directory and, if nothing is there, in the repository root, so the shipped configs work from anywhere. `output` is
+made in the current directory, except that a config from the repository's own `configs/` writes below the repository
 root; an `output` given with `--set` is always relative to the current directory.
 """
 
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from data_prep.documents import FormatName
-from data_prep.shard_format import DataError
+from data_prep.documents import ENWIK8_SPLIT_BYTES, FormatName
+from data_prep.shard_format import BYTE_VALUES, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,12 +30,18 @@ def _as_list(value: Any) -> Any:
 PathPatterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 
 
+SplitBytes = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]],
+    BeforeValidator(_as_list),
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class TokenizerConfig(_Section):
-    """Which tokenizer: an existing SentencePiece model, or how to train one."""
+    """Which tokenizer: an existing SentencePiece model, or how to train one, or none (`type` bytes)."""
 
     model: str | None = None
     """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other
@@ -43,8 +49,10 @@ class TokenizerConfig(_Section):
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
-    type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe."""
+    type: Literal["bpe", "unigram", "bytes"] = "bpe"
+    """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe. bytes: no
+    model; an id is the value of a byte, 256 in all, and nothing is put between documents. For the formats
+    enwik8 and wikitext, without other keys of this section."""
     split_digits: bool = True
     """Whether every digit is a piece of its own."""
     byte_fallback: bool = True
@@ -55,6 +63,17 @@ class TokenizerConfig(_Section):
     this."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Chooses the documents to train on when there is more text than `sample_bytes`."""
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> "TokenizerConfig":
+        useless = sorted(self.model_fields_set - {"type", "vocab_size"})
+        if self.type == "bytes" and useless:
+            raise ValueError(
+                f'{", ".join(useless)} has no effect with type bytes; make the section {{"type": "bytes"}}'
+            )
+        if self.type == "bytes" and "vocab_size" in self.model_fields_set and self.vocab_size != BYTE_VALUES:
+            raise ValueError(f"vocab_size is {BYTE_VALUES} with type bytes; drop it or set it to that")
+        return self
 
 
 class ShardConfig(_Section):
@@ -82,14 +101,22 @@ class DataConfig(_Section):
     glob sorted."""
     validation_input: PathPatterns = ()
     """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
+    test_input: PathPatterns = ()
+    """Raw files of the test split, as `input`; without it there is none. Needs `validation_input`."""
     validation_fraction: float = Field(default=0.005, ge=0, lt=1)
     """Share of the documents of `input` that go to validation, chosen by a hash of their text, so equal texts
     never end up on both sides. Used only without `validation_input`."""
+    split_bytes: SplitBytes | None = None
+    """Sizes [train, validation, test] of the consecutive parts of an enwik8 file, which must add up to its
+    size; null is the standard 90, 5 and 5 million. Test may be 0. Only with `format` enwik8."""
     output: str = Field(min_length=1)
     """Folder for shards, tokenizer.model and manifest.json."""
     format: FormatName = "auto"
     """Source format of the raw files. auto looks at the keys of the first line of each file; c4 or pes2o skip
-    that look and ask only for a `text` in each line."""
+    that look and ask only for a `text` in each line. wikitext: wiki.train.raw as `input`, wiki.valid.raw as
+    `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file as `input`,
+    see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
+    file."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Processes that tokenise; 0 takes every CPU that this process may use. The output does not depend on
     it."""
@@ -99,12 +126,37 @@ class DataConfig(_Section):
     """Shard sizes."""
 
     @model_validator(mode="after")
-    def _check_validation(self) -> "DataConfig":
+    def _check_splits(self) -> "DataConfig":
+        if self.format == "enwik8":
+            self._check_enwik8()
+        elif self.split_bytes is not None:
+            raise ValueError('split_bytes has no effect without format "enwik8"; drop it')
+        if self.format == "wikitext" and not self.validation_input:
+            raise ValueError('format "wikitext" comes in splits; set validation_input to its wiki.valid.raw')
+        if self.tokenizer.type == "bytes" and self.format not in ("enwik8", "wikitext"):
+            raise ValueError(
+                "tokenizer.type: bytes have no end-of-document id, which the documents of format "
+                f'"{self.format}" need; use bpe or unigram'
+            )
+        if self.test_input and not self.validation_input:
+            raise ValueError("test_input needs validation_input; set it too")
         if self.validation_input and "validation_fraction" in self.model_fields_set:
             raise ValueError(
                 "validation_fraction has no effect with validation_input; drop it or set validation_input=[]"
             )
         return self
+
+    def _check_enwik8(self) -> None:
+        for key in ("validation_input", "test_input", "validation_fraction"):
+            if key in self.model_fields_set:
+                raise ValueError(f'{key} has no effect with format "enwik8", whose splits are split_bytes; drop it')
+        if self.tokenizer.type != "bytes":
+            raise ValueError('tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}')
+
+    @property
+    def enwik8_split_bytes(self) -> tuple[int, int, int]:
+        """`split_bytes`, null resolved."""
+        return self.split_bytes or ENWIK8_SPLIT_BYTES
 
 
 def load_config(path: Path, overrides: list[str]) -> DataConfig:

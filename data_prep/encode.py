@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.documents import Chunk, goes_to_validation, parse_texts
-from data_prep.shard_format import DataError, dtype_name
+from data_prep.documents import Chunk, goes_to_validation, parse_bytes, parse_texts
+from data_prep.shard_format import BYTE_VALUES, DataError, SplitName, dtype_name
 from data_prep.tokenizer import TextTokenizer
 
 # Chunks handed out per worker: one in work, one waiting. At 1 MB of text a chunk this bounds memory to a few
@@ -38,33 +38,43 @@ class EncodedChunk:
     """int64 [documents]: ids of each document."""
     text_bytes: np.ndarray
     """int64 [documents]: UTF-8 bytes of each document's text."""
+    split: SplitName
+    """Where the documents go, save those of `validation`."""
     validation: np.ndarray
     """bool [documents]: whether the hash of the text sends the document to validation."""
 
 
 class ChunkEncoder:
-    """Tokenises chunks with one model; built once in every worker process."""
+    """Tokenises chunks with one model, or as bytes without one; built once in every worker process."""
 
-    def __init__(self, model_path: Path, validation_fraction: float) -> None:
-        self._tokenizer = TextTokenizer.load(model_path)
-        self._dtype = np.dtype(dtype_name(self._tokenizer.vocab_size))
+    def __init__(self, model_path: Path | None, validation_fraction: float) -> None:
+        self._tokenizer = None if model_path is None else TextTokenizer.load(model_path)
+        vocab_size = BYTE_VALUES if self._tokenizer is None else self._tokenizer.vocab_size
+        self._dtype = np.dtype(dtype_name(vocab_size))
         self._validation_fraction = validation_fraction
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Parses and tokenises one chunk. Raises DataError with file and line for a malformed one."""
+        """Parses and tokenises one chunk. Raises DataError with file and line (or byte) for a malformed one."""
         ids: list[np.ndarray] = [np.empty(0, self._dtype)]
         text_bytes: list[int] = []
         validation: list[bool] = []
-        for text in parse_texts(chunk):
-            ids.append(self._tokenizer.encode(text).astype(self._dtype))
-            text_bytes.append(len(text.encode("utf-8")))
-            validation.append(goes_to_validation(text, validation_fraction=self._validation_fraction))
+        if self._tokenizer is None:
+            for data in parse_bytes(chunk):
+                ids.append(np.frombuffer(data, np.uint8).astype(self._dtype))
+                text_bytes.append(len(data))
+                validation.append(False)  # the formats that go with bytes come in splits
+        else:
+            for text in parse_texts(chunk):
+                ids.append(self._tokenizer.encode(text).astype(self._dtype))
+                text_bytes.append(len(text.encode("utf-8")))
+                validation.append(goes_to_validation(text, validation_fraction=self._validation_fraction))
         return EncodedChunk(
             source=chunk.source,
             stored_bytes=chunk.stored_bytes,
             ids=np.concatenate(ids),
             lengths=np.array([len(document) for document in ids[1:]], np.int64),
             text_bytes=np.array(text_bytes, np.int64),
+            split=chunk.split,
             validation=np.array(validation, np.bool_),
         )
 
@@ -72,7 +82,7 @@ class ChunkEncoder:
 _encoder: ChunkEncoder | None = None  # of this worker process
 
 
-def _start_worker(model_path: Path, validation_fraction: float) -> None:
+def _start_worker(model_path: Path | None, validation_fraction: float) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
     _encoder = ChunkEncoder(model_path, validation_fraction)
@@ -84,10 +94,10 @@ def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
 
 
 def encode_chunks(
-    chunks: Iterable[Chunk], *, model_path: Path, validation_fraction: float, workers: int
+    chunks: Iterable[Chunk], *, model_path: Path | None, validation_fraction: float, workers: int
 ) -> Generator[EncodedChunk, None, None]:
-    """Encodes chunks on `workers` processes (1: in this one) and yields the results in order. Raises
-    DataError."""
+    """Encodes chunks on `workers` processes (1: in this one) and yields the results in order; as bytes if there
+    is no model. Raises DataError."""
     if workers == 1:
         encoder = ChunkEncoder(model_path, validation_fraction)
         yield from map(encoder.encode, chunks)

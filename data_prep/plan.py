@@ -6,19 +6,20 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.config import REPOSITORY, DataConfig
-from data_prep.documents import RawFile
-from data_prep.shard_format import DataError
+from data_prep.documents import ORIGINS, RawFile, SourceSplit
+from data_prep.shard_format import SPLITS, DataError, SplitName
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One raw file and where its documents go (`hash`: by the hash of their text)."""
+    """One raw file and where its documents go (`hash`: by the hash of their text; `position`: by their place in
+    the file)."""
 
     path: Path
-    split: Literal["train", "validation", "hash"]
+    split: SourceSplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,60 +43,90 @@ class Plan:
 
     @property
     def validation_fraction(self) -> float:
-        """The fraction that goes to validation by hash; 0 with separate validation files."""
-        return 0.0 if self.config.validation_input else self.config.validation_fraction
+        """The fraction that goes to validation by hash; 0 with predefined splits."""
+        predefined = self.config.validation_input or self.config.format == "enwik8"
+        return 0.0 if predefined else self.config.validation_fraction
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """The splits to write: test only if the input has one."""
+        has_test = self.config.test_input or (self.config.format == "enwik8" and self.config.enwik8_split_bytes[2] > 0)
+        return SPLITS if has_test else ("train", "validation")
 
     def raw_files(self) -> list[RawFile]:
         """A fresh reader for every source, in order."""
         return [
-            RawFile(source.path, source=number, format=self.config.format) for number, source in enumerate(self.sources)
+            RawFile(
+                source.path,
+                source=number,
+                format=self.config.format,
+                split=source.split,
+                split_bytes=self.config.enwik8_split_bytes,
+            )
+            for number, source in enumerate(self.sources)
         ]
 
     def training_files(self) -> list[RawFile]:
-        """The raw files that a tokenizer is trained on: all but those of the validation split."""
-        return [raw for raw in self.raw_files() if self.sources[raw.source].split != "validation"]
+        """The raw files that a tokenizer is trained on: all but those of validation and test."""
+        return [raw for raw in self.raw_files() if self.sources[raw.source].split in ("train", "hash")]
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """What decides the tokenizer: the hash of an existing model, or how it is trained."""
+        if self.config.tokenizer.type == "bytes":
+            return {"type": "bytes"}
         if self.external_model is not None:
             return {"model_sha256": hashlib.sha256(self.external_model.read_bytes()).hexdigest()}
         return self.config.tokenizer.model_dump(mode="json", exclude={"model"})
 
     def recorded_config(self) -> dict[str, Any]:
         """Every setting that changes the output: no paths, no workers."""
-        return {
+        settings: dict[str, Any] = {
             "format": self.config.format,
             "validation_fraction": self.validation_fraction,
             "tokenizer": self.tokenizer_settings(),
             "shard": self.config.shard.model_dump(mode="json"),
         }
+        if self.config.format == "enwik8":
+            settings["split_bytes"] = list(self.config.enwik8_split_bytes)
+        return settings
 
 
 def make_plan(config: DataConfig) -> Plan:
     """Finds the files of a config. Raises DataError with the key and the pattern that found nothing."""
-    train = _find("input", config.input)
-    validation = _find("validation_input", config.validation_input)
-    seen: dict[Path, str] = {}
-    for key, path in [("input", p) for p in train] + [("validation_input", p) for p in validation]:
-        real = path.resolve()
-        if real in seen:
-            raise DataError(f"{path} is matched twice, by `{seen[real]}` and `{key}`; keep it in one of them, once")
-        seen[real] = key
+    origin = ORIGINS.get(config.format)
+    patterns = {"input": config.input, "validation_input": config.validation_input, "test_input": config.test_input}
+    found = {key: _find(key, value, origin=origin) for key, value in patterns.items()}
+    _check_once(found, format=config.format)
     model = None
     if config.tokenizer.model is not None:
         model = _existing(config.tokenizer.model)
         if not model.is_file():
             raise DataError(f"tokenizer.model: no file {config.tokenizer.model}; null trains a new one")
-    train_split: Literal["train", "hash"] = "train" if validation else "hash"
+    train_split: SourceSplit = "train" if found["validation_input"] else "hash"
+    if config.format == "enwik8":
+        train_split = "position"
     return Plan(
         config=config,
         sources=(
-            *(Source(path=path, split=train_split) for path in train),
-            *(Source(path=path, split="validation") for path in validation),
+            *(Source(path=path, split=train_split) for path in found["input"]),
+            *(Source(path=path, split="validation") for path in found["validation_input"]),
+            *(Source(path=path, split="test") for path in found["test_input"]),
         ),
         output=Path(config.output).absolute(),
         external_model=model,
     )
+
+
+def _check_once(found: dict[str, list[Path]], *, format: str) -> None:
+    """No file may go in twice, save that a wikitext zip holds a member for each split."""
+    seen: dict[Path, str] = {}
+    for key, path in [(key, path) for key, paths in found.items() for path in paths]:
+        real = path.resolve()
+        if real in seen and not (format == "wikitext" and path.suffix == ".zip" and seen[real] != key):
+            raise DataError(f"{path} is matched twice, by `{seen[real]}` and `{key}`; keep it in one of them, once")
+        seen[real] = key
+    if format == "enwik8" and len(found["input"]) != 1:
+        raise DataError(f"input: format enwik8 is one file, {len(found['input'])} are matched; name that one")
 
 
 def _existing(path: str) -> Path:
@@ -103,15 +134,17 @@ def _existing(path: str) -> Path:
     return Path(path) if Path(path).exists() else REPOSITORY / path
 
 
-def _find(key: str, patterns: tuple[str, ...]) -> list[Path]:
-    """Files in the order of the patterns, each pattern sorted; every pattern must find something."""
+def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[Path]:
+    """Files in the order of the patterns, each pattern sorted; every pattern must find something. `origin`: where
+    a corpus comes from, for the message."""
     files: list[Path] = []
     for pattern in patterns:
         found = _match(Path(), pattern) or _match(REPOSITORY, pattern)
         matched = [path for path in found if path.is_file()]
         if not matched:
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"
-            raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY})")
+            fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
+            raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY}){fix}")
         files += matched
     return files
 

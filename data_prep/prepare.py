@@ -26,6 +26,7 @@ from data_prep.encode import EncodedChunk, encode_chunks
 from data_prep.plan import Plan
 from data_prep.progress import byte_bar
 from data_prep.shard_format import (
+    BYTE_VALUES,
     FORMAT_VERSION,
     INDEX_SUFFIX,
     MANIFEST_FILE,
@@ -33,6 +34,8 @@ from data_prep.shard_format import (
     TOKENIZER_FILE,
     DataError,
     Manifest,
+    SplitName,
+    TokenizerEntry,
     dtype_name,
     sha256_file,
 )
@@ -50,8 +53,10 @@ SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_
 
 
 def tokenizer_step(plan: Plan, folder: Path) -> None:
-    """Puts tokenizer.model (trained or copied) and tokenizer.json into a folder."""
+    """Puts tokenizer.model (trained or copied) and tokenizer.json into a folder; nothing for bytes."""
     settings = plan.config.tokenizer
+    if settings.type == "bytes":
+        return
     if plan.external_model is not None:
         model = plan.external_model.read_bytes()
     else:
@@ -72,7 +77,9 @@ def tokenizer_step(plan: Plan, folder: Path) -> None:
 
 def reuse_tokenizer(plan: Plan, folder: Path) -> None:
     """Copies the tokenizer that the `tokenizer` step left in the output; DataError if it is not the
-    configured one."""
+    configured one. Nothing for bytes."""
+    if plan.config.tokenizer.type == "bytes":
+        return
     fix = "make it with `python -m data_prep tokenizer --config CONFIG`"
     model, record = plan.output / TOKENIZER_FILE, plan.output / TOKENIZER_RECORD
     if not model.is_file() or not record.is_file():
@@ -90,7 +97,7 @@ def reuse_tokenizer(plan: Plan, folder: Path) -> None:
 def shard_step(plan: Plan, folder: Path) -> Manifest:
     """Tokenises every source into shards in `folder`, which holds the tokenizer already, and writes the
     manifest."""
-    tokenizer = TextTokenizer.load(folder / TOKENIZER_FILE)
+    tokenizer = _tokenizer_entry(plan, folder)
     dtype = np.dtype(dtype_name(tokenizer.vocab_size))
     files = plan.raw_files()
     writers = {
@@ -102,9 +109,9 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
             tokens_per_shard=plan.config.shard.tokens_per_shard,
             tokens_per_member=plan.config.shard.tokens_per_member,
         )
-        for split in SPLITS
+        for split in plan.splits
     }
-    documents = _write_documents(plan, files, writers, model_path=folder / TOKENIZER_FILE)
+    documents = _write_documents(plan, files, writers, model_path=folder / tokenizer.file if tokenizer.file else None)
     finished = {split: writer.finish() for split, writer in writers.items()}
     if not finished["train"][0]:
         raise DataError("the input holds no document for the train split; check `input` and `validation_fraction`")
@@ -117,12 +124,8 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
         {
             "format_version": FORMAT_VERSION,
             "dtype": dtype.name,
-            "tokenizer": {
-                "file": TOKENIZER_FILE,
-                "sha256": sha256_file(folder / TOKENIZER_FILE),
-                "vocab_size": tokenizer.vocab_size,
-                "eos_id": tokenizer.eos_id,
-            },
+            # The defaults left out: a SentencePiece manifest is the same as before there were bytes.
+            "tokenizer": tokenizer.model_dump(exclude_defaults=True),
             "splits": {split: [entry.model_dump() for entry in entries] for split, (entries, _) in finished.items()},
             "totals": {split: totals.model_dump() for split, (_, totals) in finished.items()},
             "provenance": {"inputs": inputs, "config": plan.recorded_config(), "versions": _versions()},
@@ -130,8 +133,22 @@ def shard_step(plan: Plan, folder: Path) -> Manifest:
     )
 
 
+def _tokenizer_entry(plan: Plan, folder: Path) -> TokenizerEntry:
+    """What the manifest says of the tokenizer that `folder` holds."""
+    if plan.config.tokenizer.type == "bytes":
+        return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
+    model = folder / TOKENIZER_FILE
+    tokenizer = TextTokenizer.load(model)
+    return TokenizerEntry(
+        file=TOKENIZER_FILE,
+        sha256=sha256_file(model),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
+
+
 def _write_documents(
-    plan: Plan, files: list[RawFile], writers: dict[str, SplitWriter], *, model_path: Path
+    plan: Plan, files: list[RawFile], writers: dict[SplitName, SplitWriter], *, model_path: Path | None
 ) -> list[int]:
     """Tokenises all files into the writers of their splits; the number of documents of each file."""
     documents = [0] * len(files)
@@ -145,8 +162,7 @@ def _write_documents(
     with byte_bar(total=total, description="tokenising") as bar, contextlib.closing(encoded_chunks):
         for encoded in encoded_chunks:
             documents[encoded.source] += len(encoded.lengths)
-            whole_file_to_validation = plan.sources[encoded.source].split == "validation"
-            _write_chunk(writers, encoded, whole_file_to_validation=whole_file_to_validation)
+            _write_chunk(writers, encoded)
             bar.update(encoded.stored_bytes)
     return documents
 
@@ -156,10 +172,10 @@ def _all_chunks(files: list[RawFile]) -> Iterator[Chunk]:
         yield from raw.chunks()
 
 
-def _write_chunk(writers: dict[str, SplitWriter], encoded: EncodedChunk, *, whole_file_to_validation: bool) -> None:
+def _write_chunk(writers: dict[SplitName, SplitWriter], encoded: EncodedChunk) -> None:
     stop = np.cumsum(encoded.lengths)
     for number in range(len(stop)):
-        split = "validation" if whole_file_to_validation or encoded.validation[number] else "train"
+        split: SplitName = "validation" if encoded.validation[number] else encoded.split
         ids = encoded.ids[stop[number] - encoded.lengths[number] : stop[number]]
         writers[split].add_document(ids, text_bytes=int(encoded.text_bytes[number]))
 
@@ -237,11 +253,11 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Moves staged files into the output: old manifest away, old shards away, new files in, new manifest
-    last."""
+    """Moves staged files into the output: old manifest away, old shards and tokenizer away, new files in, new
+    manifest last."""
     (output / MANIFEST_FILE).unlink(missing_ok=True)
     for old in output.iterdir():
-        if SHARD_NAME.fullmatch(old.name):
+        if SHARD_NAME.fullmatch(old.name) or old.name in (TOKENIZER_FILE, TOKENIZER_RECORD):
             old.unlink()
     for new in sorted(folder.iterdir(), key=lambda path: (path.name == MANIFEST_FILE, path.name)):
         os.replace(new, output / new.name)

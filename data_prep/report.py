@@ -1,11 +1,11 @@
 """What a user sees of prepared data: verification table, statistics, documents."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_prep.shard_format import SPLITS, Manifest, ShardIndex
+from data_prep.shard_format import Manifest, ShardIndex
 from data_prep.shard_reader import SplitReader
 from data_prep.tokenizer import TextTokenizer
 
@@ -28,10 +28,13 @@ def verify(manifest: Manifest) -> None:
     mismatch."""
     started = time.monotonic()
     manifest.check("full", progress=True)
-    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in SPLITS for e in manifest.split(s)]
+    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
     print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
-    print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}, ok")
+    if tokenizer.sha256 is None:
+        print(f"tokenizer: bytes, {tokenizer.vocab_size} values, no model")
+    else:
+        print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}, ok")
     print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
 
 
@@ -57,16 +60,24 @@ def _document_tokens(manifest: Manifest, split: str) -> np.ndarray:
     parts = []
     for entry in manifest.split(split):
         starts = ShardIndex.load(manifest, entry).document_start
-        parts.append(np.diff(starts, append=entry.tokens) - 1)
+        parts.append(np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens)
     return np.concatenate(parts)
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
-    """Prints documents decoded from the shards. Raises DataError for an unknown split or number."""
+    """Prints documents decoded from the shards (bytes that are no UTF-8 as U+FFFD). Raises DataError for an unknown
+    split or number."""
     manifest.check("size")
-    tokenizer = TextTokenizer.load(manifest.folder / manifest.tokenizer.file)
+    decode = _decoder(manifest)
     with SplitReader(manifest, split, verify_on_first_read=True) as reader:
         for number in range(index, index + count):
             ids = reader.document(number)
             print(f"=== {split} document {number} of {reader.num_documents:,}: {len(ids):,} tokens ===")
-            print(tokenizer.decode(ids))
+            print(decode(ids))
+
+
+def _decoder(manifest: Manifest) -> Callable[[np.ndarray], str]:
+    """Ids [n] to text, by the tokenizer of the manifest."""
+    if manifest.tokenizer.file is None:
+        return lambda ids: ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    return TextTokenizer.load(manifest.folder / manifest.tokenizer.file).decode

@@ -5,9 +5,10 @@ A prepared folder holds
     train-00000.tar              a webdataset tar; its members train-00000-000000.tok.bin, ... are token ids,
                                  little-endian uint16 (uint32 when vocab_size > 65,536). Every document ends
                                  with EOS and may span members; a shard starts with a document, ends with EOS.
+                                 Bytes have no EOS: documents follow one another as in the raw file.
     train-00000.idx.safetensors  int64 member_offset [members]: byte offset of a member's data in the tar,
                                  int64 member_tokens [members], int64 document_start [documents] in tokens.
-    tokenizer.model              the SentencePiece model that made the ids
+    tokenizer.model              the SentencePiece model that made the ids; none if the ids are bytes
     manifest.json                sizes and sha256 of all these, totals, provenance, own digest; written last
 
 All of it is data: JSON, raw integers and safetensors, never pickle. Imports: numpy, safetensors and pydantic.
@@ -40,8 +41,9 @@ TOKENIZER_FILE = "tokenizer.model"
 MEMBER_SUFFIX = ".tok.bin"
 INDEX_SUFFIX = ".idx.safetensors"
 TAR_BLOCK_BYTES = 512
-SPLITS = ("train", "validation")
-SplitName = Literal["train", "validation"]
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")  # test only if the corpus has one, the others always
+BYTE_VALUES = 256
 REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`"
 
 
@@ -102,7 +104,7 @@ class ShardEntry(_Record):
     tokens: Annotated[int, Field(ge=1)]
     """Token ids in the shard, EOS included."""
     documents: Annotated[int, Field(ge=1)]
-    """Documents in the shard; each ends with EOS."""
+    """Documents in the shard."""
     index_file: SafeName
     """Name of the safetensors index, relative to the manifest."""
     index_bytes: Count
@@ -112,16 +114,33 @@ class ShardEntry(_Record):
 
 
 class TokenizerEntry(_Record):
-    """The SentencePiece model that made the ids."""
+    """What made the ids: a SentencePiece model, or nothing at all where the ids are the bytes themselves."""
 
-    file: SafeName
+    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    """bytes: the id is the value of the byte, and the three keys about a model are absent. A manifest without
+    this key is of SentencePiece."""
+    file: SafeName | None = None
     """Name of the model, relative to the manifest."""
-    sha256: Sha256
+    sha256: Sha256 | None = None
     """Hash of the model."""
     vocab_size: Annotated[int, Field(ge=2)]
-    """Number of pieces; every id is below it."""
-    eos_id: Count
-    """Id that ends every document."""
+    """Number of pieces; every id is below it. 256 for bytes."""
+    eos_id: Count | None = None
+    """Id that ends every document; null where nothing does (bytes)."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "TokenizerEntry":
+        model = (self.file, self.sha256, self.eos_id)
+        if self.kind == "bytes" and (model != (None, None, None) or self.vocab_size != BYTE_VALUES):
+            raise ValueError(f"bytes have vocab_size {BYTE_VALUES} and neither file, sha256 nor eos_id")
+        if self.kind == "sentencepiece" and None in model:
+            raise ValueError("a SentencePiece model needs file, sha256 and eos_id")
+        return self
+
+    @property
+    def end_tokens(self) -> int:
+        """Ids that end a document and are not its text: 1 (EOS), or 0 for bytes."""
+        return 0 if self.eos_id is None else 1
 
 
 class SplitTotals(_Record):
@@ -147,9 +166,10 @@ class InputRecord(_Record):
     documents: Count
     """Documents read from it."""
     format: str
-    """Source format: c4 or pes2o."""
-    split: Literal["train", "validation", "hash"]
-    """Where its documents went; `hash`: to train or validation by a hash of the text."""
+    """Source format: c4, pes2o, wikitext or enwik8."""
+    split: Literal["train", "validation", "test", "hash", "position"]
+    """Where its documents went; `hash`: to train or validation by a hash of the text; `position`: to every
+    split, by their place in the file."""
 
 
 class Provenance(_Record):
@@ -187,13 +207,14 @@ class Manifest(_Record):
         names = [name for entries in self.splits.values() for e in entries for name in (e.file, e.index_file)]
         if len(set(names)) != len(names):
             raise ValueError("a shard or index file is listed twice")
-        if set(self.splits) != set(SPLITS) or set(self.totals) != set(SPLITS):
-            raise ValueError(f"splits and totals must have exactly the keys {', '.join(SPLITS)}")
+        if set(self.splits) | {"test"} != set(SPLITS) or set(self.totals) != set(self.splits):
+            raise ValueError("splits and totals must have the keys train, validation and, if there is one, test")
         for split, entries in self.splits.items():
             sums = (sum(e.documents for e in entries), sum(e.tokens for e in entries))
             if sums != (self.totals[split].documents, self.totals[split].tokens):
                 raise ValueError(f"totals of split {split!r} are not the sums over its shards")
-        if self.dtype != dtype_name(self.tokenizer.vocab_size) or self.tokenizer.eos_id >= self.tokenizer.vocab_size:
+        tokenizer = self.tokenizer
+        if self.dtype != dtype_name(tokenizer.vocab_size) or (tokenizer.eos_id or 0) >= tokenizer.vocab_size:
             raise ValueError("dtype, vocab_size and eos_id contradict each other")
         return self
 
@@ -214,7 +235,7 @@ class Manifest(_Record):
         manifest = cls._parse(file, raw)
         manifest._folder = file.parent
         root = file.parent.resolve()
-        for name in [manifest.tokenizer.file, *manifest._shard_files()]:
+        for name in [manifest.tokenizer.file or "", *manifest._shard_files()]:
             if not (root / name).resolve().is_relative_to(root):
                 raise DataError(
                     f"{file}: {name} leads out of the manifest's folder (a link?); store the file inside it"
@@ -256,14 +277,14 @@ class Manifest(_Record):
         for split, entries in self.splits.items():
             if split == name:
                 return entries
-        raise DataError(f"{self.folder / MANIFEST_FILE} has no split {name!r}; it has {', '.join(SPLITS)}")
+        raise DataError(f"{self.folder / MANIFEST_FILE} has no split {name!r}; it has {', '.join(self.splits)}")
 
     def num_tokens(self, split: str) -> int:
         """Token ids in a split, EOS included."""
         return sum(entry.tokens for entry in self.split(split))
 
     def _entries(self) -> list[ShardEntry]:
-        return [entry for split in SPLITS for entry in self.split(split)]
+        return [entry for entries in self.splits.values() for entry in entries]
 
     def _shard_files(self) -> list[str]:
         return [name for entry in self._entries() for name in (entry.file, entry.index_file)]
@@ -277,10 +298,11 @@ class Manifest(_Record):
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
         entries = self._entries()
-        tokenizer = self.folder / self.tokenizer.file
-        if not tokenizer.is_file():
-            raise DataError(f"missing file {tokenizer}; {REBUILD}")
-        _expect("sha256", tokenizer, self.tokenizer.sha256, sha256_file(tokenizer))
+        if self.tokenizer.file is not None:
+            tokenizer = self.folder / self.tokenizer.file
+            if not tokenizer.is_file():
+                raise DataError(f"missing file {tokenizer}; {REBUILD}")
+            _expect("sha256", tokenizer, self.tokenizer.sha256, sha256_file(tokenizer))
         for entry in entries:
             check_size(self.folder / entry.file, entry.bytes)
         for entry in entries:

@@ -104,6 +104,7 @@ class SplitReader:
         assert max_open_shards >= 1, f"max_open_shards must be at least 1, not {max_open_shards}"
         self._manifest = manifest
         self._entries = manifest.split(split)
+        self._end_tokens = manifest.tokenizer.end_tokens
         self._verify_on_first_read = verify_on_first_read
         self._max_open_shards = max_open_shards
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
@@ -141,15 +142,15 @@ class SplitReader:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of one document of the split as int64, without its EOS. DataError if there is no such
-        document."""
+        """Tokens of one document of the split as int64, without its EOS (bytes have none). DataError if there
+        is no such document."""
         if not 0 <= index < self.num_documents:
             raise DataError(f"no document {index}: the split has {self.num_documents}, numbered from 0")
         shard = int(np.searchsorted(self._document_start, index, side="right")) - 1
         starts = self._shard(shard).document_starts
         local = index - int(self._document_start[shard])
         stop = int(starts[local + 1]) if local + 1 < len(starts) else self._entries[shard].tokens
-        return self._read_shard(shard, int(starts[local]), stop - 1)
+        return self._read_shard(shard, int(starts[local]), stop - self._end_tokens)
 
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         tokens = self._shard(shard).read(start, stop)

@@ -114,13 +114,13 @@ class SplitWriter:
         split: str,
         *,
         dtype: np.dtype[Any],
-        eos_id: int,
+        eos_id: int | None,
         tokens_per_shard: int,
         tokens_per_member: int,
     ) -> None:
         self._folder = folder
         self._split = split
-        self._eos = np.array([eos_id], dtype)
+        self._eos = np.array([] if eos_id is None else [eos_id], dtype)
         self._tokens_per_shard = tokens_per_shard
         self._member = np.empty(tokens_per_member, dtype)
         self._fill = 0  # ids in self._member
@@ -129,8 +129,9 @@ class SplitWriter:
         self._text_bytes = 0
 
     def add_document(self, tokens: np.ndarray, *, text_bytes: int) -> None:
-        """Appends one document: integer ids [n] without EOS (n may be 0); `text_bytes` is the UTF-8 size of
-        its text."""
+        """Appends one document: integer ids [n] without EOS (n may be 0 if there is an EOS to follow);
+        `text_bytes` is the UTF-8 size of its text."""
+        assert len(tokens) + len(self._eos) > 0, "a document without a token has no place in the index"
         if self._shard is None:
             name = f"{self._split}-{len(self._entries):05d}"
             self._shard = _ShardFile(self._folder, name, self._eos.dtype)

@@ -35,6 +35,11 @@ class LayerMemory:
         self._row[streams] = torch.arange(len(streams), device=streams.device)
         self.forget()
 
+    @property
+    def num_streams(self) -> int:
+        """Streams of all ranks."""
+        return len(self._row)
+
     def forget(self) -> None:
         """The next chunk begins a stream."""
         self.kept = self._written = None
@@ -42,8 +47,8 @@ class LayerMemory:
     def extend(self, hidden: Tensor, sequence_index: Tensor) -> Tensor:
         """Context [B, m + T, d] of `hidden` [B, T, d], the chunks of the sequences `sequence_index` [B]; notes the
         chunks for the next step. Memory carries no gradient."""
-        assert len(self._row), "no streams were assigned to this memory"
-        rows = self._row[sequence_index % len(self._row)]
+        assert self.num_streams, "no streams were assigned to this memory"
+        rows = self._row[sequence_index % self.num_streams]
         context = hidden if self.kept is None else torch.cat([self.kept[rows], hidden], dim=1)
         tail = context[:, -self.max_length :].detach()
         if self._written is None:

@@ -208,7 +208,7 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
     for name, statistics in routing_statistics(engine.module):
         statistics.probability.copy_(store.single(f"routing/{name}", rank=0))
     for name, memory in layer_memories(engine.module):
-        memory.kept = store.memory(name, memory.streams)
+        memory.kept = store.memory(name, memory.streams, memory.num_streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if checkpoint.state["layout"]["data"] == world_size:
@@ -245,7 +245,7 @@ class _PieceStore:
             raise UserError(f"checkpoint: {kind} of {name} is incomplete ({covered} of {stop - start} elements)")
         return result
 
-    def memory(self, layer: str, streams: Tensor) -> Tensor | None:
+    def memory(self, layer: str, streams: Tensor, num_streams: int) -> Tensor | None:
         """[n, m, d], a row for each of `streams` [n], in the dtype of the run; None if there was no memory yet."""
         key, place = f"memory/{layer}", {}
         for file, handle in self._files.items():
@@ -253,9 +253,11 @@ class _PieceStore:
                 place.update({s: (file, row) for row, s in enumerate(handle.get_tensor("memory_streams").tolist())})
         if not place:
             return None
-        missing = [s for s in streams.tolist() if s not in place]
-        if missing:
-            raise UserError(f"checkpoint: the memory of {layer} is missing for streams {missing[:5]}")
+        if len(place) != num_streams:
+            raise UserError(
+                f"batch.global_sequences: the checkpoint holds the memory of {len(place)} streams of text, this run "
+                f"reads {num_streams}; set batch.global_sequences to {len(place)}, as Transformer-XL memory needs it"
+            )
         slices = {file: self._files[file].get_slice(key) for file, _ in place.values()}
         rows = [slices[file][row : row + 1] for file, row in (place[s] for s in streams.tolist())]
         return torch.cat(rows).to(streams.device)

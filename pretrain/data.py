@@ -76,6 +76,7 @@ class WindowReader:
     def __init__(self, manifest: Manifest, split: str, sequence_length: int, *, verify_on_first_read: bool) -> None:
         self.num_windows = num_windows(manifest, split, sequence_length)
         self.sequence_length = sequence_length
+        self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
         self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read)
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,10 @@ def evaluate(
     if parallel.data_size > 1:
         dist.all_reduce(sums, group=parallel.data_group)
     loss = float(sums[0] / sums[1])
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(sums[1]) * reader.sequence_length}
+    values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(sums[1]) * reader.sequence_length}
+    if reader.tokens_are_bytes:
+        values["bits_per_byte"] = loss / math.log(2)
+    return values
 
 
 def unigram_perplexity(reader: WindowReader, windows: np.ndarray) -> float:

@@ -219,8 +219,9 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
     monitor.validation(step, values)
     if is_last:
         below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
+        bits = f" ({values['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in values else ""
         print(
-            f"validation perplexity {values['perplexity']:.2f}; unigram perplexity of the same "
+            f"validation perplexity {values['perplexity']:.2f}{bits}; unigram perplexity of the same "
             f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} "
             f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
             flush=True,

@@ -114,8 +114,9 @@ class Monitor:
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"validation/{key}", value, step)
+        bits = f"  bits per byte {values['bits_per_byte']:.4f}" if "bits_per_byte" in values else ""
         print(
-            f"validation after step {step}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}",
+            f"validation after step {step}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}{bits}",
             flush=True,
         )
 

@@ -190,7 +190,11 @@ def set_shard(key: str, value: Any) -> Edit:
         (lambda body: body.pop("format_version"), "format_version is None"),
         (lambda body: body.update(dtype="uint32"), "dtype, vocab_size and eos_id contradict"),
         (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
-        (lambda body: body["splits"].pop("validation"), "splits and totals must have exactly the keys"),
+        (lambda body: body["tokenizer"].update(kind="words"), r"tokenizer\.kind: Input should be"),
+        (lambda body: body["tokenizer"].update(kind="bytes"), "bytes have vocab_size 256 and neither file"),
+        (lambda body: body["tokenizer"].pop("file"), "a SentencePiece model needs file, sha256 and eos_id"),
+        (lambda body: body["splits"].update(test=[]), "splits and totals must have the keys train, validation"),
+        (lambda body: body["splits"].pop("validation"), "splits and totals must have the keys train, validation"),
     ],
 )
 def test_a_manifest_that_breaks_a_rule_is_refused(prepared: Path, edit: Edit, message: str) -> None:

@@ -13,6 +13,7 @@ import model.feedforward.sigma_moe
 import model.kernels.route
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
+from model.memory import layer_memories
 from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
@@ -103,13 +104,15 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
     names = dict(network.named_parameters())
-    undecayed = [p for n, p in names.items() if "norm" in n or n.endswith("bias")]
-    decayed = [p for n, p in names.items() if not ("norm" in n or n.endswith("bias"))]
+    undecayed = [p for n, p in names.items() if "norm" in n or n.endswith(("bias", "scale"))]
+    decayed = [p for n, p in names.items() if not ("norm" in n or n.endswith(("bias", "scale")))]
     groups = [
         {"params": undecayed, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    for _, memory in layer_memories(network):
+        memory.assign(stream.streams(), config.batch.global_sequences)
     trace, original = Trace(), model.kernels.route.route
 
     def measured(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
@@ -140,6 +143,8 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
                 losses.append(float(sequence_loss.mean()))
             for _, statistics in routing_statistics(network):
                 statistics.finish_step()
+            for _, memory in layer_memories(network):
+                memory.advance()
             if step in gradient_steps:
                 trace.gradients[step] = {n: p.grad.clone() for n, p in network.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)

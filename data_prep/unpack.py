@@ -1,0 +1,138 @@
+"""Stored files as they were downloaded (plain, gzip, zip) as one stream of unpacked bytes, hashed on the way.
+
+Nothing is extracted to disk: a zip gives the bytes of one member, whatever folder its name says, and every
+other member is left alone.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from data_prep.shard_format import DataError, sha256_file
+
+GZIP_MAGIC = b"\x1f\x8b"
+ZIP_MAGIC = b"PK\x03\x04"
+BLOCK_BYTES = 1 << 20
+
+
+class _CountingStream:
+    """The stored bytes of a file, hashed and counted as they are read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.hash = hashlib.sha256()
+        self.bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.hash.update(data)
+        self.bytes += len(data)
+        return data
+
+
+class Unpacked:
+    """The content of one file, read once from front to back."""
+
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        *,
+        name: str,
+        stored_bytes: Callable[[], int],
+        finish: Callable[[], tuple[str, int]],
+    ) -> None:
+        self._read = read
+        self._stored_bytes = stored_bytes
+        self._finish = finish
+        self.name = name
+        """The file as the user named it; in a zip, with the member."""
+        self.position = 0
+        """Unpacked bytes read so far."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Stored (compressed) bytes consumed so far; exact at the end."""
+        return self._stored_bytes()
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer, or none, only at the end."""
+        data = self._read(size)
+        self.position += len(data)
+        return data
+
+    def lines(self, *, limit_bytes: int | None = None) -> Iterator[bytes]:
+        """Lines with their ends, which are newlines alone, so that joining them gives the content. With a limit,
+        the next `limit_bytes` bytes only, and nothing behind them is read."""
+        rest, stop = b"", None if limit_bytes is None else self.position + limit_bytes
+        while block := self.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - self.position)):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+        if rest:
+            yield rest
+
+    def finish(self) -> tuple[str, int]:
+        """sha256 and size of the whole file as stored, whatever was read of its content."""
+        return self._finish()
+
+
+@contextlib.contextmanager
+def unpacked(path: Path, *, member: str | None) -> Iterator[Unpacked]:
+    """Opens a file by what its first bytes say it is. `member`: name, without folders, of the file inside a
+    zip. Raises DataError for a file that is missing, unreadable or damaged, also while it is being read."""
+    try:
+        with path.open("rb") as stored:
+            magic = stored.read(len(ZIP_MAGIC))
+            stored.seek(0)
+            if magic == ZIP_MAGIC:
+                with zipfile.ZipFile(stored) as archive:
+                    yield from _zipped(path, archive, _find_member(archive, path, member))
+                return
+            counter = _CountingStream(stored)
+            if magic.startswith(GZIP_MAGIC):
+                with gzip.GzipFile(fileobj=counter, mode="rb") as text:  # type: ignore[call-overload]
+                    yield _counted(str(path), text.read, counter)
+            else:
+                yield _counted(str(path), counter.read, counter)
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) -> Unpacked:
+    def finish() -> tuple[str, int]:
+        while counter.read(BLOCK_BYTES):  # whatever follows the last gzip member belongs to the hash too
+            pass
+        return counter.hash.hexdigest(), counter.bytes
+
+    return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish)
+
+
+def _find_member(archive: zipfile.ZipFile, path: Path, member: str | None) -> zipfile.ZipInfo:
+    if member is None:
+        raise DataError(f"{path} is a zip archive, which only the formats wikitext and enwik8 read; unpack it")
+    found = [info for info in archive.infolist() if PurePosixPath(info.filename).name == member and not info.is_dir()]
+    if len(found) != 1:
+        raise DataError(f"{path} holds {len(found)} files named {member}, expected 1; fetch the original archive again")
+    if found[0].flag_bits & 1:
+        raise DataError(f"{path}: {member} is encrypted; fetch the original archive again")
+    if found[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{path}: {member} is packed in an uncommon way; unpack it and give its path instead")
+    return found[0]
+
+
+def _zipped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
+    """The hash takes a pass of its own, because a zip is read from its end. Progress is by unpacked bytes."""
+    size = path.stat().st_size
+    with archive.open(member) as content:
+        yield Unpacked(
+            content.read,
+            name=f"{path}/{member.filename}",
+            stored_bytes=lambda: size * content.tell() // max(member.file_size, 1),
+            finish=lambda: (sha256_file(path), size),
+        )

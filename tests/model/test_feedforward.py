@@ -1,0 +1,63 @@
+"""The dense feed-forward layers against their equations in fp64, forward and every gradient, dropout on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.dropout import keep_mask, site_key
+from model.feedforward.dense import DenseFeedForward
+from model.feedforward.swiglu import SwiGLU
+
+
+def relu_layer(x: Tensor, p: dict[str, Tensor], mask: Tensor) -> Tensor:
+    hidden = (x @ p["up.weight"].T + p["up.bias"]).clamp_min(0) * mask
+    return hidden @ p["down.weight"].T + p["down.bias"]
+
+
+def swiglu_layer(x: Tensor, p: dict[str, Tensor], mask: Tensor) -> Tensor:
+    gate = x @ p["gate.weight"].T
+    return (gate / (1 + torch.exp(-gate)) * (x @ p["up.weight"].T) * mask) @ p["down.weight"].T
+
+
+LAYERS = {"dense": (DenseFeedForward, relu_layer), "swiglu": (SwiGLU, swiglu_layer)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_forward_and_every_gradient_equal_the_equation(kind: str, dropout: float) -> None:
+    layer_class, equation = LAYERS[kind]
+    B, T, d, width = 2, 5, 7, 11
+    config = ModelConfig.model_validate(
+        {
+            "d_model": d,
+            "num_layers": 1,
+            "vocab_size": 4,
+            "sequence_length": T,
+            "feedforward": {"type": kind, "hidden_size": width},
+            "dropout": dropout,
+        }
+    )
+    torch.manual_seed(0)
+    layer = layer_class(config, name="blocks.0.feedforward", seed=5)
+    x, upstream = torch.randn(B, T, d).requires_grad_(), torch.randn(B, T, d)
+    sequence_index = torch.tensor([3, 9])
+    y, auxiliary = layer(x, sequence_index)
+    assert float(auxiliary) == 0.0
+    y.backward(upstream)
+    mask = torch.ones(B, T, width, dtype=torch.float64)
+    if dropout:
+        key = site_key(5, "blocks.0.feedforward.hidden")
+        keep = keep_mask(probability=dropout, key=key, sequence_index=sequence_index, shape=(B, T, width))
+        mask = keep.double() / (1 - dropout)
+        assert 0 < int((~keep).sum()) < keep.numel()
+    p = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
+    x64 = x.detach().double().requires_grad_()
+    expected = equation(x64, p, mask)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), p[name].grad, rtol=1e-5, atol=1e-5)
