@@ -171,7 +171,7 @@ def test_training_settings_are_those_of_the_paper(name: str) -> None:
         assert model.attention.expert_dropout == (0.1 if "switchall_259m" in name else 0.0)
     folder = {"c4": "c4", "pes2o": "pes2o", "wt103": "wikitext103", "enwik8": "enwik8"}[name.split("_")[0]]
     assert config.data.manifest == f"data/{folder}/manifest.json"
-    assert config.description
+    assert config.description and config.evaluate.streams == 64
 
 
 def test_every_row_of_the_paper_has_a_config() -> None:
