@@ -1,0 +1,274 @@
+"""Costs against the paper's tables (paper sections 5 and 6), the built model and sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.config import ModelConfig
+from model.costs import (
+    attention_macs,
+    attention_memory,
+    feedforward_macs,
+    feedforward_memory,
+    formula_parameters,
+    training_flops_per_token,
+)
+from model.counted_costs import count_macs
+from model.language_model import build_on_meta
+from model.parameters import count_parameters
+from pretrain.config_io import load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))
+
+
+def paper(name: str) -> ModelConfig:
+    return load_config(CONFIGS / "paper" / f"{name}.json").model
+
+
+def odd(attention: dict, *, position: dict | None = None, feedforward: dict | None = None) -> ModelConfig:
+    """A model whose sizes are all different."""
+    return ModelConfig.model_validate(
+        {
+            "d_model": 20,
+            "num_layers": 3,
+            "vocab_size": 37,
+            "sequence_length": 11,
+            "attention": attention,
+            "position": position or {"type": "rope"},
+            "feedforward": feedforward
+            or {"type": "sigma_moe", "num_experts": 7, "expert_size": 13, "active_experts": 3},
+        }
+    )
+
+
+SWITCHHEAD = {"type": "switchhead", "num_heads": 3, "head_dim": 8, "num_experts": 5, "active_experts": 2}
+DENSE = {"type": "dense", "num_heads": 3, "head_dim": 8}
+MOA = {"type": "moa", "num_heads": 3, "head_dim": 8, "num_experts": 6}
+XL = {"type": "xl", "memory_chunks": 1}
+ODD = {
+    f"{name}-{position['type'] if position else 'rope'}-{feedforward['type'] if feedforward else 'sigma_moe'}": odd(
+        attention, position=position, feedforward=feedforward
+    )
+    for name, attention in {
+        "switchhead": SWITCHHEAD,
+        "switchhead_key": SWITCHHEAD | {"expert_projections": ["key"]},
+        "switchhead_all": SWITCHHEAD | {"expert_projections": ["query", "key", "value", "output"]},
+        "switchhead_each": SWITCHHEAD | {"expert_projections": ["key", "value", "output"], "selection": "projection"},
+        "switchhead_shared": SWITCHHEAD | {"selection": "shared"},
+        "dense": DENSE,
+        "moa": MOA,
+    }.items()
+    for position in (None, XL)
+    for feedforward in (None, {"type": "dense", "hidden_size": 31}, {"type": "swiglu", "hidden_size": 31})
+}
+
+
+# ------------------------------------------------------------------------------------------------------- paper's tables
+
+
+@pytest.mark.parametrize(
+    "switchhead, dense, macs, dense_macs, memory, dense_memory",
+    [
+        ("c4_switchhead_47m", "c4_dense_47m", "202.5M", "453.4M", "0.8M", "3.5M"),
+        ("pes2o_switchhead_47m", "pes2o_dense_47m", "202.5M", "453.4M", "0.8M", "3.5M"),
+        ("wt103_switchhead_47m", "wt103_dense_47m", "170.4M", "453.4M", "0.8M", "3.5M"),
+        ("c4_switchhead_262m", "c4_dense_262m", "2.358G", "5.369G", "5.6M", "21.0M"),
+        ("pes2o_switchhead_262m", "pes2o_dense_262m", "2.358G", "5.369G", "5.6M", "21.0M"),
+        ("wt103_switchhead_262m", "wt103_dense_262m", "1.956G", "5.369G", "2.9M", "21.0M"),
+        ("enwik8_switchhead_41m", "enwik8_dense_41m", "709M", "1611M", "2.8M", "10.5M"),
+    ],
+)
+def test_attention_costs_of_the_papers_tables(
+    switchhead: str, dense: str, macs: str, dense_macs: str, memory: str, dense_memory: str
+) -> None:
+    assert printed(attention_macs(paper(switchhead)), like=macs) == macs
+    assert printed(attention_macs(paper(dense)), like=dense_macs) == dense_macs
+    assert printed(attention_memory(paper(switchhead)), like=memory) == memory
+    assert printed(attention_memory(paper(dense)), like=dense_memory) == dense_memory
+    assert attention_macs(paper(dense), "equation_13") == attention_macs(paper(dense))
+
+
+def test_equation_13_keeps_the_memory_in_the_position_term() -> None:
+    config = paper("c4_switchhead_262m")
+    assert printed(attention_macs(config, "equation_13"), like="2.82G") == "2.82G"
+    dense = attention_macs(paper("c4_dense_262m"))
+    assert f"{attention_macs(config, 'equation_13') / dense:.1%}" == "52.5%"
+    assert f"{attention_macs(config) / dense:.1%}" == "43.9%"
+    rope = paper("c4_switchhead_rope_244m")
+    selectors = 2 * 4 * rope.d_model * rope.sequence_length
+    assert attention_macs(rope, "equation_13") == attention_macs(rope) - selectors
+
+
+def test_moa_has_its_published_costs() -> None:
+    """Its settings are inferred from the MACs; the memory is reproduced by a formula by analogy."""
+    small, large = paper("wt103_moa_4heads_47m"), paper("wt103_moa_8heads_262m")
+    assert printed(attention_macs(small), like="223.5M") == "223.5M"
+    assert printed(attention_macs(large), like="2.9G") == "2.9G"
+    assert printed(attention_memory(small), like="1.3M") == "1.3M"
+    assert printed(attention_memory(large), like="9.9M") == "9.9M"
+
+
+PUBLISHED_MILLIONS = {
+    "dense_47m": 47.3,
+    "dense_2heads_47m": 47.3,
+    "switchhead_47m": 47.2,
+    "switchall_47m": 46.9,
+    "dense_262m": 262.5,
+    "dense_4heads_262m": 262.5,
+    "dense_2heads_262m": 262.5,
+    "switchhead_262m": 262.4,
+    "switchall_259m": 259.5,
+    "dense_41m": 41.2,
+    "dense_2heads_41m": 41.2,
+    "switchhead_41m": 41.2,
+    "dense_rope_45m": 44.5,
+    "switchhead_rope_45m": 44.5,
+    "dense_rope_244m": 243.6,
+    "switchhead_rope_244m": 243.3,
+}
+# As solved: equal to the dense baseline.
+PUBLISHED_MILLIONS |= {
+    f"moa_{heads}heads_{size}m": total for heads in (2, 4, 6, 8) for size, total in ((47, 47.3), (262, 262.5))
+}
+ABLATION = ("o", "ko", "vko", "vqo", "v", "qo", "vq", "vkqo", "kqo", "vkq", "vk", "q", "k", "kq")
+PUBLISHED_MILLIONS |= {f"ablation_{projections}_47m": 47.3 for projections in ABLATION}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_are_within_100_thousand_of_the_published(name: str) -> None:
+    published = 262.5 if name == "wt103_switchhead_262m" else PUBLISHED_MILLIONS[name.split("_", 1)[1]]
+    # The published number is rounded to 0.1M: half of that on top.
+    assert abs(formula_parameters(paper(name)).total / 1e6 - published) <= 0.1
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_training_settings_are_those_of_the_paper(name: str) -> None:
+    config = load_config(CONFIGS / "paper" / f"{name}.json")
+    model, optimizer = config.model, config.optimizer
+    large = model.d_model == 1024
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (
+        2.5e-4,
+        (0.9, 0.999),
+        1e-8,
+        0.0,
+    )
+    small_clip = model.d_model == 412 and "switchall" not in name
+    assert optimizer.clip_norm == (0.1 if small_clip else 0.25)
+    assert model.dropout == (0.2 if large else 0.1)
+    assert (config.schedule.warmup_steps, config.schedule.final_ratio) == (4000 if large else 0, 0.0)
+    assert config.batch.global_sequences == (32 if "enwik8" in name else 64)
+    assert model.vocab_size == (256 if "enwik8" in name else 8000)
+    assert model.init_scale == "paper" and config.train.steps == 100_000
+    assert model.memory_length == (0 if "rope" in name else model.sequence_length)
+    if model.feedforward.type == "sigma_moe":
+        assert model.feedforward.entropy_scope == "micro_batch"
+        assert model.feedforward.entropy_weight == (1e-3 if large else 1e-4)
+    if model.attention.type == "switchhead":
+        assert model.attention.normalized_init == (name == "pes2o_switchhead_262m")
+        assert model.attention.expert_dropout == (0.1 if "switchall_259m" in name else 0.0)
+    folder = {"c4": "c4", "pes2o": "pes2o", "wt103": "wikitext103", "enwik8": "enwik8"}[name.split("_")[0]]
+    assert config.data.manifest == f"data/{folder}/manifest.json"
+    assert config.description and config.evaluate.streams == 64
+
+
+def test_every_row_of_the_paper_has_a_config() -> None:
+    rows = ("dense_47m", "dense_2heads_47m", "switchhead_47m", "switchall_47m", "dense_262m", "switchhead_262m")
+    expected = {f"{corpus}_{row}" for corpus in ("c4", "pes2o", "wt103") for row in (*rows, "switchall_259m")}
+    expected |= {"c4_dense_4heads_262m", "pes2o_dense_4heads_262m", "wt103_dense_2heads_262m"}
+    expected |= {"enwik8_dense_41m", "enwik8_dense_2heads_41m", "enwik8_switchhead_41m"}
+    expected |= {f"{corpus}_{kind}_rope_45m" for corpus in ("c4", "wt103") for kind in ("dense", "switchhead")}
+    expected |= {"c4_dense_rope_244m", "c4_switchhead_rope_244m"}
+    expected |= {f"wt103_moa_{heads}heads_{size}" for heads in (2, 4, 6, 8) for size in ("47m", "262m")}
+    expected |= {f"wt103_ablation_{projections}_47m" for projections in ABLATION}
+    assert set(PAPER) == expected
+    readme = (CONFIGS / "paper" / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in PAPER if f"`{name}`" not in readme]
+
+
+# ---------------------------------------------------------------------------------------------------- the built model
+
+
+@pytest.mark.parametrize("config", [*map(paper, PAPER), *ODD.values()], ids=[*PAPER, *ODD])
+def test_formula_parameters_are_those_of_the_built_model(config: ModelConfig) -> None:
+    model = build_on_meta(config)
+    formula = formula_parameters(config)
+    assert formula.total == sum(parameter.numel() for parameter in model.parameters())
+    assert formula == count_parameters(model, config)
+
+
+@pytest.mark.parametrize("name", ["switchall_1b", "switchall_tiny"])
+def test_formula_parameters_of_the_other_configs(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.json").model
+    assert formula_parameters(config) == count_parameters(build_on_meta(config), config)
+
+
+def test_counted_macs_by_hand() -> None:
+    """T = 11, d = 20, 3 heads of 8, 5 experts of which 2, 7 feed-forward experts of 13 of which 3, vocabulary 37."""
+    counted = count_macs(odd(SWITCHHEAD))
+    query_key = 2 * 11 * 20 * 24
+    selectors = 2 * 11 * 3 * 5 * 20  # per head, unlike in the paper's formula
+    experts = 2 * 11 * 3 * 2 * 20 * 8
+    matrices = 2 * 3 * 11 * 11 * 8
+    assert counted.attention == query_key + selectors + experts + matrices
+    assert counted.feedforward == 11 * 7 * 20 + 2 * 11 * 3 * 20 * 13
+    assert counted.model == 3 * (counted.attention + counted.feedforward) + 11 * 20 * 37
+    dense = count_macs(odd(DENSE, feedforward={"type": "dense", "hidden_size": 31}))
+    assert dense.attention == 4 * 11 * 20 * 24 + matrices
+    assert dense.feedforward == 2 * 11 * 20 * 31
+
+
+def test_counted_macs_include_the_memory() -> None:
+    """Keys, values and the value selector on C T = 22 tokens (33 with two chunks), position keys and logits too."""
+    for chunks, L in ((0, 11), (1, 22), (2, 33)):
+        position = {"type": "xl", "memory_chunks": chunks}
+        matrices = 3 * 3 * 11 * L * 8  # content logits, position logits, weighted sum
+        counted = count_macs(odd(SWITCHHEAD, position=position)).attention
+        experts, selectors = 3 * 2 * 20 * 8 * (L + 11), 3 * 5 * 20 * (L + 11)
+        assert counted == (11 + L + L) * 20 * 24 + experts + selectors + matrices
+        counted = count_macs(odd(DENSE, position=position)).attention
+        assert counted == (2 * 11 + 2 * L + L) * 20 * 24 + matrices
+        counted = count_macs(odd(MOA, position=position)).attention
+        assert counted == (2 * 3 * 11 + 2 * L + L) * 20 * 8 + 11 * 6 * 20 + matrices  # keys, values, W_pos are shared
+
+
+def test_dense_rope_is_counted_as_published() -> None:
+    config = paper("c4_dense_rope_45m")
+    counted = count_macs(config)
+    assert (counted.attention, counted.feedforward) == (attention_macs(config), feedforward_macs(config))
+
+
+def test_feedforward_costs_by_hand() -> None:
+    sigma_moe = odd(SWITCHHEAD)
+    assert feedforward_macs(sigma_moe) == 2 * 11 * 20 * 13 * 3 + 11 * 20 * 7
+    assert feedforward_memory(sigma_moe) == 11 * (3 * 13 + 7)
+    swiglu = odd(DENSE, feedforward={"type": "swiglu", "hidden_size": 31})
+    assert (feedforward_macs(swiglu), feedforward_memory(swiglu)) == (3 * 11 * 20 * 31, 2 * 11 * 31)
+    dense = odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})
+    assert (feedforward_macs(dense), feedforward_memory(dense)) == (2 * 11 * 20 * 31, 11 * 31)
+
+
+def test_attention_costs_generalise_to_other_expert_projections() -> None:
+    """Each expert projection costs k products and gates, each selector one product; the paper's case is unchanged."""
+    value_output = attention_macs(odd(SWITCHHEAD))
+    product, gate, selector = 20 * 3 * 8 * 11, 3 * 8 * 11, 5 * 20 * 11
+    assert value_output == 2 * 3 * 8 * 121 + (2 * 2 + 2) * product + 2 * 2 * gate + 2 * selector
+    assert attention_macs(ODD["switchhead_key-rope-dense"]) == value_output - product - 2 * gate - selector
+    assert attention_macs(ODD["switchhead_all-rope-dense"]) == value_output + 2 * product + 4 * gate
+    assert attention_macs(ODD["switchhead_each-rope-dense"]) == value_output + product + 2 * gate + selector
+    assert attention_macs(ODD["switchhead_shared-rope-dense"]) == value_output - selector
+
+
+def test_training_flops_are_three_forward_passes() -> None:
+    """Without memory: backward costs two forward passes, and the counted model has no other matrix products."""
+    for config in (odd(SWITCHHEAD), odd(MOA), odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})):
+        assert training_flops_per_token(config) * config.sequence_length == 6 * count_macs(config).model
+
+
+def printed(value: float, *, like: str) -> str:
+    """`value` with the unit and the digits of `like`, e.g. 2.358G."""
+    number, unit = like[:-1], like[-1]
+    digits = len(number.partition(".")[2])
+    return f"{value / {'M': 1e6, 'G': 1e9}[unit]:.{digits}f}{unit}"
