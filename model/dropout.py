@@ -39,9 +39,14 @@ def keep_mask(*, probability: float, key: int, sequence_index: Tensor, shape: tu
     return ((bits >> 8) >= threshold).view(shape)
 
 
-def dropout(x: Tensor, *, probability: float, key: int, sequence_index: Tensor) -> Tensor:
-    """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p)."""
-    mask = keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=tuple(x.shape))
+def dropout(
+    x: Tensor, *, probability: float, key: int, sequence_index: Tensor, columns: tuple[int, slice] | None = None
+) -> Tensor:
+    """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p).
+    `columns` (number of all, slice of those in `x`) where a rank holds some of the features."""
+    width, held = columns or (x.shape[-1], slice(None))
+    shape = (*x.shape[:-1], width)
+    mask = keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=shape)[..., held]
     return x * mask.to(x.dtype) / (1.0 - probability)
 
 

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.parallel.context import ParallelContext
+from model.parallel.sharding import full_shape, local_part
 
 
-def initialize(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
-    """Fills every parameter of `model` in place (fp32, canonical names as keys)."""
+def initialize(model: nn.Module, config: ModelConfig, parallel: ParallelContext, *, seed: int) -> None:
+    """Fills every parameter of `model` in place (fp32, canonical names as keys) with this rank's part."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed=seed))
+            shape = torch.Size(full_shape(list(parameter.shape), name, config, parallel))
+            parameter.copy_(local_part(initial_value(name, shape, config, seed=seed), name, config, parallel))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:

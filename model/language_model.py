@@ -65,8 +65,9 @@ def build_model(
 ) -> LanguageModel:
     """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks. Without `backends`
     every op is the readable reference."""
+    parallel = parallel or ParallelContext()
     model = LanguageModel(config, parallel, backends, seed=seed)
-    initialize(model, config, seed=seed)
+    initialize(model, config, parallel, seed=seed)
     return model
 
 

@@ -22,6 +22,7 @@ from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
+from model.parallel.collectives import gather_last, leave_shards
 from model.parallel.context import ParallelContext
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -44,14 +45,21 @@ class Dropout(nn.Module):
 class Embedding(nn.Module):
     """Token embedding, without a sqrt(d) factor, and dropout."""
 
-    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, seed: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.parallel = parallel
+        self.held = parallel.slice_of(config.vocab_size)
+        self.weight = nn.Parameter(torch.empty(parallel.share(config.vocab_size), config.d_model))
         self.dropout = Dropout(config.dropout, name="embedding", seed=seed)
 
     def forward(self, state: tuple[Tensor, Tensor]) -> State:
         tokens, sequence_index = state
-        hidden = nn.functional.embedding(tokens, self.weight)
+        if self.parallel.tensor_group is None:
+            hidden = nn.functional.embedding(tokens, self.weight)
+        else:  # a class that another rank holds is a row of zeros here
+            here = (tokens >= self.held.start) & (tokens < self.held.stop)
+            rows = nn.functional.embedding(torch.where(here, tokens - self.held.start, 0), self.weight)
+            hidden = leave_shards(rows * here[..., None], self.parallel.tensor_group)
         return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros(()).float()
 
 
@@ -66,21 +74,23 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.attention: SwitchHeadAttention | DenseAttention | MoAAttention
         if isinstance(config.attention, DenseAttentionConfig):
-            self.attention = DenseAttention(config)
+            self.attention = DenseAttention(config, parallel)
         elif isinstance(config.attention, MoAConfig):
             self.attention = MoAAttention(
                 config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
             )
         else:
-            self.attention = SwitchHeadAttention(config, backends=backends, name=f"{name}.attention", seed=seed)
+            self.attention = SwitchHeadAttention(
+                config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
+            )
         self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)
         self.memory = LayerMemory(config.memory_length) if config.memory_length else None
         self.feedforward_norm = nn.LayerNorm(config.d_model)
         self.feedforward: SigmaMoE | DenseFeedForward | SwiGLU
         if isinstance(config.feedforward, DenseFeedForwardConfig):
-            self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed)
+            self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed, parallel=parallel)
         elif isinstance(config.feedforward, SwiGLUConfig):
-            self.feedforward = SwiGLU(config, name=f"{name}.feedforward", seed=seed)
+            self.feedforward = SwiGLU(config, name=f"{name}.feedforward", seed=seed, parallel=parallel)
         else:
             self.feedforward = SigmaMoE(
                 config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
@@ -109,8 +119,9 @@ class FinalNorm(nn.LayerNorm):
 class Head(nn.Linear):
     """Dropout and the output layer, untied and with a bias. Gives the loss without ever holding all logits."""
 
-    def __init__(self, config: ModelConfig, *, backends: Backends, seed: int) -> None:
-        super().__init__(config.d_model, config.vocab_size)
+    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, seed: int) -> None:
+        super().__init__(config.d_model, parallel.share(config.vocab_size))
+        self.parallel = parallel
         self.backend = backends.linear_cross_entropy
         self.dropout = Dropout(config.dropout, name="head", seed=seed)
 
@@ -120,9 +131,15 @@ class Head(nn.Linear):
         hidden, sequence_index, auxiliary_loss = state
         hidden = self.dropout(hidden, sequence_index)
         if targets is None:
-            return super().forward(hidden), sequence_index, auxiliary_loss
+            logits = gather_last(super().forward(hidden), self.parallel.tensor_group)
+            return logits, sequence_index, auxiliary_loss
         loss, token_loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.weight, self.bias, targets.flatten(), backend=self.backend
+            hidden.flatten(0, 1),
+            self.weight,
+            self.bias,
+            targets.flatten(),
+            backend=self.backend,
+            parallel=self.parallel,
         )
         return loss, token_loss.view(targets.shape).mean(1), auxiliary_loss
 
@@ -134,9 +151,9 @@ def build_layers(
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """
-    layers: list[tuple[str, nn.Module]] = [("embedding", Embedding(config, seed=seed))]
+    layers: list[tuple[str, nn.Module]] = [("embedding", Embedding(config, parallel=parallel, seed=seed))]
     for index in range(config.num_layers):
         layers.append((f"blocks.{index}", Block(config, parallel=parallel, backends=backends, index=index, seed=seed)))
     layers.append(("final_norm", FinalNorm(config.d_model)))
-    layers.append(("head", Head(config, backends=backends, seed=seed)))
+    layers.append(("head", Head(config, parallel=parallel, backends=backends, seed=seed)))
     return layers

@@ -24,8 +24,17 @@ class RoutingStatistics:
     `gate_mean` [E] per token, with `tracks_balance` (MoA). What is not tracked has size 0.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, tracks_probability: bool, tracks_balance: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        tracks_probability: bool,
+        tracks_balance: bool = False,
+        is_sharded: bool = False,
+    ) -> None:
         self.shape = shape
+        self.is_sharded = is_sharded
+        """Each tensor-parallel rank counts its own heads; the counts of a step are also summed over those ranks."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
         probability_shape, balance_shape = (
@@ -47,11 +56,17 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def record(
-        self, load: Tensor, logits: Tensor | None, gates: Tensor | None = None, index: Tensor | None = None
+        self,
+        load: Tensor,
+        logits: Tensor | None,
+        gates: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        heads: slice = slice(None),
     ) -> None:
-        """Adds one forward pass: `load` of shape `shape`; where p or balance is tracked the clean logits [N, E]; for
-        balance also `gates` and `index` [N, k] of the chosen experts."""
-        self.load += load
+        """Adds one forward pass: `load` of shape `shape` (or of its `heads`); where p or balance is tracked the clean
+        logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts."""
+        self.load[heads] += load
         if self.tracks_probability:
             assert logits is not None
             self.probability_sum += logits.softmax(-1).sum(0, dtype=torch.float64)

@@ -13,6 +13,7 @@ It is written as step-NNNNNNNN.partial and renamed once complete: a folder with 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -29,8 +30,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.language_model import LanguageModel, routing_statistics
 from model.memory import layer_memories
+from model.parallel.context import ParallelContext
+from model.parallel.sharding import full_shape, local_part, sharded_dim
 from pretrain.atomic import sha256, sync_directory, write_json
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
@@ -137,7 +141,24 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any], keep_last: int) -> Path:
+def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
+    """Sizes that decide how state is divided over the rank files."""
+    return {
+        "data": parallel.data_size,
+        "tensor": parallel.tensor_size,
+        "zero": engine.zero_optimization_stage(),
+    }
+
+
+def save(
+    engine: Any,
+    parallel: ParallelContext,
+    folder: Path,
+    progress: Progress,
+    *,
+    extra: dict[str, Any],
+    keep_last: int,
+) -> Path:
     """Writes a checkpoint; collective over all ranks. `extra` joins state.json. Returns its folder."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{progress.step:08d}"
@@ -149,7 +170,7 @@ def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any]
     dist.barrier()
 
     file = partial / f"rank-{rank:05d}.safetensors"
-    save_file(_owned_tensors(engine, rank, world_size), file)
+    save_file(_owned_tensors(engine, parallel), file)
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     entries: list[Any] = [None] * world_size
@@ -163,8 +184,8 @@ def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any]
                 "progress": vars(progress),
                 "optimizer_steps": optimizer_steps(engine),
                 "loss_scaler": _loss_scaler(engine),
-                "parameters": parameter_shapes(engine),
-                "layout": {"data": world_size, "zero": engine.zero_optimization_stage()},
+                "parameters": _full_shapes(engine, parallel),
+                "layout": layout(engine, parallel),
                 "versions": versions(),
                 "files": dict(entries),
                 **extra,
@@ -178,26 +199,26 @@ def save(engine: Any, folder: Path, progress: Progress, *, extra: dict[str, Any]
     return final
 
 
-def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
-    """Fills a model that is not yet sharded with the fp32 weights of the checkpoint."""
-    store = _PieceStore(checkpoint)
+def load_weights(checkpoint: Checkpoint, model: LanguageModel, parallel: ParallelContext) -> None:
+    """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights."""
+    store = _PieceStore(checkpoint, model.config, parallel)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if list(parameter.shape) != checkpoint.state["parameters"].get(name):
+            shape = full_shape(list(parameter.shape), name, model.config, parallel)
+            if shape != checkpoint.state["parameters"].get(name):
                 raise UserError(
                     f"checkpoint {checkpoint.path}: {name} has shape {checkpoint.state['parameters'].get(name)}, "
-                    f"the model's is {list(parameter.shape)}"
+                    f"the model's is {shape}"
                 )
             parameter.copy_(store.read("master", name, 0, parameter.numel()).view_as(parameter))
 
 
-def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
+def load_training_state(checkpoint: Checkpoint, engine: Any, parallel: ParallelContext) -> None:
     """Restores this rank's masters, moments, step counters, routing statistics, the memory of the streams that were
     assigned to this rank, loss scale and RNG state."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    store = _PieceStore(checkpoint)
+    store = _PieceStore(checkpoint, engine.module.config, parallel)
     with torch.no_grad():
-        for piece in pieces(engine, rank=rank, world_size=world_size, for_saving=False):
+        for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
             stop = piece.start + piece.master.numel()
             piece.master.copy_(store.read("master", piece.name, piece.start, stop))
             for key in MOMENTS:
@@ -212,35 +233,56 @@ def load_training_state(checkpoint: Checkpoint, engine: Any) -> None:
         memory.kept = store.memory(name, memory.streams, memory.num_streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
-    if checkpoint.state["layout"]["data"] == world_size:
-        torch.set_rng_state(store.single("rng/cpu", rank=rank))
+    if len(checkpoint.state["files"]) == dist.get_world_size():
+        torch.set_rng_state(store.single("rng/cpu", rank=dist.get_rank()))
 
 
 class _PieceStore:
-    """Reads any range of any parameter's state out of the rank files, by memory map."""
+    """Reads any range of this rank's part of any parameter's state out of the rank files, by memory map.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    The file of rank r holds pieces of tensor-parallel part r mod T, T the saved tensor-parallel size. Where T is this
+    run's too, a range is read as it is; else the whole parameter is put together and cut anew.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, parallel: ParallelContext) -> None:
+        self._config, self._parallel = config, parallel
+        self._shapes = checkpoint.state["parameters"]
+        # Checkpoints of the first version know no tensor parallelism.
+        self._saved_parts = int(checkpoint.state["layout"].get("tensor", 1))
         self._files = {
             name: safetensors.safe_open(checkpoint.path / name, framework="pt") for name in checkpoint.state["files"]
         }
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
+        self._pieces: dict[tuple[str, str, int], list[tuple[int, int, str]]] = defaultdict(list)
         for file, handle in self._files.items():
             for key in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 kind, _, rest = key.partition("/")
                 if kind == "master" or kind in MOMENTS:
                     name, _, start = rest.rpartition("/")
                     length = handle.get_slice(key).get_shape()[0]
-                    self._pieces[kind, name].append((int(start), length, file))
+                    rank = int(Path(file).stem.removeprefix("rank-"))
+                    part = rank % self._saved_parts if sharded_dim(name, config) is not None else 0
+                    self._pieces[kind, name, part].append((int(start), length, file))
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter, fp32. Raises UserError if the files do not cover them."""
+        """Elements [start, stop) of this rank's flattened part, fp32. Raises UserError if the files lack some."""
+        dim = sharded_dim(name, self._config)
+        if dim is None or self._saved_parts == self._parallel.tensor_size:
+            return self._read_part(kind, name, 0 if dim is None else self._parallel.tensor_rank, start, stop)
+        shape = list(self._shapes[name])
+        shape[dim] //= self._saved_parts
+        parts = [
+            self._read_part(kind, name, part, 0, math.prod(shape)).view(shape) for part in range(self._saved_parts)
+        ]
+        return local_part(torch.cat(parts, dim), name, self._config, self._parallel).reshape(-1)[start:stop]
+
+    def _read_part(self, kind: str, name: str, part: int, start: int, stop: int) -> Tensor:
         result = torch.empty(stop - start)
         covered = 0
-        for first, length, file in self._pieces[kind, name]:
+        for first, length, file in self._pieces[kind, name, part]:
             low, high = max(first, start), min(first + length, stop)
             if low < high:
-                part = self._files[file].get_slice(f"{kind}/{name}/{first}")[low - first : high - first]
-                result[low - start : high - start] = part
+                found = self._files[file].get_slice(f"{kind}/{name}/{first}")[low - first : high - first]
+                result[low - start : high - start] = found
                 covered += high - low
         if covered != stop - start:
             raise UserError(f"checkpoint: {kind} of {name} is incomplete ({covered} of {stop - start} elements)")
@@ -267,17 +309,26 @@ class _PieceStore:
         return self._files[f"rank-{rank:05d}.safetensors"].get_tensor(key)
 
 
-def _owned_tensors(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
+def _full_shapes(engine: Any, parallel: ParallelContext) -> dict[str, list[int]]:
+    config = engine.module.config
+    return {name: full_shape(shape, name, config, parallel) for name, shape in parameter_shapes(engine).items()}
+
+
+def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
+    """What no other rank saves: of what tensor-parallel ranks share, the first one's."""
     tensors = {"rng/cpu": torch.get_rng_state()}
-    for piece in pieces(engine, rank=rank, world_size=world_size, for_saving=True):
+    is_first_part = parallel.tensor_rank == 0
+    for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
+        if not is_first_part and sharded_dim(piece.name, engine.module.config) is None:
+            continue
         for kind, value in {"master": piece.master, **piece.moments}.items():
             # A copy: pieces of one flat tensor share memory, which safetensors refuses.
             tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
     for name, memory in layer_memories(engine.module):
-        if memory.kept is not None:
+        if memory.kept is not None and is_first_part:
             tensors[f"memory/{name}"] = memory.kept.cpu().contiguous()
             tensors["memory_streams"] = memory.streams.cpu().clone()
-    if rank == 0:
+    if parallel.is_first:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
                 tensors[_routing_key(name, key)] = value.cpu().clone()

@@ -82,7 +82,8 @@ class ParallelConfig(Section):
     """Layout over ranks. Data parallelism is the number of ranks divided by the product of the other sizes."""
 
     tensor: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Tensor-parallel size. This version trains data-parallel: only 1 is accepted."""
+    """Tensor-parallel size: heads, experts (or hidden columns) and vocabulary are divided over so many neighbouring
+    ranks; it must divide each of them. MoA divides a token's active slots instead of heads."""
     pipeline: PositiveInt = Field(1, json_schema_extra=FREE)
     """Pipeline stages. Only 1 is accepted in this version."""
     sequence: bool = Field(False, json_schema_extra=FREE)

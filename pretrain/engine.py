@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from typing import Any
@@ -10,18 +11,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
+from model.parallel.sharding import sharded_dim
 from pretrain.config import Config
 from pretrain.derived import deepspeed_json
+from pretrain.device import device_type
 
 
-def parallel_context() -> ParallelContext:
-    """Every rank is one data-parallel rank of the default group."""
-    size = dist.get_world_size()
-    group = dist.group.WORLD if size > 1 else None
-    return ParallelContext(data_rank=dist.get_rank(), data_size=size, data_group=group)
+def parallel_context(config: Config) -> ParallelContext:
+    """The place of this rank; collective. Tensor-parallel ranks follow each other: their traffic is the heaviest, so
+    they belong on one node."""
+    rank, size, tensor = dist.get_rank(), dist.get_world_size(), config.parallel.tensor
+    if tensor == 1:
+        return ParallelContext(data_rank=rank, data_size=size, data_group=dist.group.WORLD if size > 1 else None)
+    data_groups, tensor_groups = _groups(dist.group.WORLD, size // tensor, tensor)
+    return ParallelContext(
+        data_rank=rank // tensor,
+        data_size=size // tensor,
+        data_group=data_groups if size > tensor else None,
+        tensor_rank=rank % tensor,
+        tensor_size=tensor,
+        tensor_group=tensor_groups,
+    )
+
+
+@functools.cache
+def _groups(world: Any, data: int, tensor: int) -> tuple[Any, Any]:
+    """This rank's data-parallel and tensor-parallel group, made once for a world: a group is never freed."""
+    mesh = init_device_mesh(device_type(), (data, tensor), mesh_dim_names=("data", "tensor"))
+    return mesh.get_group("data"), mesh.get_group("tensor")
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks about groups when a model is more than data-parallel (its `mpu`)."""
+
+    def __init__(self, parallel: ParallelContext) -> None:
+        assert parallel.tensor_group is not None
+        self._parallel = parallel
+        # A group of one rank where there is no data parallelism: DeepSpeed wants a group in any case.
+        self._data_group, _ = _groups(dist.group.WORLD, parallel.data_size, parallel.tensor_size)
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._parallel.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._parallel.data_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._parallel.tensor_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._parallel.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._parallel.tensor_size
 
 
 def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
@@ -30,6 +79,9 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
+    for name, parameter in model.named_parameters():
+        # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
+        parameter.tensor_model_parallel = sharded_dim(name, config.model) is not None  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.optimizer.learning_rate,
@@ -44,6 +96,7 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
             optimizer=optimizer,
             config=deepspeed_json(config, parallel.data_size),
             dist_init_required=False,
+            mpu=ModelParallelUnit(parallel) if parallel.tensor_size > 1 else None,
         )
     for _, statistics in routing_statistics(model):
         statistics.to(device)
@@ -81,8 +134,9 @@ class GradientNorm:
     of an 8000 x 128 embedding is off by 1.1e-5 on a CPU, of 4 million elements by 7e-5, and clipping scales by it.
     """
 
-    def __init__(self, engine: Any, clip_norm: float) -> None:
+    def __init__(self, engine: Any, clip_norm: float, parallel: ParallelContext) -> None:
         self._engine = engine
+        self._parallel = parallel
         self._clip_norm = clip_norm
         self._own: Tensor | None = None
 
@@ -91,8 +145,15 @@ class GradientNorm:
         if self._engine.zero_optimization_stage() != 0:
             return
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in gradients])
-        self._own = squares.sum().sqrt()
+        counted = [
+            p.grad
+            for p in self._engine.module.parameters()
+            if p.grad is not None and (p.tensor_model_parallel or self._parallel.tensor_rank == 0)
+        ]
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in counted]).sum()
+        if self._parallel.tensor_group is not None:
+            dist.all_reduce(squares, group=self._parallel.tensor_group)
+        self._own = squares.sqrt()
         if self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.float())

@@ -65,7 +65,7 @@ class Trainer:
             for _, memory in layer_memories(self.engine.module):
                 memory.forget()
         batches = self._read(progress.consumed_sequences)
-        norm = GradientNorm(self.engine, self.config.optimizer.clip_norm)
+        norm = GradientNorm(self.engine, self.config.optimizer.clip_norm, self.parallel)
         loss_sum, auxiliary_sum = torch.zeros((2,), device=self.device).unbind()
         for batch in batches:
             objective, sequence_loss = self.engine(batch.tokens, batch.targets, batch.sequence_index)
@@ -94,17 +94,17 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
 
     Raises UserError (nothing was changed) and Diverged (the last checkpoint stands).
     """
-    parallel = parallel_context()
+    parallel = parallel_context(config)
     check_same("data.manifest (digest)", manifest.digest)
-    folder = agreed(lambda: RunFolder(run_dir, writes=parallel.data_rank == 0))
+    folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
     check_shared(run_dir)
-    resumed, passed_over, changes = agreed(lambda: find_start(config, manifest, run_dir, parallel))
+    resumed, passed_over, changes = agreed(lambda: find_start(config, manifest, run_dir))
     trainer = build_trainer(config, manifest, parallel, device, resumed)
     progress = resumed.progress if resumed else Progress(step=0, consumed_sequences=0)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
 
     monitor = None
-    if parallel.data_rank == 0:
+    if parallel.is_first:
         prepare_folder(folder, config, trainer, resumed, passed_over, changes, last)
         monitor = Monitor(config, folder, first_step=progress.step, last_step=last)
     if progress.step >= last:
@@ -134,14 +134,15 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
 
 
 def find_start(
-    config: Config, manifest: Manifest, run_dir: Path, parallel: ParallelContext
+    config: Config, manifest: Manifest, run_dir: Path
 ) -> tuple[Checkpoint | None, list[str], dict[str, tuple[Any, Any]]]:
     """The checkpoint to continue from, if any, why newer ones were passed over, and the settings that differ from it.
     Collective; rank 0's listing of the folder counts. Raises UserError on every rank alike."""
     paths = [candidates(config, run_dir)]
-    if parallel.data_size > 1:
-        dist.broadcast_object_list(paths, src=0, group=parallel.data_group)
-    resumed, passed_over = newest_valid(paths[0], rank=parallel.data_rank, world_size=parallel.data_size)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size > 1:
+        dist.broadcast_object_list(paths, src=0)
+    resumed, passed_over = newest_valid(paths[0], rank=rank, world_size=world_size)
     changes = changed_settings(config, resumed, manifest.digest) if resumed else {}
     return resumed, passed_over, changes
 
@@ -162,13 +163,13 @@ def build_trainer(
 ) -> Trainer:
     """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
-    torch.manual_seed(config.train.seed + parallel.data_rank)
+    torch.manual_seed(config.train.seed + dist.get_rank())
     backends = choose_backends(config, device.type)
-    if parallel.data_rank == 0:
+    if parallel.is_first:
         print(f"kernels: {backends}", flush=True)
     model = build_model(config.model, parallel, backends, seed=config.train.seed)
     if resumed is not None:
-        checkpoints.load_weights(resumed, model)
+        checkpoints.load_weights(resumed, model, parallel)
     engine = build_engine(model, config, parallel, device)
 
     def reader(split: str) -> WindowReader:
@@ -180,7 +181,7 @@ def build_trainer(
     for _, memory in layer_memories(engine.module):
         memory.assign(stream.streams().to(device), config.batch.global_sequences)
     if resumed is not None:
-        checkpoints.load_training_state(resumed, engine)
+        checkpoints.load_training_state(resumed, engine, parallel)
     return Trainer(config, engine, stream, validation, parallel, device)
 
 
@@ -234,6 +235,7 @@ def save(trainer: Trainer, folder: RunFolder, progress: Progress, manifest: Mani
     folder.make_durable()
     path = checkpoints.save(
         trainer.engine,
+        trainer.parallel,
         folder.checkpoints,
         progress,
         extra={
@@ -266,12 +268,12 @@ def prepare_folder(
         folder.event("checkpoint_set_aside", path=path.name)
     folder.rewind_metrics(step)
     folder.write_config(to_json(config))
-    folder.event("started", step=step, ranks=trainer.parallel.data_size, last_step=last)
+    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last)
     if resumed is None:
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
-    layout = {"data": trainer.parallel.data_size, "zero": config.parallel.zero}
+    layout = checkpoints.layout(trainer.engine, trainer.parallel)
     for key, (then, now) in {**changes, **environment_changes(resumed, layout)}.items():
         print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)

@@ -54,6 +54,10 @@ def reduce_step(
         dist.all_reduce(flat, group=parallel.data_group)
     for target, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         target.copy_(summed)
+    if parallel.tensor_group is not None:
+        for statistics in routers.values():
+            if statistics.is_sharded:  # heads that another rank counted are zero here
+                dist.all_reduce(statistics.load, group=parallel.tensor_group)
 
     load = {name: statistics.load.to("cpu", copy=True) for name, statistics in routers.items()}
     for statistics in routers.values():

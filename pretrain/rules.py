@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING
 
 from pretrain.errors import ConfigError
@@ -37,14 +38,15 @@ OWNED_DEEPSPEED_KEYS = {
 
 def check_rules(config: Config) -> None:
     """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
-    for key in ("tensor", "pipeline", "expert"):
+    for key in ("pipeline", "expert"):
         value = getattr(config.parallel, key)
         if value != 1:
             raise ConfigError(f"parallel.{key}: {value} is not supported by this version; set parallel.{key} to 1")
     if config.parallel.sequence:
         raise ConfigError(
-            "parallel.sequence: needs parallel.tensor > 1, which this version does not have; set it to false"
+            "parallel.sequence: sequence parallelism is not supported by this version; set parallel.sequence to false"
         )
+    _check_tensor(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -63,6 +65,24 @@ def check_rules(config: Config) -> None:
         if section is not None:
             raise ConfigError(f"deepspeed.{key}: is decided by {owner}; remove this key")
     _check_allow_changes(config)
+
+
+def _check_tensor(config: Config) -> None:
+    """What is divided over tensor-parallel ranks must divide."""
+    tensor, model = config.parallel.tensor, config.model
+    divided = {"model.attention.num_heads": model.attention.num_heads, "model.vocab_size": model.vocab_size}
+    if model.feedforward.type == "sigma_moe":
+        divided["model.feedforward.num_experts"] = model.feedforward.num_experts
+    else:
+        divided["model.feedforward.hidden_size"] = model.feedforward.hidden_size
+    common = math.gcd(*divided.values())
+    for key, value in divided.items():
+        if value % tensor:
+            fits = max(size for size in range(1, tensor + 1) if common % size == 0)
+            raise ConfigError(
+                f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
+                f"to {_nearest_multiple(value, tensor)}"
+            )
 
 
 def check_ranks(config: Config, world_size: int) -> int:

@@ -9,18 +9,22 @@ from torch import Tensor, nn
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
+from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.context import ParallelContext
 
 
 class DenseAttention(nn.Module):
     """Causal multi-head attention, no biases in the projections. With XL positions: biases u and v on the queries
     (initially 0) and a learned scale of the logits (initially 1 / sqrt(head_dim)), as in the paper's baseline."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: ParallelContext | None = None) -> None:
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention
         self.position_config = config.position
-        H, h = self.config.num_heads, self.config.head_dim
+        self.parallel = parallel or ParallelContext()
+        self.num_heads = self.parallel.share(self.config.num_heads)
+        H, h = self.num_heads, self.config.head_dim
         self.query = nn.Linear(config.d_model, H * h, bias=False)
         self.key = nn.Linear(config.d_model, H * h, bias=False)
         self.value = nn.Linear(config.d_model, H * h, bias=False)
@@ -35,16 +39,18 @@ class DenseAttention(nn.Module):
         """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
         `sequence_index` [B] is unused: nothing here is random. -> [B, T, d] and a zero auxiliary loss (fp32)."""
         B, L, _ = context.shape
-        T, H, h = num_queries, self.config.num_heads, self.config.head_dim
+        T, H, h, group = num_queries, self.num_heads, self.config.head_dim, self.parallel.tensor_group
+        context = enter_shards(context, group)
         q = self.query(context[:, L - T :]).view(B, T, H, h)
         k, v = (layer(context).view(B, L, H, h) for layer in (self.key, self.value))
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
-            attended = relative_attention(q, k, v, self.position, scale=self.scale, **biases)
+            scale = enter_shards(self.scale, group)
+            attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
             cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
             q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = self.output(attended.transpose(1, 2).reshape(B, T, H * h))
+        y = leave_shards(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), group)
         return y, y.new_zeros((), dtype=torch.float32)

@@ -13,7 +13,8 @@ from model.config import MoAConfig, ModelConfig, XLConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.expert_linear import expert_linear, expert_linear_sum
-from model.kernels.route import Routing, route
+from model.kernels.route import Routing, counting_sort, route
+from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics
 
@@ -59,6 +60,7 @@ class MoAAttention(nn.Module):
         tokens = context[:, L - T :].reshape(B * T, d)
         routing = self._route(tokens, sequence_index, T)
         logits, index, load, order = routing.logits[:, 0], routing.index[:, 0], routing.load[0], routing.order[0]
+        group = self.parallel.tensor_group
         probability = logits.softmax(-1) if self.config.router == "softmax" else None
         gates = routing.scores[:, 0] if probability is None else probability.gather(1, index)  # [N, k] fp32
         auxiliary_loss = logits.new_zeros((), dtype=torch.float32)
@@ -69,19 +71,24 @@ class MoAAttention(nn.Module):
                 )
             self.statistics.record(load, logits, gates, index)
 
+        if group is not None:  # each rank takes some of a token's slots, with all experts
+            slots = self.parallel.slice_of(k)
+            index, gates, k = index[:, slots].contiguous(), enter_shards(gates, group)[:, slots], self.parallel.share(k)
+            load, order = (t[0] for t in counting_sort(index[:, None], self.config.num_experts))
         backend = self.backends.expert_linear
-        q = expert_linear(tokens, index, order, load, self.query_experts, backend=backend).view(B, T, k, h)
-        attended = self._attend(q, self.key(context)[:, :, None], self.value(context)[:, :, None])
-        y = expert_linear_sum(
-            attended.reshape(B * T, k, h), gates, index, order, load, self.output_experts, backend=backend
-        )
-        return y.view(B, T, d), auxiliary_loss
+        query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
+        q = expert_linear(enter_shards(tokens, group), index, order, load, query_experts, backend=backend)
+        key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
+        attended = self._attend(q.view(B, T, k, h), key, value).reshape(B * T, k, h)
+        y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)
+        return leave_shards(y, group).view(B, T, d), auxiliary_loss
 
     def _attend(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""
         if isinstance(self.position_config, XLConfig):
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
-            return relative_attention(q, key, value, self.position, scale=self.scale).transpose(1, 2)
+            weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
+            return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
         cos, sin = rope_tables(torch.arange(q.shape[1], device=q.device), q.shape[3], self.position_config)
         q, key, value = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(key, cos, sin), value))
         # One key and value head for k query heads, without copies of it.

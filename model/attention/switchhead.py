@@ -14,6 +14,8 @@ from model.kernels.choice import Backends
 from model.kernels.route import route
 from model.kernels.switchhead_output import switchhead_output
 from model.kernels.switchhead_value import switchhead_value
+from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics
 
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
@@ -37,13 +39,23 @@ class SwitchHeadAttention(nn.Module):
     output_experts: Tensor
     position: nn.Linear
 
-    def __init__(self, config: ModelConfig, *, backends: Backends, name: str, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backends: Backends,
+        name: str,
+        seed: int,
+        parallel: ParallelContext | None = None,
+    ) -> None:
         super().__init__()
         assert isinstance(config.attention, SwitchHeadConfig)
         self.config = config.attention
         self.position_config = config.position
         self.backends = backends
-        H, h, E, d = self.config.num_heads, self.config.head_dim, self.config.num_experts, config.d_model
+        self.parallel = parallel or ParallelContext()
+        self.num_heads = self.parallel.share(self.config.num_heads)
+        H, h, E, d = self.num_heads, self.config.head_dim, self.config.num_experts, config.d_model
         for projection in PROJECTIONS:
             wide_to_narrow = projection != "output"
             if projection in self.config.expert_projections:
@@ -59,7 +71,11 @@ class SwitchHeadAttention(nn.Module):
         self.selectors = [p for p in order if p in self._selector_of.values()]
         for owner in self.selectors:
             self.register_parameter(f"{owner}_selector", nn.Parameter(torch.empty(H, E, d)))
-            setattr(self, f"{owner}_statistics", RoutingStatistics((H, E), tracks_probability=False))
+            setattr(
+                self,
+                f"{owner}_statistics",
+                RoutingStatistics((self.config.num_heads, E), tracks_probability=False, is_sharded=True),
+            )
             self._dropout_keys[owner] = site_key(seed, f"{name}.{owner}_experts")
         if isinstance(config.position, XLConfig):
             self.position = nn.Linear(d, H * h, bias=False)
@@ -68,7 +84,8 @@ class SwitchHeadAttention(nn.Module):
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
         `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d] and a zero auxiliary loss (fp32 scalar)."""
         B, L, d = context.shape
-        T, H, h = num_queries, self.config.num_heads, self.config.head_dim
+        T, H, h, group = num_queries, self.num_heads, self.config.head_dim, self.parallel.tensor_group
+        context = enter_shards(context, group)
         selections = self._select(context, T, sequence_index)
         source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
         q = self._project("query", chunk, selections).view(B, T, H, h)
@@ -76,7 +93,7 @@ class SwitchHeadAttention(nn.Module):
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = relative_attention(q, k, v, self.position, scale=h**-0.5)
+            attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
             cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
             q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
@@ -87,7 +104,7 @@ class SwitchHeadAttention(nn.Module):
             y = switchhead_output(attended, *selections["output"], self.output_experts, backend)
         else:
             y = self.output(attended.flatten(1))
-        return y.view(B, T, d), y.new_zeros((), dtype=torch.float32)
+        return leave_shards(y, group).view(B, T, d), y.new_zeros((), dtype=torch.float32)
 
     def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Selection]) -> Tensor:
         """[N, d] -> [N, H, h] or [N, H h]."""
@@ -120,16 +137,16 @@ class SwitchHeadAttention(nn.Module):
     def _route(self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor) -> dict[Projection, Selection]:
         """Scores and indices [B, L, H, k] of each selector in `owners`, for `tokens` [B, L, d]."""
         B, L, d = tokens.shape
-        H, E, probability = self.config.num_heads, self.config.num_experts, self.config.expert_dropout
-        keep = None
+        H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
+        heads, keep = self.parallel.slice_of(self.config.num_heads), None
         if self.training and probability > 0.0:
             masks = [
                 keep_mask(
                     probability=probability,
                     key=self._dropout_keys[owner],
                     sequence_index=sequence_index,
-                    shape=(B, L, H, E),
-                )
+                    shape=(B, L, self.config.num_heads, E),
+                )[:, :, heads]
                 for owner in owners
             ]
             keep = torch.cat(masks, dim=2).flatten(0, 1)
@@ -141,6 +158,6 @@ class SwitchHeadAttention(nn.Module):
         parts = zip(owners, *(t.split(H, dim=1) for t in (routing.scores, routing.index)), strict=True)
         for (owner, scores, index), load in zip(parts, routing.load.split(H), strict=True):
             if self.training:
-                getattr(self, f"{owner}_statistics").record(load, None)
+                getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
             found[owner] = (scores.unflatten(0, (B, L)), index.unflatten(0, (B, L)))
         return found

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 BASE = 10000.0
 """Of the geometric progression of the sinusoids' wavelengths."""
@@ -32,7 +32,7 @@ def relative_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position: nn.Linear,
+    position_weight: Tensor,
     *,
     scale: Tensor | float,
     content_bias: Tensor | None = None,
@@ -41,12 +41,12 @@ def relative_attention(
     """softmax over j of scale * ((q_i + u) . k_j + (q_i + v) . W_pos r(i - j)), causal, times the values.
 
     `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, H or 1, L, h] (1: shared by the
-    heads); `position` maps r, d_model wide, to all heads' position keys (H h or h wide); u = `content_bias` and v =
+    heads); `position_weight` [H h or h, d_model] maps r to all heads' position keys; u = `content_bias` and v =
     `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32.
     """
     T, L, h = q.shape[2], k.shape[2], q.shape[3]
-    r = sinusoids(torch.arange(L - 1, -1, -1, device=q.device), position.in_features)
-    position_keys = position(r.to(q.dtype)).view(L, -1, h).transpose(0, 1)  # [H or 1, L, h], the farthest first
+    r = sinusoids(torch.arange(L - 1, -1, -1, device=q.device), position_weight.shape[1])
+    position_keys = F.linear(r.to(q.dtype), position_weight).view(L, -1, h).transpose(0, 1)  # [., L, h]
     # The scale goes to the narrow factor: one pass over [T, h] instead of one over [T, L].
     for_content = (q if content_bias is None else q + content_bias[:, None]) * scale
     for_position = for_content if content_bias is position_bias else (q + position_bias[:, None]) * scale  # type: ignore[index]

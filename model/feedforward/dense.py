@@ -7,22 +7,35 @@ from torch import Tensor, nn
 
 from model.config import DenseFeedForwardConfig, ModelConfig
 from model.dropout import dropout, site_key
+from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.context import ParallelContext
 
 
 class DenseFeedForward(nn.Module):
     """y = ReLU(x W_1 + b_1) W_2 + b_2 with dropout on the hidden layer. [B, T, d] -> [B, T, d]."""
 
-    def __init__(self, config: ModelConfig, *, name: str, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, name: str, seed: int, parallel: ParallelContext | None = None) -> None:
         super().__init__()
         assert isinstance(config.feedforward, DenseFeedForwardConfig)
-        self.up = nn.Linear(config.d_model, config.feedforward.hidden_size)
-        self.down = nn.Linear(config.feedforward.hidden_size, config.d_model)
+        self.parallel = parallel or ParallelContext()
+        self.hidden_size = config.feedforward.hidden_size
+        self.up = nn.Linear(config.d_model, self.parallel.share(self.hidden_size))
+        self.down = nn.Linear(self.parallel.share(self.hidden_size), config.d_model)
         self.dropout = config.dropout
         self._dropout_key = site_key(seed, f"{name}.hidden")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        hidden = F.relu(self.up(x))
+        hidden = F.relu(self.up(enter_shards(x, self.parallel.tensor_group)))
         if self.training and self.dropout > 0.0:
-            hidden = dropout(hidden, probability=self.dropout, key=self._dropout_key, sequence_index=sequence_index)
-        return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()
+            hidden = dropout(
+                hidden,
+                probability=self.dropout,
+                key=self._dropout_key,
+                sequence_index=sequence_index,
+                columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
+            )
+        if self.parallel.tensor_size == 1:
+            return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()
+        y = leave_shards(F.linear(hidden, self.down.weight), self.parallel.tensor_group)
+        return y + self.down.bias, x.new_zeros((), dtype=hidden.dtype).float()

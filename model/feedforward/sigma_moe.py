@@ -10,6 +10,7 @@ from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.route import route
 from model.kernels.sigma_moe import sigma_moe
+from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics, entropy_regularizer
 
@@ -27,8 +28,8 @@ class SigmaMoE(nn.Module):
         self.backends = backends
         d, E, G = config.d_model, self.config.num_experts, self.config.expert_size
         self.router = nn.Parameter(torch.empty(E, d))
-        self.up_experts = nn.Parameter(torch.empty(E, d, G))
-        self.down_experts = nn.Parameter(torch.empty(E, G, d))
+        self.up_experts = nn.Parameter(torch.empty(parallel.share(E), d, G))
+        self.down_experts = nn.Parameter(torch.empty(parallel.share(E), G, d))
         self.statistics = RoutingStatistics((E,), tracks_probability=self.config.entropy_weight > 0.0)
         self._dropout_key = site_key(seed, f"{name}.experts")
 
@@ -64,7 +65,21 @@ class SigmaMoE(nn.Module):
             if self.config.entropy_weight > 0.0:
                 auxiliary_loss = entropy_regularizer(logits, self.config, self.statistics, self.parallel)
             self.statistics.record(load, logits)
+        group = self.parallel.tensor_group
+        if group is not None:
+            # Every rank routes all tokens, alike, and computes the slots of its own experts. The gates' gradients are
+            # summed where they enter; the regulariser's, the same on every rank, reaches the logits directly, once.
+            held = self.parallel.slice_of(self.config.num_experts)
+            first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
+            order, load, index = order[first:last], load[held], index - held.start
         y = sigma_moe(
-            tokens, scores, index, order, load, self.up_experts, self.down_experts, backend=self.backends.sigma_moe
+            enter_shards(tokens, group),
+            enter_shards(scores, group),
+            index,
+            order,
+            load,
+            self.up_experts,
+            self.down_experts,
+            backend=self.backends.sigma_moe,
         )
-        return y.view(B, T, d), auxiliary_loss
+        return leave_shards(y, group).view(B, T, d), auxiliary_loss

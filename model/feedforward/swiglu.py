@@ -7,15 +7,19 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, SwiGLUConfig
 from model.dropout import dropout, site_key
+from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.context import ParallelContext
 
 
 class SwiGLU(nn.Module):
     """y = (SiLU(x W_gate) * x W_up) W_down with dropout on the hidden layer, no biases. [B, T, d] -> [B, T, d]."""
 
-    def __init__(self, config: ModelConfig, *, name: str, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, name: str, seed: int, parallel: ParallelContext | None = None) -> None:
         super().__init__()
         assert isinstance(config.feedforward, SwiGLUConfig)
-        width = config.feedforward.hidden_size
+        self.parallel = parallel or ParallelContext()
+        self.hidden_size = config.feedforward.hidden_size
+        width = self.parallel.share(self.hidden_size)
         self.gate = nn.Linear(config.d_model, width, bias=False)
         self.up = nn.Linear(config.d_model, width, bias=False)
         self.down = nn.Linear(width, config.d_model, bias=False)
@@ -24,7 +28,14 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
+        x = enter_shards(x, self.parallel.tensor_group)
         hidden = F.silu(self.gate(x)) * self.up(x)
         if self.training and self.dropout > 0.0:
-            hidden = dropout(hidden, probability=self.dropout, key=self._dropout_key, sequence_index=sequence_index)
-        return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()
+            hidden = dropout(
+                hidden,
+                probability=self.dropout,
+                key=self._dropout_key,
+                sequence_index=sequence_index,
+                columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
+            )
+        return leave_shards(self.down(hidden), self.parallel.tensor_group), x.new_zeros((), dtype=hidden.dtype).float()

@@ -192,7 +192,7 @@ def _linear_backward_cpu(
 
     run_tasks(counts, compute)
     _clear_unused(grad_experts, counts)
-    return sum_slots(rows, order, x), grad_experts
+    return sum_slots(rows, order, k, x), grad_experts
 
 
 def _sum_cpu(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _sum_cpu(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Ten
         torch.mm(narrow.mul_(gate_column[segment]), experts[expert].to(dtype), out=rows[segment])
 
     run_tasks(counts, compute)
-    return sum_slots(rows, order, a.new_empty(N, d))
+    return sum_slots(rows, order, k, a.new_empty(N, d))
 
 
 def _sum_backward_cpu(

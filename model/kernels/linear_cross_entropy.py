@@ -14,40 +14,84 @@ F.cross_entropy(F.linear(h, w, b).float(), t) takes 11.4 s and 3049 MB; bf16 7.0
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
+
+from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
 """Logits of one chunk. A chunk reads and writes the whole weight gradient once, so small chunks cost memory traffic."""
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    backend: str,
+    parallel: ParallelContext | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`hidden` [N, d], `weight` [V, d], `bias` [V] or None, `targets` [N] int64.
 
     Returns the loss (fp32 scalar, 0 with zero gradients where every token is ignored) and the detached loss of each
     token [N] (fp32, 0 where ignored). fp64 stays fp64. `backend` is a resolved one.
+
+    With tensor parallelism in `parallel`, `weight` and `bias` are this rank's classes, V of V x ranks, all else is the
+    same on every rank; so are the results and the gradient of `hidden`.
     """
+    group = None if parallel is None else parallel.tensor_group
+    first_class = weight.shape[0] * parallel.tensor_rank if parallel is not None else 0
     if backend == "reference":
-        return linear_cross_entropy_reference(hidden, weight, bias, targets, ignore_index=ignore_index)
+        return linear_cross_entropy_reference(
+            hidden, weight, bias, targets, ignore_index=ignore_index, group=group, first_class=first_class
+        )
     grad = torch.is_grad_enabled()
     need_hidden = grad and hidden.requires_grad
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     loss, token_loss, *_ = _linear_cross_entropy(
-        hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, backend
+        hidden,
+        weight,
+        bias,
+        targets,
+        ignore_index,
+        need_hidden,
+        need_weight,
+        "" if group is None else group.group_name,
+        first_class,
+        backend,
     )
     return loss, token_loss
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    first_class: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits at once, in fp32 whatever the storage dtype."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    logits = F.linear(enter_shards(hidden.to(wide), group), weight.to(wide), None if bias is None else bias.to(wide))
+    if group is None:
+        token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    else:
+        maximum = logits.detach().amax(1)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+        shifted = logits - maximum[:, None]
+        local, here = _local_targets(logits, targets, first_class)
+        target_logit = leave_shards(torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0), group)
+        exp_sum = leave_shards(shifted.exp().sum(1), group)
+        token_loss = torch.where(targets != ignore_index, exp_sum.log() - target_logit, 0.0)
     num_targets = (targets != ignore_index).sum().clamp_min(1)
     return token_loss.sum() / num_targets, token_loss.detach()
 
@@ -64,14 +108,19 @@ def _linear_cross_entropy(
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
+    group_name: str,
+    first_class: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, token_loss and the gradients of hidden, weight and bias for d loss = 1 (empty where not needed)."""
-    return {"cpu": _forward_cpu}[backend](hidden, weight, bias, targets, ignore_index, need_hidden, need_weight)
+    group = _resolve_process_group(GroupName(group_name)) if group_name else None
+    return {"cpu": _forward_cpu}[backend](
+        hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class
+    )
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, backend):
+def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group_name, first_class, backend):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),
@@ -83,7 +132,7 @@ def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, bac
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, bias, _, _, ctx.need_hidden, ctx.need_weight, _ = inputs
+    _, _, bias, _, _, ctx.need_hidden, ctx.need_weight, *_ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -92,13 +141,13 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 10
     needed = (ctx.need_hidden, ctx.need_weight, ctx.need_weight and ctx.has_bias)
     grads = [
         (grad * grad_loss).to(grad.dtype) if need else None
         for grad, need in zip(ctx.saved_tensors, needed, strict=True)
     ]
-    return *grads, None, None, None, None, None
+    return *grads, *(None,) * 7
 
 
 _linear_cross_entropy.register_autograd(_autograd, setup_context=_setup_context)
@@ -124,6 +173,8 @@ def _forward_cpu(
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
+    group: dist.ProcessGroup | None,
+    first_class: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, d), V = hidden.shape, weight.shape[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -145,12 +196,19 @@ def _forward_cpu(
         if wide_bias is not None:
             logits += wide_bias
         target = torch.where(keep, targets[chunk], 0)
-        maximum, exp_sum, target_logit = shard_statistics(logits, target, first_class=0)
-        # A vocabulary shard combines here: all-reduce of `maximum` (max), exp_sum rescaled to it, then of both (sum).
+        maximum, exp_sum, target_logit = shard_statistics(logits, target, first_class=first_class)
+        if group is not None:
+            own = maximum.clone()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+            rescale = (own - maximum).exp_()
+            logits *= rescale[:, None]
+            sums = torch.stack([exp_sum * rescale, target_logit])
+            dist.all_reduce(sums, group=group)
+            exp_sum, target_logit = sums.unbind()
         token_loss[chunk] = torch.where(keep, exp_sum.log() + maximum - target_logit, 0.0)
         if not (need_hidden or need_weight):
             continue
-        scale = shard_gradient(logits, target, exp_sum, first_class=0)
+        scale = shard_gradient(logits, target, exp_sum, first_class=first_class)
         scale = torch.where(keep, scale * inverse_count, 0.0)[:, None]
         if need_hidden:
             grad_hidden[chunk] = (logits @ wide_weight).mul_(scale)
@@ -158,6 +216,10 @@ def _forward_cpu(
             grad_weight.addmm_(logits.t(), rows * scale)
             if bias is not None:
                 grad_bias += (logits.t() @ scale)[:, 0]
+    if need_hidden and group is not None:
+        total = grad_hidden.to(dtype)
+        dist.all_reduce(total, group=group)
+        grad_hidden.copy_(total)
     loss = token_loss.sum() * inverse_count
     return loss, token_loss, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 

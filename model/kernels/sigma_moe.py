@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import gemm_dtype, grouped_mm_limit
-from model.kernels.sorted_rows import expert_segment, inverse, mm_into, sorted_gates, sum_slots
+from model.kernels.sorted_rows import expert_segment, inverse, mm_into, slot_rows, sorted_gates, sum_slots
 from model.kernels.workers import run_tasks, scratch
 
 
@@ -37,6 +37,9 @@ def sigma_moe(
     """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
     `up_experts` [E, d, G], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
 
+    A tensor-parallel rank that holds some of the experts gives its own: the part of `order` with their slots, their
+    `load`, and `index` counted from its first expert; what others chose (below 0, or E and above) adds nothing here.
+
     Differentiable in `x`, `scores` (any float dtype), `up_experts` and `down_experts`. `order` and `load` are those of
     `model.kernels.route` for `index`. `backend` is a resolved one (model/kernels/backend.py).
     """
@@ -51,7 +54,9 @@ def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Te
     E / k times the arithmetic of the op, but no data-dependent shape. Half precision is computed in fp32.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    gates = scores.new_zeros(x.shape[0], up_experts.shape[0]).scatter(1, index, scores).to(wide)  # [N, E]
+    num_experts = up_experts.shape[0]
+    column = torch.where((index >= 0) & (index < num_experts), index, num_experts)  # one more for absent experts
+    gates = scores.new_zeros(x.shape[0], num_experts + 1).scatter_add(1, column, scores)[:, :-1].to(wide)  # [N, E]
     hidden = F.relu(torch.einsum("nd,edg->neg", x.to(wide), up_experts.to(wide)))
     return torch.einsum("neg,egd->nd", hidden * gates[:, :, None], down_experts.to(wide)).to(x.dtype)
 
@@ -142,7 +147,7 @@ def _forward_cpu(
     (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
     dtype, counts = gemm_dtype(x.dtype), load.tolist()
     source, gates, tokens = x.to(dtype), sorted_gates(scores, order, dtype), order // k
-    rows, hidden = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, G, dtype=dtype)
+    rows, hidden = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], G, dtype=dtype)
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
@@ -155,7 +160,7 @@ def _forward_cpu(
         torch.mm(gated, down_experts[expert].to(dtype), out=rows[segment])
 
     run_tasks(counts, compute)
-    return sum_slots(rows, order, x), hidden
+    return sum_slots(rows, order, k, x), hidden
 
 
 def _backward_cpu(
@@ -172,7 +177,7 @@ def _backward_cpu(
     dtype, counts = hidden.dtype, load.tolist()
     source, grad = x.to(dtype), grad.to(dtype).contiguous()
     gates, tokens = sorted_gates(scores, order, dtype), order // k
-    rows, grad_gates = scratch("rows", (N * k, d), dtype), x.new_empty(N * k, dtype=dtype)
+    rows, grad_gates = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], dtype=dtype)
     grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
 
     def compute(expert: int) -> None:
@@ -197,9 +202,9 @@ def _backward_cpu(
         if count == 0:
             grad_up[expert].zero_()
             grad_down[expert].zero_()
-    grad_scores = scores.new_empty(N * k)
+    grad_scores = scores.new_zeros(N * k)
     grad_scores[order] = grad_gates.to(scores.dtype)
-    return sum_slots(rows, order, x), grad_scores.view(N, k), grad_up, grad_down
+    return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_up, grad_down
 
 
 # -------------------------------------------------------------------------------------------------------- grouped_mm
@@ -231,7 +236,7 @@ def _backward_grouped_mm(
     rows = grad.contiguous()[tokens]
     grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
     grad_down = F.grouped_mm((hidden * gates).t(), rows, offs=offsets)
-    grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    grad_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     grad_scores.view(-1)[order] = (grad_gated * hidden).sum(1, dtype=torch.float32).to(scores.dtype)
     grad_hidden = torch.ops.aten.threshold_backward(grad_gated * gates, hidden, 0)
     grad_up = F.grouped_mm(x[tokens].t(), grad_hidden, offs=offsets)
@@ -241,7 +246,9 @@ def _backward_grouped_mm(
 
 def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:
     """As `sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
-    return rows[inverse(order)].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+    if len(order) < scores.numel():
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return rows[inverse(order, scores.numel())].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 def _check_grouped_mm(x: Tensor, up_experts: Tensor) -> None:

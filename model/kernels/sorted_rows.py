@@ -1,6 +1,7 @@
 """Rows of slots sorted by expert, on CPU: what the ops over single experts (sigma_moe, expert_linear) share.
 
-A slot n*k + j is the j-th choice of token n; `order` [N*k] lists the slots grouped by expert (model/kernels/route.py).
+A slot n*k + j is the j-th choice of token n; `order` [R] lists the slots grouped by expert (model/kernels/route.py).
+R = N*k, or less where a tensor-parallel rank holds some of the experts: the other slots count as zero rows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.workers import run_blocks
+from model.kernels.workers import run_blocks, scratch
 
 
 def expert_segment(counts: list[int], expert: int) -> slice:
@@ -19,22 +20,33 @@ def expert_segment(counts: list[int], expert: int) -> slice:
 
 
 def sorted_gates(scores: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N*k, 1]: the gate of every sorted row."""
+    """[R, 1]: the gate of every sorted row."""
     return scores.flatten()[order, None].to(dtype)
 
 
-def inverse(order: Tensor) -> Tensor:
-    """Where each slot is in the sorted order."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+def inverse(order: Tensor, num_slots: int) -> Tensor:
+    """[num_slots]: where each slot is in the sorted order; R, the row after the last, for a slot that is not in it."""
+    rows = torch.arange(order.shape[0], device=order.device)
+    return order.new_full((num_slots,), order.shape[0]).scatter_(0, order, rows)
 
 
-def sum_slots(rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
-    """Sum over the k slots of each token of `rows` [N*k, d], sorted by expert, in the shape and dtype of `x` [N, d].
+def slot_rows(order: Tensor, num_slots: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Scratch for a row of every sorted slot, [R, width]; with a row of zeros at the end where slots are missing."""
+    num_rows = order.shape[0]
+    if num_rows == num_slots:
+        return scratch("rows", (num_rows, width), dtype)
+    rows = scratch("rows", (num_rows + 1, width), dtype)
+    rows[num_rows].zero_()
+    return rows
+
+
+def sum_slots(rows: Tensor, order: Tensor, k: int, x: Tensor) -> Tensor:
+    """Sum over the k slots of each token of `slot_rows`, sorted by expert, in the shape and dtype of `x` [N, d].
 
     Gather and sum in one pass with fp32 sums: 3.5 ms on one thread for 16384 rows, index_select and sum take 13.
     """
     y = x.new_empty(x.shape)
-    places = inverse(order).view(x.shape[0], -1) if x.shape[0] > 0 else order
+    places = inverse(order, x.shape[0] * k).view(-1, k)
 
     def compute(block: slice) -> None:
         y[block] = F.embedding_bag(places[block], rows, mode="sum")

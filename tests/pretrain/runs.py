@@ -15,6 +15,7 @@ import model.kernels.route
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
+from model.parallel.sharding import sharded_dim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
@@ -77,7 +78,7 @@ def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: t
     traces = []
     for config in configs:
         manifest = Manifest.load(config.data.manifest)
-        trainer = build_trainer(config, manifest, parallel_context(), torch.device("cpu"), None)
+        trainer = build_trainer(config, manifest, parallel_context(config), torch.device("cpu"), None)
         traces.append(_trace_one(trainer, steps, gradient_steps))
         trainer.engine.destroy()
     return traces if rank == 0 else []
@@ -91,7 +92,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
     def capture_first(norm: GradientNorm) -> None:  # where clipping has not happened yet, at any ZeRO stage
         if now in gradient_steps:
             trace.gradients[now] = {
-                name: safe_get_full_grad(p).detach().clone().reshape(getattr(p, "ds_shape", p.shape))
+                name: _whole(name, safe_get_full_grad(p).detach().reshape(getattr(p, "ds_shape", p.shape)), trainer)
                 for name, p in trainer.engine.module.named_parameters()
             }
         before_step(norm)
@@ -103,6 +104,20 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
         trace.grad_norms.append(float("nan") if result.grad_norm is None else result.grad_norm)
     GradientNorm.before_step = before_step  # type: ignore[method-assign]
     return trace
+
+
+def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
+    """The gradient of the whole parameter from those of the tensor-parallel ranks; of a replicated one, checks that
+    the ranks agree bit by bit: otherwise their weights would drift apart."""
+    group, dim = trainer.parallel.tensor_group, sharded_dim(name, trainer.config.model)
+    if group is None:
+        return part.clone()
+    parts = [torch.empty_like(part) for _ in range(trainer.parallel.tensor_size)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    if dim is not None:
+        return torch.cat(parts, dim)
+    assert all(torch.equal(other, part) for other in parts), f"{name}: replicas have different gradients"
+    return part.clone()
 
 
 def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:

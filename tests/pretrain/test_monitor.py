@@ -14,6 +14,7 @@ import torch
 from data_prep.shard_format import Manifest
 from data_prep.shard_reader import SplitReader
 from model.language_model import build_model
+from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
 from pretrain.data import WindowReader
 from pretrain.evaluate import unigram_perplexity
@@ -103,7 +104,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
     # The same number from the saved weights in plain PyTorch.
     config = small_config(prepared)
     network = build_model(config.model, seed=99)
-    load_weights(Checkpoint.open(list_checkpoints(tmp_path / "1" / "checkpoints")[-1]), network)
+    load_weights(Checkpoint.open(list_checkpoints(tmp_path / "1" / "checkpoints")[-1]), network, ParallelContext())
     reader = WindowReader(Manifest.load(prepared), "validation", 16, verify_on_first_read=False)
     tokens, targets = reader.read(np.arange(21) * reader.num_windows // 21)
     network.eval()

@@ -105,7 +105,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
             _Engine(build_model(config.model, seed=0)),
             reader_of(config, "validation"),
             config,
-            parallel_context(),
+            parallel_context(config),
             torch.device("cpu"),
         )
         for config in configs

@@ -1,0 +1,137 @@
+"""Tensor parallelism: every model of the family, alone and with data parallelism and ZeRO 0 to 3, gives the losses,
+gradient norms and gradients of plain PyTorch in one process; checkpoints move between sizes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import Config
+from pretrain.errors import ConfigError
+from tests.harness import run_ranks
+from tests.pretrain.runs import engine_trace, plain_trace, small_config
+from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
+from tests.pretrain.test_layouts import assert_same
+
+STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
+DROPOUT = ("model.dropout=0.1",)
+EXPERT_DROPOUT = (*DROPOUT, "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
+SWITCHALL = ("model.attention.num_heads=4", "model.feedforward.num_experts=6")
+DENSE_FEEDFORWARD = ("model.feedforward.type=dense", "model.feedforward.hidden_size=22")
+MOA = (
+    'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
+    '"switch_loss_weight": 0.02, "cv_loss_weight": 0.01}',
+    *DENSE_FEEDFORWARD,
+)
+MODELS = {
+    "switchall": SWITCHALL,
+    "switchall, every dropout": (*SWITCHALL, *EXPERT_DROPOUT),
+    "switchall, micro_batch scope": (*SWITCHALL, "model.feedforward.entropy_scope=micro_batch"),
+    "switchall xl": (*SWITCHALL, *EXPERT_DROPOUT, "model.position.type=xl"),
+    "all projections experts": (
+        *SWITCHALL,
+        'model.attention.expert_projections=["query", "key", "value", "output"]',
+        "model.feedforward.type=swiglu",
+        "model.feedforward.hidden_size=18",
+        *DROPOUT,
+    ),
+    "dense xl": (
+        'model.attention={"type": "dense", "num_heads": 4, "head_dim": 5}',
+        *DENSE_FEEDFORWARD,
+        *DROPOUT,
+        "model.position.type=xl",
+    ),
+    "moa": MOA,
+    "moa xl": (*MOA, *DROPOUT, "model.attention.expert_dropout=0.2", "model.position.type=xl"),
+}
+SEEDS: dict[str, int] = {}
+"""Seeds whose smallest top-k margin exceeds 1e-5, where 17 has none."""
+
+
+def config_of(prepared: Path, model: str, *overrides: str) -> Config:
+    return small_config(prepared, *MODELS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
+    # micro_batch scope: 4 sequences per micro-step in every layout.
+    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
+    assert max(reference.grad_norms) > 0.5, "clipping was never active"
+    layouts = [(2, zero, 4) for zero in (0, 1)] if "switchall" in model else [(2, 2, 4)]
+    configs = [
+        config_of(prepared, model, "parallel.tensor=2", f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
+        for _, zero, micro in layouts
+    ]
+    for (_, zero, _), trace in zip(layouts, run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+        assert_same(trace, reference, f"TP 2, ZeRO {zero}, {model}")
+    zeros = (0, 1, 2, 3) if model == "switchall" else (3,)
+    configs = [
+        config_of(prepared, model, "parallel.tensor=2", f"parallel.zero={zero}", "batch.micro_sequences=2")
+        for zero in zeros
+    ]
+    for zero, trace in zip(zeros, run_ranks(engine_trace, 4, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+        assert_same(trace, reference, f"TP 2 x DP 2, ZeRO {zero}, {model}")
+
+
+def test_reference_kernels_and_four_way_division(prepared: Path) -> None:
+    model, sizes = "switchall", ("model.feedforward.num_experts=8", "model.vocab_size=404")
+    reference = plain_trace(config_of(prepared, model, *sizes, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    keys = (*sizes, "batch.micro_sequences=8", "parallel.tensor=4")
+    configs = [config_of(prepared, model, *keys, f"kernels.backend={backend}") for backend in ("reference", "cpu")]
+    for trace in run_ranks(engine_trace, 4, configs, STEPS, GRADIENT_STEPS)[0]:
+        assert_same(trace, reference, "TP 4")
+
+
+def test_bf16_stays_near_fp32_under_tensor_parallelism(prepared: Path) -> None:
+    reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, ())
+    keys = ("parallel.tensor=2", "train.precision=bf16", "batch.micro_sequences=4")
+    configs = [config_of(prepared, "switchall", *keys, f"parallel.zero={zero}") for zero in (1, 3)]
+    for trace in run_ranks(engine_trace, 4, configs, STEPS, ())[0]:
+        assert trace.losses != reference.losses
+        assert trace.losses == pytest.approx(reference.losses, rel=2e-2)
+        assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
+
+
+def test_resume_is_bit_identical_and_moves_between_tensor_sizes(prepared: Path, tmp_path: Path) -> None:
+    model = "switchall xl"
+    keys = ("train.steps=8", "evaluate.every_steps=4", "evaluate.streams=5", "batch.micro_sequences=2")
+    run_ranks(train_runs, 1, [(config_of(prepared, model, *keys, "parallel.zero=0"), tmp_path / "one")])
+    divided = ("parallel.tensor=2", "parallel.zero=1")
+    run_ranks(
+        train_runs,
+        4,
+        [
+            (config_of(prepared, model, *keys, *divided), tmp_path / "unbroken"),
+            (config_of(prepared, model, *keys, *divided, "train.stop_after_steps=5"), tmp_path / "resumed"),
+        ],
+    )
+    shutil.copytree(tmp_path / "resumed", tmp_path / "to-one")
+    run_ranks(train_runs, 4, [(config_of(prepared, model, *keys, *divided), tmp_path / "resumed")])
+    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
+    run_ranks(train_runs, 1, [(config_of(prepared, model, *keys, "parallel.zero=0"), tmp_path / "to-one")])
+    back = config_of(prepared, model, *keys, "train.stop_after_steps=5", "parallel.zero=2")
+    run_ranks(train_runs, 2, [(back, tmp_path / "to-two")])
+    run_ranks(
+        train_runs,
+        2,
+        [(config_of(prepared, model, *keys, "parallel.tensor=2", "parallel.zero=3"), tmp_path / "to-two")],
+    )
+    for name in ("unbroken", "to-one", "to-two"):
+        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
+            for key in (*COMPARED, "attention_load_max", "feedforward_load_max"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{name}: {key} of {ours['step']}"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("parallel.tensor=3", r"parallel\.tensor: 3 does not divide model\.attention\.num_heads = 4.*set parallel\.tensor to"),
+        ("model.vocab_size=401", r"parallel\.tensor: 2 does not divide model\.vocab_size = 401.*model\.vocab_size to 40"),
+        ("model.feedforward.num_experts=5", r"parallel\.tensor: 2 does not divide model\.feedforward\.num_experts = 5"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_divide_are_refused(prepared: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(prepared, "switchall", "parallel.tensor=2", override)
