@@ -3,6 +3,7 @@ gradient norms and gradients of plain PyTorch in one process; checkpoints move b
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,7 @@ MODELS = {
     "moa": MOA,
     "moa xl": (*MOA, *DROPOUT, "model.attention.expert_dropout=0.2", "model.position.type=xl"),
 }
-SEEDS: dict[str, int] = {}
+SEEDS = {"switchall": 3, "switchall xl": 1, "moa xl": 1}
 """Seeds whose smallest top-k margin exceeds 1e-5, where 17 has none."""
 
 
@@ -127,11 +128,11 @@ def test_resume_is_bit_identical_and_moves_between_tensor_sizes(prepared: Path, 
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("parallel.tensor=3", r"parallel\.tensor: 3 does not divide model\.attention\.num_heads = 4.*set parallel\.tensor to"),
-        ("model.vocab_size=401", r"parallel\.tensor: 2 does not divide model\.vocab_size = 401.*model\.vocab_size to 40"),
-        ("model.feedforward.num_experts=5", r"parallel\.tensor: 2 does not divide model\.feedforward\.num_experts = 5"),
+        ("parallel.tensor=3", "3 does not divide model.attention.num_heads = 4; set parallel.tensor to 2"),
+        ("model.vocab_size=401", "2 does not divide model.vocab_size = 401; set parallel.tensor to 1, or"),
+        ("model.feedforward.num_experts=5", "2 does not divide model.feedforward.num_experts = 5; set"),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_do_not_divide_are_refused(prepared: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(f"parallel.tensor: {message}")):
         config_of(prepared, "switchall", "parallel.tensor=2", override)
