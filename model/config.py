@@ -148,6 +148,8 @@ class MoAConfig(Section):
                 f"num_heads is {self.num_heads} but there are only num_experts = {self.num_experts} to choose from; "
                 f"set num_heads to at most {self.num_experts}"
             )
+        if self.num_experts == 1 and self.cv_loss_weight:
+            raise ValueError("cv_loss_weight compares experts and num_experts is 1; set cv_loss_weight to 0")
         if self.router == "sigmoid" and (self.switch_loss_weight or self.cv_loss_weight or self.z_loss_weight):
             raise ValueError(
                 "z_loss_weight, switch_loss_weight and cv_loss_weight regularise the softmax router; set them to 0 "

@@ -49,7 +49,7 @@ class LayerMemory:
         chunks for the next step. Memory carries no gradient."""
         assert self.num_streams, "no streams were assigned to this memory"
         rows = self._row[sequence_index % self.num_streams]
-        context = hidden if self.kept is None else torch.cat([self.kept[rows], hidden], dim=1)
+        context = hidden if self.kept is None else torch.cat([self.kept[rows].to(hidden.dtype), hidden], dim=1)
         tail = context[:, -self.max_length :].detach()
         if self._written is None:
             self._written = tail.new_zeros(len(self.streams), *tail.shape[1:])

@@ -6,6 +6,7 @@ Tensor shapes: N tokens, H heads, E experts.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
@@ -118,14 +119,21 @@ def entropy_regularizer(
     log p, p of the previous step, multiplies this micro-step's mean: the gradient of the true term linearised
     at that p, and no communication. Data-parallel gradients are averages over ranks, so is this term.
     """
-    distribution = logits.softmax(-1).mean(0)
+    log_share = logits.log_softmax(-1)
     if config.entropy_scope == "global_batch":
         # The 1 of (1 + log p) is left out: sum_e p_e = 1 has no gradient, and without it the value is the entropy's.
         coefficient = statistics.probability.float().clamp_min(1e-30).log()
-        return config.entropy_weight * (coefficient * distribution).sum()
+        return config.entropy_weight * (coefficient * log_share.exp().mean(0)).sum()
+    # log p in the log domain: the mean of probabilities that all underflow has a log without a gradient. The maximum
+    # over the tokens of all ranks is taken out first, detached.
+    maximum = log_share.detach().amax(0)
     if parallel.data_size > 1:
-        distribution = differentiable_all_reduce(distribution, group=parallel.data_group) / parallel.data_size
-    return config.entropy_weight * torch.xlogy(distribution, distribution).sum()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=parallel.data_group)
+    scaled = (log_share - maximum).exp().mean(0)
+    if parallel.data_size > 1:
+        scaled = differentiable_all_reduce(scaled, group=parallel.data_group) / parallel.data_size
+    log_probability = scaled.log() + maximum
+    return config.entropy_weight * (log_probability.exp() * log_probability).sum()
 
 
 def negative_entropy(probability: Tensor) -> Tensor:

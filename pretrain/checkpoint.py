@@ -213,9 +213,11 @@ def load_weights(checkpoint: Checkpoint, model: LanguageModel, parallel: Paralle
             parameter.copy_(store.read("master", name, 0, parameter.numel()).view_as(parameter))
 
 
-def load_training_state(checkpoint: Checkpoint, engine: Any, parallel: ParallelContext) -> None:
+def load_training_state(
+    checkpoint: Checkpoint, engine: Any, parallel: ParallelContext, *, with_memory: bool = True
+) -> None:
     """Restores this rank's masters, moments, step counters, routing statistics, the memory of the streams that were
-    assigned to this rank, loss scale and RNG state."""
+    assigned to this rank (not without `with_memory`), loss scale and RNG state."""
     store = _PieceStore(checkpoint, engine.module.config, parallel)
     with torch.no_grad():
         for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
@@ -229,7 +231,7 @@ def load_training_state(checkpoint: Checkpoint, engine: Any, parallel: ParallelC
     for name, statistics in routing_statistics(engine.module):
         for key, value in statistics.state().items():
             value.copy_(store.single(_routing_key(name, key), rank=0))
-    for name, memory in layer_memories(engine.module):
+    for name, memory in layer_memories(engine.module) if with_memory else ():
         memory.kept = store.memory(name, memory.streams, memory.num_streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.

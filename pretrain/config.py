@@ -137,7 +137,8 @@ class EvaluateConfig(Section):
     off."""
     streams: PositiveInt = Field(64, json_schema_extra=FREE)
     """With Transformer-XL memory: parallel streams that the windows are divided into, each read in order with memory
-    carried along (the paper's validation); other models take every window by itself."""
+    carried along (the paper's validation), fewer where they would be of one window; other models take every window
+    by itself."""
 
 
 class Config(Section):

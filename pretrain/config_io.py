@@ -122,6 +122,14 @@ def _describe(problem: ErrorDetails) -> str:
 
 
 def _suggestion(key: str) -> str:
+    owners = sorted(
+        section.model_fields["type"].default
+        for dotted, section, _ in fields()
+        if dotted == key and "type" in section.model_fields
+    )
+    if owners:
+        section = key.rsplit(".", 1)[0]
+        return f" for this {section}.type; it belongs to {section}.type = {' or '.join(owners)}"
     known = sorted({dotted for dotted, _, _ in fields()} | {dotted.rsplit(".", 1)[0] for dotted, _, _ in fields()})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:

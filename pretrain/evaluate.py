@@ -18,37 +18,41 @@ from pretrain.data import WindowReader
 
 def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
     """Indices [steps, streams] int64 of the windows that are evaluated, evaluate.sequences of them (or all, if the
-    split has fewer). Streams begin evenly spread, because a split holds its sources one after the other, and read on
-    from there: with memory evaluate.streams of them, without each window is a stream of its own."""
+    split has fewer); -1 where a stream has ended. Streams begin evenly spread, because a split holds its sources one
+    after the other, and read on from there: with memory evaluate.streams of them, without each window is a stream of
+    its own. Lengths of streams differ by one at most."""
     count = min(config.evaluate.sequences, reader.num_windows)
-    streams = min(config.evaluate.streams, count) if config.model.memory_length else count
-    starts = np.arange(streams) * reader.num_windows // streams
-    return starts[None, :] + np.arange(count // streams)[:, None]
+    # A stream of one window would never use the memory.
+    streams = max(1, min(config.evaluate.streams, count // 2)) if config.model.memory_length else count
+    edges = np.arange(streams + 1) * count // streams
+    lengths = np.diff(edges)
+    starts = edges[:-1] + np.arange(streams) * (reader.num_windows - count) // streams
+    step = np.arange(lengths.max())[:, None]
+    return np.where(step < lengths, starts + step, -1)
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any, reader: WindowReader, config: Config, parallel: ParallelContext, device: torch.device
 ) -> dict[str, float]:
-    """Collective. Streams are dealt to ranks in blocks of micro_sequences; a rank with none left computes a copy of the
-    last stream that does not count, because under ZeRO 3 every forward pass is collective."""
+    """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
+    left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective."""
     windows, micro = evaluation_windows(reader, config), config.batch.micro_sequences
     steps, total = windows.shape
     firsts = range(0, total, micro * parallel.data_size)
     places = [first + parallel.data_rank * micro + np.arange(micro) for first in firsts]
     streams, num_streams = torch.from_numpy(np.concatenate(places)), len(firsts) * micro * parallel.data_size
+    padded = np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1)
     # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
     batches = agreed(
-        lambda: [
-            [reader.read(windows[step, np.minimum(place, total - 1)]) for place in places] for step in range(steps)
-        ]
+        lambda: [[reader.read(np.maximum(padded[step, place], 0)) for place in places] for step in range(steps)]
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     engine.eval()
     with separate_streams(engine.module, streams.to(device), num_streams):
-        for step in batches:
-            for place, (tokens, targets) in zip(places, step, strict=True):
-                counted = torch.from_numpy(place < total).to(device)
+        for step, step_batches in enumerate(batches):
+            for place, (tokens, targets) in zip(places, step_batches, strict=True):
+                counted = torch.from_numpy(padded[step, place] >= 0).to(device)
                 index = torch.from_numpy(place).to(device)  # names the stream; dropout, which it also seeds, is off
                 _, sequence_loss = engine(tokens.to(device), targets.to(device), index)
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
@@ -67,7 +71,7 @@ def evaluate(
 def unigram_perplexity(reader: WindowReader, windows: np.ndarray) -> float:
     """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
     counts = np.zeros(0, dtype=np.int64)
-    for window in windows.ravel():
+    for window in windows[windows >= 0]:
         _, targets = reader.read(np.array([window]))
         seen = np.bincount(targets.numpy().ravel())
         counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))

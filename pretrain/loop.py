@@ -181,7 +181,12 @@ def build_trainer(
     for _, memory in layer_memories(engine.module):
         memory.assign(stream.streams().to(device), config.batch.global_sequences)
     if resumed is not None:
-        checkpoints.load_training_state(resumed, engine, parallel)
+        # Memory is of the tokens just before the next ones: other data or another cut of it has none.
+        then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
+        same_text = then == (config.model.sequence_length, manifest.digest)
+        checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text)
+        if config.model.memory_length and not same_text and parallel.is_first:
+            print("memory begins empty: the checkpoint's is of other text", flush=True)
     return Trainer(config, engine, stream, validation, parallel, device)
 
 

@@ -29,9 +29,10 @@ def write_dump(path: Path, *, documents: int, seed: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def prepare_corpus(folder: Path, *, seed: int = 0, name: str = "prepared") -> Path:
+def prepare_corpus(folder: Path, *, seed: int = 0, name: str = "prepared", documents: int = 800) -> Path:
     """Writes dumps under `folder` and prepares them; returns the folder of the manifest."""
-    write_dump(folder / "c4-train.json.gz", documents=800, seed=seed)
+    folder.mkdir(exist_ok=True)
+    write_dump(folder / "c4-train.json.gz", documents=documents, seed=seed)
     write_dump(folder / "c4-validation.json.gz", documents=60, seed=seed + 1)
     config = {
         "input": [str(folder / "c4-train.json.gz")],

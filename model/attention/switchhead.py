@@ -125,7 +125,7 @@ class SwitchHeadAttention(nn.Module):
         for of_context, owners in sides.items():
             if owners:
                 tokens = context if of_context else context[:, context.shape[1] - T :]
-                chosen |= self._route(tokens, owners, sequence_index)
+                chosen |= self._route(tokens, owners, sequence_index, T)
         selections = {}
         for projection, owner in self._selector_of.items():
             scores, index = chosen[owner]
@@ -134,8 +134,11 @@ class SwitchHeadAttention(nn.Module):
             selections[projection] = (scores.flatten(0, 1), index.flatten(0, 1))
         return selections
 
-    def _route(self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor) -> dict[Projection, Selection]:
-        """Scores and indices [B, L, H, k] of each selector in `owners`, for `tokens` [B, L, d]."""
+    def _route(
+        self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int
+    ) -> dict[Projection, Selection]:
+        """Scores and indices [B, L, H, k] of each selector in `owners`, for `tokens` [B, L, d]; counts the choices of
+        the last T tokens, those of memory were counted when they were new."""
         B, L, d = tokens.shape
         H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
         heads, keep = self.parallel.slice_of(self.config.num_heads), None
@@ -157,7 +160,10 @@ class SwitchHeadAttention(nn.Module):
         found = {}
         parts = zip(owners, *(t.split(H, dim=1) for t in (routing.scores, routing.index)), strict=True)
         for (owner, scores, index), load in zip(parts, routing.load.split(H), strict=True):
-            if self.training:
-                getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
             found[owner] = (scores.unflatten(0, (B, L)), index.unflatten(0, (B, L)))
+            if self.training:
+                if L > T:
+                    of_chunk = found[owner][1][:, L - T :].permute(2, 0, 1, 3).reshape(H, -1)
+                    load = torch.zeros_like(load).scatter_add_(1, of_chunk, torch.ones_like(of_chunk))
+                getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
         return found

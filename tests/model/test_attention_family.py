@@ -162,6 +162,42 @@ def test_one_expert_with_gates_of_one_is_dense_attention(
     torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("position, memory", [("rope", 0), ("xl", 0), ("xl", 5)])
+def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_gates(
+    position: str, memory: int
+) -> None:
+    """Copies of one expert: v[h] = (sum of the key token's chosen gates) x W_V[h], and the same for the output."""
+    d, H, h, E, k, T, B = 12, 2, 6, 4, 2, 5, 2
+    attention = {"type": "switchhead", "num_heads": H, "head_dim": h, "num_experts": E, "active_experts": k}
+    layer = build(model_config(attention, position, d, T), "cpu")
+    dense = build(model_config({"type": "dense", "num_heads": H, "head_dim": h}, position, d, T), "cpu")
+    with torch.no_grad():
+        for experts in (layer.value_experts, layer.output_experts):
+            experts.copy_(experts[:, :1].expand_as(experts).clone())
+        dense.query.weight.copy_(layer.query.weight)
+        dense.key.weight.copy_(layer.key.weight)
+        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
+        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
+        if position == "xl":
+            dense.position.weight.copy_(layer.position.weight)
+            dense.content_bias.zero_()
+            dense.position_bias.zero_()
+            dense.scale.fill_(h**-0.5)
+    context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
+
+    def gate_sums(selector: torch.Tensor) -> torch.Tensor:  # [B, L, H h]
+        sums = torch.sigmoid(torch.einsum("bld,hed->blhe", context, selector)).topk(k, -1).values.sum(-1)
+        assert float(sums.std()) > 0.05
+        return sums.repeat_interleave(h, dim=-1)
+
+    # A linear layer followed by a product per token and head: hooks on the dense layer's own projections.
+    values, outputs = gate_sums(layer.value_selector), gate_sums(layer.output_selector)[:, memory:]
+    dense.value.register_forward_hook(lambda module, inputs, output: output * values)
+    dense.output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * outputs,))
+    index = torch.zeros(B, dtype=torch.int64)
+    torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("selection", ["side", "projection", "shared"])
 def test_permuting_experts_with_their_selector_rows_changes_nothing(selection: str) -> None:
     attention = {"type": "switchhead", "num_heads": 2, "head_dim": 5, "num_experts": 4, "active_experts": 2}

@@ -191,3 +191,17 @@ def test_micro_batch_regulariser_has_the_single_process_gradient_on_any_number_o
     for world_size in (1, 2, 4):
         for gradient in run_ranks(_rank_gradient, world_size, x, router, world_size):
             torch.testing.assert_close(gradient.double(), router64.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_an_expert_whose_probability_underflows_has_a_finite_gradient(scope: str) -> None:
+    config = SigmaMoEConfig(num_experts=3, active_experts=1, entropy_weight=1.0, entropy_scope=scope)
+    logits = torch.tensor([[0.0, 0.0, -200.0], [1.0, 0.0, -150.0]], requires_grad=True)
+    statistics = RoutingStatistics((3,), tracks_probability=True)
+    loss = entropy_regularizer(logits, config, statistics, ParallelContext())
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    assert float(logits.grad[:, 2].abs().max()) == 0.0
+    if scope == "micro_batch":
+        p = logits.detach().double().softmax(-1).mean(0)[:2]
+        assert float(loss) == pytest.approx(float((p * p.log()).sum()), rel=1e-6)

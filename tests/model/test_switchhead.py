@@ -123,35 +123,6 @@ def test_selectors_learn_only_through_chosen_scores() -> None:
     assert 0 < int(chosen.sum()) < chosen.numel()
 
 
-def test_identical_experts_equal_dense_attention_scaled_by_the_gates() -> None:
-    """If the experts of a head are copies, values and outputs are a dense head's times the sums of chosen gates."""
-    d, H, h, T = 12, 2, 6, 5
-    layer = build(d, H, h, 4, 2, T, 0.0, 0.5)
-    config = ModelConfig.model_validate(
-        {
-            "d_model": d,
-            "num_layers": 1,
-            "vocab_size": 4,
-            "sequence_length": T,
-            "attention": {"type": "dense", "num_heads": H, "head_dim": h},
-        }
-    )
-    dense = DenseAttention(config)
-    with torch.no_grad():
-        layer.value_experts.copy_(layer.value_experts[:, :1].expand_as(layer.value_experts).clone())
-        layer.output_experts.copy_(layer.output_experts[:, :1].expand_as(layer.output_experts).clone())
-        # Zero selectors: every gate is sigmoid(0) = 1/2, two are chosen, so their sum is 1 on both sides.
-        layer.value_selector.zero_()
-        layer.output_selector.zero_()
-        dense.query.weight.copy_(layer.query.weight)
-        dense.key.weight.copy_(layer.key.weight)
-        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
-        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
-    x = torch.randn(3, T, d, generator=torch.Generator().manual_seed(5))
-    index = torch.zeros(3, dtype=torch.int64)
-    torch.testing.assert_close(layer(x, T, index)[0], dense(x, T, index)[0], rtol=1e-5, atol=1e-5)
-
-
 def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
     layer = build(10, 2, 4, 5, 2, 6, 0.0, 0.5)
     x = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2))

@@ -158,6 +158,9 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
+            if step % max(1, reader.num_windows // config.batch.global_sequences) == 0:
+                for _, memory in layer_memories(network):
+                    memory.forget()
             losses = []
             for micro_step in range(stream.micro_steps):
                 batch = stream.batch(step * config.batch.global_sequences, micro_step, torch.device("cpu"))

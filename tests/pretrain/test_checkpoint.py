@@ -48,7 +48,7 @@ def assert_bit_identical(resumed: Path, unbroken: Path) -> None:
     assert curve(resumed) == curve(unbroken)
     ours, theirs = state_tensors(resumed), state_tensors(unbroken)
     assert ours.keys() == theirs.keys()
-    assert any("master/blocks.1.feedforward.router" in key for key in ours)
+    assert any("master/blocks.1.feedforward." in key for key in ours)
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
 
@@ -95,59 +95,6 @@ def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path
         key = f"rank-00000.safetensors/routing/blocks.{layer}.attention.statistics"
         assert tensors[f"{key}/choice_share"].sum().item() == pytest.approx(1.0)
         assert tensors[f"{key}/gate_mean"].std() > 0
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_path: Path, ranks: int) -> None:
-    layouts = [("fp32", 0, "dense"), ("fp32", 2, "switchhead"), ("bf16", 1, "switchhead")]
-    runs = []
-    for precision, zero, attention in layouts:
-        keys = (
-            "model.position.type=xl",
-            f"model.attention.type={attention}",
-            "model.attention.head_dim=6",
-            "model.attention.num_heads=2",
-            "train.steps=7",
-            "evaluate.every_steps=2",
-            "evaluate.streams=5",
-            "checkpoint.every_steps=3",
-            f"parallel.zero={zero}",
-            f"train.precision={precision}",
-        )
-        folder = tmp_path / f"{precision}-{zero}"
-        runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
-        runs.append((small_config(prepared, *keys), folder / "resumed"))
-    run_ranks(train_runs, ranks, runs)
-    for precision, zero, _ in layouts:
-        folder = tmp_path / f"{precision}-{zero}"
-        assert_bit_identical(folder / "resumed", folder / "unbroken")
-        tensors = state_tensors(folder / "resumed")
-        held = [tensors[f"rank-{rank:05d}.safetensors/memory/blocks.1"] for rank in range(ranks)]
-        assert torch.cat(held).shape == (8, 16, 24) and float(torch.cat(held).float().std()) > 0.1
-        streams = [tensors[f"rank-{rank:05d}.safetensors/memory_streams"] for rank in range(ranks)]
-        assert sorted(torch.cat(streams).tolist()) == list(range(8))
-
-
-def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams(
-    prepared: Path, tmp_path: Path
-) -> None:
-    keys = ("model.position.type=xl", "train.steps=8", "evaluate.sequences=0", "batch.micro_sequences=2")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
-    first = small_config(prepared, *keys, "train.stop_after_steps=5", "parallel.zero=2")
-    run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
-    for ranks, zero in ((1, 0), (4, 3)):
-        target = tmp_path / f"resumed-{ranks}-{zero}"
-        shutil.copytree(tmp_path / "saved", target)
-        run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
-        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
-            for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks: {key} of {ours['step']}"
-    more = small_config(
-        prepared, *keys, "batch.global_sequences=16", 'checkpoint.allow_changes=["batch.global_sequences"]'
-    )
-    with pytest.raises(RankFailed, match=r"memory of 8 streams.*set batch.global_sequences to 8"):
-        run_ranks(train_runs, 1, [(more, tmp_path / "saved")])
 
 
 def test_resuming_in_another_layout_gives_the_same_losses(prepared: Path, tmp_path: Path) -> None:

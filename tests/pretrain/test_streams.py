@@ -70,18 +70,21 @@ def test_validation_windows_are_parallel_streams_with_memory_and_single_windows_
     config = small_config(prepared, *XL, "evaluate.sequences=20", "evaluate.streams=6")
     reader = reader_of(config, "validation")
     windows = evaluation_windows(reader, config)
-    assert windows.shape == (3, 6) and len(set(windows.ravel().tolist())) == 18
-    assert (np.diff(windows, axis=0) == 1).all() and windows.max() < reader.num_windows
-    assert evaluation_windows(reader, small_config(prepared, "evaluate.sequences=20")).shape == (1, 20)
+    assert windows.shape == (4, 6) and (windows[:3] >= 0).all() and (windows[3] >= 0).sum() == 2
+    assert len(set(windows[windows >= 0].tolist())) == 20 and windows.max() < reader.num_windows
+    assert (np.diff(windows[:3], axis=0) == 1).all()
+    alone = evaluation_windows(reader, small_config(prepared, "evaluate.sequences=20"))
+    assert alone.tolist() == [[i * reader.num_windows // 20 for i in range(20)]]
     everything = evaluation_windows(reader, small_config(prepared, *XL, "evaluate.sequences=1000000"))
-    assert everything.shape == (reader.num_windows // 64, 64)
+    assert sorted(everything[everything >= 0].tolist()) == list(range(reader.num_windows))
+    assert evaluation_windows(reader, small_config(prepared, *XL, "evaluate.sequences=100")).shape == (2, 50)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_validation_with_memory_equals_one_long_sequence(prepared: Path, ranks: int) -> None:
-    """2 streams of 4 chunks with 3 chunks of memory, also where a block of streams is not full: the mean cross-entropy
-    of 2 sequences four times as long."""
-    keys = ("evaluate.sequences=8", "evaluate.streams=2", "batch.global_sequences=12")
+    """2 streams of 4 and 3 chunks with 3 chunks of memory, also where a block of streams is not full: the mean
+    cross-entropy of sequences four times as long, but for the last chunk of the first."""
+    keys = ("evaluate.sequences=7", "evaluate.streams=2", "batch.global_sequences=12")
     configs = [
         small_config(prepared, *XL, "model.position.memory_chunks=3", *keys, f"batch.micro_sequences={micro}")
         for micro in (1, 2, 3)
@@ -89,13 +92,15 @@ def test_validation_with_memory_equals_one_long_sequence(prepared: Path, ranks: 
     reader = reader_of(configs[0], "validation")
     long = small_config(prepared, *XL, "model.position.memory_chunks=0", "model.sequence_length=64", *keys)
     windows = evaluation_windows(reader, configs[0])
-    tokens, targets = zip(*(reader.read(column) for column in windows.T), strict=True)
-    tokens, targets = (torch.stack([part.flatten() for part in parts]) for parts in (tokens, targets))
-    _, losses = build_model(long.model, seed=0).eval()(tokens, targets, torch.zeros(2, dtype=torch.int64))
+    network, losses = build_model(long.model, seed=0).eval(), []
+    for column in windows.T:
+        tokens, targets = (t.reshape(1, -1) for t in reader.read(column[column >= 0]))
+        losses.append(torch.nn.functional.cross_entropy(network.logits(tokens)[0][0], targets[0], reduction="sum"))
+    expected = float(sum(losses)) / (7 * 16)
     for results in run_ranks(validation_losses, ranks, configs):
         for values in results:
-            assert values["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
-            assert values["tokens"] == 2 * 64
+            assert values["loss"] == pytest.approx(expected, rel=1e-6)
+            assert values["tokens"] == 7 * 16
 
 
 def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]]:

@@ -1,0 +1,113 @@
+"""Stopping and resuming with Transformer-XL memory: part of the state, in any layout, but only of the same text."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config import Config
+from tests.corpus import prepare_corpus
+from tests.harness import RankFailed, run_ranks
+from tests.pretrain.runs import engine_trace, plain_trace, small_config
+from tests.pretrain.test_bits_per_byte import train_and_keep_output
+from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, state_tensors, train_runs
+from tests.pretrain.test_layouts import assert_same
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_path: Path, ranks: int) -> None:
+    layouts = [("fp32", 0, "dense"), ("fp32", 2, "switchhead"), ("bf16", 1, "switchhead")]
+    runs = []
+    for precision, zero, attention in layouts:
+        keys = (
+            "model.position.type=xl",
+            f"model.attention.type={attention}",
+            "model.attention.head_dim=6",
+            "model.attention.num_heads=2",
+            "train.steps=7",
+            "evaluate.every_steps=2",
+            "evaluate.streams=5",
+            "checkpoint.every_steps=3",
+            f"parallel.zero={zero}",
+            f"train.precision={precision}",
+        )
+        folder = tmp_path / f"{precision}-{zero}"
+        runs.append((small_config(prepared, *keys), folder / "unbroken"))
+        runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
+        runs.append((small_config(prepared, *keys), folder / "resumed"))
+    run_ranks(train_runs, ranks, runs)
+    for precision, zero, _ in layouts:
+        folder = tmp_path / f"{precision}-{zero}"
+        assert_bit_identical(folder / "resumed", folder / "unbroken")
+        tensors = state_tensors(folder / "resumed")
+        held = [tensors[f"rank-{rank:05d}.safetensors/memory/blocks.1"] for rank in range(ranks)]
+        assert torch.cat(held).shape == (8, 16, 24) and float(torch.cat(held).float().std()) > 0.1
+        streams = [tensors[f"rank-{rank:05d}.safetensors/memory_streams"] for rank in range(ranks)]
+        assert sorted(torch.cat(streams).tolist()) == list(range(8))
+
+
+def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams(
+    prepared: Path, tmp_path: Path
+) -> None:
+    keys = ("model.position.type=xl", "train.steps=8", "evaluate.sequences=0", "batch.micro_sequences=2")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
+    first = small_config(prepared, *keys, "train.stop_after_steps=5", "parallel.zero=2")
+    run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
+    for ranks, zero in ((1, 0), (4, 3)):
+        target = tmp_path / f"resumed-{ranks}-{zero}"
+        shutil.copytree(tmp_path / "saved", target)
+        run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
+        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
+            for key in COMPARED:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks: {key} of {ours['step']}"
+    more = small_config(
+        prepared, *keys, "batch.global_sequences=16", 'checkpoint.allow_changes=["batch.global_sequences"]'
+    )
+    with pytest.raises(RankFailed, match=r"memory of 8 streams.*set batch.global_sequences to 8"):
+        run_ranks(train_runs, 1, [(more, tmp_path / "saved")])
+
+
+def test_streams_that_begin_again_forget_also_over_a_resume(tmp_path: Path) -> None:
+    """An epoch of few chunks: the runs pass the wrap twice, and one stops exactly there."""
+    prepared = prepare_corpus(tmp_path / "corpus", documents=40)
+    # Dense: a routing choice that rounding decides would need another seed.
+    keys = ("model.position.type=xl", 'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}')
+    keys += ('model.feedforward={"type": "dense", "hidden_size": 20}', "batch.global_sequences=64")
+    # A low rate: Adam turns the rounding of small gradients into steps, 2e-5 of the norm at 0.004.
+    keys += ("evaluate.sequences=0", "optimizer.learning_rate=0.0005")
+    config = small_config(prepared, *keys, "batch.micro_sequences=64", "train.steps=9")
+    reference = plain_trace(config, 9, (0, 4, 8))
+    divided = small_config(prepared, *keys, "batch.micro_sequences=16", "train.steps=9", "parallel.zero=2")
+    trace = run_ranks(engine_trace, 2, [divided], 9, (0, 4, 8))[0][0]
+    assert_same(trace, reference, "over the wrap")
+    epochs = [line["epoch"] for line in _run(divided, tmp_path / "unbroken")]
+    wrap = epochs.index(1.0) + 1
+    assert 2 <= wrap <= 4 and epochs[-1] > 2
+    stopped = divided.train.model_copy(update={"stop_after_steps": wrap})
+    _run(divided.model_copy(update={"train": stopped}), tmp_path / "resumed")
+    _run(divided, tmp_path / "resumed")
+    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def _run(config: Config, folder: Path) -> list[dict[str, Any]]:
+    run_ranks(train_runs, 2, [(config, folder)])
+    return metrics(folder)
+
+
+@pytest.mark.parametrize("change", ["data.manifest", "model.sequence_length", "train.precision"])
+def test_memory_of_other_text_is_not_restored_and_precision_may_change(
+    prepared: Path, tmp_path: Path, change: str
+) -> None:
+    keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "train.stop_after_steps=3"), tmp_path / "run")])
+    other = prepare_corpus(tmp_path / "other", seed=9) if change == "data.manifest" else prepared
+    value = {"data.manifest": other, "model.sequence_length": 12, "train.precision": "bf16"}[change]
+    config = small_config(other, *keys, f"{change}={value}", f'checkpoint.allow_changes=["{change}"]')
+    output = tmp_path / "printed"
+    run_ranks(train_and_keep_output, 1, [(config, tmp_path / "run")], output)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
+    assert ("memory begins empty" in output.read_text()) is (change != "train.precision")
