@@ -55,7 +55,11 @@ def config_of(prepared: Path, model: str, *overrides: str) -> Config:
     return small_config(prepared, *MODELS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
 
 
-@pytest.mark.parametrize("model", MODELS)
+FAST = ("switchall xl", "moa")
+"""What every commit runs; the others are as long and go to the slow tier."""
+
+
+@pytest.mark.parametrize("model", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
     # micro_batch scope: 4 sequences per micro-step in every layout.
     reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
@@ -76,6 +80,7 @@ def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
         assert_same(trace, reference, f"TP 2 x DP 2, ZeRO {zero}, {model}")
 
 
+@pytest.mark.slow
 def test_reference_kernels_and_four_way_division(prepared: Path) -> None:
     model, sizes = "switchall", ("model.feedforward.num_experts=8", "model.vocab_size=404")
     reference = plain_trace(config_of(prepared, model, *sizes, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
@@ -85,6 +90,7 @@ def test_reference_kernels_and_four_way_division(prepared: Path) -> None:
         assert_same(trace, reference, "TP 4")
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32_under_tensor_parallelism(prepared: Path) -> None:
     reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, ())
     keys = ("parallel.tensor=2", "train.precision=bf16", "batch.micro_sequences=4")
