@@ -43,6 +43,15 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
             "epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"
         ),
     ]
+    tensor = config.parallel.tensor
+    if tensor > 1:
+        groups = [f"{first}-{first + tensor - 1}" for first in range(0, min(data_size, 4) * tensor, tensor)]
+        more = ", ..." if data_size > 4 else ""
+        values.append(
+            DerivedValue(
+                "tensor-parallel size", f"{tensor}", f"groups of ranks {', '.join(groups)}{more}; each one model"
+            )
+        )
     if isinstance(model.position, RopeConfig):
         rotated = rotated_width(model.attention.head_dim, model.position.fraction)
         values.append(
