@@ -41,7 +41,8 @@ Convention = Literal["published", "equation_13"]
 def attention_macs(config: ModelConfig, convention: Convention = "published") -> int:
     """MACs of one attention layer on one sequence, by the formulas of the paper (appendix on resource usage).
 
-    MoA's is inferred from its published totals (it reproduces 223.5M at 47M, H = 4, and 2.9G at 262M, H = 8).
+    MoA's is that of the authors' code, which counts two gates per head (query and output). It reproduces the published
+    223.5M (47M, H = 4) and 2.9G (262M, H = 8).
     """
     d, T, C, xl = config.d_model, config.sequence_length, _context_factor(config), _has_xl(config)
     attention = config.attention
@@ -65,8 +66,8 @@ def attention_macs(config: ModelConfig, convention: Convention = "published") ->
 def attention_memory(config: ModelConfig) -> int:
     """Floats of activations of one attention layer on one sequence (the published convention; Eq. 13 is about MACs).
 
-    MoA's formula is not published; this one is by analogy and reproduces the published 1.3M (47M, H = 4) and 9.9M
-    (262M, H = 8).
+    MoA's is that of the authors' code and reproduces the published 1.3M (47M, H = 4) and 9.9M (262M, H = 8). It counts
+    the router's scores on C T tokens, the MACs' formula on T.
     """
     T, C, xl = config.sequence_length, _context_factor(config), _has_xl(config)
     attention = config.attention
@@ -75,7 +76,7 @@ def attention_memory(config: ModelConfig) -> int:
     if isinstance(attention, DenseAttentionConfig):
         return matrices + 4 * H * h * T + xl * 2 * H * T * h * C
     if isinstance(attention, MoAConfig):
-        return matrices + (2 * H + 2) * h * T + attention.num_experts * T + xl * 2 * T * h
+        return matrices + (2 * H + 2) * h * T + attention.num_experts * T * C + xl * 2 * T * h
     selectors = len(selectors_of(attention)) * attention.num_experts * T * C
     return matrices + 4 * H * h * T + selectors + xl * 2 * H * T * h
 

@@ -15,18 +15,21 @@ from pretrain.config import Config
 from pretrain.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError."""
+def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
+    """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError, which names
+    `option` as the argument that `path` came from."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
     except FileNotFoundError:
-        raise ConfigError(f"--config: there is no file {path}") from None
+        raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} cannot be read: {error}") from None
+        raise ConfigError(f"{option}: {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--config: {path} is not JSON: line {error.lineno}: {error.msg}") from None
+        raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config: {path} must hold a JSON object")
+        raise ConfigError(f"{option}: {path} must hold a JSON object")
     # Types first: a change of type resets its section, which must not discard a key set before it on the line.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         apply_override(tree, override)

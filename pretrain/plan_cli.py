@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     costs.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="run configuration, or a folder of them")
     costs.add_argument(
-        "--baseline", type=Path, metavar="CONFIG", help="configuration that ratios refer to (default: the first)"
+        "--baseline",
+        type=Path,
+        metavar="CONFIG",
+        help="configuration that ratios refer to (default: the first, for those of its sequence length and d_model)",
     )
     costs.add_argument("--json", action="store_true", help="print exact numbers as JSON instead of a table")
     _add_overrides(costs, "of every CONFIG, not of the baseline")
@@ -68,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.plan_match import print_match
 
             print_match(args.config, args.like, args.solve, args.overrides)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -22,10 +22,12 @@ from pretrain.config_io import load_config
 from pretrain.errors import ConfigError
 
 LEGEND = """\
-MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted; floats are activations.
+MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted.
 published: the convention of the paper's tables. Eq. 13: the paper's equation, SwitchHead's position term times C and no
-selectors. counted: matrix products of the built model with a full memory; ratios are of counted MACs to {baseline}.
-model: all layers and the output layer. FLOPs: of training, per token, 6 x active matmul parameters + attention."""
+selectors. floats: activations, for which there is only one formula for both conventions.
+counted: matrix products of the built model with a full memory. model: all layers and the output layer.
+ratios are of counted MACs to {baseline}{where}.
+FLOPs: of training, per token, 6 x active matmul parameters + attention."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Costs:
     attention_macs_published: int
     attention_macs_equation_13: int
     attention_macs_counted: int
-    attention_macs_ratio: float
+    attention_macs_ratio: float | None
+    """To the baseline, or to the first model; null where the first has another sequence length or d_model."""
     attention_floats: int
     feedforward_macs_published: int
     feedforward_macs_counted: int
     feedforward_floats: int
     model_macs_counted: int
-    model_macs_ratio: float
+    model_macs_ratio: float | None
     training_flops_per_token: int
 
 
@@ -54,8 +57,8 @@ def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Seque
     models = {str(file): load_model(file, overrides) for file in files}
     if baseline is not None:
         name = f"{baseline} (baseline)" if overrides and str(baseline) in models else str(baseline)
-        models = {name: load_model(baseline, ())} | models
-    rows = model_costs(models)
+        models = {name: load_model(baseline, (), option="--baseline")} | models
+    rows = model_costs(models, any_size=baseline is not None)
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
@@ -72,25 +75,27 @@ def config_files(path: Path) -> list[Path]:
     return files
 
 
-def load_model(path: Path, overrides: Sequence[str]) -> ModelConfig:
-    """The model section of a configuration file. Raises ConfigError that also names the file."""
-    config_files(path)
+def load_model(path: Path, overrides: Sequence[str], *, option: str = "CONFIG") -> ModelConfig:
+    """The model section of a configuration file, given as `option`. Raises ConfigError that also names the file."""
     try:
-        return load_config(path, overrides).model
+        return load_config(path, overrides, option=option).model
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {path})") from None
+        named = "" if str(error).startswith(f"{option}: ") else f" (in {path})"
+        raise ConfigError(f"{error}{named}") from None
 
 
-def model_costs(models: dict[str, ModelConfig]) -> list[Costs]:
-    """The costs of each model, ratios to the first."""
+def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> list[Costs]:
+    """The costs of each model, ratios to the first: with `any_size` False only where T and d_model are the first's."""
     counted = {}  # the published models repeat over corpora: each is counted once
     for model in models.values():
         if model not in counted:
             counted[model] = count_macs(model)
-    reference = counted[next(iter(models.values()))]
+    first = next(iter(models.values()))
+    reference = counted[first]
     rows = []
     for name, model in models.items():
         parameters, macs = formula_parameters(model), counted[model]
+        comparable = any_size or (model.sequence_length, model.d_model) == (first.sequence_length, first.d_model)
         rows.append(
             Costs(
                 config=name,
@@ -99,13 +104,13 @@ def model_costs(models: dict[str, ModelConfig]) -> list[Costs]:
                 attention_macs_published=attention_macs(model, "published"),
                 attention_macs_equation_13=attention_macs(model, "equation_13"),
                 attention_macs_counted=macs.attention,
-                attention_macs_ratio=macs.attention / reference.attention,
+                attention_macs_ratio=macs.attention / reference.attention if comparable else None,
                 attention_floats=attention_memory(model),
                 feedforward_macs_published=feedforward_macs(model),
                 feedforward_macs_counted=macs.feedforward,
                 feedforward_floats=feedforward_memory(model),
                 model_macs_counted=macs.model,
-                model_macs_ratio=macs.model / reference.model,
+                model_macs_ratio=macs.model / reference.model if comparable else None,
                 training_flops_per_token=training_flops_per_token(model),
             )
         )
@@ -133,8 +138,7 @@ def table(rows: Sequence[Costs]) -> str:
     lines = [[upper for upper, _ in heads], [lower for _, lower in heads]]
     names = _short_names([row.config for row in rows])
     for name, row in zip(names, rows, strict=True):
-        values = dataclasses.astuple(row)[1:]
-        lines.append([name, *(f"{value:.3f}" if isinstance(value, float) else short(value) for value in values)])
+        lines.append([name, *map(_cell, dataclasses.astuple(row)[1:])])
     widths = [max(len(line[column]) for line in lines[1:]) for column in range(len(heads))]
     # A group's title stands over its columns, from the left of the first.
     starts = [2 * column + sum(widths[:column]) for column in range(len(heads))]
@@ -146,7 +150,15 @@ def table(rows: Sequence[Costs]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines[1:]
     ]
-    return "\n".join([upper, *body, "", LEGEND.format(baseline=names[0])])
+    gaps = any(row.model_macs_ratio is None for row in rows)
+    where = ", - where T or d_model differ from its (--baseline compares all)" if gaps else ""
+    return "\n".join([upper, *body, "", LEGEND.format(baseline=names[0], where=where)])
+
+
+def _cell(value: int | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else short(value)
 
 
 def short(value: int) -> str:

@@ -68,7 +68,7 @@ def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
 
 def print_match(config: Path, like: Path, solve: Width, overrides: list[str]) -> None:
     """Solves for the configuration files and prints value, totals and the override to use."""
-    found = match_width(load_model(config, overrides), load_model(like, ()), solve)
+    found = match_width(load_model(config, overrides), load_model(like, (), option="--like"), solve)
     difference = found.total - found.target
     print(f"{found.key} = {found.value} (was {found.before})")
     print(f"  {config}: {found.total:,} parameters")

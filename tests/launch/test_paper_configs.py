@@ -1,8 +1,9 @@
-"""Every published model takes two training steps through the real entry point, slow tier."""
+"""Every published model, all its layers and its own vocabulary, takes two steps through the real entry point; slow."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.shard_format import Manifest
+from pretrain.config_io import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.json"))
@@ -36,17 +38,14 @@ for arguments in json.load(sys.stdin):
         os._exit(code)
     if os.waitpid(child, 0)[1]:
         sys.exit(f"failed: {arguments}")
-    shutil.rmtree(arguments[arguments.index("--run-dir") + 1] + "/checkpoints")  # 7 GB in all
+    shutil.rmtree(arguments[arguments.index("--run-dir") + 1] + "/checkpoints")  # up to 4 GB each
 """
 
 
 def test_every_config_takes_two_steps(prepared: Path, tmp_path: Path) -> None:
-    vocabulary = Manifest.load(str(prepared)).tokenizer.vocab_size
+    tokens = Manifest.load(str(prepared)).tokenizer.vocab_size
     overrides = {
         "data.manifest": prepared,
-        "model.vocab_size": vocabulary,
-        # Two layers of full width see everything that sixteen do.
-        "model.num_layers": 2,
         "model.sequence_length": 16,
         "batch.global_sequences": 4,
         "batch.micro_sequences": 2,
@@ -55,7 +54,12 @@ def test_every_config_takes_two_steps(prepared: Path, tmp_path: Path) -> None:
         "monitor.tensorboard": "false",
     }
     sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
-    runs = [["--config", str(path), "--run-dir", str(tmp_path / path.stem), *sets] for path in PAPER]
+    # Enwik8's 256 rows cannot hold the tokenizer of the test; every other model keeps its own.
+    rows = {path: max(tokens, load_config(path).model.vocab_size) for path in PAPER}
+    runs = [
+        ["--config", str(path), "--run-dir", str(tmp_path / path.stem), *sets, f"--set=model.vocab_size={rows[path]}"]
+        for path in PAPER
+    ]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(ROOT)],
         input=json.dumps(runs),
@@ -63,7 +67,7 @@ def test_every_config_takes_two_steps(prepared: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=5400,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -71,5 +75,6 @@ def test_every_config_takes_two_steps(prepared: Path, tmp_path: Path) -> None:
         lines = (tmp_path / path.stem / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line) for line in lines]
         assert [step["step"] for step in steps] == [1, 2], path.stem
-        # Random weights: about ln(vocabulary) = 6 nats.
-        assert all(4 < step["loss"] < 9 and 0 < step["grad_norm"] < 100 for step in steps), (path.stem, steps)
+        # Random weights: about ln(vocabulary) nats, 6 or 9.
+        nats = math.log(rows[path])
+        assert all(nats - 2 < step["loss"] < nats + 3 and 0 < step["grad_norm"] < 100 for step in steps), (path, steps)
