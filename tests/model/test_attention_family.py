@@ -66,6 +66,21 @@ def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAtten
     return layer
 
 
+def copy_first_experts(layer: SwitchHeadAttention, dense: DenseAttention) -> None:
+    """Makes `dense` what `layer` is without gates: its first value and output experts; no XL biases, the usual scale."""
+    (H, _, d, h) = layer.value_experts.shape
+    with torch.no_grad():
+        dense.query.weight.copy_(layer.query.weight)
+        dense.key.weight.copy_(layer.key.weight)
+        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
+        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
+        if hasattr(layer, "position"):
+            dense.position.weight.copy_(layer.position.weight)
+            dense.content_bias.zero_()
+            dense.position_bias.zero_()
+            dense.scale.fill_(h**-0.5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("experts, selection, position, memory, dropout, d, H, h, E, k, T, B", CASES)
 def test_forward_and_every_gradient_equal_the_loop(
@@ -147,16 +162,7 @@ def test_one_expert_with_gates_of_one_is_dense_attention(
         return routing._replace(scores=torch.ones_like(routing.scores))
 
     monkeypatch.setattr(switchhead_module, "route", open_gates)
-    with torch.no_grad():
-        dense.query.weight.copy_(layer.query.weight)
-        dense.key.weight.copy_(layer.key.weight)
-        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
-        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
-        if position == "xl":
-            dense.position.weight.copy_(layer.position.weight)
-            dense.content_bias.zero_()
-            dense.position_bias.zero_()
-            dense.scale.fill_(h**-0.5)
+    copy_first_experts(layer, dense)
     context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
     index = torch.zeros(B, dtype=torch.int64)
     torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)
@@ -174,15 +180,7 @@ def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_
     with torch.no_grad():
         for experts in (layer.value_experts, layer.output_experts):
             experts.copy_(experts[:, :1].expand_as(experts).clone())
-        dense.query.weight.copy_(layer.query.weight)
-        dense.key.weight.copy_(layer.key.weight)
-        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
-        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
-        if position == "xl":
-            dense.position.weight.copy_(layer.position.weight)
-            dense.content_bias.zero_()
-            dense.position_bias.zero_()
-            dense.scale.fill_(h**-0.5)
+    copy_first_experts(layer, dense)
     context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
 
     def gate_sums(selector: torch.Tensor) -> torch.Tensor:  # [B, L, H h]
