@@ -67,7 +67,7 @@ def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAtten
 
 
 def copy_first_experts(layer: SwitchHeadAttention, dense: DenseAttention) -> None:
-    """Makes `dense` what `layer` is without gates: its first value and output experts; no XL biases, the usual scale."""
+    """Makes `dense` what `layer` is without gates: its first value and output experts; no biases, the usual scale."""
     (H, _, d, h) = layer.value_experts.shape
     with torch.no_grad():
         dense.query.weight.copy_(layer.query.weight)
@@ -185,7 +185,7 @@ def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_
 
     def gate_sums(selector: torch.Tensor) -> torch.Tensor:  # [B, L, H h]
         sums = torch.sigmoid(torch.einsum("bld,hed->blhe", context, selector)).topk(k, -1).values.sum(-1)
-        assert float(sums.std()) > 0.05
+        assert float(sums.detach().std()) > 0.05
         return sums.repeat_interleave(h, dim=-1)
 
     # A linear layer followed by a product per token and head: hooks on the dense layer's own projections.
