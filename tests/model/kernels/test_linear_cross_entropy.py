@@ -241,7 +241,7 @@ def test_opcheck(bias: bool, needed: bool) -> None:
     case = make_case(Shape(N=20, d=16, V=50, bias=bias), torch.bfloat16)
     for tensor in leaves(case):
         tensor.requires_grad_(needed)
-    arguments = (*case, -100, needed, needed, "cpu")
+    arguments = (*case, -100, needed, needed, "", 0, "cpu")
     torch.library.opcheck(torch.ops.switchall.linear_cross_entropy.default, arguments)
 
 
