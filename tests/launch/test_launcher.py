@@ -66,17 +66,17 @@ def run(*line: str, cwd: Path) -> None:
 
 
 def test_launcher_gives_one_process_losses(prepared: Path, tmp_path: Path) -> None:
-    # Short sequences and this seed keep every routing choice away from a tie (asserted below).
+    # Few and short sequences and this seed keep every routing choice away from a tie (asserted below).
     keys = (
         "train.steps=20",
         "evaluate.sequences=0",
-        "batch.global_sequences=8",
-        "batch.micro_sequences=2",
-        "model.sequence_length=16",
-        "train.seed=5",
+        "batch.global_sequences=4",
+        "batch.micro_sequences=1",
+        "model.sequence_length=8",
+        "train.seed=1",
     )
     config = load_config(TINY, [f"data.manifest={prepared}", *keys])
-    assert plain_trace(config, 20, ()).smallest_margin > 4e-6
+    assert plain_trace(config, 20, ()).smallest_margin > 1e-5
     run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
     run(*command(4, prepared, tmp_path / "four", *keys, "parallel.zero=3"), cwd=tmp_path)
     for ours, theirs in zip(metrics(tmp_path / "four"), metrics(tmp_path / "one"), strict=True):
