@@ -226,6 +226,8 @@ class ModelConfig(Section):
     init_scale: Literal["paper", "library"] = "paper"
     """s in the initial standard deviations of the blocks: sqrt(2 / L), the experiments' value, or sqrt(1 / L), which
     the authors' stand-alone library recommends."""
+    tied_embedding: bool = False
+    """The output layer uses the embedding's weight (with a bias of its own). The paper's models are untied."""
     dropout: Probability = 0.0
     """Dropout on the embedding output, after attention, after the feed-forward, inside a dense feed-forward, and
     before the output layer."""

@@ -104,7 +104,7 @@ def formula_parameters(config: ModelConfig) -> ParameterCount:
     d, L, V = config.d_model, config.num_layers, config.vocab_size
     parts = [_attention_parameters(config), _feedforward_parameters(config)]
     # Embedding, output layer with bias, final LayerNorm; two LayerNorms per block.
-    outside = 2 * V * d + V + 2 * d
+    outside = (1 if config.tied_embedding else 2) * V * d + V + 2 * d
     shared = sum(part.matrices + part.vectors for part in parts) + 4 * d
     return ParameterCount(
         total=outside + L * (shared + sum(part.experts for part in parts)),

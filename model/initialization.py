@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import full_shape, local_part
+from model.parallel.sharding import full_shape, local_part, owner_of
 
 
 def initialize(model: nn.Module, config: ModelConfig, parallel: ParallelContext, *, seed: int) -> None:
@@ -22,7 +22,8 @@ def initialize(model: nn.Module, config: ModelConfig, parallel: ParallelContext,
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             shape = torch.Size(full_shape(list(parameter.shape), name, config, parallel))
-            parameter.copy_(local_part(initial_value(name, shape, config, seed=seed), name, config, parallel))
+            value = initial_value(owner_of(name, config), shape, config, seed=seed)
+            parameter.copy_(local_part(value, name, config, parallel))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, *, seed: int) -> Tensor:

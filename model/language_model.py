@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.initialization import initialize
 from model.kernels.choice import Backends
-from model.layers import State, build_layers
+from model.layers import State, layer_factories
 from model.parallel.context import ParallelContext
+from model.recompute import Recompute
 from model.routing import RoutingStatistics
 
 
 class LanguageModel(nn.Module):
-    """Decoder-only language model. Parameter names: embedding.*, blocks.N.*, final_norm.*, head.*."""
+    """Decoder-only language model. Parameter names: embedding.*, blocks.N.*, final_norm.*, head.* (head.weight is
+    embedding.weight with config.tied_embedding)."""
 
     def __init__(
         self,
@@ -25,14 +27,20 @@ class LanguageModel(nn.Module):
         backends: Backends | None = None,
         *,
         seed: int = 0,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config = config
-        layers = dict(build_layers(config, parallel or ParallelContext(), backends or Backends(), seed=seed))
+        factories = layer_factories(
+            config, parallel or ParallelContext(), backends or Backends(), seed=seed, recompute=recompute
+        )
+        layers = {name: build() for name, build in factories}
         self.embedding = layers["embedding"]
         self.blocks = nn.ModuleList(layers[f"blocks.{index}"] for index in range(config.num_layers))
         self.final_norm = layers["final_norm"]
         self.head = layers["head"]
+        if config.tied_embedding:
+            self.head.weight = self.embedding.weight
 
     def logits(self, tokens: Tensor, sequence_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`tokens` [B, T] int64 -> logits [B, T, vocab_size] and the auxiliary loss (fp32 scalar).
@@ -61,12 +69,17 @@ class LanguageModel(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, parallel: ParallelContext | None = None, backends: Backends | None = None, *, seed: int
+    config: ModelConfig,
+    parallel: ParallelContext | None = None,
+    backends: Backends | None = None,
+    *,
+    seed: int,
+    recompute: Recompute = "none",
 ) -> LanguageModel:
     """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks. Without `backends`
     every op is the readable reference."""
     parallel = parallel or ParallelContext()
-    model = LanguageModel(config, parallel, backends, seed=seed)
+    model = LanguageModel(config, parallel, backends, seed=seed, recompute=recompute)
     initialize(model, config, parallel, seed=seed)
     return model
 

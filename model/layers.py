@@ -8,6 +8,9 @@ A layer maps a state to a state. The state is a plain tuple of tensors, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +27,8 @@ from model.kernels.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last, leave_shards
 from model.parallel.context import ParallelContext
+from model.recompute import Recompute, recomputed
+from model.routing import RoutingStatistics
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -67,10 +72,18 @@ class Block(nn.Module):
     """Pre-LN block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, index: int, seed: int
+        self,
+        config: ModelConfig,
+        *,
+        parallel: ParallelContext,
+        backends: Backends,
+        index: int,
+        seed: int,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         name = f"blocks.{index}"
+        self.recompute: Recompute = recompute
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.attention: SwitchHeadAttention | DenseAttention | MoAAttention
         if isinstance(config.attention, DenseAttentionConfig):
@@ -98,6 +111,15 @@ class Block(nn.Module):
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed)
 
     def forward(self, state: State) -> State:
+        return recomputed(self._compute, state, mode=self.recompute, recorders=self._recorders())
+
+    def _recorders(self) -> list[RoutingStatistics | LayerMemory]:
+        """What a forward pass leaves a trace in."""
+        found = [v for part in (self.attention, self.feedforward) for v in vars(part).values()]
+        statistics: list[RoutingStatistics | LayerMemory] = [v for v in found if isinstance(v, RoutingStatistics)]
+        return statistics + ([] if self.memory is None else [self.memory])
+
+    def _compute(self, state: State) -> State:
         hidden, sequence_index, auxiliary_loss = state
         # Memory is normalised with the present weights, like the chunk itself.
         context = hidden if self.memory is None else self.memory.extend(hidden, sequence_index)
@@ -117,7 +139,8 @@ class FinalNorm(nn.LayerNorm):
 
 
 class Head(nn.Linear):
-    """Dropout and the output layer, untied and with a bias. Gives the loss without ever holding all logits."""
+    """Dropout and the output layer, with a bias, untied or with the embedding's weight. Gives the loss without ever
+    holding all logits."""
 
     def __init__(self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, seed: int) -> None:
         super().__init__(config.d_model, parallel.share(config.vocab_size))
@@ -144,16 +167,23 @@ class Head(nn.Linear):
         return loss, token_loss.view(targets.shape).mean(1), auxiliary_loss
 
 
-def build_layers(
-    config: ModelConfig, parallel: ParallelContext, backends: Backends, *, seed: int
-) -> list[tuple[str, nn.Module]]:
-    """The layers in order, each with its canonical name prefix. `seed` keys the dropout masks.
+LayerFactory = Callable[[], nn.Module]
+
+
+def layer_factories(
+    config: ModelConfig, parallel: ParallelContext, backends: Backends, *, seed: int, recompute: Recompute = "none"
+) -> list[tuple[str, LayerFactory]]:
+    """The layers in order, each with its canonical name prefix and what builds it: a pipeline stage builds its own
+    alone. `seed` keys the dropout masks. With config.tied_embedding whoever assembles the layers gives the head the
+    embedding's weight.
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """
-    layers: list[tuple[str, nn.Module]] = [("embedding", Embedding(config, parallel=parallel, seed=seed))]
+    common = {"parallel": parallel, "seed": seed}
+    layers: list[tuple[str, LayerFactory]] = [("embedding", partial(Embedding, config, **common))]
     for index in range(config.num_layers):
-        layers.append((f"blocks.{index}", Block(config, parallel=parallel, backends=backends, index=index, seed=seed)))
-    layers.append(("final_norm", FinalNorm(config.d_model)))
-    layers.append(("head", Head(config, parallel=parallel, backends=backends, seed=seed)))
+        block = partial(Block, config, **common, backends=backends, index=index, recompute=recompute)
+        layers.append((f"blocks.{index}", block))
+    layers.append(("final_norm", partial(FinalNorm, config.d_model)))
+    layers.append(("head", partial(Head, config, **common, backends=backends)))
     return layers

@@ -25,6 +25,8 @@ class LayerMemory:
         """[n] int64: the streams held here, a row each."""
         self.kept: Tensor | None = None
         """[n, m, d], m <= max_length: inputs of the tokens before this step's; None if there are none yet."""
+        self.is_paused = False
+        """Nothing is noted: a forward pass is being repeated (model/recompute.py)."""
         self._written: Tensor | None = None
         self._row = self.streams
 
@@ -50,6 +52,8 @@ class LayerMemory:
         assert self.num_streams, "no streams were assigned to this memory"
         rows = self._row[sequence_index % self.num_streams]
         context = hidden if self.kept is None else torch.cat([self.kept[rows].to(hidden.dtype), hidden], dim=1)
+        if self.is_paused:
+            return context
         tail = context[:, -self.max_length :].detach()
         if self._written is None:
             self._written = tail.new_zeros(len(self.streams), *tail.shape[1:])

@@ -36,6 +36,8 @@ class RoutingStatistics:
         self.shape = shape
         self.is_sharded = is_sharded
         """Each tensor-parallel rank counts its own heads; the counts of a step are also summed over those ranks."""
+        self.is_paused = False
+        """Nothing is counted: a forward pass is being repeated (model/recompute.py)."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
         probability_shape, balance_shape = (
@@ -67,6 +69,8 @@ class RoutingStatistics:
     ) -> None:
         """Adds one forward pass: `load` of shape `shape` (or of its `heads`); where p or balance is tracked the clean
         logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts."""
+        if self.is_paused:
+            return
         self.load[heads] += load
         if self.tracks_probability:
             assert logits is not None

@@ -34,6 +34,12 @@ SHARDED: dict[str, int] = {
 """End of a parameter's name -> the dimension that is divided. MoA divides a token's active slots, no parameter."""
 
 
+def owner_of(name: str, config: ModelConfig) -> str:
+    """The parameter that `name` is initialised and saved as: itself, but for the output layer's copy of a tied
+    embedding, which a pipeline's last stage holds."""
+    return "embedding.weight" if config.tied_embedding and name == "head.weight" else name
+
+
 def sharded_dim(name: str, config: ModelConfig) -> int | None:
     """The dimension of the parameter `name` that is divided over tensor-parallel ranks; None: replicated."""
     if ".attention." in name and isinstance(config.attention, MoAConfig):
