@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 from typing import Any
@@ -11,66 +10,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_dim
 from pretrain.config import Config
 from pretrain.derived import deepspeed_json
-from pretrain.device import device_type
+from pretrain.mesh import ModelParallelUnit, process_groups
 
 
 def parallel_context(config: Config) -> ParallelContext:
     """The place of this rank; collective. Tensor-parallel ranks follow each other: their traffic is the heaviest, so
     they belong on one node."""
-    rank, size, tensor = dist.get_rank(), dist.get_world_size(), config.parallel.tensor
-    if tensor == 1:
-        return ParallelContext(data_rank=rank, data_size=size, data_group=dist.group.WORLD if size > 1 else None)
-    data_groups, tensor_groups = _groups(dist.group.WORLD, size // tensor, tensor)
+    rank, parallel = dist.get_rank(), config.parallel
+    tensor, expert = parallel.tensor, parallel.expert
+    data = dist.get_world_size() // (parallel.pipeline * tensor)
+    data_rank = rank // tensor % data
+    if data == dist.get_world_size() and expert == 1:  # no other groups than the one that is there
+        return ParallelContext(data_rank=rank, data_size=data, data_group=dist.group.WORLD if data > 1 else None)
+    groups = process_groups(pipeline=parallel.pipeline, data=data, tensor=tensor, expert=expert)
     return ParallelContext(
-        data_rank=rank // tensor,
-        data_size=size // tensor,
-        data_group=data_groups if size > tensor else None,
+        data_rank=data_rank,
+        data_size=data,
+        data_group=groups.data if data > 1 else None,
         tensor_rank=rank % tensor,
         tensor_size=tensor,
-        tensor_group=tensor_groups,
+        tensor_group=groups.tensor if tensor > 1 else None,
+        sequence_parallel=parallel.sequence,
+        expert_rank=data_rank % expert,
+        expert_size=expert,
+        expert_group=groups.expert if expert > 1 else None,
     )
-
-
-@functools.cache
-def _groups(world: Any, data: int, tensor: int) -> tuple[Any, Any]:
-    """This rank's data-parallel and tensor-parallel group, made once for a world: a group is never freed."""
-    mesh = init_device_mesh(device_type(), (data, tensor), mesh_dim_names=("data", "tensor"))
-    return mesh.get_group("data"), mesh.get_group("tensor")
-
-
-class ModelParallelUnit:
-    """What DeepSpeed asks about groups when a model is more than data-parallel (its `mpu`)."""
-
-    def __init__(self, parallel: ParallelContext) -> None:
-        assert parallel.tensor_group is not None
-        self._parallel = parallel
-        # A group of one rank where there is no data parallelism: DeepSpeed wants a group in any case.
-        self._data_group, _ = _groups(dist.group.WORLD, parallel.data_size, parallel.tensor_size)
-
-    def get_data_parallel_group(self) -> Any:
-        return self._data_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._parallel.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._parallel.data_size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._parallel.tensor_group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._parallel.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._parallel.tensor_size
 
 
 def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext, device: torch.device) -> Any:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 DIMENSIONS = ("pipeline", "data", "tensor")
-"""Of the mesh of ranks, the slowest first: rank = (pipeline_rank x data_size + data_rank) x tensor_size + tensor_rank."""
+"""Of the mesh of ranks, the slowest first: rank = (pipeline_rank x data_size + data_rank) x tensor_size +
+tensor_rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
