@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +180,7 @@ def layer_factories(
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """
-    common = {"parallel": parallel, "seed": seed}
+    common: dict[str, Any] = {"parallel": parallel, "seed": seed}
     layers: list[tuple[str, LayerFactory]] = [("embedding", partial(Embedding, config, **common))]
     for index in range(config.num_layers):
         block = partial(Block, config, **common, backends=backends, index=index, recompute=recompute)

@@ -4,8 +4,10 @@ A checkpoint is the folder checkpoints/step-NNNNNNNN with
     rank-RRRRR.safetensors   tensors `master/NAME/START`, `exp_avg/...`, `exp_avg_sq/...` (flat pieces of parameters),
                              `rng/cpu` (uint8; training itself draws nothing, see model/dropout.py, and no
                              other generator is saved), `memory/LAYER` (Transformer-XL: inputs of the last tokens of
-                             this rank's streams, a row each) with `memory_streams` (int64), and in rank 0's file
-                             `routing/NAME` and, of MoA, `routing/NAME/STATISTIC` (fp64)
+                             this rank's streams, a row each) with `memory_streams` (int64), and in the file of a
+                             pipeline stage's first rank `routing/NAME` and, of MoA, `routing/NAME/STATISTIC` (fp64).
+                             The last of several stages also writes its copy of a tied embedding as `head.weight`:
+                             sums in another order may tell it from the first stage's in the last bit
     state.json               everything else, with size and sha256 of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
@@ -31,14 +33,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import build_on_meta, routing_statistics
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import full_shape, local_part, sharded_dim
+from model.parallel.sharding import full_shape, local_part, owner_of, sharded_dim
 from pretrain.atomic import sha256, sync_directory, write_json
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
-from pretrain.zero_state import MOMENTS, optimizer_steps, parameter_shapes, pieces, set_optimizer_steps
+from pretrain.zero_state import MOMENTS, optimizer_steps, pieces, set_optimizer_steps
 
 FORMAT_VERSION = 1
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -146,6 +148,7 @@ def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
     return {
         "data": parallel.data_size,
         "tensor": parallel.tensor_size,
+        "pipeline": parallel.pipeline_size,
         "zero": engine.zero_optimization_stage(),
     }
 
@@ -184,7 +187,7 @@ def save(
                 "progress": vars(progress),
                 "optimizer_steps": optimizer_steps(engine),
                 "loss_scaler": _loss_scaler(engine),
-                "parameters": _full_shapes(engine, parallel),
+                "parameters": full_shapes(engine.module.config),
                 "layout": layout(engine, parallel),
                 "versions": versions(),
                 "files": dict(entries),
@@ -199,17 +202,15 @@ def save(
     return final
 
 
-def load_weights(checkpoint: Checkpoint, model: LanguageModel, parallel: ParallelContext) -> None:
+def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights."""
     store = _PieceStore(checkpoint, model.config, parallel)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             shape = full_shape(list(parameter.shape), name, model.config, parallel)
-            if shape != checkpoint.state["parameters"].get(name):
-                raise UserError(
-                    f"checkpoint {checkpoint.path}: {name} has shape {checkpoint.state['parameters'].get(name)}, "
-                    f"the model's is {shape}"
-                )
+            saved = checkpoint.state["parameters"].get(owner_of(name, model.config))
+            if shape != saved:
+                raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
             parameter.copy_(store.read("master", name, 0, parameter.numel()).view_as(parameter))
 
 
@@ -230,13 +231,13 @@ def load_training_state(
         setattr(engine.optimizer.loss_scaler, key, value)
     for name, statistics in routing_statistics(engine.module):
         for key, value in statistics.state().items():
-            value.copy_(store.single(_routing_key(name, key), rank=0))
+            value.copy_(store.routing(_routing_key(name, key)))
     for name, memory in layer_memories(engine.module) if with_memory else ():
         memory.kept = store.memory(name, memory.streams, memory.num_streams)
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if len(checkpoint.state["files"]) == dist.get_world_size():
-        torch.set_rng_state(store.single("rng/cpu", rank=dist.get_rank()))
+        torch.set_rng_state(store.rng_state(dist.get_rank()))
 
 
 class _PieceStore:
@@ -267,6 +268,8 @@ class _PieceStore:
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of this rank's flattened part, fp32. Raises UserError if the files lack some."""
+        if (kind, name, 0) not in self._pieces:  # no pipeline's last stage saved its copy of the tied embedding
+            name = owner_of(name, self._config)
         dim = sharded_dim(name, self._config)
         if dim is None or self._saved_parts == self._parallel.tensor_size:
             return self._read_part(kind, name, 0 if dim is None else self._parallel.tensor_rank, start, stop)
@@ -307,13 +310,17 @@ class _PieceStore:
         rows = [slices[file][row : row + 1] for file, row in (place[s] for s in streams.tolist())]
         return torch.cat(rows).to(streams.device)
 
-    def single(self, key: str, *, rank: int) -> Tensor:
-        return self._files[f"rank-{rank:05d}.safetensors"].get_tensor(key)
+    def routing(self, key: str) -> Tensor:
+        """The statistic `key`, which the first rank of the router's pipeline stage saved."""
+        return next(handle for handle in self._files.values() if key in handle.keys()).get_tensor(key)  # noqa: SIM118
+
+    def rng_state(self, rank: int) -> Tensor:
+        return self._files[f"rank-{rank:05d}.safetensors"].get_tensor("rng/cpu")
 
 
-def _full_shapes(engine: Any, parallel: ParallelContext) -> dict[str, list[int]]:
-    config = engine.module.config
-    return {name: full_shape(shape, name, config, parallel) for name, shape in parameter_shapes(engine).items()}
+def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Shape of every parameter of the model by canonical name."""
+    return {name: list(p.shape) for name, p in build_on_meta(config).named_parameters()}
 
 
 def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
@@ -330,7 +337,7 @@ def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
         if memory.kept is not None and is_first_part:
             tensors[f"memory/{name}"] = memory.kept.cpu().contiguous()
             tensors["memory_streams"] = memory.streams.cpu().clone()
-    if parallel.is_first:
+    if parallel.data_rank == 0 and is_first_part:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
                 tensors[_routing_key(name, key)] = value.cpu().clone()

@@ -74,6 +74,10 @@ class TrainConfig(Section):
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, data order and dropout masks."""
+    recompute: Literal["none", "selective", "full"] = Field("none", json_schema_extra=FREE)
+    """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
+    products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes a forward
+    pass more. The numbers are the same."""
     threads: PositiveInt | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
 
@@ -85,13 +89,17 @@ class ParallelConfig(Section):
     """Tensor-parallel size: heads, experts (or hidden columns) and vocabulary are divided over so many neighbouring
     ranks; it must divide each of them. MoA divides a token's active slots instead of heads."""
     pipeline: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Pipeline stages. Only 1 is accepted in this version."""
+    """Pipeline stages: the blocks are divided over so many groups of ranks, at least one block each, balanced by cost,
+    and micro-steps pass through them one after the other (1F1B). Needs zero = 1."""
     sequence: bool = Field(False, json_schema_extra=FREE)
     """Sequence parallelism inside the tensor-parallel group. Only false is accepted in this version."""
     expert: PositiveInt = Field(1, json_schema_extra=FREE)
     """Expert-parallel size. Only 1 is accepted in this version."""
     zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = Field(False, json_schema_extra=FREE)
+    """Keep fp32 master weights and Adam's moments in CPU memory and update them there (needs zero >= 1 and pipeline =
+    1): frees 12 bytes per parameter of GPU memory, at the price of a slower step."""
 
 
 class CheckpointConfig(Section):

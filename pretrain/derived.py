@@ -105,6 +105,12 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.pipeline > 1:
+        # Divided over tensor-parallel ranks in transit they would be wrong under sequence parallelism, silently.
+        derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    if config.parallel.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW; DeepSpeed's own compiles for 180 s
     if config.train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
         # Micro-steps and ranks are summed in fp32: bf16 sums lose the contribution of late micro-steps.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_dim
 from pretrain.config import Config
@@ -37,14 +37,18 @@ def parallel_context(config: Config) -> ParallelContext:
         tensor_size=tensor,
         tensor_group=groups.tensor if tensor > 1 else None,
         sequence_parallel=parallel.sequence,
+        pipeline_rank=rank // (data * tensor),
+        pipeline_size=parallel.pipeline,
+        pipeline_group=groups.pipeline if parallel.pipeline > 1 else None,
         expert_rank=data_rank % expert,
         expert_size=expert,
         expert_group=groups.expert if expert > 1 else None,
     )
 
 
-def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
-    """Hands the initialised model to DeepSpeed. Returns a DeepSpeedEngine whose module is `model`."""
+def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
+    """Hands the initialised model, or pipeline stage, to DeepSpeed. Returns a DeepSpeedEngine (for a stage a
+    PipelineEngine) whose module is `model`."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -66,23 +70,25 @@ def build_engine(model: LanguageModel, config: Config, parallel: ParallelContext
             optimizer=optimizer,
             config=deepspeed_json(config, parallel.data_size),
             dist_init_required=False,
-            mpu=ModelParallelUnit(parallel) if parallel.tensor_size > 1 else None,
+            # A pipeline module brings its own groups.
+            mpu=ModelParallelUnit(parallel) if parallel.tensor_size > 1 and parallel.pipeline_size == 1 else None,
         )
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     return engine
 
 
-def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Matrices and expert tensors are decayed; LayerNorms, biases (XL's u and v are matrices) and scales are not."""
     decay = config.optimizer.weight_decay
     if decay == 0.0:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
     decayed = {name: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
-    return [
+    groups = [
         {"params": [p for name, p in model.named_parameters() if decayed[name] is wanted], "weight_decay": rate}
         for wanted, rate in ((True, decay), (False, 0.0))
     ]
+    return [group for group in groups if group["params"]]
 
 
 def step_was_skipped(engine: Any) -> bool:

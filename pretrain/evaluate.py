@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.agreement import agreed
 from pretrain.config import Config
-from pretrain.data import WindowReader
+from pretrain.data import Batch, WindowReader
+from pretrain.whole import Run
 
 
 def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
@@ -33,7 +34,7 @@ def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, reader: WindowReader, config: Config, parallel: ParallelContext, device: torch.device
+    module: nn.Module, run: Run, reader: WindowReader, config: Config, parallel: ParallelContext, device: torch.device
 ) -> dict[str, float]:
     """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
     left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective."""
@@ -48,19 +49,23 @@ def evaluate(
         lambda: [[reader.read(np.maximum(padded[step, place], 0)) for place in places] for step in range(steps)]
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    engine.eval()
-    with separate_streams(engine.module, streams.to(device), num_streams):
+    with separate_streams(module, streams.to(device), num_streams):
         for step, step_batches in enumerate(batches):
-            for place, (tokens, targets) in zip(places, step_batches, strict=True):
-                counted = torch.from_numpy(padded[step, place] >= 0).to(device)
-                index = torch.from_numpy(place).to(device)  # names the stream; dropout, which it also seeds, is off
-                _, sequence_loss = engine(tokens.to(device), targets.to(device), index)
+            # The index names the stream; dropout, which it also seeds, is off.
+            losses = run.evaluate(
+                [
+                    Batch(tokens.to(device), targets.to(device), torch.from_numpy(place).to(device))
+                    for place, (tokens, targets) in zip(places, step_batches, strict=True)
+                ]
+            )
+            for place, sequence_loss in zip(places, losses, strict=True):
+                counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
-            for _, memory in layer_memories(engine.module):
+            for _, memory in layer_memories(module):
                 memory.advance()
-    engine.train()
-    if parallel.data_size > 1:
-        dist.all_reduce(sums, group=parallel.data_group)
+    for group in (parallel.data_group, parallel.pipeline_group):
+        if group is not None:
+            dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(sums[1]) * reader.sequence_length}
     if reader.tokens_are_bytes:

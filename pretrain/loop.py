@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from data_prep.shard_format import Manifest
 from model.language_model import build_model
@@ -24,11 +25,13 @@ from pretrain.data import Batch, TrainingStream, WindowReader
 from pretrain.device import synchronize
 from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate, step_was_skipped
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
-from pretrain.monitor import Monitor, StepSums, load_summary, reduce_step
+from pretrain.monitor import Monitor
 from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
 from pretrain.rules import choose_backends
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
+from pretrain.step_sums import StepReducer, StepSums, load_summary
+from pretrain.whole import Run, WholeRun
 
 EXIT_DIVERGED = 3
 """Exit code of a run whose loss or gradient norm stopped being a number."""
@@ -53,6 +56,9 @@ class Trainer:
 
     config: Config
     engine: Any
+    run: Run
+    norm: GradientNorm
+    reduce: StepReducer
     stream: TrainingStream
     validation: WindowReader | None
     parallel: ParallelContext
@@ -65,23 +71,12 @@ class Trainer:
             for _, memory in layer_memories(self.engine.module):
                 memory.forget()
         batches = self._read(progress.consumed_sequences)
-        norm = GradientNorm(self.engine, self.config.optimizer.clip_norm, self.parallel)
-        loss_sum, auxiliary_sum = torch.zeros((2,), device=self.device).unbind()
-        for batch in batches:
-            objective, sequence_loss = self.engine(batch.tokens, batch.targets, batch.sequence_index)
-            self.engine.backward(objective)
-            loss_sum = loss_sum + sequence_loss.mean()
-            auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
-            if batch is batches[-1]:
-                norm.before_step()
-            self.engine.step()
+        loss_sum, auxiliary_sum = self.run.train(batches)
         for _, memory in layer_memories(self.engine.module):
             memory.advance()
         skipped = step_was_skipped(self.engine)
-        sums = reduce_step(
-            self.engine.module, loss_sum, auxiliary_sum, len(batches), self.parallel, keep_statistics=not skipped
-        )
-        return StepResult(sums, None if skipped else norm.value())
+        sums = self.reduce(loss_sum, auxiliary_sum, len(batches), keep_statistics=not skipped)
+        return StepResult(sums, None if skipped else self.norm.value())
 
     def _read(self, consumed: int) -> list[Batch]:
         """All micro-batches of a step (token ids: a few megabytes at most). Read before the first collective, so that
@@ -167,10 +162,18 @@ def build_trainer(
     backends = choose_backends(config, device.type)
     if parallel.is_first:
         print(f"kernels: {backends}", flush=True)
-    model = build_model(config.model, parallel, backends, seed=config.train.seed)
+    model: nn.Module
+    if parallel.pipeline_size > 1:
+        from pretrain.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
+
+        model = Stage(config, parallel, backends)
+    else:
+        model = build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
     if resumed is not None:
         checkpoints.load_weights(resumed, model, parallel)
     engine = build_engine(model, config, parallel, device)
+    norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
+    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
 
     def reader(split: str) -> WindowReader:
         first_read = config.data.verify == "size"
@@ -187,7 +190,8 @@ def build_trainer(
         checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text)
         if config.model.memory_length and not same_text and parallel.is_first:
             print("memory begins empty: the checkpoint's is of other text", flush=True)
-    return Trainer(config, engine, stream, validation, parallel, device)
+    reduce = StepReducer(engine.module, parallel)
+    return Trainer(config, engine, run, norm, reduce, stream, validation, parallel, device)
 
 
 def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
@@ -216,7 +220,9 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
     """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens."""
     if trainer.validation is None:
         return
-    values = evaluate(trainer.engine, trainer.validation, trainer.config, trainer.parallel, trainer.device)
+    values = evaluate(
+        trainer.engine.module, trainer.run, trainer.validation, trainer.config, trainer.parallel, trainer.device
+    )
     if monitor is None:
         return
     if is_last:

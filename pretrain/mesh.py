@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -39,6 +40,19 @@ def _process_groups(world: Any, pipeline: int, data: int, tensor: int, expert: i
         expert_group, _ = dist.new_subgroups_by_enumeration(neighbours.tolist())
     pipeline_group, data_group, tensor_group = (mesh.get_group(name) for name in DIMENSIONS)
     return Groups(pipeline_group, data_group, tensor_group, expert_group)
+
+
+def tied_group(parallel: ParallelContext) -> Any:
+    """The first and the last pipeline stage of this rank's model, which hold one tied weight; collective over all
+    ranks. None on a stage between them."""
+    return _tied_groups(dist.group.WORLD, parallel.pipeline_size, parallel.data_size, parallel.tensor_size)
+
+
+@functools.cache
+def _tied_groups(world: Any, pipeline: int, data: int, tensor: int) -> Any:
+    ranks = torch.arange(pipeline * data * tensor).view(pipeline, -1)
+    group, _ = dist.new_subgroups_by_enumeration(ranks[[0, -1]].t().tolist())
+    return group
 
 
 class ModelParallelUnit:

@@ -1,86 +1,15 @@
-"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, all ranks sum."""
+"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, see step_sums.py for the values."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.language_model import routing_statistics
-from model.parallel.context import ParallelContext
-from model.routing import negative_entropy
 from pretrain.config import Config
 from pretrain.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """Global sums of one optimizer step, the same on every rank."""
-
-    loss: float
-    """Mean cross-entropy over the tokens of the global batch, nats."""
-    auxiliary_loss: float
-    """Mean of the auxiliary losses over micro-steps and ranks."""
-    load: dict[str, Tensor]
-    """Choices per expert of every router, fp64 [E] or [H, E], by canonical name."""
-    negative_entropy: float | None
-    """sum_e p_e log p_e of the step's mean routing distribution, averaged over the routers that track it."""
-
-
-def reduce_step(
-    module: nn.Module,
-    loss_sum: Tensor,
-    auxiliary_sum: Tensor,
-    micro_steps: int,
-    parallel: ParallelContext,
-    *,
-    keep_statistics: bool = True,
-) -> StepSums:
-    """Sums the step's scalars and routing counts over ranks in one collective, and closes the step of every router.
-
-    `loss_sum`, `auxiliary_sum`: this rank's sums over its micro-steps, scalars. Without `keep_statistics` (the update
-    was skipped) the routing distribution of the step before stays.
-    """
-    routers = dict(routing_statistics(module))
-    tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1)]
-    tensors += [t.view(-1) for statistics in routers.values() for t in statistics.accumulators()]
-    flat = torch.cat(tensors)
-    if parallel.data_size > 1:
-        dist.all_reduce(flat, group=parallel.data_group)
-    for target, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        target.copy_(summed)
-    if parallel.tensor_group is not None:
-        for statistics in routers.values():
-            if statistics.is_sharded:  # heads that another rank counted are zero here
-                dist.all_reduce(statistics.load, group=parallel.tensor_group)
-
-    load = {name: statistics.load.to("cpu", copy=True) for name, statistics in routers.items()}
-    for statistics in routers.values():
-        statistics.finish_step(keep=keep_statistics)
-    shares = micro_steps * parallel.data_size
-    entropies = [negative_entropy(s.probability) for s in routers.values() if s.tracks_probability]
-    entropy = torch.stack(entropies).mean().view(1) if entropies else flat.new_zeros(1)
-    loss, auxiliary_loss, mean_entropy = torch.cat([flat[:2] / shares, entropy]).tolist()
-    return StepSums(loss, auxiliary_loss, load, mean_entropy if entropies else None)
-
-
-def load_summary(load: dict[str, Tensor]) -> dict[str, float]:
-    """Balance of experts, per kind of router, over layers: the busiest expert's load in units of the mean load
-    (1 is even), and the share of experts that no token chose."""
-    summary: dict[str, float] = {}
-    for kind in ("attention", "feedforward"):
-        counts = [c.view(-1, c.shape[-1]) for name, c in load.items() if f".{kind}." in name]
-        if counts:
-            rows = torch.cat(counts)
-            mean = rows.mean(-1, keepdim=True).clamp_min(1e-9)
-            summary[f"{kind}_load_max"] = float((rows / mean).max())
-            summary[f"{kind}_experts_unused"] = float((rows == 0).double().mean())
-    return summary
 
 
 class Monitor:

@@ -27,6 +27,11 @@ OWNED_DEEPSPEED_KEYS = {
     "torch_autocast": "train.precision",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.compute_grad_norm": "the need of metrics.jsonl for the gradient norm",
+    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
+    "pipeline.pipe_partitioned": "the exactness of sequence parallelism",
+    "pipeline.grad_partitioned": "the exactness of sequence parallelism",
+    "pipeline.activation_checkpoint_interval": "train.recompute",
     "zero_allow_untested_optimizer": "the optimizer section",
     "prescale_gradients": "the average over ranks that every layout shares",
     "gradient_predivide_factor": "the average over ranks that every layout shares",
@@ -38,15 +43,17 @@ OWNED_DEEPSPEED_KEYS = {
 
 def check_rules(config: Config) -> None:
     """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
-    for key in ("pipeline", "expert"):
-        value = getattr(config.parallel, key)
-        if value != 1:
-            raise ConfigError(f"parallel.{key}: {value} is not supported by this version; set parallel.{key} to 1")
+    if config.parallel.expert != 1:
+        raise ConfigError(
+            f"parallel.expert: {config.parallel.expert} is not supported by this version; set parallel.expert to 1"
+        )
     if config.parallel.sequence:
         raise ConfigError(
             "parallel.sequence: sequence parallelism is not supported by this version; set parallel.sequence to false"
         )
     _check_tensor(config)
+    _check_pipeline(config)
+    _check_offload(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -83,6 +90,45 @@ def _check_tensor(config: Config) -> None:
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
                 f"to {_nearest_multiple(value, tensor)}"
             )
+
+
+def _check_pipeline(config: Config) -> None:
+    """Stages need a block each, and DeepSpeed's pipeline engine needs ZeRO 1."""
+    stages, zero = config.parallel.pipeline, config.parallel.zero
+    if stages == 1:
+        return
+    if zero != 1:
+        reason = (
+            "at stage 0 DeepSpeed clips by the norm of one pipeline stage"
+            if zero == 0
+            else "DeepSpeed's pipeline engine refuses stages 2 and 3: they would move gradients or parameters at "
+            "every micro-step"
+        )
+        raise ConfigError(
+            f"parallel.zero: {zero} does not go with parallel.pipeline = {stages} ({reason}); set parallel.zero to 1, "
+            f"or parallel.pipeline to 1"
+        )
+    if stages > config.model.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline: {stages} stages need a block each, but model.num_layers is {config.model.num_layers}; "
+            f"set parallel.pipeline to at most {config.model.num_layers}"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    """DeepSpeed offloads sharded optimizer states only."""
+    if not config.parallel.offload_optimizer:
+        return
+    if config.parallel.zero == 0:
+        raise ConfigError(
+            "parallel.offload_optimizer: ZeRO 0 keeps the optimizer with the parameters; set parallel.zero to 1, 2 or "
+            "3, or parallel.offload_optimizer to false"
+        )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"parallel.offload_optimizer: does not go with parallel.pipeline = {config.parallel.pipeline}; set "
+            f"parallel.pipeline to 1, or parallel.offload_optimizer to false"
+        )
 
 
 def check_ranks(config: Config, world_size: int) -> int:

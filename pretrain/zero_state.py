@@ -30,11 +30,6 @@ class Piece:
     """exp_avg and exp_avg_sq, [n] fp32 each."""
 
 
-def parameter_shapes(engine: Any) -> dict[str, list[int]]:
-    """Full shape of every parameter by canonical name, also where ZeRO 3 has emptied the local tensor."""
-    return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
-
-
 def pieces(engine: Any, *, rank: int, world_size: int, for_saving: bool) -> Iterator[Piece]:
     """This rank's pieces. `for_saving`: no element comes from two ranks; else: all that this rank must restore."""
     stage = engine.zero_optimization_stage()

@@ -15,7 +15,7 @@ import model.kernels.route
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
-from model.parallel.sharding import sharded_dim
+from model.parallel.sharding import owner_of, sharded_dim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
@@ -88,16 +88,30 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
     from deepspeed.utils import safe_get_full_grad
 
     trace, before_step, now = Trace(), GradientNorm.before_step, 0
+    engine = trainer.engine
 
-    def capture_first(norm: GradientNorm) -> None:  # where clipping has not happened yet, at any ZeRO stage
+    def capture() -> None:  # where clipping has not happened yet, at any ZeRO stage
         if now in gradient_steps:
-            trace.gradients[now] = {
+            own = {
                 name: _whole(name, safe_get_full_grad(p).detach().reshape(getattr(p, "ds_shape", p.shape)), trainer)
-                for name, p in trainer.engine.module.named_parameters()
+                for name, p in engine.module.named_parameters()
             }
+            trace.gradients[now] = _of_all_stages(own, trainer)
+
+    def capture_first(norm: GradientNorm) -> None:
+        capture()
         before_step(norm)
 
-    GradientNorm.before_step = capture_first  # type: ignore[method-assign]
+    if trainer.parallel.pipeline_size == 1:
+        GradientNorm.before_step = capture_first  # type: ignore[method-assign]
+    else:
+        take_step = engine._take_model_step
+
+        def capture_then_step(*args: Any) -> None:
+            capture()
+            take_step(*args)
+
+        engine._take_model_step = capture_then_step
     for now in range(steps):
         result = trainer.step(Progress(now, now * trainer.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
@@ -118,6 +132,22 @@ def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
         return torch.cat(parts, dim)
     assert all(torch.equal(other, part) for other in parts), f"{name}: replicas have different gradients"
     return part.clone()
+
+
+def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The gradients of the whole model from those of the pipeline stages; checks that a tied weight's are the same."""
+    group, config = trainer.parallel.pipeline_group, trainer.config.model
+    if group is None:
+        return own
+    stages: list[Any] = [None] * trainer.parallel.pipeline_size
+    torch.distributed.all_gather_object(stages, own, group=group)
+    found: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        for name, gradient in stage.items():
+            owner = owner_of(name, config)
+            assert owner not in found or gradient_error(gradient, found[owner]) < 1e-6, f"{name}: tied copies differ"
+            found.setdefault(owner, gradient)
+    return found
 
 
 def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:

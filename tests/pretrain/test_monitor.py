@@ -18,7 +18,8 @@ from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
 from pretrain.data import WindowReader
 from pretrain.evaluate import unigram_perplexity
-from pretrain.monitor import clock, load_summary, perplexity
+from pretrain.monitor import clock, perplexity
+from pretrain.step_sums import load_summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import metrics, train_runs

@@ -1,0 +1,52 @@
+"""Steps and evaluation of a model that one rank (or one tensor-parallel group) holds whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pretrain.data import Batch
+from pretrain.engine import GradientNorm
+
+StepLosses = tuple[Tensor, Tensor]
+"""Sums over micro-steps of this rank's mean cross-entropy and of its auxiliary losses: fp32 scalars."""
+
+
+class Run(Protocol):
+    """What differs between a whole model and a pipeline."""
+
+    def train(self, batches: Sequence[Batch]) -> StepLosses:
+        """All micro-steps and the optimizer step, clipped. Collective. On a stage that is not the last, the
+        cross-entropy's sum is 0."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Mean cross-entropy of each sequence, [B] fp32 per batch, without dropout and gradients; zeros on a stage that
+        is not the last. Collective."""
+
+
+class WholeRun:
+    """The micro-steps one after the other."""
+
+    def __init__(self, engine: Any, norm: GradientNorm) -> None:
+        self._engine, self._norm = engine, norm
+
+    def train(self, batches: Sequence[Batch]) -> StepLosses:
+        loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
+        for batch in batches:
+            objective, sequence_loss = self._engine(batch.tokens, batch.targets, batch.sequence_index)
+            self._engine.backward(objective)
+            loss_sum = loss_sum + sequence_loss.mean()
+            auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
+            if batch is batches[-1]:
+                self._norm.before_step()
+            self._engine.step()
+        return loss_sum, auxiliary_sum
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        self._engine.eval()
+        losses = [self._engine(b.tokens, b.targets, b.sequence_index)[1] for b in batches]
+        self._engine.train()
+        return losses
