@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.initialization import initialize
 from model.kernels.choice import Backends
-from model.layers import LayerFactory, layer_factories
+from model.layers import Head, LayerFactory, layer_factories
 from model.parallel.context import ParallelContext
 from pretrain.config import Config
 from pretrain.data import Batch
@@ -53,7 +53,7 @@ class Stage(PipelineModule):
             num_pp=parallel.pipeline_size, num_mp=parallel.tensor_size, num_dp=parallel.data_size
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; ours is among the derived values
-            super().__init__([_Layer(build) for _, build in factories], topology=topology, loss_fn=self.objective)
+            super().__init__([_Layer(build) for _, build in factories], topology=topology)
         groups = process_groups(
             pipeline=parallel.pipeline_size,
             data=parallel.data_size,
@@ -71,6 +71,8 @@ class Stage(PipelineModule):
         self.gradient_scale: Callable[[], float] = lambda: 1.0
         """Factor between the gradient of an auxiliary loss and what the last stage's objective is scaled with: the
         loss scale divided by the number of micro-steps. Set with the engine."""
+        self.targets: Iterator[Tensor] = iter(())
+        """On the last stage: [B, T] int64 of the micro-steps to come."""
         self.sequence_losses: list[Tensor] = []
         """On the last stage, per micro-step: detached mean cross-entropy of each sequence [B] fp32."""
         self.auxiliary_losses: list[Tensor] = []
@@ -105,31 +107,25 @@ class Stage(PipelineModule):
         """Called by the engine: weights whose gradients are summed over a group of stages."""
         return self._tied
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         """Tokens, or the hidden state of the stage before, with sequence_index [B] -> hidden state and sequence_index;
-        of the last stage the whole State, for `objective`."""
-        if self.parallel.pipeline_rank == 0:
-            state: tuple[Tensor, ...] = inputs
-        else:
+        the last stage: the training objective (fp32 scalar) for the next of `targets`."""
+        state: tuple[Tensor, ...] = inputs
+        if self.parallel.pipeline_rank > 0:
             state = (*inputs, torch.zeros((), dtype=torch.float32, device=inputs[0].device))
+        # All of it inside this forward pass, the loss too: what runs between it and DeepSpeed's backward call loses its
+        # gradients in bf16 (BF16_Optimizer clears them when the backward pass reaches this module's output).
         for layer in self.forward_funcs:
-            if self.parallel.is_last_stage and layer is self.head:
-                return state
-            state = layer(state)
-        hidden, sequence_index, auxiliary_loss = state
+            state = layer(state, next(self.targets)) if isinstance(layer, Head) else layer(state)
+        first, second, auxiliary_loss = state
         if self.training:
             self.auxiliary_losses.append(auxiliary_loss.detach())
+        if self.parallel.is_last_stage:
+            self.sequence_losses.append(second)
+            return first + auxiliary_loss
         if auxiliary_loss.requires_grad:
-            hidden = _AttachLoss.apply(hidden, auxiliary_loss, self.gradient_scale)
-        return hidden, sequence_index
-
-    def objective(self, state: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        """On the last stage: the training objective of its State and `targets` [B, T] (fp32 scalar)."""
-        loss, sequence_loss, auxiliary_loss = self.head(state, targets)
-        self.sequence_losses.append(sequence_loss)
-        if self.training:
-            self.auxiliary_losses.append(auxiliary_loss.detach())
-        return loss + auxiliary_loss
+            first = _AttachLoss.apply(first, auxiliary_loss, self.gradient_scale)
+        return first, second
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -159,24 +155,22 @@ class PipelineRun:
         return scale / self._engine.gradient_accumulation_steps()
 
     def train(self, batches: Sequence[Batch]) -> StepLosses:
-        self._clear()
-        self._engine.train_batch(iter([((b.tokens, b.sequence_index), b.targets) for b in batches]))
+        self._engine.train_batch(self._feed(batches))
         zero = torch.zeros((), device=batches[0].tokens.device)
         losses = [loss.mean() for loss in self._stage.sequence_losses]
         return sum(losses, zero), sum(self._stage.auxiliary_losses, zero)
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
-        self._clear()
         self._engine.eval_batch(
-            iter([((b.tokens, b.sequence_index), b.targets) for b in batches]),
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=len(batches),
+            self._feed(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
         )
         self._stage.train()
         if self._stage.parallel.is_last_stage:
             return self._stage.sequence_losses
         return [torch.zeros(b.tokens.shape[0], device=b.tokens.device) for b in batches]
 
-    def _clear(self) -> None:
+    def _feed(self, batches: Sequence[Batch]) -> Iterator[Any]:
+        """Inputs of the first stage, as the engine reads them; the last stage reads its targets by itself."""
         self._stage.sequence_losses, self._stage.auxiliary_losses = [], []
+        self._stage.targets = iter([batch.targets for batch in batches])
+        return iter([((batch.tokens, batch.sequence_index), None) for batch in batches])
