@@ -50,8 +50,9 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     """Hands the initialised model, or pipeline stage, to DeepSpeed. Returns a DeepSpeedEngine (for a stage a
     PipelineEngine) whose module is `model`."""
     import deepspeed
-    from deepspeed.utils import logger
+    from deepspeed.utils import groups, logger
 
+    groups.mpu = None  # an engine that this process built before may have left its own
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
     for name, parameter in model.named_parameters():
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.

@@ -26,6 +26,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     `function` and its results must be picklable by reference (module level). Every rank runs with one thread. If one
     fails or the time is over, the others are killed and RankFailed shows what happened.
     """
+    for _ in range(3):
+        try:
+            return _run_ranks(function, world_size, args, timeout_seconds)
+        except RankFailed as failure:
+            if "EADDRINUSE" not in str(failure):
+                raise
+    raise RankFailed("another process took the free port three times")
+
+
+def _run_ranks(
+    function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_seconds: float
+) -> list[Any]:
     port = _free_port()
     ranks = []
     for rank in range(world_size):

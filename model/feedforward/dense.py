@@ -26,7 +26,10 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        hidden = F.relu(self.up(enter_shards(x, self.parallel.tensor_group)))
+        x = enter_shards(x, self.parallel.tensor_group)
+        # Biases out of place: what ZeRO 3 puts in the place of F.linear adds them in place to a product that selective
+        # recomputation has kept, and they would count twice.
+        hidden = F.relu(F.linear(x, self.up.weight) + self.up.bias)
         if self.training and self.dropout > 0.0:
             hidden = dropout(
                 hidden,
@@ -35,7 +38,5 @@ class DenseFeedForward(nn.Module):
                 sequence_index=sequence_index,
                 columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
             )
-        if self.parallel.tensor_size == 1:
-            return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()
         y = leave_shards(F.linear(hidden, self.down.weight), self.parallel.tensor_group)
         return y + self.down.bias, x.new_zeros((), dtype=hidden.dtype).float()

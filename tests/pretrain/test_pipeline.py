@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from tests.pretrain.test_layouts import assert_same
 
 
 def longest(costs: list[int], bounds: list[int]) -> int:
-    return max(sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    return max(sum(costs[a:b]) for a, b in pairwise(bounds))
 
 
 @pytest.mark.parametrize("layers, stages", [(4, 1), (4, 4), (5, 2), (7, 3), (18, 4)])
@@ -34,9 +34,7 @@ def test_stages_are_contiguous_and_the_longest_is_as_short_as_can_be(
     config = config_of(prepared, "switchall", Layout(pipeline=stages), *keys)
     costs, bounds = layer_costs(config), stage_bounds(config)
     assert len(costs) == layers + 3 and bounds[0] == 0 and bounds[-1] == len(costs)
-    blocks_per_stage = [
-        sum(1 for layer in range(a, b) if 1 <= layer <= layers) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    blocks_per_stage = [sum(1 for layer in range(a, b) if 1 <= layer <= layers) for a, b in pairwise(bounds)]
     assert sum(blocks_per_stage) == layers and min(blocks_per_stage) >= 1
     # By trying every division whose stages have a block each.
     every = ([0, *cuts, len(costs)] for cuts in combinations(range(2, layers + 1), stages - 1))
@@ -107,7 +105,7 @@ def test_tied_copies_stay_together_and_resume(prepared: Path, tmp_path: Path) ->
 
 def test_auxiliary_losses_of_every_stage_reach_the_routers(prepared: Path) -> None:
     """Micro-steps and stages scale the attached gradients: a wrong factor shows where the losses are strong."""
-    strong = "model.feedforward.entropy_weight=0.5"
+    strong = "model.feedforward.entropy_weight=0.2"
     layout = Layout(pipeline=4, micro=4)
     reference = plain_trace(config_of(prepared, "switchall", Layout(micro=8), strong), STEPS, GRADIENT_STEPS)
     weak = plain_trace(config_of(prepared, "switchall", Layout(micro=8)), STEPS, GRADIENT_STEPS)

@@ -1,0 +1,161 @@
+"""Every legal pair of ways to divide a model, and all of them together, on up to 8 ranks: losses, gradient norms with
+clipping active, and the gradient of every parameter are those of plain PyTorch in one process, without and with every
+dropout. The fast tier runs a subset in which every way of dividing occurs; the slow tier runs all."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
+from tests.pretrain.runs import Trace, engine_trace, plain_trace
+from tests.pretrain.test_layouts import assert_same
+
+LAYOUTS = [
+    # 1 rank
+    Layout(zero=1, recompute="full", tied=True),
+    Layout(zero=0, recompute="selective", micro=8),
+    Layout(zero=2, tied=True),
+    Layout(zero=3, recompute="full"),
+    Layout(zero=3, recompute="selective", tied=True),
+    # 2 ranks
+    Layout(tensor=2, zero=1, micro=8),
+    Layout(tensor=2, zero=0, tied=True, recompute="selective"),
+    Layout(tensor=2, zero=2, recompute="full"),
+    Layout(tensor=2, zero=3),
+    Layout(tensor=2, sequence=True, zero=0, micro=4),
+    Layout(tensor=2, sequence=True, zero=1, recompute="full", tied=True),
+    Layout(tensor=2, sequence=True, zero=2, recompute="selective"),
+    Layout(tensor=2, sequence=True, zero=3),
+    Layout(pipeline=2, micro=4, recompute="full"),
+    Layout(pipeline=2, tied=True, recompute="selective", micro=1),
+    Layout(data=2, zero=0, tied=True, micro=4),
+    Layout(data=2, zero=1, recompute="selective"),
+    Layout(data=2, zero=2, recompute="full", micro=1),
+    Layout(data=2, zero=3, tied=True),
+    Layout(data=2, expert=2, zero=1, tied=True, micro=4),
+    Layout(data=2, expert=2, zero=2, recompute="full"),
+    # 4 ranks
+    Layout(pipeline=4, recompute="full", tied=True),
+    Layout(pipeline=4, micro=1),
+    Layout(tensor=2, data=2, zero=0, micro=1),
+    Layout(tensor=2, data=2, zero=2, tied=True),
+    Layout(tensor=2, data=2, zero=3, recompute="full"),
+    Layout(tensor=2, sequence=True, data=2, zero=3, tied=True),
+    Layout(tensor=2, sequence=True, data=2, expert=2, zero=1),
+    Layout(tensor=2, sequence=True, data=2, expert=2, zero=2, recompute="selective", tied=True, micro=4),
+    Layout(tensor=2, pipeline=2, micro=2),
+    Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=1),
+    Layout(pipeline=2, data=2, micro=4, tied=True),
+    Layout(pipeline=2, data=2, expert=2, micro=1, recompute="full"),
+    # 8 ranks
+    Layout(tensor=2, pipeline=2, data=2, recompute="selective"),
+    Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1),
+    Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1, micro=1, recompute="full", tied=True),
+    Layout(tensor=2, sequence=True, pipeline=4, micro=2),
+    Layout(tensor=2, pipeline=4, recompute="full", micro=4),
+    Layout(pipeline=4, data=2, expert=2, tied=True, micro=2),
+    Layout(tensor=2, sequence=True, data=4, expert=4, zero=2, micro=1),
+    Layout(data=8, expert=2, zero=1, micro=1),
+]
+FAST = {
+    "switchall": (LAYOUTS.index(Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)),),
+}
+
+
+def ways(layout: Layout) -> set[str]:
+    """The ways of dividing and of computing that a layout combines."""
+    found = {f"ZeRO {layout.zero}"}
+    found |= {name for name, used in {
+        "TP 2": layout.tensor == 2,
+        "SP": layout.sequence,
+        "PP 2": layout.pipeline == 2,
+        "PP 4": layout.pipeline == 4,
+        "DP 2": layout.data == 2,
+        "EP 2": layout.expert == 2,
+        "recompute": layout.recompute != "none",
+        "accumulation": layout.micro * layout.data < 8,
+        "tied": layout.tied,
+    }.items() if used}  # fmt: skip
+    return found
+
+
+ILLEGAL = {
+    frozenset(pair)
+    for pair in [
+        *(("PP 2", f"ZeRO {zero}") for zero in (0, 2, 3)),
+        *(("PP 4", f"ZeRO {zero}") for zero in (0, 2, 3)),
+        ("PP 2", "PP 4"),
+        *(("EP 2", f"ZeRO {zero}") for zero in (0, 3)),
+        *((f"ZeRO {a}", f"ZeRO {b}") for a, b in itertools.combinations(range(4), 2)),
+    ]
+}
+
+
+def test_every_legal_pair_occurs() -> None:
+    assert len(LAYOUTS) >= 24 and len(set(LAYOUTS)) == len(LAYOUTS) and max(x.ranks for x in LAYOUTS) == 8
+    names = sorted(set().union(*(ways(layout) for layout in LAYOUTS)))
+    assert len(names) == 13
+    covered = {frozenset(pair) for layout in LAYOUTS for pair in itertools.combinations(sorted(ways(layout)), 2)}
+    wanted = {frozenset(pair) for pair in itertools.combinations(names, 2)} - ILLEGAL
+    assert wanted <= covered, sorted(map(sorted, wanted - covered))
+    assert not covered & ILLEGAL
+
+
+@pytest.fixture(scope="module")
+def references(prepared: Path) -> dict[tuple[str, bool, bool], Trace]:
+    """Filled as needed: (model, tied, dropouts on) -> trace of one process without DeepSpeed."""
+    return {}
+
+
+def reference_of(
+    references: dict[tuple[str, bool, bool], Trace], prepared: Path, model: str, *, tied: bool, with_dropouts: bool
+) -> Trace:
+    key = (model, tied, with_dropouts)
+    if key not in references:
+        config = config_of(prepared, model, Layout(micro=8, tied=tied), with_dropouts=with_dropouts)
+        references[key] = plain_trace(config, STEPS, GRADIENT_STEPS)
+        assert max(references[key].grad_norms) > 0.5, "clipping was never active"
+    return references[key]
+
+
+def legal(model: str, layout: Layout) -> bool:
+    return model != "dense" or layout.expert == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_dropouts", [False, True], ids=["without dropout", "with every dropout"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_all(prepared: Path, references, model: str, ranks: int, with_dropouts: bool) -> None:
+    check(prepared, references, model, [x for x in LAYOUTS if x.ranks == ranks and legal(model, x)], with_dropouts)
+
+
+@pytest.mark.parametrize(
+    "model, with_dropouts, layouts",
+    [
+        ("switchall", True, [Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)]),
+        ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=1)]),
+        ("moa", False, [Layout(pipeline=2, data=2, expert=2, micro=1, recompute="full")]),
+        ("dense", True, [Layout(tensor=2, data=2, zero=2, tied=True)]),
+    ],
+)
+def test_some(prepared: Path, references, model: str, with_dropouts: bool, layouts: list[Layout]) -> None:
+    check(prepared, references, model, layouts, with_dropouts)
+
+
+def check(prepared: Path, references, model: str, layouts: list[Layout], with_dropouts: bool) -> None:  # type: ignore[no-untyped-def]
+    """One fork for all `layouts`, which have the same number of ranks."""
+    configs = [config_of(prepared, model, layout, with_dropouts=with_dropouts) for layout in layouts]
+    traces = run_ranks(engine_trace, layouts[0].ranks, configs, STEPS, GRADIENT_STEPS, timeout_seconds=900)[0]
+    failures = []
+    for layout, trace in zip(layouts, traces, strict=True):
+        reference = reference_of(references, prepared, model, tied=layout.tied, with_dropouts=with_dropouts)
+        try:
+            assert_same(trace, reference, f"{model} {layout}")
+        except AssertionError as error:
+            failures.append(str(error).splitlines()[0])
+    assert not failures, "\n".join(failures)
