@@ -32,14 +32,16 @@ MODELS = {
     ),
 }
 SEEDS = {
-    ("switchall", False): 72,
+    ("switchall", False): 3,
     ("switchall", True): 14,
     ("switchall xl", False): 61,
     ("switchall xl", True): 4,
-    ("moa", False): 12,
+    ("moa", False): 4,
     ("moa", True): 2,
 }
-"""Of (model, dropouts on): the smallest top-k margin over the steps is clear of 1e-5."""
+"""Of (model, dropouts on): the smallest top-k margin over the steps is clear of 1e-5, tied or not, and the gradients of
+plain PyTorch with 1 and with 8 sequences per micro-step differ by less than 3e-6 (not every seed is so well
+conditioned: 1e-5 was met)."""
 
 
 def dropouts(model: str) -> tuple[str, ...]:
