@@ -33,6 +33,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.language_model import LanguageModel, routing_statistics
 from model.memory import layer_memories
+from model.parallel.collectives import gather_tokens, own_tokens
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import full_shape, local_part, sharded_dim
 from pretrain.atomic import sha256, sync_directory, write_json
@@ -232,7 +233,9 @@ def load_training_state(
         for key, value in statistics.state().items():
             value.copy_(store.single(_routing_key(name, key), rank=0))
     for name, memory in layer_memories(engine.module) if with_memory else ():
-        memory.kept = store.memory(name, memory.streams, memory.num_streams)
+        memory.kept = _own_memory(
+            store.memory(name, memory.streams, memory.num_streams), engine.module.config, parallel
+        )
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if len(checkpoint.state["files"]) == dist.get_world_size():
@@ -327,14 +330,33 @@ def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
             # A copy: pieces of one flat tensor share memory, which safetensors refuses.
             tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
     for name, memory in layer_memories(engine.module):
-        if memory.kept is not None and is_first_part:
-            tensors[f"memory/{name}"] = memory.kept.cpu().contiguous()
+        if memory.kept is None:
+            continue
+        kept = _whole_memory(memory.kept, engine.module.config, parallel)
+        if is_first_part:
+            tensors[f"memory/{name}"] = kept.cpu().contiguous()
             tensors["memory_streams"] = memory.streams.cpu().clone()
     if parallel.is_first:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
                 tensors[_routing_key(name, key)] = value.cpu().clone()
     return tensors
+
+
+def _whole_memory(kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Tensor:
+    """[n, m, d] of all tokens from those [n, m / ranks, d] that a rank keeps under sequence parallelism; collective."""
+    if not parallel.sequence_parallel:
+        return kept
+    chunk = config.sequence_length // parallel.tensor_size
+    return gather_tokens(kept, parallel.tensor_group, chunk=chunk)
+
+
+def _own_memory(kept: Tensor | None, config: ModelConfig, parallel: ParallelContext) -> Tensor | None:
+    """What `_whole_memory` puts together."""
+    if kept is None or not parallel.sequence_parallel:
+        return kept
+    chunk = config.sequence_length // parallel.tensor_size
+    return own_tokens(kept, rank=parallel.tensor_rank, size=parallel.tensor_size, chunk=chunk)
 
 
 def _routing_key(name: str, key: str) -> str:

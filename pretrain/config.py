@@ -87,7 +87,8 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = Field(1, json_schema_extra=FREE)
     """Pipeline stages. Only 1 is accepted in this version."""
     sequence: bool = Field(False, json_schema_extra=FREE)
-    """Sequence parallelism inside the tensor-parallel group. Only false is accepted in this version."""
+    """Sequence parallelism inside the tensor-parallel group: between attention and feed-forward each rank holds
+    sequence_length / tensor tokens, which must come out whole. Less memory for the same traffic; needs tensor > 1."""
     expert: PositiveInt = Field(1, json_schema_extra=FREE)
     """Expert-parallel size. Only 1 is accepted in this version."""
     zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)

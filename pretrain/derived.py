@@ -52,6 +52,14 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
                 "tensor-parallel size", f"{tensor}", f"groups of ranks {', '.join(groups)}{more}; each one model"
             )
         )
+    if config.parallel.sequence:
+        values.append(
+            DerivedValue(
+                "tokens of a sequence per rank",
+                f"{model.sequence_length // tensor}",
+                "sequence_length / tensor, between attention and feed-forward (parallel.sequence)",
+            )
+        )
     if isinstance(model.position, RopeConfig):
         rotated = rotated_width(model.attention.head_dim, model.position.fraction)
         values.append(

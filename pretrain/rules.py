@@ -42,11 +42,8 @@ def check_rules(config: Config) -> None:
         value = getattr(config.parallel, key)
         if value != 1:
             raise ConfigError(f"parallel.{key}: {value} is not supported by this version; set parallel.{key} to 1")
-    if config.parallel.sequence:
-        raise ConfigError(
-            "parallel.sequence: sequence parallelism is not supported by this version; set parallel.sequence to false"
-        )
     _check_tensor(config)
+    _check_sequence(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -83,6 +80,23 @@ def _check_tensor(config: Config) -> None:
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
                 f"to {_nearest_multiple(value, tensor)}"
             )
+
+
+def _check_sequence(config: Config) -> None:
+    """Sequence parallelism divides tokens over the ranks of a tensor-parallel group."""
+    if not config.parallel.sequence:
+        return
+    tensor, length = config.parallel.tensor, config.model.sequence_length
+    if tensor == 1:
+        raise ConfigError(
+            "parallel.sequence: divides the tokens over tensor-parallel ranks, but parallel.tensor is 1; set "
+            "parallel.sequence to false or parallel.tensor to 2"
+        )
+    if length % tensor:
+        raise ConfigError(
+            f"parallel.sequence: parallel.tensor = {tensor} does not divide model.sequence_length = {length}; set "
+            f"parallel.sequence to false or model.sequence_length to {_nearest_multiple(length, tensor)}"
+        )
 
 
 def check_ranks(config: Config, world_size: int) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from model.config import DenseFeedForwardConfig, ModelConfig
 from model.dropout import dropout, site_key
-from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import between_regions, enter_region, leave_region
 
 
 class DenseFeedForward(nn.Module):
@@ -26,7 +26,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        hidden = F.relu(self.up(enter_shards(x, self.parallel.tensor_group)))
+        hidden = F.relu(self.up(enter_region(x, self.parallel)))
         if self.training and self.dropout > 0.0:
             hidden = dropout(
                 hidden,
@@ -37,5 +37,5 @@ class DenseFeedForward(nn.Module):
             )
         if self.parallel.tensor_size == 1:
             return self.down(hidden), x.new_zeros((), dtype=hidden.dtype).float()
-        y = leave_shards(F.linear(hidden, self.down.weight), self.parallel.tensor_group)
-        return y + self.down.bias, x.new_zeros((), dtype=hidden.dtype).float()
+        y = leave_region(F.linear(hidden, self.down.weight), self.parallel)
+        return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

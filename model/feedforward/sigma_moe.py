@@ -10,8 +10,9 @@ from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.route import route
 from model.kernels.sigma_moe import sigma_moe
-from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region_twice, leave_region
 from model.routing import RoutingStatistics, entropy_regularizer
 
 
@@ -34,7 +35,9 @@ class SigmaMoE(nn.Module):
         self._dropout_key = site_key(seed, f"{name}.experts")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, T, d] -> output [B, T, d] and the weighted entropy regulariser (fp32 scalar, part of the loss)."""
+        """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape and the weighted
+        entropy regulariser (fp32 scalar, part of the loss)."""
+        divided, x = enter_region_twice(x, self.parallel)
         B, T, d = x.shape
         tokens, keep = x.reshape(B * T, d), None
         if self.training and self.config.expert_dropout > 0.0:
@@ -73,7 +76,7 @@ class SigmaMoE(nn.Module):
             first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
             order, load, index = order[first:last], load[held], index - held.start
         y = sigma_moe(
-            enter_shards(tokens, group),
+            divided.reshape(B * T, d),
             enter_shards(scores, group),
             index,
             order,
@@ -82,4 +85,4 @@ class SigmaMoE(nn.Module):
             self.down_experts,
             backend=self.backends.sigma_moe,
         )
-        return leave_shards(y, group).view(B, T, d), auxiliary_loss
+        return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
