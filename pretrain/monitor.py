@@ -54,10 +54,12 @@ def reduce_step(
         dist.all_reduce(flat, group=parallel.data_group)
     for target, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         target.copy_(summed)
-    if parallel.tensor_group is not None:
-        for statistics in routers.values():
-            if statistics.is_sharded:  # heads that another rank counted are zero here
-                dist.all_reduce(statistics.load, group=parallel.tensor_group)
+    divided = [t.view(-1) for s in routers.values() if s.is_sharded for t in s.accumulators()]
+    if parallel.tensor_group is not None and divided:  # heads, or tokens, that another rank counted are zero here
+        summed = torch.cat(divided)
+        dist.all_reduce(summed, group=parallel.tensor_group)
+        for target, value in zip(divided, summed.split([t.numel() for t in divided]), strict=True):
+            target.copy_(value)
 
     load = {name: statistics.load.to("cpu", copy=True) for name, statistics in routers.items()}
     for statistics in routers.values():
