@@ -6,7 +6,7 @@ A checkpoint is the folder checkpoints/step-NNNNNNNN with
                              other generator is saved), `memory/LAYER` (Transformer-XL: inputs of the last tokens of
                              this rank's streams, a row each) with `memory_streams` (int64), and in rank 0's file
                              `routing/NAME` and, of MoA, `routing/NAME/STATISTIC` (fp64)
-    state.json               everything else, with size and sha256 of the files above
+    state.json               everything else, with size, sha256 and tensor- and expert-parallel rank of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
 

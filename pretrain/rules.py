@@ -135,6 +135,12 @@ def _check_expert(config: Config) -> None:
             f"parallel.zero: stage {zero} is impossible with parallel.expert = {expert} ({reason}); set parallel.zero "
             f"to {1 if zero == 0 else 2} or parallel.expert to 1"
         )
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if not config.deepspeed.get("zero_optimization", {}).get(key, True):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
+                f"ranks; remove this key or set parallel.expert to 1"
+            )
 
 
 def check_ranks(config: Config, world_size: int) -> int:

@@ -65,12 +65,14 @@ def test_every_model_gives_the_same_numbers(prepared: Path, model: str, layout: 
 @pytest.mark.slow
 def test_four_and_eight_ranks(prepared: Path) -> None:
     """EP 4; EP 2 with two replicas of every expert, TP 2 and SP; TP 4, which does not divide the 6 experts."""
-    eight = "model.feedforward.num_experts=8"
-    vocabulary = "model.vocab_size=404"
     for ranks, keys, layout in (
-        (4, (eight,), ("parallel.expert=4", "batch.micro_sequences=2")),
+        (4, ("model.feedforward.num_experts=8", "train.seed=4"), ("parallel.expert=4", "batch.micro_sequences=2")),
         (8, (), ("parallel.expert=2", *SEQUENCE, "batch.micro_sequences=1")),
-        (8, (vocabulary,), ("parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true")),
+        (
+            8,
+            ("model.vocab_size=404", "train.seed=8"),
+            ("parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true"),
+        ),
     ):
         reference = plain_trace(config_of(prepared, "switchall", *keys, "batch.micro_sequences=8"), 6, (0, 3, 5))
         config = config_of(prepared, "switchall", *keys, *layout)
@@ -79,11 +81,14 @@ def test_four_and_eight_ranks(prepared: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_reference_kernels(prepared: Path, backend: str) -> None:
+def test_reference_kernels_and_optimizer_offload(prepared: Path) -> None:
     reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    config = config_of(prepared, "switchall", "parallel.expert=2", f"kernels.backend={backend}")
-    assert_same(run_ranks(engine_trace, 2, [config], STEPS, GRADIENT_STEPS)[0][0], reference, backend)
+    offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": false}'
+    keys = ("kernels.backend=reference", f"deepspeed={offload}")
+    for ranks, layout in ((2, ()), (4, SEQUENCE)):
+        configs = [config_of(prepared, "switchall", "parallel.expert=2", *layout, key) for key in keys]
+        for key, trace in zip(keys, run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+            assert_same(trace, reference, f"{ranks} ranks, {key}")
 
 
 @pytest.mark.slow
@@ -98,6 +103,12 @@ def test_bf16_stays_near_fp32_under_expert_parallelism(prepared: Path) -> None:
             assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
 
 
+def assert_same_metrics(run: Path, reference: Path) -> None:
+    for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
+        for key in (*COMPARED, "attention_load_max", "feedforward_load_max", "routing_negative_entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{run.name}: {key} of step {ours['step']}"
+
+
 def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_path: Path) -> None:
     """Out of TP 2 with SP and EP 2, where every rank holds other pieces of the experts, and with memory."""
     keys = ("train.steps=6", "evaluate.every_steps=3", "evaluate.streams=5", "batch.micro_sequences=2")
@@ -105,36 +116,29 @@ def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_p
     def config(*layout: str) -> Config:
         return config_of(prepared, "switchall xl", *keys, *layout)
 
-    stop, plain = "train.stop_after_steps=4", ("parallel.zero=0",)
-    run_ranks(
-        train_runs,
-        1,
-        [(config(*plain), tmp_path / "one"), (config(*plain, stop), tmp_path / "from-one")],
-    )
-    divided = ("parallel.expert=2", *SEQUENCE)
+    stop, plain, divided = "train.stop_after_steps=4", ("parallel.zero=0",), ("parallel.expert=2", *SEQUENCE)
+    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "one"), (config(*plain, stop), tmp_path / "from-one")])
     run_ranks(
         train_runs,
         4,
-        [(config(*divided), tmp_path / "unbroken"), (config(*divided, stop), tmp_path / "resumed")],
+        [
+            (config(*divided), tmp_path / "unbroken"),
+            (config(*divided, stop), tmp_path / "resumed"),
+            (config(*divided, "parallel.zero=2"), tmp_path / "from-one"),
+        ],
     )
     for copy in ("to-one", "to-tensor", "to-expert"):
         shutil.copytree(tmp_path / "resumed", tmp_path / copy)
     run_ranks(
         train_runs,
         4,
-        [
-            (config(*divided), tmp_path / "resumed"),
-            (config(*SEQUENCE, "parallel.zero=3"), tmp_path / "to-tensor"),
-            (config(*divided, "parallel.zero=2"), tmp_path / "from-one"),
-        ],
+        [(config(*divided), tmp_path / "resumed"), (config(*SEQUENCE, "parallel.zero=3"), tmp_path / "to-tensor")],
     )
-    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "to-one")])
     run_ranks(train_runs, 2, [(config("parallel.expert=2", "parallel.zero=2"), tmp_path / "to-expert")])
+    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "to-one")])
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    for name in ("unbroken", "to-one", "to-tensor", "to-expert", "from-one"):
-        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
-            for key in (*COMPARED, "attention_load_max", "feedforward_load_max"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{name}: {key} of {ours['step']}"
+    for name in ("unbroken", "from-one", "to-tensor", "to-expert", "to-one"):
+        assert_same_metrics(tmp_path / name, tmp_path / "one")
 
 
 def mesh_groups(rank: int) -> None:
@@ -175,6 +179,7 @@ def test_groups_are_those_of_deepspeed() -> None:
             "parallel.expert: 2 ranks would divide the sigma-MoE experts, but model.feedforward.type is dense; set "
             "parallel.expert to 1",
         ),
+        (('deepspeed={"zero_optimization": {"reduce_scatter": false}}',), "zero_optimization.reduce_scatter: "),
         (('deepspeed={"use_data_before_expert_parallelism": true}',), "is decided by parallel.expert"),
     ],
 )  # fmt: skip
