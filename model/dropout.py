@@ -8,6 +8,7 @@ therefore draw the same masks (architecture.md, contract 3).
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -20,18 +21,20 @@ def site_key(seed: int, site: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:8], "little") >> 1
 
 
-def keep_mask(*, probability: float, key: int, sequence_index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def keep_mask(
+    *, probability: float, key: int, sequence_index: Tensor, shape: tuple[int, ...], first_token: int = 0
+) -> Tensor:
     """Boolean mask, True with probability 1 - `probability`.
 
     `sequence_index` [B] int64: index of each sequence in the whole run. `shape` is [B, ...]: the remaining axes are
-    token and feature (or head, expert), numbered in row-major order. Returns a bool tensor of `shape`.
+    token and feature (or head, expert), numbered in row-major order. Returns a bool tensor of `shape`: the rows of the
+    sequence's mask from `first_token` on, of which nothing else is computed.
     The probability is met to 2^-24; the mixing is two rounds of a 32-bit multiply-xorshift hash.
     """
     device = sequence_index.device
-    per_sequence = 1
-    for size in shape[1:]:
-        per_sequence *= size
-    counter = torch.arange(per_sequence, dtype=torch.int64, device=device)
+    per_token = math.prod(shape[2:])
+    first, last = first_token * per_token, (first_token + shape[1]) * per_token
+    counter = torch.arange(first, last, dtype=torch.int64, device=device)
     sequence = _mix((sequence_index & _MASK_32) ^ (key & _MASK_32)) ^ (sequence_index >> 32) ^ (key >> 32)
     sequence = _mix(sequence & _MASK_32)
     bits = _mix(_mix(counter & _MASK_32)[None, :] ^ sequence[:, None])
@@ -40,13 +43,22 @@ def keep_mask(*, probability: float, key: int, sequence_index: Tensor, shape: tu
 
 
 def dropout(
-    x: Tensor, *, probability: float, key: int, sequence_index: Tensor, columns: tuple[int, slice] | None = None
+    x: Tensor,
+    *,
+    probability: float,
+    key: int,
+    sequence_index: Tensor,
+    columns: tuple[int, slice] | None = None,
+    first_token: int = 0,
 ) -> Tensor:
     """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p).
-    `columns` (number of all, slice of those in `x`) where a rank holds some of the features."""
+    `columns` (number of all, slice of those in `x`) where a rank holds some of the features; `first_token` is the place
+    in the sequence of the first token, where it holds some of the tokens."""
     width, held = columns or (x.shape[-1], slice(None))
     shape = (*x.shape[:-1], width)
-    mask = keep_mask(probability=probability, key=key, sequence_index=sequence_index, shape=shape)[..., held]
+    mask = keep_mask(
+        probability=probability, key=key, sequence_index=sequence_index, shape=shape, first_token=first_token
+    )[..., held]
     return x * mask.to(x.dtype) / (1.0 - probability)
 
 

@@ -1,7 +1,8 @@
 """The model as a list of layers, the form that both the plain module and a pipeline are built from.
 
 A layer maps a state to a state. The state is a plain tuple of tensors, so that it can cross a pipeline boundary:
-    hidden          [B, T, d] activations (at the first layer: token ids [B, T] int64)
+    hidden          [B, T, d] activations (at the first layer: token ids [B, T] int64); with sequence parallelism
+                    [B, T / tensor_size, d], the tokens of this rank
     sequence_index  [B] int64, index of each sequence in the whole run: seeds every dropout mask
     auxiliary_loss  [] fp32, sum of the auxiliary losses of the layers so far
 """
@@ -26,8 +27,9 @@ from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
-from model.parallel.collectives import gather_last, leave_shards
+from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
+from model.parallel.regions import between_regions, enter_region, first_token, leave_region
 from model.recompute import Recompute, recomputed
 from model.routing import RoutingStatistics
 
@@ -37,15 +39,29 @@ State = tuple[Tensor, Tensor, Tensor]
 class Dropout(nn.Module):
     """Dropout at one named place of the model; masks are functions of position, see model/dropout.py."""
 
-    def __init__(self, probability: float, *, name: str, seed: int) -> None:
+    def __init__(self, probability: float, *, name: str, seed: int, parallel: ParallelContext) -> None:
         super().__init__()
         self.probability = probability
+        self.parallel = parallel
         self._key = site_key(seed, name)
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
         if not self.training or self.probability == 0.0:
             return x
-        return dropout(x, probability=self.probability, key=self._key, sequence_index=sequence_index)
+        first = first_token(x.shape[1], self.parallel)
+        return dropout(x, probability=self.probability, key=self._key, sequence_index=sequence_index, first_token=first)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalises every token by itself, so with sequence parallelism those of this rank."""
+
+    def __init__(self, d_model: int, *, parallel: ParallelContext) -> None:
+        super().__init__(d_model)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (between_regions(p, self.parallel) for p in (self.weight, self.bias))
+        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Embedding(nn.Module):
@@ -56,7 +72,7 @@ class Embedding(nn.Module):
         self.parallel = parallel
         self.held = parallel.slice_of(config.vocab_size)
         self.weight = nn.Parameter(torch.empty(parallel.share(config.vocab_size), config.d_model))
-        self.dropout = Dropout(config.dropout, name="embedding", seed=seed)
+        self.dropout = Dropout(config.dropout, name="embedding", seed=seed, parallel=parallel)
 
     def forward(self, state: tuple[Tensor, Tensor]) -> State:
         tokens, sequence_index = state
@@ -65,7 +81,7 @@ class Embedding(nn.Module):
         else:  # a class that another rank holds is a row of zeros here
             here = (tokens >= self.held.start) & (tokens < self.held.stop)
             rows = nn.functional.embedding(torch.where(here, tokens - self.held.start, 0), self.weight)
-            hidden = leave_shards(rows * here[..., None], self.parallel.tensor_group)
+            hidden = leave_region(rows * here[..., None], self.parallel)
         return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros(()).float()
 
 
@@ -85,7 +101,7 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{index}"
         self.recompute: Recompute = recompute
-        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention_norm = LayerNorm(config.d_model, parallel=parallel)
         self.attention: SwitchHeadAttention | DenseAttention | MoAAttention
         if isinstance(config.attention, DenseAttentionConfig):
             self.attention = DenseAttention(config, parallel)
@@ -97,9 +113,9 @@ class Block(nn.Module):
             self.attention = SwitchHeadAttention(
                 config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
             )
-        self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed)
-        self.memory = LayerMemory(config.memory_length) if config.memory_length else None
-        self.feedforward_norm = nn.LayerNorm(config.d_model)
+        self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed, parallel=parallel)
+        self.memory = LayerMemory(config.memory_length // parallel.token_shards) if config.memory_length else None
+        self.feedforward_norm = LayerNorm(config.d_model, parallel=parallel)
         self.feedforward: SigmaMoE | DenseFeedForward | SwiGLU
         if isinstance(config.feedforward, DenseFeedForwardConfig):
             self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed, parallel=parallel)
@@ -109,7 +125,7 @@ class Block(nn.Module):
             self.feedforward = SigmaMoE(
                 config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
             )
-        self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed)
+        self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
 
     def forward(self, state: State) -> State:
         return recomputed(self._compute, state, mode=self.recompute, recorders=self._recorders())
@@ -131,7 +147,7 @@ class Block(nn.Module):
         return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
 
 
-class FinalNorm(nn.LayerNorm):
+class FinalNorm(LayerNorm):
     """LayerNorm after the last block."""
 
     def forward(self, state: State) -> State:  # type: ignore[override]
@@ -147,13 +163,13 @@ class Head(nn.Linear):
         super().__init__(config.d_model, parallel.share(config.vocab_size))
         self.parallel = parallel
         self.backend = backends.linear_cross_entropy
-        self.dropout = Dropout(config.dropout, name="head", seed=seed)
+        self.dropout = Dropout(config.dropout, name="head", seed=seed, parallel=parallel)
 
     def forward(self, state: State, targets: Tensor | None = None) -> State:  # type: ignore[override]
         """Without `targets` the first element of the result is the logits [B, T, vocab_size]. With `targets` [B, T]
         int64: the mean cross-entropy (fp32 scalar, nats), then the detached one of each sequence [B]."""
         hidden, sequence_index, auxiliary_loss = state
-        hidden = self.dropout(hidden, sequence_index)
+        hidden = enter_region(self.dropout(hidden, sequence_index), self.parallel)
         if targets is None:
             logits = gather_last(super().forward(hidden), self.parallel.tensor_group)
             return logits, sequence_index, auxiliary_loss
@@ -185,6 +201,6 @@ def layer_factories(
     for index in range(config.num_layers):
         block = partial(Block, config, **common, backends=backends, index=index, recompute=recompute)
         layers.append((f"blocks.{index}", block))
-    layers.append(("final_norm", partial(FinalNorm, config.d_model)))
+    layers.append(("final_norm", partial(FinalNorm, config.d_model, parallel=parallel)))
     layers.append(("head", partial(Head, config, **common, backends=backends)))
     return layers

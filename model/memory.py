@@ -5,6 +5,8 @@ stream n mod S, S the sequences of a step, in every layout. A layer keeps its in
 LayerNorm), without gradient. Reading sees what the previous step left; writing becomes visible at `advance`, once per
 step: micro-steps, their order and recomputation cannot see each other.
 
+With sequence parallelism a rank keeps its tokens of every chunk, of which `max_length` counts its own.
+
 All streams begin, wrap around and forget together, so that the length is one number for a whole batch.
 """
 

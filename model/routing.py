@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from model.config import SigmaMoEConfig
+from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
 
@@ -35,7 +36,7 @@ class RoutingStatistics:
     ) -> None:
         self.shape = shape
         self.is_sharded = is_sharded
-        """Each tensor-parallel rank counts its own heads; the counts of a step are also summed over those ranks."""
+        """Each tensor-parallel rank counts its own heads, or tokens; a step's sums are also over those ranks."""
         self.is_paused = False
         """Nothing is counted: a forward pass is being repeated (model/recompute.py)."""
         self.tracks_probability = tracks_probability
@@ -114,7 +115,12 @@ def chosen_gates(gates: Tensor, index: Tensor, num_experts: int) -> Tensor:
 
 
 def entropy_regularizer(
-    logits: Tensor, config: SigmaMoEConfig, statistics: RoutingStatistics, parallel: ParallelContext
+    logits: Tensor,
+    config: SigmaMoEConfig,
+    statistics: RoutingStatistics,
+    parallel: ParallelContext,
+    *,
+    token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """gamma * sum_e p_e log p_e, to be added to the loss (sigma-MoE eq. 21): minimal for a uniform p. Scalar, fp32.
 
@@ -122,22 +128,33 @@ def entropy_regularizer(
     every data-parallel rank, reduced by a collective that autograd knows. Scope `global_batch`: the coefficient
     log p, p of the previous step, multiplies this micro-step's mean: the gradient of the true term linearised
     at that p, and no communication. Data-parallel gradients are averages over ranks, so is this term.
+
+    Where the ranks of `token_group` route different tokens of the same sequences, means are over theirs too. The value
+    is the same on each of them; the gradient is that of the rank's own tokens, to be summed with the others'.
     """
     log_share = logits.log_softmax(-1)
     if config.entropy_scope == "global_batch":
         # The 1 of (1 + log p) is left out: sum_e p_e = 1 has no gradient, and without it the value is the entropy's.
         coefficient = statistics.probability.float().clamp_min(1e-30).log()
-        return config.entropy_weight * (coefficient * log_share.exp().mean(0)).sum()
+        share = _mean_over(token_group, log_share.exp().mean(0))
+        return config.entropy_weight * (coefficient * share).sum()
     # log p in the log domain: the mean of probabilities that all underflow has a log without a gradient. The maximum
     # over the tokens of all ranks is taken out first, detached.
     maximum = log_share.detach().amax(0)
     if parallel.data_size > 1:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=parallel.data_group)
-    scaled = (log_share - maximum).exp().mean(0)
+    if token_group is not None:
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=token_group)
+    scaled = _mean_over(token_group, (log_share - maximum).exp().mean(0))
     if parallel.data_size > 1:
         scaled = differentiable_all_reduce(scaled, group=parallel.data_group) / parallel.data_size
     log_probability = scaled.log() + maximum
     return config.entropy_weight * (log_probability.exp() * log_probability).sum()
+
+
+def _mean_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
+    """The mean over `group`, of which a rank's gradient is that of its own share."""
+    return value if group is None else leave_shards(value / group.size(), group)
 
 
 def negative_entropy(probability: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ A checkpoint is the folder checkpoints/step-NNNNNNNN with
                              pipeline stage's first rank `routing/NAME` and, of MoA, `routing/NAME/STATISTIC` (fp64).
                              The last of several stages also writes its copy of a tied embedding as `head.weight`:
                              sums in another order may tell it from the first stage's in the last bit
-    state.json               everything else, with size and sha256 of the files above
+    state.json               everything else, with size, sha256 and tensor- and expert-parallel rank of the files above
 It is written as step-NNNNNNNN.partial and renamed once complete: a folder with the final name is a whole checkpoint.
 """
 
@@ -35,8 +35,9 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.language_model import build_on_meta, routing_statistics
 from model.memory import layer_memories
+from model.parallel.collectives import gather_tokens, own_tokens
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import full_shape, local_part, owner_of, sharded_dim
+from model.parallel.sharding import Axis, full_shape, local_part, owner_of, shard_place, sharded_axis, sharded_dim
 from pretrain.atomic import sha256, sync_directory, write_json
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
@@ -149,6 +150,7 @@ def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
         "data": parallel.data_size,
         "tensor": parallel.tensor_size,
         "pipeline": parallel.pipeline_size,
+        "expert": parallel.expert_size,
         "zero": engine.zero_optimization_stage(),
     }
 
@@ -177,7 +179,9 @@ def save(
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     entries: list[Any] = [None] * world_size
-    dist.all_gather_object(entries, (file.name, {"bytes": file.stat().st_size, "sha256": sha256(file)}))
+    entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    place = {"tensor_rank": parallel.tensor_rank, "expert_rank": parallel.expert_rank}
+    dist.all_gather_object(entries, (file.name, {**entry, **place}))
 
     if rank == 0:
         write_json(
@@ -233,7 +237,9 @@ def load_training_state(
         for key, value in statistics.state().items():
             value.copy_(store.routing(_routing_key(name, key)))
     for name, memory in layer_memories(engine.module) if with_memory else ():
-        memory.kept = store.memory(name, memory.streams, memory.num_streams)
+        memory.kept = _own_memory(
+            store.memory(name, memory.streams, memory.num_streams), engine.module.config, parallel
+        )
     # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
     # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
     if len(checkpoint.state["files"]) == dist.get_world_size():
@@ -243,15 +249,16 @@ def load_training_state(
 class _PieceStore:
     """Reads any range of this rank's part of any parameter's state out of the rank files, by memory map.
 
-    The file of rank r holds pieces of tensor-parallel part r mod T, T the saved tensor-parallel size. Where T is this
-    run's too, a range is read as it is; else the whole parameter is put together and cut anew.
+    state.json says of each file which part of tensor- and of expert-parallel parameters its pieces belong to. Where a
+    parameter was saved in as many parts as this run has, a range is read as it is; else the whole parameter is put
+    together and cut anew.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, parallel: ParallelContext) -> None:
         self._config, self._parallel = config, parallel
         self._shapes = checkpoint.state["parameters"]
-        # Checkpoints of the first version know no tensor parallelism.
-        self._saved_parts = int(checkpoint.state["layout"].get("tensor", 1))
+        # Older checkpoints know no expert parallelism, the first ones no tensor parallelism.
+        self._saved = {axis: int(checkpoint.state["layout"].get(axis, 1)) for axis in ("tensor", "expert")}
         self._files = {
             name: safetensors.safe_open(checkpoint.path / name, framework="pt") for name in checkpoint.state["files"]
         }
@@ -262,23 +269,35 @@ class _PieceStore:
                 if kind == "master" or kind in MOMENTS:
                     name, _, start = rest.rpartition("/")
                     length = handle.get_slice(key).get_shape()[0]
-                    rank = int(Path(file).stem.removeprefix("rank-"))
-                    part = rank % self._saved_parts if sharded_dim(name, config) is not None else 0
+                    part = self._part_in(file, checkpoint.state["files"][file], name)
                     self._pieces[kind, name, part].append((int(start), length, file))
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of this rank's flattened part, fp32. Raises UserError if the files lack some."""
         if (kind, name, 0) not in self._pieces:  # no pipeline's last stage saved its copy of the tied embedding
             name = owner_of(name, self._config)
-        dim = sharded_dim(name, self._config)
-        if dim is None or self._saved_parts == self._parallel.tensor_size:
-            return self._read_part(kind, name, 0 if dim is None else self._parallel.tensor_rank, start, stop)
+        dim, (own_part, parts) = sharded_dim(name, self._config), shard_place(name, self._config, self._parallel)
+        saved_axis = self._saved_axis(name)
+        saved_parts = 1 if saved_axis is None else self._saved[saved_axis]
+        if dim is None or saved_parts == parts:
+            return self._read_part(kind, name, own_part, start, stop)
         shape = list(self._shapes[name])
-        shape[dim] //= self._saved_parts
-        parts = [
-            self._read_part(kind, name, part, 0, math.prod(shape)).view(shape) for part in range(self._saved_parts)
-        ]
-        return local_part(torch.cat(parts, dim), name, self._config, self._parallel).reshape(-1)[start:stop]
+        shape[dim] //= saved_parts
+        whole = [self._read_part(kind, name, part, 0, math.prod(shape)).view(shape) for part in range(saved_parts)]
+        return local_part(torch.cat(whole, dim), name, self._config, self._parallel).reshape(-1)[start:stop]
+
+    def _saved_axis(self, name: str) -> Axis | None:
+        return sharded_axis(name, self._config, expert_size=self._saved["expert"])
+
+    def _part_in(self, file: str, entry: dict[str, Any], name: str) -> int:
+        """Which part of the parameter `name` the pieces of a rank's file belong to."""
+        axis = self._saved_axis(name)
+        if axis is None:
+            return 0
+        if f"{axis}_rank" in entry:
+            return int(entry[f"{axis}_rank"])
+        # An older checkpoint, of data- and tensor-parallel ranks.
+        return int(Path(file).stem.removeprefix("rank-")) % self._saved["tensor"]
 
     def _read_part(self, kind: str, name: str, part: int, start: int, stop: int) -> Tensor:
         result = torch.empty(stop - start)
@@ -334,14 +353,33 @@ def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
             # A copy: pieces of one flat tensor share memory, which safetensors refuses.
             tensors[f"{kind}/{piece.name}/{piece.start}"] = value.detach().to("cpu", torch.float32, copy=True)
     for name, memory in layer_memories(engine.module):
-        if memory.kept is not None and is_first_part:
-            tensors[f"memory/{name}"] = memory.kept.cpu().contiguous()
+        if memory.kept is None:
+            continue
+        kept = _whole_memory(memory.kept, engine.module.config, parallel)
+        if is_first_part:
+            tensors[f"memory/{name}"] = kept.cpu().contiguous()
             tensors["memory_streams"] = memory.streams.cpu().clone()
     if parallel.data_rank == 0 and is_first_part:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
                 tensors[_routing_key(name, key)] = value.cpu().clone()
     return tensors
+
+
+def _whole_memory(kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Tensor:
+    """[n, m, d] of all tokens from those [n, m / ranks, d] that a rank keeps under sequence parallelism; collective."""
+    if not parallel.sequence_parallel:
+        return kept
+    chunk = config.sequence_length // parallel.tensor_size
+    return gather_tokens(kept, parallel.tensor_group, chunk=chunk)
+
+
+def _own_memory(kept: Tensor | None, config: ModelConfig, parallel: ParallelContext) -> Tensor | None:
+    """What `_whole_memory` puts together."""
+    if kept is None or not parallel.sequence_parallel:
+        return kept
+    chunk = config.sequence_length // parallel.tensor_size
+    return own_tokens(kept, rank=parallel.tensor_rank, size=parallel.tensor_size, chunk=chunk)
 
 
 def _routing_key(name: str, key: str) -> str:

@@ -92,9 +92,12 @@ class ParallelConfig(Section):
     """Pipeline stages: the blocks are divided over so many groups of ranks, at least one block each, balanced by cost,
     and micro-steps pass through them one after the other (1F1B). Needs zero = 1."""
     sequence: bool = Field(False, json_schema_extra=FREE)
-    """Sequence parallelism inside the tensor-parallel group. Only false is accepted in this version."""
+    """Sequence parallelism inside the tensor-parallel group: between attention and feed-forward each rank holds
+    sequence_length / tensor tokens, which must come out whole. Less memory for the same traffic; needs tensor > 1."""
     expert: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Expert-parallel size. Only 1 is accepted in this version."""
+    """Expert-parallel size: sigma-MoE experts are divided over so many neighbouring data-parallel ranks, to which the
+    tokens travel, instead of over tensor-parallel ones. It divides the experts and the data-parallel size; needs ZeRO 1
+    or 2, and with tensor > 1 `sequence`."""
     zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = Field(False, json_schema_extra=FREE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.shard_format import Manifest
 from model.attention.rope import rotated_width
-from model.config import ModelConfig, RopeConfig
+from model.config import ModelConfig, RopeConfig, SigmaMoEConfig
 from model.language_model import build_on_meta
 from model.parameters import ParameterCount, count_parameters
 from pretrain.config import Config
@@ -50,6 +50,23 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
         values.append(
             DerivedValue(
                 "tensor-parallel size", f"{tensor}", f"groups of ranks {', '.join(groups)}{more}; each one model"
+            )
+        )
+    if config.parallel.sequence:
+        values.append(
+            DerivedValue(
+                "tokens of a sequence per rank",
+                f"{model.sequence_length // tensor}",
+                "sequence_length / tensor, between attention and feed-forward (parallel.sequence)",
+            )
+        )
+    if config.parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
+        held = model.feedforward.num_experts // config.parallel.expert
+        values.append(
+            DerivedValue(
+                "experts per rank",
+                f"{held}",
+                "feedforward.num_experts / expert; the same on every expert-th data-parallel rank",
             )
         )
     if isinstance(model.position, RopeConfig):

@@ -16,6 +16,7 @@ from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_dim
 from pretrain.config import Config
 from pretrain.derived import deepspeed_json
+from pretrain.expert_parallel import declare_experts, separate_experts
 from pretrain.mesh import ModelParallelUnit, process_groups
 
 
@@ -57,8 +58,9 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     for name, parameter in model.named_parameters():
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
         parameter.tensor_model_parallel = sharded_dim(name, config.model) is not None  # type: ignore[attr-defined]
+    declare_experts(model, config.model, parallel)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config),
+        separate_experts(parameter_groups(model, config)),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,

@@ -21,6 +21,8 @@ class Groups(NamedTuple):
     data: Any
     tensor: Any
     expert: Any
+    expert_replicas: Any
+    """The ranks that hold the same experts, tensor-parallel ones included: they sum the gradients of those."""
 
 
 def process_groups(*, pipeline: int, data: int, tensor: int, expert: int = 1) -> Groups:
@@ -34,12 +36,14 @@ def _process_groups(world: Any, pipeline: int, data: int, tensor: int, expert: i
     """Made once for a world: a group is never freed."""
     assert pipeline * data * tensor == dist.get_world_size() and data % expert == 0
     mesh = init_device_mesh(device_type(), (pipeline, data, tensor), mesh_dim_names=DIMENSIONS)
-    expert_group = None
-    if expert > 1:  # the same ranks as in the expert groups that DeepSpeed makes with mp_mode="tp"
-        neighbours = mesh.mesh.view(pipeline, data // expert, expert, tensor).transpose(2, 3).reshape(-1, expert)
-        expert_group, _ = dist.new_subgroups_by_enumeration(neighbours.tolist())
+    expert_group = replica_group = None
+    if expert > 1:
+        grid = mesh.mesh.view(pipeline, data // expert, expert, tensor)
+        expert_group, _ = dist.new_subgroups_by_enumeration(grid.transpose(2, 3).reshape(-1, expert).tolist())
+        replicas = grid.permute(0, 2, 3, 1).reshape(pipeline * expert, -1)
+        replica_group, _ = dist.new_subgroups_by_enumeration(replicas.tolist())
     pipeline_group, data_group, tensor_group = (mesh.get_group(name) for name in DIMENSIONS)
-    return Groups(pipeline_group, data_group, tensor_group, expert_group)
+    return Groups(pipeline_group, data_group, tensor_group, expert_group, replica_group)
 
 
 def tied_group(parallel: ParallelContext) -> Any:

@@ -105,7 +105,8 @@ def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Chec
 
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (then, now)} of ranks, ZeRO stage and versions that differ from the checkpoint's."""
-    then = {**checkpoint.state["layout"], **checkpoint.state["versions"]}
+    # Older checkpoints do not say that they know no such parallelism.
+    then = {"tensor": 1, "expert": 1, **checkpoint.state["layout"], **checkpoint.state["versions"]}
     now = {**engine_layout, **versions()}
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 

@@ -38,22 +38,18 @@ OWNED_DEEPSPEED_KEYS = {
     "steps_per_print": "monitor.print_every_steps",
     "wall_clock_breakdown": "monitor.print_every_steps",
     "tensorboard": "monitor.tensorboard",
+    "use_data_before_expert_parallelism": "parallel.expert, which divides neighbouring data-parallel ranks",
+    "expert_parallel": "parallel.expert",
 }
 
 
 def check_rules(config: Config) -> None:
     """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
-    if config.parallel.expert != 1:
-        raise ConfigError(
-            f"parallel.expert: {config.parallel.expert} is not supported by this version; set parallel.expert to 1"
-        )
-    if config.parallel.sequence:
-        raise ConfigError(
-            "parallel.sequence: sequence parallelism is not supported by this version; set parallel.sequence to false"
-        )
     _check_tensor(config)
     _check_pipeline(config)
     _check_offload(config)
+    _check_sequence(config)
+    _check_expert(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -79,7 +75,8 @@ def _check_tensor(config: Config) -> None:
     tensor, model = config.parallel.tensor, config.model
     divided = {"model.attention.num_heads": model.attention.num_heads, "model.vocab_size": model.vocab_size}
     if model.feedforward.type == "sigma_moe":
-        divided["model.feedforward.num_experts"] = model.feedforward.num_experts
+        if config.parallel.expert == 1:  # else they are divided over expert-parallel ranks instead
+            divided["model.feedforward.num_experts"] = model.feedforward.num_experts
     else:
         divided["model.feedforward.hidden_size"] = model.feedforward.hidden_size
     common = math.gcd(*divided.values())
@@ -131,6 +128,62 @@ def _check_offload(config: Config) -> None:
         )
 
 
+def _check_sequence(config: Config) -> None:
+    """Sequence parallelism divides tokens over the ranks of a tensor-parallel group."""
+    if not config.parallel.sequence:
+        return
+    tensor, length = config.parallel.tensor, config.model.sequence_length
+    if tensor == 1:
+        raise ConfigError(
+            "parallel.sequence: divides the tokens over tensor-parallel ranks, but parallel.tensor is 1; set "
+            "parallel.sequence to false or parallel.tensor to 2"
+        )
+    if length % tensor:
+        raise ConfigError(
+            f"parallel.sequence: parallel.tensor = {tensor} does not divide model.sequence_length = {length}; set "
+            f"parallel.sequence to false or model.sequence_length to {_nearest_multiple(length, tensor)}"
+        )
+
+
+def _check_expert(config: Config) -> None:
+    """Expert parallelism divides the sigma-MoE experts over data-parallel ranks."""
+    expert, feedforward, zero = config.parallel.expert, config.model.feedforward, config.parallel.zero
+    if expert == 1:
+        return
+    if feedforward.type != "sigma_moe":
+        raise ConfigError(
+            f"parallel.expert: {expert} ranks would divide the sigma-MoE experts, but model.feedforward.type is "
+            f"{feedforward.type}; set parallel.expert to 1"
+        )
+    if feedforward.num_experts % expert:
+        raise ConfigError(
+            f"parallel.expert: {expert} does not divide model.feedforward.num_experts = {feedforward.num_experts}; set "
+            f"parallel.expert to {_largest_divisor(feedforward.num_experts, expert)}, or model.feedforward.num_experts "
+            f"to {_nearest_multiple(feedforward.num_experts, expert)}"
+        )
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        raise ConfigError(
+            f"parallel.expert: with parallel.tensor = {config.parallel.tensor} each tensor-parallel rank must have "
+            f"tokens of its own to route, or experts would be taught every token more than once; set parallel.sequence "
+            f"to true or parallel.expert to 1"
+        )
+    if zero not in (1, 2):
+        reason = {
+            0: "without ZeRO DeepSpeed clips the gradients of experts by a norm that is not the global one",
+            3: "DeepSpeed's stage 3 cannot divide parameters that only some data-parallel ranks share",
+        }[zero]
+        raise ConfigError(
+            f"parallel.zero: stage {zero} is impossible with parallel.expert = {expert} ({reason}); set parallel.zero "
+            f"to {1 if zero == 0 else 2} or parallel.expert to 1"
+        )
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if not config.deepspeed.get("zero_optimization", {}).get(key, True):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
+                f"ranks; remove this key or set parallel.expert to 1"
+            )
+
+
 def check_ranks(config: Config, world_size: int) -> int:
     """Whether the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
@@ -139,7 +192,13 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
             f"start {_nearest_multiple(world_size, model_ranks)} ranks"
         )
-    data_size = world_size // model_ranks
+    data_size, expert = world_size // model_ranks, config.parallel.expert
+    if data_size % expert:
+        raise ConfigError(
+            f"parallel.expert: {expert} does not divide the {data_size} data-parallel ranks (ranks / (tensor x "
+            f"pipeline)); set parallel.expert to {_largest_divisor(data_size, expert)} or start "
+            f"{_nearest_multiple(data_size, expert) * model_ranks} ranks"
+        )
     sequences = config.batch.micro_sequences * data_size
     if config.batch.global_sequences % sequences:
         raise ConfigError(
@@ -172,6 +231,11 @@ def choose_backends(config: Config, device_type: str) -> Backends:
         return Backends.choose(config.kernels.backend, config.model, device_type=device_type, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"kernels.backend: {error}") from None
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    """The largest divisor of `value` that is at most `limit`."""
+    return max(size for size in range(1, limit + 1) if value % size == 0)
 
 
 def _nearest_multiple(value: int, divisor: int) -> int:

@@ -55,7 +55,9 @@ class StepReducer:
         tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1)]
         tensors += [t.view(-1) for statistics in routers for t in statistics.accumulators()]
         _add_up(tensors, parallel.data_group)
-        _add_up([s.load.view(-1) for s in routers if s.is_sharded], parallel.tensor_group)
+        # Heads, or tokens, that another tensor-parallel rank counted are zero here.
+        divided = [t.view(-1) for s in routers if s.is_sharded for t in s.accumulators()]
+        _add_up(divided, parallel.tensor_group)
 
         load = {name: statistics.load.clone() for name, statistics in self._routers.items()}
         for statistics in routers:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
-from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region, leave_region
 
 
 class DenseAttention(nn.Module):
@@ -36,21 +37,22 @@ class DenseAttention(nn.Module):
             self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
-        `sequence_index` [B] is unused: nothing here is random. -> [B, T, d] and a zero auxiliary loss (fp32)."""
-        B, L, _ = context.shape
-        T, H, h, group = num_queries, self.num_heads, self.config.head_dim, self.parallel.tensor_group
-        context = enter_shards(context, group)
+        """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk
+        (with sequence parallelism this rank's tokens of each). `sequence_index` [B] is unused: nothing here is random.
+        -> [B, T, d] like the chunk and a zero auxiliary loss (fp32)."""
+        context = enter_region(context, self.parallel, chunk=num_queries)
+        (B, L, _), T = context.shape, num_queries * self.parallel.token_shards
+        H, h = self.num_heads, self.config.head_dim
         q = self.query(context[:, L - T :]).view(B, T, H, h)
         k, v = (layer(context).view(B, L, H, h) for layer in (self.key, self.value))
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
-            scale = enter_shards(self.scale, group)
+            scale = enter_shards(self.scale, self.parallel.tensor_group)
             attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
             cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
             q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = leave_shards(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), group)
+        y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)
         return y, y.new_zeros((), dtype=torch.float32)

@@ -14,8 +14,9 @@ from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.route import Routing, counting_sort, route
-from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region_twice, leave_region
 from model.routing import RoutingStatistics
 
 
@@ -53,10 +54,12 @@ class MoAAttention(nn.Module):
         self._dropout_key = site_key(seed, f"{name}.experts")
 
     def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
-        `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d] and the weighted losses (fp32 scalar)."""
-        B, L, d = context.shape
-        T, k, h = num_queries, self.config.num_heads, self.config.head_dim
+        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
+        sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
+        -> [B, T, d] like the chunk and the weighted losses (fp32 scalar)."""
+        divided, context = enter_region_twice(context, self.parallel, chunk=num_queries)
+        (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
+        k, h = self.config.num_heads, self.config.head_dim
         tokens = context[:, L - T :].reshape(B * T, d)
         routing = self._route(tokens, sequence_index, T)
         logits, index, load, order = routing.logits[:, 0], routing.index[:, 0], routing.load[0], routing.order[0]
@@ -77,11 +80,11 @@ class MoAAttention(nn.Module):
             load, order = (t[0] for t in counting_sort(index[:, None], self.config.num_experts))
         backend = self.backends.expert_linear
         query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
-        q = expert_linear(enter_shards(tokens, group), index, order, load, query_experts, backend=backend)
+        q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, query_experts, backend=backend)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
         attended = self._attend(q.view(B, T, k, h), key, value).reshape(B * T, k, h)
         y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)
-        return leave_shards(y, group).view(B, T, d), auxiliary_loss
+        return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
 
     def _attend(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""

@@ -14,8 +14,8 @@ from model.kernels.choice import Backends
 from model.kernels.route import route
 from model.kernels.switchhead_output import switchhead_output
 from model.kernels.switchhead_value import switchhead_value
-from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region, leave_region
 from model.routing import RoutingStatistics
 
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
@@ -81,11 +81,12 @@ class SwitchHeadAttention(nn.Module):
             self.position = nn.Linear(d, H * h, bias=False)
 
     def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk.
-        `sequence_index` [B] int64 seeds expert dropout. -> [B, T, d] and a zero auxiliary loss (fp32 scalar)."""
-        B, L, d = context.shape
-        T, H, h, group = num_queries, self.num_heads, self.config.head_dim, self.parallel.tensor_group
-        context = enter_shards(context, group)
+        """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
+        sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
+        -> [B, T, d] like the chunk and a zero auxiliary loss (fp32 scalar)."""
+        context = enter_region(context, self.parallel, chunk=num_queries)
+        (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
+        H, h = self.num_heads, self.config.head_dim
         selections = self._select(context, T, sequence_index)
         source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
         q = self._project("query", chunk, selections).view(B, T, H, h)
@@ -104,7 +105,7 @@ class SwitchHeadAttention(nn.Module):
             y = switchhead_output(attended, *selections["output"], self.output_experts, backend)
         else:
             y = self.output(attended.flatten(1))
-        return leave_shards(y, group).view(B, T, d), y.new_zeros((), dtype=torch.float32)
+        return leave_region(y.view(B, T, d), self.parallel), y.new_zeros((), dtype=torch.float32)
 
     def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Selection]) -> Tensor:
         """[N, d] -> [N, H, h] or [N, H h]."""

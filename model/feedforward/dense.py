@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from model.config import DenseFeedForwardConfig, ModelConfig
 from model.dropout import dropout, site_key
-from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import between_regions, enter_region, leave_region
 
 
 class DenseFeedForward(nn.Module):
@@ -26,7 +26,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        x = enter_shards(x, self.parallel.tensor_group)
+        x = enter_region(x, self.parallel)
         # Biases out of place: what ZeRO 3 puts in the place of F.linear adds them in place to a product that selective
         # recomputation has kept, and they would count twice.
         hidden = F.relu(F.linear(x, self.up.weight) + self.up.bias)
@@ -38,5 +38,5 @@ class DenseFeedForward(nn.Module):
                 sequence_index=sequence_index,
                 columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
             )
-        y = leave_shards(F.linear(hidden, self.down.weight), self.parallel.tensor_group)
-        return y + self.down.bias, x.new_zeros((), dtype=hidden.dtype).float()
+        y = leave_region(F.linear(hidden, self.down.weight), self.parallel)
+        return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from model.config import ModelConfig, SigmaMoEConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.route import route
+from model.kernels.route import Routing, route
 from model.kernels.sigma_moe import sigma_moe
-from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
+from model.parallel.exchange import Exchange, collect, spread
+from model.parallel.regions import between_regions, enter_region_twice, first_token, leave_region
 from model.routing import RoutingStatistics, entropy_regularizer
 
 
@@ -27,59 +29,88 @@ class SigmaMoE(nn.Module):
         self.parallel = parallel
         self.backends = backends
         d, E, G = config.d_model, self.config.num_experts, self.config.expert_size
+        self.exchanges = parallel.expert_group is not None
+        """Experts are held by expert-parallel ranks: each routes the tokens that it has and sends them there. With
+        tensor parallelism those are the tokens of its own between regions, and there is no region here."""
+        assert not self.exchanges or parallel.tensor_size == parallel.token_shards, "EP with TP needs sequence parallel"
+        held = E // parallel.expert_size if self.exchanges else parallel.share(E)
         self.router = nn.Parameter(torch.empty(E, d))
-        self.up_experts = nn.Parameter(torch.empty(parallel.share(E), d, G))
-        self.down_experts = nn.Parameter(torch.empty(parallel.share(E), G, d))
-        self.statistics = RoutingStatistics((E,), tracks_probability=self.config.entropy_weight > 0.0)
+        self.up_experts = nn.Parameter(torch.empty(held, d, G))
+        self.down_experts = nn.Parameter(torch.empty(held, G, d))
+        self.token_group = parallel.tensor_group if self.exchanges else None
+        """The ranks over which the tokens of a sequence are divided where they are routed."""
+        self.statistics = RoutingStatistics(
+            (E,), tracks_probability=self.config.entropy_weight > 0.0, is_sharded=self.token_group is not None
+        )
         self._dropout_key = site_key(seed, f"{name}.experts")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, T, d] -> output [B, T, d] and the weighted entropy regulariser (fp32 scalar, part of the loss)."""
-        B, T, d = x.shape
-        tokens, keep = x.reshape(B * T, d), None
+        """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape and the weighted
+        entropy regulariser (fp32 scalar, part of the loss)."""
+        if self.exchanges:
+            routing, auxiliary_loss = self._route(x, sequence_index)
+            y = self._exchange(x.reshape(-1, x.shape[2]), routing)
+            return y.view_as(x), auxiliary_loss
+        divided, x = enter_region_twice(x, self.parallel)
+        routing, auxiliary_loss = self._route(x, sequence_index)
+        y = self._divide(divided.reshape(-1, x.shape[2]), routing)
+        return leave_region(y.view_as(x), self.parallel), auxiliary_loss
+
+    def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Routing, Tensor]:
+        """The choices of `x` [B, T, d], without the axis of the single router, and the regulariser."""
+        (B, T, d), keep = x.shape, None
         if self.training and self.config.expert_dropout > 0.0:
             keep = keep_mask(
                 probability=self.config.expert_dropout,
                 key=self._dropout_key,
                 sequence_index=sequence_index,
                 shape=(B, T, self.config.num_experts),
+                first_token=first_token(T, self.parallel) if self.exchanges else 0,
             ).view(B * T, 1, -1)
-        logits, scores, index, load, order = (
-            t.squeeze(dim)
-            for t, dim in zip(
-                route(
-                    tokens,
-                    self.router[None],
-                    self.config.active_experts,
-                    keep=keep,
-                    drop_scores=True,
-                    backend=self.backends.route,
-                ),
-                (1, 1, 1, 0, 0),  # the axis of the single router
-                strict=True,
-            )
+        router = between_regions(self.router, self.parallel) if self.exchanges else self.router
+        found = route(
+            x.reshape(B * T, d),
+            router[None],
+            self.config.active_experts,
+            keep=keep,
+            drop_scores=True,
+            backend=self.backends.route,
         )
+        routing = Routing(*(t.squeeze(dim) for t, dim in zip(found, (1, 1, 1, 0, 0), strict=True)))
         # The regulariser sees the clean logits: expert dropout must not teach the router to look balanced.
-        auxiliary_loss = logits.new_zeros(())
+        auxiliary_loss = routing.logits.new_zeros(())
         if self.training:
             if self.config.entropy_weight > 0.0:
-                auxiliary_loss = entropy_regularizer(logits, self.config, self.statistics, self.parallel)
-            self.statistics.record(load, logits)
-        group = self.parallel.tensor_group
+                auxiliary_loss = entropy_regularizer(
+                    routing.logits, self.config, self.statistics, self.parallel, token_group=self.token_group
+                )
+            self.statistics.record(routing.load, routing.logits)
+        return routing, auxiliary_loss
+
+    def _divide(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts."""
+        group, scores, index = self.parallel.tensor_group, routing.scores, routing.index
+        order, load = routing.order, routing.load
         if group is not None:
             # Every rank routes all tokens, alike, and computes the slots of its own experts. The gates' gradients are
             # summed where they enter; the regulariser's, the same on every rank, reaches the logits directly, once.
             held = self.parallel.slice_of(self.config.num_experts)
             first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
             order, load, index = order[first:last], load[held], index - held.start
-        y = sigma_moe(
-            enter_shards(tokens, group),
-            enter_shards(scores, group),
-            index,
-            order,
-            load,
-            self.up_experts,
-            self.down_experts,
-            backend=self.backends.sigma_moe,
-        )
-        return leave_shards(y, group).view(B, T, d), auxiliary_loss
+        return self._experts(tokens, enter_shards(scores, group), index, order, load)
+
+    def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """`tokens` [N, d] of this rank alone -> [N, d], computed where the experts are."""
+        assert self.parallel.expert_group is not None
+        k, order = self.config.active_experts, routing.order
+        exchange = Exchange.plan(routing.load, self.parallel.expert_group)
+        # Here every row is a token with one choice: its gate travels with it and multiplies the narrow hidden layer.
+        rows = exchange.there(spread(tokens, order, k))
+        gates = exchange.there(routing.scores.flatten().gather(0, order))
+        index, load = exchange.row_experts()[:, None], exchange.received_load.sum(0)
+        y = self._experts(rows, gates[:, None], index, exchange.row_order(), load)
+        return collect(exchange.back(y), order, k)
+
+    def _experts(self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor) -> Tensor:
+        experts = (self.up_experts, self.down_experts)
+        return sigma_moe(x, scores, index, order, load, *experts, backend=self.backends.sigma_moe)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, SwiGLUConfig
 from model.dropout import dropout, site_key
-from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region, leave_region
 
 
 class SwiGLU(nn.Module):
@@ -28,7 +28,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        x = enter_shards(x, self.parallel.tensor_group)
+        x = enter_region(x, self.parallel)
         hidden = F.silu(self.gate(x)) * self.up(x)
         if self.training and self.dropout > 0.0:
             hidden = dropout(
@@ -38,4 +38,4 @@ class SwiGLU(nn.Module):
                 sequence_index=sequence_index,
                 columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
             )
-        return leave_shards(self.down(hidden), self.parallel.tensor_group), x.new_zeros((), dtype=hidden.dtype).float()
+        return leave_region(self.down(hidden), self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

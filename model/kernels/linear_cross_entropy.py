@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from model.parallel.collectives import enter_shards, leave_shards
+from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
@@ -43,7 +43,8 @@ def linear_cross_entropy(
     token [N] (fp32, 0 where ignored). fp64 stays fp64. `backend` is a resolved one.
 
     With tensor parallelism in `parallel`, `weight` and `bias` are this rank's classes, V of V x ranks, all else is the
-    same on every rank; so are the results and the gradient of `hidden`.
+    same on every rank; so are the results. The gradient of `hidden` is that of this rank's classes: their sum over
+    ranks is what `enter_region` makes of it, which can leave each rank the tokens that it needs.
     """
     group = None if parallel is None else parallel.tensor_group
     first_class = weight.shape[0] * parallel.tensor_rank if parallel is not None else 0
@@ -81,7 +82,7 @@ def linear_cross_entropy_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits at once, in fp32 whatever the storage dtype."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(enter_shards(hidden.to(wide), group), weight.to(wide), None if bias is None else bias.to(wide))
+    logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if group is None:
         token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
     else:
@@ -216,10 +217,6 @@ def _forward_cpu(
             grad_weight.addmm_(logits.t(), rows * scale)
             if bias is not None:
                 grad_bias += (logits.t() @ scale)[:, 0]
-    if need_hidden and group is not None:
-        total = grad_hidden.to(dtype)
-        dist.all_reduce(total, group=group)
-        grad_hidden.copy_(total)
     loss = token_loss.sum() * inverse_count
     return loss, token_loss, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 

@@ -59,6 +59,11 @@ class ParallelContext:
         """Whether this process holds the output layer."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def token_shards(self) -> int:
+        """Ranks that share the tokens of a sequence between the tensor-parallel regions."""
+        return self.tensor_size if self.sequence_parallel else 1
+
     def share(self, size: int) -> int:
         """This rank's part of `size` heads, experts, columns or classes."""
         assert size % self.tensor_size == 0, f"{size} cannot be divided by {self.tensor_size} tensor-parallel ranks"

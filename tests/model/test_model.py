@@ -125,6 +125,17 @@ def test_dropout_masks_are_functions_of_place() -> None:
     assert torch.equal(mask, keep_mask(probability=0.3, key=key, sequence_index=index, shape=(3, 40, 50)))
 
 
+@pytest.mark.parametrize("shape", [(3, 12, 5), (3, 12), (3, 12, 2, 7)])
+def test_a_rank_draws_the_masks_of_its_tokens(shape: tuple[int, ...]) -> None:
+    options = {"probability": 0.3, "key": site_key(1, "x"), "sequence_index": torch.tensor([3, 900_000_000_007, 12])}
+    mask = keep_mask(**options, shape=shape)
+    for first, last in ((0, 4), (4, 8), (5, 12), (11, 12)):
+        part = (shape[0], last - first, *shape[2:])
+        assert torch.equal(keep_mask(**options, shape=part, first_token=first), mask[:, first:last])
+    x = torch.randn(3, 12, 4)
+    assert torch.equal(dropout(x[:, 4:8], **options, first_token=4), dropout(x, **options)[:, 4:8])
+
+
 @pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
 def test_dropout_rate_independence_and_scale(probability: float) -> None:
     index = torch.arange(200, dtype=torch.int64)

@@ -15,7 +15,7 @@ import model.kernels.route
 from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
-from model.parallel.sharding import owner_of, sharded_dim
+from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
@@ -121,17 +121,21 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 
 
 def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
-    """The gradient of the whole parameter from those of the tensor-parallel ranks; of a replicated one, checks that
-    the ranks agree bit by bit: otherwise their weights would drift apart."""
-    group, dim = trainer.parallel.tensor_group, sharded_dim(name, trainer.config.model)
-    if group is None:
-        return part.clone()
-    parts = [torch.empty_like(part) for _ in range(trainer.parallel.tensor_size)]
+    """The gradient of the whole parameter from those of the ranks that it is divided over; of what tensor-parallel
+    ranks replicate, checks that they agree bit by bit: otherwise their weights would drift apart."""
+    parallel, config = trainer.parallel, trainer.config.model
+    axis = sharded_axis(name, config, expert_size=parallel.expert_size)
+    if axis != "tensor" and parallel.tensor_group is not None:
+        replicas = _gathered(part, parallel.tensor_group)
+        assert all(torch.equal(other, part) for other in replicas), f"{name}: replicas have different gradients"
+    group = {"tensor": parallel.tensor_group, "expert": parallel.expert_group, None: None}[axis]
+    return part.clone() if group is None else torch.cat(_gathered(part, group), sharded_dim(name, config))
+
+
+def _gathered(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    parts = [torch.empty_like(part) for _ in range(group.size())]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    if dim is not None:
-        return torch.cat(parts, dim)
-    assert all(torch.equal(other, part) for other in parts), f"{name}: replicas have different gradients"
-    return part.clone()
+    return parts
 
 
 def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, torch.Tensor]:

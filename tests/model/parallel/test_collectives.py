@@ -1,0 +1,123 @@
+"""Collectives that autograd knows: values and gradients against plain tensor arithmetic, for odd shapes and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.kernels.linear_cross_entropy import linear_cross_entropy
+from model.parallel.collectives import gather_tokens, gather_tokens_twice, own_tokens, scatter_tokens
+from model.parallel.context import ParallelContext
+from model.parallel.regions import enter_region
+from tests.harness import run_ranks
+
+# ranks, B, chunks in a row, tokens of a chunk per rank, d
+SHAPES = [(2, 3, 1, 5, 7), (2, 1, 3, 1, 1), (3, 2, 2, 3, 4), (3, 1, 1, 1, 5)]
+
+
+def full(name: str, *shape: int) -> Tensor:
+    """The same numbers on every rank."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(name.encode())))
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values with no dimension contiguous."""
+    return torch.stack([x.transpose(0, -1), x.transpose(0, -1) + 1], dim=-1)[..., 0].transpose(0, -1)
+
+
+def rank_tokens(x: Tensor, rank: int, size: int, chunk: int) -> Tensor:
+    """By index arithmetic, token for token."""
+    place = torch.arange(x.shape[1])
+    return x[:, place // chunk % size == rank]
+
+
+def collectives(rank: int) -> None:
+    for sequence_parallel in (False, True):
+        cross_entropy_of_shards(rank, sequence_parallel)
+    for ranks, B, chunks, chunk, d in SHAPES:
+        if ranks != dist.get_world_size():
+            continue
+        group, tokens = dist.group.WORLD, chunks * ranks * chunk
+        assert group is not None
+        x = full("x", B, tokens, d)
+        weights = [full(f"weight {r}", B, tokens, d) for r in range(ranks)]
+        own = rank_tokens(x, rank, ranks, chunk)
+        assert torch.equal(own_tokens(x, rank=rank, size=ranks, chunk=chunk), own)
+
+        # A rank's gradient is its share of what all ranks computed from its tokens.
+        local = strided(own).requires_grad_()
+        before = local.detach().clone()
+        whole = gather_tokens(local, group, chunk=chunk)
+        assert torch.equal(whole, x)
+        grad = strided(weights[rank])
+        kept = grad.clone()
+        whole.backward(grad)
+        expected = rank_tokens(torch.stack(weights).sum(0), rank, ranks, chunk)
+        torch.testing.assert_close(local.grad, expected)
+        assert torch.equal(local, before) and torch.equal(grad, kept), "an input was modified"
+
+        # The second output's gradient, the same on every rank, counts once.
+        alike = full("alike", B, tokens, d)
+        for uses in ((True, True), (True, False), (False, True)):
+            local = strided(own).requires_grad_()
+            outputs = gather_tokens_twice(local, group, chunk=chunk)
+            assert all(torch.equal(output, x) for output in outputs)
+            factors = (strided(weights[rank]), strided(alike))
+            torch.stack(
+                [(o * f).sum() for o, f, used in zip(outputs, factors, uses, strict=True) if used]
+            ).sum().backward()
+            wanted = sum(
+                part * used for part, used in zip((expected, rank_tokens(alike, rank, ranks, chunk)), uses, strict=True)
+            )
+            torch.testing.assert_close(local.grad, wanted)
+
+        # Partial results: every rank keeps its tokens of the sum; chunks are not divided here.
+        partial = strided(weights[rank]).requires_grad_()
+        before = partial.detach().clone()
+        kept_tokens = scatter_tokens(partial, group)
+        torch.testing.assert_close(kept_tokens, rank_tokens(torch.stack(weights).sum(0), rank, ranks, chunks * chunk))
+        kept_tokens.backward(strided(rank_tokens(alike, rank, ranks, chunks * chunk)))
+        assert torch.equal(partial.grad, alike) and torch.equal(partial, before)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tokens_are_gathered_and_scattered(ranks: int) -> None:
+    """And classes divided, in the cross-entropy of such tokens."""
+    run_ranks(collectives, ranks)
+
+
+def test_without_a_group_nothing_happens() -> None:
+    x = full("x", 2, 3, 4)
+    assert gather_tokens(x, None) is x and scatter_tokens(x, None) is x
+    assert all(output is x for output in gather_tokens_twice(x, None))
+
+
+def cross_entropy_of_shards(rank: int, sequence_parallel: bool) -> None:
+    size, (B, T, d, V) = dist.get_world_size(), (2, 6, 5, 12)
+    group = dist.group.WORLD
+    parallel = ParallelContext(
+        tensor_rank=rank, tensor_size=size, tensor_group=group, sequence_parallel=sequence_parallel
+    )
+    hidden, weight, bias = full("hidden", B, T, d), full("weight", V, d), full("bias", V)
+    targets = torch.arange(B * T) * 5 % V
+    targets[3] = -100
+    plain = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    expected = torch.nn.functional.cross_entropy(
+        (plain[0] @ plain[1].t() + plain[2]).flatten(0, 1), targets, ignore_index=-100
+    )
+    expected.backward()
+    classes = parallel.slice_of(V)
+    for backend in ("reference", "cpu"):
+        local = rank_tokens(hidden, rank, size, T // size) if sequence_parallel else hidden
+        leaves = [t.clone().requires_grad_() for t in (local, weight[classes], bias[classes])]
+        entered = enter_region(leaves[0], parallel).flatten(0, 1)
+        loss, _ = linear_cross_entropy(entered, leaves[1], leaves[2], targets, backend=backend, parallel=parallel)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        grad_hidden = plain[0].grad
+        assert grad_hidden is not None and plain[1].grad is not None and plain[2].grad is not None
+        own = rank_tokens(grad_hidden, rank, size, T // size) if sequence_parallel else grad_hidden
+        for leaf, wanted in zip(leaves, (own, plain[1].grad[classes], plain[2].grad[classes]), strict=True):
+            torch.testing.assert_close(leaf.grad, wanted)

@@ -1,0 +1,196 @@
+"""Expert parallelism over data-parallel ranks: the numbers of plain PyTorch in one process, alone and with tensor and
+sequence parallelism, ZeRO 1 and 2; checkpoints move between layouts; what cannot be is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.config import Config
+from pretrain.errors import ConfigError
+from pretrain.mesh import process_groups
+from pretrain.rules import check_ranks
+from tests.harness import run_ranks
+from tests.pretrain.runs import engine_trace, plain_trace, small_config
+from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
+from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.test_tensor_parallel import EXPERT_DROPOUT, MODELS, SEEDS
+
+STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
+SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
+MOA = (
+    'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
+    '"switch_loss_weight": 0.02, "cv_loss_weight": 0.01}',
+    "model.feedforward.num_experts=6",
+)
+OURS = {name: keys for name, keys in MODELS.items() if "switchall" in name} | {
+    "switchall, weight decay": (*MODELS["switchall"], "optimizer.weight_decay=0.3"),
+    "moa with experts": (*MOA, *EXPERT_DROPOUT),
+}
+LAYOUTS = {
+    "EP 2": (2, ("parallel.expert=2", "batch.micro_sequences=2")),
+    "EP 2 with TP 2 and SP": (4, ("parallel.expert=2", *SEQUENCE, "batch.micro_sequences=2")),
+    "EP 2 of DP 4": (4, ("parallel.expert=2", "batch.micro_sequences=1")),
+}
+"""Label -> ranks and settings; 4 sequences per micro-step in all of them, as scope micro_batch needs."""
+FAST = {("switchall, micro_batch scope", "EP 2"): (2,), ("switchall xl", "EP 2 with TP 2 and SP"): (1,)}
+"""What every commit runs, with its ZeRO stages; all others are as long and go to the slow tier."""
+
+
+def config_of(prepared: Path, model: str, *overrides: str) -> Config:
+    return small_config(prepared, *OURS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
+
+
+@pytest.mark.parametrize(
+    "model, layout",
+    [
+        pytest.param(model, layout, marks=() if (model, layout) in FAST else pytest.mark.slow)
+        for model in OURS
+        for layout in LAYOUTS
+    ],
+)
+def test_every_model_gives_the_same_numbers(prepared: Path, model: str, layout: str) -> None:
+    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
+    assert max(reference.grad_norms) > 0.5, "clipping was never active"
+    (ranks, keys), zeros = LAYOUTS[layout], FAST.get((model, layout), (1, 2))
+    configs = [config_of(prepared, model, *keys, f"parallel.zero={zero}") for zero in zeros]
+    for zero, trace in zip(zeros, run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+        assert_same(trace, reference, f"{layout}, ZeRO {zero}, {model}")
+
+
+@pytest.mark.slow
+def test_four_and_eight_ranks(prepared: Path) -> None:
+    """EP 4; EP 2 with two replicas of every expert, TP 2 and SP; TP 4, which does not divide the 6 experts."""
+    for ranks, keys, layout in (
+        (4, ("model.feedforward.num_experts=8", "train.seed=4"), ("parallel.expert=4", "batch.micro_sequences=2")),
+        (8, (), ("parallel.expert=2", *SEQUENCE, "batch.micro_sequences=1")),
+        (
+            8,
+            ("model.vocab_size=404", "train.seed=8"),
+            ("parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true"),
+        ),
+    ):
+        reference = plain_trace(config_of(prepared, "switchall", *keys, "batch.micro_sequences=8"), 6, (0, 3, 5))
+        config = config_of(prepared, "switchall", *keys, *layout)
+        trace = run_ranks(engine_trace, ranks, [config], 6, (0, 3, 5))[0][0]
+        assert_same(trace, reference, f"{ranks} ranks, {layout}")
+
+
+@pytest.mark.slow
+def test_reference_kernels_and_optimizer_offload(prepared: Path) -> None:
+    reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": false}'
+    keys = ("kernels.backend=reference", f"deepspeed={offload}")
+    for ranks, layout in ((2, ()), (4, SEQUENCE)):
+        configs = [config_of(prepared, "switchall", "parallel.expert=2", *layout, key) for key in keys]
+        for key, trace in zip(keys, run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+            assert_same(trace, reference, f"{ranks} ranks, {key}")
+
+
+@pytest.mark.slow
+def test_bf16_stays_near_fp32_under_expert_parallelism(prepared: Path) -> None:
+    reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, ())
+    for ranks, layout in ((2, ()), (4, SEQUENCE)):
+        keys = (*layout, "parallel.expert=2", "train.precision=bf16", "batch.micro_sequences=2")
+        configs = [config_of(prepared, "switchall", *keys, f"parallel.zero={zero}") for zero in (1, 2)]
+        for trace in run_ranks(engine_trace, ranks, configs, STEPS, ())[0]:
+            assert trace.losses != reference.losses
+            assert trace.losses == pytest.approx(reference.losses, rel=2e-2)
+            assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
+
+
+def assert_same_metrics(run: Path, reference: Path) -> None:
+    for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
+        for key in (*COMPARED, "attention_load_max", "feedforward_load_max", "routing_negative_entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{run.name}: {key} of step {ours['step']}"
+
+
+def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_path: Path) -> None:
+    """Out of TP 2 with SP and EP 2, where every rank holds other pieces of the experts, and with memory."""
+    keys = ("train.steps=6", "evaluate.every_steps=3", "evaluate.streams=5", "batch.micro_sequences=2")
+
+    def config(*layout: str) -> Config:
+        return config_of(prepared, "switchall xl", *keys, *layout)
+
+    stop, plain, divided = "train.stop_after_steps=4", ("parallel.zero=0",), ("parallel.expert=2", *SEQUENCE)
+    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "one"), (config(*plain, stop), tmp_path / "from-one")])
+    run_ranks(
+        train_runs,
+        4,
+        [
+            (config(*divided), tmp_path / "unbroken"),
+            (config(*divided, stop), tmp_path / "resumed"),
+            (config(*divided, "parallel.zero=2"), tmp_path / "from-one"),
+        ],
+    )
+    for copy in ("to-one", "to-tensor", "to-expert"):
+        shutil.copytree(tmp_path / "resumed", tmp_path / copy)
+    run_ranks(
+        train_runs,
+        4,
+        [(config(*divided), tmp_path / "resumed"), (config(*SEQUENCE, "parallel.zero=3"), tmp_path / "to-tensor")],
+    )
+    run_ranks(train_runs, 2, [(config("parallel.expert=2", "parallel.zero=2"), tmp_path / "to-expert")])
+    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "to-one")])
+    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
+    for name in ("unbroken", "from-one", "to-tensor", "to-expert", "to-one"):
+        assert_same_metrics(tmp_path / name, tmp_path / "one")
+
+
+def mesh_groups(rank: int) -> None:
+    """The groups that DeepSpeed would make itself hold the same ranks."""
+    from deepspeed.utils import groups
+
+    for pipeline, data, tensor, expert in ((1, 4, 2, 2), (1, 8, 1, 4), (2, 2, 2, 2), (1, 4, 2, 4), (2, 4, 1, 2)):
+        ours = process_groups(pipeline=pipeline, data=data, tensor=tensor, expert=expert)
+        for table in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+            table.clear()
+        groups._create_expert_and_data_parallel(expert, mp_size=tensor, pp_size=pipeline, mp_mode="tp")
+        name = f"ep_size_{expert}"
+        for theirs, group in (
+            (groups._get_expert_parallel_group(name), ours.expert),
+            (groups._get_expert_data_parallel_group(name), ours.expert_replicas),
+        ):
+            assert dist.get_process_group_ranks(theirs) == dist.get_process_group_ranks(group)
+        data_rank = rank // tensor % data
+        assert dist.get_process_group_ranks(ours.data).index(rank) == data_rank
+        assert dist.get_process_group_ranks(ours.expert).index(rank) == data_rank % expert
+
+
+@pytest.mark.slow
+def test_groups_are_those_of_deepspeed() -> None:
+    run_ranks(mesh_groups, 8)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("parallel.expert=4",), "parallel.expert: 4 does not divide model.feedforward.num_experts = 6; set "
+         "parallel.expert to 3, or model.feedforward.num_experts to 8"),
+        (("parallel.zero=0",), "parallel.zero: stage 0 is impossible with parallel.expert = 2"),
+        (("parallel.zero=3",), "parallel.zero: stage 3 is impossible with parallel.expert = 2"),
+        (("parallel.tensor=2",), "set parallel.sequence to true or parallel.expert to 1"),
+        (
+            ("model.feedforward.type=dense", "model.feedforward.hidden_size=8"),
+            "parallel.expert: 2 ranks would divide the sigma-MoE experts, but model.feedforward.type is dense; set "
+            "parallel.expert to 1",
+        ),
+        (('deepspeed={"zero_optimization": {"reduce_scatter": false}}',), "zero_optimization.reduce_scatter: "),
+        (('deepspeed={"use_data_before_expert_parallelism": true}',), "is decided by parallel.expert"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(prepared: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_of(prepared, "switchall", "parallel.expert=2", *overrides)
+
+
+def test_the_data_parallel_size_must_be_a_multiple(prepared: Path) -> None:
+    config = config_of(prepared, "switchall", "parallel.expert=3", *SEQUENCE, "batch.micro_sequences=1")
+    message = "parallel.expert: 3 does not divide the 4 data-parallel ranks"
+    with pytest.raises(ConfigError, match=re.escape(message) + r".*set parallel.expert to 2 or start 6 ranks"):
+        check_ranks(config, 8)
+    assert check_ranks(config_of(prepared, "switchall", "parallel.expert=2", *SEQUENCE), 8) == 4
