@@ -12,7 +12,16 @@ from model.language_model import build_on_meta
 from model.parameters import ParameterCount, count_parameters
 from pretrain.config import Config
 from pretrain.data import num_windows
+from pretrain.layout import group_ranks, groups_text, mesh, stage_text
 from pretrain.schedule import warmup_steps
+
+GROUPS = {
+    "pipeline": "ranks that hold the stages of one model",
+    "data": "ranks that hold the same slice of the model",
+    "tensor": "ranks that divide each layer and read the same data",
+    "expert": "data-parallel ranks that divide the experts",
+}
+"""What the ranks of a group share, by dimension."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,18 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
         ),
     ]
     tensor = config.parallel.tensor
-    if tensor > 1:
-        groups = [f"{first}-{first + tensor - 1}" for first in range(0, min(data_size, 4) * tensor, tensor)]
-        more = ", ..." if data_size > 4 else ""
-        values.append(
-            DerivedValue(
-                "tensor-parallel size", f"{tensor}", f"groups of ranks {', '.join(groups)}{more}; each one model"
+    for name, ranks in group_ranks(config, data_size).items():
+        values.append(DerivedValue(f"{name} groups", groups_text(ranks), GROUPS[name]))
+    if config.parallel.pipeline > 1:
+        for stage in range(config.parallel.pipeline):
+            of_stage = mesh(config, data_size)[stage].ravel()
+            values.append(
+                DerivedValue(
+                    f"stage {stage}",
+                    stage_text(config, stage),
+                    f"ranks {of_stage[0]}-{of_stage[-1]}; the longest stage is as short as can be",
+                )
             )
-        )
     if config.parallel.sequence:
         values.append(
             DerivedValue(

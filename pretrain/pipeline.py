@@ -88,7 +88,10 @@ class Stage(PipelineModule):
         initialize(self, config.model, parallel, seed=config.train.seed)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Registers layer number `name` under its canonical name, as the plain model does."""
+        """Registers layer number `name` under its canonical name, as the plain model does; others as they come."""
+        if not name.isdigit():
+            super().add_module(name, module)
+            return
         kind, _, index = self._layer_names[int(name)].partition(".")
         if not index:
             super().add_module(kind, module)

@@ -46,6 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="width to solve for (default: hidden_size)",
     )
     _add_overrides(match, "of CONFIG, not of the baseline")
+
+    layout = commands.add_parser(
+        "layout",
+        help="which ranks form which groups, and the bytes of weights and optimizer that each holds",
+        description="Prints the mesh of a run on N ranks: the groups of every dimension, what each pipeline stage "
+        "holds, and the bytes of weights and optimizer states per rank, beside those of one process.",
+    )
+    layout.add_argument("config", type=Path, metavar="CONFIG", help="run configuration")
+    layout.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="number of ranks (default: the smallest, tensor x pipeline x expert)",
+    )
+    _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
     return parser
 
 
@@ -68,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.plan_costs import print_costs
 
             print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
+        elif args.command == "layout":
+            from pretrain.layout import print_layout
+
+            print_layout(args.config, args.ranks, args.overrides)
         else:
             from pretrain.plan_match import print_match
 

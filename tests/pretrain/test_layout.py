@@ -1,0 +1,134 @@
+"""What each rank holds and which ranks belong together: the arithmetic, the table, and what engines really hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shard_format import Manifest
+from pretrain.config import Config
+from pretrain.config_io import load_config
+from pretrain.engine import parallel_context
+from pretrain.layout import group_ranks, groups_text, rank_bytes
+from pretrain.loop import build_trainer
+from pretrain.paths import REPOSITORY
+from tests.harness import run_ranks
+from tests.pretrain.matrix import Layout, config_of
+from tests.pretrain.runs import small_config
+
+ONE_BILLION = REPOSITORY / "configs" / "switchall_1b.json"
+
+
+def one_billion(*overrides: str) -> Config:
+    return load_config(ONE_BILLION, list(overrides))
+
+
+def test_bytes_of_switchall_1b_fall_as_the_arithmetic_says() -> None:
+    """TP2 PP2 DP2. By hand, from the configuration alone: d 2048, 18 blocks, vocabulary 32000, H 8, h 128, E 4, 64
+    sigma-MoE experts of 128."""
+    d, V, H, h, E = 2048, 32000, 8, 128, 4
+    divided = 2 * d * H * h + 2 * E * H * d * h + 2 * H * E * d + 64 * 2 * d * 128  # attention; experts
+    replicated = 64 * d + 4 * d  # router; two LayerNorms
+    entries = rank_bytes(one_billion("parallel.tensor=2", "parallel.pipeline=2"), 2)
+    blocks = (11, 7)  # the output layer weighs as much as four blocks
+    outside = (V * d // 2, (V * d + V) // 2 + 2 * d)
+    for entry, count, more in zip(entries, blocks, outside, strict=True):
+        elements = count * (divided // 2 + replicated) + more
+        assert entry.parameters == elements
+        assert entry.weights == 2 * elements, "bf16"
+        assert entry.optimizer == 12 * elements // 2, "fp32 master weight and two moments, divided over DP 2"
+    whole = rank_bytes(one_billion(), 1)[0]
+    assert whole.parameters == 1_117_441_280 and whole.optimizer == 12 * whole.parameters
+    # Replicated parameters are 1.2% of the model: a quarter of it per rank, and an eighth of the optimizer.
+    assert sum(e.weights for e in entries) / 2 == pytest.approx(whole.weights / 4, rel=0.02)
+    assert sum(e.optimizer for e in entries) / 2 == pytest.approx(whole.optimizer / 8, rel=0.02)
+
+
+LAYOUTS = [
+    Layout(tensor=2, pipeline=2, data=2),
+    Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, tied=True),
+    Layout(tensor=2, sequence=True, data=4, expert=4, zero=2),
+    Layout(data=8, zero=3, micro=1),
+    Layout(data=8, zero=0, micro=1),
+]
+
+
+def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
+    """Of each engine on this rank: stage, bytes of weights and bytes of master weights and moments after a step."""
+    from pretrain.checkpoint import Progress
+
+    found = []
+    for config in configs:
+        parallel = parallel_context(config)
+        trainer = build_trainer(config, Manifest.load(config.data.manifest), parallel, torch.device("cpu"), None)
+        trainer.step(Progress(0, 0))
+        engine, zero = trainer.engine, config.parallel.zero
+        weights = sum(bytes_of(getattr(p, "ds_tensor", p)) for p in engine.module.parameters())
+        inner: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        optimizer = sum(
+            bytes_of(value) for state in inner.state.values() for key, value in state.items() if key != "step"
+        )
+        if zero in (1, 2):  # the flat fp32 weights that Adam updates
+            optimizer += sum(bytes_of(p) for group in inner.param_groups for p in group["params"])
+        elif zero == 3:
+            optimizer += sum(bytes_of(p) for p in engine.optimizer.fp32_partitioned_groups_flat)
+        found.append((parallel.pipeline_rank, weights, optimizer))
+        engine.destroy()
+    return found
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_engines_hold_what_the_table_says(prepared: Path, precision: str) -> None:
+    layouts = [x for x in LAYOUTS if precision == "fp32" or x.zero > 0]
+    configs = [config_of(prepared, "switchall", layout, f"train.precision={precision}") for layout in layouts]
+    ranks = run_ranks(held_bytes, 8, configs, timeout_seconds=600)
+    for index, layout in enumerate(layouts):
+        expected = rank_bytes(configs[index], layout.data)
+        for rank, found in enumerate(ranks):
+            stage, weights, optimizer = found[index]
+            # DeepSpeed pads each flat partition, and at ZeRO 3 each parameter's share.
+            slack = 4096 if layout.zero < 3 else 8192
+            assert 0 <= weights - expected[stage].weights <= slack, f"{layout}, rank {rank}: weights"
+            assert 0 <= optimizer - expected[stage].optimizer <= slack, f"{layout}, rank {rank}: optimizer"
+
+
+def test_groups_are_those_of_the_process_groups(prepared: Path) -> None:
+    layouts = LAYOUTS[:3]
+    configs = [config_of(prepared, "switchall", layout) for layout in layouts]
+    ranks = run_ranks(own_groups, 8, configs)
+    for index, layout in enumerate(layouts):
+        expected = group_ranks(configs[index], layout.data)
+        for rank, found in enumerate(ranks):
+            assert found[index].keys() == expected.keys()
+            for name, members in found[index].items():
+                row = next(group for group in expected[name] if rank in group)
+                assert members == row.tolist(), f"{layout}: {name} group of rank {rank}"
+
+
+def own_groups(rank: int, configs: list[Config]) -> list[dict[str, list[int]]]:
+    import torch.distributed as dist
+
+    found = []
+    for config in configs:
+        parallel = parallel_context(config)
+        groups = {name: getattr(parallel, f"{name}_group") for name in ("pipeline", "data", "tensor", "expert")}
+        found.append({name: dist.get_process_group_ranks(g) for name, g in groups.items() if g is not None})
+    dist.barrier()  # rank 0 keeps the store that others still make their groups with
+    return found
+
+
+def test_groups_as_text(prepared: Path) -> None:
+    config = small_config(prepared, "parallel.tensor=2", "model.vocab_size=402", "model.feedforward.num_experts=6")
+    groups = group_ranks(config, 8)
+    assert groups_text(groups["tensor"]) == "0-1, 2-3, 4-5, 6-7, ... (8 groups)"
+    assert groups_text(groups["data"]) == "0-14 by 2, 1-15 by 2"
+    assert groups_text(np.array([[0, 4], [1, 5]])) == "0,4, 1,5"
