@@ -175,7 +175,7 @@ def save(
     dist.barrier()
 
     file = partial / f"rank-{rank:05d}.safetensors"
-    save_file(_owned_tensors(engine, parallel), file)
+    save_file(owned_tensors(engine, parallel), file)
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     entries: list[Any] = [None] * world_size
@@ -342,7 +342,7 @@ def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in build_on_meta(config).named_parameters()}
 
 
-def _owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
+def owned_tensors(engine: Any, parallel: ParallelContext) -> dict[str, Tensor]:
     """What no other rank saves: of what tensor-parallel ranks share, the first one's."""
     tensors = {"rng/cpu": torch.get_rng_state()}
     is_first_part = parallel.tensor_rank == 0
