@@ -84,6 +84,27 @@ def test_launcher_gives_one_process_losses(prepared: Path, tmp_path: Path) -> No
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
 
 
+def test_eight_ranks_in_three_dimensions_give_one_process_losses(prepared: Path, tmp_path: Path) -> None:
+    """TP2 x PP2 x DP2 with sequence parallelism, ZeRO 1, 20 steps, through the real launcher."""
+    keys = (
+        "train.steps=20",
+        "train.precision=fp32",
+        "evaluate.sequences=0",
+        "batch.global_sequences=4",
+        "batch.micro_sequences=1",
+        "model.sequence_length=8",
+        "train.seed=1",
+    )
+    config = load_config(TINY, [f"data.manifest={prepared}", *keys])
+    assert plain_trace(config, 20, ()).smallest_margin > 1e-5
+    layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "parallel.zero=1")
+    run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
+    run(*command(8, prepared, tmp_path / "eight", *keys, *layout), cwd=tmp_path)
+    for ours, theirs in zip(metrics(tmp_path / "eight"), metrics(tmp_path / "one"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
+
+
 @pytest.mark.parametrize("zero, victim", [(1, "rank"), (2, "launcher"), (3, "rank")])
 def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
     prepared: Path, tmp_path: Path, zero: int, victim: str
