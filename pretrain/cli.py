@@ -17,7 +17,7 @@ from data_prep.shard_format import DataError, Manifest
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, load_config, to_json
 from pretrain.errors import EXIT_USER_ERROR, UserError
-from pretrain.rules import check_device, check_ranks
+from pretrain.rules import check_device, check_ranks, smallest_world
 
 if TYPE_CHECKING:
     from pretrain.device import Ranks
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         run_dir = (args.run_dir or Path("runs") / args.config.stem).absolute()
         if args.dry_run:
-            dry_run(config, args.ranks or config.parallel.tensor * config.parallel.pipeline, run_dir)
+            dry_run(config, args.ranks or smallest_world(config), run_dir)
             return 0
         manifest, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:

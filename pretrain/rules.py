@@ -184,6 +184,11 @@ def _check_expert(config: Config) -> None:
             )
 
 
+def smallest_world(config: Config) -> int:
+    """The fewest ranks that the parallel sizes allow."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.expert
+
+
 def check_ranks(config: Config, world_size: int) -> int:
     """Whether the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 from pretrain.mesh import process_groups
-from pretrain.rules import check_ranks
+from pretrain.rules import check_ranks, smallest_world
 from tests.harness import run_ranks
 from tests.pretrain.runs import engine_trace, plain_trace, small_config
 from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
@@ -103,42 +104,67 @@ def test_bf16_stays_near_fp32_under_expert_parallelism(prepared: Path) -> None:
             assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
 
 
+STOP = "train.stop_after_steps=4"
+Runs = tuple[Callable[..., Config], Path]
+
+
 def assert_same_metrics(run: Path, reference: Path) -> None:
     for ours, theirs in zip(metrics(run), metrics(reference), strict=True):
         for key in (*COMPARED, "attention_load_max", "feedforward_load_max", "routing_negative_entropy"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{run.name}: {key} of step {ours['step']}"
 
 
-def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_path: Path) -> None:
-    """Out of TP 2 with SP and EP 2, where every rank holds other pieces of the experts, and with memory."""
-    keys = ("train.steps=6", "evaluate.every_steps=3", "evaluate.streams=5", "batch.micro_sequences=2")
+@pytest.fixture
+def runs(prepared: Path, tmp_path: Path) -> Runs:
+    """6 steps in one process, and 4 of them; with memory, and validation over streams of uneven length."""
+    keys = ("train.steps=6", "evaluate.every_steps=3", "evaluate.sequences=12", "evaluate.streams=5")
 
     def config(*layout: str) -> Config:
-        return config_of(prepared, "switchall xl", *keys, *layout)
+        return config_of(prepared, "switchall xl", *keys, "batch.micro_sequences=2", *layout)
 
-    stop, plain, divided = "train.stop_after_steps=4", ("parallel.zero=0",), ("parallel.expert=2", *SEQUENCE)
-    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "one"), (config(*plain, stop), tmp_path / "from-one")])
+    run_ranks(
+        train_runs,
+        1,
+        [(config("parallel.zero=0"), tmp_path / "one"), (config("parallel.zero=0", STOP), tmp_path / "from-one")],
+    )
+    return config, tmp_path
+
+
+def test_resume_is_bit_identical_and_moves_to_and_from_one_process(runs: Runs) -> None:
+    """In TP 2 with SP and EP 2, where every rank holds other pieces of the experts."""
+    config, folder = runs
+    keys = ("parallel.expert=2", *SEQUENCE)
+    divided = config(*keys)
     run_ranks(
         train_runs,
         4,
         [
-            (config(*divided), tmp_path / "unbroken"),
-            (config(*divided, stop), tmp_path / "resumed"),
-            (config(*divided, "parallel.zero=2"), tmp_path / "from-one"),
+            (divided, folder / "unbroken"),
+            (config(*keys, STOP), folder / "resumed"),
+            (config(*keys, "parallel.zero=2"), folder / "from-one"),
         ],
     )
-    for copy in ("to-one", "to-tensor", "to-expert"):
-        shutil.copytree(tmp_path / "resumed", tmp_path / copy)
-    run_ranks(
-        train_runs,
-        4,
-        [(config(*divided), tmp_path / "resumed"), (config(*SEQUENCE, "parallel.zero=3"), tmp_path / "to-tensor")],
-    )
-    run_ranks(train_runs, 2, [(config("parallel.expert=2", "parallel.zero=2"), tmp_path / "to-expert")])
-    run_ranks(train_runs, 1, [(config(*plain), tmp_path / "to-one")])
-    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    for name in ("unbroken", "from-one", "to-tensor", "to-expert", "to-one"):
-        assert_same_metrics(tmp_path / name, tmp_path / "one")
+    shutil.copytree(folder / "resumed", folder / "to-one")
+    run_ranks(train_runs, 4, [(divided, folder / "resumed")])
+    run_ranks(train_runs, 1, [(config("parallel.zero=0"), folder / "to-one")])
+    assert_bit_identical(folder / "resumed", folder / "unbroken")
+    for name in ("unbroken", "from-one", "to-one"):
+        assert_same_metrics(folder / name, folder / "one")
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_layouts(runs: Runs) -> None:
+    """From experts over expert-parallel ranks to experts over tensor-parallel ranks and back, and without either."""
+    config, folder = runs
+    divided = ("parallel.expert=2", *SEQUENCE)
+    run_ranks(train_runs, 4, [(config(*divided, STOP), folder / "to-tensor")])
+    shutil.copytree(folder / "to-tensor", folder / "to-expert")
+    tensor = config(*SEQUENCE, "parallel.zero=3", "train.stop_after_steps=5")
+    back = config(*divided, "parallel.zero=2")
+    run_ranks(train_runs, 4, [(tensor, folder / "to-tensor"), (back, folder / "to-tensor")])
+    run_ranks(train_runs, 2, [(config("parallel.expert=2", "parallel.zero=2"), folder / "to-expert")])
+    for name in ("to-tensor", "to-expert"):
+        assert_same_metrics(folder / name, folder / "one")
 
 
 def mesh_groups(rank: int) -> None:
@@ -193,4 +219,6 @@ def test_the_data_parallel_size_must_be_a_multiple(prepared: Path) -> None:
     message = "parallel.expert: 3 does not divide the 4 data-parallel ranks"
     with pytest.raises(ConfigError, match=re.escape(message) + r".*set parallel.expert to 2 or start 6 ranks"):
         check_ranks(config, 8)
-    assert check_ranks(config_of(prepared, "switchall", "parallel.expert=2", *SEQUENCE), 8) == 4
+    config = config_of(prepared, "switchall", "parallel.expert=2", *SEQUENCE)
+    assert check_ranks(config, 8) == 4
+    assert check_ranks(config, smallest_world(config)) == 2  # what --dry-run checks without --ranks
