@@ -92,11 +92,12 @@ def test_eight_ranks_in_three_dimensions_give_one_process_losses(prepared: Path,
         "evaluate.sequences=0",
         "batch.global_sequences=4",
         "batch.micro_sequences=1",
-        "model.sequence_length=8",
-        "train.seed=1",
+        "model.sequence_length=4",
+        "train.seed=19",
     )
     config = load_config(TINY, [f"data.manifest={prepared}", *keys])
-    assert plain_trace(config, 20, ()).smallest_margin > 1e-5
+    # Of 10,000 choices none may be so near a tie that 20 steps of rounding decide it (measured: 1e-5).
+    assert plain_trace(config, 20, ()).smallest_margin > 4e-5
     layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "parallel.zero=1")
     run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
     run(*command(8, prepared, tmp_path / "eight", *keys, *layout), cwd=tmp_path)
