@@ -1,10 +1,10 @@
 """The tests of layouts can fail: each classic silent bug, put in on purpose, is caught by test_matrix.py's check.
 
-    the gradient of the router's gates is not summed over tensor-parallel ranks     Megatron-LM issue 1652
-    an auxiliary loss counts once per tensor-parallel rank                          Megatron-LM issue 3672
-    DeepSpeed's pipe_partitioned is on under sequence parallelism                   (its default)
-    the gradient of a norm is not summed over the ranks that divide its tokens
-    a micro-step's auxiliary loss counts in full on a pipeline stage
+the gradient of the router's gates is not summed over tensor-parallel ranks     Megatron-LM issue 1652
+an auxiliary loss counts once per tensor-parallel rank                          Megatron-LM issue 3672
+DeepSpeed's pipe_partitioned is on under sequence parallelism                   (its default)
+the gradient of a norm is not summed over the ranks that divide its tokens
+a micro-step's auxiliary loss counts in full on a pipeline stage
 """
 
 from __future__ import annotations

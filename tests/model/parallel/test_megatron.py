@@ -1,0 +1,134 @@
+"""megatron-core as an independent reference: process groups, vocab-parallel embedding and cross-entropy, and column- and
+row-parallel layers with and without sequence parallelism give what ours give, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kernels.choice import Backends
+from model.layers import Embedding, Head
+from model.parallel.context import DIMENSIONS, ParallelContext
+from model.parallel.regions import enter_region, leave_region
+from pretrain.mesh import process_groups
+from tests.harness import run_ranks
+
+B, T, D, V, WIDTH = 3, 6, 10, 14, 8
+
+
+def full(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compare(rank: int, sequence_parallel: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs (ours, megatron-core's) of outputs and gradients on this rank of two."""
+    from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # what its layers ask for
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    group = process_groups(pipeline=1, data=1, tensor=2).tensor
+    parallel = ParallelContext(tensor_rank=rank, tensor_size=2, tensor_group=group, sequence_parallel=sequence_parallel)
+    theirs: Any = ModelParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    # Two layers of a feed-forward: megatron-core has the sequence first.
+    up, down = full(1, WIDTH, D).chunk(2)[rank], full(2, D, WIDTH).chunk(2, dim=1)[rank]
+    own = slice(rank * T // 2, (rank + 1) * T // 2) if sequence_parallel else slice(None)
+    x, towards = full(3, B, T, D)[:, own], full(4, B, T, D)[:, own]
+    ours_x, ours_up, ours_down = (t.clone().requires_grad_() for t in (x, up, down))
+    y = leave_region(F.relu(enter_region(ours_x, parallel) @ ours_up.t()) @ ours_down.t(), parallel)
+    y.backward(towards)
+    column = tensor_parallel.ColumnParallelLinear(
+        D, WIDTH, config=theirs, init_method=lambda w: w, bias=False, gather_output=False
+    )
+    row = tensor_parallel.RowParallelLinear(
+        WIDTH, D, config=theirs, init_method=lambda w: w, bias=False, input_is_parallel=True, skip_bias_add=True
+    )
+    column.weight.data.copy_(up)
+    row.weight.data.copy_(down)
+    their_x = x.transpose(0, 1).contiguous().requires_grad_()
+    z = row(F.relu(column(their_x)[0]))[0]
+    z.backward(towards.transpose(0, 1).contiguous())
+    found["layers"] = (y, z.transpose(0, 1))
+    found["gradient of x"] = (ours_x.grad, their_x.grad.transpose(0, 1))
+    found["gradient of up"] = (ours_up.grad, column.weight.grad)
+    found["gradient of down"] = (ours_down.grad, row.weight.grad)
+
+    # Embedding, output layer and cross-entropy.
+    config = ModelConfig.model_validate({"d_model": D, "num_layers": 1, "vocab_size": V, "sequence_length": T})
+    tokens = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(5))
+    targets = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(6))
+    table, output = full(7, V, D).chunk(2)[rank], full(8, V, D).chunk(2)[rank]
+    embedding = Embedding(config, parallel=parallel, seed=0)
+    head = Head(config, parallel=parallel, backends=Backends(), seed=0)
+    embedding.weight.data.copy_(table)
+    head.weight.data.copy_(output)
+    head.bias.data.zero_()
+    index = torch.arange(B)
+    hidden = embedding((tokens, index))[0]
+    loss = head((hidden, index, torch.zeros(())), targets)[0]
+    loss.backward()
+    word = tensor_parallel.VocabParallelEmbedding(
+        V, D, init_method=lambda w: w, config=theirs, reduce_scatter_embeddings=sequence_parallel
+    )
+    word.weight.data.copy_(table)
+    last = tensor_parallel.ColumnParallelLinear(
+        D, V, config=theirs, init_method=lambda w: w, bias=False, gather_output=False
+    )
+    last.weight.data.copy_(output)
+    their_hidden = word(tokens)
+    if not sequence_parallel:
+        their_hidden = their_hidden.transpose(0, 1).contiguous()
+    logits = last(their_hidden)[0]
+    their_loss = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.t().contiguous()).mean()
+    their_loss.backward()
+    found["embedding"] = (hidden, their_hidden.transpose(0, 1))
+    found["loss"] = (loss, their_loss)
+    found["gradient of the embedding"] = (embedding.weight.grad, word.weight.grad)
+    found["gradient of the output layer"] = (head.weight.grad, last.weight.grad)
+    return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in found.items()}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers(sequence_parallel: bool) -> None:
+    for rank, pairs in enumerate(run_ranks(compare, 2, sequence_parallel)):
+        assert len(pairs) == 8
+        for name, (ours, theirs) in pairs.items():
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{rank}, {n}: {m}")
+
+
+def groups(rank: int) -> list[tuple[list[int], list[int]]]:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    ours = process_groups(pipeline=2, data=2, tensor=2)
+    theirs = {
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+    }
+    found = [
+        (dist.get_process_group_ranks(getattr(ours, name)), dist.get_process_group_ranks(theirs[name]))
+        for name in DIMENSIONS
+    ]
+    dist.barrier()
+    return found
+
+
+@pytest.mark.slow
+def test_groups_are_those_of_parallel_state() -> None:
+    for pairs in run_ranks(groups, 8):
+        for ours, theirs in pairs:
+            assert ours == theirs
