@@ -86,5 +86,9 @@ def test_the_check_of_the_matrix_catches(prepared: Path, name: str) -> None:
     config = config_of(prepared, "switchall", layout)
     assert_same(run_ranks(mutated_trace, layout.ranks, None, config)[0][0], reference, "without the bug")
     with pytest.raises((AssertionError, RankFailed), match=message):
-        trace = run_ranks(mutated_trace, layout.ranks, mutate, config, timeout_seconds=120)[0][0]
-        assert_same(trace, reference, name)
+        check(mutate, layout, config, reference)
+
+
+def check(mutate: Callable[[], None], layout: Layout, config: Config, reference: Trace) -> None:
+    trace = run_ranks(mutated_trace, layout.ranks, mutate, config, timeout_seconds=120)[0][0]
+    assert_same(trace, reference, str(layout))
