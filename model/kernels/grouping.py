@@ -174,14 +174,25 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
         place = (head[:, None] * (N * k) + row).view(H, N, k).transpose(0, 1).contiguous()
         saved = order // k, place, ends
     else:
-        # Where a choice is among its set's ascending members: how many of the k are less. No sort of rows of k.
-        member = (index[:, :, None, :] < index[:, :, :, None]).sum(-1)
+        choices = index.permute(2, 1, 0).contiguous()  # [k, H, N]
+        member = _ranks(choices)
         # Combinatorial number system: the set e_1 < ... < e_k is number C(e_1, 1) + ... + C(e_k, k) of C(E, k).
         table = torch.tensor([[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)], device=index.device)
-        numbers = table[member, index].sum(-1)
-        token, row, ends = _sort_rows(numbers.t(), math.comb(num_experts, k))
-        saved = token, (head * N + row.t())[:, :, None] * k + member, ends
+        numbers = table.take(member * num_experts + choices).sum(0)
+        token, row, ends = _sort_rows(numbers, math.comb(num_experts, k))
+        place = (head[:, None] * N + row) * k + member
+        saved = token, place.permute(2, 1, 0).contiguous(), ends
     return Grouping.restore(saved, num_experts, strategy)
+
+
+def _ranks(choices: Tensor) -> Tensor:
+    """How many of the k `choices` [k, ...] are less than each, distinct ones. 8192 times 2 take 0.05 ms, sorted 0.4."""
+    ranks = torch.zeros_like(choices)
+    for i, j in itertools.combinations(range(len(choices)), 2):
+        less = choices[i] < choices[j]
+        ranks[j] += less
+        ranks[i] += ~less
+    return ranks
 
 
 def _sort_rows(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
