@@ -356,7 +356,9 @@ class HeadWeights:
             elif span := neighbours(members):
                 found = self.experts[span].flatten(0, 1)
             else:
-                found = scratch("joined experts", (len(members) * self.experts.shape[1], self.experts.shape[2]), self.experts.dtype)
+                found = scratch(
+                    "joined experts", (len(members) * self.experts.shape[1], self.experts.shape[2]), self.experts.dtype
+                )
                 torch.cat([self.single[e] for e in members], out=found)
             self.joined = members, found
         return self.joined[1]

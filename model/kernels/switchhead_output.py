@@ -143,9 +143,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(
-    a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape[0], experts.shape[3]), *fake_grouping(index, experts.shape[1], backend)
 
 
