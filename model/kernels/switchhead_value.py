@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.grouping import (
-    Grouping,
+from model.kernels.grouped_passes import (
     HeadWeights,
     NarrowRows,
-    Strategy,
     WeightGradient,
     WideRows,
     WideSum,
     add_up,
     combine,
-    compute_dtype,
     compute_gates,
+    over_heads,
+    score_gradient,
+)
+from model.kernels.grouping import (
+    Grouping,
+    Strategy,
+    compute_dtype,
     dense_gates,
     fake_grouping,
     group_tokens,
     no_grouping,
-    over_heads,
     resolve_strategy,
-    score_gradient,
 )
 from model.kernels.workers import scratch
 
