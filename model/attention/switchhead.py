@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention.joint_linear import joint_linear
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
@@ -35,6 +36,8 @@ class SwitchHeadAttention(nn.Module):
     Shape legend: B batch, T tokens of the chunk, L = M + T of the context, H heads, h head_dim, E experts, d d_model.
     """
 
+    query: nn.Linear
+    key: nn.Linear
     output: nn.Linear
     output_experts: Tensor
     position: nn.Linear
@@ -89,15 +92,25 @@ class SwitchHeadAttention(nn.Module):
         H, h = self.num_heads, self.config.head_dim
         selections = self._select(context, T, sequence_index)
         source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
-        q = self._project("query", chunk, selections).view(B, T, H, h)
-        k, v = (self._project(projection, source, selections).view(B, L, H, h) for projection in SOURCE)
+        v = self._project("value", source, selections).view(B, L, H, h)
+        is_joint = L == T and not {"query", "key"} & selections.keys()
+        if is_joint:
+            joint = joint_linear(source, self.query.weight, self.key.weight).view(B, T, 2 * H, h)
+            q, k = joint.split(H, dim=2)
+        else:
+            q = self._project("query", chunk, selections).view(B, T, H, h)
+            k = self._project("key", source, selections).view(B, L, H, h)
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
             cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
-            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            if is_joint:
+                q, k = apply_rope(joint, cos, sin).split(H, dim=2)
+            else:
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
         if "output" in selections:

@@ -1,8 +1,4 @@
-"""Grouped projections of SwitchHead's experts on CPU: how tokens are grouped, and the five passes both ops consist of.
-
-The value op maps wide rows [N, d] to narrow ones [N, H, h] per head; the output op maps narrow rows to wide ones. The
-backward of each is the forward of the other plus gradients of weights and scores, so both are built from the passes
-below: `expert_products` (wide to narrow), `combine`, `score_gradient`, `gated_rows`, `sum_projected` (narrow to wide).
+"""How SwitchHead's projections group tokens on CPU: by expert, by set of experts, or not at all.
 
 Shape legend: N tokens, d d_model, H heads, h head_dim, E experts of a head, k chosen experts, R rows of a head after
 grouping, W members: experts that every row of a group goes through.
@@ -13,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
+import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from model.kernels.workers import run_tasks, scratch
 
 Strategy = Literal["all", "sets", "experts"]
 
@@ -56,8 +50,27 @@ class Grouping:
     """[H, R] int64: token of each row."""
     place: Tensor
     """[N, H, k] int64: where a choice is in a flattened [H, R, W]."""
+    ends: Tensor
+    """[H, S] int64: the row after the last of each set, expert or, for `all`, head."""
     groups: list[list[Group]]
     """Per head, in row order."""
+
+    @classmethod
+    def restore(cls, saved: tuple[Tensor, Tensor, Tensor], num_experts: int, strategy: Strategy) -> Grouping:
+        """From `saved` of the forward pass: backward neither sorts nor counts again (1 ms an op)."""
+        token, place, ends = saved
+        N, k = place.shape[0], place.shape[2]
+        sets = member_sets(num_experts, k, strategy)
+        groups = []
+        for edges in ends.tolist():
+            spans = zip([0, *edges[:-1]], edges, sets, strict=True)
+            groups.append([block for start, stop, members in spans for block in _blocks(start, stop, members)])
+        return cls(strategy, N, len(sets[0]), token, place, ends, groups)
+
+    @property
+    def saved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors that `restore` takes: outputs of the forward op."""
+        return self.token, self.place, self.ends
 
     @property
     def num_rows(self) -> int:
@@ -113,40 +126,78 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def member_sets(num_experts: int, k: int, strategy: Strategy) -> list[tuple[int, ...]]:
+    """The members of every group, in the order of the rows."""
+    if strategy == "all":
+        return [tuple(range(num_experts))]
+    if strategy == "experts":
+        return [(e,) for e in range(num_experts)]
+    return sorted(itertools.combinations(range(num_experts), k), key=lambda members: members[::-1])
+
+
+def fake_grouping(index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the shapes of `Grouping.saved`."""
+    if backend == "reference":
+        return no_grouping(index)
+    N, H, k = index.shape
+    strategy = resolve_strategy(backend, index.shape, num_experts)
+    num_rows, num_sets = {
+        "all": (N, 1),
+        "sets": (N, math.comb(num_experts, k)),
+        "experts": (N * k, num_experts),
+    }[strategy]
+    return index.new_empty(H, num_rows), index.new_empty(N, H, k), index.new_empty(H, num_sets)
+
+
+def no_grouping(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op returns for `Grouping.saved` where the backend groups nothing."""
+    return index.new_empty(0), index.new_empty(0), index.new_empty(0)
+
+
 def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Grouping:
     """Groups `index` [N, H, k] int64 (distinct experts per token and head). One small host copy: the group sizes."""
     N, H, k = index.shape
     head = torch.arange(H, device=index.device)
     if strategy == "all":
-        blocks = _blocks(0, N, tuple(range(num_experts)))
         token = torch.arange(N, device=index.device)
         place = (head[:, None] * N + token[:, None, None]) * num_experts + index
-        return Grouping(strategy, N, num_experts, token.expand(H, N), place, [blocks] * H)
-    if strategy == "experts":
-        experts: list[tuple[int, ...]] = [(e,) for e in range(num_experts)]
-        order, row, groups = _sort_rows(index.transpose(0, 1).reshape(H, N * k), experts)
+        saved = token.repeat(H, 1), place, index.new_full((H, 1), N)
+    elif strategy == "experts":
+        order, row, ends = _sort_rows(index.transpose(0, 1).reshape(H, N * k), num_experts)
         place = (head[:, None] * (N * k) + row).view(H, N, k).transpose(0, 1).contiguous()
-        return Grouping(strategy, N, 1, order // k, place, groups)
-    members, choice = index.sort(dim=-1)
-    numbers, sets = _set_numbers(members, num_experts)
-    token, row, groups = _sort_rows(numbers.t(), sets)
-    # [N, H, k] with ascending members; scattered back to the order of the choices.
-    by_member = (head * N + row.t())[:, :, None] * k + torch.arange(k, device=index.device)
-    place = torch.empty_like(index).scatter_(2, choice, by_member)
-    return Grouping(strategy, N, k, token, place, groups)
+        saved = order // k, place, ends
+    else:
+        choices = index.permute(2, 1, 0).contiguous()  # [k, H, N]
+        member = _ranks(choices)
+        # Combinatorial number system: the set e_1 < ... < e_k is number C(e_1, 1) + ... + C(e_k, k) of C(E, k).
+        table = torch.tensor([[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)], device=index.device)
+        numbers = table.take(member * num_experts + choices).sum(0)
+        token, row, ends = _sort_rows(numbers, math.comb(num_experts, k))
+        place = (head[:, None] * N + row) * k + member
+        saved = token, place.permute(2, 1, 0).contiguous(), ends
+    return Grouping.restore(saved, num_experts, strategy)
 
 
-def _sort_rows(keys: Tensor, experts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[list[Group]]]:
-    """Stable sort of `keys` [H, R]: order [H, R], its inverse [H, R], and the group of each key that occurs."""
-    keys, order = keys.contiguous().sort(dim=1, stable=True)
+def _ranks(choices: Tensor) -> Tensor:
+    """How many of the k `choices` [k, ...] are less than each, distinct ones. 8192 times 2 take 0.05 ms, sorted 0.4."""
+    ranks = torch.zeros_like(choices)
+    for i, j in itertools.combinations(range(len(choices)), 2):
+        less = choices[i] < choices[j]
+        ranks[j] += less
+        ranks[i] += ~less
+    return ranks
+
+
+def _sort_rows(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort of `keys` [H, R] in 0..num_keys: order [H, R], its inverse [H, R], each key's end [H, num_keys]."""
+    # As in model/kernels/route.py: numpy sorts keys of 16 bits by counting.
+    narrow = keys.to(torch.int16 if num_keys <= 1 << 15 else torch.int64).contiguous()
+    order = torch.from_numpy(numpy.argsort(narrow.numpy(), axis=-1, kind="stable"))
     position = torch.arange(order.shape[1], device=keys.device)
     inverse = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
-    numbers = torch.arange(len(experts), device=keys.device).repeat(len(keys), 1)
-    groups = []
-    for ends in torch.searchsorted(keys, numbers, right=True).tolist():
-        spans = zip([0, *ends[:-1]], ends, experts, strict=True)
-        groups.append([block for start, stop, members in spans for block in _blocks(start, stop, members)])
-    return order, inverse, groups
+    offset = torch.arange(len(keys), device=keys.device)[:, None] * num_keys
+    counts = torch.bincount((keys + offset).flatten(), minlength=len(keys) * num_keys)
+    return order, inverse, counts.view(len(keys), num_keys).cumsum(1)
 
 
 def _blocks(start: int, stop: int, experts: tuple[int, ...]) -> list[Group]:
@@ -154,228 +205,3 @@ def _blocks(start: int, stop: int, experts: tuple[int, ...]) -> list[Group]:
     parts = -(-(stop - start) // MAX_GROUP_ROWS)
     edges = [start + (stop - start) * i // max(parts, 1) for i in range(parts + 1)]
     return [Group(a, b, experts) for a, b in itertools.pairwise(edges)]
-
-
-def _set_numbers(members: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Number [N, H] of each ascending set `members` [N, H, k], and the sets in the order of their numbers.
-
-    Combinatorial number system: the set e_1 < ... < e_k is number C(e_1, 1) + ... + C(e_k, k) of C(E, k).
-    """
-    k = members.shape[-1]
-    table = torch.tensor([[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)], device=members.device)
-    number = table[torch.arange(k, device=members.device), members].sum(-1)
-    return number, sorted(itertools.combinations(range(num_experts), k), key=lambda members: members[::-1])
-
-
-def compute_gates(scores: Tensor, grouping: Grouping, dtype: torch.dtype) -> Tensor:
-    """Gate of every (row, member) [H, R, W]: `scores` [N, H, k] at their places, 0 where a member is not chosen."""
-    shape = (scores.shape[1], grouping.num_rows, grouping.num_members)
-    gates = scores.new_zeros(math.prod(shape), dtype=dtype)
-    return gates.scatter_(0, grouping.place.flatten(), scores.to(dtype).flatten()).view(shape)
-
-
-def combine(products: Tensor, grouping: Grouping, scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over choices of score times product: [H, R, W, h] and [N, H, k] -> [N, H, h] in `dtype`.
-
-    One pass that gathers, scales and adds: embedding_bag with per-sample weights takes 2.0 ms for N = 2048, H = 4,
-    k = 2, h = 112, where indexing, multiplying and summing apart take 9 ms (a 7 MB temporary each).
-    """
-    N, H, k = scores.shape
-    h = products.shape[-1]
-    if N == 0:
-        return products.new_zeros(N, H, h, dtype=dtype)
-    bags, weights = grouping.place.reshape(N * H, k), scores.to(products.dtype).reshape(N * H, k)
-    return F.embedding_bag(bags, products.view(-1, h), mode="sum", per_sample_weights=weights).view(N, H, h).to(dtype)
-
-
-def score_gradient(products: Tensor, rows: Tensor, result: Tensor) -> None:
-    """`result` [R, W]: dot products of `products` [R, W, h] with `rows` [R, h], without a temporary."""
-    torch.bmm(products, rows[:, :, None], out=result[:, :, None])
-
-
-class WideRows:
-    """Reads a wide matrix [N, d] group by group into one scratch block, in the compute dtype.
-
-    The block stays in cache: gathering a whole head at once costs 4 ms more per 8 MB in page faults.
-    """
-
-    def __init__(self, source: Tensor, grouping: Grouping) -> None:
-        self.source, self.grouping = source, grouping
-        dtype = compute_dtype(source.dtype)
-        shape = (grouping.longest, source.shape[1])
-        self.gathered = scratch("gathered wide rows", shape, source.dtype)
-        self.block = self.gathered if dtype == source.dtype else scratch("cast wide rows", shape, dtype)
-
-    def read(self, group: Group, token: Tensor) -> Tensor:
-        """[n, d], the rows of the group's tokens; valid until the next call."""
-        if self.grouping.strategy == "all":
-            rows = self.source[group.start : group.stop]
-        else:
-            rows = torch.index_select(self.source, 0, token, out=self.gathered[: len(group)])
-        return rows if rows.dtype == self.block.dtype else self.block[: len(group)].copy_(rows)
-
-
-class NarrowRows:
-    """The rows of one head of a narrow tensor [N, H, h] in row order: plain [R, h], and times each gate [R, W h]."""
-
-    def __init__(self, source: Tensor, grouping: Grouping, gates: Tensor) -> None:
-        self.source, self.grouping, self.gates = source, grouping, gates
-        self.gated = scratch("gated rows", (*gates.shape[1:], source.shape[-1]), gates.dtype)
-
-    def read(self, head: int) -> tuple[Tensor, Tensor]:
-        """([R, h], [R, W h]) in the compute dtype; the second is valid until the next call."""
-        rows = self.source[:, head]
-        if self.grouping.strategy != "all":
-            rows = rows.index_select(0, self.grouping.token[head])
-        rows = rows.to(self.gated.dtype)
-        torch.mul(rows[:, None, :], self.gates[head][:, :, None], out=self.gated)
-        return rows, self.gated.flatten(1)
-
-
-class WideSum:
-    """Sum over heads of gated rows times expert weights: [N, d] in the compute dtype.
-
-    A group's product stays in cache and is added to its tokens' rows by index_add_: 0.7 ms a head more than the GEMMs
-    alone, also on two threads (index_add_ runs on one, in row order, so it repeats bit by bit). Gathering the running
-    sum into the next head's row order instead costs 1.4 ms a head on one thread and 0.7 on two, and 6 ms for a second
-    buffer; a buffer per head 16 ms in page faults; scatter_add_ as much as index_add_ (N = 2048, d = 1024, fp32).
-    Where a head's groups hold every token once, the first head writes instead of adding to zeros: 5 ms of zeroing less
-    in one value backward.
-    """
-
-    def __init__(self, grouping: Grouping, total: Tensor) -> None:
-        self.grouping, self.total = grouping, total
-        self.first = grouping.strategy != "experts"
-        if not self.first:
-            total.zero_()
-        if grouping.strategy != "all":
-            self.block = scratch("wide products", (grouping.longest, total.shape[1]), total.dtype)
-
-    @staticmethod
-    def parts(grouping: Grouping, width: int, dtype: torch.dtype) -> list[Tensor]:
-        """A total for each part of `over_heads`: the first is new, the others are scratch of the calling thread."""
-        N, num_heads = grouping.num_tokens, len(grouping.groups)
-        others = [scratch(f"wide sum {i}", (N, width), dtype) for i in range(1, num_parts(num_heads, N))]
-        return [torch.empty(N, width, dtype=dtype, device=grouping.token.device), *others]
-
-    def add(self, group: Group, token: Tensor, gated: Tensor, weights: Tensor) -> None:
-        """Adds `gated` [n, W h] times `weights` [W h, d] to the rows of the group's tokens."""
-        if self.grouping.strategy == "all":
-            rows = self.total[group.start : group.stop]
-            torch.addmm(rows, gated, weights, beta=0.0 if self.first else 1.0, out=rows)
-            return
-        product = torch.mm(gated, weights, out=self.block[: len(group)])
-        if self.first:
-            self.total.index_copy_(0, token, product)
-        else:
-            self.total.index_add_(0, token, product)
-
-    def next_head(self) -> None:
-        """Call after every head."""
-        self.first = False
-
-
-def add_up(parts: list[Tensor]) -> Tensor:
-    """Sum in the order of the list, in its first tensor."""
-    for part in parts[1:]:
-        parts[0].add_(part)
-    return parts[0]
-
-
-class HeadWeights:
-    """One head's expert matrices, side by side for a group's members: one GEMM per group instead of one per member.
-
-    `experts` [E, h, d] stack along their rows to [W h, d], [E, d, h] (`columns`) along their columns to [d, W h]. The
-    copy is 0.9 MB per set at d = 1024; with it, narrow-to-wide takes 8.4 instead of 9.0 ms a head and the weight
-    gradient 9.9 instead of 11.4 ms (N = 2048, h = 112, E = 4, k = 2, one thread).
-    """
-
-    def __init__(self, experts: Tensor, *, columns: bool) -> None:
-        self.experts, self.single, self.dim = experts, experts.unbind(), int(columns)
-        self.joined: tuple[tuple[int, ...], Tensor] = ((), experts)
-
-    def join(self, members: tuple[int, ...]) -> Tensor:
-        """[W h, d], or [d, W h] by columns; a view where the members are neighbours in memory."""
-        if self.joined[0] != members:  # groups of the same set follow each other
-            if len(members) == 1:
-                found = self.single[members[0]]
-            elif self.dim == 0 and (span := neighbours(members)):
-                found = self.experts[span].flatten(0, 1)
-            else:
-                shape = list(self.experts.shape[1:])
-                shape[self.dim] *= len(members)
-                found = scratch("joined experts", tuple(shape), self.experts.dtype)
-                torch.cat([self.single[e] for e in members], self.dim, out=found)
-            self.joined = members, found
-        return self.joined[1]
-
-
-def neighbours(members: tuple[int, ...]) -> slice | None:
-    """The slice that `members` (ascending) form, if they are consecutive."""
-    first, last = members[0], members[-1]
-    return slice(first, last + 1) if last - first == len(members) - 1 else None
-
-
-class WeightGradient:
-    """Gradient of one head's experts, summed over groups in the compute dtype; layouts as in `HeadWeights`."""
-
-    def __init__(self, result: Tensor, dtype: torch.dtype, *, columns: bool) -> None:
-        self.result, self.dim = result, int(columns)
-        self.sum = result if result.dtype == dtype else scratch("weight gradient", tuple(result.shape), dtype)
-        self.single = self.sum.unbind()
-        self.joined = result[:0, 0]
-        self.written: set[int] = set()
-
-    def add(self, group: Group, left: Tensor, right: Tensor) -> None:
-        """Adds left times right, the group's joined members, to each member's gradient."""
-        target = None
-        if len(group.experts) == 1:
-            target = self.single[group.experts[0]]
-        elif self.dim == 0 and (span := neighbours(group.experts)):
-            target = self.sum[span].flatten(0, 1)
-        if target is not None:
-            new = self.written.isdisjoint(group.experts)
-            if not new:
-                self._zero(group.experts)
-            torch.addmm(target, left, right, beta=0.0 if new else 1.0, out=target)
-            self.written.update(group.experts)
-            return
-        shape = (len(left), right.shape[1])
-        if self.joined.shape != shape:
-            self.joined = scratch("joined gradient", shape, left.dtype)
-        torch.mm(left, right, out=self.joined)
-        for expert, part in zip(group.experts, self.joined.chunk(len(group.experts), self.dim), strict=True):
-            if expert in self.written:
-                self.single[expert].add_(part)
-            else:
-                self.single[expert].copy_(part)
-        self.written.update(group.experts)
-
-    def _zero(self, experts: Iterable[int]) -> None:
-        """Those that nothing was written to yet: fewer than zeroing all first, 1 ms an op at the benchmark's shape."""
-        for expert in experts:
-            if expert not in self.written:
-                self.single[expert].zero_()
-        self.written.update(experts)
-
-    def finish(self) -> None:
-        self._zero(range(len(self.single)))
-        if self.sum is not self.result:
-            self.result.copy_(self.sum)
-
-
-def over_heads(body: Callable[[int, range], None], num_heads: int, num_tokens: int) -> None:
-    """`body(part, heads)` for the parts that cover the heads: each on one thread where there is more than one.
-
-    One fork and join per op. A GEMM of one group is 0.2 ms: spreading each of the hundreds of them over two threads
-    costs a barrier each: next to busy processes the attention layer (bf16) took 4800 ms that way and 1380 this way.
-    """
-    parts = num_parts(num_heads, num_tokens)
-    edges = [num_heads * i // parts for i in range(parts + 1)]
-    ranges = [range(a, b) for a, b in itertools.pairwise(edges)]
-    run_tasks([len(heads) for heads in ranges], lambda part: body(part, ranges[part]))
-
-
-def num_parts(num_heads: int, num_tokens: int) -> int:
-    """Parts that `over_heads` makes: a thread each, but one part where the work is not worth a thread's start."""
-    return max(1, min(torch.get_num_threads(), num_heads)) if num_tokens >= 128 else 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.workers import run_blocks, scratch
+from model.kernels.workers import scratch
 
 
 def expert_segment(counts: list[int], expert: int) -> slice:
@@ -43,16 +43,14 @@ def slot_rows(order: Tensor, num_slots: int, width: int, dtype: torch.dtype) -> 
 def sum_slots(rows: Tensor, order: Tensor, k: int, x: Tensor) -> Tensor:
     """Sum over the k slots of each token of `slot_rows`, sorted by expert, in the shape and dtype of `x` [N, d].
 
-    Gather and sum in one pass with fp32 sums: 3.5 ms on one thread for 16384 rows, index_select and sum take 13.
+    Gather and sum in one pass with fp32 sums, on the threads of the operator, which writes its result once: 4.8 ms on
+    one thread and 2.8 on two for 16384 rows of 512; in blocks on the workers, each copied to its place, 7.2 and 6.6;
+    index_select and sum apart 13 on one.
     """
-    y = x.new_empty(x.shape)
+    if x.shape[0] == 0:
+        return x.new_empty(x.shape)
     places = inverse(order, x.shape[0] * k).view(-1, k)
-
-    def compute(block: slice) -> None:
-        y[block] = F.embedding_bag(places[block], rows, mode="sum")
-
-    run_blocks(x.shape[0], compute)
-    return y
+    return F.embedding_bag(places, rows, mode="sum").to(x.dtype)
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:

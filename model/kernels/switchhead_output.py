@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.grouping import (
+from model.kernels.grouped_passes import (
     HeadWeights,
     NarrowRows,
-    Strategy,
     WeightGradient,
     WideRows,
     WideSum,
     add_up,
     combine,
-    compute_dtype,
     compute_gates,
-    dense_gates,
-    group_tokens,
     over_heads,
-    resolve_strategy,
     score_gradient,
+)
+from model.kernels.grouping import (
+    Grouping,
+    Strategy,
+    compute_dtype,
+    dense_gates,
+    fake_grouping,
+    group_tokens,
+    no_grouping,
+    resolve_strategy,
 )
 from model.kernels.workers import scratch
 
@@ -35,7 +40,7 @@ def switchhead_output(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor,
     `a` [N, H, h]: attention's result per head; `scores` [N, H, k] fp32, sigmoid of the chosen logits; `index` [N, H, k]
     int64, distinct along k; `experts` [H, E, h, d]. Returns [N, d] in the dtype of `a`. Gradients: a, scores, experts.
     """
-    return torch.ops.switchall.switchhead_output(a, scores, index, experts, backend)
+    return torch.ops.switchall.switchhead_output(a, scores, index, experts, backend)[0]
 
 
 def reference(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor) -> Tensor:
@@ -56,8 +61,10 @@ def reference_backward(
     return grad_a.contiguous(), grad_gates.to(scores.dtype).gather(2, index), grad_experts.contiguous()
 
 
-def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> Tensor:
-    """y [N, d]."""
+def forward_cpu(
+    a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [N, d], token, place and ends of the grouping)."""
     H, E, _, d = experts.shape
     dtype = compute_dtype(a.dtype)
     grouping = group_tokens(index, E, strategy)
@@ -66,26 +73,24 @@ def forward_cpu(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
     totals = WideSum.parts(grouping, d, dtype)
 
     def project(part: int, heads: range) -> None:
-        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, totals[part])
+        narrow, total = NarrowRows(a, grouping, gates), WideSum(grouping, totals[part], heads)
         for head in heads:
             _, gated = narrow.read(head)
-            weights = HeadWeights(experts[head].to(dtype), columns=False)
-            tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
-            for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
-                total.add(group, token, factor, weights.join(group.experts))
-            total.next_head()
+            weights = HeadWeights(experts[head], dtype)
+            targets, factors = grouping.split(head, total.rows(head)), grouping.split(head, gated)
+            for group, target, factor in zip(grouping.groups[head], targets, factors, strict=True):
+                total.add(head, group, target, factor, weights.join(group.experts))
 
     over_heads(project, H, len(a))
-    return add_up(totals).to(a.dtype)
+    return add_up(grouping, totals).to(a.dtype), *grouping.saved
 
 
 def backward_cpu(
-    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy
+    grad: Tensor, a: Tensor, scores: Tensor, experts: Tensor, grouping: Grouping
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, scores and experts. One gather of `grad` serves both wide products."""
-    H, E, h, _ = experts.shape
+    H, h = experts.shape[0], experts.shape[2]
     dtype = compute_dtype(a.dtype)
-    grouping = group_tokens(index, E, strategy)
     gates = compute_gates(scores, grouping, dtype)
     products = scratch("products", (*gates.shape, h), dtype)  # grad W_O^T
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
@@ -94,14 +99,14 @@ def backward_cpu(
         wide, narrow = WideRows(grad, grouping), NarrowRows(a, grouping, gates)
         for head in heads:
             rows, gated = narrow.read(head)
-            weights = HeadWeights(experts[head].to(dtype), columns=False)
-            gradient = WeightGradient(grad_experts[head], dtype, columns=False)
+            weights = HeadWeights(experts[head], dtype)
+            gradient = WeightGradient(grad_experts[head], dtype)
             rows_of = (grouping.token[head], gated, products[head].flatten(1))
             parts = zip(grouping.groups[head], *(grouping.split(head, t) for t in rows_of), strict=True)
             for group, token, factor, result in parts:
                 block = wide.read(group, token)
                 torch.mm(block, weights.join(group.experts).t(), out=result)
-                gradient.add(group, factor.t(), block)
+                gradient.add(group, factor, block)
             score_gradient(products[head], rows, grad_gates[head])
             gradient.finish()
 
@@ -111,43 +116,58 @@ def backward_cpu(
 
 
 @torch.library.custom_op("switchall::switchhead_output", mutates_args=())
-def _forward(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> Tensor:
+def _forward(
+    a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> y, and for backward `Grouping.saved`, empty where `backend` is the reference."""
     if backend == "reference":
-        return reference(a, scores, index, experts)
+        return reference(a, scores, index, experts), *no_grouping(index)
     return forward_cpu(a, scores, index, experts.contiguous(), resolve_strategy(backend, index.shape, experts.shape[1]))
 
 
 @torch.library.custom_op("switchall::switchhead_output_backward", mutates_args=())
 def _backward(
-    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+    grad: Tensor,
+    a: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    experts: Tensor,
+    token: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference_backward(grad, a, scores, index, experts)
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
-    return backward_cpu(grad, a, scores, index, experts.contiguous(), strategy)
+    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
+    return backward_cpu(grad, a, scores, experts.contiguous(), grouping)
 
 
 @_forward.register_fake
-def _(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> Tensor:
-    return a.new_empty(a.shape[0], experts.shape[3])
+def _(a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return a.new_empty(a.shape[0], experts.shape[3]), *fake_grouping(index, experts.shape[1], backend)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+    grad: Tensor, a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape), scores.new_empty(scores.shape), experts.new_empty(experts.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    a, scores, index, experts = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     backward = torch.ops.switchall.switchhead_output_backward
-    grad_a, grad_scores, grad_experts = backward(grad, a, scores, index, experts, ctx.backend)
+    grad_a, grad_scores, grad_experts = backward(grad, *ctx.saved_tensors, ctx.backend)
     return grad_a, grad_scores, None, grad_experts, None
 
 

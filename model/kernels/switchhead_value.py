@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.grouping import (
+from model.kernels.grouped_passes import (
     HeadWeights,
     NarrowRows,
-    Strategy,
     WeightGradient,
     WideRows,
     WideSum,
     add_up,
     combine,
-    compute_dtype,
     compute_gates,
-    dense_gates,
-    group_tokens,
     over_heads,
-    resolve_strategy,
     score_gradient,
+)
+from model.kernels.grouping import (
+    Grouping,
+    Strategy,
+    compute_dtype,
+    dense_gates,
+    fake_grouping,
+    group_tokens,
+    no_grouping,
+    resolve_strategy,
 )
 from model.kernels.workers import scratch
 
@@ -55,8 +60,10 @@ def reference_backward(
     return grad_x.contiguous(), grad_gates.to(scores.dtype).gather(2, index), grad_experts.contiguous()
 
 
-def forward_cpu(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor]:
-    """(v [N, H, h], products x W_V of every row and member [H R W, h])."""
+def forward_cpu(
+    x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: Strategy
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(v [N, H, h], products x W_V of every row and member [H R W, h], token, place and ends of the grouping)."""
     H, E, _, h = experts.shape
     dtype = compute_dtype(x.dtype)
     grouping = group_tokens(index, E, strategy)
@@ -76,16 +83,15 @@ def forward_cpu(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strat
 
     over_heads(project, H, len(x))
     v = combine(products, grouping, scores, x.dtype)
-    return v, products.view(-1, h).to(x.dtype)
+    return v, products.view(-1, h).to(x.dtype), *grouping.saved
 
 
 def backward_cpu(
-    grad: Tensor, x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, products: Tensor, strategy: Strategy
+    grad: Tensor, x: Tensor, scores: Tensor, experts: Tensor, products: Tensor, grouping: Grouping
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scores and experts; `products` as `forward_cpu` returned them."""
-    H, E, d, h = experts.shape
+    """Gradients of x, scores and experts; `products` and `grouping` are of `forward_cpu`."""
+    H, d, h = experts.shape[0], experts.shape[2], experts.shape[3]
     dtype = compute_dtype(x.dtype)
-    grouping = group_tokens(index, E, strategy)
     gates = compute_gates(scores, grouping, dtype)
     products = products.view(*gates.shape, h)
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
@@ -93,68 +99,86 @@ def backward_cpu(
     totals = WideSum.parts(grouping, d, dtype)
 
     def project(part: int, heads: range) -> None:
-        wide, narrow, total = WideRows(x, grouping), NarrowRows(grad, grouping, gates), WideSum(grouping, totals[part])
+        wide, narrow = WideRows(x, grouping), NarrowRows(grad, grouping, gates)
+        total = WideSum(grouping, totals[part], heads)
         for head in heads:
             rows, gated = narrow.read(head)
             score_gradient(products[head].to(dtype), rows, grad_gates[head])
-            weights = HeadWeights(experts[head].to(dtype), columns=True)
-            gradient = WeightGradient(grad_experts[head], dtype, columns=True)
-            tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
-            for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
-                total.add(group, token, factor, weights.join(group.experts).t())
-                gradient.add(group, wide.read(group, token).t(), factor)
+            weights = HeadWeights(experts[head].transpose(1, 2), dtype)
+            gradient = WeightGradient(grad_experts[head].transpose(1, 2), dtype)
+            rows_of = (grouping.token[head], total.rows(head), gated)
+            parts = zip(grouping.groups[head], *(grouping.split(head, t) for t in rows_of), strict=True)
+            for group, token, target, factor in parts:
+                total.add(head, group, target, factor, weights.join(group.experts))
+                gradient.add(group, factor, wide.read(group, token))
             gradient.finish()
-            total.next_head()
 
     over_heads(project, H, len(x))
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
-    return add_up(totals).to(x.dtype), grad_scores, grad_experts
+    return add_up(grouping, totals).to(x.dtype), grad_scores, grad_experts
 
 
 @torch.library.custom_op("switchall::switchhead_value", mutates_args=())
-def _forward(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> v, and for backward: the products and `Grouping.saved`, empty where `backend` is the reference."""
     if backend == "reference":
-        return reference(x, scores, index, experts), x.new_empty(0, experts.shape[3])
+        return reference(x, scores, index, experts), x.new_empty(0, experts.shape[3]), *no_grouping(index)
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
     return forward_cpu(x, scores, index, experts.contiguous(), strategy)
 
 
 @torch.library.custom_op("switchall::switchhead_value_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, products: Tensor, backend: str
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    experts: Tensor,
+    products: Tensor,
+    token: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference_backward(grad, x, scores, index, experts)
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
-    return backward_cpu(grad, x, scores, index, experts.contiguous(), products, strategy)
+    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
+    return backward_cpu(grad, x, scores, experts.contiguous(), products, grouping)
 
 
 @_forward.register_fake
-def _(x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H, k), (E, h) = index.shape, experts.shape[1::2]
     per_token = 0
     if backend != "reference":
         per_token = E if resolve_strategy(backend, index.shape, E) == "all" else k
-    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, h)
+    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, h), *fake_grouping(index, E, backend)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, products: Tensor, backend: str
+    grad: Tensor, x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), scores.new_empty(scores.shape), experts.new_empty(experts.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, scores, index, experts, products = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     backward = torch.ops.switchall.switchhead_value_backward
-    grad_x, grad_scores, grad_experts = backward(grad, x, scores, index, experts, products, ctx.backend)
+    grad_x, grad_scores, grad_experts = backward(grad, *ctx.saved_tensors, ctx.backend)
     return grad_x, grad_scores, None, grad_experts, None
 
 

@@ -143,7 +143,8 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.switchall.switchhead_output, (*leaves[:2], index, leaves[2], backend))
     plain = [t.detach() for t in leaves]
     grad = torch.randn(9, 6).to(dtype)
-    arguments = (grad, *plain[:2], index, plain[2], backend)
+    saved = torch.ops.switchall.switchhead_output(*plain[:2], index, plain[2], backend)[1:]
+    arguments = (grad, *plain[:2], index, plain[2], *saved, backend)
     torch.library.opcheck(torch.ops.switchall.switchhead_output_backward, arguments)
 
 

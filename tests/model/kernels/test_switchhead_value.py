@@ -141,8 +141,8 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.switchall.switchhead_value, (*leaves[:2], index, leaves[2], backend))
     plain = [t.detach() for t in leaves]
     grad = torch.randn(9, 2, 5).to(dtype)
-    products = torch.ops.switchall.switchhead_value(*plain[:2], index, plain[2], backend)[1]
-    arguments = (grad, *plain[:2], index, plain[2], products, backend)
+    saved = torch.ops.switchall.switchhead_value(*plain[:2], index, plain[2], backend)[1:]
+    arguments = (grad, *plain[:2], index, plain[2], *saved, backend)
     torch.library.opcheck(torch.ops.switchall.switchhead_value_backward, arguments)
 
 

@@ -1,0 +1,43 @@
+"""model/attention/joint_linear.py: one GEMM for several maps equals the maps one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention.joint_linear import joint_linear
+
+# tokens, d, widths
+SHAPES = [((5,), 7, (3, 4)), ((2, 3), 8, (1, 6, 5)), ((0,), 4, (2, 2)), ((300,), 64, (48, 48))]
+
+
+@pytest.mark.parametrize("tokens, d, widths", SHAPES)
+def test_equals_separate_maps(tokens: tuple[int, ...], d: int, widths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*tokens, d, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(width, d, dtype=torch.float64, requires_grad=True) for width in widths]
+    upstream = torch.randn(*tokens, sum(widths), dtype=torch.float64)
+    joint = joint_linear(x, *weights)
+    apart = torch.cat([F.linear(x, weight) for weight in weights], -1)
+    torch.testing.assert_close(joint, apart)
+    found, expected = (torch.autograd.grad(y, [x, *weights], upstream) for y in (joint, apart))
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((4, 3), (2, 3), (5, 3))]
+    assert torch.autograd.gradcheck(joint_linear, leaves)
+
+
+def test_compiles_without_graph_break_and_counts_flops() -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(size, requires_grad=True) for size in ((4, 3), (2, 3), (5, 3))]
+    compiled = torch.compile(lambda *t: joint_linear(*t).cos(), fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(y.sum(), leaves) for y in (compiled(*leaves), joint_linear(*leaves).cos()))
+    torch.testing.assert_close(found, expected)
+    with FlopCounterMode(display=False) as counter:
+        joint_linear(*leaves).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 3 * 7
