@@ -82,7 +82,7 @@ def collectives(rank: int) -> None:
         assert torch.equal(partial.grad, alike) and torch.equal(partial, before)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_tokens_are_gathered_and_scattered(ranks: int) -> None:
     """And classes divided, in the cross-entropy of such tokens."""
     run_ranks(collectives, ranks)
