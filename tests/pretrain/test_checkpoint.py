@@ -53,7 +53,7 @@ def assert_bit_identical(resumed: Path, unbroken: Path) -> None:
         assert torch.equal(ours[key], value), key
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_run_is_bit_identical(prepared: Path, tmp_path: Path, ranks: int) -> None:
     layouts = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
     runs = []

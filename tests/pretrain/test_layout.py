@@ -101,6 +101,7 @@ def test_engines_hold_what_the_table_says(prepared: Path, precision: str) -> Non
             assert 0 <= optimizer - expected[stage].optimizer <= slack, f"{layout}, rank {rank}: optimizer"
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_the_process_groups(prepared: Path) -> None:
     layouts = LAYOUTS[:3]
     configs = [config_of(prepared, "switchall", layout) for layout in layouts]

@@ -49,7 +49,7 @@ def reference(prepared: Path) -> Trace:
     return trace
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_data_parallel_layout_gives_the_same_numbers(prepared: Path, reference: Trace, ranks: int) -> None:
     configs = [
         small_config(prepared, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")

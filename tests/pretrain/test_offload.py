@@ -23,6 +23,7 @@ def test_numbers_do_not_change(prepared: Path) -> None:
         assert_same(trace, reference, f"offload, ZeRO {config.parallel.zero}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume(prepared: Path, tmp_path: Path, precision: str) -> None:
     keys = ("train.steps=6", "evaluate.sequences=0", f"train.precision={precision}")

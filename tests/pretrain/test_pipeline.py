@@ -43,7 +43,7 @@ def test_stages_are_contiguous_and_the_longest_is_as_short_as_can_be(
         assert blocks_per_stage[-1] < max(blocks_per_stage), "the output layer counts"
 
 
-@pytest.mark.parametrize("model", ["switchall xl", "moa"])
+@pytest.mark.parametrize("model", ["switchall xl", pytest.param("moa", marks=pytest.mark.slow)])
 def test_resume_is_bit_identical_and_moves_between_numbers_of_stages(
     prepared: Path, tmp_path: Path, model: str
 ) -> None:
@@ -77,6 +77,7 @@ def validations(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if line["event"] == "validation" and line["step"] in (3, 6)]
 
 
+@pytest.mark.slow
 def test_tied_copies_stay_together_and_resume(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=6", "evaluate.sequences=0")
     layout = Layout(pipeline=2, data=2, tied=True)
@@ -103,6 +104,7 @@ def test_tied_copies_stay_together_and_resume(prepared: Path, tmp_path: Path) ->
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_of_every_stage_reach_the_routers(prepared: Path) -> None:
     """Micro-steps and stages scale the attached gradients: a wrong factor shows where the losses are strong."""
     strong = "model.feedforward.entropy_weight=0.2"

@@ -60,11 +60,8 @@ def config_of(prepared: Path, model: str, *overrides: str) -> Config:
     return small_config(prepared, *MODELS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
 
 
-FAST = ("switchall xl", "moa")
-"""What every commit runs; the others are as long and go to the slow tier."""
-
-
-@pytest.mark.parametrize("model", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+@pytest.mark.slow  # the fast tier has its layouts in test_matrix.py
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
     # micro_batch scope: 4 sequences per micro-step in every layout.
     reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
