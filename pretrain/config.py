@@ -34,7 +34,7 @@ class BatchConfig(Section):
 
     global_sequences: PositiveInt = 64
     """Sequences per optimizer step, over all ranks and micro-steps."""
-    micro_sequences: PositiveInt = 8
+    micro_sequences: PositiveInt = Field(8, json_schema_extra=FREE)
     """Sequences per forward pass of one rank. global_sequences must be a multiple of micro_sequences x DP; the
     quotient is the number of micro-steps."""
 

@@ -170,7 +170,7 @@ def build_trainer(
     else:
         model = build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
     if resumed is not None:
-        checkpoints.load_weights(resumed, model, parallel)
+        agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
     engine = build_engine(model, config, parallel, device)
     norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
     run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
@@ -187,7 +187,7 @@ def build_trainer(
         # Memory is of the tokens just before the next ones: other data or another cut of it has none.
         then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
         same_text = then == (config.model.sequence_length, manifest.digest)
-        checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text)
+        agreed(lambda: checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text))
         if config.model.memory_length and not same_text and parallel.is_first:
             print("memory begins empty: the checkpoint's is of other text", flush=True)
     reduce = StepReducer(engine.module, parallel)

@@ -28,7 +28,15 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.compute_grad_norm": "the need of metrics.jsonl for the gradient norm",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "zero_optimization.cpu_offload": "parallel.offload_optimizer",
+    "zero_optimization.offload_param": "parallel.offload_optimizer, which moves optimizer states alone",
     "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
+    "activation_checkpointing": "train.recompute",
+    "sequence_parallel_size": "parallel.sequence",
+    "tensor_parallel": "parallel.tensor",
+    "elasticity": "the number of ranks at start: a run resumes in any layout",
+    "amp": "train.precision",
+    "sparse_gradients": "the embedding, whose gradient is dense",
     "pipeline.pipe_partitioned": "the exactness of sequence parallelism",
     "pipeline.grad_partitioned": "the exactness of sequence parallelism",
     "pipeline.activation_checkpoint_interval": "train.recompute",
@@ -45,6 +53,12 @@ OWNED_DEEPSPEED_KEYS = {
 
 def check_rules(config: Config) -> None:
     """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
+    if config.parallel.zero == 3 and config.train.recompute == "selective":
+        raise ConfigError(
+            "train.recompute: selective does not go with parallel.zero = 3 (DeepSpeed gathers parameters inside the "
+            "repeated forward pass, other ones than in the first, and torch's record of kept products does not match); "
+            "set train.recompute to full or none, or parallel.zero to 2"
+        )
     _check_tensor(config)
     _check_pipeline(config)
     _check_offload(config)
@@ -61,6 +75,9 @@ def check_rules(config: Config) -> None:
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
             f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
+    for key in ("zero_optimization", "pipeline"):
+        if not isinstance(config.deepspeed.get(key, {}), dict):
+            raise ConfigError(f"deepspeed.{key}: must be an object of extra keys; remove it or write {{...}}")
     for key, owner in OWNED_DEEPSPEED_KEYS.items():
         section: object = config.deepspeed
         for part in key.split("."):
@@ -85,7 +102,7 @@ def _check_tensor(config: Config) -> None:
             fits = max(size for size in range(1, tensor + 1) if common % size == 0)
             raise ConfigError(
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
-                f"to {_nearest_multiple(value, tensor)}"
+                f"to {-(-value // tensor) * tensor}"
             )
 
 

@@ -81,7 +81,7 @@ def test_another_type_of_layer_starts_from_its_defaults() -> None:
         ("batch.global_sequences=30", ["batch.global_sequences", "30", "micro_sequences = 4", "set it to 32"]),
         ("parallel.zero=7", ["parallel.zero", "7"]),
         ("parallel.tensor=3", ["parallel.tensor", "num_heads", "set parallel.tensor to 2"]),
-        ("parallel.pipeline=2", ["parallel.pipeline", "set parallel.pipeline to 1"]),
+        ("parallel.pipeline=5", ["parallel.pipeline", "set parallel.pipeline to at most 4"]),
         ("train.seed=99999999999999999999999", ["train.seed"]),
         ("train.steps=true", ["train.steps", "integer"]),
         ('checkpoint.allow_changes=["optimizer.lr"]', ["checkpoint.allow_changes", "optimizer.lr", "nearest"]),
@@ -158,7 +158,8 @@ def test_what_may_change_on_resume() -> None:
     sections = {key.split(".")[0] for key in flatten(to_json(load_config(TINY)))}
     free = free_keys()
     assert {key.split(".")[0] for key in free} <= sections | {"description", "deepspeed"}
-    assert not any(key.startswith(("model.", "optimizer.", "schedule.", "batch.")) for key in free)
+    assert not any(key.startswith(("model.", "optimizer.", "schedule.")) for key in free)
+    assert {key for key in free if key.startswith("batch.")} == {"batch.micro_sequences"}, "how a step is cut is layout"
     assert {"train.stop_after_steps", "train.threads", "parallel.zero", "data.verify"} <= free
     assert not {"train.steps", "train.seed", "train.precision"} & free
 

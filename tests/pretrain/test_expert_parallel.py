@@ -84,8 +84,7 @@ def test_four_and_eight_ranks(prepared: Path) -> None:
 @pytest.mark.slow
 def test_reference_kernels_and_optimizer_offload(prepared: Path) -> None:
     reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": false}'
-    keys = ("kernels.backend=reference", f"deepspeed={offload}")
+    keys = ("kernels.backend=reference", "parallel.offload_optimizer=true")
     for ranks, layout in ((2, ()), (4, SEQUENCE)):
         configs = [config_of(prepared, "switchall", "parallel.expert=2", *layout, key) for key in keys]
         for key, trace in zip(keys, run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0], strict=True):

@@ -74,7 +74,7 @@ CASES = {
     "auxiliary loss per rank": (auxiliary_loss_per_rank, Layout(tensor=2), "gradient norm of step 1"),
     "partitioned pipe": (partitioned_pipe, Layout(tensor=2, sequence=True, pipeline=2), ""),
     "unsummed norms": (unsummed_norms, Layout(tensor=2, sequence=True), "replicas have different gradients"),
-    "unscaled auxiliary loss": (unscaled_auxiliary_loss, Layout(pipeline=2), ""),
+    "unscaled auxiliary loss": (unscaled_auxiliary_loss, Layout(pipeline=2), "gradient norm of step 1"),
 }
 
 

@@ -134,6 +134,18 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
             assert ratio == pytest.approx(1.0, abs=0.25), f"gradient of {name} is {ratio} times that of fp32"
 
 
+@pytest.mark.slow
+def test_bf16_stays_near_fp32_on_eight_ranks(prepared: Path) -> None:
+    """Every dimension at once; measured as on one rank."""
+    reference = plain_trace(config_of(prepared, "switchall", Layout(micro=8)), STEPS, ())
+    composed = Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2)
+    config = config_of(prepared, "switchall", composed, "train.precision=bf16")
+    trace = run_ranks(engine_trace, 8, [config], STEPS, ())[0][0]
+    assert trace.losses != reference.losses
+    assert trace.losses == pytest.approx(reference.losses, rel=2e-2)
+    assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -142,6 +154,7 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
         (("parallel.zero=3",), "set parallel.zero to 1, or parallel.pipeline to 1"),
         (("model.num_layers=1",), "parallel.pipeline: 2 stages need a block each, but model.num_layers is 1; set"),
         (("parallel.offload_optimizer=true",), "parallel.offload_optimizer: does not go with parallel.pipeline = 2"),
+        (('deepspeed={"pipeline": true}',), "deepspeed.pipeline: must be an object of extra keys"),
         (('deepspeed={"pipeline": {"pipe_partitioned": true}}',), "deepspeed.pipeline.pipe_partitioned: is decided by"),
     ],
 )
