@@ -106,10 +106,10 @@ class DataConfig(Section):
     """Folder for shards, tokenizer.model and manifest.json."""
     format: FormatName = "auto"
     """Source format of the raw files. auto looks at the keys of the first line of each file and takes anything else
-    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. wikitext: wiki.train.raw as `input`, wiki.valid.raw as
-    `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file as `input`,
-    see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
-    file."""
+    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. wikitext:
+    wiki.train.raw as `input`, wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an
+    article. enwik8: the one file as `input`, see `split_bytes`. For these two a zip as downloaded also does, and
+    documents stay in the order of the file."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Processes; 0 takes every CPU that this process may use. The output does not depend on it."""
     keep_work: bool = False

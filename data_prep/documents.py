@@ -10,11 +10,12 @@ Joining the documents of wikitext or enwik8 gives the file again, byte for byte.
 a `Rejected`, in its place, with the line or byte where it stands; what concerns a whole file raises.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from data_prep.locations import InputFile
 from data_prep.shard_format import SPLITS, DataError, SplitName
@@ -74,8 +75,8 @@ class _NoDocument(ValueError):
 class RawFile:
     """One raw file. After `read` is exhausted, `format`, `sha256` and `bytes` describe what was read.
 
-    `split`: where the documents go (`hash`: train, save those that `goes_to_validation` takes). enwik8 is cut
-    into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
+    `split`: where the documents go (`hash`: train, save those that the hash of their text sends to validation).
+    enwik8 is cut into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
     """
 
     def __init__(
@@ -249,12 +250,8 @@ def is_page_start(line: bytes) -> bool:
     return line.strip() == b"<page>"
 
 
-def stable_fraction(data: bytes) -> float:
-    """A number in [0, 1) that depends on the bytes alone: the first 64 bits of their sha256."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
-
-
-def goes_to_validation(text: str, *, validation_fraction: float) -> bool:
-    """Whether a document belongs to validation: the same text always goes the same way, in any file and any
-    run."""
-    return validation_fraction > 0 and stable_fraction(text.encode("utf-8")) < validation_fraction
+def stable_fractions(hashes: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1) from the first 64 bits of the sha256 of texts, uint64 [n]: below `validation_fraction`, a
+    document goes to validation. The same text always goes the same way, in any file and any run."""
+    fractions: np.ndarray = hashes.astype(np.float64) / 2.0**64
+    return fractions

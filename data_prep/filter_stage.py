@@ -1,6 +1,7 @@
 """The filter stage: a verdict for every document of every part, with counts and examples."""
 
 import heapq
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +47,7 @@ def filter_part(task: FilterTask) -> None:
     index = read_index(task.ingest, task.part.name)
     rules = np.zeros(task.part.documents, np.uint8)
     counts: dict[str, int] = {}
-    samples: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+    samples: dict[str, Samples] = {}
     for number, data in enumerate(read_documents(task.ingest, task.part.name, index.size)):
         text = data.decode("utf-8")
         verdict = filters.verdict(clean_lines(text) if task.config.c4_lines else text)
@@ -65,19 +66,23 @@ def filter_part(task: FilterTask) -> None:
         }
         keep_sample(samples.setdefault(rule, []), int(index.hash[number, 0]), line, task.config.samples)
     write_atomically(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save({"rule": rules}))
-    body = {"counts": counts, "samples": {rule: _sorted(kept) for rule, kept in sorted(samples.items())}}
+    body = {"counts": counts, "samples": {rule: sorted_samples(kept) for rule, kept in sorted(samples.items())}}
     write_json(task.folder / f"{task.part.name}.json", body)
 
 
-def keep_sample(kept: list[tuple[int, int, Any]], key: int, line: Any, count: int) -> None:
+Samples = list[tuple[int, str]]  # a heap of (-hash, line as JSON)
+
+
+def keep_sample(kept: Samples, key: int, line: dict[str, Any], count: int) -> None:
     """Keeps the `count` lines with the smallest hash: a sample that does not depend on the order of work."""
-    heapq.heappush(kept, (-key, len(kept), line))
+    heapq.heappush(kept, (-key, json.dumps(line)))
     if len(kept) > count:
         heapq.heappop(kept)
 
 
-def _sorted(kept: list[tuple[int, int, Any]]) -> list[tuple[int, Any]]:
-    return [(-key, line) for key, _, line in sorted(kept, key=lambda item: -item[0])]
+def sorted_samples(kept: Samples) -> list[tuple[int, dict[str, Any]]]:
+    """(hash, line) of the kept lines, the smallest hash first."""
+    return [(-key, json.loads(line)) for key, line in sorted(kept, reverse=True)]
 
 
 def filtered_out(folder: Path, part: Part) -> np.ndarray:
@@ -89,7 +94,7 @@ def filtered_out(folder: Path, part: Part) -> np.ndarray:
 def summary(tasks: list[FilterTask]) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Documents dropped by each rule, in the order of RULES, and the examples of all parts."""
     counts: dict[str, int] = {}
-    samples: dict[str, list[tuple[int, int, Any]]] = {}
+    samples: dict[str, Samples] = {}
     for task in tasks:
         body = read_json(task.folder / f"{task.part.name}.json")
         for rule, count in body["counts"].items():
@@ -99,5 +104,5 @@ def summary(tasks: list[FilterTask]) -> tuple[dict[str, int], list[dict[str, Any
                 keep_sample(samples.setdefault(rule, []), key, line, task.config.samples)
     ordered = [rule for rule in RULES if rule in counts]
     return {rule: counts[rule] for rule in ordered}, [
-        line for rule in ordered for _, line in _sorted(samples.get(rule, []))
+        line for rule in ordered for _, line in sorted_samples(samples.get(rule, []))
     ]

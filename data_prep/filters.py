@@ -206,5 +206,3 @@ def _repeated_spans(words: list[str], n: int) -> Iterator[tuple[int, int]]:
             covered = start + n
         else:
             seen.add(ngram)
-
-

@@ -69,7 +69,7 @@ class IngestTask:
 def ingest_folder(plan: Plan) -> Path:
     """The stage's folder: its settings are the format and the limits that change documents."""
     config = plan.config
-    settings = [config.format, config.ingest.max_document_bytes, PART_BYTES]
+    settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES]
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
     return stage_folder(plan.work, "ingest", *settings)
@@ -122,7 +122,7 @@ def ingest_file(task: IngestTask) -> None:
     unit = "byte" if task.config.format in STRICT_FORMATS else "line"
     with contextlib.ExitStack() as stack:
         quarantine = stack.enter_context(replacing(quarantine_file(task)))
-        stack.push(splitter)
+        stack.enter_context(splitter)
         last = 0
         try:
             for record in raw.read():
@@ -187,6 +187,9 @@ class _Splitter:
             for suffix in (".zst", ".safetensors"):
                 (self._task.folder / (part.name + suffix)).unlink(missing_ok=True)
         self.parts = []
+
+    def __enter__(self) -> "_Splitter":
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self._writer is not None:

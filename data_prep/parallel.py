@@ -81,7 +81,8 @@ class Workers:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
             raise DataError(
-                "a process died (most often: killed for memory); run again with fewer `workers`, it goes on where it was"
+                "a process died (most often: killed for memory); run again with fewer `workers`: it goes on where "
+                "it was"
             ) from None
         finally:
             for future in waiting:

@@ -11,6 +11,7 @@ from data_prep.config import REPOSITORY, DataConfig
 from data_prep.documents import ORIGINS, RawFile, SourceSplit
 from data_prep.locations import InputFile, is_file, match
 from data_prep.shard_format import SPLITS, DataError, SplitName
+from data_prep.work import WORK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,13 @@ class Plan:
     """The existing SentencePiece model to use, or None to train one."""
 
     @property
+    def work(self) -> Path:
+        """Folder of the finished pieces of every stage."""
+        return self.output / WORK
+
+    @property
     def workers(self) -> int:
-        """Number of tokenising processes, 0 resolved."""
+        """Number of processes, 0 resolved."""
         # The CPUs that SLURM or taskset left to this process; macOS has no such call.
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return self.config.workers or available or 1
@@ -144,4 +150,3 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
             raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY}){fix}")
         files += matched
     return files
-

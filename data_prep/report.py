@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_prep.pipeline import Pipeline
 from data_prep.shard_format import Manifest, ShardIndex
 from data_prep.shard_reader import SplitReader
 from data_prep.tokenizer import TextTokenizer
@@ -53,6 +54,26 @@ def stats(manifest: Manifest) -> None:
     print()
     print("tokens per document")
     print(table(("split", *QUANTILES, "mean"), lengths))
+
+
+def dropped(manifest: Manifest) -> None:
+    """Prints how many documents each stage left out, by reason; nothing if none."""
+    rows = []
+    for stage, reasons in manifest.provenance.dropped.items():
+        if isinstance(reasons, dict):
+            rows += [(stage, reason, count) for reason, count in reasons.items() if isinstance(count, int)]
+    if rows:
+        print()
+        print(table(("left out", "reason", "documents"), rows))
+
+
+def progress(pipeline: Pipeline) -> None:
+    """Prints what the steps so far found in the raw files of this slice."""
+    states = pipeline.states(whole=False)
+    rejected = sum(sum(state.rejected.values()) for state in states)
+    text_bytes = sum(part.bytes for state in states for part in state.parts)
+    rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
+    print(table(("raw files", "documents", "text bytes", "quarantined"), rows))
 
 
 def _document_tokens(manifest: Manifest, split: str) -> np.ndarray:
