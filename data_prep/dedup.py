@@ -67,8 +67,8 @@ def is_joined(folder: Path) -> bool:
 
 
 def counts(folder: Path) -> dict[str, Any]:
-    """Documents dropped as `exact` and `near` duplicates, candidate pairs, and how many of the near ones have each
-    similarity (`histogram`)."""
+    """Documents dropped as `exact` and `near` duplicates, and how many of the near ones have each similarity, from 0 to
+    1 (`near_similarity`)."""
     found: dict[str, Any] = read_json(folder / DONE)
     return found
 
@@ -77,7 +77,7 @@ def join(task: Join, workers: Workers) -> None:
     """Finds all duplicates; goes on where it was."""
     if not task.path("exact.rows").exists():
         _find_exact(task)
-    near = {"near": 0, "candidates": 0, "histogram": [0] * HISTOGRAM_BINS}
+    near: dict[str, Any] = {"near": 0}
     if task.config.near:
         bands, _ = band_shape(task.config.threshold)
         todo = [(task, band) for band in range(bands) if not _band_file(task, band).exists()]
@@ -177,7 +177,7 @@ def _find_near(task: Join, bands: int) -> None:
     many."""
     assert task.signatures is not None, "near-duplicates need signatures"
     dropped = bytearray(int(task.offsets[-1]) // 8 + 1)
-    count = candidates = 0
+    count = 0
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     last = -1  # the newest document dropped: pairs come sorted by it
     with task.sorter("pairs", 2) as sorter, replacing(task.path("near.rows")) as stream:
@@ -185,7 +185,6 @@ def _find_near(task: Join, bands: int) -> None:
             for rows in _file_rows(_band_file(task, band)):
                 sorter.add(rows)
         for pairs in _once_each(sorter.blocks()):
-            candidates += len(pairs)
             similar = _similarities(task, pairs)
             kept_rows = []
             chosen = np.flatnonzero(similar >= task.config.threshold)
@@ -203,7 +202,7 @@ def _find_near(task: Join, bands: int) -> None:
                     minlength=HISTOGRAM_BINS,
                 )
                 count += len(rows)
-    body = {"near": count, "candidates": candidates, "histogram": histogram.tolist()}
+    body = {"near": count, "near_similarity": histogram.tolist()}
     write_json(task.path("near.json"), body)
 
 
@@ -284,7 +283,7 @@ def _excerpt(task: Join, names: Sequence[str], document: int, prefix: str) -> di
     position = int(read_index(task.selection.ingest, part.name).position[local])
     chosen = np.zeros(part.documents, np.bool_)
     chosen[local] = True
-    (_, data), *_ = task.selection.documents(part, chosen)
+    _, data = next(iter(task.selection.documents(part, chosen)))
     return {
         f"{prefix}file": names[number],
         f"{prefix}position": position,

@@ -131,7 +131,7 @@ class RawFile:
                     yield Document(number, self._split, self._text_of(line))
                 except _NoDocument as error:
                     reason, detail = error.args
-                    yield Rejected(number, reason, detail, line[:EXCERPT_BYTES], len(line))
+                    yield Rejected(number, reason, detail, line.rstrip()[:EXCERPT_BYTES], len(line))
             number += ends
 
     def _too_long(self, position: int, record: bytes) -> Rejected:

@@ -38,10 +38,10 @@ MIN_WORDS_PER_LINE = 3
 LINE_PHRASES = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies")
 
 RULES = (
-    "too few words", "too many words", "lorem ipsum", "curly bracket", "too few sentences", "word length", "symbols",
-    "bullet lines", "ellipsis lines", "words without letters", "stop words", "repeated lines",
+    "too few words", "too many words", "lorem ipsum", "curly bracket", "too few sentences", "language", "word length",
+    "symbols", "bullet lines", "ellipsis lines", "words without letters", "stop words", "repeated lines",
     "repeated line characters", "repeated paragraphs", "repeated paragraph characters",
-    *(f"top {n}-gram" for n in MAX_TOP_NGRAM), *(f"repeated {n}-grams" for n in MAX_REPEATED_NGRAMS), "language",
+    *(f"top {n}-gram" for n in MAX_TOP_NGRAM), *(f"repeated {n}-grams" for n in MAX_REPEATED_NGRAMS),
 )  # fmt: skip
 
 
@@ -74,14 +74,14 @@ class Filters:
         if len(words) > config.max_words:
             return "too many words", f"{len(words)} words, more than {config.max_words}"
         found = c4_page(text, config.c4_min_sentences) if config.c4 else None
+        if found is None and self._language is not None:  # before Gopher, whose stop words are English
+            language = self._language(text)
+            if language not in config.language:
+                found = "language", f"{language}, not {', '.join(config.language)}"
         if found is None and config.gopher_quality:
             found = gopher_quality(text, words)
         if found is None and config.gopher_repetition:
             found = gopher_repetition(text, words)
-        if found is None and self._language is not None:
-            language = self._language(text)
-            if language not in config.language:
-                found = "language", f"{language}, not {', '.join(config.language)}"
         return found
 
 

@@ -159,7 +159,8 @@ class Pipeline:
             tasks = self.tasks(whole=False)
             todo = [task for task in tasks if read_state(task) is None]
             self._run(ingest_file, todo, [task.size for task in todo], "reading raw files")
-            check_limits(tasks, self.states(whole=False), self.plan.config)
+            if self.slice.tasks == 1:  # shares of the whole; an array task may have a single, damaged file
+                check_limits(tasks, self.states(whole=False), self.plan.config)
 
     def _filter_tasks(self, *, whole: bool) -> list[FilterTask]:
         config = self.plan.config.filter
@@ -241,6 +242,8 @@ class Pipeline:
             model = self.tokenizer_folder() / TOKENIZER_FILE
             record = model.with_name(prepare.TOKENIZER_RECORD)
             if not record.exists():
+                if not any(part.split == "train" for part in self.parts(whole=True)):
+                    raise self._nothing_to_train_on()
                 write_atomically(model, self._make_model())
                 body = {"sha256": sha256_file(model), "settings": self.plan.tokenizer_settings()}
                 write_atomically(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
@@ -312,10 +315,7 @@ class Pipeline:
             tokenizer = _tokenizer_entry(model)
             tasks = self._shard_tasks(encoded, dtype_name(tokenizer.vocab_size))
             if not any(task.split == "train" for task in tasks):
-                raise DataError(
-                    "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` "
-                    f"and {self._quarantine_hint()}"
-                )
+                raise self._nothing_to_train_on()
             todo = [task for task in tasks if read_entry(task) is None]
             self._run(write_shard, todo, [task.tokens for task in todo], "writing shards")
             folder = tasks[0].folder
@@ -325,9 +325,12 @@ class Pipeline:
             self._write_manifest(folder, encoded, tokenizer, tasks)
             prepare.publish(folder, self.plan.output)
 
-    def _quarantine_hint(self) -> str:
+    def _nothing_to_train_on(self) -> DataError:
         reasons = sorted({reason for state in self.states(whole=True) for reason in state.rejected})
-        return f"the raw files (quarantined: {', '.join(reasons) or 'nothing'})"
+        return DataError(
+            "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` and the raw "
+            f"files (quarantined: {', '.join(reasons) or 'nothing'})"
+        )
 
     def _shard_tasks(self, encoded: Path, dtype: str) -> list[ShardTask]:
         parts, settings = self.parts(whole=True), self.plan.config.shard

@@ -35,7 +35,11 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"workers": True}, [], "workers = true: Input should be a valid integer"),
         ({"workers": -1}, [], "workers = -1: Input should be greater than or equal to 0"),
         ({"validation_fraction": 1}, [], "validation_fraction = 1: Input should be less than 1"),
-        ({"format": "csv"}, [], "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'wikitext' or 'enwik8'"),
+        (
+            {"format": "csv"},
+            [],
+            "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'jsonl', 'wikitext' or 'enwik8'",
+        ),
         (
             {"tokenizer": {"type": "word"}},
             [],
