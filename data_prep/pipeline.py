@@ -328,8 +328,8 @@ class Pipeline:
     def _nothing_to_train_on(self) -> DataError:
         reasons = sorted({reason for state in self.states(whole=True) for reason in state.rejected})
         return DataError(
-            "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` and the raw "
-            f"files (quarantined: {', '.join(reasons) or 'nothing'})"
+            "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` and the "
+            f"raw files (quarantined: {', '.join(reasons) or 'nothing'})"
         )
 
     def _shard_tasks(self, encoded: Path, dtype: str) -> list[ShardTask]:

@@ -1,4 +1,4 @@
-"""Duplicates: recall and precision by similarity on planted pairs, order, bounded buckets, and the parts of the join."""
+"""Duplicates: recall and precision by similarity on planted pairs, order, bounded buckets, the parts of a join."""
 
 import json
 import random
