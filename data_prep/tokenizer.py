@@ -20,13 +20,15 @@ from data_prep.progress import byte_bar, heartbeat
 from data_prep.selection import Selection
 from data_prep.shard_format import DataError
 from data_prep.store import Part, read_index
+from data_prep.word_cache import WordCache, is_word_by_word
 
 # SentencePiece drops training lines above 4192 bytes; 1024 characters are at most 4096 bytes of UTF-8.
 MAX_LINE_CHARACTERS = 1024
 # From each file this many times its share of the sample is read, and the seed chooses among that: a full pass
 # over C4 only to draw 100 MB would take as long as tokenising it on 64 cores.
 SAMPLE_OVERSAMPLING = 4
-# Encoding time grows faster than the length: 3.6 MB a second for whole documents, 4.5 in such segments.
+# Encoding time grows faster than the length: 3.6 MB a second for whole documents, 4.5 in such segments (BPE, without
+# the cache of words).
 SEGMENT_CHARACTERS = 2048
 # The character that SentencePiece writes for a space, and therefore the only one that it cannot tell from a
 # space.
@@ -53,6 +55,8 @@ class TextTokenizer:
         symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode("utf-8")]
         has_bytes = all(self._model.is_byte(piece) for piece in symbol)
         self._space_symbol = np.array(symbol, np.int32) if has_bytes else None
+        by_word = self._newline is not None and is_word_by_word(model)
+        self._words = WordCache(self._model, self._newline) if by_word and self._newline is not None else None
 
     def _find_newline(self) -> np.ndarray | None:
         """Ids of a lone newline (the leading space, if the model puts one, and the newline's piece), or None.
@@ -75,6 +79,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids [n] of a text, without EOS."""
+        if self._words is not None and SPACE_SYMBOL not in text:
+            return self._words.encode(text)
         if self._newline is None or (len(text) <= SEGMENT_CHARACTERS and SPACE_SYMBOL not in text):
             ids: np.ndarray = self._model.encode_as_numpy(text)
             return ids
