@@ -16,6 +16,7 @@ from data_prep.parallel import worker_pool
 from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
+from data_prep.stats_report import REPORT_FOLDER, write_report
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -130,10 +131,25 @@ def _manifest(arguments: argparse.Namespace) -> Manifest:
 
 def _verify_command(arguments: argparse.Namespace) -> None:
     report.verify(_manifest(arguments))
+    if arguments.config is not None:
+        try:
+            plan = _plan(arguments)
+        except DataError as error:
+            print(f"raw files not checked: {error}")
+            return
+        changed = prepare.difference(plan, Manifest.load(plan.output), hash_all=True)
+        if changed:
+            raise DataError(f"{plan.output} is not what {arguments.config} makes: {changed}")
+        print(f"raw files and settings of {arguments.config}: ok, {len(plan.sources)} files")
 
 
 def _stats_command(arguments: argparse.Namespace) -> None:
-    report.stats(_manifest(arguments))
+    manifest = _manifest(arguments)
+    report.stats(manifest)
+    report.dropped(manifest)
+    manifest.check("size")
+    path = write_report(manifest, arguments.out or manifest.folder / REPORT_FOLDER)
+    print(f"\nwrote {path} and its plots")
 
 
 def _show_command(arguments: argparse.Namespace) -> None:
@@ -208,8 +224,14 @@ def _build_parser() -> argparse.ArgumentParser:
         _add_step(step)
         if sliced:
             _add_slice(step)
-    _add_reader(add("verify", _verify_command, "check every size and sha256, print a table"))
-    _add_reader(add("stats", _stats_command, "print documents, tokens, bytes and lengths"))
+    _add_reader(
+        add(
+            "verify", _verify_command, "check every size, sha256 and end of document (with --config also the raw files)"
+        )
+    )
+    stats = add("stats", _stats_command, "print documents, tokens, bytes and lengths; write a report with plots")
+    _add_reader(stats)
+    stats.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: FOLDER/report)")
     show = add("show", _show_command, "print documents, decoded from the shards")
     _add_reader(show)
     show.add_argument("--split", choices=SPLITS, default="train", help="default: train")

@@ -67,9 +67,10 @@ def check_tokenizer(plan: Plan) -> Path | None:
     return model
 
 
-def difference(plan: Plan, manifest: Manifest) -> str:
+def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str:
     """In what prepared data differs from what the plan would make; empty if it is up to date. Hashes the raw
-    files, unless run.json says that they are the same files with the same size and modification time."""
+    files, unless run.json says that they are the same files with the same size and modification time (`hash_all`: in
+    any case)."""
     made_by = manifest.provenance.versions.get("data_prep")
     if made_by != PREPARATION_VERSION:
         return f"it was made by data_prep version {made_by}, this is version {PREPARATION_VERSION}"
@@ -88,7 +89,7 @@ def difference(plan: Plan, manifest: Manifest) -> str:
         run = read_json(plan.output / RUN_RECORD) or {}
     except DataError:  # damaged: it only saves time
         run = {}
-    if run.get("inputs") == stamps(plan):
+    if run.get("inputs") == stamps(plan) and not hash_all:
         return ""
     with byte_bar(total=sum(record.bytes for record in recorded), description="comparing raw files") as bar:
         for source, record in zip(plan.sources, recorded, strict=True):

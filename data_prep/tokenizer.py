@@ -112,6 +112,11 @@ class TextTokenizer:
                 yield self._model.encode_as_numpy("\n" + segment)[len(newline) :]
             start = stop
 
+    def piece(self, number: int) -> str:
+        """The piece of an id."""
+        piece: str = self._model.id_to_piece(number)
+        return piece
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n] (any integer dtype)."""
         text: str = self._model.decode(ids.tolist())

@@ -23,7 +23,7 @@ def is_word_by_word(model: bytes) -> bool:
     of its own."""
     from sentencepiece import sentencepiece_model_pb2  # here: it loads protobuf
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model)
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]

@@ -27,7 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 SUFFIXES = (".html", ".htm", ".rst", ".txt", ".pod", ".gz")
 MIN_CHARACTERS, MAX_CHARACTERS = 300, 500_000  # longer pages are indexes and tables
-MAX_BYTES_PER_PACKAGE = 12_000_000  # so that no source is most of the text
+MAX_BYTES_PER_PACKAGE = 6_000_000  # so that no source is most of the text
 NUM_FILES = 8
 DROPPED = re.compile(r"<(script|style|head|nav|footer|header)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
 BLOCK_END = re.compile(r"</(p|div|li|tr|h[1-6]|pre|dt|dd|table|section)>|<br ?/?>", re.IGNORECASE)
