@@ -149,7 +149,8 @@ def test_verify_stats_and_show_read_bytes(enwik8: Path, tmp_path: Path, capsys: 
     assert rows[1][3:] == ["30,011", "30,011", "1.000"]
     with SplitReader(Manifest.load(tmp_path / "out"), "test", verify_on_first_read=True) as reader:
         lengths = [len(reader.document(number)) for number in range(reader.num_documents)]
-    assert [rows[-1][0], int(rows[-1][6].replace(",", ""))] == ["test", max(lengths)]
+    last = [row for row in rows if row[:1] == ["test"]][-1]
+    assert int(last[6].replace(",", "")) == max(lengths)
     assert main(["show", str(tmp_path / "out"), "--split", "test", "--index", "1"]) == 0
     assert "=== test document 1 of" in (out := capsys.readouterr().out)
     assert "<title>" in out
