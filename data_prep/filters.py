@@ -8,7 +8,9 @@ configuration does not name are those of the papers.
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 from data_prep.stage_config import FilterConfig
 
@@ -90,16 +92,20 @@ class LanguageIdentifier:
     English it was right on 99% of 400 documents, fastText's lid.176.ftz on 89%; it costs 0.4 ms a document."""
 
     def __init__(self, characters: int) -> None:
-        from py3langid.langid import MODEL_FILE
-        from py3langid.langid import LanguageIdentifier as Model  # here: loading the model takes 1 s
-
-        self._model = Model.from_model_file(MODEL_FILE)
+        self._model = _language_model()
         self._characters = characters
 
     def __call__(self, text: str) -> str:
         """ISO 639-1 code."""
         code: str = self._model.classify(text[: self._characters])[0]
         return code
+
+
+@lru_cache(maxsize=1)
+def _language_model() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # here: loading it takes 1 s
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def c4_page(text: str, min_sentences: int) -> Verdict:

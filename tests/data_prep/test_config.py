@@ -56,7 +56,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"output": "s3://bucket/out"}, [], "output 's3://bucket/out' is a URL; name a local folder"),
         ({"dedup": {"exact": False, "near": False}}, [], "exact and near are both false"),
         ({"filter": {"min_words": 9, "max_words": 3}}, [], "filter: min_words 9 is more than max_words 3"),
-        ({"filter": {"language": "English"}}, [], "filter.language.0 = \"English\": String should match"),
+        ({"filter": {"language": "English"}}, [], 'filter.language.0 = "English": String should match'),
         ({"treshold": 0.7}, [], "unknown key 'treshold'; did you mean 'dedup.threshold'?"),
         ({"format": "wikitext", "validation_input": "v", "dedup": {}}, [], 'format "wikitext" is used whole'),
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
