@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from data_prep import dedup, prepare
+from data_prep.assemble import tokenizer_entry, write_data_manifest
 from data_prep.dedup import Join
-from data_prep.dedup_result import duplicate_verdicts
 from data_prep.encode import EncodeTask, encode_part, is_encoded
-from data_prep.filter_stage import FilterTask, filter_part, filtered_out, is_filtered, summary
+from data_prep.filter_stage import FilterTask, filter_part, is_filtered
 from data_prep.ingest import (
     FileState,
     IngestTask,
@@ -31,28 +31,22 @@ from data_prep.ingest import (
     ingest_file,
     ingest_folder,
     ingest_tasks,
-    quarantine_file,
     read_state,
 )
-from data_prep.pack import ShardTask, cut_shards, read_entry, split_totals, write_shard
+from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
 from data_prep.parallel import Workers
 from data_prep.plan import Plan
 from data_prep.selection import Selection
 from data_prep.shard_format import (
-    BYTE_VALUES,
-    FORMAT_VERSION,
     TOKENIZER_FILE,
     DataError,
-    SplitName,
-    TokenizerEntry,
     dtype_name,
     sha256_file,
 )
-from data_prep.shard_writer import write_manifest
 from data_prep.signatures import SignatureTask, is_signed, sign_part
 from data_prep.store import Part
 from data_prep.tokenizer import SampleSource, TextTokenizer, sample_documents, train_tokenizer
-from data_prep.work import replacing, stage_folder, stage_key, write_atomically
+from data_prep.work import finished, stage_folder, stage_key, write_atomically
 
 T = TypeVar("T")
 
@@ -102,16 +96,16 @@ class Pipeline:
         """What ingest found in the raw files. DataError if one is not ingested yet."""
         for task in self.tasks(whole=whole):
             if task.key not in self._states:
-                self._states[task.key] = _finished(read_state(task), f"ingest of {task.raw}")
+                self._states[task.key] = finished(read_state(task), f"ingest of {task.raw}")
         return [self._states[task.key] for task in self.tasks(whole=whole)]
 
-    def _files_and_parts(self, *, whole: bool) -> list[tuple[str, Part]]:
+    def files_and_parts(self, *, whole: bool) -> list[tuple[str, Part]]:
         """(name of the raw file, part) in reading order."""
         return [(state.name, part) for state in self.states(whole=whole) for part in state.parts]
 
     def parts(self, *, whole: bool) -> list[Part]:
         """All parts in reading order."""
-        return [part for _, part in self._files_and_parts(whole=whole)]
+        return [part for _, part in self.files_and_parts(whole=whole)]
 
     def selection(self, *, deduplicated: bool) -> Selection:
         """The documents left by the filters, and by removal of duplicates if asked."""
@@ -119,7 +113,7 @@ class Pipeline:
         return Selection(
             ingest=ingest_folder(self.plan),
             filter=self._filter_folder() if config.filter else None,
-            dedup=self._dedup_folder() if config.dedup and deduplicated else None,
+            dedup=self.dedup_folder() if config.dedup and deduplicated else None,
             clean_lines=bool(config.filter and config.filter.c4_lines),
         )
 
@@ -142,7 +136,7 @@ class Pipeline:
             [config.shingle_words, config.threshold, prepare.versions(self.plan)["rensa"], self._before_dedup()],
         )
 
-    def _dedup_folder(self) -> Path:
+    def dedup_folder(self) -> Path:
         config = self.plan.config.dedup
         assert config is not None, "there is no dedup section"
         names = [part.name for part in self.parts(whole=True)]
@@ -150,7 +144,7 @@ class Pipeline:
         return stage_folder(self.plan.work, "dedup", settings, self._before_dedup(), names)
 
     def _after_dedup(self) -> str:
-        return stage_key(self._dedup_folder()) if self.plan.config.dedup else self._before_dedup()
+        return stage_key(self.dedup_folder()) if self.plan.config.dedup else self._before_dedup()
 
     # Stages per raw file and per part.
 
@@ -162,20 +156,20 @@ class Pipeline:
             if self.slice.tasks == 1:  # shares of the whole; an array task may have a single, damaged file
                 check_limits(tasks, self.states(whole=False), self.plan.config)
 
-    def _filter_tasks(self, *, whole: bool) -> list[FilterTask]:
+    def filter_tasks(self, *, whole: bool) -> list[FilterTask]:
         config = self.plan.config.filter
         if config is None:
             return []
         ingest, folder = ingest_folder(self.plan), self._filter_folder()
         return [
             FilterTask(config=config, file=name, part=part, ingest=ingest, folder=folder)
-            for name, part in self._files_and_parts(whole=whole)
+            for name, part in self.files_and_parts(whole=whole)
         ]
 
     def filter(self) -> None:
         self.ingest()
         with self._timed("filter"):
-            todo = [task for task in self._filter_tasks(whole=False) if not is_filtered(task)]
+            todo = [task for task in self.filter_tasks(whole=False) if not is_filtered(task)]
             self._run(filter_part, todo, [task.part.bytes for task in todo], "filtering")
 
     def _signature_tasks(self, *, whole: bool) -> list[SignatureTask]:
@@ -206,16 +200,16 @@ class Pipeline:
         """What the dedup stage joins. DataError if a part is not filtered or signed yet."""
         config = self.plan.config.dedup
         assert config is not None, "there is no dedup section"
-        for filtering in self._filter_tasks(whole=True):
-            _finished(is_filtered(filtering) or None, f"filtering of {filtering.file}")
+        for filtering in self.filter_tasks(whole=True):
+            finished(is_filtered(filtering) or None, f"filtering of {filtering.file}")
         for signing in self._signature_tasks(whole=True):
-            _finished(is_signed(signing) or None, f"signing of part {signing.part.name}")
+            finished(is_signed(signing) or None, f"signing of part {signing.part.name}")
         return Join(
             config=config,
             parts=tuple(self.parts(whole=True)),
             selection=self.selection(deduplicated=False),
             signatures=self._signature_folder() if config.near else None,
-            folder=self._dedup_folder(),
+            folder=self.dedup_folder(),
         )
 
     def dedup(self) -> None:
@@ -281,7 +275,7 @@ class Pipeline:
 
     def _encode_tasks(self, model: Path | None, *, whole: bool) -> list[EncodeTask]:
         if self.plan.config.dedup is not None:
-            _finished(dedup.is_joined(self._dedup_folder()) or None, "removal of duplicates")
+            finished(dedup.is_joined(self.dedup_folder()) or None, "removal of duplicates")
         selection, folder = self.selection(deduplicated=True), self._encode_folder(model)
         return [
             EncodeTask(
@@ -312,7 +306,7 @@ class Pipeline:
         self.encode(model)
         with self._timed("shard"):
             encoded = self._encode_folder(model)
-            tokenizer = _tokenizer_entry(model)
+            tokenizer = tokenizer_entry(model)
             tasks = self._shard_tasks(encoded, dtype_name(tokenizer.vocab_size))
             if not any(task.split == "train" for task in tasks):
                 raise self._nothing_to_train_on()
@@ -322,7 +316,7 @@ class Pipeline:
             if model is not None:
                 shutil.copyfile(model, folder / TOKENIZER_FILE)
                 shutil.copyfile(model.with_name(prepare.TOKENIZER_RECORD), folder / prepare.TOKENIZER_RECORD)
-            self._write_manifest(folder, encoded, tokenizer, tasks)
+            write_data_manifest(self, folder, encoded, tokenizer, tasks)
             prepare.publish(folder, self.plan.output)
 
     def _nothing_to_train_on(self) -> DataError:
@@ -350,107 +344,3 @@ class Pipeline:
             for split in self.plan.splits
             for number, (pieces, tokens) in enumerate(cut_shards(parts, encoded, split, settings.tokens_per_shard))
         ]
-
-    def _write_manifest(
-        self, folder: Path, encoded: Path, tokenizer: TokenizerEntry, tasks: Sequence[ShardTask]
-    ) -> None:
-        plan, parts = self.plan, self.parts(whole=True)
-        splits: dict[SplitName, list[dict[str, Any]]] = {split: [] for split in plan.splits}
-        for task in tasks:
-            entry = _finished(read_entry(task), f"shard {task.name}")
-            splits[task.split].append(entry.model_dump())
-        inputs, dropped = self._inputs_and_dropped()
-        provenance: dict[str, Any] = {
-            "inputs": inputs,
-            "config": plan.recorded_config(),
-            "versions": prepare.versions(plan),
-        }
-        if dropped:
-            provenance["dropped"] = dropped
-        records = self._write_records(folder)
-        if records:
-            provenance["records"] = records
-        write_manifest(
-            folder,
-            {
-                "format_version": FORMAT_VERSION,
-                "dtype": dtype_name(tokenizer.vocab_size),
-                # The defaults left out: a SentencePiece manifest is the same as before there were bytes.
-                "tokenizer": tokenizer.model_dump(exclude_defaults=True),
-                "splits": splits,
-                "totals": {split: split_totals(parts, encoded, split).model_dump() for split in plan.splits},
-                "provenance": provenance,
-            },
-        )
-
-    def _inputs_and_dropped(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The records of the raw files, and how many documents each stage left out, by reason."""
-        config, selection = self.plan.config, self.selection(deduplicated=True)
-        inputs = []
-        quarantined: dict[str, int] = {}
-        for state in self.states(whole=True):
-            filtered = duplicates = 0
-            for part in state.parts:
-                if selection.filter is not None:
-                    filtered += int(filtered_out(selection.filter, part).sum())
-                if selection.dedup is not None:
-                    duplicates += int((duplicate_verdicts(selection.dedup, part) > 0).sum())
-            record: dict[str, Any] = {
-                "name": state.name,
-                "sha256": state.sha256,
-                "bytes": state.bytes,
-                "split": state.split,
-                "documents": state.documents - filtered - duplicates,
-                "format": state.format,
-            }
-            optional = {"quarantined": state.rejected, "filtered": filtered, "duplicates": duplicates}
-            inputs.append({**record, **{key: value for key, value in optional.items() if value}})
-            for reason, count in state.rejected.items():
-                quarantined[reason] = quarantined.get(reason, 0) + count
-        dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
-        if config.filter is not None:
-            dropped["filtered"] = summary(self._filter_tasks(whole=True))[0]
-        if config.dedup is not None:
-            dropped["duplicates"] = dedup.counts(self._dedup_folder())
-        return inputs, dropped
-
-    def _write_records(self, folder: Path) -> list[dict[str, Any]]:
-        """quarantine.jsonl and the examples; their entries for the manifest."""
-        config = self.plan.config
-        with replacing(folder / prepare.QUARANTINE_FILE) as stream:
-            for task in self.tasks(whole=True):
-                with quarantine_file(task).open("rb") as source:
-                    shutil.copyfileobj(source, stream)
-        if config.filter is not None:
-            _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(self._filter_tasks(whole=True))[1])
-        if config.dedup is not None:
-            names = [name for name, _ in self._files_and_parts(whole=True)]
-            _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(self.join(), names))
-        records = []
-        for name in prepare.RECORD_FILES:
-            path = folder / name
-            if path.exists() and path.stat().st_size == 0:
-                path.unlink()
-            if path.exists():
-                records.append({"file": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
-        return records
-
-
-def _finished(result: T | None, what: str) -> T:
-    if result is None:
-        raise DataError(f"{what} is not finished; run the stages before with every --task of --tasks first")
-    return result
-
-
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
-
-
-def _tokenizer_entry(model: Path | None) -> TokenizerEntry:
-    """What the manifest says of a tokenizer."""
-    if model is None:
-        return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
-    tokenizer = TextTokenizer.load(model)
-    return TokenizerEntry(
-        file=TOKENIZER_FILE, sha256=sha256_file(model), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
-    )

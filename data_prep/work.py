@@ -14,11 +14,12 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from data_prep.shard_format import DataError
 
 WORK = ".work"
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -76,3 +77,10 @@ def stage_folder(work: Path, stage: str, *settings: Any) -> Path:
 def stage_key(folder: Path) -> str:
     """What the settings of the next stage must contain: the fingerprint of this one."""
     return folder.name
+
+
+def finished(result: T | None, what: str) -> T:
+    """A result that an earlier stage must have left; DataError with what is missing if it is None."""
+    if result is None:
+        raise DataError(f"{what} is not finished; run the stages before with every --task of --tasks first")
+    return result
