@@ -1,7 +1,9 @@
 """The stages together: what is left out, what is recorded, and that kills, workers and array tasks change no byte."""
 
+import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from data_prep import work
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
 from data_prep.plan import make_plan
-from data_prep.shard_format import DataError, Manifest
+from data_prep.shard_format import DataError, Manifest, manifest_digest
+from data_prep.shard_reader import ShardReader
 from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_corpus
 from tests.data_prep.test_prepare import decoded, one_error, outputs
 
@@ -268,3 +271,51 @@ def test_urls_are_read_like_files(raw: tuple[Path, dict[str, Any]], clean: Path)
     assert main(["run", "--config", str(config)]) == 0
     with pytest.raises(DataError, match="matches no file"):
         make_plan(load_config(config, ["input=memory://corpus/none*"]))
+
+
+def test_the_report_shows_what_is_there_and_what_was_left_out(
+    raw: tuple[Path, dict[str, Any]], clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = raw[0] / "report"
+    assert main(["stats", str(clean), "--out", str(out)]) == 0
+    assert "duplicates" in capsys.readouterr().out
+    text = (out / "report.md").read_text()
+    plots = {path.name for path in out.glob("*.png")}
+    assert plots == {"lengths.png", "left_out.png", "duplicates.png", "vocabulary.png"}
+    assert all(f"({name})" in text for name in plots)
+    assert all((out / name).stat().st_size > 3000 for name in plots)
+    for expected in ("| quarantined: not JSON | 1 |", "| duplicates: near | 2 |", "| c4-train.00000.json.gz | c4 |"):
+        assert expected in text
+    assert len(Manifest.load(clean).provenance.inputs) == text.count(" | train | ") + text.count(" | validation | ")
+
+
+def test_verify_reads_the_raw_files_too_and_every_token(
+    raw: tuple[Path, dict[str, Any]], clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(raw, "clean")
+    assert main(["verify", "--config", str(config)]) == 0
+    assert "6 files" in capsys.readouterr().out
+    path = raw[0] / "raw" / "own.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"the", b"teh", 1))
+    try:
+        assert main(["verify", "--config", str(config)]) == 2
+        assert "own.jsonl has changed" in one_error(capsys)
+    finally:
+        path.write_bytes(whole)
+    # A shard that agrees with its manifest, but not with what shards are: one EOS became another id.
+    forged = Path(shutil.copytree(clean, raw[0] / "forged"))
+    entry = Manifest.load(forged).split("train")[0]
+    reader = ShardReader(Manifest.load(forged), entry, False)
+    end = int(reader.document_starts[1]) - 1
+    reader.close()
+    assert end < 4096  # in the first member, whose data begin at byte 512
+    data = bytearray((forged / entry.file).read_bytes())
+    data[512 + 2 * end] = 5
+    (forged / entry.file).write_bytes(data)
+    body = json.loads((forged / "manifest.json").read_text())
+    body["splits"]["train"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    body["digest"] = manifest_digest(body)
+    (forged / "manifest.json").write_text(json.dumps(body))
+    assert main(["verify", str(forged)]) == 2
+    assert f"{entry.file} holds {entry.documents - 1} ends of documents" in one_error(capsys)
