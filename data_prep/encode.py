@@ -61,7 +61,6 @@ def encode_part(task: EncodeTask) -> None:
         to_validation = stable_fractions(hashes[:, 0]) < task.validation_fraction
     tokenizer = None if task.model is None else _tokenizer(task.model)
     dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
-    eos = np.array([] if tokenizer is None else [tokenizer.eos_id], dtype)
     ids: dict[SplitName, list[np.ndarray]] = {split: [] for split in SPLITS}
     text_bytes: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
     for number, data in task.selection.documents(part, keep):
@@ -69,9 +68,10 @@ def encode_part(task: EncodeTask) -> None:
         if tokenizer is None:
             ids[split].append(np.frombuffer(data, np.uint8).astype(dtype))
         else:
-            ids[split].append(
-                np.concatenate([tokenizer.encode(data.decode("utf-8")), eos], dtype=dtype, casting="unsafe")
-            )
+            found = tokenizer.encode(data.decode("utf-8"))
+            document = np.empty(len(found) + 1, dtype)  # concatenate with a cast takes 10 times as long
+            document[:-1], document[-1] = found, tokenizer.eos_id
+            ids[split].append(document)
         text_bytes[split].append(len(data))
     crc = 0
     with replacing(task.folder / f"{part.name}.tok") as stream:
