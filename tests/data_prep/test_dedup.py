@@ -1,5 +1,6 @@
 """Duplicates: recall and precision by similarity on planted pairs, order, bounded buckets, the parts of a join."""
 
+import gzip
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from data_prep.dedup import candidate_pairs
 from data_prep.shard_format import Manifest
 from data_prep.signatures import band_shape, shingle_hashes, signatures, similarity
 from tests.data_prep.conftest import c4_line, write_dump
-from tests.data_prep.raw_corpus import sample_texts
+from tests.data_prep.raw_corpus import SAMPLE
 from tests.data_prep.test_prepare import decoded
 
 WORDS_5 = 5
@@ -50,12 +51,15 @@ def variant(text: str, target: float, rng: random.Random) -> str:
 
 def originals(count: int) -> list[str]:
     """Texts that have at most a few 5-grams in common: windows of the sample without overlap."""
-    windows = []
-    for text in sample_texts(500):
-        words = text.split(" ")
-        windows += [" ".join(words[start : start + 150]) for start in range(0, len(words) - 150, 150)]
-    assert len(windows) >= count
-    return windows[:count]
+    windows: list[str] = []
+    for path in sorted(SAMPLE.glob("*/*train*.json.gz")):
+        with gzip.open(path) as stream:
+            for line in stream:
+                words = json.loads(line)["text"].split(" ")
+                windows += [" ".join(words[start : start + 150]) for start in range(0, len(words) - 150, 150)]
+                if len(windows) >= count:
+                    return windows[:count]
+    raise AssertionError(f"the sample has {len(windows)} windows, not {count}")
 
 
 def plant(pairs: int, alone: int, *, seed: int) -> tuple[list[str], dict[int, tuple[int, float]]]:
