@@ -4,6 +4,7 @@ Results go to stdout, progress to stderr. A user's mistake prints one line, `err
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
 from data_prep.stats_report import REPORT_FOLDER, write_report
+from data_prep.work import WORK
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -34,6 +36,9 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     part = _slice(arguments)
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
+        if arguments.command in ("run", "shard") and any(plan.output.glob(f"{WORK}*")):
+            with contextlib.suppress(DataError), prepare.output_lock(plan.output, shared=False):
+                prepare.remove_work(plan)  # of a run that was killed when its data were in place already
         return
     command = arguments.command
     if command == "tokenizer" and plan.config.tokenizer.type == "bytes":

@@ -29,6 +29,7 @@ from data_prep.work import read_json, write_json
 # date.
 PREPARATION_VERSION = "2"
 LOCK = ".lock"
+REMOVED_WORK = ".work.removed"
 TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
 RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -154,9 +155,13 @@ def _is_published(name: str) -> bool:
 
 
 def remove_work(plan: Plan) -> None:
-    """Removes the work folder, unless `keep_work`."""
-    if not plan.config.keep_work:
-        shutil.rmtree(plan.work, ignore_errors=True)
+    """Removes the work folder, unless `keep_work`, and what a run that was killed here has left of one. It gets
+    another name first: half of it would pass for finished stages."""
+    removed = plan.output / REMOVED_WORK
+    shutil.rmtree(removed, ignore_errors=True)
+    if plan.work.exists() and not plan.config.keep_work:
+        os.replace(plan.work, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_run_record(plan: Plan, *, config_path: Path, seconds: dict[str, float]) -> None:

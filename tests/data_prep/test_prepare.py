@@ -26,7 +26,7 @@ def outputs(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name not in ("run.json", ".lock", ".work")
+        if path.name not in ("run.json", ".lock", ".work", "report")
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import work
+from data_prep import prepare, work
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
 from data_prep.plan import make_plan
@@ -200,10 +200,38 @@ def test_stopped_after_every_few_files_and_continued(
     assert max(written[name] for name in stages if name.endswith(".json")) == 1
 
 
+def test_a_half_removed_work_folder_is_not_taken_for_finished_stages(
+    raw: tuple[Path, dict[str, Any]], clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it cleaned up; then the data must be made again."""
+    config = str(write_config(raw, "half"))
+    out = raw[0] / "half"
+
+    def remove_a_part(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            next(iter(sorted(folder.glob("ingest-*/*.zst")))).unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "rmtree", remove_a_part)
+        with pytest.raises(Killed):
+            main(["run", "--config", config])
+    assert main(["run", "--config", config]) == 0  # up to date, and cleans up
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == [".lock"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "rmtree", remove_a_part)
+        with pytest.raises(Killed):
+            main(["run", "--config", config, "--force"])
+    (out / "manifest.json").unlink()
+    assert main(["run", "--config", config]) == 0
+    assert outputs(out) == outputs(clean)
+
+
 def run_and_kill(config: Path, after: float, workers: int) -> int:
     """Starts a run and kills its process (not its workers) after some seconds; the exit code."""
     command = [sys.executable, "-c", DRIVER, "run", "--config", str(config), "--set", f"workers={workers}"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    with config.with_suffix(".err").open("wb") as errors:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=errors, stdout=subprocess.DEVNULL)
     try:
         return process.wait(after)
     except subprocess.TimeoutExpired:
@@ -229,7 +257,7 @@ def test_killed_ten_times_at_random_gives_the_same_bytes(
         if code == -signal.SIGKILL:
             kills += 1
         else:
-            assert code == 0
+            assert code == 0, config.with_suffix(".err").read_text()
             (raw[0] / name / "manifest.json").unlink()  # done too soon: begin again from what is there
     assert run_and_kill(config, 600, workers) == 0
     assert outputs(raw[0] / name) == outputs(clean)
