@@ -13,9 +13,10 @@ from data_prep.shard_format import Manifest
 from model.language_model import build_model
 from pretrain.config import Config
 from pretrain.data import TrainingStream, WindowReader, open_manifest
-from pretrain.engine import parallel_context
+from pretrain.engine import GradientNorm, parallel_context
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate, evaluation_windows
+from pretrain.whole import WholeRun
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 
@@ -105,20 +106,18 @@ def test_validation_with_memory_equals_one_long_sequence(prepared: Path, ranks: 
 
 def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]]:
     """On every rank: `evaluate` of an untrained model, seed 0."""
-    return [
-        evaluate(
-            _Engine(build_model(config.model, seed=0)),
-            reader_of(config, "validation"),
-            config,
-            parallel_context(config),
-            torch.device("cpu"),
-        )
-        for config in configs
-    ]
+    found = []
+    for config in configs:
+        network, parallel = build_model(config.model, seed=0), parallel_context(config)
+        engine = _Engine(network)
+        run = WholeRun(engine, GradientNorm(engine, 0.0, parallel))
+        reader = reader_of(config, "validation")
+        found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
+    return found
 
 
 class _Engine(SimpleNamespace):
-    """What `evaluate` uses of a DeepSpeed engine."""
+    """What an evaluation uses of a DeepSpeed engine."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module=module, eval=module.eval, train=module.train)
