@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep run|tokenizer|shard|verify|show|stats`.
+"""The command line: `python -m data_prep run|ingest|filter|dedup|tokenizer|encode|shard|verify|stats|show`.
 
 Results go to stdout, progress to stderr. A user's mistake prints one line, `error: ...`, and exits with 2.
 """
@@ -6,15 +6,17 @@ Results go to stdout, progress to stderr. A user's mistake prints one line, `err
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from data_prep import prepare, report
 from data_prep.config import describe_keys, load_config
+from data_prep.parallel import worker_pool
+from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
-from data_prep.shard_format import SPLITS, DataError, Manifest
+from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
+from data_prep.stats_report import REPORT_FOLDER, write_report
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -27,39 +29,92 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _steps_command(arguments: argparse.Namespace) -> None:
-    """`tokenizer`, `shard` and `run`: stage, then publish."""
+    """`run` and its steps: each does what is not done yet of the steps before it too."""
     plan = _plan(arguments)
+    part = _slice(arguments)
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
         return
-    if arguments.command == "tokenizer" and plan.config.tokenizer.type == "bytes":
+    command = arguments.command
+    if command == "tokenizer" and plan.config.tokenizer.type == "bytes":
         print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
         return
-    seconds: dict[str, float] = {}
-    with prepare.staging(plan.output) as folder:
+    with prepare.output_lock(plan.output, shared=part.tasks > 1), worker_pool(plan.workers) as workers:
+        pipeline = Pipeline(plan, workers, part)
+        _STEPS[command](pipeline)
+        if command in ("run", "shard", "tokenizer"):
+            prepare.write_run_record(plan, config_path=arguments.config, seconds=pipeline.seconds)
+        if command in ("run", "shard"):
+            prepare.remove_work(plan)
+    took = ", ".join(f"{step} {value:.1f} s" for step, value in pipeline.seconds.items())
+    if command in ("run", "shard"):
+        _print_result(plan, took)
+    elif command == "tokenizer":
+        print(f"wrote {plan.output / TOKENIZER_FILE} ({took})")
+    else:
+        report.progress(pipeline)
+        print(f"\n{command} is done ({took})")
 
-        def timed(step: str, work: Callable[[Plan, Path], object]) -> None:
-            started = time.monotonic()
-            work(plan, folder)
-            seconds[step] = time.monotonic() - started
 
-        if arguments.command == "shard":
-            timed("tokenizer", prepare.reuse_tokenizer)
-        else:
-            timed("tokenizer", prepare.tokenizer_step)
-        if arguments.command != "tokenizer":
-            timed("shard", prepare.shard_step)
-        prepare.write_run_record(plan, folder, config_path=arguments.config, seconds=seconds)
-        prepare.publish(folder, plan.output)
-    took = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
-    if arguments.command == "tokenizer":
-        print(f"wrote {plan.output / prepare.TOKENIZER_FILE} ({took})")
-        return
+def _print_result(plan: Plan, took: str) -> None:
     manifest = Manifest.load(plan.output)
     report.stats(manifest)
+    report.dropped(manifest)
     print(f"\nwrote {plan.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
     if not manifest.split("validation"):
         print("warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr)
+    quarantined = manifest.provenance.dropped.get("quarantined")
+    if quarantined:
+        print(f"warning: records were quarantined, see {plan.output / prepare.QUARANTINE_FILE}", file=sys.stderr)
+
+
+def _encode(pipeline: Pipeline) -> None:
+    if pipeline.slice.tasks == 1:
+        pipeline.dedup()
+    pipeline.encode(prepare.check_tokenizer(pipeline.plan))
+
+
+def _shard(pipeline: Pipeline) -> None:
+    model = prepare.check_tokenizer(pipeline.plan)
+    pipeline.dedup()
+    pipeline.shard(model)
+
+
+def _tokenizer(pipeline: Pipeline) -> None:
+    model = pipeline.tokenizer()
+    assert model is not None, "bytes have no model"
+    pipeline.publish_tokenizer(model)
+
+
+def _dedup(pipeline: Pipeline) -> None:
+    if pipeline.slice.tasks > 1:
+        pipeline.sign()
+    else:
+        pipeline.dedup()
+
+
+_STEPS: dict[str, Callable[[Pipeline], None]] = {
+    "run": lambda pipeline: pipeline.shard(pipeline.tokenizer()),
+    "ingest": Pipeline.ingest,
+    "filter": Pipeline.filter,
+    "dedup": _dedup,
+    "tokenizer": _tokenizer,
+    "encode": _encode,
+    "shard": _shard,
+}
+
+
+def _slice(arguments: argparse.Namespace) -> Slice:
+    task, tasks = getattr(arguments, "task", None), getattr(arguments, "tasks", None)
+    if (task is None) != (tasks is None):
+        raise DataError(
+            "--task and --tasks go together, e.g. --task $SLURM_ARRAY_TASK_ID --tasks $SLURM_ARRAY_TASK_COUNT"
+        )
+    if task is None or tasks is None:
+        return Slice()
+    if task >= tasks:
+        raise DataError(f"--task {task} is not below --tasks {tasks}; array tasks count from 0")
+    return Slice(task=task, tasks=tasks)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -76,10 +131,25 @@ def _manifest(arguments: argparse.Namespace) -> Manifest:
 
 def _verify_command(arguments: argparse.Namespace) -> None:
     report.verify(_manifest(arguments))
+    if arguments.config is not None:
+        try:
+            plan = _plan(arguments)
+        except DataError as error:
+            print(f"raw files not checked: {error}")
+            return
+        changed = prepare.difference(plan, Manifest.load(plan.output), hash_all=True)
+        if changed:
+            raise DataError(f"{plan.output} is not what {arguments.config} makes: {changed}")
+        print(f"raw files and settings of {arguments.config}: ok, {len(plan.sources)} files")
 
 
 def _stats_command(arguments: argparse.Namespace) -> None:
-    report.stats(_manifest(arguments))
+    manifest = _manifest(arguments)
+    report.stats(manifest)
+    report.dropped(manifest)
+    manifest.check("size")
+    path = write_report(manifest, arguments.out or manifest.folder / REPORT_FOLDER)
+    print(f"\nwrote {path} and its plots")
 
 
 def _show_command(arguments: argparse.Namespace) -> None:
@@ -104,13 +174,20 @@ def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _add_step(command: argparse.ArgumentParser) -> None:
-    """The arguments of `run`, `tokenizer` and `shard`, which write."""
+    """The arguments of `run` and its steps, which write."""
     _add_config(command, required=True)
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = f"keys of the config:\n{describe_keys()}"
     command.add_argument(
         "--force", action="store_true", help="rebuild although the output holds data made in another way"
     )
+
+
+def _add_slice(command: argparse.ArgumentParser) -> None:
+    """The arguments of the steps that SLURM array tasks share."""
+    help_text = "take only every N-th raw file, from the K-th (0 to N - 1): one array task; see docs/data.md"
+    command.add_argument("--task", type=_at_least(0), metavar="K", help=help_text)
+    command.add_argument("--tasks", type=_at_least(1), metavar="N", help="number of array tasks")
 
 
 def _add_reader(command: argparse.ArgumentParser) -> None:
@@ -122,7 +199,8 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data_prep",
-        description="Turns raw C4, peS2o, Wikitext-103 and Enwik8 into a SentencePiece model and webdataset shards.",
+        description="Turns raw C4, peS2o, Wikitext-103, Enwik8 and JSON lines into a SentencePiece model and "
+        "webdataset shards.",
         epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
         allow_abbrev=False,
     )
@@ -133,11 +211,27 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    _add_step(add("run", _steps_command, "tokenizer and shard in one go; nothing if the output is up to date"))
-    _add_step(add("tokenizer", _steps_command, "train (or copy) the SentencePiece model into the output"))
-    _add_step(add("shard", _steps_command, "tokenise into shards with the model that `tokenizer` left there"))
-    _add_reader(add("verify", _verify_command, "check every size and sha256, print a table"))
-    _add_reader(add("stats", _stats_command, "print documents, tokens, bytes and lengths"))
+    _add_step(add("run", _steps_command, "all steps in one go; nothing if the output is up to date"))
+    for name, text, sliced in (
+        ("ingest", "read the raw files, quarantine what is damaged", True),
+        ("filter", "ingest, then apply the filters", True),
+        ("dedup", "filter, then find duplicates (with --task: sign the documents of some files)", True),
+        ("tokenizer", "all steps before, then train (or copy) the SentencePiece model into the output", False),
+        ("encode", "tokenise with the model that `tokenizer` left in the output", True),
+        ("shard", "encode what is left, write shards and manifest", False),
+    ):
+        step = add(name, _steps_command, text)
+        _add_step(step)
+        if sliced:
+            _add_slice(step)
+    _add_reader(
+        add(
+            "verify", _verify_command, "check every size, sha256 and end of document (with --config also the raw files)"
+        )
+    )
+    stats = add("stats", _stats_command, "print documents, tokens, bytes and lengths; write a report with plots")
+    _add_reader(stats)
+    stats.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: FOLDER/report)")
     show = add("show", _show_command, "print documents, decoded from the shards")
     _add_reader(show)
     show.add_argument("--split", choices=SPLITS, default="train", help="default: train")
@@ -161,6 +255,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was published", file=sys.stderr)
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -12,35 +12,28 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from data_prep.documents import ENWIK8_SPLIT_BYTES, FormatName
 from data_prep.shard_format import BYTE_VALUES, DataError
+from data_prep.stage_config import URL, DedupConfig, FilterConfig, IngestConfig, Section, as_list
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def _as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-PathPatterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+PathPatterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
 
 
 SplitBytes = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]],
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     """Which tokenizer: an existing SentencePiece model, or how to train one, or none (`type` bytes)."""
 
     model: str | None = None
@@ -76,7 +69,7 @@ class TokenizerConfig(_Section):
         return self
 
 
-class ShardConfig(_Section):
+class ShardConfig(Section):
     """Sizes of shards and their members."""
 
     tokens_per_shard: int = Field(default=67_108_864, ge=1)
@@ -93,12 +86,12 @@ class ShardConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """One preparation: which raw files become which shards."""
 
     input: PathPatterns = Field(min_length=1)
-    """Raw files of the train split: a path, a glob, or a list of them. Read in the order of the list, each
-    glob sorted."""
+    """Raw files of the train split: a path, a glob, a URL that fsspec opens (s3://bucket/c4/*.json.gz), or a list of
+    them. Read in the order of the list, each glob sorted. Plain, gzip and zstd."""
     validation_input: PathPatterns = ()
     """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
     test_input: PathPatterns = ()
@@ -112,18 +105,32 @@ class DataConfig(_Section):
     output: str = Field(min_length=1)
     """Folder for shards, tokenizer.model and manifest.json."""
     format: FormatName = "auto"
-    """Source format of the raw files. auto looks at the keys of the first line of each file; c4 or pes2o skip
-    that look and ask only for a `text` in each line. wikitext: wiki.train.raw as `input`, wiki.valid.raw as
-    `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file as `input`,
-    see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
-    file."""
+    """Source format of the raw files. auto looks at the keys of the first line of each file and takes anything else
+    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. wikitext:
+    wiki.train.raw as `input`, wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an
+    article. enwik8: the one file as `input`, see `split_bytes`. For these two a zip as downloaded also does, and
+    documents stay in the order of the file."""
     workers: int = Field(default=0, ge=0, le=1024)
-    """Processes that tokenise; 0 takes every CPU that this process may use. The output does not depend on
-    it."""
+    """Processes; 0 takes every CPU that this process may use. The output does not depend on it."""
+    keep_work: bool = False
+    """Whether OUTPUT/.work, which holds the finished parts of every stage, stays after the data are published. Then a
+    run with other filters or another tokenizer reads the raw files no more. It needs about as much disk as they."""
+    ingest: IngestConfig = IngestConfig()
+    """Limits of reading."""
+    filter: FilterConfig | None = None
+    """Filters; null for none. For formats of JSON lines."""
+    dedup: DedupConfig | None = None
+    """Removal of duplicates; null for none. For formats of JSON lines."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     shard: ShardConfig = ShardConfig()
     """Shard sizes."""
+
+    @model_validator(mode="after")
+    def _check_output(self) -> "DataConfig":
+        if URL.match(self.output):
+            raise ValueError(f"output {self.output!r} is a URL; name a local folder and copy it when it is done")
+        return self
 
     @model_validator(mode="after")
     def _check_splits(self) -> "DataConfig":
@@ -138,6 +145,9 @@ class DataConfig(_Section):
                 "tokenizer.type: bytes have no end-of-document id, which the documents of format "
                 f'"{self.format}" need; use bpe or unigram'
             )
+        for key in ("filter", "dedup"):
+            if getattr(self, key) is not None and self.format in ("enwik8", "wikitext"):
+                raise ValueError(f'{key}: format "{self.format}" is used whole, in its order; drop the section')
         if self.test_input and not self.validation_input:
             raise ValueError("test_input needs validation_input; set it too")
         if self.validation_input and "validation_fraction" in self.model_fields_set:
@@ -152,6 +162,16 @@ class DataConfig(_Section):
                 raise ValueError(f'{key} has no effect with format "enwik8", whose splits are split_bytes; drop it')
         if self.tokenizer.type != "bytes":
             raise ValueError('tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}')
+
+    def stage_settings(self) -> dict[str, Any]:
+        """The settings of ingest, filter and dedup that change the output; the default limits and what is off are left
+        out."""
+        sections = {
+            "ingest": self.ingest.model_dump(mode="json", exclude_defaults=True, include={"max_document_bytes"}),
+            "filter": self.filter and self.filter.model_dump(mode="json"),
+            "dedup": self.dedup and self.dedup.model_dump(mode="json", exclude={"memory_bytes"}),
+        }
+        return {name: settings for name, settings in sections.items() if settings}
 
     @property
     def enwik8_split_bytes(self) -> tuple[int, int, int]:
@@ -199,7 +219,9 @@ def _apply(body: dict[str, Any], override: str) -> None:
         value = text
     *sections, last = key.split(".")
     for section in sections:
-        body = body.setdefault(section, {})
+        if body.get(section) is None:  # absent, or null: a section that is off
+            body[section] = {}
+        body = body[section]
         if not isinstance(body, dict):
             raise DataError(f"--set {override}: {section!r} holds no keys; known keys: {', '.join(known_keys())}")
     body[last] = value
@@ -209,9 +231,9 @@ def _fields() -> Iterator[tuple[str, FieldInfo]]:
     """Every key of the config, dotted, with its field: input, ..., tokenizer, tokenizer.model, ..."""
     for name, field in DataConfig.model_fields.items():
         yield name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            for inner, inner_field in field.annotation.model_fields.items():
-                yield f"{name}.{inner}", inner_field
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section | None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from ((f"{name}.{inner}", inner_field) for inner, inner_field in kind.model_fields.items())
 
 
 def known_keys() -> list[str]:

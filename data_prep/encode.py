@@ -1,125 +1,107 @@
-"""Text to token ids on several processes, in order, with bounded memory.
+"""Text to token ids, a part at a time."""
 
-The unit of work is a chunk of lines, not a file, so that one huge file also uses every worker. Results come
-back in the order of the chunks, so the output does not depend on the number of processes.
-"""
-
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
-from data_prep.documents import Chunk, goes_to_validation, parse_bytes, parse_texts
-from data_prep.shard_format import BYTE_VALUES, DataError, SplitName, dtype_name
+from data_prep.documents import stable_fractions
+from data_prep.selection import Selection
+from data_prep.shard_format import BYTE_VALUES, SPLITS, DataError, SplitName, dtype_name
+from data_prep.store import Part, read_index
 from data_prep.tokenizer import TextTokenizer
-
-# Chunks handed out per worker: one in work, one waiting. At 1 MB of text a chunk this bounds memory to a few
-# MB each.
-CHUNKS_PER_WORKER = 2
+from data_prep.work import replacing, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedChunk:
-    """The documents of one chunk as ids."""
+class EncodeTask:
+    """One part to tokenise."""
 
-    source: int
-    """Which input file, by position in the list of inputs."""
-    stored_bytes: int
-    """How far the input file was consumed by this chunk."""
-    ids: np.ndarray
-    """uint16 or uint32 [sum(lengths)]: the ids of all documents, one after the other, without EOS."""
-    lengths: np.ndarray
-    """int64 [documents]: ids of each document."""
+    part: Part
+    selection: Selection
+    model: Path | None
+    """SentencePiece model; None for bytes."""
+    validation_fraction: float
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSplit:
+    """The documents of one split of a part."""
+
+    start: int
+    """Where its ids begin in PART.tok, counted in ids."""
+    tokens: np.ndarray
+    """int64 [documents]: ids of each document, EOS included."""
     text_bytes: np.ndarray
-    """int64 [documents]: UTF-8 bytes of each document's text."""
-    split: SplitName
-    """Where the documents go, save those of `validation`."""
-    validation: np.ndarray
-    """bool [documents]: whether the hash of the text sends the document to validation."""
+    """int64 [documents]: UTF-8 bytes of the text of each."""
 
 
-class ChunkEncoder:
-    """Tokenises chunks with one model, or as bytes without one; built once in every worker process."""
+def is_encoded(task: EncodeTask) -> bool:
+    """Whether the part has been tokenised."""
+    return (task.folder / f"{task.part.name}.safetensors").exists()
 
-    def __init__(self, model_path: Path | None, validation_fraction: float) -> None:
-        self._tokenizer = None if model_path is None else TextTokenizer.load(model_path)
-        vocab_size = BYTE_VALUES if self._tokenizer is None else self._tokenizer.vocab_size
-        self._dtype = np.dtype(dtype_name(vocab_size))
-        self._validation_fraction = validation_fraction
 
-    def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Parses and tokenises one chunk. Raises DataError with file and line (or byte) for a malformed one."""
-        ids: list[np.ndarray] = [np.empty(0, self._dtype)]
-        text_bytes: list[int] = []
-        validation: list[bool] = []
-        if self._tokenizer is None:
-            for data in parse_bytes(chunk):
-                ids.append(np.frombuffer(data, np.uint8).astype(self._dtype))
-                text_bytes.append(len(data))
-                validation.append(False)  # the formats that go with bytes come in splits
+@lru_cache(maxsize=1)  # per process
+def _tokenizer(model: Path) -> TextTokenizer:
+    return TextTokenizer.load(model)
+
+
+def encode_part(task: EncodeTask) -> None:
+    """Writes PART.tok, the ids of train, validation and test, each document followed by EOS (bytes have none), and
+    PART.safetensors: int64 `SPLIT_tokens` and `SPLIT_bytes` [documents], int64 `crc32` [1] of PART.tok."""
+    part = task.part
+    keep = task.selection.keep(part)
+    to_validation = np.zeros(part.documents, np.bool_)
+    if task.validation_fraction and part.split == "train":
+        hashes = read_index(task.selection.ingest, part.name).hash
+        to_validation = stable_fractions(hashes[:, 0]) < task.validation_fraction
+    tokenizer = None if task.model is None else _tokenizer(task.model)
+    dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
+    ids: dict[SplitName, list[np.ndarray]] = {split: [] for split in SPLITS}
+    text_bytes: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
+    for number, data in task.selection.documents(part, keep):
+        split: SplitName = "validation" if to_validation[number] else part.split
+        if tokenizer is None:
+            ids[split].append(np.frombuffer(data, np.uint8).astype(dtype))
         else:
-            for text in parse_texts(chunk):
-                ids.append(self._tokenizer.encode(text).astype(self._dtype))
-                text_bytes.append(len(text.encode("utf-8")))
-                validation.append(goes_to_validation(text, validation_fraction=self._validation_fraction))
-        return EncodedChunk(
-            source=chunk.source,
-            stored_bytes=chunk.stored_bytes,
-            ids=np.concatenate(ids),
-            lengths=np.array([len(document) for document in ids[1:]], np.int64),
-            text_bytes=np.array(text_bytes, np.int64),
-            split=chunk.split,
-            validation=np.array(validation, np.bool_),
-        )
+            found = tokenizer.encode(data.decode("utf-8"))
+            document = np.empty(len(found) + 1, dtype)  # concatenate with a cast takes 10 times as long
+            document[:-1], document[-1] = found, tokenizer.eos_id
+            ids[split].append(document)
+        text_bytes[split].append(len(data))
+    crc = 0
+    with replacing(task.folder / f"{part.name}.tok") as stream:
+        for split in SPLITS:
+            for document in ids[split]:
+                raw = document.tobytes()
+                crc = zlib.crc32(raw, crc)
+                stream.write(raw)
+    arrays = {"crc32": np.array([crc], np.int64)}
+    for split in SPLITS:
+        arrays[f"{split}_tokens"] = np.array([len(document) for document in ids[split]], np.int64)
+        arrays[f"{split}_bytes"] = np.array(text_bytes[split], np.int64)
+    write_atomically(task.folder / f"{part.name}.safetensors", safetensors.numpy.save(arrays))
 
 
-_encoder: ChunkEncoder | None = None  # of this worker process
+def encoded_splits(folder: Path, part: Part) -> dict[SplitName, EncodedSplit]:
+    """Lengths of the documents of a part, by split."""
+    arrays = safetensors.numpy.load_file(folder / f"{part.name}.safetensors")
+    start, found = 0, {}
+    for split in SPLITS:
+        tokens = arrays[f"{split}_tokens"]
+        found[split] = EncodedSplit(start=start, tokens=tokens, text_bytes=arrays[f"{split}_bytes"])
+        start += int(tokens.sum())
+    return found
 
 
-def _start_worker(model_path: Path | None, validation_fraction: float) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
-    _encoder = ChunkEncoder(model_path, validation_fraction)
-
-
-def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    assert _encoder is not None, "the worker was not started by _start_worker"
-    return _encoder.encode(chunk)
-
-
-def encode_chunks(
-    chunks: Iterable[Chunk], *, model_path: Path | None, validation_fraction: float, workers: int
-) -> Generator[EncodedChunk, None, None]:
-    """Encodes chunks on `workers` processes (1: in this one) and yields the results in order; as bytes if there
-    is no model. Raises DataError."""
-    if workers == 1:
-        encoder = ChunkEncoder(model_path, validation_fraction)
-        yield from map(encoder.encode, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # spawn: a fork would copy the parent's threads' locks (tqdm has a monitor thread)
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(model_path, validation_fraction),
-    )
-    waiting: deque[Future[EncodedChunk]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) >= CHUNKS_PER_WORKER * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a tokenising process died (most often: killed for memory); run again with fewer `workers`"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def read_tokens(folder: Path, name: str, dtype: np.dtype[np.generic]) -> np.ndarray:
+    """All ids of a part. Raises DataError if they were damaged after they were written."""
+    path = folder / f"{name}.tok"
+    data = path.read_bytes()
+    if zlib.crc32(data) != int(safetensors.numpy.load_file(folder / f"{name}.safetensors")["crc32"][0]):
+        raise DataError(f"{path} was damaged after it was written; remove {folder}")
+    return np.frombuffer(data, dtype)

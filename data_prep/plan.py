@@ -1,7 +1,6 @@
 """From a config to the files it means: which raw files go to which split, which model, which folder, what is
 recorded."""
 
-import glob
 import hashlib
 import os
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import Any
 
 from data_prep.config import REPOSITORY, DataConfig
 from data_prep.documents import ORIGINS, RawFile, SourceSplit
+from data_prep.locations import InputFile, is_file, match
 from data_prep.shard_format import SPLITS, DataError, SplitName
+from data_prep.work import WORK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Source:
     """One raw file and where its documents go (`hash`: by the hash of their text; `position`: by their place in
     the file)."""
 
-    path: Path
+    path: InputFile
     split: SourceSplit
 
 
@@ -35,8 +36,13 @@ class Plan:
     """The existing SentencePiece model to use, or None to train one."""
 
     @property
+    def work(self) -> Path:
+        """Folder of the finished pieces of every stage."""
+        return self.output / WORK
+
+    @property
     def workers(self) -> int:
-        """Number of tokenising processes, 0 resolved."""
+        """Number of processes, 0 resolved."""
         # The CPUs that SLURM or taskset left to this process; macOS has no such call.
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return self.config.workers or available or 1
@@ -58,17 +64,13 @@ class Plan:
         return [
             RawFile(
                 source.path,
-                source=number,
                 format=self.config.format,
                 split=source.split,
                 split_bytes=self.config.enwik8_split_bytes,
+                max_document_bytes=self.config.ingest.max_document_bytes,
             )
-            for number, source in enumerate(self.sources)
+            for source in self.sources
         ]
-
-    def training_files(self) -> list[RawFile]:
-        """The raw files that a tokenizer is trained on: all but those of validation and test."""
-        return [raw for raw in self.raw_files() if self.sources[raw.source].split in ("train", "hash")]
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """What decides the tokenizer: the hash of an existing model, or how it is trained."""
@@ -85,6 +87,7 @@ class Plan:
             "validation_fraction": self.validation_fraction,
             "tokenizer": self.tokenizer_settings(),
             "shard": self.config.shard.model_dump(mode="json"),
+            **self.config.stage_settings(),
         }
         if self.config.format == "enwik8":
             settings["split_bytes"] = list(self.config.enwik8_split_bytes)
@@ -117,9 +120,9 @@ def make_plan(config: DataConfig) -> Plan:
     )
 
 
-def _check_once(found: dict[str, list[Path]], *, format: str) -> None:
+def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
     """No file may go in twice, save that a wikitext zip holds a member for each split."""
-    seen: dict[Path, str] = {}
+    seen: dict[InputFile, str] = {}
     for key, path in [(key, path) for key, paths in found.items() for path in paths]:
         real = path.resolve()
         if real in seen and not (format == "wikitext" and path.suffix == ".zip" and seen[real] != key):
@@ -134,23 +137,16 @@ def _existing(path: str) -> Path:
     return Path(path) if Path(path).exists() else REPOSITORY / path
 
 
-def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[Path]:
+def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[InputFile]:
     """Files in the order of the patterns, each pattern sorted; every pattern must find something. `origin`: where
     a corpus comes from, for the message."""
-    files: list[Path] = []
+    files: list[InputFile] = []
     for pattern in patterns:
-        found = _match(Path(), pattern) or _match(REPOSITORY, pattern)
-        matched = [path for path in found if path.is_file()]
+        found = match(Path(), pattern) or match(REPOSITORY, pattern)
+        matched = [path for path in found if is_file(path)]
         if not matched:
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"
             fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
             raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY}){fix}")
         files += matched
     return files
-
-
-def _match(root: Path, pattern: str) -> list[Path]:
-    """What a pattern finds below a root, sorted. A name that exists is meant literally, even with
-    [brackets]."""
-    whole = root / pattern
-    return [whole] if whole.exists() else [Path(name) for name in sorted(glob.glob(str(whole), recursive=True))]

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_prep.shard_format import Manifest, ShardIndex
-from data_prep.shard_reader import SplitReader
+from data_prep.pipeline import Pipeline
+from data_prep.shard_format import REBUILD, DataError, Manifest
+from data_prep.shard_reader import ShardReader, SplitReader
+from data_prep.stats_report import QUANTILES, READ_TOKENS, document_tokens, dropped_rows
 from data_prep.tokenizer import TextTokenizer
-
-QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -28,6 +28,8 @@ def verify(manifest: Manifest) -> None:
     mismatch."""
     started = time.monotonic()
     manifest.check("full", progress=True)
+    for split in manifest.splits:
+        _check_content(manifest, split)
     rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
     print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
@@ -38,6 +40,29 @@ def verify(manifest: Manifest) -> None:
     print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
 
 
+def _check_content(manifest: Manifest, split: str) -> None:
+    """What hashes cannot tell: that ids are below the vocabulary's size and that EOS ends documents and is nowhere
+    else. Raises DataError with the shard."""
+    eos = manifest.tokenizer.eos_id
+    for entry in manifest.split(split):
+        reader = ShardReader(manifest, entry, False)
+        ids = 0
+        for start in range(0, reader.num_tokens, READ_TOKENS):
+            tokens = reader.read(start, min(start + READ_TOKENS, reader.num_tokens))
+            ids += int((tokens == eos).sum()) if eos is not None else 0
+            if tokens.max() >= manifest.tokenizer.vocab_size:
+                raise DataError(
+                    f"{entry.file} holds the id {tokens.max()}, the vocabulary {manifest.tokenizer.vocab_size}"
+                )
+        ends = [*(reader.document_starts[1:] - 1).tolist(), reader.num_tokens - 1]
+        ended = eos is None or all(int(reader.read(end, end + 1)[0]) == eos for end in ends)
+        reader.close()
+        if eos is not None and (ids != entry.documents or not ended):
+            raise DataError(
+                f"{entry.file} holds {ids} ends of documents, not one for each of {entry.documents}; {REBUILD}"
+            )
+
+
 def stats(manifest: Manifest) -> None:
     """Prints totals of each split and the distribution of tokens per document (EOS not counted)."""
     totals = []
@@ -46,7 +71,7 @@ def stats(manifest: Manifest) -> None:
         ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
         totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
         if sums.documents:
-            tokens = _document_tokens(manifest, split)
+            tokens = document_tokens(manifest, split)
             quantiles = np.quantile(tokens, list(QUANTILES.values()), method="lower")
             lengths.append((split, *(int(q) for q in quantiles), f"{tokens.mean():.1f}"))
     print(table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
@@ -55,13 +80,21 @@ def stats(manifest: Manifest) -> None:
     print(table(("split", *QUANTILES, "mean"), lengths))
 
 
-def _document_tokens(manifest: Manifest, split: str) -> np.ndarray:
-    """int64 [documents]: ids of every document of a split, EOS not counted; from the indexes alone."""
-    parts = []
-    for entry in manifest.split(split):
-        starts = ShardIndex.load(manifest, entry).document_start
-        parts.append(np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens)
-    return np.concatenate(parts)
+def dropped(manifest: Manifest) -> None:
+    """Prints how many documents each stage left out, by reason; nothing if none."""
+    rows = dropped_rows(manifest)
+    if rows:
+        print()
+        print(table(("left out", "reason", "documents"), rows))
+
+
+def progress(pipeline: Pipeline) -> None:
+    """Prints what the steps so far found in the raw files of this slice."""
+    states = pipeline.states(whole=False)
+    rejected = sum(sum(state.rejected.values()) for state in states)
+    text_bytes = sum(part.bytes for state in states for part in state.parts)
+    rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
+    print(table(("raw files", "documents", "text bytes", "quarantined"), rows))
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:

@@ -164,12 +164,29 @@ class InputRecord(_Record):
     bytes: Count
     """Size of the file as stored (compressed)."""
     documents: Count
-    """Documents read from it."""
+    """Documents of it that are in the shards."""
     format: str
-    """Source format: c4, pes2o, wikitext or enwik8."""
+    """Source format: c4, pes2o, jsonl, wikitext or enwik8."""
     split: Literal["train", "validation", "test", "hash", "position"]
     """Where its documents went; `hash`: to train or validation by a hash of the text; `position`: to every
     split, by their place in the file."""
+    quarantined: dict[str, Count] = {}
+    """Records that gave no document, by reason; `damaged file` stands for the whole file."""
+    filtered: Count = 0
+    """Documents that a filter dropped."""
+    duplicates: Count = 0
+    """Documents dropped as duplicates."""
+
+
+class RecordFile(_Record):
+    """A file beside the manifest that says what was left out."""
+
+    file: SafeName
+    """Name, relative to the manifest."""
+    bytes: Count
+    """Size."""
+    sha256: Sha256
+    """Hash of the whole file."""
 
 
 class Provenance(_Record):
@@ -181,6 +198,10 @@ class Provenance(_Record):
     """Every setting that changes the output, and none that does not (paths, workers)."""
     versions: dict[str, str]
     """Versions of the preparation code and of the packages it used."""
+    dropped: dict[str, JsonValue] = {}
+    """Documents left out: `quarantined`, `filtered` and `duplicates`, each by reason; absent if nothing was."""
+    records: tuple[RecordFile, ...] = ()
+    """What was quarantined, and examples of what was filtered and of duplicates, as JSON lines."""
 
 
 class Manifest(_Record):
@@ -235,7 +256,7 @@ class Manifest(_Record):
         manifest = cls._parse(file, raw)
         manifest._folder = file.parent
         root = file.parent.resolve()
-        for name in [manifest.tokenizer.file or "", *manifest._shard_files()]:
+        for name in [manifest.tokenizer.file or "", *manifest._shard_files(), *manifest._record_files()]:
             if not (root / name).resolve().is_relative_to(root):
                 raise DataError(
                     f"{file}: {name} leads out of the manifest's folder (a link?); store the file inside it"
@@ -252,7 +273,8 @@ class Manifest(_Record):
         if version != FORMAT_VERSION:
             raise DataError(f"{file}: format_version is {version!r}, this code reads {FORMAT_VERSION}; {REBUILD}")
         try:
-            manifest = cls.model_validate_json(raw)
+            # From what was parsed above and is hashed below, so that no two readings of odd JSON can differ.
+            manifest = cls.model_validate_json(json.dumps(body))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "manifest"
@@ -289,6 +311,9 @@ class Manifest(_Record):
     def _shard_files(self) -> list[str]:
         return [name for entry in self._entries() for name in (entry.file, entry.index_file)]
 
+    def _record_files(self) -> list[str]:
+        return [record.file for record in self.provenance.records]
+
     def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
         """Compares the folder with the manifest; raises one DataError that names the file, the difference and
         the fix.
@@ -309,6 +334,10 @@ class Manifest(_Record):
             ShardIndex.load(self, entry)
         if level == "size":
             return
+        for record in self.provenance.records:  # not data: training does without them
+            path = self.folder / record.file
+            check_size(path, record.bytes)
+            _expect("sha256", path, record.sha256, sha256_file(path))
         from data_prep.progress import byte_bar  # here, so that the read path does not import tqdm
 
         total = sum(entry.bytes for entry in entries)

@@ -5,26 +5,30 @@ normalisation, spaces kept, newline a piece of its own, bytes for what has no pi
 padding; unk is 0, EOS 1.
 """
 
-import heapq
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from data_prep.config import TokenizerConfig
-from data_prep.documents import RawFile, goes_to_validation, parse_texts, stable_fraction
+from data_prep.documents import stable_fractions
 from data_prep.progress import byte_bar, heartbeat
+from data_prep.selection import Selection
 from data_prep.shard_format import DataError
+from data_prep.store import Part, read_index
+from data_prep.word_cache import WordCache, is_word_by_word
 
 # SentencePiece drops training lines above 4192 bytes; 1024 characters are at most 4096 bytes of UTF-8.
 MAX_LINE_CHARACTERS = 1024
 # From each file this many times its share of the sample is read, and the seed chooses among that: a full pass
 # over C4 only to draw 100 MB would take as long as tokenising it on 64 cores.
 SAMPLE_OVERSAMPLING = 4
-# Encoding time grows faster than the length: 3.6 MB a second for whole documents, 4.5 in such segments.
+# Encoding time grows faster than the length: 3.6 MB a second for whole documents, 4.5 in such segments (BPE, without
+# the cache of words).
 SEGMENT_CHARACTERS = 2048
 # The character that SentencePiece writes for a space, and therefore the only one that it cannot tell from a
 # space.
@@ -51,6 +55,8 @@ class TextTokenizer:
         symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode("utf-8")]
         has_bytes = all(self._model.is_byte(piece) for piece in symbol)
         self._space_symbol = np.array(symbol, np.int32) if has_bytes else None
+        by_word = self._newline is not None and is_word_by_word(model)
+        self._words = WordCache(self._model, self._newline) if by_word and self._newline is not None else None
 
     def _find_newline(self) -> np.ndarray | None:
         """Ids of a lone newline (the leading space, if the model puts one, and the newline's piece), or None.
@@ -73,6 +79,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids [n] of a text, without EOS."""
+        if self._words is not None and SPACE_SYMBOL not in text:
+            return self._words.encode(text)
         if self._newline is None or (len(text) <= SEGMENT_CHARACTERS and SPACE_SYMBOL not in text):
             ids: np.ndarray = self._model.encode_as_numpy(text)
             return ids
@@ -104,6 +112,11 @@ class TextTokenizer:
                 yield self._model.encode_as_numpy("\n" + segment)[len(newline) :]
             start = stop
 
+    def piece(self, number: int) -> str:
+        """The piece of an id."""
+        piece: str = self._model.id_to_piece(number)
+        return piece
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n] (any integer dtype)."""
         text: str = self._model.decode(ids.tolist())
@@ -123,41 +136,72 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def sample_documents(
-    files: list[RawFile], *, sample_bytes: int, seed: int, validation_fraction: float
-) -> Iterator[str]:
-    """A sample of at most `sample_bytes` of UTF-8 text, in input order; all of the text if there is no more.
+@dataclass(frozen=True, kw_only=True)
+class SampleSource:
+    """The parts of one raw file that a tokenizer may be trained on."""
 
-    Each file gives its share by stored size. From the first `SAMPLE_OVERSAMPLING` shares of its text, the
+    parts: tuple[Part, ...]
+
+
+def sample_documents(
+    sources: Sequence[SampleSource],
+    selection: Selection,
+    *,
+    sample_bytes: int,
+    seed: int,
+    validation_fraction: float,
+) -> Iterator[str]:
+    """A sample of at most `sample_bytes` of UTF-8 text, in reading order; all of the text if there is no more.
+
+    Each raw file gives its share by bytes of text. From the first `SAMPLE_OVERSAMPLING` shares of its text, the
     documents with the smallest hash of (seed, text) are taken. Documents that go to validation are left out.
-    Memory: one share.
+    Memory: 24 bytes for each document of these shares, and one document.
     """
-    stored = {raw.path: raw.path.stat().st_size for raw in files}
-    total = sum(stored.values())
-    with byte_bar(total=total, description="sampling text") as bar:
-        for raw in files:
-            share = sample_bytes * stored[raw.path] // max(total, 1)
-            kept: list[tuple[float, int, int, str]] = []  # a heap, the largest hash on top
-            kept_bytes, read_bytes, position = 0, 0, 0
-            reported = 0
-            for chunk in raw.chunks():
-                for text in parse_texts(chunk):
-                    data = text.encode("utf-8")
-                    read_bytes += len(data)
-                    position += 1
-                    if goes_to_validation(text, validation_fraction=validation_fraction):
-                        continue
-                    priority = stable_fraction(seed.to_bytes(8, "big") + data)
-                    heapq.heappush(kept, (-priority, position, len(data), text))
-                    kept_bytes += len(data)
-                    while kept_bytes > share:
-                        kept_bytes -= heapq.heappop(kept)[2]
-                bar.update(chunk.stored_bytes)
-                reported += chunk.stored_bytes
-                if read_bytes >= SAMPLE_OVERSAMPLING * share:
-                    break
-            bar.update(stored[raw.path] - reported)
-            yield from (text for _, _, _, text in sorted(kept, key=lambda item: item[1]))
+    totals = [sum(part.bytes for part in source.parts) for source in sources]
+    with byte_bar(total=sum(totals), description="sampling text") as bar:
+        for source, size in zip(sources, totals, strict=True):
+            share = sample_bytes * size // max(1, sum(totals))
+            for part, chosen in _choose(source, selection, share, seed, validation_fraction):
+                yield from (data.decode("utf-8") for _, data in selection.documents(part, chosen))
+            bar.update(size)
+
+
+def _choose(
+    source: SampleSource, selection: Selection, share: int, seed: int, validation_fraction: float
+) -> Iterator[tuple[Part, np.ndarray]]:
+    """The parts of one raw file and which of their documents to take, bool [documents]: at most `share` bytes."""
+    parts, sizes, priorities = [], [], []
+    left = SAMPLE_OVERSAMPLING * share
+    for part in source.parts:
+        if left <= 0:
+            break
+        index = read_index(selection.ingest, part.name)
+        usable = selection.keep(part) & (stable_fractions(index.hash[:, 0]) >= validation_fraction)
+        before = np.cumsum(index.size * usable) - index.size
+        usable &= (before < left) & (index.size <= share)
+        left -= int(index.size[usable].sum())
+        parts.append(part)
+        sizes.append(np.where(usable, index.size, share + 1))  # too large to be taken
+        priorities.append(np.where(usable, _seeded(index.hash[:, 1], seed), np.iinfo(np.uint64).max))
+    if not parts:
+        return
+    size = np.concatenate(sizes)
+    order = np.argsort(np.concatenate(priorities), kind="stable")
+    fits = np.cumsum(np.minimum(size[order], share + 1)) <= share
+    chosen = np.zeros(len(size), np.bool_)
+    chosen[order[fits]] = True
+    start = 0
+    for part in parts:
+        yield part, chosen[start : start + part.documents]
+        start += part.documents
+
+
+def _seeded(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 [n]: numbers in another order for every seed, by splitmix64."""
+    values = hashes ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:

@@ -1,4 +1,4 @@
-"""Stored files as they were downloaded (plain, gzip, zip) as one stream of unpacked bytes, hashed on the way.
+"""Stored files as they were downloaded (plain, gzip, zstd, zip) as one stream of unpacked bytes, hashed on the way.
 
 Nothing is extracted to disk: a zip gives the bytes of one member, whatever folder its name says, and every
 other member is left alone.
@@ -10,14 +10,24 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO
 
-from data_prep.shard_format import DataError, sha256_file
+import zstandard
+
+from data_prep.locations import InputFile, sha256_of, size_and_stamp
+from data_prep.shard_format import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# A file with such a name that does not open as one is damaged, and not text by chance.
+PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
 BLOCK_BYTES = 1 << 20
+
+
+class DamagedFileError(DataError):
+    """A packed file whose content cannot be trusted: truncated, or a checksum fails."""
 
 
 class _CountingStream:
@@ -33,6 +43,36 @@ class _CountingStream:
         self.hash.update(data)
         self.bytes += len(data)
         return data
+
+
+class _ZstdFrames:
+    """The content of consecutive zstd frames. zstandard's own stream reader takes a truncated file for a whole one."""
+
+    def __init__(self, stored: _CountingStream) -> None:
+        self._stored = stored
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False  # whether the current frame was given a byte
+        self._packed = b""
+        self._content = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._content) < size and self._unpack():
+            pass
+        data, self._content = self._content[:size], self._content[size:]
+        return data
+
+    def _unpack(self) -> bool:
+        packed = self._packed or self._stored.read(1 << 14)  # small: zstd may unpack it to thousands of times as much
+        if not packed:
+            if self._begun:
+                raise EOFError("the last zstd frame is cut")
+            return False
+        self._content += self._frame.decompress(packed)
+        self._begun, self._packed = True, b""
+        if self._frame.eof:
+            self._packed, self._begun = self._frame.unused_data, False
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        return True
 
 
 class Unpacked:
@@ -65,13 +105,17 @@ class Unpacked:
         self.position += len(data)
         return data
 
-    def lines(self, *, limit_bytes: int | None = None) -> Iterator[bytes]:
-        """Lines with their ends, which are newlines alone, so that joining them gives the content. With a limit,
-        the next `limit_bytes` bytes only, and nothing behind them is read."""
+    def lines(self, *, max_bytes: int, limit_bytes: int | None = None) -> Iterator[bytes]:
+        """Lines with their ends, which are newlines alone, so that joining them gives the content. A line longer
+        than `max_bytes` comes in pieces longer than that, of which only the last ends in a newline. With a
+        limit, the next `limit_bytes` bytes only, and nothing behind them is read."""
         rest, stop = b"", None if limit_bytes is None else self.position + limit_bytes
         while block := self.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - self.position)):
             *lines, rest = (rest + block).split(b"\n")
             yield from (line + b"\n" for line in lines)
+            if len(rest) > max_bytes:
+                yield rest
+                rest = b""
         if rest:
             yield rest
 
@@ -81,13 +125,16 @@ class Unpacked:
 
 
 @contextlib.contextmanager
-def unpacked(path: Path, *, member: str | None) -> Iterator[Unpacked]:
+def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
     """Opens a file by what its first bytes say it is. `member`: name, without folders, of the file inside a
-    zip. Raises DataError for a file that is missing, unreadable or damaged, also while it is being read."""
+    zip. Raises DamagedFileError, also while it is being read, and DataError for a file that is missing or
+    unreadable."""
     try:
         with path.open("rb") as stored:
             magic = stored.read(len(ZIP_MAGIC))
             stored.seek(0)
+            if not magic.startswith(PACKED_SUFFIXES.get(path.suffix, b"")):
+                raise DamagedFileError(f"{path} is damaged (not a {path.suffix} file); fetch it again")
             if magic == ZIP_MAGIC:
                 with zipfile.ZipFile(stored) as archive:
                     yield from _zipped(path, archive, _find_member(archive, path, member))
@@ -96,10 +143,12 @@ def unpacked(path: Path, *, member: str | None) -> Iterator[Unpacked]:
             if magic.startswith(GZIP_MAGIC):
                 with gzip.GzipFile(fileobj=counter, mode="rb") as text:  # type: ignore[call-overload]
                     yield _counted(str(path), text.read, counter)
+            elif magic == ZSTD_MAGIC:
+                yield _counted(str(path), _ZstdFrames(counter).read, counter)
             else:
                 yield _counted(str(path), counter.read, counter)
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); fetch it again") from None
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -113,7 +162,7 @@ def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) 
     return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish)
 
 
-def _find_member(archive: zipfile.ZipFile, path: Path, member: str | None) -> zipfile.ZipInfo:
+def _find_member(archive: zipfile.ZipFile, path: InputFile, member: str | None) -> zipfile.ZipInfo:
     if member is None:
         raise DataError(f"{path} is a zip archive, which only the formats wikitext and enwik8 read; unpack it")
     found = [info for info in archive.infolist() if PurePosixPath(info.filename).name == member and not info.is_dir()]
@@ -126,13 +175,13 @@ def _find_member(archive: zipfile.ZipFile, path: Path, member: str | None) -> zi
     return found[0]
 
 
-def _zipped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
+def _zipped(path: InputFile, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
     """The hash takes a pass of its own, because a zip is read from its end. Progress is by unpacked bytes."""
-    size = path.stat().st_size
+    size = size_and_stamp(path)[0]
     with archive.open(member) as content:
         yield Unpacked(
             content.read,
             name=f"{path}/{member.filename}",
             stored_bytes=lambda: size * content.tell() // max(member.file_size, 1),
-            finish=lambda: (sha256_file(path), size),
+            finish=lambda: (sha256_of(path), size),
         )

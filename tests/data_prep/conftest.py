@@ -54,7 +54,8 @@ def write_dump(path: Path, lines: list[Any]) -> Path:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A dump folder, its config and the texts in the order in which they must come back."""
+    """A dump folder, its config and the texts in the order in which they must come back. Each dump also holds an empty
+    document, which must not."""
 
     folder: Path
     config: dict[str, Any]
@@ -84,7 +85,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         "tokenizer": {"vocab_size": 500},
         "shard": {"tokens_per_shard": 5000, "tokens_per_member": 1024},
     }
-    return Corpus(folder, config, parts[0] + parts[1] + parts[2], parts[3] + parts[4])
+    texts = [[text for text in part if text] for part in parts]
+    return Corpus(folder, config, texts[0] + texts[1] + texts[2], texts[3] + texts[4])
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def test_show_prints_documents_of_both_splits(
 ) -> None:
     assert main(["show", str(prepared), "--split", "train", "--index", "3", "--count", "2"]) == 0
     out = capsys.readouterr().out
-    assert "=== train document 3 of 189" in out
+    assert "=== train document 3 of 186" in out
     assert corpus.train[3] in out
     assert corpus.train[4] in out
     config = corpus.write_config(prepared.parent / "config.json", output=str(prepared))
@@ -36,7 +36,7 @@ def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFix
         "bytes",
         "bytes/token",
     ]
-    assert out.splitlines()[1].split()[:3:2] == ["train", "189"]
+    assert out.splitlines()[1].split()[:3:2] == ["train", "186"]
     assert "p50" in out
     assert main(["verify", str(prepared)]) == 0
     out = capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["show", "{data}", "--index", "189"], "no document 189: the split has 189"),
+        (["show", "{data}", "--index", "186"], "no document 186: the split has 186"),
         (["show", "{data}", "--index", "-1"], "argument --index: expected"),
         (
             ["show", "{data}", "--count", "0"],
@@ -103,4 +103,4 @@ def test_the_module_runs_from_a_shell_and_a_closed_pipe_is_no_error(prepared: Pa
     show = f"{sys.executable} -m data_prep show {prepared} --count 150 | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", show], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("=== train document 0 of 189")
+    assert result.stdout.startswith("=== train document 0 of 186")

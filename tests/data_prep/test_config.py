@@ -35,7 +35,11 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"workers": True}, [], "workers = true: Input should be a valid integer"),
         ({"workers": -1}, [], "workers = -1: Input should be greater than or equal to 0"),
         ({"validation_fraction": 1}, [], "validation_fraction = 1: Input should be less than 1"),
-        ({"format": "csv"}, [], "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'wikitext' or 'enwik8'"),
+        (
+            {"format": "csv"},
+            [],
+            "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'jsonl', 'wikitext' or 'enwik8'",
+        ),
         (
             {"tokenizer": {"type": "word"}},
             [],
@@ -49,6 +53,12 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"input": []}, [], "input = []"),
         ({"input": [3]}, [], "input.0 = 3: Input should be a valid string"),
         ({"validation_input": "b", "validation_fraction": 0.1}, [], "validation_fraction has no effect with"),
+        ({"output": "s3://bucket/out"}, [], "output 's3://bucket/out' is a URL; name a local folder"),
+        ({"dedup": {"exact": False, "near": False}}, [], "exact and near are both false"),
+        ({"filter": {"min_words": 9, "max_words": 3}}, [], "filter: min_words 9 is more than max_words 3"),
+        ({"filter": {"language": "English"}}, [], 'filter.language.0 = "English": String should match'),
+        ({"treshold": 0.7}, [], "unknown key 'treshold'; did you mean 'dedup.threshold'?"),
+        ({"format": "wikitext", "validation_input": "v", "dedup": {}}, [], 'format "wikitext" is used whole'),
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
     ],
 )
@@ -94,7 +104,7 @@ def test_every_key_is_documented() -> None:
         assert all(field.description for field in section.model_fields.values())
 
 
-@pytest.mark.parametrize("name", ["sample", "c4", "pes2o"])
+@pytest.mark.parametrize("name", ["sample", "c4", "pes2o", "jsonl"])
 def test_shipped_configs_are_valid_and_write_below_the_repository_root(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

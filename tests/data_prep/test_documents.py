@@ -1,94 +1,158 @@
-"""Raw files: formats, lines, and what a damaged file says."""
+"""Raw files: formats, lines, and what happens to what cannot be read."""
 
 import gzip
 import hashlib
+import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zstandard
 
-from data_prep.documents import RawFile, goes_to_validation, parse_texts
+from data_prep.documents import Document, RawFile, Rejected, stable_fractions
 from data_prep.shard_format import DataError
+from data_prep.unpack import DamagedFileError
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
 
-def read(path: Path, format: Any = "auto", chunk_bytes: int = 300) -> tuple[RawFile, list[str]]:
-    raw = RawFile(path, format=format)
-    return raw, [text for chunk in raw.chunks(chunk_bytes=chunk_bytes) for text in parse_texts(chunk)]
+def read(path: Path, format: Any = "auto", **settings: Any) -> tuple[RawFile, list[str], list[Rejected]]:
+    """The file, the texts of its documents and what was rejected."""
+    raw = RawFile(path, format=format, **settings)
+    records = list(raw.read())
+    texts = [record.data.decode() for record in records if isinstance(record, Document)]
+    return raw, texts, [record for record in records if isinstance(record, Rejected)]
 
 
-@pytest.mark.parametrize("name, line", [("c4", c4_line), ("pes2o", pes2o_line)])
-@pytest.mark.parametrize("chunk_bytes", [1, 300, 1 << 20])
+@pytest.mark.parametrize(
+    "name, line", [("c4", c4_line), ("pes2o", pes2o_line), ("jsonl", lambda text: {"text": text, "meta": 1})]
+)
+@pytest.mark.parametrize("block_bytes", [7, 300, 1 << 20])
 def test_texts_come_back_in_order_with_hash_size_and_format(
-    tmp_path: Path, name: str, line: Any, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: Any, block_bytes: int
 ) -> None:
+    monkeypatch.setattr("data_prep.unpack.BLOCK_BYTES", block_bytes)
     texts = [f"text {number}\nline two  ü" for number in range(20)]
     path = write_dump(tmp_path / "a.json.gz", [line(text) for text in texts])
-    raw, found = read(path, chunk_bytes=chunk_bytes)
-    assert found == texts
+    consumed: list[int] = []
+    raw = RawFile(path)
+    records = list(raw.read(on_bytes=consumed.append))
+    assert [(r.position, r.data.decode()) for r in records if isinstance(r, Document)] == list(enumerate(texts, 1))
     stored = path.read_bytes()
     assert (raw.format, raw.bytes, raw.sha256) == (name, len(stored), hashlib.sha256(stored).hexdigest())
-    chunks = list(RawFile(path).chunks(chunk_bytes=chunk_bytes))
-    assert sum(chunk.stored_bytes for chunk in chunks) == len(stored)
+    assert sum(consumed) == len(stored)
 
 
-def test_plain_files_concatenated_gzip_and_blank_lines_are_read(tmp_path: Path) -> None:
+def test_plain_files_concatenated_gzip_zstd_and_blank_lines_are_read(tmp_path: Path) -> None:
     first, second = (
         write_dump(tmp_path / f"{n}.gz", [c4_line(f"text {n}"), b"", c4_line(f"more {n}")]).read_bytes() for n in (1, 2)
     )
     both = tmp_path / "both.json.gz"
     both.write_bytes(first + second)
     expected = ["text 1", "more 1", "text 2", "more 2"]
-    assert read(both)[1] == expected
-    plain = tmp_path / "plain.json"
+    assert read(both)[1:] == (expected, [])
+    plain = tmp_path / "plain.jsonl"
     plain.write_bytes(gzip.decompress(first + second).removesuffix(b"\n").replace(b"\n", b"\r\n"))
-    raw, texts = read(plain)
+    raw, texts, _ = read(plain)
     assert texts == expected
     assert raw.sha256 == hashlib.sha256(plain.read_bytes()).hexdigest()
+    frames = tmp_path / "a.jsonl.zst"
+    frames.write_bytes(b"".join(zstandard.compress(gzip.decompress(part)) for part in (first, second)))
+    assert read(frames)[1:] == (expected, [])
 
 
 @pytest.mark.parametrize(
-    "bad, message",
+    "bad, reason, detail",
     [
-        (b'{"text": "cut', "not a line of JSON"),
-        (b'{"text": "\xff"}', "not a line of JSON"),
-        (b"[" * 100_000, "not a line of JSON"),
-        (b"[1, 2]", "expected a JSON object, found list"),
-        (b'{"url": "x"}', "`text` is missing or not a string"),
-        (b'{"text": null}', "`text` is missing or not a string"),
-        (b'{"text": "\\ud800"}', "half of a UTF-16 surrogate pair"),
+        (b'{"text": "cut', "not JSON", "Invalid control character"),
+        (b'{"text": "\xff"}', "not UTF-8", "byte 10 of the line"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8", "byte 10 of the line"),
+        (b"[" * 100_000, "not JSON", "recursion"),
+        (b"[1, 2]", "not JSON", "expected an object, found list"),
+        (b'{"url": "x"}', "no text", "missing or not a string"),
+        (b'{"text": null}', "no text", "missing or not a string"),
+        (b'{"text": "\\ud800"}', "not UTF-8", "half of a UTF-16 surrogate pair"),
+        (b'{"text": ""}', "empty", "blank"),
+        (b'{"text": " \\n\\t "}', "empty", "blank"),
+        (b'{"text": "' + b"x" * 200_000 + b'"}', "too long", "ingest.max_document_bytes 150000"),
     ],
 )
-def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path, bad: bytes, message: str) -> None:
-    path = write_dump(tmp_path / "bad.json.gz", [c4_line("good")] * 3 + [b"", bad, c4_line("good")])
-    for chunk_bytes in (1, 1 << 20):
-        with pytest.raises(DataError, match=rf"bad\.json\.gz:5: .*{message}.*repair or remove"):
-            read(path, chunk_bytes=chunk_bytes)
+@pytest.mark.parametrize("block_bytes", [1000, 1 << 20])
+def test_a_malformed_line_is_rejected_with_its_number_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, reason: str, detail: str, block_bytes: int
+) -> None:
+    monkeypatch.setattr("data_prep.unpack.BLOCK_BYTES", block_bytes)
+    path = write_dump(tmp_path / "bad.json.gz", [c4_line("good")] * 3 + [b"", bad, c4_line("more")])
+    _, texts, (rejected,) = read(path, max_document_bytes=150_000)
+    assert texts == ["good"] * 3 + ["more"]
+    assert (rejected.position, rejected.reason) == (5, reason)
+    assert detail in rejected.detail
+    assert bad.startswith(rejected.record)
 
 
-def test_unknown_keys_name_the_known_formats_unless_the_format_is_set(tmp_path: Path) -> None:
-    path = write_dump(tmp_path / "x.json.gz", [{"text": "a", "meta": 1}])
-    with pytest.raises(DataError, match=r"x\.json\.gz:1: unknown format, its keys are meta, text \(c4 has"):
-        read(path)
-    assert read(path, format="c4")[1] == ["a"]
+def test_the_format_is_that_of_the_first_line_that_can_be_read(tmp_path: Path) -> None:
+    path = write_dump(tmp_path / "x.json.gz", [b"oops", {"no": "text"}, pes2o_line("a"), c4_line("b")])
+    raw, texts, rejected = read(path)
+    assert (raw.format, texts, [r.position for r in rejected]) == ("pes2o", ["a", "b"], [1, 2])
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     path = write_dump(tmp_path / "cut.json.gz", [c4_line(f"{n} text" * 9) for n in range(500)])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-40])
-    with pytest.raises(DataError, match=r"cut\.json\.gz is damaged .*; fetch it again"):
-        read(path)
-    path.write_bytes(whole[:600] + b"\0\0\0\0" + whole[604:])
-    with pytest.raises(DataError, match=r"cut\.json\.gz is damaged .*; fetch it again"):
-        read(path)
+    for damaged in (
+        whole[:-40],
+        whole[:-1],
+        whole[:600] + b"\0\0\0\0" + whole[604:],
+        b"x" + whole[1:],
+        b"",
+        whole + b"x",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"cut\.json\.gz is damaged .*; fetch it again"):
+            read(path)
     with pytest.raises(DataError, match=r"cannot read .*none\.gz: No such file"):
         read(tmp_path / "none.gz")
 
 
+def test_a_zstd_file_is_whole_or_damaged(tmp_path: Path) -> None:
+    data = b"".join(b'{"text": "%d %d"}\n' % (number, number * number) for number in range(5000))
+    whole = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    path = tmp_path / "a.jsonl.zst"
+    for length in (*range(len(whole) - 6, len(whole)), len(whole) // 2, 3, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFileError):
+            read(path)
+    path.write_bytes(whole)
+    assert len(read(path)[1]) == 5000
+
+
+def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) -> None:
+    """60 MB of newline-free noise, one rejection, then a good line."""
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        for _ in range(60):
+            stream.write(os.urandom(1 << 20).replace(b"\n", b" "))
+        stream.write(b'\n{"text": "good"}\n')
+    _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
+    assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
+    assert rejected.size < 3 << 20
+
+
+def test_a_giant_article_goes_as_a_whole(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    giant = b" = Giant = \n" + b"".join(b" %d = not a heading \n" % rng.randrange(10**9) for _ in range(900))
+    small = b" = Small = \n text \n"
+    (tmp_path / "wiki.train.raw").write_bytes(small + giant + small)
+    raw = RawFile(tmp_path / "wiki.train.raw", format="wikitext", split="train", max_document_bytes=3000)
+    records = list(raw.read())
+    assert [type(record) for record in records] == [Document, Rejected, Document]
+    assert [record.position for record in records] == [0, len(small), len(small) + len(giant)]
+
+
 def test_the_validation_choice_is_stable_and_near_its_fraction() -> None:
     texts = [f"document {number}" for number in range(4000)]
-    chosen = [text for text in texts if goes_to_validation(text, validation_fraction=0.05)]
-    assert chosen[:3] == ["document 21", "document 22", "document 55"]
+    hashes = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+    chosen = np.flatnonzero(stable_fractions(np.array(hashes, np.uint64)) < 0.05)
+    assert chosen[:3].tolist() == [21, 22, 55]
     assert 150 < len(chosen) < 250
-    assert not any(goes_to_validation(text, validation_fraction=0.0) for text in texts)

@@ -26,7 +26,7 @@ def outputs(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name not in ("run.json", ".lock")
+        if path.name not in ("run.json", ".lock", ".work")
     }
 
 
@@ -49,11 +49,11 @@ def test_manifest_totals_and_provenance(corpus: Corpus, manifest: Manifest) -> N
         assert totals["tokens"] == manifest.num_tokens(split)
     inputs = manifest.provenance.inputs
     assert [(record.name, record.format, record.split, record.documents) for record in inputs] == [
-        ("c4-train.00000-of-00002.json.gz", "c4", "train", 63),
-        ("c4-train.00001-of-00002.json.gz", "c4", "train", 63),
-        ("train-00000.json.gz", "pes2o", "train", 63),
-        ("c4-validation.00000.json.gz", "c4", "validation", 63),
-        ("valid-00000.json.gz", "pes2o", "validation", 63),
+        ("c4-train.00000-of-00002.json.gz", "c4", "train", 62),
+        ("c4-train.00001-of-00002.json.gz", "c4", "train", 62),
+        ("train-00000.json.gz", "pes2o", "train", 62),
+        ("c4-validation.00000.json.gz", "c4", "validation", 62),
+        ("valid-00000.json.gz", "pes2o", "validation", 62),
     ]
     stored = (corpus.folder / "c4" / inputs[0].name).read_bytes()
     assert (inputs[0].bytes, inputs[0].sha256) == (len(stored), hashlib.sha256(stored).hexdigest())
@@ -71,8 +71,8 @@ def test_manifest_totals_and_provenance(corpus: Corpus, manifest: Manifest) -> N
 def test_two_workers_another_folder_and_two_steps_give_the_same_bytes(
     corpus: Corpus, prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with tiny chunks, so that both workers are busy and results must be put back in order."""
-    monkeypatch.setattr("data_prep.documents.RawFile.chunks.__kwdefaults__", {"chunk_bytes": 2000})
+    """Also with tiny parts, so that both workers are busy and results must be put back in order."""
+    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 2000)
     (tmp_path / "moved").symlink_to(corpus.folder)
     moved = {
         key: [pattern.replace(str(corpus.folder), str(tmp_path / "moved")) for pattern in corpus.config[key]]
@@ -151,7 +151,7 @@ def test_a_failing_rebuild_leaves_the_former_data_whole(
     config: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = outputs(prepared)
-    bad = write_dump(tmp_path / "bad.json.gz", [c4_line("word " * 500)] * 30 + [b"{oops"])
+    bad = write_dump(tmp_path / "bad.json.gz", [c4_line("word " * 500)] * 8 + [b"{oops"])
     model = json.dumps(str(prepared / "tokenizer.model"))
     for workers in (1, 2):
         extra = (
@@ -161,10 +161,14 @@ def test_a_failing_rebuild_leaves_the_former_data_whole(
             f"tokenizer.model={model}",
             "--set",
             f"workers={workers}",
+            "--set",
+            "ingest.max_bad_records=0",
             "--force",
         )
         assert run(config, *extra) == 2
-        assert "bad.json.gz:31: not a line of JSON" in one_error(capsys)
+        error = one_error(capsys)
+        assert "1 of 135 records are malformed, more than ingest.max_bad_records 0.0 allows" in error
+        assert "bad.json.gz:9: not JSON" in error
         assert outputs(prepared) == before
 
 
@@ -187,7 +191,7 @@ def test_a_crash_while_publishing_leaves_no_manifest(
     monkeypatch.undo()
     assert run(config) == 0
     Manifest.load(prepared).check("full")
-    assert not (prepared / prepare.STAGING).exists()
+    assert not (prepared / ".work").exists()
 
 
 def test_a_second_writer_is_refused(config: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

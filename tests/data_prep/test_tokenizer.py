@@ -9,17 +9,19 @@ import pytest
 import sentencepiece
 
 from data_prep.config import TokenizerConfig
-from data_prep.documents import RawFile
+from data_prep.selection import Selection
 from data_prep.shard_format import DataError
+from data_prep.store import PartWriter
 from data_prep.tokenizer import (
     MAX_LINE_CHARACTERS,
     SEGMENT_CHARACTERS,
+    SampleSource,
     TextTokenizer,
     sample_documents,
     train_tokenizer,
     training_lines,
 )
-from tests.data_prep.conftest import c4_line, make_texts, write_dump
+from tests.data_prep.conftest import make_texts
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +116,25 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_sample_is_capped_seeded_and_free_of_validation_text(tmp_path: Path) -> None:
     texts = {name: [f"{name} {number} " + "word " * 20 for number in range(300)] for name in "ab"}
-    paths = [write_dump(tmp_path / f"{name}.json.gz", [c4_line(t) for t in texts[name]]) for name in "ab"]
+    sources = []
+    for name in "ab":
+        parts = []
+        for half in (texts[name][:150], texts[name][150:]):
+            writer = PartWriter(tmp_path, f"{name}{len(parts)}", "train")
+            for position, text in enumerate(half):
+                writer.add(text.encode(), position)
+            parts.append(writer.finish())
+        sources.append(SampleSource(parts=tuple(parts)))
 
     def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
-        files = [RawFile(path) for path in paths]
-        return list(
-            sample_documents(files, sample_bytes=sample_bytes, seed=seed, validation_fraction=validation_fraction)
+        found = sample_documents(
+            sources,
+            Selection(ingest=tmp_path),
+            sample_bytes=sample_bytes,
+            seed=seed,
+            validation_fraction=validation_fraction,
         )
+        return list(found)
 
     everything = texts["a"] + texts["b"]
     assert sample(10**9) == everything

@@ -1,0 +1,129 @@
+"""The manifest of finished shards, and the records beside it of what was left out."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep import dedup, prepare
+from data_prep.dedup_result import duplicate_verdicts
+from data_prep.filter_stage import filtered_out, summary
+from data_prep.ingest import quarantine_file
+from data_prep.pack import ShardTask, read_entry, split_totals
+from data_prep.shard_format import (
+    BYTE_VALUES,
+    FORMAT_VERSION,
+    TOKENIZER_FILE,
+    SplitName,
+    TokenizerEntry,
+    dtype_name,
+    sha256_file,
+)
+from data_prep.shard_writer import write_manifest
+from data_prep.tokenizer import TextTokenizer
+from data_prep.work import finished, replacing, write_atomically
+
+if TYPE_CHECKING:
+    from data_prep.pipeline import Pipeline
+
+
+def write_data_manifest(
+    pipeline: "Pipeline", folder: Path, encoded: Path, tokenizer: TokenizerEntry, tasks: Sequence[ShardTask]
+) -> None:
+    plan, parts = pipeline.plan, pipeline.parts(whole=True)
+    splits: dict[SplitName, list[dict[str, Any]]] = {split: [] for split in plan.splits}
+    for task in tasks:
+        entry = finished(read_entry(task), f"shard {task.name}")
+        splits[task.split].append(entry.model_dump())
+    inputs, dropped = _inputs_and_dropped(pipeline)
+    provenance: dict[str, Any] = {
+        "inputs": inputs,
+        "config": plan.recorded_config(),
+        "versions": prepare.versions(plan),
+    }
+    if dropped:
+        provenance["dropped"] = dropped
+    records = _write_records(pipeline, folder)
+    if records:
+        provenance["records"] = records
+    write_manifest(
+        folder,
+        {
+            "format_version": FORMAT_VERSION,
+            "dtype": dtype_name(tokenizer.vocab_size),
+            # The defaults left out: a SentencePiece manifest is the same as before there were bytes.
+            "tokenizer": tokenizer.model_dump(exclude_defaults=True),
+            "splits": splits,
+            "totals": {split: split_totals(parts, encoded, split).model_dump() for split in plan.splits},
+            "provenance": provenance,
+        },
+    )
+
+
+def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of the raw files, and how many documents each stage left out, by reason."""
+    config, selection = pipeline.plan.config, pipeline.selection(deduplicated=True)
+    inputs = []
+    quarantined: dict[str, int] = {}
+    for state in pipeline.states(whole=True):
+        filtered = duplicates = 0
+        for part in state.parts:
+            if selection.filter is not None:
+                filtered += int(filtered_out(selection.filter, part).sum())
+            if selection.dedup is not None:
+                duplicates += int((duplicate_verdicts(selection.dedup, part) > 0).sum())
+        record: dict[str, Any] = {
+            "name": state.name,
+            "sha256": state.sha256,
+            "bytes": state.bytes,
+            "split": state.split,
+            "documents": state.documents - filtered - duplicates,
+            "format": state.format,
+        }
+        optional = {"quarantined": state.rejected, "filtered": filtered, "duplicates": duplicates}
+        inputs.append({**record, **{key: value for key, value in optional.items() if value}})
+        for reason, count in state.rejected.items():
+            quarantined[reason] = quarantined.get(reason, 0) + count
+    dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
+    if config.filter is not None:
+        dropped["filtered"] = summary(pipeline.filter_tasks(whole=True))[0]
+    if config.dedup is not None:
+        dropped["duplicates"] = dedup.counts(pipeline.dedup_folder())
+    return inputs, dropped
+
+
+def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
+    """quarantine.jsonl and the examples; their entries for the manifest."""
+    config = pipeline.plan.config
+    with replacing(folder / prepare.QUARANTINE_FILE) as stream:
+        for task in pipeline.tasks(whole=True):
+            with quarantine_file(task).open("rb") as source:
+                shutil.copyfileobj(source, stream)
+    if config.filter is not None:
+        _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True))[1])
+    if config.dedup is not None:
+        names = [name for name, _ in pipeline.files_and_parts(whole=True)]
+        _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join(), names))
+    records = []
+    for name in prepare.RECORD_FILES:
+        path = folder / name
+        if path.exists() and path.stat().st_size == 0:
+            path.unlink()
+        if path.exists():
+            records.append({"file": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+    return records
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
+
+
+def tokenizer_entry(model: Path | None) -> TokenizerEntry:
+    """What the manifest says of a tokenizer."""
+    if model is None:
+        return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
+    tokenizer = TextTokenizer.load(model)
+    return TokenizerEntry(
+        file=TOKENIZER_FILE, sha256=sha256_file(model), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+    )

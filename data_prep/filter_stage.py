@@ -1,0 +1,108 @@
+"""The filter stage: a verdict for every document of every part, with counts and examples."""
+
+import heapq
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from data_prep.filters import RULES, Filters, clean_lines
+from data_prep.stage_config import FilterConfig
+from data_prep.store import Part, read_documents, read_index
+from data_prep.work import read_json, write_atomically, write_json
+
+EXCERPT_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterTask:
+    """One part to filter."""
+
+    config: FilterConfig
+    file: str
+    """Name of the raw file, for the examples."""
+    part: Part
+    ingest: Path
+    folder: Path
+
+
+def is_filtered(task: FilterTask) -> bool:
+    """Whether the part has been filtered."""
+    return (task.folder / f"{task.part.name}.json").exists()
+
+
+@lru_cache(maxsize=1)  # per process: loading the language model takes 1 s
+def _filters(config: FilterConfig) -> Filters:
+    return Filters(config)
+
+
+def filter_part(task: FilterTask) -> None:
+    """Writes PART.safetensors, uint8 `rule` [documents] (0 keeps, else 1 + position in RULES), and PART.json with
+    counts by rule and examples."""
+    filters = _filters(task.config)
+    index = read_index(task.ingest, task.part.name)
+    rules = np.zeros(task.part.documents, np.uint8)
+    counts: dict[str, int] = {}
+    samples: dict[str, Samples] = {}
+    for number, data in enumerate(read_documents(task.ingest, task.part.name, index.size)):
+        text = data.decode("utf-8")
+        verdict = filters.verdict(clean_lines(text) if task.config.c4_lines else text)
+        if verdict is None:
+            continue
+        rule, detail = verdict
+        rules[number] = 1 + RULES.index(rule)
+        counts[rule] = counts.get(rule, 0) + 1
+        line = {
+            "rule": rule,
+            "detail": detail,
+            "file": task.file,
+            "position": int(index.position[number]),
+            "bytes": len(data),
+            "excerpt": text[:EXCERPT_CHARACTERS],
+        }
+        keep_sample(samples.setdefault(rule, []), int(index.hash[number, 0]), line, task.config.samples)
+    write_atomically(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save({"rule": rules}))
+    body = {"counts": counts, "samples": {rule: sorted_samples(kept) for rule, kept in sorted(samples.items())}}
+    write_json(task.folder / f"{task.part.name}.json", body)
+
+
+Samples = list[tuple[int, str]]  # a heap of (-hash, line as JSON)
+
+
+def keep_sample(kept: Samples, key: int, line: dict[str, Any], count: int) -> None:
+    """Keeps the `count` lines with the smallest hash: a sample that does not depend on the order of work."""
+    heapq.heappush(kept, (-key, json.dumps(line)))
+    if len(kept) > count:
+        heapq.heappop(kept)
+
+
+def sorted_samples(kept: Samples) -> list[tuple[int, dict[str, Any]]]:
+    """(hash, line) of the kept lines, the smallest hash first."""
+    return [(-key, json.loads(line)) for key, line in sorted(kept, reverse=True)]
+
+
+def filtered_out(folder: Path, part: Part) -> np.ndarray:
+    """bool [documents]: which documents of a part a rule dropped."""
+    rules: np.ndarray = safetensors.numpy.load_file(folder / f"{part.name}.safetensors")["rule"]
+    return rules > 0
+
+
+def summary(tasks: list[FilterTask]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Documents dropped by each rule, in the order of RULES, and the examples of all parts."""
+    counts: dict[str, int] = {}
+    samples: dict[str, Samples] = {}
+    for task in tasks:
+        body = read_json(task.folder / f"{task.part.name}.json")
+        for rule, count in body["counts"].items():
+            counts[rule] = counts.get(rule, 0) + count
+        for rule, kept in body["samples"].items():
+            for key, line in kept:
+                keep_sample(samples.setdefault(rule, []), key, line, task.config.samples)
+    ordered = [rule for rule in RULES if rule in counts]
+    return {rule: counts[rule] for rule in ordered}, [
+        line for rule in ordered for _, line in sorted_samples(samples.get(rule, []))
+    ]

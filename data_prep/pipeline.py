@@ -1,0 +1,346 @@
+"""The stages in order. Each does what is not done yet, so calling one again, or after a kill, goes on where it was.
+
+ingest     raw file -> parts, quarantine           per raw file
+filter     part -> verdicts                        per part
+sign       part -> MinHash signatures              per part
+dedup      all signatures -> verdicts              one process group
+tokenizer  sample of all parts -> model            one process
+encode     part -> ids                             per part
+shard      ids -> shards, manifest                 per shard
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from data_prep import dedup, prepare
+from data_prep.assemble import tokenizer_entry, write_data_manifest
+from data_prep.dedup import Join
+from data_prep.encode import EncodeTask, encode_part, is_encoded
+from data_prep.filter_stage import FilterTask, filter_part, is_filtered
+from data_prep.ingest import (
+    FileState,
+    IngestTask,
+    check_limits,
+    ingest_file,
+    ingest_folder,
+    ingest_tasks,
+    read_state,
+)
+from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
+from data_prep.parallel import Workers
+from data_prep.plan import Plan
+from data_prep.selection import Selection
+from data_prep.shard_format import (
+    TOKENIZER_FILE,
+    DataError,
+    dtype_name,
+    sha256_file,
+)
+from data_prep.signatures import SignatureTask, is_signed, sign_part
+from data_prep.store import Part
+from data_prep.tokenizer import SampleSource, TextTokenizer, sample_documents, train_tokenizer
+from data_prep.work import finished, stage_folder, stage_key, write_atomically
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The raw files that one SLURM array task takes: those whose position leaves `task` when divided by `tasks`."""
+
+    task: int = 0
+    tasks: int = 1
+
+    def mine(self, number: int) -> bool:
+        return number % self.tasks == self.task
+
+
+@dataclass
+class Pipeline:
+    """The stages of one plan. `slice` limits ingest, filter, sign and encode to some raw files."""
+
+    plan: Plan
+    workers: Workers
+    slice: Slice = Slice()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each stage took."""
+    _states: dict[str, FileState] = field(default_factory=dict)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+
+    def _run(self, function: Callable[[T], None], tasks: Sequence[T], sizes: Sequence[int], description: str) -> None:
+        self.workers.run(function, tasks, sizes=sizes, description=description)
+
+    # What the stages before have left.
+
+    def tasks(self, *, whole: bool) -> list[IngestTask]:
+        """The raw files of this slice, or all."""
+        return [task for n, task in enumerate(self._all_tasks) if whole or self.slice.mine(n)]
+
+    @cached_property
+    def _all_tasks(self) -> list[IngestTask]:
+        return ingest_tasks(self.plan)
+
+    def states(self, *, whole: bool) -> list[FileState]:
+        """What ingest found in the raw files. DataError if one is not ingested yet."""
+        for task in self.tasks(whole=whole):
+            if task.key not in self._states:
+                self._states[task.key] = finished(read_state(task), f"ingest of {task.raw}")
+        return [self._states[task.key] for task in self.tasks(whole=whole)]
+
+    def files_and_parts(self, *, whole: bool) -> list[tuple[str, Part]]:
+        """(name of the raw file, part) in reading order."""
+        return [(state.name, part) for state in self.states(whole=whole) for part in state.parts]
+
+    def parts(self, *, whole: bool) -> list[Part]:
+        """All parts in reading order."""
+        return [part for _, part in self.files_and_parts(whole=whole)]
+
+    def selection(self, *, deduplicated: bool) -> Selection:
+        """The documents left by the filters, and by removal of duplicates if asked."""
+        config = self.plan.config
+        return Selection(
+            ingest=ingest_folder(self.plan),
+            filter=self._filter_folder() if config.filter else None,
+            dedup=self.dedup_folder() if config.dedup and deduplicated else None,
+            clean_lines=bool(config.filter and config.filter.c4_lines),
+        )
+
+    # Folders: the settings of a stage and the key of the stage before.
+
+    def _filter_folder(self) -> Path:
+        assert self.plan.config.filter is not None, "there is no filter section"
+        settings = self.plan.config.filter.model_dump(mode="json")
+        return stage_folder(self.plan.work, "filter", settings, stage_key(ingest_folder(self.plan)))
+
+    def _before_dedup(self) -> str:
+        return stage_key(self._filter_folder() if self.plan.config.filter else ingest_folder(self.plan))
+
+    def _signature_folder(self) -> Path:
+        config = self.plan.config.dedup
+        assert config is not None, "there is no dedup section"
+        return stage_folder(
+            self.plan.work,
+            "signatures",
+            [config.shingle_words, config.threshold, prepare.versions(self.plan)["rensa"], self._before_dedup()],
+        )
+
+    def dedup_folder(self) -> Path:
+        config = self.plan.config.dedup
+        assert config is not None, "there is no dedup section"
+        names = [part.name for part in self.parts(whole=True)]
+        settings = config.model_dump(mode="json", exclude={"samples", "memory_bytes"})
+        return stage_folder(self.plan.work, "dedup", settings, self._before_dedup(), names)
+
+    def _after_dedup(self) -> str:
+        return stage_key(self.dedup_folder()) if self.plan.config.dedup else self._before_dedup()
+
+    # Stages per raw file and per part.
+
+    def ingest(self) -> None:
+        with self._timed("ingest"):
+            tasks = self.tasks(whole=False)
+            todo = [task for task in tasks if read_state(task) is None]
+            self._run(ingest_file, todo, [task.size for task in todo], "reading raw files")
+            if self.slice.tasks == 1:  # shares of the whole; an array task may have a single, damaged file
+                check_limits(tasks, self.states(whole=False), self.plan.config)
+
+    def filter_tasks(self, *, whole: bool) -> list[FilterTask]:
+        config = self.plan.config.filter
+        if config is None:
+            return []
+        ingest, folder = ingest_folder(self.plan), self._filter_folder()
+        return [
+            FilterTask(config=config, file=name, part=part, ingest=ingest, folder=folder)
+            for name, part in self.files_and_parts(whole=whole)
+        ]
+
+    def filter(self) -> None:
+        self.ingest()
+        with self._timed("filter"):
+            todo = [task for task in self.filter_tasks(whole=False) if not is_filtered(task)]
+            self._run(filter_part, todo, [task.part.bytes for task in todo], "filtering")
+
+    def _signature_tasks(self, *, whole: bool) -> list[SignatureTask]:
+        config = self.plan.config.dedup
+        if config is None or not config.near:
+            return []
+        selection, folder = self.selection(deduplicated=False), self._signature_folder()
+        return [
+            SignatureTask(
+                part=part,
+                selection=selection,
+                shingle_words=config.shingle_words,
+                threshold=config.threshold,
+                folder=folder,
+            )
+            for part in self.parts(whole=whole)
+        ]
+
+    def sign(self) -> None:
+        self.filter()
+        with self._timed("sign"):
+            todo = [task for task in self._signature_tasks(whole=False) if not is_signed(task)]
+            self._run(sign_part, todo, [task.part.bytes for task in todo], "signing")
+
+    # Stages over everything.
+
+    def join(self) -> Join:
+        """What the dedup stage joins. DataError if a part is not filtered or signed yet."""
+        config = self.plan.config.dedup
+        assert config is not None, "there is no dedup section"
+        for filtering in self.filter_tasks(whole=True):
+            finished(is_filtered(filtering) or None, f"filtering of {filtering.file}")
+        for signing in self._signature_tasks(whole=True):
+            finished(is_signed(signing) or None, f"signing of part {signing.part.name}")
+        return Join(
+            config=config,
+            parts=tuple(self.parts(whole=True)),
+            selection=self.selection(deduplicated=False),
+            signatures=self._signature_folder() if config.near else None,
+            folder=self.dedup_folder(),
+        )
+
+    def dedup(self) -> None:
+        self.sign()
+        if self.plan.config.dedup is None:
+            return
+        with self._timed("dedup"):
+            task = self.join()
+            if not dedup.is_joined(task.folder):
+                dedup.join(task, self.workers)
+
+    def tokenizer_folder(self) -> Path:
+        """The folder that holds tokenizer.model and tokenizer.json, once they are made; nothing for bytes."""
+        names = [part.name for part in self.parts(whole=True)]
+        before = [self.plan.tokenizer_settings(), self.plan.validation_fraction, self._after_dedup(), names]
+        return stage_folder(self.plan.work, "tokenizer", before)
+
+    def tokenizer(self) -> Path | None:
+        """Trains or copies the model, after all stages before it; the model, None for bytes."""
+        self.dedup()
+        if self.plan.config.tokenizer.type == "bytes":
+            return None
+        with self._timed("tokenizer"):
+            model = self.tokenizer_folder() / TOKENIZER_FILE
+            record = model.with_name(prepare.TOKENIZER_RECORD)
+            if not record.exists():
+                if not any(part.split == "train" for part in self.parts(whole=True)):
+                    raise self._nothing_to_train_on()
+                write_atomically(model, self._make_model())
+                body = {"sha256": sha256_file(model), "settings": self.plan.tokenizer_settings()}
+                write_atomically(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
+        return model
+
+    def _make_model(self) -> bytes:
+        settings, plan = self.plan.config.tokenizer, self.plan
+        if plan.external_model is not None:
+            model = plan.external_model.read_bytes()
+        else:
+            sources = [
+                SampleSource(parts=tuple(part for part in state.parts if part.split == "train"))
+                for state in self.states(whole=True)
+            ]
+            texts = sample_documents(
+                sources,
+                self.selection(deduplicated=True),
+                sample_bytes=settings.sample_bytes,
+                seed=settings.seed,
+                validation_fraction=plan.validation_fraction,
+            )
+            model = train_tokenizer(texts, settings)
+        found = TextTokenizer(model, name=str(plan.external_model or TOKENIZER_FILE)).vocab_size
+        if "vocab_size" in settings.model_fields_set and settings.vocab_size != found:
+            raise DataError(
+                f"{plan.external_model} has {found} pieces; set tokenizer.vocab_size to that or leave it out"
+            )
+        return model
+
+    # Ids and shards.
+
+    def _encode_folder(self, model: Path | None) -> Path:
+        tokenizer = "bytes" if model is None else sha256_file(model)
+        return stage_folder(self.plan.work, "encode", tokenizer, self.plan.validation_fraction, self._after_dedup())
+
+    def _encode_tasks(self, model: Path | None, *, whole: bool) -> list[EncodeTask]:
+        if self.plan.config.dedup is not None:
+            finished(dedup.is_joined(self.dedup_folder()) or None, "removal of duplicates")
+        selection, folder = self.selection(deduplicated=True), self._encode_folder(model)
+        return [
+            EncodeTask(
+                part=part,
+                selection=selection,
+                model=model,
+                validation_fraction=self.plan.validation_fraction,
+                folder=folder,
+            )
+            for part in self.parts(whole=whole)
+        ]
+
+    def encode(self, model: Path | None) -> None:
+        """Tokenises the parts of this slice; the stages before must be done."""
+        with self._timed("encode"):
+            todo = [task for task in self._encode_tasks(model, whole=False) if not is_encoded(task)]
+            self._run(encode_part, todo, [task.part.bytes for task in todo], "tokenising")
+
+    def publish_tokenizer(self, model: Path) -> None:
+        """Puts a model into the output; data that another one made go."""
+        folder = stage_folder(self.plan.work, "publish")
+        for path in (model, model.with_name(prepare.TOKENIZER_RECORD)):
+            shutil.copyfile(path, folder / path.name)
+        prepare.publish(folder, self.plan.output)
+
+    def shard(self, model: Path | None) -> None:
+        """Encodes what is left, writes the shards and the manifest, and publishes them."""
+        self.encode(model)
+        with self._timed("shard"):
+            encoded = self._encode_folder(model)
+            tokenizer = tokenizer_entry(model)
+            tasks = self._shard_tasks(encoded, dtype_name(tokenizer.vocab_size))
+            if not any(task.split == "train" for task in tasks):
+                raise self._nothing_to_train_on()
+            todo = [task for task in tasks if read_entry(task) is None]
+            self._run(write_shard, todo, [task.tokens for task in todo], "writing shards")
+            folder = tasks[0].folder
+            if model is not None:
+                shutil.copyfile(model, folder / TOKENIZER_FILE)
+                shutil.copyfile(model.with_name(prepare.TOKENIZER_RECORD), folder / prepare.TOKENIZER_RECORD)
+            write_data_manifest(self, folder, encoded, tokenizer, tasks)
+            prepare.publish(folder, self.plan.output)
+
+    def _nothing_to_train_on(self) -> DataError:
+        reasons = sorted({reason for state in self.states(whole=True) for reason in state.rejected})
+        return DataError(
+            "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` and the "
+            f"raw files (quarantined: {', '.join(reasons) or 'nothing'})"
+        )
+
+    def _shard_tasks(self, encoded: Path, dtype: str) -> list[ShardTask]:
+        parts, settings = self.parts(whole=True), self.plan.config.shard
+        names = [part.name for part in parts]
+        folder = stage_folder(self.plan.work, "shards", stage_key(encoded), settings.model_dump(mode="json"), names)
+        return [
+            ShardTask(
+                name=f"{split}-{number:05d}",
+                split=split,
+                pieces=pieces,
+                tokens=tokens,
+                encoded=encoded,
+                folder=folder,
+                dtype=dtype,
+                tokens_per_member=settings.tokens_per_member,
+            )
+            for split in self.plan.splits
+            for number, (pieces, tokens) in enumerate(cut_shards(parts, encoded, split, settings.tokens_per_shard))
+        ]

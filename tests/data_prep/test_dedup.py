@@ -1,0 +1,201 @@
+"""Duplicates: recall and precision by similarity on planted pairs, order, bounded buckets, the parts of a join."""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import dedup
+from data_prep.cli import main
+from data_prep.dedup import candidate_pairs
+from data_prep.shard_format import Manifest
+from data_prep.signatures import band_shape, shingle_hashes, signatures, similarity
+from tests.data_prep.conftest import c4_line, write_dump
+from tests.data_prep.raw_corpus import sample_texts
+from tests.data_prep.test_prepare import decoded
+
+WORDS_5 = 5
+BINS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+
+def ngrams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(*(words[start:] for start in range(WORDS_5)), strict=False))
+
+
+def jaccard(first: str, second: str) -> float:
+    a, b = ngrams(first), ngrams(second)
+    return len(a & b) / len(a | b)
+
+
+def variant(text: str, target: float, rng: random.Random) -> str:
+    """The text with words changed at random until its similarity is just above `target`."""
+    words = text.split(" ")
+    result = text
+    for position in rng.sample(range(len(words)), len(words)):
+        kept = words[position]
+        words[position] = f"w{rng.randrange(10**9)}"
+        changed = " ".join(words)
+        if jaccard(text, changed) < target:
+            words[position] = kept
+            break
+        result = changed
+    return result
+
+
+def originals(count: int) -> list[str]:
+    """Texts that have at most a few 5-grams in common: windows of the sample without overlap."""
+    windows = []
+    for text in sample_texts(500):
+        words = text.split(" ")
+        windows += [" ".join(words[start : start + 150]) for start in range(0, len(words) - 150, 150)]
+    assert len(windows) >= count
+    return windows[:count]
+
+
+def plant(pairs: int, alone: int, *, seed: int) -> tuple[list[str], dict[int, tuple[int, float]]]:
+    """Documents, and for each planted near-copy (its original, their exact similarity); copies come later."""
+    rng = random.Random(seed)
+    texts = originals(pairs + alone)
+    planted = {}
+    for number in range(pairs):
+        target = BINS[number % (len(BINS) - 1)] + 0.05 * rng.random()
+        copy = variant(texts[number], min(target, 1.0), rng)
+        planted[len(texts)] = (number, jaccard(texts[number], copy))
+        texts.append(copy)
+    return texts, planted
+
+
+def run_dedup(folder: Path, files: list[list[str]], **settings: Any) -> list[str]:
+    """The documents that are left of some files."""
+    folder.mkdir(exist_ok=True)
+    for number, texts in enumerate(files):
+        write_dump(folder / f"c4-{number:03d}.json.gz", [c4_line(text) for text in texts])
+    body = {
+        "input": f"{folder}/c4-*.json.gz",
+        "validation_fraction": 0.0,
+        "output": str(folder / "out"),
+        "workers": 1,
+        "dedup": {"memory_bytes": 1_048_576, **settings},
+        "tokenizer": {"vocab_size": 400, "sample_bytes": 50_000},
+    }
+    (folder / "config.json").write_text(json.dumps(body))
+    assert main(["run", "--config", str(folder / "config.json")]) == 0
+    return decoded(Manifest.load(folder / "out"), "train")
+
+
+def recall_and_precision(folder: Path, pairs: int, alone: int, *, seed: int) -> tuple[dict[float, list[bool]], float]:
+    """Whether each planted copy was removed, by bin of similarity, and the share of removed documents that were
+    planted."""
+    texts, planted = plant(pairs, alone, seed=seed)
+    quarter = len(texts) // 4
+    left = Counter(run_dedup(folder, [texts[start : start + quarter] for start in range(0, len(texts), quarter)]))
+    removed = set()
+    for number, text in enumerate(texts):  # the first of equal texts uses up the one that is left
+        if left[text] == 0:
+            removed.add(number)
+        left[text] -= left[text] > 0
+    bins: dict[float, list[bool]] = {low: [] for low in BINS}
+    for number, (_, exact) in planted.items():
+        bins[max(low for low in BINS if low <= exact + 1e-9)].append(number in removed)
+    return bins, len(removed & planted.keys()) / max(1, len(removed))
+
+
+@pytest.mark.parametrize(
+    "pairs, alone", [(300, 300), pytest.param(3000, 3000, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_planted_near_duplicates(tmp_path: Path, pairs: int, alone: int, capsys: pytest.CaptureFixture[str]) -> None:
+    bins, precision = recall_and_precision(tmp_path, pairs, alone, seed=1)
+    capsys.readouterr()
+    print(f"\nprecision {precision:.4f}")
+    for low, found in bins.items():
+        if found:
+            print(f"similarity from {low:.2f}: {sum(found)} of {len(found)} removed, {sum(found) / len(found):.3f}")
+    above = [hit for low, found in bins.items() if low >= 0.9 for hit in found]
+    assert len(above) >= pairs // 4
+    assert sum(above) / len(above) >= 0.95
+    assert precision > 0.99
+    below = [hit for low, found in bins.items() if low <= 0.7 for hit in found]
+    assert sum(below) / len(below) < 0.1  # the threshold is 0.8: what is clearly below it stays
+
+
+def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path) -> None:
+    texts = originals(6)
+    rng = random.Random(0)
+    near = variant(texts[2], 0.93, rng)
+    files = [[texts[0], near], [texts[1], texts[2], texts[0]], [variant(texts[1], 0.93, rng), texts[3], texts[3]]]
+    assert run_dedup(tmp_path, files) == [texts[0], near, texts[1], texts[3]]
+    assert run_dedup(tmp_path / "exact", files, near=False) == [
+        texts[0],
+        near,
+        texts[1],
+        texts[2],
+        files[2][0],
+        texts[3],
+    ]
+
+
+def test_a_chain_of_resemblance_drops_only_what_resembles_a_kept_document(tmp_path: Path) -> None:
+    words = originals(1)[0].split(" ") * 2
+    chain = []
+    for link in range(5):
+        start = 60 * link
+        chain.append(" ".join((words[:start] and [f"x{n}" for n in range(start)] + words[start:]) or words))
+    values = [jaccard(chain[0], text) for text in chain]
+    assert values[1] < 0.8  # each link is far from the one before it: all stay
+    assert run_dedup(tmp_path, [chain]) == [text for n, text in enumerate(chain) if n == 0 or values[n] < 0.8]
+
+
+def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "BUCKET_COMPARISONS", 3)
+    rows = np.array([[7, d] for d in range(50)] + [[8, 50], [9, 51], [9, 60]], np.uint64)
+    whole = np.concatenate(list(candidate_pairs([rows])))
+    assert len(whole) == 0 + 1 + 2 + 3 * 47 + 1
+    assert (whole[:, 0] > whole[:, 1]).all()
+    for cut in range(1, len(rows)):
+        pieces = np.concatenate(list(candidate_pairs([rows[:cut], rows[cut:]])))
+        assert sorted(map(tuple, pieces.tolist())) == sorted(map(tuple, whole.tolist()))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
+def test_bands_find_candidates_at_the_threshold(threshold: float) -> None:
+    bands, rows = band_shape(threshold)
+    assert bands * rows <= 256
+    assert 1 - (1 - threshold**rows) ** bands >= 0.98
+
+
+def test_similarity_is_an_unbiased_estimate() -> None:
+    rng = random.Random(5)
+    texts, planted = plant(120, 0, seed=2)
+    _, digests = signatures(texts, WORDS_5)
+    low = digests.astype(np.uint8)
+    errors = [similarity(low[[a]], low[[b]])[0] - exact for b, (a, exact) in planted.items()]
+    assert abs(np.mean(errors)) < 0.006
+    assert np.std(errors) < 0.03
+    assert rng  # signatures depend on nothing random
+
+
+def test_shingles_depend_on_their_words_and_not_on_the_neighbours() -> None:
+    words = np.arange(10, 30, dtype=np.uint64)
+    together, offsets = shingle_hashes(words, np.array([3, 7, 1, 9]), 4)
+    assert offsets.tolist() == [0, 1, 5, 6, 12]
+    start = 0
+    for number, count in enumerate((3, 7, 1, 9)):
+        alone, _ = shingle_hashes(words[start : start + count], np.array([count]), 4)
+        np.testing.assert_array_equal(together[int(offsets[number]) : int(offsets[number + 1])], alone)
+        start += count
+    assert len(set(together.tolist())) == len(together)
+
+
+def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> None:
+    signed, digests = signatures(["", "!!! ???", "one", "One.", "a b c d e f"], WORDS_5)
+    assert signed.tolist() == [2, 3, 4]
+    np.testing.assert_array_equal(digests[0], digests[1])
+    assert run_dedup(tmp_path, [["!!! ???", "... ---", "one two", "One, two!", originals(1)[0]]]) == [
+        "!!! ???", "... ---", "one two", originals(1)[0],
+    ]  # fmt: skip

@@ -1,0 +1,41 @@
+"""The external sort gives what numpy's sort gives, whatever the memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.external_sort import ExternalSorter
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("memory_bytes", [1, 4_000, 100_000, 10**9])
+@pytest.mark.parametrize("values", [1, 5, 2**64 - 1])
+def test_rows_come_back_sorted_and_complete(tmp_path: Path, columns: int, memory_bytes: int, values: int) -> None:
+    rng = np.random.default_rng(columns)
+    count = 60 if memory_bytes == 1 else 6000  # one row a run in the first case
+    rows = rng.integers(0, values, size=(count, columns), dtype=np.uint64, endpoint=True)
+    with ExternalSorter(tmp_path, "t", columns=columns, memory_bytes=memory_bytes) as sorter:
+        for start in range(0, count, 700):
+            sorter.add(rows[start : start + 700])
+        sorter.add(rows[:0])
+        blocks = list(sorter.blocks())
+    found = np.concatenate(blocks)
+    np.testing.assert_array_equal(found, rows[np.lexsort(rows.T[::-1])])
+    assert all(len(block) for block in blocks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_gives_nothing(tmp_path: Path) -> None:
+    with ExternalSorter(tmp_path, "t", columns=2, memory_bytes=100) as sorter:
+        assert list(sorter.blocks()) == []
+
+
+def test_blocks_stay_small_while_merging(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 2**63, size=(200_000, 2), dtype=np.uint64)
+    with ExternalSorter(tmp_path, "t", columns=2, memory_bytes=1 << 20) as sorter:
+        for start in range(0, len(rows), 10_000):
+            sorter.add(rows[start : start + 10_000])
+        largest = max(len(block) for block in sorter.blocks())
+    assert largest * 16 < 1 << 20

@@ -1,0 +1,102 @@
+"""Every rule: a text that it drops, the same text mended, and the reason."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from data_prep.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, clean_lines
+from data_prep.stage_config import FilterConfig
+from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
+
+GOOD = sample_texts(1)[0]
+SENTENCES = [sentence.strip() + "." for text in sample_texts(8) for sentence in text.replace("\n", " ").split(". ")]
+
+
+def verdict(text: str, **settings: object) -> str | None:
+    found = Filters(FilterConfig.model_validate({"c4": True, **settings})).verdict(text)
+    return None if found is None else found[0]
+
+
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        (" ".join(GOOD.split()[:49]), "too few words"),
+        (GOOD * 60, "too many words"),
+        (GOOD + " Lorem Ipsum dolor.", "lorem ipsum"),
+        (GOOD + " { x }", "curly bracket"),
+        (GOOD.replace(".", ",").replace("?", ",").replace("!", ","), "too few sentences"),
+        (" ".join("a." for _ in range(80)), "word length"),
+        (" ".join(word + " #" * (number % 4 == 0) for number, word in enumerate(GOOD.split())), "symbols"),
+        ("\n".join("- " + sentence for sentence in SENTENCES[:30]), "bullet lines"),
+        ("\n".join(sentence + ".." for sentence in SENTENCES[:30]), "ellipsis lines"),
+        (" 12345, ".join(GOOD.split()), "words without letters"),
+        (" ".join(f"Wort{n}xyz." for n in range(90)), "stop words"),
+        ("\n".join(SENTENCES[:20] + SENTENCES[:1] * 12), "repeated lines"),
+        ("\n".join([*SENTENCES[:12], *(" ".join(SENTENCES[:6]),) * 3]), "repeated line characters"),
+        ("\n\n".join(SENTENCES[:20] + SENTENCES[:1] * 12).replace(". ", ".\n1"), "repeated paragraphs"),
+        (" ".join(s + " the cat the cat the cat the cat the cat the cat" for s in SENTENCES[:20]), "top 2-gram"),
+        (" ".join([*SENTENCES[:20], *SENTENCES[2:9]]), "repeated 5-grams"),
+    ],
+)  # fmt: skip
+def test_a_rule_names_itself(text: str, rule: str) -> None:
+    found = verdict(text, max_words=30_000)
+    if rule == "repeated paragraphs":  # lines repeat too, and that rule comes first
+        assert found in ("repeated lines", "repeated paragraphs")
+    else:
+        assert found == rule
+    assert rule in RULES
+
+
+def test_good_text_passes_and_every_switch_works() -> None:
+    assert verdict(GOOD) is None
+    assert verdict(GOOD, language="en") is None
+    assert verdict(GERMAN * 3, language=["en", "fr"]) == "language"
+    assert verdict(GERMAN * 3, language=["de"], gopher_quality=False, gopher_repetition=False) is None
+    assert verdict(GOOD + " { x }", c4=False) is None
+    assert verdict("- word\n" * 100, c4=False, gopher_quality=False, gopher_repetition=False) is None
+    assert verdict("word", c4=False, gopher_quality=False, min_words=0) is None
+    assert verdict("", c4=False, gopher_quality=False, min_words=0) is None
+
+
+def test_repeated_spans_are_the_words_of_ngrams_seen_before() -> None:
+    words = ["a", "b", "c", "d", "e", "x", "a", "b", "c", "d", "e", "f", "a", "b", "c", "d", "e", "f"]
+    for n in range(1, 8):
+        expected = set()
+        for start in range(len(words) - n + 1):
+            if any(words[earlier : earlier + n] == words[start : start + n] for earlier in range(start)):
+                expected |= set(range(start, start + n))
+        spans = list(_repeated_spans(words, n))
+        found = [position for start, stop in spans for position in range(start, stop)]
+        assert len(found) == len(set(found))
+        assert set(found) == expected
+
+
+def test_line_rules_drop_lines_and_nothing_else() -> None:
+    text = "A whole sentence here.\nMenu\nTwo words.\nPlease enable JavaScript to go on.\nThe end of it...\nIs it so?"
+    assert clean_lines(text) == "A whole sentence here.\nIs it so?"
+
+
+def test_the_sample_mostly_passes() -> None:
+    """Prose of manuals and novels: rules that drop much of it would be wrong."""
+    filters = Filters(FilterConfig(language=("en",), c4=False))
+    with gzip.open(SAMPLE / "c4" / "c4-validation.00000-of-00001.json.gz") as stream:
+        texts = [json.loads(line)["text"] for line in stream]
+    reasons = Counter(found[0] for found in map(filters.verdict, texts) if found)
+    assert sum(reasons.values()) <= 0.1 * len(texts), reasons
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("The train to Hamburg leaves later today because of a fault, and nobody knows when.", "en"),
+        (GERMAN, "de"),
+        ("Le train pour Hambourg partira plus tard aujourd'hui, et personne ne sait quand.", "fr"),
+        ("El tren a Hamburgo saldrá hoy más tarde por una avería, y nadie sabe cuándo.", "es"),
+        ("Поезд на Гамбург сегодня отправится позже, и никто не знает когда.", "ru"),
+        ("由于故障，今天开往汉堡的列车将晚点发车，没有人知道什么时候。", "zh"),
+    ],
+)
+def test_languages(text: str, code: str) -> None:
+    assert LanguageIdentifier(500)(text) == code
