@@ -6,7 +6,9 @@ every token is a target exactly once per epoch (the first of a split never).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,9 +17,8 @@ from torch import Tensor
 from data_prep.shard_format import Manifest
 from data_prep.shard_reader import SplitReader
 from pretrain.config import Config
-from pretrain.errors import UserError
+from pretrain.mixture import MixtureSchedule, whole_weights
 from pretrain.order import window_order
-from pretrain.paths import find_input
 
 
 @dataclass(frozen=True)
@@ -32,49 +33,30 @@ class Batch:
     """[B] int64: position of each sequence in the run."""
 
 
-def open_manifest(config: Config) -> Manifest:
-    """Loads the manifest and checks what needs no shard to be read: the splits are there and fit the model."""
-    path = find_input(config.data.manifest)
-    if not path.exists():
-        name = (path.parent if path.suffix == ".json" else path).name
-        raise UserError(
-            f"data.manifest: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
-            f"configs/data/{name}.json"
-        )
-    manifest = Manifest.load(path)
-    vocab_size = manifest.tokenizer.vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
-            f"to {vocab_size} or more"
-        )
-    streams = config.batch.global_sequences
-    if config.model.memory_length and num_windows(manifest, "train", config.model.sequence_length) < streams:
-        raise UserError(
-            f"batch.global_sequences: {streams} streams with memory need a window each, but the train split of {path} "
-            f"holds {num_windows(manifest, 'train', config.model.sequence_length)} windows of model.sequence_length = "
-            f"{config.model.sequence_length}; prepare more text or lower one of the two"
-        )
-    for split in ("train", "validation") if config.evaluate.sequences else ("train",):
-        if num_windows(manifest, split, config.model.sequence_length) < 1:
-            raise UserError(
-                f"data.manifest: the {split} split of {path} holds {manifest.num_tokens(split)} tokens, fewer than one "
-                f"window of model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or "
-                f"shorten the model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
-            )
-    return manifest
-
-
 def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
     """Windows of sequence_length + 1 tokens in a split; neighbours share one token."""
     return max(0, (manifest.num_tokens(split) - 1) // sequence_length)
 
 
+class Windows(Protocol):
+    """Windows by index, from one data set or several."""
+
+    sequence_length: int
+    num_windows: int
+    tokens_are_bytes: bool
+    sizes: tuple[int, ...]
+    """Windows of each source; the first source has the lowest indices."""
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
+
+
 class WindowReader:
-    """Reads windows of one split by index."""
+    """Reads windows of one split by index. Use from one thread at a time."""
 
     def __init__(self, manifest: Manifest, split: str, sequence_length: int, *, verify_on_first_read: bool) -> None:
         self.num_windows = num_windows(manifest, split, sequence_length)
+        self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
         self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read)
@@ -82,9 +64,29 @@ class WindowReader:
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
-        rows = np.stack([self._split.read(int(w) * T, int(w) * T + T + 1) for w in windows])
-        tokens = torch.from_numpy(rows)
+        tokens = torch.from_numpy(self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+class MixedReader:
+    """The windows of several data sets, one after the other."""
+
+    def __init__(self, readers: Sequence[WindowReader]) -> None:
+        self._readers = readers
+        self.sequence_length = readers[0].sequence_length
+        self.tokens_are_bytes = readers[0].tokens_are_bytes
+        self.sizes = tuple(reader.num_windows for reader in readers)
+        self.num_windows = sum(self.sizes)
+        self._first = np.cumsum((0, *self.sizes))
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        source = np.searchsorted(self._first, windows, side="right") - 1
+        tokens = torch.empty((len(windows), self.sequence_length), dtype=torch.int64)
+        targets = torch.empty_like(tokens)
+        for s in np.unique(source):
+            rows = np.flatnonzero(source == s)
+            tokens[rows], targets[rows] = self._readers[s].read(windows[rows] - self._first[s])
+        return tokens, targets
 
 
 class TrainingStream:
@@ -92,17 +94,24 @@ class TrainingStream:
 
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
-    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. With Transformer-XL
+    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
+    schedule of the weights decides which one a position reads, and each has epochs of its own. With Transformer-XL
     memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
     position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory.
     """
 
-    def __init__(self, reader: WindowReader, config: Config, *, data_rank: int, data_size: int) -> None:
+    def __init__(self, reader: Windows, config: Config, *, data_rank: int, data_size: int) -> None:
         self._reader = reader
         self._seed = config.train.seed
         self._global = config.batch.global_sequences
         self._micro = config.batch.micro_sequences
         self._rank, self._size = data_rank, data_size
+        self._mixture = (
+            MixtureSchedule(whole_weights([source.weight for source in config.data.sources]))
+            if len(reader.sizes) > 1
+            else None
+        )
+        self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
         self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
@@ -121,10 +130,20 @@ class TrainingStream:
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window of each position of the run; both [n] int64."""
-        if not self._chunks:
-            return window_order(positions, self._reader.num_windows, seed=self._seed)
-        step, stream = np.divmod(positions, self._global)
-        return stream * self._chunks + step % self._chunks
+        if self._chunks:
+            step, stream = np.divmod(positions, self._global)
+            return stream * self._chunks + step % self._chunks
+        if self._mixture is None:
+            return window_order(positions, self._reader.num_windows, seed=self._seed, **self._shuffle)
+        sources, turns = self._mixture.sources(positions)
+        windows, first = np.empty_like(positions), 0
+        for source, size in enumerate(self._reader.sizes):
+            chosen = sources == source
+            windows[chosen] = first + window_order(
+                turns[chosen], size, seed=f"{self._seed}/source {source}", **self._shuffle
+            )
+            first += size
+        return windows
 
     def streams(self) -> Tensor:
         """The streams [n] int64 that this rank reads in every step, by micro-step."""
@@ -135,5 +154,11 @@ class TrainingStream:
         return self._chunks > 0 and consumed // self._global % self._chunks == 0
 
     def epoch(self, consumed: int) -> float:
-        """Passes over the training split after `consumed` sequences."""
+        """Passes over the training split after `consumed` sequences; of several sources, over all windows together."""
         return consumed / (self._chunks * self._global or self._reader.num_windows)
+
+    def source_epochs(self, consumed: int) -> list[float]:
+        """Passes over each source after `consumed` sequences."""
+        if self._mixture is None:
+            return [self.epoch(consumed)]
+        return [n / size for n, size in zip(self._mixture.counts(consumed), self._reader.sizes, strict=True)]

@@ -13,11 +13,11 @@ from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.agreement import agreed
 from pretrain.config import Config
-from pretrain.data import Batch, WindowReader
+from pretrain.data import Batch, Windows
 from pretrain.whole import Run
 
 
-def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
+def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     """Indices [steps, streams] int64 of the windows that are evaluated, evaluate.sequences of them (or all, if the
     split has fewer); -1 where a stream has ended. Streams begin evenly spread, because a split holds its sources one
     after the other, and read on from there: with memory evaluate.streams of them, without each window is a stream of
@@ -34,7 +34,7 @@ def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, run: Run, reader: WindowReader, config: Config, parallel: ParallelContext, device: torch.device
+    module: nn.Module, run: Run, reader: Windows, config: Config, parallel: ParallelContext, device: torch.device
 ) -> dict[str, float]:
     """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
     left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective."""
@@ -73,7 +73,7 @@ def evaluate(
     return values
 
 
-def unigram_perplexity(reader: WindowReader, windows: np.ndarray) -> float:
+def unigram_perplexity(reader: Windows, windows: np.ndarray) -> float:
     """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
     counts = np.zeros(0, dtype=np.int64)
     for window in windows[windows >= 0]:

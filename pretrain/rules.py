@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from pretrain.errors import ConfigError
+from pretrain.mixture import LARGEST_PERIOD, whole_weights
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
@@ -50,6 +52,7 @@ def check_rules(config: Config) -> None:
     _check_offload(config)
     _check_sequence(config)
     _check_expert(config)
+    _check_data(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -182,6 +185,45 @@ def _check_expert(config: Config) -> None:
                 f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
                 f"ranks; remove this key or set parallel.expert to 1"
             )
+
+
+def _check_data(config: Config) -> None:
+    """Mixtures need a short schedule and names; Transformer-XL memory needs contiguous text."""
+    data = config.data
+    names = source_names(config)
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"data.sources: two are called {repeated}; give each a `name` of its own")
+    period = sum(whole_weights([source.weight for source in data.sources])) if data.sources else 1
+    if period > LARGEST_PERIOD:
+        raise ConfigError(
+            f"data.sources: in whole numbers the weights add up to {period}, and the schedule has at most "
+            f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
+        )
+    if not config.model.memory_length:
+        return
+    reason = "Transformer-XL memory reads contiguous streams"
+    if len(data.sources) > 1:
+        raise ConfigError(
+            f"data.sources: {reason}, which are cut from one data set; name one source, or set "
+            f"model.position.memory_chunks to 0"
+        )
+    if data.shuffle_block_windows:
+        raise ConfigError(
+            f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or model.position.memory_chunks "
+            f"to 0"
+        )
+
+
+def source_names(config: Config) -> list[str]:
+    """Names of data.sources: as given, or the folders'."""
+    return [source.name or folder_name(source.manifest) for source in config.data.sources]
+
+
+def folder_name(manifest: str) -> str:
+    """Name of the folder of a manifest, which is given as the folder or as the file in it."""
+    path = PurePosixPath(manifest)
+    return (path.parent if path.suffix == ".json" else path).name
 
 
 def smallest_world(config: Config) -> int:
