@@ -6,7 +6,7 @@ every token is a target exactly once per epoch (the first of a split never).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,17 @@ class Batch:
     """[B, T] int64: tokens shifted by one."""
     sequence_index: Tensor
     """[B] int64: position of each sequence in the run."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Itself on `device`; asynchronous from pinned memory."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """A copy in pinned memory."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(function(self.tokens), function(self.targets), function(self.sequence_index))
 
 
 def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
@@ -125,8 +136,7 @@ class TrainingStream:
         Raises DataError if a shard does not match its sha256."""
         positions = self.positions(consumed, micro_step)
         tokens, targets = self._reader.read(self.windows(positions))
-        index = torch.from_numpy(positions)
-        return Batch(tokens.to(device), targets.to(device), index.to(device))
+        return Batch(tokens, targets, torch.from_numpy(positions)).to(device)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window of each position of the run; both [n] int64."""

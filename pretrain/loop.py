@@ -25,6 +25,7 @@ from pretrain.device import synchronize
 from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate, step_was_skipped
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor
+from pretrain.prefetch import Prefetcher
 from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
 from pretrain.rules import choose_backends
 from pretrain.run_folder import RunFolder
@@ -61,6 +62,7 @@ class Trainer:
     reduce: StepReducer
     sources: Sources
     stream: TrainingStream
+    prefetcher: Prefetcher
     validation: Windows | None
     parallel: ParallelContext
     device: torch.device
@@ -80,9 +82,9 @@ class Trainer:
         return StepResult(sums, None if skipped else self.norm.value())
 
     def _read(self, consumed: int) -> list[Batch]:
-        """All micro-batches of a step (token ids: a few megabytes at most). Read before the first collective, so that
-        a damaged shard is one rank's message and not everybody's hang."""
-        return agreed(lambda: [self.stream.batch(consumed, m, self.device) for m in range(self.stream.micro_steps)])
+        """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
+        and not everybody's hang."""
+        return agreed(lambda: self.prefetcher.take(consumed))
 
 
 def train(config: Config, sources: Sources, run_dir: Path, device: torch.device) -> None:
@@ -123,6 +125,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device)
                 monitor.flush()
             save(trainer, folder, progress, sources, branch_start(config, resumed))
 
+    trainer.prefetcher.close()
     if monitor is not None:
         folder.event("finished", step=progress.step)
         print(f"finished at step {progress.step} of {config.train.steps}; run folder {run_dir}", flush=True)
@@ -189,7 +192,8 @@ def build_trainer(
         if config.model.memory_length and not same_text and parallel.is_first:
             print("memory begins empty: the checkpoint's is of other text", flush=True)
     reduce = StepReducer(engine.module, parallel)
-    return Trainer(config, engine, run, norm, reduce, sources, stream, validation, parallel, device)
+    prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
+    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, parallel, device)
 
 
 def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
@@ -204,6 +208,7 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
         "tokens": progress.consumed_sequences * config.model.sequence_length,
         "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
         "step_seconds": seconds,
+        "data_wait_seconds": trainer.prefetcher.wait_seconds,
         "epoch": trainer.stream.epoch(progress.consumed_sequences),
         **load_summary(sums.load),
     }
