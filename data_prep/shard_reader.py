@@ -7,10 +7,11 @@ nothing is pickled.
 
 import hashlib
 import mmap
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 
 import numpy as np
@@ -105,6 +106,11 @@ class ShardReader:
         """Unmaps the shard. Arrays that were read stay valid: they are copies."""
         self._elements = self._elements[:0].copy()  # a view of the mapping would keep it open
         self._map.close()
+
+    def touch(self) -> None:
+        """Marks the file as used now, for a cache that removes what was used longest ago."""
+        with suppress(FileNotFoundError):
+            os.utime(self._path)
 
     @property
     def is_stored(self) -> bool:
@@ -222,6 +228,9 @@ class SplitReader:
         if reader is None:
             verify = self._verify_on_first_read and shard not in self._verified
             entry = self._entries[shard]
+            if self._hold is not None:
+                for other in self._open.values():  # least recently used first
+                    other.touch()
             with nullcontext() if self._hold is None else self._hold(entry):
                 reader = ShardReader(self._manifest, entry, verify)
             self._open[shard] = reader

@@ -34,7 +34,8 @@ class DataConfig(Section):
 
     manifest: str = Field("data/sample/manifest.json", json_schema_extra=FREE)
     """manifest.json written by data_prep, or its folder. A relative path is looked for in the current directory, then
-    in the repository. It may move between resumes; its digest may not change."""
+    in the repository. Or the URL of either (s3://bucket/c4; fsspec opens it, its package, such as s3fs, is yours to
+    install), read through cache_dir. It may move between resumes; its digest may not change."""
     sources: tuple[DataSource, ...] = Field((), json_schema_extra=FREE)
     """Several data sets instead of `manifest`, which is then not read: [{"manifest": "data/c4", "weight": 0.7},
     {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if the folders' are not to be used. Which one a
@@ -48,6 +49,12 @@ class DataConfig(Section):
     verify: Literal["size", "full"] = Field("size", json_schema_extra=FREE)
     """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read.
     `full`: the sha256 of every shard at start."""
+
+    cache_dir: str | None = Field(None, json_schema_extra=FREE)
+    """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
+    against their sha256, shared by the processes of the node. Needed for URLs."""
+    cache_bytes: PositiveInt = Field(100_000_000_000, json_schema_extra=FREE)
+    """Size of cache_dir above which the shards used longest ago are removed."""
 
 
 class BatchConfig(Section):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shard_format import Manifest
-from data_prep.shard_reader import SplitReader
+from data_prep.shard_reader import Hold, SplitReader
 from pretrain.config import Config
 from pretrain.mixture import MixtureSchedule, whole_weights
 from pretrain.order import window_order
@@ -65,12 +65,20 @@ class Windows(Protocol):
 class WindowReader:
     """Reads windows of one split by index. Use from one thread at a time."""
 
-    def __init__(self, manifest: Manifest, split: str, sequence_length: int, *, verify_on_first_read: bool) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        sequence_length: int,
+        *,
+        verify_on_first_read: bool,
+        hold: Hold | None = None,
+    ) -> None:
         self.num_windows = num_windows(manifest, split, sequence_length)
         self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
-        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read)
+        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""

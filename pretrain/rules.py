@@ -7,6 +7,7 @@ import math
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from data_prep.stage_config import URL
 from pretrain.errors import ConfigError
 from pretrain.mixture import LARGEST_PERIOD, whole_weights
 
@@ -200,6 +201,16 @@ def _check_data(config: Config) -> None:
             f"data.sources: in whole numbers the weights add up to {period}, and the schedule has at most "
             f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
         )
+    for location in [source.manifest for source in data.sources] or [data.manifest]:
+        if URL.match(location) and data.cache_dir is None:
+            raise ConfigError(
+                f"data.cache_dir: {location} is a URL; name a folder on a disk of each node for its shards"
+            )
+        if URL.match(location) and data.verify == "full":
+            raise ConfigError(
+                f"data.verify: full would fetch every shard of {location} at start, and each is hashed when it is "
+                f"fetched; set it to size"
+            )
     if not config.model.memory_length:
         return
     reason = "Transformer-XL memory reads contiguous streams"

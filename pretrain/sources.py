@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from data_prep.shard_cache import ShardCache
 from data_prep.shard_format import Manifest, TokenizerEntry
+from data_prep.stage_config import URL
 from pretrain.config import Config
 from pretrain.data import MixedReader, WindowReader, Windows, num_windows
 from pretrain.errors import UserError
@@ -26,6 +29,8 @@ class Source:
     manifest: Manifest
     weight: int
     """Turns in a period of the schedule."""
+    cache: ShardCache | None = None
+    """Of a data set behind a URL."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,12 @@ class Sources:
         """Loads every manifest. Raises UserError or DataError; reads no shard."""
         data = config.data
         if not data.sources:
-            return cls((Source("data.manifest", folder_name(data.manifest), _load(data.manifest, "data.manifest"), 1),))
+            manifest, cache = _load(data.manifest, "data.manifest", config)
+            return cls((Source("data.manifest", folder_name(data.manifest), manifest, 1, cache),))
         weights = whole_weights([source.weight for source in data.sources])
         keys = [f"data.sources.{index}.manifest" for index in range(len(weights))]
-        manifests = [_load(source.manifest, key) for source, key in zip(data.sources, keys, strict=True)]
+        loaded = [_load(source.manifest, key, config) for source, key in zip(data.sources, keys, strict=True)]
+        manifests, caches = zip(*loaded, strict=True)
         for key, manifest in zip(keys, manifests, strict=True):
             if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
                 raise UserError(
@@ -53,7 +60,7 @@ class Sources:
             same = next(k for k, other in zip(keys, manifests, strict=True) if other.digest == manifest.digest)
             if same != key:
                 raise UserError(f"{key}: is the same data set as {same}; name it once, with the sum of the weights")
-        return cls(tuple(map(Source, keys, source_names(config), manifests, weights)))
+        return cls(tuple(map(Source, keys, source_names(config), manifests, weights, caches)))
 
     @property
     def key(self) -> str:
@@ -74,9 +81,10 @@ class Sources:
         return self.sources[0].manifest.tokenizer
 
     def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
-        """`Manifest.check` of each."""
+        """`Manifest.check` of each that is not behind a URL; shards of those are checked when they are fetched."""
         for source in self.sources:
-            source.manifest.check(level, progress)
+            if source.cache is None:
+                source.manifest.check(level, progress)
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
@@ -86,6 +94,7 @@ class Sources:
                 split,
                 config.model.sequence_length,
                 verify_on_first_read=config.data.verify == "size",
+                hold=source.cache.hold if source.cache else None,
             )
             for source in self.sources
         ]
@@ -120,14 +129,19 @@ def open_sources(config: Config) -> Sources:
     return sources
 
 
-def _load(location: str, key: str) -> Manifest:
+def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache | None]:
+    if URL.match(location):
+        assert config.data.cache_dir is not None  # rules.py
+        folder = Path(config.data.cache_dir).expanduser().absolute()
+        cache = ShardCache(location, folder, config.data.cache_bytes)
+        return cache.manifest, cache
     path = find_input(location)
     if not path.exists():
         raise UserError(
             f"{key}: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
             f"configs/data/{folder_name(location)}.json"
         )
-    return Manifest.load(path)
+    return Manifest.load(path), None
 
 
 def _short(tokenizer: TokenizerEntry) -> str:
