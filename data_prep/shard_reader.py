@@ -102,6 +102,11 @@ class ShardReader:
             )
         self._unverified = False
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether the shard need not be hashed any more."""
+        return not self._unverified
+
     def close(self) -> None:
         """Unmaps the shard. Arrays that were read stay valid: they are copies."""
         self._elements = self._elements[:0].copy()  # a view of the mapping would keep it open
@@ -179,8 +184,13 @@ class SplitReader:
         if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
             raise IndexError(f"windows of {length} tokens leave [0, {self.num_tokens})")
         rows = np.empty((len(starts), length), np.int64)
+        shard_starts = self._starts
         for row, start in zip(rows, starts.tolist(), strict=True):
-            self._read_into(row, start)
+            shard = bisect_right(shard_starts, start) - 1
+            if start + length <= shard_starts[shard + 1]:  # nearly every window
+                self._shard(shard).read_into(row, start - shard_starts[shard])
+            else:
+                self._read_into(row, start)
         return rows
 
     def document_index(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -203,7 +213,6 @@ class SplitReader:
         while position < stop:
             shard_start, end = self._starts[shard], min(stop, self._starts[shard + 1])
             self._shard(shard).read_into(tokens[position - start : end - start], position - shard_start)
-            self._verified.add(shard)
             position = end
             shard += 1
 
@@ -234,19 +243,28 @@ class SplitReader:
             with nullcontext() if self._hold is None else self._hold(entry):
                 reader = ShardReader(self._manifest, entry, verify)
             self._open[shard] = reader
-            gone = [] if self._hold is None else [s for s, other in self._open.items() if not other.is_stored]
+            gone = (
+                []
+                if self._hold is None
+                else [s for s, other in self._open.items() if s != shard and not other.is_stored]
+            )
             while len(self._open) - len(gone) > self._max_open_shards:
                 gone.append(next(s for s in self._open if s not in gone))
             for old in gone:  # the disk is free again only when nothing maps them
-                self._open.pop(old).close()
+                self._close_shard(old)
         self._open.move_to_end(shard)
         return reader
 
+    def _close_shard(self, shard: int) -> None:
+        reader = self._open.pop(shard)
+        if reader.is_verified:
+            self._verified.add(shard)
+        reader.close()
+
     def close(self) -> None:
         """Unmaps every shard."""
-        for reader in self._open.values():
-            reader.close()
-        self._open.clear()
+        for shard in list(self._open):
+            self._close_shard(shard)
 
     def __enter__(self) -> "SplitReader":
         return self

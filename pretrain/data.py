@@ -108,6 +108,10 @@ class MixedReader:
         return tokens, targets
 
 
+ORDER_POSITIONS = 4096
+"""Positions whose windows are computed at once: 0.1 us each, but 20 us each for a batch of 32."""
+
+
 class TrainingStream:
     """The global batches of a run, cut for one data-parallel rank.
 
@@ -131,6 +135,7 @@ class TrainingStream:
             else None
         )
         self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
+        self._parts: dict[int, np.ndarray] = {}
         self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
@@ -147,7 +152,24 @@ class TrainingStream:
         return Batch(tokens, targets, torch.from_numpy(positions)).to(device)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
-        """Window of each position of the run; both [n] int64."""
+        """Window of each position of the run; both [n] int64, positions rising."""
+        first, last = positions[0] // ORDER_POSITIONS, positions[-1] // ORDER_POSITIONS
+        return np.concatenate(
+            [
+                self._order_part(part)[positions[positions // ORDER_POSITIONS == part] - part * ORDER_POSITIONS]
+                for part in range(first, last + 1)
+            ]
+        )
+
+    def _order_part(self, part: int) -> np.ndarray:
+        """Windows of ORDER_POSITIONS positions in a row; the two last parts that were asked for are kept."""
+        if part not in self._parts:
+            if len(self._parts) == 2:
+                del self._parts[next(iter(self._parts))]
+            self._parts[part] = self._order(np.arange(part * ORDER_POSITIONS, (part + 1) * ORDER_POSITIONS))
+        return self._parts[part]
+
+    def _order(self, positions: np.ndarray) -> np.ndarray:
         if self._chunks:
             step, stream = np.divmod(positions, self._global)
             return stream * self._chunks + step % self._chunks
