@@ -50,6 +50,9 @@ class DataConfig(Section):
     """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read.
     `full`: the sha256 of every shard at start."""
 
+    document_mask: bool = False
+    """Documents of a window for themselves: attention does not cross them and positions begin again in each. Needs
+    model.position.type = rope and parallel.pipeline = 1. The mask of each sequence takes sequence_length^2 bytes."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""

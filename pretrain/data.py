@@ -6,7 +6,7 @@ every token is a target exactly once per epoch (the first of a split never).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,13 @@ class Batch:
     """[B, T] int64: tokens shifted by one."""
     sequence_index: Tensor
     """[B] int64: position of each sequence in the run."""
+    documents: Tensor | None = None
+    """With data.document_mask, [B, T] int64: which document of its window each input belongs to, from 0."""
+
+    def model_inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the language model."""
+        inputs = (self.tokens, self.targets, self.sequence_index)
+        return inputs if self.documents is None else (*inputs, self.documents)
 
     def to(self, device: torch.device) -> Batch:
         """Itself on `device`; asynchronous from pinned memory."""
@@ -41,7 +48,8 @@ class Batch:
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(function(self.tokens), function(self.targets), function(self.sequence_index))
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.tokens), function(self.targets), function(self.sequence_index), documents)
 
 
 def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
@@ -60,6 +68,9 @@ class Windows(Protocol):
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
+
+    def documents(self, windows: np.ndarray) -> Tensor:
+        """`windows` [B] -> [B, T] int64: which document of its window each input belongs to, from 0."""
 
 
 class WindowReader:
@@ -86,6 +97,10 @@ class WindowReader:
         tokens = torch.from_numpy(self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    def documents(self, windows: np.ndarray) -> Tensor:
+        T = self.sequence_length
+        return torch.from_numpy(self._split.document_index(np.asarray(windows, np.int64) * T, T))
+
 
 class MixedReader:
     """The windows of several data sets, one after the other."""
@@ -99,13 +114,24 @@ class MixedReader:
         self._first = np.cumsum((0, *self.sizes))
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        source = np.searchsorted(self._first, windows, side="right") - 1
         tokens = torch.empty((len(windows), self.sequence_length), dtype=torch.int64)
         targets = torch.empty_like(tokens)
+        for rows, reader, own in self._by_source(windows):
+            tokens[rows], targets[rows] = reader.read(own)
+        return tokens, targets
+
+    def documents(self, windows: np.ndarray) -> Tensor:
+        index = torch.empty((len(windows), self.sequence_length), dtype=torch.int64)
+        for rows, reader, own in self._by_source(windows):
+            index[rows] = reader.documents(own)
+        return index
+
+    def _by_source(self, windows: np.ndarray) -> Iterator[tuple[np.ndarray, WindowReader, np.ndarray]]:
+        """Rows of each source, its reader, and its own windows."""
+        source = np.searchsorted(self._first, windows, side="right") - 1
         for s in np.unique(source):
             rows = np.flatnonzero(source == s)
-            tokens[rows], targets[rows] = self._readers[s].read(windows[rows] - self._first[s])
-        return tokens, targets
+            yield rows, self._readers[s], windows[rows] - self._first[s]
 
 
 ORDER_POSITIONS = 4096
@@ -135,6 +161,7 @@ class TrainingStream:
             else None
         )
         self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
+        self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
         self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
         self.micro_steps = self._global // (self._micro * data_size)
@@ -148,8 +175,10 @@ class TrainingStream:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
         Raises DataError if a shard does not match its sha256."""
         positions = self.positions(consumed, micro_step)
-        tokens, targets = self._reader.read(self.windows(positions))
-        return Batch(tokens, targets, torch.from_numpy(positions)).to(device)
+        windows = self.windows(positions)
+        tokens, targets = self._reader.read(windows)
+        documents = self._reader.documents(windows) if self._document_mask else None
+        return Batch(tokens, targets, torch.from_numpy(positions), documents).to(device)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window of each position of the run; both [n] int64, positions rising."""

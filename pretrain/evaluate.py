@@ -44,20 +44,20 @@ def evaluate(
     places = [first + parallel.data_rank * micro + np.arange(micro) for first in firsts]
     streams, num_streams = torch.from_numpy(np.concatenate(places)), len(firsts) * micro * parallel.data_size
     padded = np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1)
+
     # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
+    def read(windows: np.ndarray, place: np.ndarray) -> Batch:
+        documents = reader.documents(windows) if config.data.document_mask else None
+        # The index names the stream; dropout, which it also seeds, is off.
+        return Batch(*reader.read(windows), torch.from_numpy(place), documents)
+
     batches = agreed(
-        lambda: [[reader.read(np.maximum(padded[step, place], 0)) for place in places] for step in range(steps)]
+        lambda: [[read(np.maximum(padded[step, place], 0), place) for place in places] for step in range(steps)]
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with separate_streams(module, streams.to(device), num_streams):
         for step, step_batches in enumerate(batches):
-            # The index names the stream; dropout, which it also seeds, is off.
-            losses = run.evaluate(
-                [
-                    Batch(tokens.to(device), targets.to(device), torch.from_numpy(place).to(device))
-                    for place, (tokens, targets) in zip(places, step_batches, strict=True)
-                ]
-            )
+            losses = run.evaluate([batch.to(device) for batch in step_batches])
             for place, sequence_loss in zip(places, losses, strict=True):
                 counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])

@@ -211,6 +211,16 @@ def _check_data(config: Config) -> None:
                 f"data.verify: full would fetch every shard of {location} at start, and each is hashed when it is "
                 f"fetched; set it to size"
             )
+    if data.document_mask and config.model.position.type != "rope":
+        raise ConfigError(
+            "data.document_mask: Transformer-XL positions and memory reach across documents on purpose; set it to "
+            "false, or model.position.type to rope"
+        )
+    if data.document_mask and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
+            f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
+        )
     if not config.model.memory_length:
         return
     reason = "Transformer-XL memory reads contiguous streams"
