@@ -64,16 +64,17 @@ def permute(index: NDArray[np.int64], size: int, *, key: str) -> NDArray[np.int6
     mask = np.uint64((1 << int(half)) - 1)
     digest = hashlib.sha256(key.encode()).digest() + hashlib.sha256(f"{key}/more".encode()).digest()
     round_keys = np.frombuffer(digest[: 8 * ROUNDS], dtype="<u8")
-    values = np.asarray(index, dtype=np.uint64).copy()
-    pending = np.ones(values.shape, dtype=bool)
+    values = np.asarray(index, dtype=np.uint64).flatten()
     # The network permutes a power of four that holds `size` (at most 4 x larger): values that land outside walk on.
-    while pending.any():
-        left, right = values[pending] >> half, values[pending] & mask
+    walking = np.arange(values.size)
+    while walking.size:
+        left, right = values[walking] >> half, values[walking] & mask
         for round_key in round_keys:
             left, right = right, left ^ (_mix(right + round_key) & mask)
-        values[pending] = (left << half) | right
-        pending = values >= np.uint64(size)
-    return values.astype(np.int64)
+        moved = (left << half) | right
+        values[walking] = moved
+        walking = walking[moved >= np.uint64(size)]
+    return values.astype(np.int64).reshape(np.shape(index))
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
