@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.documents import Documents
 from model.initialization import initialize
 from model.kernels.choice import Backends
 from model.layers import State, layer_factories
@@ -42,29 +43,36 @@ class LanguageModel(nn.Module):
         if config.tied_embedding:
             self.head.weight = self.embedding.weight
 
-    def logits(self, tokens: Tensor, sequence_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, tokens: Tensor, sequence_index: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`tokens` [B, T] int64 -> logits [B, T, vocab_size] and the auxiliary loss (fp32 scalar).
 
         `sequence_index` [B] int64 (index of each sequence in the run) is needed only where dropout is active.
+        `documents` as in `forward`.
         """
         if sequence_index is None:
             sequence_index = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-        logits, _, auxiliary_loss = self.head(self._final_state(tokens, sequence_index))
+        logits, _, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents))
         return logits, auxiliary_loss
 
-    def forward(self, tokens: Tensor, targets: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokens`, `targets` [B, T] int64, `sequence_index` [B] int64.
+    def forward(
+        self, tokens: Tensor, targets: Tensor, sequence_index: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`tokens`, `targets` [B, T] int64, `sequence_index` [B] int64. `documents` [B, T] int64 numbers each token's
+        document, rising; with it attention does not cross documents and positions begin again in each.
 
         Returns the training objective (fp32 scalar: mean cross-entropy over all tokens plus auxiliary losses, in nats)
         and the detached mean cross-entropy of each sequence [B] fp32.
         """
-        loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index), targets)
+        loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents), targets)
         return loss + auxiliary_loss, sequence_loss
 
-    def _final_state(self, tokens: Tensor, sequence_index: Tensor) -> State:
+    def _final_state(self, tokens: Tensor, sequence_index: Tensor, documents: Tensor | None) -> State:
         state = self.embedding((tokens, sequence_index))
+        apart = None if documents is None else Documents.of(documents)
         for block in self.blocks:
-            state = block(state)
+            state = block(state) if apart is None else block(state, apart)
         return self.final_norm(state)
 
 

@@ -20,6 +20,7 @@ from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
 from model.attention.switchhead import SwitchHeadAttention
 from model.config import DenseAttentionConfig, DenseFeedForwardConfig, MoAConfig, ModelConfig, SwiGLUConfig
+from model.documents import Documents
 from model.dropout import dropout, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
@@ -127,8 +128,9 @@ class Block(nn.Module):
             )
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
 
-    def forward(self, state: State) -> State:
-        return recomputed(self._compute, state, mode=self.recompute, recorders=self._recorders())
+    def forward(self, state: State, documents: Documents | None = None) -> State:
+        compute = self._compute if documents is None else partial(self._compute, documents=documents)
+        return recomputed(compute, state, mode=self.recompute, recorders=self._recorders())
 
     def _recorders(self) -> list[RoutingStatistics | LayerMemory]:
         """What a forward pass leaves a trace in."""
@@ -136,11 +138,13 @@ class Block(nn.Module):
         statistics: list[RoutingStatistics | LayerMemory] = [v for v in found if isinstance(v, RoutingStatistics)]
         return statistics + ([] if self.memory is None else [self.memory])
 
-    def _compute(self, state: State) -> State:
+    def _compute(self, state: State, documents: Documents | None = None) -> State:
         hidden, sequence_index, auxiliary_loss = state
         # Memory is normalised with the present weights, like the chunk itself.
         context = hidden if self.memory is None else self.memory.extend(hidden, sequence_index)
-        attended, attention_loss = self.attention(self.attention_norm(context), hidden.shape[1], sequence_index)
+        attended, attention_loss = self.attention(
+            self.attention_norm(context), hidden.shape[1], sequence_index, documents
+        )
         hidden = hidden + self.attention_dropout(attended, sequence_index)
         transformed, feedforward_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
         hidden = hidden + self.feedforward_dropout(transformed, sequence_index)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from data_prep.shard_format import DataError, Manifest
+from data_prep.shard_format import DataError
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, load_config, to_json
 from pretrain.errors import EXIT_USER_ERROR, UserError
@@ -21,6 +21,7 @@ from pretrain.rules import check_device, check_ranks, smallest_world
 
 if TYPE_CHECKING:
     from pretrain.device import Ranks
+    from pretrain.sources import Sources
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
 
@@ -90,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             dry_run(config, args.ranks or smallest_world(config), run_dir)
             return 0
-        manifest, data_size = preflight(config, ranks.world_size, run_dir)
+        sources, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:
-            print_derived(config, data_size, manifest, run_dir)
-        return run(config, manifest, run_dir, ranks)
+            print_derived(config, data_size, sources, run_dir)
+        return run(config, sources, run_dir, ranks)
     except (UserError, DataError) as error:
         # Before the ranks have met, all of a node find the same fault: one of them says so.
         if ranks.local_rank == 0:
@@ -101,25 +102,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def preflight(config: Config, world_size: int, run_dir: Path) -> tuple[Manifest, int]:
-    """Everything that can be refused without a process group or an allocation. Returns the manifest and DP size."""
+def preflight(config: Config, world_size: int, run_dir: Path) -> tuple[Sources, int]:
+    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size."""
     from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
-    from pretrain.data import open_manifest
     from pretrain.device import device_type
     from pretrain.resume import candidates, changed_settings
+    from pretrain.sources import open_sources
 
     data_size = check_ranks(config, world_size)
     check_device(config, device_type())
-    manifest = open_manifest(config)
-    manifest.check("size")
+    sources = open_sources(config)
+    sources.check("size")
     for path in candidates(config, run_dir):
         try:
             newest = Checkpoint.open(path)
         except DamagedCheckpoint:
             continue  # whether an older one serves is decided, and said, when the ranks have met
-        changed_settings(config, newest, manifest.digest)
+        changed_settings(config, newest, sources.digest)
         break
-    return manifest, data_size
+    return sources, data_size
 
 
 def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
@@ -129,13 +130,13 @@ def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     count = parameter_count(config.model)
     print(json.dumps(to_json(config), indent=1))
     print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
-    manifest, data_size = preflight(config, world_size, run_dir)
+    sources, data_size = preflight(config, world_size, run_dir)
     if config.data.verify == "full":
-        manifest.check("full", progress=True)
-    print_derived(config, data_size, manifest, run_dir)
+        sources.check("full", progress=True)
+    print_derived(config, data_size, sources, run_dir)
 
 
-def run(config: Config, manifest: Manifest, run_dir: Path, ranks: Ranks) -> int:
+def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks) -> int:
     """Joins the process group and trains."""
     from pretrain import device as devices
     from pretrain.agreement import PeerFailed, agreed
@@ -144,8 +145,8 @@ def run(config: Config, manifest: Manifest, run_dir: Path, ranks: Ranks) -> int:
     device = devices.start(ranks, config.train.threads)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times
-            agreed(lambda: manifest.check("full", progress=True) if ranks.rank == 0 else None)
-        train(config, manifest, run_dir, device)
+            agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
+        train(config, sources, run_dir, device)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
@@ -160,13 +161,13 @@ def run(config: Config, manifest: Manifest, run_dir: Path, ranks: Ranks) -> int:
     return 0
 
 
-def print_derived(config: Config, data_size: int, manifest: Manifest, run_dir: Path) -> None:
+def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:
     """Prints the derived values, each with its formula."""
     from pretrain.derived import derived_values
 
     if config.description:
         print(config.description)
-    rows = derived_values(config, data_size, manifest, str(run_dir))
+    rows = derived_values(config, data_size, sources, str(run_dir))
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")

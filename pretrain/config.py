@@ -18,15 +18,46 @@ FREE: dict[str, Any] = {"on_resume": "free"}
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+class DataSource(Section):
+    """One of several data sets that are mixed."""
+
+    manifest: str
+    """As data.manifest."""
+    weight: Annotated[float, Field(gt=0.0)]
+    """Share of the windows, relative to the other weights."""
+    name: str = ""
+    """In metrics and messages; empty: the name of the folder."""
+
+
 class DataConfig(Section):
     """Which shards are read."""
 
     manifest: str = Field("data/sample/manifest.json", json_schema_extra=FREE)
     """manifest.json written by data_prep, or its folder. A relative path is looked for in the current directory, then
-    in the repository. It may move between resumes; its digest may not change."""
+    in the repository. Or the URL of either (s3://bucket/c4; fsspec opens it, its package, such as s3fs, is yours to
+    install), read through cache_dir. It may move between resumes; its digest may not change."""
+    sources: tuple[DataSource, ...] = Field((), json_schema_extra=FREE)
+    """Several data sets instead of `manifest`, which is then not read: [{"manifest": "data/c4", "weight": 0.7},
+    {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if the folders' are not to be used. Which one a
+    sequence comes from is a fixed schedule of the weights; each is shuffled by itself and has epochs of its own. They
+    may move between resumes; contents, order and weights may not change."""
+    shuffle_block_windows: NonNegativeInt = 0
+    """For network file systems: shuffle blocks of so many neighbouring windows, then the windows of some blocks
+    together, so that reads stay local. 0: every window by itself, over the whole split."""
+    shuffle_blocks: PositiveInt = 64
+    """Blocks whose windows are shuffled together, with shuffle_block_windows > 0."""
     verify: Literal["size", "full"] = Field("size", json_schema_extra=FREE)
     """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read.
     `full`: the sha256 of every shard at start."""
+
+    document_mask: bool = False
+    """Documents of a window for themselves: attention does not cross them and positions begin again in each. Needs
+    model.position.type = rope and parallel.pipeline = 1. The mask of each sequence takes sequence_length^2 bytes."""
+    cache_dir: str | None = Field(None, json_schema_extra=FREE)
+    """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
+    against their sha256, shared by the processes of the node. Needed for URLs."""
+    cache_bytes: PositiveInt = Field(100_000_000_000, json_schema_extra=FREE)
+    """Size of cache_dir above which the shards used longest ago are removed."""
 
 
 class BatchConfig(Section):

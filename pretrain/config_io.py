@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -87,7 +87,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
     """Every leaf field as (dotted key, owning section class, field name), union members in turn."""
     for name, field in model.model_fields.items():
-        members = [m for m in (field.annotation, *get_args(field.annotation)) if _is_section(m)]
+        # A list of sections (data.sources) is one value: its entries have no dotted keys of their own.
+        is_list = get_origin(field.annotation) is tuple
+        members = [m for m in (field.annotation, *get_args(field.annotation)) if _is_section(m) and not is_list]
         if not members:
             yield f"{prefix}{name}", model, name
         for member in members:

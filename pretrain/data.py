@@ -6,18 +6,19 @@ every token is a target exactly once per epoch (the first of a split never).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.shard_format import Manifest
-from data_prep.shard_reader import SplitReader
+from data_prep.shard_reader import Hold, SplitReader
 from pretrain.config import Config
-from pretrain.errors import UserError
+from pretrain.mixture import MixtureSchedule, whole_weights
 from pretrain.order import window_order
-from pretrain.paths import find_input
 
 
 @dataclass(frozen=True)
@@ -30,39 +31,25 @@ class Batch:
     """[B, T] int64: tokens shifted by one."""
     sequence_index: Tensor
     """[B] int64: position of each sequence in the run."""
+    documents: Tensor | None = None
+    """With data.document_mask, [B, T] int64: which document of its window each input belongs to, from 0."""
 
+    def model_inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the language model."""
+        inputs = (self.tokens, self.targets, self.sequence_index)
+        return inputs if self.documents is None else (*inputs, self.documents)
 
-def open_manifest(config: Config) -> Manifest:
-    """Loads the manifest and checks what needs no shard to be read: the splits are there and fit the model."""
-    path = find_input(config.data.manifest)
-    if not path.exists():
-        name = (path.parent if path.suffix == ".json" else path).name
-        raise UserError(
-            f"data.manifest: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
-            f"configs/data/{name}.json"
-        )
-    manifest = Manifest.load(path)
-    vocab_size = manifest.tokenizer.vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
-            f"to {vocab_size} or more"
-        )
-    streams = config.batch.global_sequences
-    if config.model.memory_length and num_windows(manifest, "train", config.model.sequence_length) < streams:
-        raise UserError(
-            f"batch.global_sequences: {streams} streams with memory need a window each, but the train split of {path} "
-            f"holds {num_windows(manifest, 'train', config.model.sequence_length)} windows of model.sequence_length = "
-            f"{config.model.sequence_length}; prepare more text or lower one of the two"
-        )
-    for split in ("train", "validation") if config.evaluate.sequences else ("train",):
-        if num_windows(manifest, split, config.model.sequence_length) < 1:
-            raise UserError(
-                f"data.manifest: the {split} split of {path} holds {manifest.num_tokens(split)} tokens, fewer than one "
-                f"window of model.sequence_length + 1 = {config.model.sequence_length + 1}; prepare more text or "
-                f"shorten the model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
-            )
-    return manifest
+    def to(self, device: torch.device) -> Batch:
+        """Itself on `device`; asynchronous from pinned memory."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """A copy in pinned memory."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.tokens), function(self.targets), function(self.sequence_index), documents)
 
 
 def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
@@ -70,21 +57,85 @@ def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
     return max(0, (manifest.num_tokens(split) - 1) // sequence_length)
 
 
-class WindowReader:
-    """Reads windows of one split by index."""
+class Windows(Protocol):
+    """Windows by index, from one data set or several."""
 
-    def __init__(self, manifest: Manifest, split: str, sequence_length: int, *, verify_on_first_read: bool) -> None:
+    sequence_length: int
+    num_windows: int
+    tokens_are_bytes: bool
+    sizes: tuple[int, ...]
+    """Windows of each source; the first source has the lowest indices."""
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
+
+    def documents(self, windows: np.ndarray) -> Tensor:
+        """`windows` [B] -> [B, T] int64: which document of its window each input belongs to, from 0."""
+
+
+class WindowReader:
+    """Reads windows of one split by index. Use from one thread at a time."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        sequence_length: int,
+        *,
+        verify_on_first_read: bool,
+        hold: Hold | None = None,
+    ) -> None:
         self.num_windows = num_windows(manifest, split, sequence_length)
+        self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
-        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read)
+        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
-        rows = np.stack([self._split.read(int(w) * T, int(w) * T + T + 1) for w in windows])
-        tokens = torch.from_numpy(rows)
+        tokens = torch.from_numpy(self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def documents(self, windows: np.ndarray) -> Tensor:
+        T = self.sequence_length
+        return torch.from_numpy(self._split.document_index(np.asarray(windows, np.int64) * T, T))
+
+
+class MixedReader:
+    """The windows of several data sets, one after the other."""
+
+    def __init__(self, readers: Sequence[WindowReader]) -> None:
+        self._readers = readers
+        self.sequence_length = readers[0].sequence_length
+        self.tokens_are_bytes = readers[0].tokens_are_bytes
+        self.sizes = tuple(reader.num_windows for reader in readers)
+        self.num_windows = sum(self.sizes)
+        self._first = np.cumsum((0, *self.sizes))
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        tokens = torch.empty((len(windows), self.sequence_length), dtype=torch.int64)
+        targets = torch.empty_like(tokens)
+        for rows, reader, own in self._by_source(windows):
+            tokens[rows], targets[rows] = reader.read(own)
+        return tokens, targets
+
+    def documents(self, windows: np.ndarray) -> Tensor:
+        index = torch.empty((len(windows), self.sequence_length), dtype=torch.int64)
+        for rows, reader, own in self._by_source(windows):
+            index[rows] = reader.documents(own)
+        return index
+
+    def _by_source(self, windows: np.ndarray) -> Iterator[tuple[np.ndarray, WindowReader, np.ndarray]]:
+        """Rows of each source, its reader, and its own windows."""
+        source = np.searchsorted(self._first, windows, side="right") - 1
+        for s in np.unique(source):
+            rows = np.flatnonzero(source == s)
+            yield rows, self._readers[s], windows[rows] - self._first[s]
+
+
+ORDER_POSITIONS = 4096
+"""Positions whose windows are computed at once: 0.1 us each, but 20 us each for a batch of 32."""
 
 
 class TrainingStream:
@@ -92,17 +143,26 @@ class TrainingStream:
 
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
-    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. With Transformer-XL
+    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
+    schedule of the weights decides which one a position reads, and each has epochs of its own. With Transformer-XL
     memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
     position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory.
     """
 
-    def __init__(self, reader: WindowReader, config: Config, *, data_rank: int, data_size: int) -> None:
+    def __init__(self, reader: Windows, config: Config, *, data_rank: int, data_size: int) -> None:
         self._reader = reader
         self._seed = config.train.seed
         self._global = config.batch.global_sequences
         self._micro = config.batch.micro_sequences
         self._rank, self._size = data_rank, data_size
+        self._mixture = (
+            MixtureSchedule(whole_weights([source.weight for source in config.data.sources]))
+            if len(reader.sizes) > 1
+            else None
+        )
+        self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
+        self._document_mask = config.data.document_mask
+        self._parts: dict[int, np.ndarray] = {}
         self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
@@ -115,16 +175,44 @@ class TrainingStream:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
         Raises DataError if a shard does not match its sha256."""
         positions = self.positions(consumed, micro_step)
-        tokens, targets = self._reader.read(self.windows(positions))
-        index = torch.from_numpy(positions)
-        return Batch(tokens.to(device), targets.to(device), index.to(device))
+        windows = self.windows(positions)
+        tokens, targets = self._reader.read(windows)
+        documents = self._reader.documents(windows) if self._document_mask else None
+        return Batch(tokens, targets, torch.from_numpy(positions), documents).to(device)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
-        """Window of each position of the run; both [n] int64."""
-        if not self._chunks:
-            return window_order(positions, self._reader.num_windows, seed=self._seed)
-        step, stream = np.divmod(positions, self._global)
-        return stream * self._chunks + step % self._chunks
+        """Window of each position of the run; both [n] int64, positions rising."""
+        first, last = positions[0] // ORDER_POSITIONS, positions[-1] // ORDER_POSITIONS
+        return np.concatenate(
+            [
+                self._order_part(part)[positions[positions // ORDER_POSITIONS == part] - part * ORDER_POSITIONS]
+                for part in range(first, last + 1)
+            ]
+        )
+
+    def _order_part(self, part: int) -> np.ndarray:
+        """Windows of ORDER_POSITIONS positions in a row; the two last parts that were asked for are kept."""
+        if part not in self._parts:
+            if len(self._parts) == 2:
+                del self._parts[next(iter(self._parts))]
+            self._parts[part] = self._order(np.arange(part * ORDER_POSITIONS, (part + 1) * ORDER_POSITIONS))
+        return self._parts[part]
+
+    def _order(self, positions: np.ndarray) -> np.ndarray:
+        if self._chunks:
+            step, stream = np.divmod(positions, self._global)
+            return stream * self._chunks + step % self._chunks
+        if self._mixture is None:
+            return window_order(positions, self._reader.num_windows, seed=self._seed, **self._shuffle)
+        sources, turns = self._mixture.sources(positions)
+        windows, first = np.empty_like(positions), 0
+        for source, size in enumerate(self._reader.sizes):
+            chosen = sources == source
+            windows[chosen] = first + window_order(
+                turns[chosen], size, seed=f"{self._seed}/source {source}", **self._shuffle
+            )
+            first += size
+        return windows
 
     def streams(self) -> Tensor:
         """The streams [n] int64 that this rank reads in every step, by micro-step."""
@@ -135,5 +223,11 @@ class TrainingStream:
         return self._chunks > 0 and consumed // self._global % self._chunks == 0
 
     def epoch(self, consumed: int) -> float:
-        """Passes over the training split after `consumed` sequences."""
+        """Passes over the training split after `consumed` sequences; of several sources, over all windows together."""
         return consumed / (self._chunks * self._global or self._reader.num_windows)
+
+    def source_epochs(self, consumed: int) -> list[float]:
+        """Passes over each source after `consumed` sequences."""
+        if self._mixture is None:
+            return [self.epoch(consumed)]
+        return [n / size for n, size in zip(self._mixture.counts(consumed), self._reader.sizes, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.shard_format import Manifest
 from model.attention.rope import rotated_width
 from model.config import ModelConfig, RopeConfig, SigmaMoEConfig
 from model.language_model import build_on_meta
@@ -13,7 +12,9 @@ from model.parameters import ParameterCount, count_parameters
 from pretrain.config import Config
 from pretrain.data import num_windows
 from pretrain.layout import group_ranks, groups_text, mesh, stage_text
+from pretrain.mixture import MixtureSchedule
 from pretrain.schedule import warmup_steps
+from pretrain.sources import Sources
 
 GROUPS = {
     "pipeline": "ranks that hold the stages of one model",
@@ -31,16 +32,17 @@ class DerivedValue:
     formula: str
 
 
-def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: str) -> list[DerivedValue]:
+def derived_values(config: Config, data_size: int, sources: Sources, run_dir: str) -> list[DerivedValue]:
     """Everything that a user would otherwise compute by hand, in the order of the data flow."""
     batch, model, train = config.batch, config.model, config.train
     count = parameter_count(model)
-    windows = num_windows(manifest, "train", model.sequence_length)
+    sizes = [num_windows(source.manifest, "train", model.sequence_length) for source in sources.sources]
+    windows = sum(sizes)
     tokens_per_step = batch.global_sequences * model.sequence_length
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
     values = [
         DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
-        DerivedValue("data", str(manifest.folder), f"data.manifest, digest {manifest.digest[:12]}"),
+        DerivedValue("data", str(sources.sources[0].manifest.folder), f"data.manifest, digest {sources.digest[:12]}"),
         DerivedValue("parameters, total", f"{count.total:,}", "counted on the meta device"),
         DerivedValue("parameters, active", f"{count.active:,}", "expert tensors count k / E, all others whole"),
         DerivedValue("data-parallel size", f"{data_size}", "ranks / (tensor x pipeline)"),
@@ -52,6 +54,9 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
             "epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"
         ),
     ]
+    if len(sizes) > 1:
+        place = next(index for index, value in enumerate(values) if value.name == "data")
+        values[place : place + 1] = _mixture_values(config, sources, sizes)
     tensor = config.parallel.tensor
     for name, ranks in group_ranks(config, data_size).items():
         values.append(DerivedValue(f"{name} groups", groups_text(ranks), GROUPS[name]))
@@ -110,10 +115,26 @@ def derived_values(config: Config, data_size: int, manifest: Manifest, run_dir: 
                 f"schedule.warmup_steps = {config.schedule.warmup_steps} clipped to train.steps - 1",
             )
         )
-    unused = model.vocab_size - manifest.tokenizer.vocab_size
+    unused = model.vocab_size - sources.tokenizer.vocab_size
     if unused:
         values.append(DerivedValue("unused vocabulary rows", f"{unused}", "model.vocab_size - tokenizer pieces"))
     return values
+
+
+def _mixture_values(config: Config, sources: Sources, sizes: list[int]) -> list[DerivedValue]:
+    """One row per source: where, its share of the sequences, and how often the run reads it."""
+    schedule = MixtureSchedule([source.weight for source in sources.sources])
+    counts = schedule.counts(config.batch.global_sequences * config.train.steps)
+    rows = [DerivedValue("data", f"{len(sizes)} sources", f"data.sources, digest {sources.digest[:12]}")]
+    for source, size, count in zip(sources.sources, sizes, counts, strict=True):
+        rows.append(
+            DerivedValue(
+                f"source {source.name}",
+                f"{source.weight} of {schedule.period} sequences, {count / size:.2f} epochs",
+                f"{source.manifest.folder}: {size:,} windows, digest {source.manifest.digest[:12]}",
+            )
+        )
+    return rows
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:

@@ -13,11 +13,11 @@ from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.agreement import agreed
 from pretrain.config import Config
-from pretrain.data import Batch, WindowReader
+from pretrain.data import Batch, Windows
 from pretrain.whole import Run
 
 
-def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
+def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     """Indices [steps, streams] int64 of the windows that are evaluated, evaluate.sequences of them (or all, if the
     split has fewer); -1 where a stream has ended. Streams begin evenly spread, because a split holds its sources one
     after the other, and read on from there: with memory evaluate.streams of them, without each window is a stream of
@@ -34,7 +34,7 @@ def evaluation_windows(reader: WindowReader, config: Config) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, run: Run, reader: WindowReader, config: Config, parallel: ParallelContext, device: torch.device
+    module: nn.Module, run: Run, reader: Windows, config: Config, parallel: ParallelContext, device: torch.device
 ) -> dict[str, float]:
     """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
     left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective."""
@@ -44,20 +44,20 @@ def evaluate(
     places = [first + parallel.data_rank * micro + np.arange(micro) for first in firsts]
     streams, num_streams = torch.from_numpy(np.concatenate(places)), len(firsts) * micro * parallel.data_size
     padded = np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1)
+
     # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
+    def read(windows: np.ndarray, place: np.ndarray) -> Batch:
+        documents = reader.documents(windows) if config.data.document_mask else None
+        # The index names the stream; dropout, which it also seeds, is off.
+        return Batch(*reader.read(windows), torch.from_numpy(place), documents)
+
     batches = agreed(
-        lambda: [[reader.read(np.maximum(padded[step, place], 0)) for place in places] for step in range(steps)]
+        lambda: [[read(np.maximum(padded[step, place], 0), place) for place in places] for step in range(steps)]
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with separate_streams(module, streams.to(device), num_streams):
         for step, step_batches in enumerate(batches):
-            # The index names the stream; dropout, which it also seeds, is off.
-            losses = run.evaluate(
-                [
-                    Batch(tokens.to(device), targets.to(device), torch.from_numpy(place).to(device))
-                    for place, (tokens, targets) in zip(places, step_batches, strict=True)
-                ]
-            )
+            losses = run.evaluate([batch.to(device) for batch in step_batches])
             for place, sequence_loss in zip(places, losses, strict=True):
                 counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
@@ -73,7 +73,7 @@ def evaluate(
     return values
 
 
-def unigram_perplexity(reader: WindowReader, windows: np.ndarray) -> float:
+def unigram_perplexity(reader: Windows, windows: np.ndarray) -> float:
     """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
     counts = np.zeros(0, dtype=np.int64)
     for window in windows[windows >= 0]:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_prep.shard_format import Manifest
 from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
@@ -21,15 +20,17 @@ from pretrain.agreement import agreed, check_same, check_shared
 from pretrain.checkpoint import Checkpoint, Progress
 from pretrain.config import Config
 from pretrain.config_io import to_json
-from pretrain.data import Batch, TrainingStream, WindowReader
+from pretrain.data import Batch, TrainingStream, Windows
 from pretrain.device import synchronize
 from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate, step_was_skipped
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor
+from pretrain.prefetch import Prefetcher
 from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
 from pretrain.rules import choose_backends
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
+from pretrain.sources import Sources
 from pretrain.step_sums import StepReducer, StepSums, load_summary
 from pretrain.whole import Run, WholeRun
 
@@ -59,8 +60,10 @@ class Trainer:
     run: Run
     norm: GradientNorm
     reduce: StepReducer
+    sources: Sources
     stream: TrainingStream
-    validation: WindowReader | None
+    prefetcher: Prefetcher
+    validation: Windows | None
     parallel: ParallelContext
     device: torch.device
 
@@ -79,22 +82,22 @@ class Trainer:
         return StepResult(sums, None if skipped else self.norm.value())
 
     def _read(self, consumed: int) -> list[Batch]:
-        """All micro-batches of a step (token ids: a few megabytes at most). Read before the first collective, so that
-        a damaged shard is one rank's message and not everybody's hang."""
-        return agreed(lambda: [self.stream.batch(consumed, m, self.device) for m in range(self.stream.micro_steps)])
+        """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
+        and not everybody's hang."""
+        return agreed(lambda: self.prefetcher.take(consumed))
 
 
-def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.device) -> None:
+def train(config: Config, sources: Sources, run_dir: Path, device: torch.device) -> None:
     """Runs until train.steps or train.stop_after_steps. Collective; the process group must exist.
 
     Raises UserError (nothing was changed) and Diverged (the last checkpoint stands).
     """
     parallel = parallel_context(config)
-    check_same("data.manifest (digest)", manifest.digest)
+    check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
     check_shared(run_dir)
-    resumed, passed_over, changes = agreed(lambda: find_start(config, manifest, run_dir))
-    trainer = build_trainer(config, manifest, parallel, device, resumed)
+    resumed, passed_over, changes = agreed(lambda: find_start(config, sources, run_dir))
+    trainer = build_trainer(config, sources, parallel, device, resumed)
     progress = resumed.progress if resumed else Progress(step=0, consumed_sequences=0)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
 
@@ -120,8 +123,9 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
         if _is_due(progress.step, config.checkpoint.every_steps, last):
             if monitor is not None:
                 monitor.flush()
-            save(trainer, folder, progress, manifest, branch_start(config, resumed))
+            save(trainer, folder, progress, sources, branch_start(config, resumed))
 
+    trainer.prefetcher.close()
     if monitor is not None:
         folder.event("finished", step=progress.step)
         print(f"finished at step {progress.step} of {config.train.steps}; run folder {run_dir}", flush=True)
@@ -129,7 +133,7 @@ def train(config: Config, manifest: Manifest, run_dir: Path, device: torch.devic
 
 
 def find_start(
-    config: Config, manifest: Manifest, run_dir: Path
+    config: Config, sources: Sources, run_dir: Path
 ) -> tuple[Checkpoint | None, list[str], dict[str, tuple[Any, Any]]]:
     """The checkpoint to continue from, if any, why newer ones were passed over, and the settings that differ from it.
     Collective; rank 0's listing of the folder counts. Raises UserError on every rank alike."""
@@ -138,7 +142,7 @@ def find_start(
     if world_size > 1:
         dist.broadcast_object_list(paths, src=0)
     resumed, passed_over = newest_valid(paths[0], rank=rank, world_size=world_size)
-    changes = changed_settings(config, resumed, manifest.digest) if resumed else {}
+    changes = changed_settings(config, resumed, sources.digest) if resumed else {}
     return resumed, passed_over, changes
 
 
@@ -154,7 +158,7 @@ def check_finite(result: StepResult, step: int) -> None:
 
 
 def build_trainer(
-    config: Config, manifest: Manifest, parallel: ParallelContext, device: torch.device, resumed: Checkpoint | None
+    config: Config, sources: Sources, parallel: ParallelContext, device: torch.device, resumed: Checkpoint | None
 ) -> Trainer:
     """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
@@ -175,23 +179,21 @@ def build_trainer(
     norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
     run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
 
-    def reader(split: str) -> WindowReader:
-        first_read = config.data.verify == "size"
-        return WindowReader(manifest, split, config.model.sequence_length, verify_on_first_read=first_read)
-
-    stream = TrainingStream(reader("train"), config, data_rank=parallel.data_rank, data_size=parallel.data_size)
-    validation = reader("validation") if config.evaluate.sequences else None
+    train_reader = sources.reader("train", config)
+    stream = TrainingStream(train_reader, config, data_rank=parallel.data_rank, data_size=parallel.data_size)
+    validation = sources.reader("validation", config) if config.evaluate.sequences else None
     for _, memory in layer_memories(engine.module):
         memory.assign(stream.streams().to(device), config.batch.global_sequences)
     if resumed is not None:
         # Memory is of the tokens just before the next ones: other data or another cut of it has none.
         then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
-        same_text = then == (config.model.sequence_length, manifest.digest)
+        same_text = then == (config.model.sequence_length, sources.digest)
         agreed(lambda: checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text))
         if config.model.memory_length and not same_text and parallel.is_first:
             print("memory begins empty: the checkpoint's is of other text", flush=True)
     reduce = StepReducer(engine.module, parallel)
-    return Trainer(config, engine, run, norm, reduce, stream, validation, parallel, device)
+    prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
+    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, parallel, device)
 
 
 def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
@@ -206,9 +208,14 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
         "tokens": progress.consumed_sequences * config.model.sequence_length,
         "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
         "step_seconds": seconds,
+        "data_wait_seconds": trainer.prefetcher.wait_seconds,
         "epoch": trainer.stream.epoch(progress.consumed_sequences),
         **load_summary(sums.load),
     }
+    names = [source.name for source in trainer.sources.sources]
+    if len(names) > 1:
+        epochs = trainer.stream.source_epochs(progress.consumed_sequences)
+        values |= {f"epoch/{name}": epoch for name, epoch in zip(names, epochs, strict=True)}
     if sums.negative_entropy is not None:
         values["routing_negative_entropy"] = sums.negative_entropy
     if trainer.engine.fp16_enabled():
@@ -240,7 +247,7 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
         )
 
 
-def save(trainer: Trainer, folder: RunFolder, progress: Progress, manifest: Manifest, started_from: str | None) -> None:
+def save(trainer: Trainer, folder: RunFolder, progress: Progress, sources: Sources, started_from: str | None) -> None:
     """Writes a checkpoint (collective) and logs it."""
     started = time.perf_counter()
     folder.make_durable()
@@ -251,8 +258,8 @@ def save(trainer: Trainer, folder: RunFolder, progress: Progress, manifest: Mani
         progress,
         extra={
             "config": to_json(trainer.config),
-            "manifest_digest": manifest.digest,
-            "tokenizer_sha256": manifest.tokenizer.sha256,
+            "manifest_digest": sources.digest,
+            "tokenizer_sha256": sources.tokenizer.sha256,
             "branch_start": started_from,
         },
         keep_last=trainer.config.checkpoint.keep_last,

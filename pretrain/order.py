@@ -16,15 +16,45 @@ ROUNDS = 6
 """Rounds of the network. Four already give a pseudorandom permutation (Luby and Rackoff); two more cost 30 ns each."""
 
 
-def window_order(positions: NDArray[np.int64], num_windows: int, *, seed: int) -> NDArray[np.int64]:
-    """Window index for each position; `positions` int64 of any shape, result the same shape, values < num_windows."""
+def window_order(
+    positions: NDArray[np.int64], num_windows: int, *, seed: int | str, block_windows: int = 0, blocks: int = 1
+) -> NDArray[np.int64]:
+    """Window index for each position; `positions` int64 of any shape, result the same shape, values < num_windows.
+    With `block_windows` > 0 the shuffle is of two levels, see `permute_in_blocks`."""
     assert num_windows > 0
     epochs, offsets = np.divmod(positions, num_windows)
     windows = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        windows[chosen] = permute(offsets[chosen], num_windows, key=f"{seed}/{epoch}")
+        chosen, key = epochs == epoch, f"{seed}/{epoch}"
+        windows[chosen] = (
+            permute_in_blocks(offsets[chosen], num_windows, block_windows, blocks, key=key)
+            if block_windows
+            else permute(offsets[chosen], num_windows, key=key)
+        )
     return windows
+
+
+def permute_in_blocks(
+    index: NDArray[np.int64], size: int, block_windows: int, blocks: int, *, key: str
+) -> NDArray[np.int64]:
+    """A bijection of 0..size-1 whose reads stay local: neighbouring windows form blocks, the blocks are shuffled, and
+    the windows of each `blocks` consecutive ones of that order are shuffled together. So at most 2 x `blocks` blocks
+    are read at a time. The cut into blocks begins at another window for every key; what is left over when block_windows
+    does not divide the size joins the last group."""
+    block_windows = min(block_windows, size)
+    num_blocks, group_windows = size // block_windows, blocks * block_windows
+    first = int.from_bytes(hashlib.sha256(f"{key}/first".encode()).digest()[:8], "little") % size
+    groups, places = np.divmod(index, group_windows)
+    windows = np.empty_like(index)
+    for group in np.unique(groups).tolist():
+        chosen = groups == group
+        held = min(group_windows, size - group * group_windows)
+        place = permute(places[chosen], held, key=f"{key}/{group}")
+        of_group, within = np.divmod(place, block_windows)
+        left_over = of_group >= held // block_windows
+        block = permute(np.where(left_over, 0, group * blocks + of_group), num_blocks, key=f"{key}/blocks")
+        windows[chosen] = np.where(left_over, num_blocks, block) * block_windows + within
+    return (windows + first) % size
 
 
 def permute(index: NDArray[np.int64], size: int, *, key: str) -> NDArray[np.int64]:
@@ -34,16 +64,17 @@ def permute(index: NDArray[np.int64], size: int, *, key: str) -> NDArray[np.int6
     mask = np.uint64((1 << int(half)) - 1)
     digest = hashlib.sha256(key.encode()).digest() + hashlib.sha256(f"{key}/more".encode()).digest()
     round_keys = np.frombuffer(digest[: 8 * ROUNDS], dtype="<u8")
-    values = np.asarray(index, dtype=np.uint64).copy()
-    pending = np.ones(values.shape, dtype=bool)
+    values = np.asarray(index, dtype=np.uint64).flatten()
     # The network permutes a power of four that holds `size` (at most 4 x larger): values that land outside walk on.
-    while pending.any():
-        left, right = values[pending] >> half, values[pending] & mask
+    walking = np.arange(values.size)
+    while walking.size:
+        left, right = values[walking] >> half, values[walking] & mask
         for round_key in round_keys:
             left, right = right, left ^ (_mix(right + round_key) & mask)
-        values[pending] = (left << half) | right
-        pending = values >= np.uint64(size)
-    return values.astype(np.int64)
+        moved = (left << half) | right
+        values[walking] = moved
+        walking = walking[moved >= np.uint64(size)]
+    return values.astype(np.int64).reshape(np.shape(index))
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

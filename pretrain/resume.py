@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,21 @@ def _starts_at(path: Path) -> str | None:
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
     then, now = flatten(checkpoint.state["config"]), flatten(to_json(config))
+    for key in (now.keys() - then.keys()) & _defaults().keys():
+        then[key] = _defaults()[key]  # the key is younger than the checkpoint
     changes = {
         key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
     }
+    data_key = "data.sources" if config.data.sources else "data.manifest"
     data_changed = checkpoint.state["manifest_digest"] != manifest_digest
     if data_changed:
-        changes["data.manifest (digest)"] = (checkpoint.state["manifest_digest"][:12], manifest_digest[:12])
+        changes[f"{data_key} (digest)"] = (checkpoint.state["manifest_digest"][:12], manifest_digest[:12])
     free = free_keys()
     refused = [
         key for key in changes if not _is_under(key, free) and not _is_under(key, config.checkpoint.allow_changes)
     ]
-    if data_changed and _is_under("data.manifest", config.checkpoint.allow_changes):
-        refused.remove("data.manifest (digest)")
+    if data_changed and _is_under(data_key, config.checkpoint.allow_changes):
+        refused.remove(f"{data_key} (digest)")
     if refused:
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
@@ -75,6 +79,17 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
 def free_keys() -> set[str]:
     """Dotted keys that may change on resume: layout, machine, logging and stop settings."""
     return {key for key, section, name in fields() if section.model_fields[name].json_schema_extra == FREE}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """{dotted key: default} of keys that belong to one section only, as plain JSON types."""
+    owners: dict[str, list[Any]] = {}
+    for key, section, name in fields():
+        field = section.model_fields[name]
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        owners.setdefault(key, []).append(list(default) if isinstance(default, tuple) else default)
+    return {key: defaults[0] for key, defaults in owners.items() if len(defaults) == 1}
 
 
 def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Checkpoint | None, list[str]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from data_prep.stage_config import URL
 from pretrain.errors import ConfigError
+from pretrain.mixture import LARGEST_PERIOD, whole_weights
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
@@ -64,6 +67,7 @@ def check_rules(config: Config) -> None:
     _check_offload(config)
     _check_sequence(config)
     _check_expert(config)
+    _check_data(config)
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
@@ -199,6 +203,65 @@ def _check_expert(config: Config) -> None:
                 f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
                 f"ranks; remove this key or set parallel.expert to 1"
             )
+
+
+def _check_data(config: Config) -> None:
+    """Mixtures need a short schedule and names; Transformer-XL memory needs contiguous text."""
+    data = config.data
+    names = source_names(config)
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"data.sources: two are called {repeated}; give each a `name` of its own")
+    period = sum(whole_weights([source.weight for source in data.sources])) if data.sources else 1
+    if period > LARGEST_PERIOD:
+        raise ConfigError(
+            f"data.sources: in whole numbers the weights add up to {period}, and the schedule has at most "
+            f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
+        )
+    for location in [source.manifest for source in data.sources] or [data.manifest]:
+        if URL.match(location) and data.cache_dir is None:
+            raise ConfigError(
+                f"data.cache_dir: {location} is a URL; name a folder on a disk of each node for its shards"
+            )
+        if URL.match(location) and data.verify == "full":
+            raise ConfigError(
+                f"data.verify: full would fetch every shard of {location} at start, and each is hashed when it is "
+                f"fetched; set it to size"
+            )
+    if data.document_mask and config.model.position.type != "rope":
+        raise ConfigError(
+            "data.document_mask: Transformer-XL positions and memory reach across documents on purpose; set it to "
+            "false, or model.position.type to rope"
+        )
+    if data.document_mask and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
+            f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
+        )
+    if not config.model.memory_length:
+        return
+    reason = "Transformer-XL memory reads contiguous streams"
+    if len(data.sources) > 1:
+        raise ConfigError(
+            f"data.sources: {reason}, which are cut from one data set; name one source, or set "
+            f"model.position.memory_chunks to 0"
+        )
+    if data.shuffle_block_windows:
+        raise ConfigError(
+            f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or model.position.memory_chunks "
+            f"to 0"
+        )
+
+
+def source_names(config: Config) -> list[str]:
+    """Names of data.sources: as given, or the folders'."""
+    return [source.name or folder_name(source.manifest) for source in config.data.sources]
+
+
+def folder_name(manifest: str) -> str:
+    """Name of the folder of a manifest, which is given as the folder or as the file in it."""
+    path = PurePosixPath(manifest)
+    return (path.parent if path.suffix == ".json" else path).name
 
 
 def smallest_world(config: Config) -> int:

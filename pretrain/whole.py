@@ -36,7 +36,7 @@ class WholeRun:
     def train(self, batches: Sequence[Batch]) -> StepLosses:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
-            objective, sequence_loss = self._engine(batch.tokens, batch.targets, batch.sequence_index)
+            objective, sequence_loss = self._engine(*batch.model_inputs())
             self._engine.backward(objective)
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
@@ -47,6 +47,6 @@ class WholeRun:
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         self._engine.eval()
-        losses = [self._engine(b.tokens, b.targets, b.sequence_index)[1] for b in batches]
+        losses = [self._engine(*b.model_inputs())[1] for b in batches]
         self._engine.train()
         return losses

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
+from model.documents import Documents, causal_attention, rope_positions
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
@@ -36,7 +36,9 @@ class DenseAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.empty(H, h))
             self.scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk
         (with sequence parallelism this rank's tokens of each). `sequence_index` [B] is unused: nothing here is random.
         -> [B, T, d] like the chunk and a zero auxiliary loss (fp32)."""
@@ -51,8 +53,8 @@ class DenseAttention(nn.Module):
             scale = enter_shards(self.scale, self.parallel.tensor_group)
             attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
-            cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
+            cos, sin = rope_tables(rope_positions(documents, T, context.device), h, self.position_config)
             q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = causal_attention(q, k, v, documents)
         y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)
         return y, y.new_zeros((), dtype=torch.float32)

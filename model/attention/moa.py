@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.balance import balance_losses
 from model.config import MoAConfig, ModelConfig, XLConfig
+from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.expert_linear import expert_linear, expert_linear_sum
@@ -53,7 +53,9 @@ class MoAAttention(nn.Module):
         self.statistics = RoutingStatistics((E,), tracks_probability=False, tracks_balance=True)
         self._dropout_key = site_key(seed, f"{name}.experts")
 
-    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
         -> [B, T, d] like the chunk and the weighted losses (fp32 scalar)."""
@@ -82,20 +84,20 @@ class MoAAttention(nn.Module):
         query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
         q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, query_experts, backend=backend)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
-        attended = self._attend(q.view(B, T, k, h), key, value).reshape(B * T, k, h)
+        attended = self._attend(q.view(B, T, k, h), key, value, documents).reshape(B * T, k, h)
         y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)
         return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
 
-    def _attend(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""
         if isinstance(self.position_config, XLConfig):
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
             return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
-        cos, sin = rope_tables(torch.arange(q.shape[1], device=q.device), q.shape[3], self.position_config)
+        cos, sin = rope_tables(rope_positions(documents, q.shape[1], q.device), q.shape[3], self.position_config)
         q, key, value = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(key, cos, sin), value))
         # One key and value head for k query heads, without copies of it.
-        attended = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
+        attended = causal_attention(q, key, value, documents, shared=True)
         return attended.transpose(1, 2)
 
     def _route(self, tokens: Tensor, sequence_index: Tensor, T: int) -> Routing:

@@ -16,18 +16,19 @@ def rotated_width(head_dim: int, fraction: float) -> int:
 
 
 def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, n / 2] fp32 of the angles of `positions` [T]; n = rotated_width. Angles in fp64."""
+    """Cosine and sine [T, 1, n / 2] fp32 of the angles of `positions` [T], or [B, T, 1, n / 2] of [B, T]; n =
+    rotated_width. Angles in fp64."""
     width = rotated_width(head_dim, config.fraction)
     exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / max(width, 1)
-    angles = (positions.double()[:, None] * config.base**-exponent).float()[:, None]
+    angles = (positions.double()[..., None] * config.base**-exponent).float()[..., None, :]
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first n dimensions of `x` [B, T, H, h]: dimension i pairs with i + n / 2 (not with i + 1).
 
-    `cos`, `sin` [T, 1, n / 2] from `rope_tables`. Computed in fp32, returned in the dtype of `x`. Apply it before the
-    heads are transposed, while rows are contiguous.
+    `cos`, `sin` [T, 1, n / 2] or [B, T, 1, n / 2] from `rope_tables`. Computed in fp32, returned in the dtype of `x`.
+    Apply it before the heads are transposed, while rows are contiguous.
     """
     return _Rotate.apply(x, cos, sin)
 

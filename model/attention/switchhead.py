@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.joint_linear import joint_linear
 from model.attention.rope import apply_rope, rope_tables
 from model.attention.xl import relative_attention
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
+from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.route import route
@@ -83,7 +83,9 @@ class SwitchHeadAttention(nn.Module):
         if isinstance(config.position, XLConfig):
             self.position = nn.Linear(d, H * h, bias=False)
 
-    def forward(self, context: Tensor, num_queries: int, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
         -> [B, T, d] like the chunk and a zero auxiliary loss (fp32 scalar)."""
@@ -105,13 +107,13 @@ class SwitchHeadAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
-            cos, sin = rope_tables(torch.arange(T, device=context.device), h, self.position_config)
+            cos, sin = rope_tables(rope_positions(documents, T, context.device), h, self.position_config)
             if is_joint:
                 q, k = apply_rope(joint, cos, sin).split(H, dim=2)
             else:
                 q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = causal_attention(q, k, v, documents)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
         if "output" in selections:
             backend = self.backends.switchhead_output

@@ -12,17 +12,17 @@ import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
 import model.kernels.route
-from data_prep.shard_format import Manifest
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
 from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
-from pretrain.data import TrainingStream, WindowReader
+from pretrain.data import TrainingStream
 from pretrain.engine import GradientNorm, parallel_context
 from pretrain.loop import Trainer, build_trainer
 from pretrain.schedule import learning_rate
+from pretrain.sources import Sources
 from tests.corpus import VOCAB_SIZE
 
 
@@ -77,8 +77,7 @@ def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: t
     """Runs every configuration on this gloo group, through the real trainer; gradients are copied before clipping."""
     traces = []
     for config in configs:
-        manifest = Manifest.load(config.data.manifest)
-        trainer = build_trainer(config, manifest, parallel_context(config), torch.device("cpu"), None)
+        trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
         traces.append(_trace_one(trainer, steps, gradient_steps))
         trainer.engine.destroy()
     return traces if rank == 0 else []
@@ -156,8 +155,7 @@ def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, 
 
 def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
     """The same training in one process without DeepSpeed: plain backward, torch clipping, torch AdamW."""
-    manifest = Manifest.load(config.data.manifest)
-    reader = WindowReader(manifest, "train", config.model.sequence_length, verify_on_first_read=True)
+    reader = Sources.load(config).reader("train", config)
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
     names = dict(network.named_parameters())
@@ -198,7 +196,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             losses = []
             for micro_step in range(stream.micro_steps):
                 batch = stream.batch(step * config.batch.global_sequences, micro_step, torch.device("cpu"))
-                objective, sequence_loss = network(batch.tokens, batch.targets, batch.sequence_index)
+                objective, sequence_loss = network(*batch.model_inputs())
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))
             for _, statistics in routing_statistics(network):

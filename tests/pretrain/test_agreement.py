@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from data_prep.shard_format import DataError, Manifest
 from pretrain.agreement import PeerFailed, agreed, check_same, check_shared
 from pretrain.config import Config
 from pretrain.errors import UserError
+from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs
@@ -101,11 +103,12 @@ def _outcome_with_own_digest(rank: int, config: Config, run_dir: Path) -> str:
 
     from pretrain.loop import train
 
-    manifest = Manifest.load(config.data.manifest)
+    sources = Sources.load(config)
     if rank == 1:
-        manifest = manifest.model_copy(update={"digest": "0" * 64})
+        other = sources.sources[0].manifest.model_copy(update={"digest": "0" * 64})
+        sources = Sources((dataclasses.replace(sources.sources[0], manifest=other),))
     try:
-        train(config, manifest, run_dir, torch.device("cpu"))
+        train(config, sources, run_dir, torch.device("cpu"))
     except (UserError, PeerFailed) as error:
         return f"{type(error).__name__}: {error}"
     return "trained"

@@ -17,6 +17,7 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.loop import train
+from pretrain.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import MOA, small_config
 
@@ -27,7 +28,7 @@ COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
 def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
     """Trains each configuration to its end, or to its stop, in the given run folder."""
     for config, run_dir in runs:
-        train(config, Manifest.load(config.data.manifest), run_dir, torch.device("cpu"))
+        train(config, Sources.load(config), run_dir, torch.device("cpu"))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_prep.shard_format import Manifest
 from pretrain.checkpoint import Progress, owned_tensors
 from pretrain.config import Config
 from pretrain.engine import parallel_context
 from pretrain.loop import build_trainer
+from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.test_matrix import LAYOUTS
@@ -27,7 +27,7 @@ def first_moment_norms(rank: int, configs: list[Config]) -> list[tuple[float, fl
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        trainer = build_trainer(config, Manifest.load(config.data.manifest), parallel, torch.device("cpu"), None)
+        trainer = build_trainer(config, Sources.load(config), parallel, torch.device("cpu"), None)
         result = trainer.step(Progress(0, 0))
         copy_of_tied = "exp_avg/head.weight" if config.model.tied_embedding else "none"
         # What a checkpoint saves of this rank: every element of the state comes from exactly one rank.

@@ -12,10 +12,11 @@ import torch
 
 from data_prep.shard_format import DataError, Manifest
 from data_prep.shard_reader import SplitReader
-from pretrain.data import TrainingStream, WindowReader, open_manifest
+from pretrain.data import TrainingStream, WindowReader
 from pretrain.errors import UserError
 from pretrain.order import permute, window_order
 from pretrain.schedule import learning_rate
+from pretrain.sources import open_sources
 from tests.pretrain.runs import small_config
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 def refusal(folder: Path, *overrides: str) -> str:
     config = small_config(folder, *overrides)
     with pytest.raises((UserError, DataError)) as error:
-        open_manifest(config).check(config.data.verify)
+        open_sources(config).check(config.data.verify)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -139,9 +140,9 @@ def test_an_altered_shard_is_found_at_first_read_or_at_start(copy: Path) -> None
     shard.write_bytes(content)
     assert shard.name in refusal(copy, "data.verify=full")
     config = small_config(copy)
-    manifest = open_manifest(config)
-    manifest.check("size")  # passes: sizes and indices are right
-    reader = WindowReader(manifest, "train", 16, verify_on_first_read=True)
+    sources = open_sources(config)
+    sources.check("size")  # passes: sizes and indices are right
+    reader = sources.reader("train", config)
     with pytest.raises(DataError, match=shard.name):
         reader.read(np.array([0]))
 

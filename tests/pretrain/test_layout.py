@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format import Manifest
 from pretrain.config import Config
 from pretrain.config_io import load_config
 from pretrain.engine import parallel_context
 from pretrain.layout import group_ranks, groups_text, rank_bytes
 from pretrain.loop import build_trainer
 from pretrain.paths import REPOSITORY
+from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import small_config
@@ -64,7 +64,7 @@ def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        trainer = build_trainer(config, Manifest.load(config.data.manifest), parallel, torch.device("cpu"), None)
+        trainer = build_trainer(config, Sources.load(config), parallel, torch.device("cpu"), None)
         trainer.step(Progress(0, 0))
         engine, zero = trainer.engine, config.parallel.zero
         weights = sum(bytes_of(getattr(p, "ds_tensor", p)) for p in engine.module.parameters())

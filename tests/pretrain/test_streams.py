@@ -12,10 +12,11 @@ import torch
 from data_prep.shard_format import Manifest
 from model.language_model import build_model
 from pretrain.config import Config
-from pretrain.data import TrainingStream, WindowReader, open_manifest
+from pretrain.data import TrainingStream, WindowReader
 from pretrain.engine import GradientNorm, parallel_context
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate, evaluation_windows
+from pretrain.sources import open_sources
 from pretrain.whole import WholeRun
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
@@ -64,7 +65,7 @@ def test_other_models_are_shuffled_as_before_and_never_begin(prepared: Path) -> 
 def test_too_few_windows_for_the_streams_is_refused(prepared: Path) -> None:
     config = small_config(prepared, *XL, "batch.global_sequences=100000", "batch.micro_sequences=10")
     with pytest.raises(UserError, match=r"batch\.global_sequences: 100000 streams with memory need a window each"):
-        open_manifest(config)
+        open_sources(config)
 
 
 def test_validation_windows_are_parallel_streams_with_memory_and_single_windows_without(prepared: Path) -> None:

@@ -1,0 +1,253 @@
+r"""Random windows of tokens into int64 batches, measured: our reader beside a memory map, webdataset, litdata and MDS.
+
+    python -m benchmarks.reader                                # ours, memory maps, webdataset
+    python -m venv peers && peers/bin/pip install litdata mosaicml-streaming   # plus this project's packages
+    PYTHONPATH=. peers/bin/python -m benchmarks.reader --json reader.json
+
+Every reader gives the same: inputs and targets [32, 512] int64 in random order, out of the same 40 million ids in the
+page cache, in one process without workers.
+
+ours          TrainingStream over webdataset shards: order, reading, batch; sha256 checked before
+memmap        what nanoGPT does: a slice of an np.memmap per window, copied to int64, stacked; targets sliced again
+memmap, once  the same with one copy per window into the batch: what a memory map can do
+webdataset    WebDataset(shards) -> windows of each member -> shuffle(1000) -> batched(32)
+litdata       TokensLoader blocks of 513, shuffled, collated by a DataLoader
+mds           a sample of 513 ids, shuffled, collated by a DataLoader
+
+Readers take turns, `--repeats` times; a run reads `--batches` batches after one that does not count. The table shows
+medians; --json holds every run. Tokens are inputs; CPU seconds are of the whole process.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.shard_format import Manifest
+from data_prep.shard_writer import SplitWriter, write_manifest
+from pretrain.config_io import load_config
+from pretrain.data import TrainingStream
+from pretrain.paths import REPOSITORY
+from pretrain.sources import Sources
+
+T, B = 512, 32
+VOCAB_SIZE = 8000
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def write_corpus(folder: Path, num_tokens: int) -> Manifest:
+    """Random ids in documents of 500 on average, as shards of the default sizes, and flat as tokens.bin."""
+    rng = np.random.default_rng(0)
+    writer = SplitWriter(
+        folder, "train", dtype=np.dtype("<u2"), eos_id=1, tokens_per_shard=16_777_216, tokens_per_member=131_072
+    )
+    with (folder / "tokens.bin").open("wb") as flat:
+        written = 0
+        while written < num_tokens:
+            document = rng.integers(2, VOCAB_SIZE, int(rng.integers(100, 900)))
+            writer.add_document(document, text_bytes=4 * len(document))
+            flat.write(np.append(document, 1).astype("<u2").tobytes())
+            written += len(document) + 1
+    entries, totals = writer.finish()
+    body = {
+        "format_version": 1,
+        "dtype": "uint16",
+        "tokenizer": {"file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": VOCAB_SIZE, "eos_id": 1},
+        "splits": {"train": [entry.model_dump() for entry in entries], "validation": []},
+        "totals": {"train": totals.model_dump(), "validation": {"documents": 0, "tokens": 0, "text_bytes": 0}},
+        "provenance": {"inputs": [], "config": {}, "versions": {}},
+    }
+    return write_manifest(folder, body)
+
+
+def ours(folder: Path) -> Batches:
+    keys = [f"data.manifest={folder}", f"model.sequence_length={T}", f"batch.global_sequences={B}"]
+    config = load_config(REPOSITORY / "configs/switchall_tiny.json", [*keys, f"batch.micro_sequences={B}"])
+    reader = Sources.load(config).reader("train", config)
+    reader.read(np.arange(reader.num_windows - 1, 0, -(reader.num_windows // 100)))  # hashes every shard
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1)
+    for consumed in itertools.count(0, B):
+        batch = stream.batch(consumed, 0, torch.device("cpu"))
+        yield batch.tokens, batch.targets
+
+
+def memmap(folder: Path) -> Batches:
+    data = np.memmap(folder / "tokens.bin", dtype="<u2", mode="r")
+    while True:
+        starts = torch.randint(len(data) - T - 1, (B,)).tolist()
+        x = torch.stack([torch.from_numpy(data[s : s + T].astype(np.int64)) for s in starts])
+        y = torch.stack([torch.from_numpy(data[s + 1 : s + 1 + T].astype(np.int64)) for s in starts])
+        yield x, y
+
+
+def memmap_once(folder: Path) -> Batches:
+    data, rng = np.memmap(folder / "tokens.bin", dtype="<u2", mode="r"), np.random.default_rng(0)
+    while True:
+        rows = np.empty((B, T + 1), np.int64)
+        for row, start in zip(rows, rng.integers(0, len(data) - T - 1, B).tolist(), strict=True):
+            row[:] = data[start : start + T + 1]
+        tokens = torch.from_numpy(rows)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def webdataset(folder: Path) -> Batches:
+    import webdataset as wds
+
+    def windows(samples: Iterator[dict[str, Any]]) -> Iterator[np.ndarray]:
+        for sample in samples:
+            tokens = np.frombuffer(sample["tok.bin"], "<u2").astype(np.int64)
+            for start in range(0, len(tokens) - T, T):
+                yield tokens[start : start + T + 1]
+
+    urls = [str(path) for path in sorted(folder.glob("train-*.tar"))]
+    while True:
+        pipeline = wds.WebDataset(urls, shardshuffle=len(urls)).compose(windows).shuffle(1000)
+        for batch in pipeline.batched(B, collation_fn=np.stack, partial=False):
+            yield halves(torch.from_numpy(batch))
+
+
+def litdata(folder: Path) -> Batches:
+    import litdata as ld
+
+    target = folder / "litdata"
+    loader = ld.TokensLoader(block_size=T + 1)
+    if not target.exists():
+        inputs = [str(folder / "tokens.bin")]
+        ld.optimize(_litdata_chunks, inputs, str(target), item_loader=loader, chunk_bytes="64MB", num_workers=1)
+    while True:
+        dataset = ld.StreamingDataset(str(target), item_loader=ld.TokensLoader(block_size=T + 1), shuffle=True)
+        for batch in ld.StreamingDataLoader(dataset, batch_size=B, num_workers=0, drop_last=True):
+            yield halves(batch.long())
+
+
+def _litdata_chunks(path: str) -> Iterator[Tensor]:
+    yield from torch.from_numpy(np.fromfile(path, "<u2")).split(65_536)
+
+
+def mds(folder: Path) -> Batches:
+    from streaming import MDSWriter, StreamingDataset
+
+    target = folder / "mds"
+    if not target.exists():
+        tokens = np.fromfile(folder / "tokens.bin", "<u2")
+        with MDSWriter(out=str(target), columns={"tokens": "ndarray:uint16"}) as out:
+            for start in range(0, len(tokens) - T, T):
+                out.write({"tokens": tokens[start : start + T + 1]})
+    while True:
+        dataset = StreamingDataset(local=str(target), shuffle=True, batch_size=B)
+
+        def collate(samples: list[dict[str, np.ndarray]]) -> Tensor:
+            return torch.from_numpy(np.stack([s["tokens"] for s in samples]).astype(np.int64))
+
+        for batch in torch.utils.data.DataLoader(dataset, batch_size=B, collate_fn=collate, drop_last=True):
+            yield halves(batch)
+
+
+def halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T + 1] -> inputs and targets."""
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+READERS: dict[str, Callable[[Path], Batches]] = {
+    "ours": ours,
+    "memmap": memmap,
+    "memmap, once": memmap_once,
+    "webdataset": webdataset,
+    "litdata": litdata,
+    "mds": mds,
+}
+
+
+WITH_THREADS = ("litdata", "mds")
+"""Their threads go on working when others are measured (ours fell to a tenth at times): these take turns afterwards."""
+
+
+def measure(batches: Batches, count: int) -> dict[str, float]:
+    """Million tokens per second of wall and of CPU time, over `count` batches."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        x, y = next(batches)
+        assert x.shape == y.shape == (B, T) and x.dtype == torch.int64
+    tokens = count * B * T / 1e6
+    return {"wall": tokens / (time.perf_counter() - wall), "cpu": tokens / (time.process_time() - cpu)}
+
+
+def run(folder: Path, chosen: list[str], *, num_tokens: int, batches: int, repeats: int) -> dict[str, Any]:
+    """{reader: {wall: [...], cpu: [...]}}; a reader that does not run here gets {skipped: reason}."""
+    write_corpus(folder, num_tokens)
+    found: dict[str, Any] = {}
+    for group in ([n for n in chosen if n not in WITH_THREADS], [n for n in chosen if n in WITH_THREADS]):
+        _run_group(folder, group, found, batches=batches, repeats=repeats)
+    return found
+
+
+def _run_group(folder: Path, group: list[str], found: dict[str, Any], *, batches: int, repeats: int) -> None:
+    live: dict[str, Batches] = {}
+    for name in group:
+        try:
+            live[name] = READERS[name](folder)
+            next(live[name])
+            found[name] = {"wall": [], "cpu": []}
+        except Exception as error:
+            live.pop(name, None)
+            found[name] = {"skipped": f"{type(error).__name__}: {error}"}
+    order = list(live)
+    for turn in range(repeats if live else 0):
+        # Another one begins each time: what ran before leaves the processor's caches to its liking.
+        start = turn % len(order)
+        for name in order[start:] + order[:start]:
+            next(live[name])
+            for key, value in measure(live[name], batches).items():
+                found[name][key].append(value)
+    for stream in live.values():
+        stream.close()  # type: ignore[attr-defined]
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians, and ours relative to each."""
+    lines = [f"{'reader':<14}{'Mtok/s':>10}{'Mtok/CPU-s':>12}{'ours / it (CPU)':>17}"]
+    base = statistics.median(found["ours"]["cpu"])
+    for name, runs in found.items():
+        if "skipped" in runs:
+            lines.append(f"{name:<14}  skipped: {runs['skipped'].splitlines()[0][:80]}")
+            continue
+        wall, cpu = statistics.median(runs["wall"]), statistics.median(runs["cpu"])
+        lines.append(f"{name:<14}{wall:>10.1f}{cpu:>12.1f}{base / cpu:>17.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=40_000_000)
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="reader-"))
+    try:
+        chosen = ["ours", *(name for name in args.readers if name != "ours")]
+        found = run(folder, chosen, num_tokens=args.tokens, batches=args.batches, repeats=args.repeats)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(table(found))
+    if args.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        args.json.write_text(json.dumps({"machine": machine, "runs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The data sets of a run: one manifest, or several that are mixed by weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_prep.shard_cache import ShardCache
+from data_prep.shard_format import Manifest, TokenizerEntry
+from data_prep.stage_config import URL
+from pretrain.config import Config
+from pretrain.data import MixedReader, WindowReader, Windows, num_windows
+from pretrain.errors import UserError
+from pretrain.mixture import whole_weights
+from pretrain.paths import find_input
+from pretrain.rules import folder_name, source_names
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a run."""
+
+    key: str
+    """Of the configuration, for messages."""
+    name: str
+    manifest: Manifest
+    weight: int
+    """Turns in a period of the schedule."""
+    cache: ShardCache | None = None
+    """Of a data set behind a URL."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All data sets of a run, which share a tokenizer."""
+
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def load(cls, config: Config) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard."""
+        data = config.data
+        if not data.sources:
+            manifest, cache = _load(data.manifest, "data.manifest", config)
+            return cls((Source("data.manifest", folder_name(data.manifest), manifest, 1, cache),))
+        weights = whole_weights([source.weight for source in data.sources])
+        keys = [f"data.sources.{index}.manifest" for index in range(len(weights))]
+        loaded = [_load(source.manifest, key, config) for source, key in zip(data.sources, keys, strict=True)]
+        manifests, caches = zip(*loaded, strict=True)
+        for key, manifest in zip(keys, manifests, strict=True):
+            if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
+                raise UserError(
+                    f"{key}: {manifest.folder} was made with another tokenizer (sha256 "
+                    f"{_short(manifest.tokenizer)}) than {manifests[0].folder} ({_short(manifests[0].tokenizer)}), so "
+                    f"its ids mean other pieces; prepare one of them again with the other's tokenizer"
+                )
+            same = next(k for k, other in zip(keys, manifests, strict=True) if other.digest == manifest.digest)
+            if same != key:
+                raise UserError(f"{key}: is the same data set as {same}; name it once, with the sum of the weights")
+        return cls(tuple(map(Source, keys, source_names(config), manifests, weights, caches)))
+
+    @property
+    def key(self) -> str:
+        """The configuration key that decides what is read."""
+        return "data.manifest" if self.sources[0].key == "data.manifest" else "data.sources"
+
+    @property
+    def digest(self) -> str:
+        """What training reads: the digest of the one manifest; of several, of their digests and weights in order."""
+        if len(self.sources) == 1:
+            return self.sources[0].manifest.digest
+        parts = [[source.manifest.digest, source.weight] for source in self.sources]
+        return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        """The one tokenizer."""
+        return self.sources[0].manifest.tokenizer
+
+    def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
+        """`Manifest.check` of each that is not behind a URL; shards of those are checked when they are fetched."""
+        for source in self.sources:
+            if source.cache is None:
+                source.manifest.check(level, progress)
+
+    def reader(self, split: str, config: Config) -> Windows:
+        """Reads windows of a split of all sources."""
+        readers = [
+            WindowReader(
+                source.manifest,
+                split,
+                config.model.sequence_length,
+                verify_on_first_read=config.data.verify == "size",
+                hold=source.cache.hold if source.cache else None,
+            )
+            for source in self.sources
+        ]
+        return readers[0] if len(readers) == 1 else MixedReader(readers)
+
+
+def open_sources(config: Config) -> Sources:
+    """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
+    sources = Sources.load(config)
+    vocab_size, T = sources.tokenizer.vocab_size, config.model.sequence_length
+    if vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
+            f"to {vocab_size} or more"
+        )
+    streams = config.batch.global_sequences
+    for source in sources.sources:
+        manifest = source.manifest
+        if config.model.memory_length and num_windows(manifest, "train", T) < streams:
+            raise UserError(
+                f"batch.global_sequences: {streams} streams with memory need a window each, but the train split of "
+                f"{manifest.folder} holds {num_windows(manifest, 'train', T)} windows of model.sequence_length = {T}; "
+                f"prepare more text or lower one of the two"
+            )
+        for split in ("train", "validation") if config.evaluate.sequences else ("train",):
+            if num_windows(manifest, split, T) < 1:
+                raise UserError(
+                    f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
+                    f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
+                    f"model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
+                )
+    return sources
+
+
+def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache | None]:
+    if URL.match(location):
+        assert config.data.cache_dir is not None  # rules.py
+        folder = Path(config.data.cache_dir).expanduser().absolute()
+        cache = ShardCache(location, folder, config.data.cache_bytes)
+        return cache.manifest, cache
+    path = find_input(location)
+    if not path.exists():
+        raise UserError(
+            f"{key}: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
+            f"configs/data/{folder_name(location)}.json"
+        )
+    return Manifest.load(path), None
+
+
+def _short(tokenizer: TokenizerEntry) -> str:
+    return tokenizer.sha256[:12] if tokenizer.sha256 else "none: bytes"

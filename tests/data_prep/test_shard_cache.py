@@ -1,0 +1,178 @@
+"""Remote shards through a bounded local folder: whole, checked, once per node, least recently used out first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+import data_prep.shard_cache as shard_cache
+from data_prep.shard_cache import ShardCache
+from data_prep.shard_format import DataError, Manifest
+from data_prep.shard_reader import SplitReader
+from pretrain.errors import ConfigError
+from pretrain.sources import open_sources
+from tests.data_prep.test_shards import joined, random_documents, write_data
+from tests.pretrain.runs import small_config
+
+DOCUMENTS = random_documents(np.random.default_rng(4), 100, 400)
+EVERYTHING = joined(DOCUMENTS)
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    sizes = {"tokens_per_shard": 2000, "tokens_per_member": 500}
+    write_data(tmp_path / "remote", DOCUMENTS, vocab_size=400, **sizes)
+    return tmp_path / "remote"
+
+
+@pytest.fixture
+def memory(remote: Path) -> Iterator[str]:
+    store = fsspec.filesystem("memory")
+    store.put(str(remote), "/corpus", recursive=True)
+    yield "memory://corpus"
+    store.rm("/corpus", recursive=True)
+
+
+def reader_of(cache: ShardCache, **options: int) -> SplitReader:
+    return SplitReader(cache.manifest, "train", True, hold=cache.hold, **options)
+
+
+def stored(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*/train-*"))
+
+
+@pytest.mark.parametrize("name", ["", "/manifest.json", "/"])
+def test_a_url_reads_as_the_folder(remote: Path, memory: str, tmp_path: Path, name: str) -> None:
+    cache = ShardCache(memory + name, tmp_path / "cache", 10**9)
+    assert cache.manifest.digest == Manifest.load(remote).digest
+    assert not list((tmp_path / "cache").glob("*/train-*")), "nothing is fetched before it is read"
+    with reader_of(cache) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+    names = {p.name for p in (tmp_path / "cache").glob("*/*") if p.is_file()}
+    assert names == {p.name for p in remote.iterdir()}
+
+
+def test_the_folder_is_bounded_and_the_least_recently_used_go(memory: str, tmp_path: Path) -> None:
+    entries = ShardCache(memory, tmp_path / "cache", 10**9).manifest.split("train")
+    size = max(entry.bytes + entry.index_bytes for entry in entries)
+    assert len(entries) > 6
+    cache = ShardCache(memory, tmp_path / "cache", 3 * size)
+    reader = reader_of(cache)
+    draw, most = np.random.default_rng(0), 0
+    for start in draw.integers(0, len(EVERYTHING) - 40, 60).tolist():
+        np.testing.assert_array_equal(reader.read(start, start + 40), EVERYTHING[start : start + 40])
+        most = max(most, stored(tmp_path / "cache"))
+    assert size < most <= 3 * size
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "cache") in line]
+    assert not any("deleted" in line for line in mapped), "what is gone is not mapped, so the disk is free"
+    assert len(mapped) <= 3
+    folder = cache.manifest.folder
+    for entry in entries[:3]:
+        with cache.hold(entry):
+            time.sleep(0.01)
+    os.utime(folder / entries[0].file)
+    with cache.hold(entries[3]):
+        pass
+    assert (folder / entries[0].file).exists() and not (folder / entries[1].file).exists()
+    assert not (folder / entries[1].index_file).exists()
+
+
+def test_a_limit_below_one_shard_is_refused(memory: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.cache_bytes: 4000 holds not even one shard"):
+        ShardCache(memory, tmp_path / "cache", 4000)
+
+
+def test_a_wrong_or_broken_file_never_stays(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    cache = ShardCache(f"file://{remote}", tmp_path / "cache", 10**9)
+    entry = cache.manifest.split("train")[0]
+    shard = remote / entry.file
+    content = shard.read_bytes()
+    for wrong in (content[:-1], content[:600] + b"x" + content[601:], content + b"x", b""):
+        shard.write_bytes(wrong)
+        with pytest.raises(DataError, match=f"cannot fetch .*{entry.file}.*sha256"):
+            reader_of(cache).read(0, 10)
+        assert not list((tmp_path / "cache").glob("*/*.tar*"))
+    shard.unlink()
+    with pytest.raises(DataError, match=f"cannot fetch .*{entry.file}.*FileNotFoundError"):
+        reader_of(cache).read(0, 10)
+    shard.write_bytes(content)
+    np.testing.assert_array_equal(reader_of(cache).read(0, 10), EVERYTHING[:10])
+    with pytest.raises(DataError, match="there is no"):
+        ShardCache(f"file://{remote}/nowhere", tmp_path / "cache", 10**9)
+
+
+def test_a_broken_connection_is_tried_again(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = shard_cache.RemoteFile.open, iter([True, True, False] * 100)
+
+    def flaky(self: shard_cache.RemoteFile, mode: str) -> object:
+        if self.name.endswith(".tar") and next(failures):
+            raise ConnectionResetError("reset")
+        return original(self, mode)
+
+    monkeypatch.setattr(shard_cache.RemoteFile, "open", flaky)
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    with reader_of(ShardCache(memory, tmp_path / "cache", 10**9)) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+
+
+def test_what_a_killed_process_left_is_overwritten_and_counted(memory: str, tmp_path: Path) -> None:
+    cache = ShardCache(memory, tmp_path / "cache", 10**9)
+    entries = cache.manifest.split("train")
+    size = max(entry.bytes + entry.index_bytes for entry in entries)
+    for entry in entries[:2]:
+        (cache.manifest.folder / f"{entry.file}.partial").write_bytes(b"z" * (entry.bytes + 5))
+    small = ShardCache(memory, tmp_path / "cache", 2 * size)
+    with reader_of(small) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+    assert not list((tmp_path / "cache").glob("*/*.partial"))
+
+
+def _read_randomly(url: str, folder: Path, limit: int, seed: int, failed: object) -> None:
+    reader = reader_of(ShardCache(url, folder, limit), max_open_shards=2)
+    draw = np.random.default_rng(seed)
+    for start in draw.integers(0, len(EVERYTHING) - 40, 60).tolist():
+        if not np.array_equal(reader.read(start, start + 40), EVERYTHING[start : start + 40]):
+            failed.set()  # type: ignore[attr-defined]
+
+
+def test_processes_of_a_node_share_a_folder_under_pressure(remote: Path, tmp_path: Path) -> None:
+    entries = Manifest.load(remote).split("train")
+    size = max(entry.bytes + entry.index_bytes for entry in entries)
+    context = multiprocessing.get_context("fork")
+    failed = context.Event()
+    processes = [
+        context.Process(target=_read_randomly, args=(f"file://{remote}", tmp_path / "cache", 5 * size, seed, failed))
+        for seed in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4 and not failed.is_set()
+    assert stored(tmp_path / "cache") <= 5 * size
+
+
+def test_training_windows_come_through_the_cache(remote: Path, memory: str, tmp_path: Path) -> None:
+    keys = (f"data.cache_dir={tmp_path / 'cache'}", "evaluate.sequences=0")
+    sources = open_sources(small_config(remote, *keys, f"data.manifest={memory}"))
+    sources.check("size")
+    config = small_config(remote, "evaluate.sequences=0")
+    plain = open_sources(config)
+    assert sources.digest == plain.digest
+    windows = np.arange(20) * 7
+    for ours, theirs in zip(
+        sources.reader("train", config).read(windows), plain.reader("train", config).read(windows), strict=True
+    ):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: memory://corpus is a URL"):
+        small_config(remote, f"data.manifest={memory}")
+    with pytest.raises(ConfigError, match=r"data\.verify: full would fetch every shard"):
+        small_config(remote, f"data.manifest={memory}", "data.verify=full", *keys)
