@@ -168,6 +168,19 @@ def test_match_refuses_where_no_width_is_small_enough(solve: Width, experts: int
         match_width(large, load_config(PAPER / "c4_dense_47m.json").model, solve)
 
 
+def test_layout_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+    """The command and its output in docs/parallelism.md, line by line."""
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    command, _, after = text.partition("python launch/plan.py layout configs/switchall_1b.json")[2].partition("\n")
+    block = after.partition(":\n\n")[2].partition("\n\nThe same groups")[0]
+    shown = [line.strip() for line in block.splitlines() if line.strip()]
+    assert len(shown) == 9 and shown[0].startswith("8 ranks = pipeline 2")
+    done = start(PLAN, "layout", str(ROOT / "configs" / "switchall_1b.json"), *command.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    assert [line for line in printed if line in shown] == shown, done.stdout
+
+
 def test_numbers_have_four_digits() -> None:
     assert [short(n) for n in (999, 1234, 47_259_000, 202_500_000, 5_369_000_000)] == [
         "999",
