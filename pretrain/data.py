@@ -94,8 +94,9 @@ class WindowReader:
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
-        tokens = torch.from_numpy(self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        rows = self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1)
+        # Widened once for each of the two: copies of int64 rows would move twice as many bytes.
+        return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
     def documents(self, windows: np.ndarray) -> Tensor:
         T = self.sequence_length
