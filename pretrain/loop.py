@@ -17,7 +17,7 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed, check_same, check_shared
-from pretrain.checkpoint import Checkpoint, Progress
+from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.config_io import to_json
 from pretrain.data import Batch, TrainingStream, Windows
@@ -26,6 +26,7 @@ from pretrain.engine import GradientNorm, build_engine, parallel_context, set_le
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor
 from pretrain.prefetch import Prefetcher
+from pretrain.progress import Progress
 from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
 from pretrain.rules import choose_backends
 from pretrain.run_folder import RunFolder

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import Progress, owned_tensors
+from pretrain.checkpoint import owned_tensors
 from pretrain.config import Config
 from pretrain.engine import parallel_context
 from pretrain.loop import build_trainer
+from pretrain.progress import Progress
 from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
