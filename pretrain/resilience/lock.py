@@ -1,8 +1,8 @@
 """One writer per run folder: `lock-N.json` holds host, process and start; its age is the owner's last sign of life.
 
-Taking over goes by number: whoever finds lock N dead creates lock N + 1, and creating is exclusive on every file system,
-so that of two takers one gets it and the other finds a living owner. Ages are differences between times which the file
-server gave, never between the clocks of two machines.
+Taking over goes by number: whoever finds lock N dead creates lock N + 1, and creating is exclusive on every file
+system, so that of two takers one gets it and the other finds a living owner. Ages are differences between times which
+the file server gave, never between the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ DEAD_SECONDS = 60.0
 """Age at which the lock of another machine, whose processes cannot be looked at, counts as left behind."""
 
 
+KEYS = {"host", "boot", "namespace", "pid", "start", "token"}
+
+
 class LockLost(Exception):
     """The lock is no longer this process's."""
 
@@ -35,6 +38,7 @@ class FolderLock:
         """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written."""
         self._folder = folder
         self._me = {**process_identity(os.getpid()), "token": secrets.token_hex(8)}
+        self._is_released = False
         self.taken_over: list[str] = []
         """Owners that were found dead."""
         while True:
@@ -60,8 +64,15 @@ class FolderLock:
             self.taken_over.append(_name(_read(path) or {}))
             path.unlink(missing_ok=True)
 
+    @property
+    def owner(self) -> dict[str, Any]:
+        """Host, process number and start of this process."""
+        return {key: self._me[key] for key in ("host", "pid", "start")}
+
     def beat(self) -> None:
         """A sign of life. Raises LockLost if another process has taken the folder over."""
+        if self._is_released:
+            return
         try:
             own = json.loads(self._path.read_text(encoding="utf-8"))["token"] == self._me["token"]
             os.utime(self._path)
@@ -74,6 +85,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Removes the lock if it is still this process's."""
+        self._is_released = True
         owner = _read(self._path)
         if owner is not None and owner.get("token") == self._me["token"]:
             self._path.unlink(missing_ok=True)
@@ -85,8 +97,8 @@ class FolderLock:
             return
         if owner is None:  # being written this moment, or left torn by a machine that stopped
             alive, owner = age < BEAT_SECONDS, {}
-        elif owner.get("boot") == self._me["boot"] and owner.get("namespace") == self._me["namespace"]:
-            alive = process_start(owner["pid"]) == owner["start"]
+        elif is_same_machine(owner, self._me):
+            alive = is_alive(owner)
         else:
             alive = age < DEAD_SECONDS
         if alive:
@@ -107,8 +119,22 @@ def process_identity(pid: int) -> dict[str, Any]:
     }
 
 
+def is_same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two processes see each other's process numbers."""
+    return all(one[key] == other[key] for key in ("host", "boot", "namespace"))
+
+
+def is_alive(identity: dict[str, Any]) -> bool:
+    """Whether a process of this machine, and not another of the same number, still runs."""
+    return process_start(identity["pid"]) == identity["start"]
+
+
 def process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None if it does not run (a zombie does not)."""
+    """When a process of this machine started, in clock ticks since boot; None if it does not run, or is a zombie."""
+    if not Path("/proc/self/stat").exists():  # not Linux
+        import psutil
+
+        return int(100 * psutil.Process(pid).create_time()) if psutil.pid_exists(pid) else None
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -141,7 +167,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return owner if isinstance(owner, dict) and {"host", "pid", "start", "token"} <= owner.keys() else None
+    return owner if isinstance(owner, dict) and owner.keys() >= KEYS else None
 
 
 def _age(path: Path) -> float | None:

@@ -29,10 +29,17 @@ from typing import NoReturn
 from pretrain.exit_codes import ExitCode
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)
+"""Left alone where they are ignored, as under nohup. The others are taken over even then: `trap '' USR1` in a script
+keeps the launchers alive, which know no USR1, and is inherited."""
+PARENT_DIED = getattr(signal, "SIGRTMIN", 34) + 5
+"""Sent by the kernel when the launcher has died."""
 SECOND_SIGNAL_SECONDS = 5.0
 """A signal so soon after the first is the same request, sent by somebody else."""
 START_UP_SECONDS = 20.0
 """How long a stop may wait for an agreed moment during start-up. DeepSpeed's launcher kills 30 s after SIGTERM."""
+PEER_SECONDS = 3.0
+"""How long the main thread has to say for itself that another rank has died, before the process is left."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
 
@@ -51,11 +58,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.stage = Stage.JOINING
-        self.before_leaving: list[Callable[[], None]] = []
-        """Called when the process is left at once (never after SIGKILL): short, and they may not raise."""
+        self.before_leaving: list[Callable[[ExitCode, str], None]] = []
+        """Called with code and message when the process is left at once (not by SIGKILL)."""
+        self.peer_is_dead: Callable[[], bool] = lambda: False
+        """Whether a rank of this machine has died. Set once the ranks have met."""
         self._reason: str | None = None
         self._asked = 0.0
-        self._parent = os.getppid()
+        self._installed = False
+        self._parent = -1
         self._runner: int | None = None
 
     @property
@@ -67,27 +77,25 @@ class Stop:
         """Takes over the stop signals; main thread only. `launched`: this process is to end with its launcher."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        for number in STOP_SIGNALS:
+        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
+        for number in (*taken, PARENT_DIED) if launched else taken:
             signal.signal(number, lambda *_: None)  # the work is done by the thread, from the pipe
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         if launched:
-            _signal_on_parent_death(signal.SIGHUP)
+            _signal_on_parent_death(PARENT_DIED)
             self._parent = os.getppid()
             self._runner = _deepspeed_runner(self._parent)
             if os.getppid() != self._parent or _launcher_is_gone():
                 os._exit(ExitCode.INTERRUPTED)
-        else:
-            self._parent = -1
+        self._installed = True
         threading.Thread(target=self._serve, args=(read,), name="signals", daemon=True).start()
 
     def enter(self, stage: Stage) -> None:
         """Called by the main thread as it goes on."""
-        if stage is Stage.ENDING and threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left.
-                with contextlib.suppress(ValueError):
-                    signal.signal(number, signal.SIG_IGN)
         self.stage = stage
+        if stage is Stage.ENDING and self._installed:
+            for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
+                signal.signal(number, signal.SIG_IGN)
 
     def leave(self, code: ExitCode, message: str) -> NoReturn:
         """Ends the process at once, from any thread."""
@@ -95,7 +103,7 @@ class Stop:
             os.write(2, f"{message}\n".encode())
         for function in self.before_leaving:
             with contextlib.suppress(Exception):
-                function()
+                function(code, message)
         os._exit(code)
 
     def _serve(self, pipe: int) -> None:
@@ -105,9 +113,10 @@ class Stop:
             ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS)
             numbers = os.read(pipe, 64) if ready else b""
             for number in numbers:
-                if number in STOP_SIGNALS and not (number == signal.SIGHUP and self._is_orphan()):
+                if number in STOP_SIGNALS:
                     self._ask(signal.Signals(number).name)
             self._look_at_launcher()
+            self._look_at_peers()
             late = self._reason is not None and time.monotonic() - self._asked > START_UP_SECONDS
             if self.stage is Stage.STARTING and late:
                 self.leave(ExitCode.STOPPED, f"{self._reason} during start-up: nothing was trained")
@@ -120,7 +129,9 @@ class Stop:
             if self.stage is Stage.JOINING:
                 self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained")
         elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
-            self.leave(ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once; the last checkpoint stands")
+            self.leave(
+                ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once; the last checkpoint stands"
+            )
 
     def _is_orphan(self) -> bool:
         return self._parent >= 0 and os.getppid() != self._parent
@@ -132,6 +143,14 @@ class Stop:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif self._runner is not None and _parent_of(self._parent) != self._runner and self._reason is None:
             self._ask("the death of the deepspeed command")
+
+    def _look_at_peers(self) -> None:
+        """Who asks the dead for agreement waits for ever, and DeepSpeed's launcher waits 30 s for each such rank."""
+        if self._reason is None or self.stage is Stage.ENDING or not self.peer_is_dead():
+            return
+        time.sleep(PEER_SECONDS)
+        if self.stage is not Stage.ENDING:
+            self.leave(ExitCode.PEER_DIED, "another rank of this machine has died; the last checkpoint stands")
 
 
 def is_launched() -> bool:

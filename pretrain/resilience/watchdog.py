@@ -2,7 +2,7 @@
 
 Nothing is sent while all is well. A rank whose main thread has not entered a new phase for the time allowed writes a
 report and its stacks into RUN_DIR/hang; who is alive does so at about the same time, because all wait for the one that
-did not arrive. Then whoever wrote nothing, or is behind the others, is named. This needs neither the network nor rank 0.
+did not arrive. Then whoever wrote nothing, or is behind the others, is named. That needs neither network nor rank 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from pretrain.atomic import write_json
 from pretrain.exit_codes import ExitCode
-from pretrain.resilience.lock import BEAT_SECONDS, FolderLock, LockLost, process_start, process_state
+from pretrain.resilience.lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
 from pretrain.resilience.phases import Phases, Record, read
 from pretrain.resilience.signals import Stop
 
@@ -174,13 +174,10 @@ class Watchdog:
                     os.kill(self._identities[rank]["pid"], signal.SIGKILL)
 
     def _is_here(self, rank: int) -> bool:
-        mine, other = self._identities[self._rank], self._identities[rank]
-        return all(mine[key] == other[key] for key in ("host", "boot", "namespace"))
+        return is_same_machine(self._identities[self._rank], self._identities[rank])
 
     def _runs(self, rank: int) -> bool:
-        """Whether the rank's process, and not another of the same number, still exists."""
-        identity = self._identities[rank]
-        return process_start(identity["pid"]) == identity["start"]
+        return is_alive(self._identities[rank])
 
 
 def describe(
@@ -197,9 +194,9 @@ def describe(
         absent = ["every rank has arrived, so the collective itself does not complete (the network?)"]
     waiting = [rank for rank in sorted(reports) if rank not in behind]
     return (
-        f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks {_ranges(waiting)}, "
-        f"for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). Stacks of every rank "
-        f"that could write them: {folder}. The last checkpoint stands"
+        f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
+        f"{_ranges(waiting)}, for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). "
+        f"Stacks of every rank that could write them: {folder}. The last checkpoint stands"
     )
 
 

@@ -13,9 +13,9 @@ from pretrain.config import Config
 from pretrain.config_io import load_config
 from pretrain.engine import parallel_context
 from pretrain.layout import group_ranks, groups_text, rank_bytes
-from pretrain.loop import build_trainer
 from pretrain.paths import REPOSITORY
 from pretrain.sources import Sources
+from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import small_config
