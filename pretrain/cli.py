@@ -140,6 +140,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks) -> int:
     """Joins the process group and trains."""
     from pretrain import device as devices
     from pretrain.agreement import PeerFailed, agreed
+    from pretrain.checkpoint.saver import drain_saves
     from pretrain.loop import EXIT_DIVERGED, Diverged, train
 
     device = devices.start(ranks, config.train.threads)
@@ -157,6 +158,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_DIVERGED
     finally:
+        drain_saves()
         devices.stop()
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed, check_same, check_shared
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, Retention, Saver
+from pretrain.checkpoint.saver import Outcome
 from pretrain.config import Config
 from pretrain.config_io import to_json
 from pretrain.data import Batch, TrainingStream, Windows
@@ -65,6 +67,7 @@ class Trainer:
     stream: TrainingStream
     prefetcher: Prefetcher
     validation: Windows | None
+    saver: Saver
     parallel: ParallelContext
     device: torch.device
 
@@ -109,6 +112,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device)
     if progress.step >= last:
         run_validation(trainer, monitor, progress.step, is_last=True)
 
+    validation_loss = None
     while progress.step < last:
         synchronize(device)
         started = time.perf_counter()
@@ -120,13 +124,15 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device)
         if monitor is not None:
             monitor.step(step_values(trainer, result, progress, seconds), result.sums.load)
         if _is_due(progress.step, config.evaluate.every_steps, last):
-            run_validation(trainer, monitor, progress.step, is_last=progress.step == last)
+            validation_loss = run_validation(trainer, monitor, progress.step, is_last=progress.step == last)
         if _is_due(progress.step, config.checkpoint.every_steps, last):
             if monitor is not None:
                 monitor.flush()
-            save(trainer, folder, progress, sources, branch_start(config, resumed))
+            save(trainer, folder, progress, sources, branch_start(config, resumed), validation_loss=validation_loss)
+        validation_loss = None
 
     trainer.prefetcher.close()
+    trainer.saver.finish()
     if monitor is not None:
         folder.event("finished", step=progress.step)
         print(f"finished at step {progress.step} of {config.train.steps}; run folder {run_dir}", flush=True)
@@ -194,7 +200,8 @@ def build_trainer(
             print("memory begins empty: the checkpoint's is of other text", flush=True)
     reduce = StepReducer(engine.module, parallel)
     prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
-    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, parallel, device)
+    saver = Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous)
+    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, saver, parallel, device)
 
 
 def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
@@ -224,15 +231,16 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
     return values
 
 
-def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool) -> None:
-    """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens."""
+def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool) -> float | None:
+    """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens.
+    Returns the loss on every rank; None without a validation split."""
     if trainer.validation is None:
-        return
+        return None
     values = evaluate(
         trainer.engine.module, trainer.run, trainer.validation, trainer.config, trainer.parallel, trainer.device
     )
     if monitor is None:
-        return
+        return values["loss"]
     if is_last:
         windows = evaluation_windows(trainer.validation, trainer.config)
         values["unigram_perplexity"] = unigram_perplexity(trainer.validation, windows)
@@ -246,15 +254,31 @@ def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_l
             f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
             flush=True,
         )
+    return values["loss"]
 
 
-def save(trainer: Trainer, folder: RunFolder, progress: Progress, sources: Sources, started_from: str | None) -> None:
-    """Writes a checkpoint (collective) and logs it."""
-    started = time.perf_counter()
+def save(
+    trainer: Trainer,
+    folder: RunFolder,
+    progress: Progress,
+    sources: Sources,
+    started_from: str | None,
+    *,
+    validation_loss: float | None = None,
+) -> None:
+    """Writes a checkpoint, or begins to (collective); its end is logged, and printed if it failed."""
     folder.make_durable()
-    path = checkpoints.save(
-        trainer.engine,
-        trainer.parallel,
+    settings = trainer.config.checkpoint
+
+    def report(outcome: Outcome) -> None:
+        times = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds}
+        if outcome.error is None:
+            folder.event("checkpoint", step=outcome.step, path=outcome.path.name, bytes=outcome.bytes, **times)
+        else:
+            folder.event("checkpoint_failed", step=outcome.step, reason=outcome.error, **times)
+            print(f"checkpoint of step {outcome.step} failed: {outcome.error}", file=sys.stderr, flush=True)
+
+    trainer.saver.save(
         folder.checkpoints,
         progress,
         extra={
@@ -263,9 +287,14 @@ def save(trainer: Trainer, folder: RunFolder, progress: Progress, sources: Sourc
             "tokenizer_sha256": sources.tokenizer.sha256,
             "branch_start": started_from,
         },
-        keep_last=trainer.config.checkpoint.keep_last,
+        retention=Retention(
+            keep_last=settings.keep_last,
+            keep_every_steps=settings.keep_every_steps,
+            keep_best=settings.keep_best,
+        ),
+        validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
+        report=report,
     )
-    folder.event("checkpoint", step=progress.step, path=path.name, seconds=time.perf_counter() - started)
 
 
 def prepare_folder(
