@@ -128,7 +128,8 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device)
         if _is_due(progress.step, config.checkpoint.every_steps, last):
             if monitor is not None:
                 monitor.flush()
-            save(trainer, folder, progress, sources, branch_start(config, resumed), validation_loss=validation_loss)
+            losses = {"loss": result.sums.loss, "validation_loss": validation_loss}
+            save(trainer, folder, progress, sources, branch_start(config, resumed), **losses)
         validation_loss = None
 
     trainer.prefetcher.close()
@@ -264,9 +265,11 @@ def save(
     sources: Sources,
     started_from: str | None,
     *,
+    loss: float | None = None,
     validation_loss: float | None = None,
 ) -> None:
-    """Writes a checkpoint, or begins to (collective); its end is logged, and printed if it failed."""
+    """Writes a checkpoint, or begins to (collective); its end is logged, and printed if it failed. `loss` and
+    `validation_loss` are those of this very step, if there are any."""
     folder.make_durable()
     settings = trainer.config.checkpoint
 
@@ -286,15 +289,21 @@ def save(
             "manifest_digest": sources.digest,
             "tokenizer_sha256": sources.tokenizer.sha256,
             "branch_start": started_from,
+            "loss": _number(loss),
+            "validation_loss": _number(validation_loss),
         },
         retention=Retention(
             keep_last=settings.keep_last,
             keep_every_steps=settings.keep_every_steps,
             keep_best=settings.keep_best,
         ),
-        validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
         report=report,
     )
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def prepare_folder(

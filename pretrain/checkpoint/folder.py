@@ -45,11 +45,11 @@ class Checkpoint:
         """Checks the commit marker, parses state.json and checks that the files are there with their sizes.
 
         Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but of another format."""
-        if not path.is_dir():
-            raise UserError(
-                f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
-            )
         try:
+            if not path.is_dir():
+                raise UserError(
+                    f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
+                )
             content = (path / STATE_FILE).read_bytes()
             state = json.loads(content)
             version, files = state["format_version"], state["files"]
@@ -58,7 +58,7 @@ class Checkpoint:
                 if (len(content), hashlib.sha256(content).hexdigest()) != (marker["bytes"], marker["sha256"]):
                     raise DamagedCheckpoint(f"checkpoint {path}: {STATE_FILE} does not match {COMMIT_FILE}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, DamagedCheckpoint):
+            if isinstance(error, UserError):
                 raise
             raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
         if version != FORMAT_VERSION:
@@ -107,10 +107,13 @@ def digest_entry(path: Path) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN: a copy under another name is the
-    user's, never resumed from by itself and never removed."""
-    if not folder.is_dir():
+    user's, never resumed from by itself and never removed. Raises UserError if the folder cannot be read."""
+    try:
+        found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
+    except FileNotFoundError:
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
+    except OSError as error:
+        raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=step_of)
 
 

@@ -78,42 +78,41 @@ class Saver:
         *,
         extra: dict[str, Any],
         retention: Retention,
-        validation_loss: float | None = None,
         report: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
-        """Saves the state as it is now to folder/step-N; `extra` joins state.json. Waits for a save under way before.
-        What was just saved is not saved again. Raises UserError (PeerFailed on the others) as the module says."""
+        """Saves the state as it is now to folder/step-N; `extra`, with `loss` and `validation_loss` (or None) of the
+        step, joins state.json. Waits for a save under way before. What was just saved is not saved again. `report` is
+        called on rank 0 when the save ended, by whatever thread. Raises UserError (PeerFailed on the others) as the
+        module says."""
         started = time.perf_counter()
         self.wait()
         if self._saved == progress:
             return
+        self._saved = progress
         state = owned_state(self._engine, self._parallel)
-        described_state = described(self._engine, self._parallel, progress, validation_loss=validation_loss)
-        writer = Writer(folder / f"step-{progress.step:08d}", {**described_state, **extra})
+        description = described(self._engine, self._parallel, progress)
+        writer = Writer(folder / f"step-{progress.step:08d}", {**description, **extra})
 
-        def work(stall_seconds: float | None) -> None:
+        def work(state: State, stall_seconds: float | None) -> None:
             error = self._write(state, writer)
+            self._errors = [] if error is None else [*self._errors, error]
             if dist.get_rank() == 0:
                 if error is None:
-                    error_of_removal = _removed(folder, retention)
-                    if error_of_removal:
-                        print(f"warning: {error_of_removal}", file=sys.stderr, flush=True)
+                    _remove_old(folder, retention)
                 seconds = time.perf_counter() - started
                 stall = seconds if stall_seconds is None else stall_seconds
-                path = folder / f"step-{progress.step:08d}"
-                report(Outcome(progress.step, path, error, writer.bytes, stall, seconds))
-            self._errors = [] if error is None else [*self._errors, error]
+                report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
 
-        self._saved = progress
-        if not self._asynchronous:
-            work(None)
+        if self._asynchronous:
+            state = self._copied(state)
+            stall_seconds = time.perf_counter() - started
+            self._thread = threading.Thread(
+                target=self._guarded, args=(work, state, stall_seconds), name=THREAD_NAME, daemon=True
+            )
+            self._thread.start()
+        else:
+            work(state, None)
             self._raise_if(len(self._errors) >= FAILURES_IN_A_ROW)
-            return
-        state = self._copied(state)
-        self._thread = threading.Thread(
-            target=self._guarded, args=(work, time.perf_counter() - started), name=THREAD_NAME, daemon=True
-        )
-        self._thread.start()
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises UserError (PeerFailed on the others) after failures in a row."""
@@ -130,9 +129,9 @@ class Saver:
         self.wait()
         self._raise_if(bool(self._errors))
 
-    def _guarded(self, work: Callable[[float | None], None], stall_seconds: float) -> None:
+    def _guarded(self, work: Callable[[State, float | None], None], state: State, stall_seconds: float) -> None:
         try:
-            work(stall_seconds)
+            work(state, stall_seconds)
         except BaseException as error:  # a lost peer, or a mistake of ours: raised by the next `wait`
             self._crash = error
 
@@ -210,10 +209,9 @@ def _clear(folder: Path) -> None:
         print(f"warning: {folder}: what a failed save left cannot be removed: {error}", file=sys.stderr, flush=True)
 
 
-def _removed(folder: Path, retention: Retention) -> str | None:
-    """Removes what is not kept; why not, if that fails: no reason to stop."""
+def _remove_old(folder: Path, retention: Retention) -> None:
+    """An old checkpoint that cannot be removed is no reason to stop."""
     try:
         retention.apply(folder)
     except OSError as error:
-        return f"{folder}: an old checkpoint cannot be removed: {error}"
-    return None
+        print(f"warning: {folder}: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -65,14 +66,12 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     return state
 
 
-def described(
-    engine: Any, parallel: ParallelContext, progress: Progress, *, validation_loss: float | None
-) -> dict[str, Any]:
-    """What state.json says of the run beside its files and configuration."""
+def described(engine: Any, parallel: ParallelContext, progress: Progress) -> dict[str, Any]:
+    """What state.json says of the run beside its files, losses and configuration."""
     return {
         "format_version": FORMAT_VERSION,
+        "time": time.time(),
         "progress": progress.to_json(),
-        "validation_loss": validation_loss,
         "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": _loss_scaler(engine),
         "parameters": full_shapes(engine.module.config),

@@ -129,7 +129,7 @@ class Writer(StorageWriter):
 
     def __init__(self, final: Path, state: dict[str, Any]) -> None:
         """`final`: the folder's name once it is complete. `state`: the content of state.json, but for the files."""
-        self._final, self._state = final, state
+        self.final, self._state = final, state
         self.partial = final.with_name(final.name + ".partial")
         self.bytes = 0
         """Of all files, on the coordinator, once committed."""
@@ -150,7 +150,7 @@ class Writer(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator, before any rank writes."""
         try:
-            remove_partials(self._final.parent)
+            remove_partials(self.final.parent)
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{self.partial}: {error.strerror}") from None
@@ -196,10 +196,10 @@ class Writer(StorageWriter):
         write_json(self.partial / STATE_FILE, {**self._state, "files": entries})
         marker = digest_entry(self.partial / STATE_FILE)
         write_json(self.partial / COMMIT_FILE, marker)
-        if self._final.exists():  # of a run that went back to before this step
-            set_aside(self._final)
-        os.rename(self.partial, self._final)
-        sync_directory(self._final.parent)
+        if self.final.exists():  # of a run that went back to before this step
+            set_aside(self.final)
+        os.rename(self.partial, self.final)
+        sync_directory(self.final.parent)
         self.bytes = marker["bytes"] + sum(entry["bytes"] for entry in entries.values())
 
 
