@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Writes JSON beside `path`, flushes it to the disk and renames it into place. NaN and infinity are refused."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
+        json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -30,7 +31,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """Hex digest of a file's bytes; `read`, if given, hears how many more were read."""
+    with open(path, "rb", buffering=0) as file:
+        if read is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+            read(len(block))
+        return digest.hexdigest()

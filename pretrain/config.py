@@ -142,7 +142,15 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
     """Steps between checkpoints; the last step of a start is always saved."""
     keep_last: PositiveInt = Field(3, json_schema_extra=FREE)
-    """Newest checkpoints kept; older ones are removed after a new one is committed."""
+    """Newest checkpoints kept; older ones are removed after a new one is committed, unless a key below keeps them."""
+    keep_every_steps: NonNegativeInt = Field(0, json_schema_extra=FREE)
+    """Checkpoints of steps divisible by this are kept for ever; 0: none for that reason."""
+    keep_best: NonNegativeInt = Field(0, json_schema_extra=FREE)
+    """So many checkpoints with the lowest validation loss are kept, of those saved at a step that was validated (see
+    evaluate.every_steps)."""
+    asynchronous: bool = Field(True, json_schema_extra=FREE)
+    """Training stands still only while the state is copied to a buffer in CPU memory (12 bytes per parameter, divided
+    over the ranks); the files are written meanwhile. false: it waits until they are on the disk, without the buffer."""
     resume: str = Field("auto", json_schema_extra=FREE)
     """auto: continue from the newest valid checkpoint of the run folder, if any. never: refuse to start where there is
     one. Anything else: path of the checkpoint to continue from."""

@@ -117,6 +117,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def host_buffer(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8 in CPU memory that is really there: every page was touched."""
+    if torch.cuda.is_available():  # GPU-ONLY pinned-buffer
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8).fill_(1)  # zeros() would wait for the first write
+
+
 def _set_threads(ranks: Ranks, threads: int | None) -> None:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(

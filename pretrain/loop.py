@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from model.parallel.context import ParallelContext
-from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed, check_same, check_shared
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.checkpoint.saver import Outcome, drained
 from pretrain.config import Config
 from pretrain.config_io import to_json
 from pretrain.device import synchronize
@@ -22,7 +23,7 @@ from pretrain.engine import parallel_context
 from pretrain.exit_codes import ExitCode
 from pretrain.monitor import Monitor
 from pretrain.progress import Progress
-from pretrain.reporting import prepare_folder, run_validation, step_values
+from pretrain.reporting import finite, prepare_folder, run_validation, step_values
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
 from pretrain.resilience.phases import Phases
@@ -61,7 +62,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
     parallel = parallel_context(config)
     check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
-    with guarded(config.resilience, folder, stop, phases) as control:
+    with guarded(config.resilience, folder, stop, phases) as control, drained():
         check_shared(run_dir)
         rollback: Rollback | None = None
         while True:
@@ -161,6 +162,10 @@ class Course:
     start: Start
     progress: Progress
     last: int
+    _loss: float | None = None
+    """Of the last step; None if it is not finite."""
+    _validation_loss: float | None = None
+    """Of the model after the last step, where it was validated."""
 
     def run(self) -> tuple[Rollback | None, str | None]:
         """What must be gone back for, and what stopped it (saved by then); neither at the last step. Collective."""
@@ -175,6 +180,7 @@ class Course:
             if rollback is None:
                 rollback = self._compare_replicas(stopping)
             if rollback is not None:
+                self.trainer.saver.wait()
                 return rollback, None
             if not stopping and self._is_due(config.evaluate.every_steps):
                 self._validate()
@@ -182,6 +188,8 @@ class Course:
             if stopping or self._is_due(config.checkpoint.every_steps):
                 self._save()
                 stopping = self.control.stopping()
+        self.trainer.phases.enter("checkpoint")
+        self.trainer.saver.finish()
         return None, self.control.stop_reason() if stopping else None
 
     def _timed_step(self) -> StepResult:
@@ -195,6 +203,7 @@ class Course:
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
         updated = result.grad_norm is not None or (trainer.engine.fp16_enabled() and math.isfinite(result.sums.loss))
         self.progress = self.progress.after_step(trainer.config.batch.global_sequences, updated=updated)
+        self._loss, self._validation_loss = finite(result.sums.loss), None
         if self.monitor is not None:
             self.monitor.step(step_values(trainer, result, self.progress, seconds), result.sums.load)
         return result
@@ -281,31 +290,44 @@ class Course:
 
     def _validate(self) -> None:
         is_last = self.progress.step >= self.last
-        run_validation(self.trainer, self.monitor, self.progress.step, is_last=is_last, stopping=self.control.stopping)
+        self._validation_loss = run_validation(
+            self.trainer, self.monitor, self.progress.step, is_last=is_last, stopping=self.control.stopping
+        )
 
     def _save(self) -> None:
-        """Writes a checkpoint (collective) and logs it."""
-        trainer = self.trainer
+        """Writes a checkpoint, or begins to (collective); how it ended is logged, and printed if it failed."""
+        trainer, folder, settings = self.trainer, self.folder, self.trainer.config.checkpoint
         trainer.phases.enter("checkpoint")
         if self.monitor is not None:
             self.monitor.flush()
-        started = time.perf_counter()
-        self.folder.make_durable()
-        path = checkpoints.save(
-            trainer.engine,
-            trainer.parallel,
-            self.folder.checkpoints,
+        folder.make_durable()
+
+        def report(outcome: Outcome) -> None:
+            times = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds}
+            if outcome.error is None:
+                folder.event("checkpoint", step=outcome.step, path=outcome.path.name, bytes=outcome.bytes, **times)
+            else:
+                folder.event("checkpoint_failed", step=outcome.step, reason=outcome.error, **times)
+                print(f"checkpoint of step {outcome.step} failed: {outcome.error}", file=sys.stderr, flush=True)
+
+        trainer.saver.save(
+            folder.checkpoints,
             self.progress,
             extra={
                 "config": to_json(trainer.config),
                 "manifest_digest": trainer.sources.digest,
                 "tokenizer_sha256": trainer.sources.tokenizer.sha256,
                 "branch_start": branch_start(trainer.config, self.start.checkpoint),
+                "loss": self._loss,
+                "validation_loss": self._validation_loss,
             },
-            keep_last=trainer.config.checkpoint.keep_last,
+            retention=Retention(
+                keep_last=settings.keep_last,
+                keep_every_steps=settings.keep_every_steps,
+                keep_best=settings.keep_best,
+            ),
+            report=report,
         )
-        seconds = time.perf_counter() - started
-        self.folder.event("checkpoint", step=self.progress.step, path=path.name, seconds=seconds)
 
     def _is_due(self, every: int) -> bool:
         step = self.progress.step

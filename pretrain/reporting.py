@@ -26,8 +26,8 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
     config, sums = trainer.config, result.sums
     values: dict[str, float | None] = {
         "step": progress.step,
-        "loss": _finite(sums.loss),
-        "auxiliary_loss": _finite(sums.auxiliary_loss),
+        "loss": finite(sums.loss),
+        "auxiliary_loss": finite(sums.auxiliary_loss),
         "grad_norm": result.grad_norm,
         "lr": learning_rate(config, progress.step - 1),
         "tokens": progress.consumed_sequences * config.model.sequence_length,
@@ -42,13 +42,14 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
         epochs = trainer.stream.source_epochs(progress.consumed_sequences)
         values |= {f"epoch/{name}": epoch for name, epoch in zip(names, epochs, strict=True)}
     if sums.negative_entropy is not None:
-        values["routing_negative_entropy"] = _finite(sums.negative_entropy)
+        values["routing_negative_entropy"] = finite(sums.negative_entropy)
     if trainer.engine.fp16_enabled():
         values["loss_scale"] = float(trainer.engine.optimizer.loss_scale)
     return values
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
     return value if math.isfinite(value) else None
 
 

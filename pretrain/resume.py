@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, versions
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, flatten, to_json
 from pretrain.errors import UserError
@@ -104,7 +104,7 @@ def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Chec
         try:
             checkpoint = Checkpoint.open(path)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
-            problem = f"checkpoint {path}: {damaged} does not match its sha256" if damaged else None
+            problem = f"checkpoint {path}: {damaged}" if damaged else None
         except DamagedCheckpoint as error:
             problem = str(error)
         problems: list[str | None] = [None] * world_size
@@ -120,8 +120,9 @@ def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Chec
 
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (then, now)} of ranks, ZeRO stage and versions that differ from the checkpoint's."""
-    # Older checkpoints do not say that they know no such parallelism.
-    then = {"tensor": 1, "expert": 1, **checkpoint.state["layout"], **checkpoint.state["versions"]}
+    from pretrain.checkpoint.state import versions  # imports DCP, which a check before the start does without
+
+    then = {**checkpoint.state["layout"], **checkpoint.state["versions"]}
     now = {**engine_layout, **versions()}
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 

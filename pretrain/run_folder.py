@@ -132,5 +132,9 @@ class RunFolder:
     def _append(self, name: str, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+        line = json.dumps(values, allow_nan=False) + "\n"
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # a full disk
+            raise UserError(f"--run-dir: {self.path / name} cannot be written: {error.strerror}") from None

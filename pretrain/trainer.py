@@ -16,7 +16,7 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, Saver
 from pretrain.config import Config
 from pretrain.data import Batch, TrainingStream, Windows
 from pretrain.engine import GradientNorm, build_engine, set_learning_rate
@@ -52,6 +52,7 @@ class Trainer:
     stream: TrainingStream
     prefetcher: Prefetcher
     validation: Windows | None
+    saver: Saver
     phases: Phases
     parallel: ParallelContext
     device: torch.device
@@ -84,7 +85,7 @@ class Trainer:
         """Gives its memory back; nothing of it works afterwards."""
         self.prefetcher.close()
         self.engine.destroy()
-        self.engine = self.run = self.norm = self.reduce = None  # type: ignore[assignment]
+        self.engine = self.run = self.norm = self.reduce = self.saver = None  # type: ignore[assignment]
         gc.collect()
 
 
@@ -144,4 +145,19 @@ def build_trainer(
             print("memory begins empty: the checkpoint's is of other text", flush=True)
     reduce = StepReducer(engine.module, parallel)
     prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
-    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, phases, parallel, device)
+    saver = Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous, alive=phases.alive)
+    return Trainer(
+        config=config,
+        engine=engine,
+        run=run,
+        norm=norm,
+        reduce=reduce,
+        sources=sources,
+        stream=stream,
+        prefetcher=prefetcher,
+        validation=validation,
+        saver=saver,
+        phases=phases,
+        parallel=parallel,
+        device=device,
+    )

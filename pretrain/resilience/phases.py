@@ -47,6 +47,10 @@ class Phases:
         self.since = time.monotonic()
         self._write()
 
+    def alive(self) -> None:
+        """The phase goes on and is no hang: something was done in it just now."""
+        self.since = time.monotonic()
+
     def keep_in(self, path: Path) -> None:
         """From now on the phase can be read from `path` by `read`."""
         with open(path, "w+b") as file:

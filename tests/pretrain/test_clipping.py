@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import owned_tensors
+from pretrain.checkpoint import owned_state
 from pretrain.config import Config
 from pretrain.engine import parallel_context
 from pretrain.progress import Progress
@@ -32,8 +32,9 @@ def first_moment_norms(rank: int, configs: list[Config]) -> list[tuple[float, fl
         result = trainer.step(Progress(0, 0))
         copy_of_tied = "exp_avg/head.weight" if config.model.tied_embedding else "none"
         # What a checkpoint saves of this rank: every element of the state comes from exactly one rank.
-        owned = owned_tensors(trainer.engine, parallel)
-        moments = [t for k, t in owned.items() if k.startswith("exp_avg/") and not k.startswith(copy_of_tied)]
+        owned = owned_state(trainer.engine, parallel)
+        kept = [f for k, f in owned.items() if k.startswith("exp_avg/") and k != copy_of_tied]
+        moments = [values for fragments in kept for values in fragments.chunks.values()]
         squares = torch.tensor([float(t.double().square().sum()) for t in moments], dtype=torch.float64).sum()
         dist.all_reduce(squares)
         found.append((float(result.grad_norm or 0.0), math.sqrt(float(squares))))

@@ -1,0 +1,182 @@
+"""Checkpoints as folders: opening, checking, listing, removing. Nothing here computes or communicates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.atomic import sha256
+from pretrain.errors import UserError
+from pretrain.progress import Progress
+
+FORMAT_VERSION = 2
+STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.json"
+PARTIAL = ".partial"
+
+
+class DamagedCheckpoint(UserError):
+    """The folder does not hold what a whole checkpoint does; another one may serve."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its folder and parsed state.json."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress.from_json(self.state["progress"])
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the two that say so."""
+        return sum(entry["bytes"] for entry in self.state["files"].values())
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Checks the commit marker, parses state.json and checks that the files are there with their sizes.
+
+        Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but of another format."""
+        try:
+            if not path.is_dir():
+                raise UserError(
+                    f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
+                )
+            content = (path / STATE_FILE).read_bytes()
+            state = json.loads(content)
+            version, files = state["format_version"], state["files"]
+            if version != 1:  # of which the rename alone was the commit
+                marker = json.loads((path / COMMIT_FILE).read_bytes())
+                if (len(content), hashlib.sha256(content).hexdigest()) != (marker["bytes"], marker["sha256"]):
+                    raise DamagedCheckpoint(f"checkpoint {path}: {STATE_FILE} does not match {COMMIT_FILE}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"checkpoint {path}: is of format {version}, this version reads {FORMAT_VERSION}; continue with the "
+                f"version that wrote it, or choose another --run-dir"
+            )
+        for name, entry in files.items():
+            if Path(name).name != name:
+                raise DamagedCheckpoint(f"checkpoint {path}: file name {name!r} leaves the folder")
+            try:
+                size = (path / name).stat().st_size if (path / name).exists() else None
+            except OSError as error:
+                raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+            if size != entry["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}, not {entry['bytes']} bytes")
+        return cls(path, state)
+
+    def damaged_file(
+        self, *, rank: int = 0, world_size: int = 1, read: Callable[[int], None] | None = None
+    ) -> str | None:
+        """Checks this rank's share of the sha256 sums; the first file that does not match, with the reason, or None.
+        `read` hears of the bytes read."""
+        for name in sorted(self.state["files"])[rank::world_size]:
+            try:
+                found = sha256(self.path / name, read)
+            except OSError as error:
+                return _unreadable(error)
+            if found != self.state["files"][name]["sha256"]:
+                return f"{name} does not match its sha256"
+        return None
+
+
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, OSError):
+        name = Path(error.filename).name if error.filename else "a file"
+        return f"{name} cannot be read ({error.strerror or error})"
+    return f"{STATE_FILE} or {COMMIT_FILE} cannot be read ({error})"
+
+
+def digest_entry(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN: a copy under another name is the
+    user's, never resumed from by itself and never removed. Raises UserError if the folder cannot be read."""
+    try:
+        found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of steps after `step`, which a run that starts there will write anew. Returns the new
+    names; nothing is deleted."""
+    return [set_aside(path) for path in list_checkpoints(folder) if step_of(path) > step]
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint so that it is nobody's to resume from or remove; its new name."""
+    number = 1
+    while (target := path.with_name(f"superseded-{number}-{path.name}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what interrupted saves and removals left."""
+    for stale in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(stale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints outlive a newer one."""
+
+    keep_last: int
+    """The newest so many, at least 1."""
+    keep_every_steps: int = 0
+    """Steps divisible by this; 0: none for that."""
+    keep_best: int = 0
+    """So many with the lowest validation loss, the older of two equal ones."""
+
+    def kept(self, paths: list[Path]) -> set[Path]:
+        """Of a run's checkpoints, oldest first. One whose loss cannot be read has none."""
+        kept = set(paths[-self.keep_last :])
+        if self.keep_every_steps:
+            kept |= {path for path in paths if step_of(path) % self.keep_every_steps == 0}
+        if self.keep_best:
+            losses = [(loss, path) for path in paths if (loss := validation_loss(path)) is not None]
+            kept |= {path for _, path in sorted(losses, key=lambda entry: entry[0])[: self.keep_best]}
+        return kept
+
+    def apply(self, folder: Path) -> None:
+        """Removes the others. What an interrupted removal leaves no longer has the name of a checkpoint."""
+        paths = list_checkpoints(folder)
+        kept = self.kept(paths)
+        for path in paths:
+            if path not in kept:
+                doomed = path.with_name(path.name + PARTIAL)
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def validation_loss(path: Path) -> float | None:
+    """The validation loss that a checkpoint was saved with, nats; None: there was no validation at its step."""
+    try:
+        return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,116 @@
+"""Flat pieces of parameters as rectangles of whole tensors, the terms in which DCP thinks.
+
+ZeRO cuts the flattened shard of a parameter anywhere; a tensor- or expert-parallel shard is a slab of the parameter. A
+flat range of a row-major tensor of n dimensions is at most 2 n - 1 rectangles, each of them contiguous in the range: no
+rank needs another's elements to describe, save or restore its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes), one of each per dimension."""
+
+
+def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
+    """Elements [start, stop) of the row-major tensor `shape` as disjoint rectangles, in the order of the elements.
+    Empty for an empty range; a scalar is one rectangle of no dimensions."""
+    assert 0 <= start <= stop <= math.prod(shape), f"[{start}, {stop}) of {tuple(shape)}"
+    if start == stop:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if start == first * row and stop == (last + 1) * row:
+        zeros = (0,) * (len(shape) - 1)
+        return [((first, *zeros), (last + 1 - first, *shape[1:]))]
+    if first == last:
+        inner = rectangles(shape[1:], start - first * row, stop - first * row)
+        return [((first, *offsets), (1, *sizes)) for offsets, sizes in inner]
+    # A part of a row, whole rows, a part of a row.
+    head = (first + 1) * row if start % row else start
+    tail = stop - stop % row
+    return [
+        *rectangles(shape, start, head),
+        *rectangles(shape, head, tail),
+        *rectangles(shape, tail, stop),
+    ]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One rectangle of a tensor: where it begins, and its elements."""
+
+    offsets: tuple[int, ...]
+    values: Tensor
+    """Of the rectangle's shape; a view into the owner's memory, which a load fills."""
+
+
+class Fragments:
+    """The rectangles of one tensor that this rank saves, or restores.
+
+    Carries the methods by which DCP asks an object for them (torch 2.13, distributed/_checkpointable.py).
+    """
+
+    def __init__(self, shape: Sequence[int], chunks: Iterable[Chunk]) -> None:
+        self.shape = torch.Size(shape)
+        self.chunks = {torch.Size(chunk.offsets): chunk.values for chunk in chunks}
+        assert self.chunks, "fragments of nothing"
+
+    def size(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.shape
+
+    @property
+    def numel(self) -> int:
+        """Elements held here."""
+        return sum(values.numel() for values in self.chunks.values())
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets, values.shape) for offsets, values in self.chunks.items()]
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets, values.shape),
+                    properties=TensorProperties(dtype=values.dtype),
+                    size=self.shape,
+                ),
+            )
+            for offsets, values in self.chunks.items()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.chunks[index.offset]
+
+
+def whole(values: Tensor) -> Fragments:
+    """A tensor that one rank holds alone."""
+    return Fragments(values.shape, [Chunk((0,) * values.ndim, values)])
+
+
+def flat_range(
+    flat: Tensor, start: int, *, local_shape: Sequence[int], shape: Sequence[int], dim: int | None, offset: int
+) -> Fragments:
+    """Elements start .. start + len(flat) of a shard of `local_shape`, which lies at `offset` along `dim` of the whole
+    tensor `shape` (`dim` None: it is the whole tensor). `flat` [n]; the chunks are views of it."""
+    chunks, used = [], 0
+    for place, sizes in rectangles(local_shape, start, start + flat.numel()):
+        length = math.prod(sizes)
+        place = tuple(p + offset if axis == dim else p for axis, p in enumerate(place))
+        chunks.append(Chunk(place, flat[used : used + length].view(sizes)))
+        used += length
+    return Fragments(shape, chunks)

@@ -1,0 +1,241 @@
+"""When checkpoints are written: at once, or behind the training that goes on.
+
+Asynchronously, `save` copies this rank's state into a host buffer that is kept for the next time, and returns; a thread
+writes, flushes, hashes and commits it. Its collectives have a gloo group of their own: those of training never meet
+them. A save that fails leaves the checkpoints before it as they were; the next save tries again, and two failures in a
+row, or one at the end of the run, end it with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from model.parallel.context import ParallelContext
+from pretrain.agreement import PeerFailed
+from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
+from pretrain.checkpoint.fragments import Chunk, Fragments
+from pretrain.checkpoint.planners import SavePlanner
+from pretrain.checkpoint.state import State, described, owned_state
+from pretrain.checkpoint.storage import Writer
+from pretrain.device import host_buffer, synchronize
+from pretrain.errors import UserError
+from pretrain.progress import Progress
+
+THREAD_NAME = "checkpoint"
+FAILURES_IN_A_ROW = 2
+"""A full disk may be cleared before the next save; a run whose second save fails too would compute what is lost."""
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a save; told to `report` on rank 0."""
+
+    step: int
+    path: Path
+    error: str | None
+    """Why it failed, None if it is committed."""
+    bytes: int
+    """Of the files."""
+    stall_seconds: float
+    """For which training stood still."""
+    seconds: float
+    """From the call to the commit."""
+
+
+class Saver:
+    """Writes the checkpoints of one engine. Every method is collective unless it says otherwise."""
+
+    def __init__(
+        self,
+        engine: Any,
+        parallel: ParallelContext,
+        device: torch.device,
+        *,
+        asynchronous: bool,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`alive` is called while a save is waited for that goes on, however slowly."""
+        self._alive = alive
+        self._writer: Writer | None = None
+        self._engine, self._parallel, self._device = engine, parallel, device
+        self._asynchronous = asynchronous
+        self._group = _own_group(dist.group.WORLD)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._thread: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self._errors: list[str] = []
+        """Of the last saves in a row."""
+        self._saved: Progress | None = None
+        if asynchronous:  # touching memory for the first time takes longer than the copy (17 times, measured)
+            self._reserve(_layout_in_buffer(owned_state(engine, parallel))[1])
+
+    def save(
+        self,
+        folder: Path,
+        progress: Progress,
+        *,
+        extra: dict[str, Any],
+        retention: Retention,
+        report: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        """Saves the state as it is now to folder/step-N; `extra`, with `loss` and `validation_loss` (or None) of the
+        step, joins state.json. Waits for a save under way before. What was just saved is not saved again. `report` is
+        called on rank 0 when the save ended, by whatever thread. Raises UserError (PeerFailed on the others) as the
+        module says."""
+        started = time.perf_counter()
+        self.wait()
+        if self._saved == progress:
+            return
+        self._saved = progress
+        state = owned_state(self._engine, self._parallel)
+        description = described(self._engine, self._parallel, progress)
+        writer = self._writer = Writer(folder / f"step-{progress.step:08d}", {**description, **extra})
+
+        def work(state: State, stall_seconds: float | None) -> None:
+            error = self._write(state, writer)
+            self._errors = [] if error is None else [*self._errors, error]
+            if dist.get_rank() == 0:
+                if error is None:
+                    _remove_old(folder, retention)
+                seconds = time.perf_counter() - started
+                stall = seconds if stall_seconds is None else stall_seconds
+                report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
+
+        if self._asynchronous:
+            state = self._copied(state)
+            stall_seconds = time.perf_counter() - started
+            self._thread = threading.Thread(
+                target=self._guarded, args=(work, state, stall_seconds), name=THREAD_NAME, daemon=True
+            )
+            self._thread.start()
+        else:
+            work(state, None)
+            self._raise_if(len(self._errors) >= FAILURES_IN_A_ROW)
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises UserError (PeerFailed on the others) after failures in a row."""
+        if self._thread is not None:
+            self._join(self._thread)
+            self._thread = None
+        if self._crash is not None:
+            crash, self._crash = self._crash, None
+            raise crash
+        self._raise_if(len(self._errors) >= FAILURES_IN_A_ROW)
+
+    def _join(self, thread: threading.Thread) -> None:
+        written = None
+        while thread.is_alive():
+            if self._writer is not None and self._writer.written != written:
+                written = self._writer.written
+                self._alive()
+            thread.join(timeout=1.0)
+
+    def finish(self) -> None:
+        """`wait`, and the last save must have succeeded."""
+        self.wait()
+        self._raise_if(bool(self._errors))
+
+    def _guarded(self, work: Callable[[State, float | None], None], state: State, stall_seconds: float) -> None:
+        try:
+            work(state, stall_seconds)
+        except BaseException as error:  # a lost peer, or a mistake of ours: raised by the next `wait`
+            self._crash = error
+
+    def _write(self, state: State, writer: Writer) -> str | None:
+        """Returns, on every rank alike, why the checkpoint could not be written; None if it is committed."""
+        try:
+            dcp.save(state, storage_writer=writer, planner=SavePlanner(), process_group=self._group)
+        except dcp.CheckpointException as failure:
+            rank, (error, _) = min(failure.failures.items(), key=lambda entry: entry[0])
+            if not isinstance(error, UserError | OSError):
+                raise
+            if dist.get_rank() == 0:
+                _clear(writer.partial.parent)
+            self._saved = None
+            newest = list_checkpoints(writer.partial.parent)[-1:]
+            stands = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+            return f"checkpoint.every_steps: rank {rank} could not save {error}; {stands}"
+        return None
+
+    def _raise_if(self, condition: bool) -> None:
+        if condition:
+            message = self._errors[-1]
+            self._errors = []
+            raise UserError(message) if dist.get_rank() == 0 else PeerFailed
+
+    def _copied(self, state: State) -> State:
+        """`state` in the host buffer."""
+        places, size = _layout_in_buffer(state)
+        self._reserve(size)
+        copied: State = {}
+        for name, fragments in state.items():
+            chunks = []
+            for offsets, values in fragments.chunks.items():
+                start = places[name, offsets]
+                target = self._buffer[start : start + values.nbytes].view(values.dtype).view(values.shape)
+                chunks.append(Chunk(tuple(offsets), target.copy_(values, non_blocking=True)))
+            copied[name] = Fragments(fragments.shape, chunks)
+        synchronize(self._device)
+        return copied
+
+    def _reserve(self, size: int) -> None:
+        if self._buffer.numel() < size:
+            self._buffer = host_buffer(size)
+
+
+def _layout_in_buffer(state: State) -> tuple[dict[tuple[str, torch.Size], int], int]:
+    """Where each chunk lies in the host buffer, bytes, and the size of the buffer."""
+    places, end = {}, 0
+    for name, fragments in state.items():
+        for offsets, values in fragments.chunks.items():
+            places[name, offsets] = end
+            end += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+@contextlib.contextmanager
+def drained() -> Iterator[None]:
+    """On the way out no save of this process is under way, however its training ended: their collectives need the
+    process group, their files the lock of the run folder. Of a peer that died they hear at once."""
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == THREAD_NAME:
+                thread.join()
+
+
+@functools.cache
+def _own_group(world: Any) -> Any:
+    """A gloo group of all ranks, made once for a world. The slowest file system decides how long a rank may wait for
+    the others' files."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+
+def _clear(folder: Path) -> None:
+    try:
+        remove_partials(folder)
+    except OSError as error:
+        print(f"warning: {folder}: what a failed save left cannot be removed: {error}", file=sys.stderr, flush=True)
+
+
+def _remove_old(folder: Path, retention: Retention) -> None:
+    """An old checkpoint that cannot be removed is no reason to stop."""
+    try:
+        retention.apply(folder)
+    except OSError as error:
+        print(f"warning: {folder}: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)

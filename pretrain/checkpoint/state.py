@@ -1,0 +1,247 @@
+"""What a checkpoint holds of a run's tensors, under names and shapes that no layout changes.
+
+    master/NAME, exp_avg/NAME, exp_avg_sq/NAME   fp32, of the whole parameter. The last of several pipeline stages also
+                             saves its copy of a tied embedding, as head.weight: sums in another order may tell it from
+                             the first stage's in the last bit
+    memory/LAYER             [streams, m, d], Transformer-XL: inputs of the last tokens of every stream of text
+    routing/NAME             fp64, a router's mean routing distribution; MoA's other statistics: routing/NAME/STATISTIC
+    rng/cpu/RANK             uint8 (training itself draws nothing, see model/dropout.py; no other generator is saved)
+
+Every element is saved by one rank. Nothing is gathered: a rank describes what it owns as rectangles (fragments.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.language_model import build_on_meta, routing_statistics
+from model.memory import LayerMemory, layer_memories
+from model.parallel.context import ParallelContext
+from model.parallel.sharding import full_shape, owner_of, shard_place, sharded_dim
+from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
+from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, whole
+from pretrain.checkpoint.planners import LoadPlanner
+from pretrain.checkpoint.storage import Reader
+from pretrain.errors import UserError
+from pretrain.paths import REPOSITORY
+from pretrain.progress import Progress
+from pretrain.zero_state import optimizer_steps, pieces, set_optimizer_steps
+
+State = dict[str, Fragments]
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def owned_state(engine: Any, parallel: ParallelContext) -> State:
+    """What no other rank saves: of what tensor-parallel ranks share, the first one's. Views of the engine's memory."""
+    config: ModelConfig = engine.module.config
+    is_first_part = parallel.tensor_rank == 0
+    state = {_rng_key(dist.get_rank()): whole(torch.get_rng_state())}
+    shapes = dict(_local_shapes(engine.module))
+    for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
+        if is_first_part or sharded_dim(piece.name, config) is not None:
+            for kind, value in {"master": piece.master, **piece.moments}.items():
+                assert value.dtype == torch.float32
+                state[f"{kind}/{piece.name}"] = _fragments(
+                    value, piece.start, piece.name, shapes[piece.name], config, parallel
+                )
+    for name, memory in layer_memories(engine.module):
+        if memory.kept is not None and (is_first_part or parallel.sequence_parallel):
+            state[f"memory/{name}"] = _memory_fragments(memory, memory.kept, config, parallel)
+    if parallel.data_rank == 0 and is_first_part:
+        for name, statistics in routing_statistics(engine.module):
+            for key, value in statistics.state().items():
+                state[_routing_key(name, key)] = whole(value)
+    return state
+
+
+def described(engine: Any, parallel: ParallelContext, progress: Progress) -> dict[str, Any]:
+    """What state.json says of the run beside its files, losses and configuration."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "time": time.time(),
+        "progress": progress.to_json(),
+        "optimizer_steps": optimizer_steps(engine),
+        "loss_scaler": _loss_scaler(engine),
+        "parameters": full_shapes(engine.module.config),
+        "layout": layout(engine, parallel),
+        "versions": versions(),
+    }
+
+
+def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) -> None:
+    """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights."""
+    reader, config = Reader(checkpoint), model.config
+    state: State = {}
+    for name, parameter in model.named_parameters():
+        shape = full_shape(list(parameter.shape), name, config, parallel)
+        saved = checkpoint.state["parameters"].get(owner_of(name, config))
+        if shape != saved:
+            raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
+        assert parameter.is_contiguous()
+        fragments = _fragments(parameter.detach().view(-1), 0, name, parameter.shape, config, parallel)
+        state[_saved_as(reader, "master", name, config)] = fragments
+    read(reader, checkpoint, state)
+
+
+def load_training_state(
+    checkpoint: Checkpoint, engine: Any, parallel: ParallelContext, *, with_memory: bool = True
+) -> None:
+    """Restores this rank's masters, moments, step counters, routing statistics, the memory of the streams that were
+    assigned to this rank (not without `with_memory`), loss scale and RNG state. Nothing is communicated."""
+    reader, config = Reader(checkpoint), engine.module.config
+    saved = reader.read_metadata().state_dict_metadata
+    shapes = dict(_local_shapes(engine.module))
+    state: State = {}
+    for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
+        for kind, value in {"master": piece.master, **piece.moments}.items():
+            fragments = _fragments(value, piece.start, piece.name, shapes[piece.name], config, parallel)
+            state[_saved_as(reader, kind, piece.name, config)] = fragments
+    for name, statistics in routing_statistics(engine.module):
+        state |= {_routing_key(name, key): whole(value) for key, value in statistics.state().items()}
+    memories: list[tuple[LayerMemory, Tensor]] = []
+    for name, memory in layer_memories(engine.module) if with_memory else ():
+        if (there := saved.get(f"memory/{name}")) is not None:
+            kept = _empty_memory(there, memory, config, parallel)
+            state[f"memory/{name}"] = _memory_fragments(memory, kept, config, parallel)
+            memories.append((memory, kept))
+    # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
+    # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
+    generator = torch.get_rng_state()
+    has_generator = sum(name.startswith("rng/") for name in saved) == dist.get_world_size()
+    if has_generator:
+        state[_rng_key(dist.get_rank())] = whole(generator)
+
+    read(reader, checkpoint, state)
+
+    for memory, kept in memories:
+        memory.kept = kept.to(memory.streams.device)
+    if has_generator:
+        torch.set_rng_state(generator)
+    set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
+    for key, value in (checkpoint.state["loss_scaler"] or {}).items():
+        setattr(engine.optimizer.loss_scaler, key, value)
+
+
+def read(reader: Reader, checkpoint: Checkpoint, state: State) -> None:
+    """Fills `state` in place, on this rank alone. Raises UserError with what is missing."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
+        try:
+            dcp.load(state, storage_reader=reader, planner=LoadPlanner(f"checkpoint {checkpoint.path}"), no_dist=True)
+        except dcp.CheckpointException as failure:
+            error, _ = next(iter(failure.failures.values()))
+            raise error from None
+
+
+def _local_shapes(module: Any) -> Iterator[tuple[str, torch.Size]]:
+    """Shape of this rank's shard of every parameter; ZeRO 3 leaves none on the parameter itself."""
+    for name, parameter in module.named_parameters():
+        yield name, getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _fragments(
+    flat: Tensor, start: int, name: str, local_shape: Any, config: ModelConfig, parallel: ParallelContext
+) -> Fragments:
+    """Elements start .. start + len(flat) of this rank's flattened shard of a parameter."""
+    dim, (part, _) = sharded_dim(name, config), shard_place(name, config, parallel)
+    return flat_range(
+        flat,
+        start,
+        local_shape=local_shape,
+        shape=full_shape(list(local_shape), name, config, parallel),
+        dim=dim,
+        offset=0 if dim is None else part * local_shape[dim],
+    )
+
+
+def _saved_as(reader: Reader, kind: str, name: str, config: ModelConfig) -> str:
+    """The tensor to restore `name` from: the first stage's embedding where no last stage saved its copy."""
+    key = f"{kind}/{name}"
+    return key if key in reader.read_metadata().state_dict_metadata else f"{kind}/{owner_of(name, config)}"
+
+
+def _memory_fragments(memory: LayerMemory, kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Fragments:
+    """`kept` [n, m, d]: rows of neighbouring streams together; under sequence parallelism this rank's tokens of every
+    chunk of sequence_length tokens apart."""
+    ranks = parallel.token_shards
+    share = config.sequence_length // ranks if ranks > 1 else kept.shape[1]
+    streams, chunks, row = memory.streams.tolist(), [], 0
+    while row < len(streams):
+        end = row + 1
+        while end < len(streams) and streams[end] == streams[end - 1] + 1:
+            end += 1
+        for number, token in enumerate(range(0, kept.shape[1], share)):
+            place = (streams[row], (number * ranks + parallel.tensor_rank) * share if ranks > 1 else 0, 0)
+            chunks.append(Chunk(place, kept[row:end, token : token + share]))
+        row = end
+    return Fragments((memory.num_streams, kept.shape[1] * ranks, kept.shape[2]), chunks)
+
+
+def _empty_memory(saved: Any, memory: LayerMemory, config: ModelConfig, parallel: ParallelContext) -> Tensor:
+    """[n, m, d] for the streams of this rank, in the dtype of the run that saved it."""
+    if saved.size[0] != memory.num_streams:
+        raise UserError(
+            f"batch.global_sequences: the checkpoint holds the memory of {saved.size[0]} streams of text, this run "
+            f"reads {memory.num_streams}; set batch.global_sequences to {saved.size[0]}, as Transformer-XL memory "
+            f"needs it"
+        )
+    tokens = saved.size[1] // parallel.token_shards
+    return torch.empty(len(memory.streams), tokens, config.d_model, dtype=saved.properties.dtype)
+
+
+def _routing_key(name: str, key: str) -> str:
+    """`routing/NAME` is the mean routing distribution, the only statistic of most routers."""
+    return f"routing/{name}" if key == "probability" else f"routing/{name}/{key}"
+
+
+def _rng_key(rank: int) -> str:
+    return f"rng/cpu/{rank:05d}"
+
+
+def _loss_scaler(engine: Any) -> dict[str, Any] | None:
+    """State of DeepSpeed's dynamic loss scaling; None but for fp16."""
+    if not engine.fp16_enabled():
+        return None
+    return {key: getattr(engine.optimizer.loss_scaler, key) for key in LOSS_SCALER_FIELDS}
+
+
+def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
+    """Sizes of the parallel dimensions: for people, and for what is said when they change; loading needs none."""
+    return {
+        "data": parallel.data_size,
+        "tensor": parallel.tensor_size,
+        "pipeline": parallel.pipeline_size,
+        "expert": parallel.expert_size,
+        "zero": engine.zero_optimization_stage(),
+    }
+
+
+def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Shape of every parameter of the model by canonical name."""
+    return {name: list(p.shape) for name, p in build_on_meta(config).named_parameters()}
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """What computes: recorded in every checkpoint, and compared on resume."""
+    import deepspeed
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "git": git.stdout.strip() or None,
+    }

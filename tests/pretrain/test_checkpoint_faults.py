@@ -1,0 +1,252 @@
+"""Disks that fill up, files that rot, and SIGKILL at any moment of a save: one message, and a whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain.checkpoint.storage
+from pretrain.agreement import PeerFailed
+from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.resume import newest_valid
+from tests.harness import RankFailed, run_ranks
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import DROPOUTS, assert_bit_identical, curve, train_runs
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many bytes, or makes it so large. Skips where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(size: int) -> Path:
+        options = f"size={size}{',remount' if os.path.ismount(place) else ''}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"mounting needs root: {done.stderr.decode().strip()}")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def train_to_the_message(rank: int, config: Config, run_dir: Path) -> str:
+    """The message with which training ends on rank 0, empty if it succeeds."""
+    try:
+        train_runs(rank, [(config, run_dir)])
+    except UserError as error:
+        return str(error)
+    except PeerFailed:
+        return "of another rank"
+    return ""
+
+
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.slow)])
+def test_a_full_disk(prepared: Path, tmp_path: Path, small_disk: Callable[[int], Path], asynchronous: str) -> None:
+    """Room for one checkpoint: the second fails and training goes on; after the third it stops. With more room the run
+    continues from the first."""
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", *DROPOUTS)
+    config = small_config(prepared, *keys, f"checkpoint.asynchronous={asynchronous}")
+    run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
+    one = sum(f.stat().st_size for f in list_checkpoints(tmp_path / "unbroken" / "checkpoints")[-1].iterdir())
+    run_dir, disk = tmp_path / "run", small_disk(one * 17 // 10)
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(disk)
+    message, other = run_ranks(train_to_the_message, 2, config, run_dir)
+    assert other == "of another rank"
+    assert re.search(r"rank \d could not save .*No space left on device after [\d,]+ of [\d,]+ bytes; ", message), (
+        message
+    )
+    for words in ("step-00000006.partial", "bytes are free there", "newest checkpoint is", "step-00000002"):
+        assert words in message, message
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events if e["event"].startswith("checkpoint")] == [
+        ("checkpoint", 2),
+        ("checkpoint_failed", 4),
+        ("checkpoint_failed", 6),
+    ]
+    assert [path.name for path in disk.iterdir()] == ["step-00000002"]
+    small_disk(one * 6)
+    run_ranks(train_runs, 2, [(config, run_dir)])
+    assert_bit_identical(run_dir, tmp_path / "unbroken")
+
+
+def test_a_disk_that_is_cleared_in_time(prepared: Path, tmp_path: Path) -> None:
+    """One failed save costs nothing but itself."""
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    config = small_config(prepared, *keys)
+    run_ranks(train_with_one_full_disk, 2, config, tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002", "step-00000006"]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    failed = [e for e in events if e["event"] == "checkpoint_failed"]
+    assert [e["step"] for e in failed] == [4] and "rank 1 could not save" in failed[0]["reason"]
+    assert "finished" in [e["event"] for e in events]
+
+
+def train_with_one_full_disk(rank: int, config: Config, run_dir: Path) -> None:
+    write = pretrain.checkpoint.storage._write_all
+
+    def refuse_once(file: Any, block: Any) -> int:
+        if rank == 1 and "step-00000004" in str(file.name):
+            raise OSError(28, "No space left on device")
+        return write(file, block)
+
+    pretrain.checkpoint.storage._write_all = refuse_once
+    train_runs(rank, [(config, run_dir)])
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "rank-00001.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(folder: Path, name: str = "rank-00000.safetensors", place: int = -100) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[place] ^= 4
+    (folder / name).write_bytes(content)
+
+
+def make_unreadable(folder: Path) -> None:
+    """What permissions do to a user; root reads all the same, so a folder takes the place of the file."""
+    if os.geteuid():
+        folder.chmod(0)
+    else:
+        (folder / "state.json").unlink()
+        (folder / "state.json").mkdir()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated file": (truncate, r"rank-00001\.safetensors is \d+ bytes, not \d+ bytes"),
+    "flipped bit": (flip_a_bit, r"rank-00000\.safetensors does not match its sha256"),
+    "flipped bit in the index": (
+        lambda folder: flip_a_bit(folder, "tensors.json"),
+        r"tensors\.json does not match its sha256",
+    ),
+    "flipped bit in the state": (
+        lambda folder: flip_a_bit(folder, "state.json", 30),
+        r"state\.json (does not match commit\.json|or commit\.json cannot be read)",
+    ),
+    "missing file": (
+        lambda folder: (folder / "rank-00000.safetensors").unlink(),
+        r"rank-00000\.safetensors is missing",
+    ),
+    "missing marker": (lambda folder: (folder / "commit.json").unlink(), r"commit\.json cannot be read \(No such file"),
+    "unreadable folder": (make_unreadable, r"state\.json cannot be read \((Is a directory|Permission denied)\)"),
+}
+
+
+def open_after_damage(rank: int, folder: Path) -> dict[str, tuple[str | None, list[str]]]:
+    """What resuming would choose, of copies of a run's checkpoints whose newest is damaged in each way."""
+    found = {}
+    for name in DAMAGES:
+        paths = list_checkpoints(folder / name)[::-1]
+        checkpoint, reasons = newest_valid(paths, rank=rank, world_size=2)
+        found[name] = (checkpoint.path.name if checkpoint else None, reasons)
+    return found
+
+
+def test_damage_is_named_and_the_checkpoint_before_serves(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    config = small_config(prepared, *keys)
+    run_ranks(train_runs, 2, [(config, tmp_path / "run")])
+    expected = curve(tmp_path / "run")
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / name)
+        damage(tmp_path / name / "step-00000006")
+    for rank in run_ranks(open_after_damage, 2, tmp_path):
+        for name, (_, words) in DAMAGES.items():
+            newest, reasons = rank[name]
+            assert newest == "step-00000004" and len(reasons) == 1
+            assert re.search(words, reasons[0]), (name, reasons[0])
+            assert "step-00000006" in reasons[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "truncated file", tmp_path / "run" / "checkpoints")
+    run_ranks(train_runs, 2, [(config, tmp_path / "run")])
+    assert curve(tmp_path / "run") == expected
+
+
+def kill_after(count: int) -> None:
+    """This process kills itself before its `count`-th operation on files of a checkpoint."""
+    left = [count]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            # rmtree names what it removes relative to a folder's descriptor.
+            if "dir_fd" in options or "checkpoints" in f"{getattr(args[0], 'name', args[0])}":
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    storage = pretrain.checkpoint.storage
+    storage._write_all = counted(storage._write_all)
+    storage.write_json = counted(storage.write_json)
+    storage.sync_directory = counted(storage.sync_directory)
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def train_and_die(rank: int, config: Config, run_dir: Path, victim: int, count: int) -> None:
+    if rank == victim:
+        kill_after(count)
+    train_runs(rank, [(config, run_dir)])
+
+
+def dies(config: Config, run_dir: Path, victim: int, count: int) -> bool:
+    """Whether the run lived long enough for the victim to die."""
+    try:
+        run_ranks(train_and_die, 2, config, run_dir, victim, count)
+    except RankFailed as failure:
+        message = str(failure)
+    else:
+        return False
+    assert "exit code -9" in message or "died without a word" in message or "Connection" in message, message
+    return True
+
+
+def check_kills(prepared: Path, tmp_path: Path, steps: int, kills: list[tuple[int, int]]) -> int:
+    """Starts a run again and again; each time a rank dies before its n-th operation. Returns how many died."""
+    keys = (f"train.steps={steps}", "evaluate.sequences=0", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
+    config = small_config(prepared, *keys, *DROPOUTS)
+    run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
+    run_dir, died, newest = tmp_path / "killed", 0, 0
+    for victim, count in kills:
+        died += dies(config, run_dir, victim, count)
+        paths = list_checkpoints(run_dir / "checkpoints")
+        for path in paths:  # what has the name of a checkpoint is one
+            assert Checkpoint.open(path).damaged_file() is None
+        found = step_of(paths[-1]) if paths else 0
+        assert found >= newest, "a checkpoint was lost"
+        newest = found
+    run_ranks(train_runs, 2, [(config, run_dir)])
+    assert_bit_identical(run_dir, tmp_path / "unbroken")
+    assert not list((run_dir / "checkpoints").glob("*.partial"))
+    return died
+
+
+def test_killed_during_some_saves(prepared: Path, tmp_path: Path) -> None:
+    assert check_kills(prepared, tmp_path, 6, [(0, 5), (1, 150)]) == 2
+
+
+@pytest.mark.slow
+def test_killed_before_every_kind_of_operation(prepared: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    kills = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    kills += [(draw.randint(0, 1), draw.randint(0, 400)) for _ in range(20)]
+    assert check_kills(prepared, tmp_path, 60, kills) == len(kills)

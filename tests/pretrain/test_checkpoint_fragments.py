@@ -1,0 +1,107 @@
+"""Flat pieces as rectangles: every element once, in order, few, and read back through DCP from any other cut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, rectangles, whole
+from pretrain.checkpoint.planners import SavePlanner
+from pretrain.checkpoint.state import read
+from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
+from pretrain.errors import UserError
+
+SHAPES = [(), (1,), (7,), (1, 5), (3, 4), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 3, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rectangles_are_the_range(shape: tuple[int, ...]) -> None:
+    number = torch.arange(math.prod(shape)).view(shape)
+    for start, stop in itertools.combinations_with_replacement(range(math.prod(shape) + 1), 2):
+        parts = rectangles(shape, start, stop)
+        assert len(parts) <= max(1, 2 * len(shape) - 1)
+        elements: list[int] = []
+        for offsets, sizes in parts:
+            elements += number[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].flatten().tolist()
+        assert elements == list(range(start, stop))
+
+
+def save(folder: Path, state: dict[str, Fragments]) -> Checkpoint:
+    """One rank's save of `state`; several ranks' saves are in the matrix of layouts."""
+    writer = Writer(folder / "step-00000001", {"format_version": 2})
+    dcp.save(state, storage_writer=writer, planner=SavePlanner(), no_dist=True)
+    return Checkpoint.open(folder / "step-00000001")
+
+
+@pytest.mark.parametrize("dim, parts", [(0, 1), (0, 3), (1, 2), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_another_cut_reads_the_same_elements(tmp_path: Path, dim: int, parts: int, dtype: torch.dtype) -> None:
+    """Saved as flat pieces of shards along `dim`, read as flat pieces of shards along another dimension."""
+    full = torch.arange(3 * 4 * 6).view(3, 4, 6).to(dtype)
+    chunks: list[Chunk] = []
+    for part, shard in enumerate(full.chunk(parts, dim)):
+        flat, offset = shard.reshape(-1).clone(), part * shard.shape[dim]
+        for start, stop in itertools.pairwise([0, 1, 5, 6, flat.numel()]):
+            piece = flat_range(
+                flat[start:stop], start, local_shape=shard.shape, shape=full.shape, dim=dim, offset=offset
+            )
+            chunks += [Chunk(tuple(place), values) for place, values in piece.chunks.items()]
+    checkpoint = save(tmp_path, {"x": Fragments(full.shape, chunks), "scalar": whole(torch.tensor(3.5))})
+    for other, pieces in ((0, 1), (1, 4), (2, 3)):
+        for part, shard in enumerate(full.chunk(pieces, other)):
+            target = torch.zeros(shard.numel(), dtype=dtype)[2:-1]
+            where = {"dim": other, "offset": part * shard.shape[other]}
+            piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)  # type: ignore[arg-type]
+            scalar = torch.tensor(0.0)
+            read(Reader(checkpoint), checkpoint, {"x": piece, "scalar": whole(scalar)})
+            assert torch.equal(target, shard.reshape(-1)[2:-1]) and scalar == 3.5
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, {"x": Fragments((4,), [Chunk((0,), torch.ones(3))])})
+    state: dict[str, Any]
+    for state, words in [
+        ({"x": whole(torch.empty(4))}, r"x is incomplete \(3 of 4 elements\)"),
+        ({"x": whole(torch.empty(5))}, r"x has shape \[4\], the model's is \[5\]"),
+        ({"y": whole(torch.empty(4))}, "holds no y"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            read(Reader(checkpoint), checkpoint, state)
+    (checkpoint.path / "tensors.json").write_text('{"files": ["../x"], "tensors": {}}')
+    with pytest.raises(
+        DamagedCheckpoint, match=r"tensors\.json cannot be read .*names files that state\.json does not"
+    ):
+        Reader(checkpoint).read_metadata()
+
+
+def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    twice = Fragments((4,), [Chunk((0,), torch.ones(3)), Chunk((2,), torch.ones(2))])
+    with pytest.raises(dcp.CheckpointException, match="overlapping chunks"):
+        save(tmp_path, {"x": twice})
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_plain_safetensors_with_their_sha256(tmp_path: Path) -> None:
+    from pretrain.atomic import sha256
+
+    tensors = {
+        "odd": torch.arange(5, dtype=torch.uint8),
+        "large": torch.randn(3, 1 << 21),  # more than a block
+        "slice": torch.arange(12.0).view(3, 4)[:, 1:3],
+        "empty": torch.zeros(0, 3, dtype=torch.float64),
+        "scalar": torch.tensor(2, dtype=torch.int64),
+    }
+    entries = [Entry(name, t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
+    written = write_safetensors(tmp_path / "file", entries)
+    assert written == {"bytes": (tmp_path / "file").stat().st_size, "sha256": sha256(tmp_path / "file")}
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())

@@ -1,0 +1,114 @@
+"""A checkpoint of any layout continues in any other one: what is loaded is what was saved, bit by bit, and the next
+losses and gradient norms are those of the run that was never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.config import Config
+from pretrain.engine import parallel_context
+from pretrain.loop import build_trainer
+from pretrain.sources import Sources
+from tests.harness import run_ranks
+from tests.pretrain.matrix import Layout, config_of
+from tests.pretrain.runs import plain_trace
+from tests.pretrain.saved import whole_tensors
+from tests.pretrain.test_checkpoint import COMPARED, metrics, train_runs
+
+SAVED_AT, STEPS = 3, 8
+EVERYTHING = Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)
+OTHERS = {
+    "one process": Layout(),
+    "DP4 ZeRO-3": Layout(data=4, zero=3),
+    "TP2 DP2": Layout(tensor=2, data=2, zero=2),
+    "PP4": Layout(pipeline=4),
+}
+SEEDS = {("switchall", True): 3, ("switchall xl", False): 41}
+"""As those of matrix.py, over 8 steps."""
+
+
+def load_and_save(rank: int, config: Config, source: Path, target: Path) -> None:
+    """A checkpoint as this layout holds it, saved again before any step."""
+    checkpoint = Checkpoint.open(source)
+    trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), checkpoint)
+    trainer.saver.save(target, checkpoint.progress, extra={}, retention=Retention(keep_last=9))
+    trainer.saver.finish()
+    trainer.engine.destroy()
+
+
+def load_save_train(rank: int, tasks: list[tuple[Config, Path, Path]], runs: list[tuple[Config, Path]]) -> None:
+    for task in tasks:
+        load_and_save(rank, *task)
+    train_runs(rank, runs)
+
+
+def assert_same_state(ours: Path, theirs: Path) -> None:
+    """Bit by bit, but for the generators of another number of ranks and a last stage's copy of a tied embedding."""
+    kinds = ("master/", "exp_avg/", "exp_avg_sq/", "memory/", "routing/")
+    found, expected = (whole_tensors(list_checkpoints(folder)[-1], prefixes=kinds) for folder in (ours, theirs))
+    assert found.keys() == expected.keys()
+    assert {name.partition("/")[0] + "/" for name in found} >= {"master/", "exp_avg/", "exp_avg_sq/", "routing/"}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    opened = [Checkpoint.open(list_checkpoints(folder)[-1]).state for folder in (ours, theirs)]
+    assert opened[0]["optimizer_steps"] == opened[1]["optimizer_steps"] == SAVED_AT
+
+
+def assert_same_curve(ours: Path, theirs: Path, what: str) -> None:
+    rows = list(zip(metrics(ours), metrics(theirs), strict=True))
+    assert len(rows) == STEPS
+    for own, other in rows:
+        for key in COMPARED:
+            assert own[key] == pytest.approx(other[key], rel=1e-5), f"{what}: {key} of step {own['step']}"
+
+
+def check(
+    prepared: Path, tmp_path: Path, model: str, with_dropouts: bool, home: Layout, others: dict[str, Layout]
+) -> None:
+    seed = SEEDS[model, with_dropouts]
+
+    def config(layout: Layout, *more: str) -> Config:
+        keys = (f"train.steps={STEPS}", f"train.seed={seed}", "evaluate.sequences=0", *more)
+        return config_of(prepared, model, layout, *keys, with_dropouts=with_dropouts)
+
+    assert plain_trace(config(Layout(micro=8)), STEPS, ()).smallest_margin > 1e-5
+    stop = f"train.stop_after_steps={SAVED_AT}"
+    first = [(config(home), tmp_path / "unbroken"), (config(home, stop), tmp_path / "saved")]
+    run_ranks(train_runs, home.ranks, first, timeout_seconds=900)
+    saved = list_checkpoints(tmp_path / "saved" / "checkpoints")[-1]
+    for ranks in sorted({layout.ranks for layout in others.values()}):
+        tasks, runs = [], []
+        for name, layout in others.items():
+            if layout.ranks == ranks:
+                tasks.append((config(layout), saved, tmp_path / f"{name} again"))
+                shutil.copytree(tmp_path / "saved", tmp_path / f"to {name}")
+                runs.append((config(layout), tmp_path / f"to {name}"))
+                runs.append((config(layout, stop), tmp_path / f"from {name}"))
+        run_ranks(load_save_train, ranks, tasks, runs, timeout_seconds=900)
+    back = [(config(home), tmp_path / f"from {name}") for name in others]
+    tasks = [
+        (config(home), list_checkpoints(tmp_path / f"from {n}" / "checkpoints")[-1], tmp_path / f"back {n}")
+        for n in others
+    ]
+    run_ranks(load_save_train, home.ranks, tasks, back, timeout_seconds=900)
+    for name in others:
+        assert_same_state(tmp_path / f"{name} again", tmp_path / "saved" / "checkpoints")
+        assert_same_curve(tmp_path / f"to {name}", tmp_path / "unbroken", f"to {name}")
+        assert_same_curve(tmp_path / f"from {name}", tmp_path / "unbroken", f"from {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, with_dropouts", SEEDS)
+def test_every_dimension_to_others_and_back(prepared: Path, tmp_path: Path, model: str, with_dropouts: bool) -> None:
+    check(prepared, tmp_path, model, with_dropouts, EVERYTHING, OTHERS)
+
+
+def test_some_dimensions(prepared: Path, tmp_path: Path) -> None:
+    """Sequence-parallel stages with memory, to data-parallel ranks that share everything out."""
+    home = Layout(tensor=2, sequence=True, pipeline=2)
+    check(prepared, tmp_path, "switchall xl", False, home, {"DP2 ZeRO-3": Layout(data=2, zero=3)})

@@ -1,0 +1,130 @@
+"""Saving behind the training: the state of the step it is named after, in files of its size, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.checkpoint.storage import Writer
+from pretrain.config import Config
+from pretrain.engine import parallel_context
+from pretrain.loop import Trainer, build_trainer
+from pretrain.progress import Progress
+from pretrain.sources import Sources
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config
+from tests.pretrain.saved import whole_tensors
+from tests.pretrain.test_checkpoint import train_runs
+
+
+def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[int]:
+    """Holds every write back until the training has done two more steps. Returns the steps done when each began."""
+    taken, began = [0], []
+    condition = threading.Condition()
+    step, write = Trainer.step, Writer.write_data
+
+    def counted(trainer: Trainer, progress: Progress) -> Any:
+        result = step(trainer, progress)
+        with condition:
+            taken[0] += 1
+            condition.notify_all()
+        return result
+
+    def held(writer: Writer, *args: Any) -> Any:
+        saved = int(writer.final.name.removeprefix("step-"))
+        with condition:
+            wanted = min(saved + 2, config.train.steps)
+            assert condition.wait_for(lambda: taken[0] >= wanted, timeout=60), "training waited for the write"
+            began.append(taken[0])
+        return write(writer, *args)
+
+    Trainer.step, Writer.write_data = counted, held  # type: ignore[method-assign]
+    train_runs(rank, [(config, run_dir)])
+    return began
+
+
+def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_path: Path) -> None:
+    keys = ("model.position.type=xl", "train.steps=9", "evaluate.sequences=0", "checkpoint.every_steps=3")
+    at_once = small_config(prepared, *keys, "checkpoint.asynchronous=false")
+    run_ranks(train_runs, 2, [(at_once, tmp_path / "at once")])
+    began = run_ranks(train_while_a_save_waits, 2, small_config(prepared, *keys), tmp_path / "behind")
+    assert began == [[5, 8, 9]] * 2
+    for step in (3, 6, 9):
+        ours, theirs = (tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("behind", "at once"))
+        found, expected = whole_tensors(ours), whole_tensors(theirs)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def save_large(rank: int, config: Config, folder: Path) -> int:
+    """Bytes of master weights and moments, over all ranks, of a model whose state is then saved."""
+    trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
+    trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))
+    trainer.saver.finish()
+    return 12 * sum(p.numel() for p in trainer.engine.module.parameters())
+
+
+@pytest.mark.slow
+def test_files_of_a_large_state_are_of_its_size(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(
+        prepared,
+        "model.d_model=512",
+        "model.attention.head_dim=64",
+        'model.feedforward={"type": "sigma_moe", "num_experts": 64, "expert_size": 128, "active_experts": 2}',
+    )
+    size = run_ranks(save_large, 2, config, tmp_path)[0]
+    files = sum(file.stat().st_size for file in list_checkpoints(tmp_path)[0].iterdir())
+    assert size >= 200e6
+    assert size <= files <= 1.05 * size
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> list[Path]:
+    """Checkpoints of steps 100, 200 ... 800, with a validation loss at every second one."""
+    losses = {200: 3.0, 400: 2.5, 600: 2.75, 800: 2.5}
+    for step in range(100, 900, 100):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"validation_loss": losses.get(step)}))
+    return list_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rules, steps",
+    [
+        ({"keep_last": 2}, {700, 800}),
+        ({"keep_last": 1, "keep_every_steps": 300}, {300, 600, 800}),
+        ({"keep_last": 1, "keep_best": 1}, {400, 800}),
+        ({"keep_last": 1, "keep_best": 3}, {400, 600, 800}),
+        ({"keep_last": 2, "keep_every_steps": 500, "keep_best": 9}, {200, 400, 500, 600, 700, 800}),
+        ({"keep_last": 20}, set(range(100, 900, 100))),
+    ],
+)
+def test_retention(saved: list[Path], rules: dict[str, int], steps: set[int]) -> None:
+    Retention(**rules).apply(saved[0].parent)
+    assert {int(path.name.removeprefix("step-")) for path in list_checkpoints(saved[0].parent)} == steps
+    assert not list(saved[0].parent.glob("*.partial"))
+
+
+def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=8", "evaluate.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    keep = ("checkpoint.keep_every_steps=3", "checkpoint.keep_best=2", "optimizer.learning_rate=0.05")
+    run_ranks(train_runs, 2, [(small_config(prepared, *keys, *keep), tmp_path)])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    losses = {e["step"]: e["loss"] for e in events if e["event"] == "validation"}
+    assert sorted(losses) == [2, 4, 6, 8]
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    paths = list_checkpoints(tmp_path / "checkpoints")
+    assert {int(path.name.removeprefix("step-")) for path in paths} == {3, 6, 8, *best}
+    for path in paths:
+        checkpoint = Checkpoint.open(path)
+        assert checkpoint.state["validation_loss"] == losses.get(checkpoint.progress.step)
+    written = [e for e in events if e["event"] == "checkpoint"]
+    assert [e["step"] for e in written] == list(range(1, 9))
+    assert all(0 < e["stall_seconds"] <= e["seconds"] for e in written)
