@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -64,7 +65,7 @@ def _written_elsewhere(folder: Path, age: float, **changes: object) -> Path:
 
 def test_an_owner_on_another_machine_lives_by_its_signs_of_life(tmp_path: Path) -> None:
     _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS - 5)
-    with pytest.raises(UserError, match="process 1 on node7, last sign of life 5[45] s ago"):
+    with pytest.raises(UserError, match=r"process 1 on node7, last sign of life 5[45] s ago"):
         FolderLock(tmp_path)
     _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS + 5)
     assert FolderLock(tmp_path).taken_over == ["process 1 on node7"]
@@ -106,10 +107,8 @@ def test_of_many_takers_exactly_one_gets_it(tmp_path: Path) -> None:
 
         def take() -> None:
             barrier.wait()  # noqa: B023
-            try:
+            with contextlib.suppress(UserError):
                 winners.append(FolderLock(folder))  # noqa: B023
-            except UserError:
-                pass
 
         takers = [threading.Thread(target=take) for _ in range(6)]
         for taker in takers:
