@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -70,21 +71,16 @@ def wait_for_moment(moment: str, run_dir: Path, launcher: subprocess.Popen[bytes
         if moment == "step" and len(_lines(run_dir)) >= wanted:
             time.sleep(draw.uniform(0.0, 0.2))
             return
-        # Not what an earlier start left: that is removed by this start's first save.
-        if moment == "save" and len(_lines(run_dir)) > steps and _files_of_partials(run_dir):
+        if moment == "save" and any((run_dir / "checkpoints").glob("step-*.partial/*")):
             time.sleep(draw.choice((0.0, draw.uniform(0.0, 0.06))))
             return
         time.sleep(0.0005 if moment == "save" else 0.01)
     raise AssertionError(f"waited {SECONDS_TO_START} s for: {moment}")
 
 
-def _files_of_partials(run_dir: Path) -> list[Path]:
-    newest = list_checkpoints(run_dir / "checkpoints")[-1:]
-    floor = newest[0].name if newest else ""
-    return [p for p in (run_dir / "checkpoints").glob("step-*.partial/*") if p.parent.name > floor]
-
-
 def kill_once(prepared: Path, run_dir: Path, moment: str, victim: str, draw: random.Random) -> Kill:
+    for stale in (run_dir / "checkpoints").glob("*.partial"):  # so that what is found afterwards is of this start
+        shutil.rmtree(stale)
     launcher = subprocess.Popen(
         command(2, prepared, run_dir, *KEYS),
         cwd=run_dir.parent,
@@ -92,8 +88,6 @@ def kill_once(prepared: Path, run_dir: Path, moment: str, victim: str, draw: ran
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for stale in (run_dir / "checkpoints").glob("*.partial"):  # so that what is found afterwards is of this start
-        stale.rename(stale.with_name(f"seen-{time.time_ns()}"))
     wait_for_moment(moment, run_dir, launcher, draw)
     steps, ranks = len(_lines(run_dir)), ranks_of(launcher)
     tree = [launcher.pid, *(p.ppid() for p in ranks), *(p.pid for p in ranks)]
