@@ -73,7 +73,7 @@ def check(
     seed = SEEDS[model, with_dropouts]
 
     def config(layout: Layout, *more: str) -> Config:
-        keys = (f"train.steps={STEPS}", f"train.seed={seed}", "evaluate.sequences=0", *more)
+        keys = (f"train.stop_after_steps={STEPS}", f"train.seed={seed}", "evaluate.sequences=0", *more)
         return config_of(prepared, model, layout, *keys, with_dropouts=with_dropouts)
 
     assert plain_trace(config(Layout(micro=8)), STEPS, ()).smallest_margin > 1e-5
