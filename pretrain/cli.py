@@ -102,15 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def preflight(config: Config, world_size: int, run_dir: Path) -> tuple[Sources, int]:
-    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size."""
+def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
+    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
+    `device` (cuda or cpu) is that of the ranks, None for this host's."""
     from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
     from pretrain.device import device_type
     from pretrain.resume import candidates, changed_settings
     from pretrain.sources import open_sources
 
     data_size = check_ranks(config, world_size)
-    check_device(config, device_type())
+    check_device(config, device or device_type())
     sources = open_sources(config)
     sources.check("size")
     for path in candidates(config, run_dir):

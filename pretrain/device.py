@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
+from pretrain.slurm import launcher_variables
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process in the job, from the launcher's environment; a single process without one."""
+    """The place of this process in the job, from the environment of the launcher or of srun; a single process without
+    one."""
 
     rank: int
     local_rank: int
@@ -31,12 +33,9 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
+        """Under srun also sets the variables that a launcher would have set. Raises UserError."""
         env = os.environ
-        if "WORLD_SIZE" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            raise UserError(
-                f"launch: srun started {env['SLURM_STEP_NUM_TASKS']} tasks without telling them their ranks; start one "
-                f"`deepspeed` per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-            )
+        env.update(launcher_variables(env))
         world_size = int(env.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(env.get("RANK", "0")),
