@@ -69,8 +69,7 @@ def script(
     for option in more_options:
         if not option.startswith("--") or option == "--":
             raise UserError(f"--sbatch {option}: write a long option of sbatch, e.g. --sbatch=--gres=gpu:8")
-        key, value = _key_value(option.removeprefix("--"))
-        merged[key] = value
+        merged.update([_key_value(option.removeprefix("--"))])
     lines = ["#!/bin/bash"]
     for key, value in merged.items():
         if value is not None:
