@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/slurm/submit_data_prep.py",
         description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
-        "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `python -m data_prep run`.",
+        "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON config, see configs/data/")
