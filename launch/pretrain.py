@@ -7,8 +7,14 @@ from pathlib import Path
 # Python puts this file's folder first, where `import pretrain` would find this very file instead of the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import model.openmp  # noqa: E402, F401  # before anything imports torch
-from pretrain.cli import main  # noqa: E402
+from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop = Stop()
+    if not {"--dry-run", "--help", "-h"} & set(sys.argv):
+        stop.install(launched=is_launched())  # before the slow imports
+
+    import model.openmp  # noqa: F401  # before anything imports torch
+    from pretrain.cli import main
+
+    sys.exit(main(stop=stop))

@@ -41,21 +41,12 @@ from model.parallel.sharding import Axis, full_shape, local_part, owner_of, shar
 from pretrain.atomic import sha256, sync_directory, write_json
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
+from pretrain.progress import Progress
 from pretrain.zero_state import MOMENTS, optimizer_steps, pieces, set_optimizer_steps
 
 FORMAT_VERSION = 1
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 STATE_FILE = "state.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The position of a run: what, beside tensors, decides its future."""
-
-    step: int
-    """Optimizer steps done."""
-    consumed_sequences: int
-    """Positions of the data order consumed."""
 
 
 class DamagedCheckpoint(UserError):
@@ -71,7 +62,7 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        return Progress(**self.state["progress"])
+        return Progress.from_json(self.state["progress"])
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -188,7 +179,7 @@ def save(
             partial / STATE_FILE,
             {
                 "format_version": FORMAT_VERSION,
-                "progress": vars(progress),
+                "progress": progress.to_json(),
                 "optimizer_steps": optimizer_steps(engine),
                 "loss_scaler": _loss_scaler(engine),
                 "parameters": full_shapes(engine.module.config),

@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 from data_prep.shard_format import DataError
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, load_config, to_json
-from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode, exit_codes_help
+from pretrain.resilience.signals import Stage, Stop
 from pretrain.rules import check_device, check_ranks, smallest_world
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretrains a SwitchAll, SwitchHead or dense language model. Without the deepspeed launcher "
         "(python launch/pretrain.py ...) it trains as one process.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=keys_help(),
+        epilog=f"{exit_codes_help()}\n\n{keys_help()}",
     )
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="the run as JSON, e.g. configs/switchall_tiny.json"
@@ -69,18 +71,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of every rank. Returns the exit code: 0 done, 2 refused, 3 diverged."""
-    from pretrain.device import Ranks, die_with_parent
+def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
+    from pretrain.device import Ranks
 
     args = build_parser().parse_args(arguments)
     try:
         ranks = Ranks.from_environment()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    if ranks.world_size > 1:
-        die_with_parent()
+        return ExitCode.REFUSED
     try:
         if args.ranks is not None and (not args.dry_run or args.ranks < 1):
             raise UserError(
@@ -94,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:
             print_derived(config, data_size, sources, run_dir)
-        return run(config, sources, run_dir, ranks)
+        return run(config, sources, run_dir, ranks, stop or Stop())
     except (UserError, DataError) as error:
         # Before the ranks have met, all of a node find the same fault: one of them says so.
         if ranks.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return ExitCode.REFUSED
 
 
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
@@ -137,29 +137,31 @@ def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     print_derived(config, data_size, sources, run_dir)
 
 
-def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks) -> int:
+def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Stop) -> int:
     """Joins the process group and trains."""
     from pretrain import device as devices
     from pretrain.agreement import PeerFailed, agreed
-    from pretrain.loop import EXIT_DIVERGED, Diverged, train
+    from pretrain.loop import train
+    from pretrain.resilience.guard import RunFailed, collective_timeout
 
-    device = devices.start(ranks, config.train.threads)
+    device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    stop.enter(Stage.STARTING)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times
             agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
-        train(config, sources, run_dir, device)
+        return train(config, sources, run_dir, device, stop)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return ExitCode.REFUSED
     except PeerFailed:
-        return EXIT_USER_ERROR
-    except Diverged as error:
+        return ExitCode.REFUSED
+    except RunFailed as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_DIVERGED
+        return error.code
     finally:
+        stop.enter(Stage.ENDING)
         devices.stop()
-    return 0
 
 
 def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:

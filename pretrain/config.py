@@ -150,6 +150,36 @@ class CheckpointConfig(Section):
     """Dotted keys (or sections) that may differ from the checkpoint's, e.g. ["optimizer.learning_rate"]."""
 
 
+class ResilienceConfig(Section):
+    """What a run does about faults."""
+
+    hang_timeout_seconds: Annotated[float, Field(ge=0.0)] = Field(540.0, json_schema_extra=FREE)
+    """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for so long has hung: the run
+    names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Longer than the longest
+    phase, shorter than NCCL's own limit (600). 0: off."""
+    max_skipped_updates: PositiveInt = Field(10, json_schema_extra=FREE)
+    """An update whose loss or gradient is not finite is skipped on all ranks; the run ends with code 3 once so many in
+    a row were. (Overflows that fp16 loss scaling handles do not count.)"""
+    spike_threshold: Annotated[float, Field(ge=0.0)] = Field(10.0, json_schema_extra=FREE)
+    """A loss is a spike if it exceeds the median of the last spike_window_steps losses by more than so many of their
+    standard deviations (1.4826 x median absolute deviation, at least 1% of the median). 0: off."""
+    spike_window_steps: Annotated[int, Field(ge=8)] = Field(128, json_schema_extra=FREE)
+    """Steps that a loss is compared with; nothing is a spike before a quarter of them were seen."""
+    spike_action: Literal["warn", "rollback"] = Field("warn", json_schema_extra=FREE)
+    """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and
+    never read that data: another course of the run, therefore not the default."""
+    spike_skip_steps: PositiveInt = Field(4, json_schema_extra=FREE)
+    """With rollback: the data of so many steps is left out, the spike's own and those before it."""
+    replica_check_every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
+    """Steps between comparisons of the weights that several ranks hold (a checksum of each parameter; one more before
+    every checkpoint), against silent corruption. Under ZeRO 3 only routing statistics and the small parameters that it
+    keeps whole have replicas. 0: off."""
+    replica_action: Literal["stop", "rollback"] = Field("stop", json_schema_extra=FREE)
+    """If replicas differ. stop: end with code 4. rollback: continue from the newest checkpoint."""
+    max_rollbacks: NonNegativeInt = Field(3, json_schema_extra=FREE)
+    """Rollbacks in the life of a run folder; one more ends the run: code 3 after a spike, 4 if replicas differ."""
+
+
 class MonitorConfig(Section):
     """What is written while training."""
 
@@ -196,6 +226,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     kernels: KernelsConfig = KernelsConfig()

@@ -19,6 +19,7 @@ from data_prep.shard_reader import Hold, SplitReader
 from pretrain.config import Config
 from pretrain.mixture import MixtureSchedule, whole_weights
 from pretrain.order import window_order
+from pretrain.progress import Range, positions
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,16 @@ class TrainingStream:
     schedule of the weights decides which one a position reads, and each has epochs of its own. With Transformer-XL
     memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
     position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory.
+
+    Positions in `skipped` are left out: "c consumed sequences" counts the others. With memory these ranges are whole
+    steps, and memory is empty after one, because what it held is not the text before.
     """
 
-    def __init__(self, reader: Windows, config: Config, *, data_rank: int, data_size: int) -> None:
+    def __init__(
+        self, reader: Windows, config: Config, *, data_rank: int, data_size: int, skipped: tuple[Range, ...] = ()
+    ) -> None:
         self._reader = reader
+        self._skipped = skipped
         self._seed = config.train.seed
         self._global = config.batch.global_sequences
         self._micro = config.batch.micro_sequences
@@ -169,7 +176,13 @@ class TrainingStream:
     def positions(self, consumed: int, micro_step: int) -> np.ndarray:
         """Positions in the run [micro_sequences] int64 of this rank's sequences."""
         first = consumed + (micro_step * self._size + self._rank) * self._micro
-        return np.arange(first, first + self._micro, dtype=np.int64)
+        return positions(np.arange(first, first + self._micro, dtype=np.int64), self._skipped)
+
+    def range_of(self, consumed: int, sequences: int) -> Range:
+        """The positions that `sequences` sequences after `consumed` others span; with memory those of whole steps."""
+        first, last = positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
+        unit = self._global if self._chunks else 1
+        return first // unit * unit, (last // unit + 1) * unit
 
     def batch(self, consumed: int, micro_step: int, device: torch.device) -> Batch:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
@@ -216,18 +229,27 @@ class TrainingStream:
 
     def streams(self) -> Tensor:
         """The streams [n] int64 that this rank reads in every step, by micro-step."""
-        return torch.from_numpy(np.concatenate([self.positions(0, m) for m in range(self.micro_steps)]))
+        own = np.concatenate([self.positions(0, m) for m in range(self.micro_steps)])
+        return torch.from_numpy(own % self._global)
 
     def begins(self, consumed: int) -> bool:
-        """Whether the step after `consumed` sequences reads the first window of every stream."""
-        return self._chunks > 0 and consumed // self._global % self._chunks == 0
+        """Whether the step after `consumed` sequences reads the first window of every stream, or one after a gap."""
+        if not self._chunks:
+            return False
+        before, first = positions(np.array([max(0, consumed - 1), consumed]), self._skipped).tolist()
+        return first // self._global % self._chunks == 0 or first != before + 1
 
     def epoch(self, consumed: int) -> float:
-        """Passes over the training split after `consumed` sequences; of several sources, over all windows together."""
-        return consumed / (self._chunks * self._global or self._reader.num_windows)
+        """Passes over the training split after `consumed` sequences, skipped ones included; of several sources, over
+        all windows together."""
+        return self._position(consumed) / (self._chunks * self._global or self._reader.num_windows)
+
+    def _position(self, consumed: int) -> int:
+        return int(positions(np.array([consumed]), self._skipped)[0])
 
     def source_epochs(self, consumed: int) -> list[float]:
         """Passes over each source after `consumed` sequences."""
         if self._mixture is None:
             return [self.epoch(consumed)]
-        return [n / size for n, size in zip(self._mixture.counts(consumed), self._reader.sizes, strict=True)]
+        counts = self._mixture.counts(self._position(consumed))
+        return [n / size for n, size in zip(counts, self._reader.sizes, strict=True)]

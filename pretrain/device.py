@@ -6,13 +6,12 @@ compares the two.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
-import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,8 +49,9 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def start(ranks: Ranks, threads: int | None) -> torch.device:
-    """Sets threads, joins the process group and returns the device of this rank. Call once, before any model."""
+def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
+    """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
+    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives."""
     _set_threads(ranks, threads)
     for key, value in {
         "RANK": ranks.rank,
@@ -80,7 +80,7 @@ def start(ranks: Ranks, threads: int | None) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
         except dist.DistNetworkError as error:
             port = os.environ["MASTER_PORT"]
             raise UserError(
@@ -97,6 +97,13 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def control_group(timeout_seconds: float) -> Any:
+    """All ranks, by collectives of CPU tensors that wait for no kernel; collective."""
+    if dist.get_backend() == "nccl":  # GPU-ONLY control-group
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return dist.group.WORLD
+
+
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
@@ -107,17 +114,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for queued kernels, so that a wall-clock time means something."""
     if device.type == "cuda":  # GPU-ONLY synchronize
         torch.cuda.synchronize(device)
-
-
-def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its launcher dies: SIGKILL of the launcher leaves no rank behind."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died between the two lines above
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _set_threads(ranks: Ranks, threads: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         )
     for _, statistics in routing_statistics(model):
         statistics.to(device)
+    if hasattr(engine.optimizer, "check_grad_overflow"):
+        # ZeRO 1 and 2. Of fp32 and bf16 DeepSpeed looks at the norm alone, which averages over the experts' ranks.
+        engine.optimizer.check_grad_overflow = True
     return engine
 
 
@@ -94,19 +98,25 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def step_was_skipped(engine: Any) -> bool:
-    """Whether fp16 loss scaling discarded the last optimizer step because a gradient overflowed."""
-    return bool(engine.fp16_enabled() and engine.optimizer.overflow)
-
-
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Sets the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
 
+def poisoned_unless_finite(objective: Tensor, *losses: Tensor) -> Tensor:
+    """`objective` as it is, bit by bit; but if any of `losses` is not finite, its gradient is NaN everywhere. A loss
+    that is not finite then stops the update on every rank, by way of the gradient norm that all of them share, without
+    a word between host and device."""
+    poison = sum((0.0 * loss.detach().float().sum() for loss in losses), torch.zeros((), device=objective.device))
+    return objective * (1.0 + poison)
+
+
 class GradientNorm:
-    """The global gradient norm before clipping.
+    """The global gradient norm before clipping, and whether it let the update happen.
+
+    A norm that is not finite is so on every rank, and no rank updates: weights, Adam's moments and its step counters
+    stay as they were. DeepSpeed's ZeRO optimizers do that; for ZeRO 0 gradients are dropped, which AdamW passes over.
 
     DeepSpeed gives it for ZeRO 1 to 3, summed in fp64. For ZeRO 0 norm and clipping are ours, between the last backward
     (which averages over ranks) and the optimizer step (which clears the gradients), in fp64 as well: torch's fp32 norm
@@ -133,12 +143,15 @@ class GradientNorm:
         if self._parallel.tensor_group is not None:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()
-        if self._clip_norm > 0.0:
+        if not math.isfinite(self._own):
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
+        elif self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.float())
 
-    def value(self) -> float:
-        """Call after engine.step() of the last micro-step."""
+    def value(self) -> float | None:
+        """The norm; None if the update was skipped. Call after engine.step() of the last micro-step."""
         if self._own is not None:
-            return float(self._own)
-        return float(self._engine.get_global_grad_norm())
+            return float(self._own) if math.isfinite(self._own) else None
+        return None if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())

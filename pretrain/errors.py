@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-EXIT_USER_ERROR = 2
-"""Exit code of a run that was refused before it started."""
-
 
 class UserError(ValueError):
     """Says what is wrong, where (key, file, rank) and which value or command would work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,10 +35,18 @@ def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, run: Run, reader: Windows, config: Config, parallel: ParallelContext, device: torch.device
-) -> dict[str, float]:
+    module: nn.Module,
+    run: Run,
+    reader: Windows,
+    config: Config,
+    parallel: ParallelContext,
+    device: torch.device,
+    *,
+    before_batch: Callable[[], bool] = lambda: True,
+) -> dict[str, float] | None:
     """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
-    left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective."""
+    left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective.
+    `before_batch`, collective too, says whether to go on; if not, the result is None."""
     windows, micro = evaluation_windows(reader, config), config.batch.micro_sequences
     steps, total = windows.shape
     firsts = range(0, total, micro * parallel.data_size)
@@ -57,6 +66,8 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with separate_streams(module, streams.to(device), num_streams):
         for step, step_batches in enumerate(batches):
+            if not before_batch():
+                return None
             losses = run.evaluate([batch.to(device) for batch in step_batches])
             for place, sequence_loss in zip(places, losses, strict=True):
                 counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage

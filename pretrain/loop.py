@@ -1,4 +1,4 @@
-"""Training, top to bottom: build, resume, step, validate, save."""
+"""Training, top to bottom: begin somewhere, step, look at what came out, validate, save; go back if it must."""
 
 from __future__ import annotations
 
@@ -10,292 +10,309 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from model.language_model import build_model
-from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.agreement import agreed, check_same, check_shared
-from pretrain.checkpoint import Checkpoint, Progress
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config
 from pretrain.config_io import to_json
-from pretrain.data import Batch, TrainingStream, Windows
 from pretrain.device import synchronize
-from pretrain.engine import GradientNorm, build_engine, parallel_context, set_learning_rate, step_was_skipped
-from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
+from pretrain.engine import parallel_context
+from pretrain.exit_codes import ExitCode
 from pretrain.monitor import Monitor
-from pretrain.prefetch import Prefetcher
-from pretrain.resume import branch_start, candidates, changed_settings, environment_changes, newest_valid
-from pretrain.rules import choose_backends
+from pretrain.progress import Progress
+from pretrain.reporting import prepare_folder, run_validation, step_values
+from pretrain.resilience.control import Control
+from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
+from pretrain.resilience.phases import Phases
+from pretrain.resilience.replicas import ReplicaCheck
+from pretrain.resilience.rollback import Rollback, read_rollbacks, record, serving, with_skips
+from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.spikes import SpikeDetector
+from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
 from pretrain.run_folder import RunFolder
-from pretrain.schedule import learning_rate
 from pretrain.sources import Sources
-from pretrain.step_sums import StepReducer, StepSums, load_summary
-from pretrain.whole import Run, WholeRun
-
-EXIT_DIVERGED = 3
-"""Exit code of a run whose loss or gradient norm stopped being a number."""
-
-
-class Diverged(RuntimeError):
-    """Loss or gradient norm is not finite."""
+from pretrain.trainer import StepResult, Trainer, build_trainer
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gives, the same on every rank."""
+class Start:
+    """Where a course of the run begins, the same on every rank."""
 
-    sums: StepSums
-    grad_norm: float | None
-    """Global gradient norm before clipping; None where fp16 loss scaling skipped the update."""
-
-
-@dataclass
-class Trainer:
-    """Everything a step needs, on this rank."""
-
-    config: Config
-    engine: Any
-    run: Run
-    norm: GradientNorm
-    reduce: StepReducer
-    sources: Sources
-    stream: TrainingStream
-    prefetcher: Prefetcher
-    validation: Windows | None
-    parallel: ParallelContext
-    device: torch.device
-
-    def step(self, progress: Progress) -> StepResult:
-        """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
-        set_learning_rate(self.engine, learning_rate(self.config, progress.step))
-        if self.stream.begins(progress.consumed_sequences):
-            for _, memory in layer_memories(self.engine.module):
-                memory.forget()
-        batches = self._read(progress.consumed_sequences)
-        loss_sum, auxiliary_sum = self.run.train(batches)
-        for _, memory in layer_memories(self.engine.module):
-            memory.advance()
-        skipped = step_was_skipped(self.engine)
-        sums = self.reduce(loss_sum, auxiliary_sum, len(batches), keep_statistics=not skipped)
-        return StepResult(sums, None if skipped else self.norm.value())
-
-    def _read(self, consumed: int) -> list[Batch]:
-        """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
-        and not everybody's hang."""
-        return agreed(lambda: self.prefetcher.take(consumed))
+    checkpoint: Checkpoint | None
+    progress: Progress
+    rollbacks: list[Rollback]
+    """Those that led here, and earlier ones."""
+    passed_over: list[str]
+    """Why newer checkpoints were."""
+    changes: dict[str, tuple[Any, Any]]
+    """Settings that differ from the checkpoint's: key -> (then, now)."""
 
 
-def train(config: Config, sources: Sources, run_dir: Path, device: torch.device) -> None:
-    """Runs until train.steps or train.stop_after_steps. Collective; the process group must exist.
+def train(config: Config, sources: Sources, run_dir: Path, device: torch.device, stop: Stop | None = None) -> ExitCode:
+    """Runs until train.steps, train.stop_after_steps or a stop that `stop` is asked for, and goes back to a checkpoint
+    where `config.resilience` says so. Collective; the process group must exist.
 
-    Raises UserError (nothing was changed) and Diverged (the last checkpoint stands).
-    """
+    Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
+    (the last checkpoint stands)."""
+    stop, phases = stop or Stop(), Phases()
+    stop.enter(Stage.STARTING)
     parallel = parallel_context(config)
     check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
-    check_shared(run_dir)
-    resumed, passed_over, changes = agreed(lambda: find_start(config, sources, run_dir))
-    trainer = build_trainer(config, sources, parallel, device, resumed)
-    progress = resumed.progress if resumed else Progress(step=0, consumed_sequences=0)
-    last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+    with guarded(config.resilience, folder, stop, phases) as control:
+        check_shared(run_dir)
+        rollback: Rollback | None = None
+        while True:
+            phases.enter("looking for a checkpoint")
+            start = find_start(config, sources, run_dir, control, rollback)
+            step = start.progress.step
+            if control.stopping():
+                stopped: str | None = control.stop_reason()
+                break
+            course = begin(config, sources, parallel, device, folder, control, phases, start)
+            stop.enter(Stage.TRAINING)
+            rollback, stopped = course.run()
+            course.close()
+            step = course.progress.step
+            if rollback is None:
+                break
+            if parallel.is_first:
+                record(run_dir, rollback)
+        phases.enter("ending")
+        code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
+        if parallel.is_first:
+            report_end(folder, config, step, stopped)
+        folder.end(code, stopped or "finished", step=step)
+        stop.enter(Stage.ENDING)
+        dist.barrier()
+    return code
 
+
+def report_end(folder: RunFolder, config: Config, step: int, stopped: str | None) -> None:
+    """Rank 0: the last event and the last line on the terminal."""
+    if stopped is None:
+        folder.event("finished", step=step)
+        print(f"finished at step {step} of {config.train.steps}; run folder {folder.path}", flush=True)
+        return
+    folder.event("stopped", step=step, reason=stopped)
+    what = f"at step {step} of {config.train.steps}, checkpoint saved" if step else "during start-up, nothing trained"
+    print(f"stopped by {stopped} {what}; the same command continues; run folder {folder.path}", flush=True)
+
+
+def find_start(config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None) -> Start:
+    """The checkpoint to continue from, if any, or to go back to. Collective; rank 0's listing of the folder counts.
+    Raises UserError or PeerFailed on every rank."""
+    paths: list[Path] = control.from_first_rank(lambda: _paths(config, run_dir, rollback))
+    resumed, passed_over = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
+    changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
+    branch = branch_start(config, resumed)
+    rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
+    progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks)
+    return Start(resumed, progress, rollbacks, passed_over, changes)
+
+
+def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
+    if rollback is None:
+        return candidates(config, run_dir)
+    if config.checkpoint.resume == "never":  # what this run saved itself
+        return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
+    return serving(candidates(config, run_dir), rollback)
+
+
+def begin(
+    config: Config,
+    sources: Sources,
+    parallel: ParallelContext,
+    device: torch.device,
+    folder: RunFolder,
+    control: Control,
+    phases: Phases,
+    start: Start,
+) -> Course:
+    """Builds everything for the steps after `start`. Collective."""
+    trainer = build_trainer(config, sources, parallel, device, start.checkpoint, progress=start.progress, phases=phases)
+    last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+    settings, step = config.resilience, start.progress.step
     monitor = None
     if parallel.is_first:
-        prepare_folder(folder, config, trainer, resumed, passed_over, changes, last)
-        monitor = Monitor(config, folder, first_step=progress.step, last_step=last)
-    if progress.step >= last:
-        run_validation(trainer, monitor, progress.step, is_last=True)
+        prepare_folder(folder, trainer, start.checkpoint, start.passed_over, start.changes, last)
+        monitor = Monitor(config, folder, first_step=step, last_step=last)
+    replicas = None
+    if settings.replica_check_every_steps and dist.get_world_size() > 1:
+        replicas = ReplicaCheck(trainer.engine, parallel, control.group)
+    # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
+    window = settings.spike_window_steps
+    spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
+    return Course(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last)
 
-    while progress.step < last:
-        synchronize(device)
+
+@dataclass
+class Course:
+    """The steps from one start on: to the end, to a stop, or to a rollback."""
+
+    trainer: Trainer
+    folder: RunFolder
+    monitor: Monitor | None
+    control: Control
+    replicas: ReplicaCheck | None
+    spikes: SpikeDetector
+    start: Start
+    progress: Progress
+    last: int
+
+    def run(self) -> tuple[Rollback | None, str | None]:
+        """What must be gone back for, and what stopped it (saved by then); neither at the last step. Collective."""
+        config, phases = self.trainer.config, self.trainer.phases
+        if self._validation_is_missing():
+            self._validate()
+        stopping = self.control.stopping()
+        while self.progress.step < self.last and not stopping:
+            phases.step = self.progress.step + 1
+            result = self._timed_step()
+            stopping, rollback = self._judge(result)
+            if rollback is None:
+                rollback = self._compare_replicas(stopping)
+            if rollback is not None:
+                return rollback, None
+            if not stopping and self._is_due(config.evaluate.every_steps):
+                self._validate()
+                stopping = self.control.stopping()
+            if stopping or self._is_due(config.checkpoint.every_steps):
+                self._save()
+                stopping = self.control.stopping()
+        return None, self.control.stop_reason() if stopping else None
+
+    def _timed_step(self) -> StepResult:
+        """One step, with its line in metrics.jsonl."""
+        trainer = self.trainer
+        synchronize(trainer.device)
         started = time.perf_counter()
-        result = trainer.step(progress)
-        synchronize(device)
+        result = trainer.step(self.progress)
+        synchronize(trainer.device)
         seconds = time.perf_counter() - started
-        progress = Progress(progress.step + 1, progress.consumed_sequences + config.batch.global_sequences)
-        check_finite(result, progress.step)
-        if monitor is not None:
-            monitor.step(step_values(trainer, result, progress, seconds), result.sums.load)
-        if _is_due(progress.step, config.evaluate.every_steps, last):
-            run_validation(trainer, monitor, progress.step, is_last=progress.step == last)
-        if _is_due(progress.step, config.checkpoint.every_steps, last):
-            if monitor is not None:
-                monitor.flush()
-            save(trainer, folder, progress, sources, branch_start(config, resumed))
+        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
+        updated = result.grad_norm is not None or (trainer.engine.fp16_enabled() and math.isfinite(result.sums.loss))
+        self.progress = self.progress.after_step(trainer.config.batch.global_sequences, updated=updated)
+        if self.monitor is not None:
+            self.monitor.step(step_values(trainer, result, self.progress, seconds), result.sums.load)
+        return result
 
-    trainer.prefetcher.close()
-    if monitor is not None:
-        folder.event("finished", step=progress.step)
-        print(f"finished at step {progress.step} of {config.train.steps}; run folder {run_dir}", flush=True)
-        monitor.close()
-
-
-def find_start(
-    config: Config, sources: Sources, run_dir: Path
-) -> tuple[Checkpoint | None, list[str], dict[str, tuple[Any, Any]]]:
-    """The checkpoint to continue from, if any, why newer ones were passed over, and the settings that differ from it.
-    Collective; rank 0's listing of the folder counts. Raises UserError on every rank alike."""
-    paths = [candidates(config, run_dir)]
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size > 1:
-        dist.broadcast_object_list(paths, src=0)
-    resumed, passed_over = newest_valid(paths[0], rank=rank, world_size=world_size)
-    changes = changed_settings(config, resumed, sources.digest) if resumed else {}
-    return resumed, passed_over, changes
-
-
-def check_finite(result: StepResult, step: int) -> None:
-    """Raises Diverged where loss or gradient norm is not a number (a skipped fp16 step is not a divergence)."""
-    norm = 0.0 if result.grad_norm is None else result.grad_norm
-    if not (math.isfinite(result.sums.loss) and math.isfinite(norm)):
-        raise Diverged(
-            f"step {step}: loss {result.sums.loss}, gradient norm {norm}: not finite. The last checkpoint stands: "
-            f"resume from it with a lower learning rate (--set optimizer.learning_rate=... "
-            f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
+    def _judge(self, result: StepResult) -> tuple[bool, Rollback | None]:
+        """What the step says of the run, agreed by all ranks: whether to stop, and what to go back for. Raises
+        Diverged."""
+        self.trainer.phases.enter("agreeing on what is next")
+        settings, step, loss = self.trainer.config.resilience, self.progress.step, result.sums.loss
+        skipped = self.progress.skipped_updates
+        spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
+        stopping, is_spike, any_skipped, any_updated = self.control.any(
+            self.control.stop_is_requested, spike is not None, skipped > 0, skipped == 0
         )
+        assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
+        if skipped:
+            self.folder.event("skipped_update", step=step, loss=repr(loss), in_a_row=skipped)
+        if skipped >= settings.max_skipped_updates:
+            raise Diverged(
+                f"step {step}: loss {loss}: the updates of {skipped} steps in a row were skipped, because loss or "
+                f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). The last "
+                f"checkpoint stands: resume from it with a lower learning rate (--set optimizer.learning_rate=... "
+                f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
+            )
+        if not is_spike:
+            return stopping, None
+        reason = self.control.from_first_rank(lambda: spike)
+        if self.monitor is not None:
+            print(f"loss spike after step {step}: {reason}", flush=True)
+        self.folder.event("loss_spike", step=step, reason=reason)
+        if settings.spike_action == "warn":
+            return stopping, None
+        return stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=settings.spike_skip_steps)
 
+    def _compare_replicas(self, stopping: bool) -> Rollback | None:
+        """Every so many steps, and before what is about to be saved. Raises ReplicasDiffer."""
+        settings, saves = self.trainer.config.resilience, self.trainer.config.checkpoint.every_steps
+        if self.replicas is None or not (
+            stopping or self._is_due(settings.replica_check_every_steps) or self._is_due(saves)
+        ):
+            return None
+        self.trainer.phases.enter("comparing replicas")
+        different = self.replicas()
+        if not different:
+            return None
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        reason = f"replicas differ after step {self.progress.step}: {'; '.join(different[:3])}{more}"
+        self.folder.event("replicas_differ", step=self.progress.step, tensors=different[:100])
+        if settings.replica_action == "stop":
+            raise ReplicasDiffer(f"{reason}. The last checkpoint was saved before; check the memory of those machines")
+        return self._go_back(reason, ReplicasDiffer)
 
-def build_trainer(
-    config: Config, sources: Sources, parallel: ParallelContext, device: torch.device, resumed: Checkpoint | None
-) -> Trainer:
-    """Model, engine and data of this rank, from the initial weights or from a checkpoint."""
-    # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
-    torch.manual_seed(config.train.seed + dist.get_rank())
-    backends = choose_backends(config, device.type)
-    if parallel.is_first:
-        print(f"kernels: {backends}", flush=True)
-    model: nn.Module
-    if parallel.pipeline_size > 1:
-        from pretrain.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
-
-        model = Stage(config, parallel, backends)
-    else:
-        model = build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
-    if resumed is not None:
-        agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
-    engine = build_engine(model, config, parallel, device)
-    norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
-    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
-
-    train_reader = sources.reader("train", config)
-    stream = TrainingStream(train_reader, config, data_rank=parallel.data_rank, data_size=parallel.data_size)
-    validation = sources.reader("validation", config) if config.evaluate.sequences else None
-    for _, memory in layer_memories(engine.module):
-        memory.assign(stream.streams().to(device), config.batch.global_sequences)
-    if resumed is not None:
-        # Memory is of the tokens just before the next ones: other data or another cut of it has none.
-        then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
-        same_text = then == (config.model.sequence_length, sources.digest)
-        agreed(lambda: checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text))
-        if config.model.memory_length and not same_text and parallel.is_first:
-            print("memory begins empty: the checkpoint's is of other text", flush=True)
-    reduce = StepReducer(engine.module, parallel)
-    prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
-    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, parallel, device)
-
-
-def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
-    """One line of metrics.jsonl."""
-    config, sums = trainer.config, result.sums
-    values: dict[str, float | None] = {
-        "step": progress.step,
-        "loss": sums.loss,
-        "auxiliary_loss": sums.auxiliary_loss,
-        "grad_norm": result.grad_norm,
-        "lr": learning_rate(config, progress.step - 1),
-        "tokens": progress.consumed_sequences * config.model.sequence_length,
-        "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
-        "step_seconds": seconds,
-        "data_wait_seconds": trainer.prefetcher.wait_seconds,
-        "epoch": trainer.stream.epoch(progress.consumed_sequences),
-        **load_summary(sums.load),
-    }
-    names = [source.name for source in trainer.sources.sources]
-    if len(names) > 1:
-        epochs = trainer.stream.source_epochs(progress.consumed_sequences)
-        values |= {f"epoch/{name}": epoch for name, epoch in zip(names, epochs, strict=True)}
-    if sums.negative_entropy is not None:
-        values["routing_negative_entropy"] = sums.negative_entropy
-    if trainer.engine.fp16_enabled():
-        values["loss_scale"] = float(trainer.engine.optimizer.loss_scale)
-    return values
-
-
-def run_validation(trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool) -> None:
-    """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens."""
-    if trainer.validation is None:
-        return
-    values = evaluate(
-        trainer.engine.module, trainer.run, trainer.validation, trainer.config, trainer.parallel, trainer.device
-    )
-    if monitor is None:
-        return
-    if is_last:
-        windows = evaluation_windows(trainer.validation, trainer.config)
-        values["unigram_perplexity"] = unigram_perplexity(trainer.validation, windows)
-    monitor.validation(step, values)
-    if is_last:
-        below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
-        bits = f" ({values['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in values else ""
-        print(
-            f"validation perplexity {values['perplexity']:.2f}{bits}; unigram perplexity of the same "
-            f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} "
-            f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
-            flush=True,
+    def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:
+        """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
+        were too many; None, which is said, if there is nothing to go back to."""
+        settings, done = self.trainer.config.resilience, len(self.start.rollbacks)
+        if done >= settings.max_rollbacks:
+            raise failure(
+                f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
+            )
+        sequences = self.trainer.config.batch.global_sequences
+        steps = min(steps, self.progress.step, self.progress.consumed_sequences // sequences)
+        consumed = self.progress.consumed_sequences - steps * sequences
+        rollback = Rollback(
+            reason=reason,
+            at_step=self.progress.step,
+            first_step=self.progress.step - max(1, steps) + 1,
+            skipped=self.trainer.stream.range_of(consumed, steps * sequences) if steps else None,
+            branch_start=branch_start(self.trainer.config, self.start.checkpoint),
         )
+        if self.monitor is not None:
+            skipped = rollback.skipped
+            data = f", leaving out the positions {skipped[0]} to {skipped[1] - 1} of the data" if skipped else ""
+            print(f"going back to before step {rollback.first_step}{data}: {reason}", flush=True)
+        self.folder.event("rollback", **vars(rollback))
+        return rollback
 
+    def _validation_is_missing(self) -> bool:
+        """Whether the step that this course starts after was to be validated and a stop came in between."""
+        if self.progress.step >= self.last:
+            return True
+        due = self.progress.step > 0 and self._is_due(self.trainer.config.evaluate.every_steps)
+        return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
 
-def save(trainer: Trainer, folder: RunFolder, progress: Progress, sources: Sources, started_from: str | None) -> None:
-    """Writes a checkpoint (collective) and logs it."""
-    started = time.perf_counter()
-    folder.make_durable()
-    path = checkpoints.save(
-        trainer.engine,
-        trainer.parallel,
-        folder.checkpoints,
-        progress,
-        extra={
-            "config": to_json(trainer.config),
-            "manifest_digest": sources.digest,
-            "tokenizer_sha256": sources.tokenizer.sha256,
-            "branch_start": started_from,
-        },
-        keep_last=trainer.config.checkpoint.keep_last,
-    )
-    folder.event("checkpoint", step=progress.step, path=path.name, seconds=time.perf_counter() - started)
+    def _validate(self) -> None:
+        is_last = self.progress.step >= self.last
+        run_validation(self.trainer, self.monitor, self.progress.step, is_last=is_last, stopping=self.control.stopping)
 
+    def _save(self) -> None:
+        """Writes a checkpoint (collective) and logs it."""
+        trainer = self.trainer
+        trainer.phases.enter("checkpoint")
+        if self.monitor is not None:
+            self.monitor.flush()
+        started = time.perf_counter()
+        self.folder.make_durable()
+        path = checkpoints.save(
+            trainer.engine,
+            trainer.parallel,
+            self.folder.checkpoints,
+            self.progress,
+            extra={
+                "config": to_json(trainer.config),
+                "manifest_digest": trainer.sources.digest,
+                "tokenizer_sha256": trainer.sources.tokenizer.sha256,
+                "branch_start": branch_start(trainer.config, self.start.checkpoint),
+            },
+            keep_last=trainer.config.checkpoint.keep_last,
+        )
+        seconds = time.perf_counter() - started
+        self.folder.event("checkpoint", step=self.progress.step, path=path.name, seconds=seconds)
 
-def prepare_folder(
-    folder: RunFolder,
-    config: Config,
-    trainer: Trainer,
-    resumed: Checkpoint | None,
-    passed_over: list[str],
-    changes: dict[str, tuple[Any, Any]],
-    last: int,
-) -> None:
-    """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins."""
-    step = resumed.progress.step if resumed else 0
-    for reason in passed_over:
-        print(f"passed over a damaged checkpoint: {reason}", flush=True)
-        folder.event("checkpoint_passed_over", reason=reason)
-    for path in checkpoints.set_aside_newer(folder.checkpoints, step):
-        print(f"set aside a checkpoint of a later step: {path}", flush=True)
-        folder.event("checkpoint_set_aside", path=path.name)
-    folder.rewind_metrics(step)
-    folder.write_config(to_json(config))
-    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last)
-    if resumed is None:
-        return
-    print(f"resuming from {resumed.path} at step {step}", flush=True)
-    folder.event("resumed", step=step, path=str(resumed.path))
-    layout = checkpoints.layout(trainer.engine, trainer.parallel)
-    for key, (then, now) in {**changes, **environment_changes(resumed, layout)}.items():
-        print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
-        folder.event("changed_setting", key=key, then=then, now=now)
+    def _is_due(self, every: int) -> bool:
+        step = self.progress.step
+        return step == self.last or (every > 0 and step % every == 0)
 
-
-def _is_due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+    def close(self) -> None:
+        """Frees the engine, so that another can be built."""
+        self.trainer.close()
+        if self.monitor is not None:
+            self.monitor.close()

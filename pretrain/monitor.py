@@ -32,13 +32,14 @@ class Monitor:
         step = int(values["step"])
         self._folder.metrics(values)
         if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
-            for key, value in {**values, "perplexity": perplexity(values["loss"])}.items():
+            for key, value in {**values, "perplexity": _perplexity(values["loss"])}.items():
                 if key != "step" and value is not None:
                     self._board.add_scalar(f"train/{key}", value, step)
             for name, counts in load.items():
                 share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0) * counts.shape[-1]
                 self._board.add_scalar(f"expert_load_max/{name}", float(share.max()), step)
-        if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
+        is_due = step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last)
+        if is_due or values["grad_norm"] is None:
             print(self._line(step, values), flush=True)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
@@ -66,9 +67,12 @@ class Monitor:
         done = step - self._first
         remaining = (time.monotonic() - self._start) / done * (self._last - step)
         width = len(str(self._last))
+        loss = "loss not finite"
+        if values["loss"] is not None:
+            loss = f"loss {values['loss']:.4f}  ppl {perplexity(values['loss']):.4g}"
         norm = "skipped" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
         line = (
-            f"step {step:>{width}}/{self._last}  loss {values['loss']:.4f}  ppl {perplexity(values['loss']):.4g}  "
+            f"step {step:>{width}}/{self._last}  {loss}  "
             f"grad {norm}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
         )
         if "feedforward_load_max" in values:
@@ -79,6 +83,10 @@ class Monitor:
 def perplexity(loss: float) -> float:
     """exp(loss), infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else perplexity(loss)
 
 
 def clock(seconds: float) -> str:

@@ -25,6 +25,7 @@ from model.layers import Head, LayerFactory, layer_factories
 from model.parallel.context import ParallelContext
 from pretrain.config import Config
 from pretrain.data import Batch
+from pretrain.engine import poisoned_unless_finite
 from pretrain.mesh import process_groups, tied_group
 from pretrain.stages import stage_bounds
 from pretrain.whole import StepLosses
@@ -125,7 +126,8 @@ class Stage(PipelineModule):
             self.auxiliary_losses.append(auxiliary_loss.detach())
         if self.parallel.is_last_stage:
             self.sequence_losses.append(second)
-            return first + auxiliary_loss
+            objective = first + auxiliary_loss
+            return poisoned_unless_finite(objective, objective, second) if self.training else objective
         if auxiliary_loss.requires_grad:
             first = _AttachLoss.apply(first, auxiliary_loss, self.gradient_scale)
         return first, second
@@ -137,12 +139,12 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Callable[[], float]) -> Tensor:
         ctx.scale = scale
-        ctx.like = loss.new_empty(())
+        ctx.factor = 1.0 + 0.0 * loss  # NaN if the loss is not finite: see engine.poisoned_unless_finite
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full_like(ctx.like, ctx.scale()), None
+        return grad, ctx.factor * ctx.scale(), None
 
 
 class PipelineRun:

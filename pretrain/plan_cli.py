@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,5 +98,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return ExitCode.REFUSED
     return 0

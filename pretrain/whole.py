@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import Batch
-from pretrain.engine import GradientNorm
+from pretrain.engine import GradientNorm, poisoned_unless_finite
 
 StepLosses = tuple[Tensor, Tensor]
 """Sums over micro-steps of this rank's mean cross-entropy and of its auxiliary losses: fp32 scalars."""
@@ -37,7 +37,7 @@ class WholeRun:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
             objective, sequence_loss = self._engine(*batch.model_inputs())
-            self._engine.backward(objective)
+            self._engine.backward(poisoned_unless_finite(objective, objective, sequence_loss))
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
             if batch is batches[-1]:

@@ -15,14 +15,14 @@ import model.kernels.route
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
-from pretrain.checkpoint import Progress
 from pretrain.config import Config
 from pretrain.config_io import apply_override, parse_config
 from pretrain.data import TrainingStream
 from pretrain.engine import GradientNorm, parallel_context
-from pretrain.loop import Trainer, build_trainer
+from pretrain.progress import Progress
 from pretrain.schedule import learning_rate
 from pretrain.sources import Sources
+from pretrain.trainer import Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.shard_format import Manifest
-from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.loop import train
+from pretrain.progress import Progress
 from pretrain.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import MOA, small_config
@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path,
     config = small_config(prepared, "train.steps=3", "evaluate.sequences=0", "parallel.zero=3")
     run_ranks(train_runs, 2, [(config, tmp_path)])
     checkpoint = Checkpoint.open(list_checkpoints(tmp_path / "checkpoints")[-1])
-    assert checkpoint.progress == checkpoints.Progress(step=3, consumed_sequences=24)
+    assert checkpoint.progress == Progress(step=3, consumed_sequences=24)
     manifest = Manifest.load(prepared)
     assert checkpoint.state["manifest_digest"] == manifest.digest
     assert checkpoint.state["config"]["train"]["steps"] == 3

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import Progress, owned_tensors
+from pretrain.checkpoint import owned_tensors
 from pretrain.config import Config
 from pretrain.engine import parallel_context
-from pretrain.loop import build_trainer
+from pretrain.progress import Progress
 from pretrain.sources import Sources
+from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.test_matrix import LAYOUTS

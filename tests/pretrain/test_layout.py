@@ -13,9 +13,9 @@ from pretrain.config import Config
 from pretrain.config_io import load_config
 from pretrain.engine import parallel_context
 from pretrain.layout import group_ranks, groups_text, rank_bytes
-from pretrain.loop import build_trainer
 from pretrain.paths import REPOSITORY
 from pretrain.sources import Sources
+from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import small_config
@@ -59,7 +59,7 @@ LAYOUTS = [
 
 def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     """Of each engine on this rank: stage, bytes of weights and bytes of master weights and moments after a step."""
-    from pretrain.checkpoint import Progress
+    from pretrain.progress import Progress
 
     found = []
     for config in configs:

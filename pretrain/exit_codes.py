@@ -1,0 +1,40 @@
+"""How a training process ends: one code per reason, the same on every rank, for scripts that decide what to do next."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Codes of launch/pretrain.py."""
+
+    FINISHED = 0
+    UNFORESEEN = 1
+    REFUSED = 2
+    DIVERGED = 3
+    REPLICAS_DIFFER = 4
+    HUNG = 5
+    FOLDER_LOST = 6
+    PEER_DIED = 7
+    STOPPED = 85
+    INTERRUPTED = 86
+
+
+MEANING = {
+    ExitCode.FINISHED: "finished, or reached train.stop_after_steps",
+    ExitCode.UNFORESEEN: "an unforeseen error, with its traceback",
+    ExitCode.REFUSED: "refused: configuration, data, checkpoint or run folder; the message says what to change",
+    ExitCode.DIVERGED: "diverged: too many updates skipped in a row, or too many rollbacks; the last checkpoint stands",
+    ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
+    ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds; the last checkpoint stands",
+    ExitCode.FOLDER_LOST: "another run has taken over the run folder; this one stopped writing",
+    ExitCode.PEER_DIED: "another rank died and this one could not go on; the last checkpoint stands",
+    ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
+    ExitCode.INTERRUPTED: "a second signal ended it at once; the last checkpoint stands: start the same command again",
+}
+
+
+def exit_codes_help() -> str:
+    """The codes and their meaning, a line each."""
+    rows = [f"  {int(code):>3}  {meaning}" for code, meaning in MEANING.items()]
+    return "\n".join(["exit codes:", *rows])

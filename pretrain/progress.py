@@ -1,0 +1,78 @@
+"""The position of a run: what, beside tensors, decides its future."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Range = tuple[int, int]
+"""Positions first .. end - 1 of the data order."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, the same on every rank and in every layout."""
+
+    step: int
+    """Optimizer steps done, those without an update included."""
+    consumed_sequences: int
+    """Sequences read by those steps: the first so many of the data order once `skipped_ranges` are taken out."""
+    skipped_ranges: tuple[Range, ...] = ()
+    """Positions of the data order that are never read: sorted, disjoint, none empty."""
+    skipped_updates: int = 0
+    """How many of the last steps in a row had no update, because loss or gradient was not finite."""
+
+    def __post_init__(self) -> None:
+        edges = [edge for part in self.skipped_ranges for edge in part]
+        assert all(a < b for a, b in itertools.pairwise(edges)), f"not sorted and apart: {edges}"
+
+    def after_step(self, sequences: int, *, updated: bool = True) -> Progress:
+        """After one more step, which read `sequences`."""
+        return Progress(
+            step=self.step + 1,
+            consumed_sequences=self.consumed_sequences + sequences,
+            skipped_ranges=self.skipped_ranges,
+            skipped_updates=0 if updated else self.skipped_updates + 1,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "consumed_sequences": self.consumed_sequences,
+            "skipped_ranges": [list(part) for part in self.skipped_ranges],
+            "skipped_updates": self.skipped_updates,
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Progress:
+        """What `to_json` gave. Files from before there were skips have neither ranges nor a count."""
+        return cls(
+            step=int(tree["step"]),
+            consumed_sequences=int(tree["consumed_sequences"]),
+            skipped_ranges=tuple((int(first), int(end)) for first, end in tree.get("skipped_ranges", ())),
+            skipped_updates=int(tree.get("skipped_updates", 0)),
+        )
+
+
+def positions(consumed: np.ndarray, skipped: tuple[Range, ...]) -> np.ndarray:
+    """[n] int64 -> [n] int64: the position in the data order of the sequence that is read after `consumed` others."""
+    if not skipped:
+        return consumed
+    first, end = np.array(skipped, dtype=np.int64).T
+    lengths = np.cumsum(end - first)
+    read_before = first - np.concatenate(([0], lengths[:-1]))
+    return consumed + np.concatenate(([0], lengths))[np.searchsorted(read_before, consumed, side="right")]
+
+
+def merged(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    """The same positions as sorted ranges that neither overlap nor touch."""
+    found: list[Range] = []
+    for first, end in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((first, end))
+    return tuple(found)

@@ -1,0 +1,49 @@
+"""What all ranks agree on between steps, so that each does the same next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.agreement import agreed
+from pretrain.resilience.signals import Stop
+
+
+class Control:
+    """One reduction of a few bytes, on CPUs: no kernel is waited for. Every method is collective over all ranks."""
+
+    def __init__(self, stop: Stop, group: Any) -> None:
+        self._stop, self.group = stop, group
+
+    @property
+    def stop_is_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._stop.requested is not None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank."""
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(value) for value in values.tolist()]
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.any(self.stop_is_requested)[0]
+
+    def from_first_rank(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on rank 0, which alone calls it, on every rank; its UserError is agreed."""
+        values = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def stop_reason(self) -> str:
+        """Who was asked to stop and by what, e.g. `SIGTERM to rank 3`."""
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, self._stop.requested, group=self.group)
+        asked = {rank: reason for rank, reason in enumerate(reasons) if reason}
+        if len(asked) == len(reasons):
+            return f"{asked[0]} to every rank"
+        return ", ".join(f"{reason} to rank {rank}" for rank, reason in list(asked.items())[:4])

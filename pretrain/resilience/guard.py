@@ -1,0 +1,88 @@
+"""What watches a run from beside it, for as long as it writes to its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from data_prep.shard_format import DataError
+from pretrain.agreement import PeerFailed
+from pretrain.config import ResilienceConfig
+from pretrain.device import control_group
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
+from pretrain.resilience.control import Control
+from pretrain.resilience.lock import is_alive, is_same_machine, process_identity
+from pretrain.resilience.phases import Phases
+from pretrain.resilience.signals import Stop
+from pretrain.resilience.watchdog import Watchdog
+from pretrain.run_folder import RunFolder
+
+COLLECTIVE_SECONDS = 1800.0
+"""How long collectives wait where the watchdog is off: torch's own limit for gloo."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; its last checkpoint stands. Raised on every rank."""
+
+    code: ExitCode
+
+
+class Diverged(RunFailed):
+    """Loss or gradients are no longer numbers, or spikes come back."""
+
+    code = ExitCode.DIVERGED
+
+
+class ReplicasDiffer(RunFailed):
+    """Ranks that must hold the same weights do not."""
+
+    code = ExitCode.REPLICAS_DIFFER
+
+
+def collective_timeout(config: ResilienceConfig) -> float:
+    """Seconds after which a collective gives up by itself: later than the watchdog, which can say why."""
+    return 2 * config.hang_timeout_seconds + 60.0 if config.hang_timeout_seconds else COLLECTIVE_SECONDS
+
+
+@contextlib.contextmanager
+def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Phases) -> Iterator[Control]:
+    """Watchdog, signs of life, agreement; on the way out the outcome of the run and the lock. Collective."""
+    own = process_identity(os.getpid())
+    identities: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(identities, own)
+    neighbours = [other for other in identities if is_same_machine(own, other)]
+    control = Control(stop, control_group(collective_timeout(config)))
+    stop.before_leaving.append(folder.end)
+    stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
+    watchdog = Watchdog(
+        folder.path,
+        phases,
+        stop,
+        rank=dist.get_rank(),
+        identities=identities,
+        hang_timeout_seconds=config.hang_timeout_seconds,
+        lock=folder.lock,
+    )
+    try:
+        yield control
+    except RunFailed as error:
+        folder.end(error.code, str(error))
+        raise
+    except (UserError, DataError) as error:
+        folder.end(ExitCode.REFUSED, str(error))
+        raise
+    except PeerFailed:
+        folder.end(ExitCode.REFUSED, "another rank met an error and said so")
+        raise
+    except BaseException as error:
+        folder.end(ExitCode.UNFORESEEN, repr(error))
+        raise
+    finally:
+        watchdog.close()
+        stop.peer_is_dead = lambda: False
+        stop.before_leaving.remove(folder.end)

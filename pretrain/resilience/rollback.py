@@ -1,0 +1,85 @@
+"""Going back: what was gone back for, kept in RUN_DIR/rollbacks.json, and where to begin again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.atomic import write_json
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
+from pretrain.errors import UserError
+from pretrain.progress import Progress, Range, merged, positions
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One of them; also the request for it."""
+
+    reason: str
+    at_step: int
+    """The step after which it was decided."""
+    first_step: int
+    """The first step that must not have happened: a checkpoint before it serves."""
+    skipped: Range | None = None
+    """Positions of the data order never to be read again."""
+    branch_start: str | None = None
+    """The path given as checkpoint.resume, if any: another branch has rollbacks of its own."""
+
+
+def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
+    """Rollbacks of this branch of the run, oldest first. Raises UserError if the file cannot be read: what it leaves
+    out decides the run."""
+    path = run_dir / "rollbacks.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = [Rollback(**{**row, "skipped": tuple(row["skipped"]) if row["skipped"] else None}) for row in rows]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--run-dir: {path} cannot be read ({error}); it says which data the run leaves out: repair it, or remove "
+            f"it to read all data"
+        ) from None
+    return [rollback for rollback in found if rollback.branch_start == branch_start]
+
+
+def record(run_dir: Path, rollback: Rollback) -> None:
+    """Adds one, durably, before anything is undone."""
+    path = run_dir / "rollbacks.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_json(path, [*rows, asdict(rollback)])
+
+
+def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
+    """Those of the checkpoints `paths`, best first, that `rollback` can go back to: from before its first step or, if
+    retention has left none, the oldest from before the step that showed it. None at all: the beginning of the run.
+    Raises UserError."""
+    steps = {path: _step(path) for path in paths}
+    found = [path for path in paths if steps[path] < rollback.first_step]
+    found = found or [path for path in paths if steps[path] < rollback.at_step][-1:]
+    if paths and not found:
+        raise UserError(
+            f"checkpoint.keep_last: the run must go back to before step {rollback.at_step} ({rollback.reason}), and no "
+            f"checkpoint is so old; keep more of them"
+        )
+    return found
+
+
+def _step(path: Path) -> int:
+    try:
+        return Checkpoint.open(path).progress.step
+    except DamagedCheckpoint:
+        return 2**62
+
+
+def with_skips(progress: Progress, rollbacks: list[Rollback]) -> Progress:
+    """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out. Ranges behind it are the
+    checkpoint's own: they say how it came to be."""
+    next_position = int(positions(np.array([progress.consumed_sequences]), progress.skipped_ranges)[0])
+    ahead = tuple(r.skipped for r in rollbacks if r.skipped is not None and r.skipped[0] >= next_position)
+    return Progress(
+        progress.step, progress.consumed_sequences, merged((*progress.skipped_ranges, *ahead)), progress.skipped_updates
+    )

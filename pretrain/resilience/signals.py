@@ -1,0 +1,195 @@
+"""What signals, and the death of the launcher, ask of this process. Imports nothing slow: installed first of all.
+
+SIGTERM, SIGUSR1, SIGINT and SIGHUP ask for a stop. A C-level handler writes the number to a pipe and a thread acts on
+it, so that a second signal works although the main thread waits inside a collective:
+
+    before the ranks have met      leave at once, there is nothing to lose
+    start-up                       leave at the next agreed moment (`Stop.requested`), at once if none comes in time
+    training                       stop after a step that all ranks agree on, see control.py
+    ending                         nothing: the exit code is decided
+
+A second signal ends the process at once. It counts only some seconds after the first: DeepSpeed's launcher and SLURM
+both send SIGTERM to every rank, and a terminal sends SIGINT to the whole job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import NoReturn
+
+from pretrain.exit_codes import ExitCode
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)
+"""Left alone where they are ignored, as under nohup. The others are taken over even then: `trap '' USR1` in a script
+keeps the launchers alive, which know no USR1, and is inherited."""
+PARENT_DIED = getattr(signal, "SIGRTMIN", 34) + 5
+"""Sent by the kernel when the launcher has died."""
+SECOND_SIGNAL_SECONDS = 5.0
+"""A signal so soon after the first is the same request, sent by somebody else."""
+START_UP_SECONDS = 20.0
+"""How long a stop may wait for an agreed moment during start-up. DeepSpeed's launcher kills 30 s after SIGTERM."""
+PEER_SECONDS = 3.0
+"""How long the main thread has to say for itself that another rank has died, before the process is left."""
+LOOK_SECONDS = 0.5
+"""How often parent and grandparent are looked at."""
+
+
+class Stage(Enum):
+    """How far a process is, as far as a stop is concerned."""
+
+    JOINING = "before the ranks have met"
+    STARTING = "start-up"
+    TRAINING = "training"
+    ENDING = "ending"
+
+
+class Stop:
+    """A request to stop, as this rank knows it. Without `install` nothing ever asks for one."""
+
+    def __init__(self) -> None:
+        self.stage = Stage.JOINING
+        self.before_leaving: list[Callable[[ExitCode, str], None]] = []
+        """Called with code and message when the process is left at once (not by SIGKILL)."""
+        self.peer_is_dead: Callable[[], bool] = lambda: False
+        """Whether a rank of this machine has died. Set once the ranks have met."""
+        self._reason: str | None = None
+        self._asked = 0.0
+        self._installed = False
+        self._parent = -1
+        self._runner: int | None = None
+
+    @property
+    def requested(self) -> str | None:
+        """What asked this rank to stop, e.g. `SIGTERM`; None if nothing did. Other ranks may not know of it."""
+        return self._reason
+
+    def install(self, *, launched: bool) -> None:
+        """Takes over the stop signals; main thread only. `launched`: this process is to end with its launcher."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
+        for number in (*taken, PARENT_DIED) if launched else taken:
+            signal.signal(number, lambda *_: None)  # the work is done by the thread, from the pipe
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        if launched:
+            _signal_on_parent_death(PARENT_DIED)
+            self._parent = os.getppid()
+            self._runner = _deepspeed_runner(self._parent)
+            if os.getppid() != self._parent or _launcher_is_gone():
+                os._exit(ExitCode.INTERRUPTED)
+        self._installed = True
+        threading.Thread(target=self._serve, args=(read,), name="signals", daemon=True).start()
+
+    def enter(self, stage: Stage) -> None:
+        """Called by the main thread as it goes on."""
+        self.stage = stage
+        if stage is Stage.ENDING and self._installed:
+            for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
+                signal.signal(number, signal.SIG_IGN)
+
+    def leave(self, code: ExitCode, message: str) -> NoReturn:
+        """Ends the process at once, from any thread."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{message}\n".encode())
+        for function in self.before_leaving:
+            with contextlib.suppress(Exception):
+                function(code, message)
+        os._exit(code)
+
+    def _serve(self, pipe: int) -> None:
+        import select
+
+        while True:
+            ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS)
+            numbers = os.read(pipe, 64) if ready else b""
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._ask(signal.Signals(number).name)
+            self._look_at_launcher()
+            self._look_at_peers()
+            late = self._reason is not None and time.monotonic() - self._asked > START_UP_SECONDS
+            if self.stage is Stage.STARTING and late:
+                self.leave(ExitCode.STOPPED, f"{self._reason} during start-up: nothing was trained")
+
+    def _ask(self, reason: str) -> None:
+        if self.stage is Stage.ENDING:
+            return
+        if self._reason is None:
+            self._reason, self._asked = reason, time.monotonic()
+            if self.stage is Stage.JOINING:
+                self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained")
+        elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
+            self.leave(
+                ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once; the last checkpoint stands"
+            )
+
+    def _is_orphan(self) -> bool:
+        return self._parent >= 0 and os.getppid() != self._parent
+
+    def _look_at_launcher(self) -> None:
+        if self._is_orphan():
+            # Killed with the whole job (SLURM's USR1 reaches launchers that do not expect it), or killed alone?
+            if self._reason is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif self._runner is not None and _parent_of(self._parent) != self._runner and self._reason is None:
+            self._ask("the death of the deepspeed command")
+
+    def _look_at_peers(self) -> None:
+        """Who asks the dead for agreement waits for ever, and DeepSpeed's launcher waits 30 s for each such rank."""
+        if self._reason is None or self.stage is Stage.ENDING or not self.peer_is_dead():
+            return
+        time.sleep(PEER_SECONDS)
+        if self.stage is not Stage.ENDING:
+            self.leave(ExitCode.PEER_DIED, "another rank of this machine has died; the last checkpoint stands")
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process, by the variables that launchers set."""
+    return "CROSS_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _signal_on_parent_death(number: int) -> None:
+    if sys.platform.startswith("linux"):
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+def _launcher_is_gone() -> bool:
+    """Whether DeepSpeed's launcher (which sets CROSS_RANK) died before this process could ask to be told."""
+    if "CROSS_RANK" not in os.environ:
+        return False
+    try:
+        return os.getpgid(os.getppid()) != os.getpgrp()
+    except OSError:
+        return True
+
+
+def _deepspeed_runner(launcher: int) -> int | None:
+    """The `deepspeed` command above DeepSpeed's launcher of this node, if that is who started it."""
+    runner = _parent_of(launcher)
+    if runner is None or "CROSS_RANK" not in os.environ:
+        return None
+    try:
+        arguments = Path(f"/proc/{runner}/cmdline").read_bytes().split(b"\0")[:3]
+    except OSError:
+        return None
+    names = {os.path.basename(argument) for argument in arguments}
+    return runner if names & {b"deepspeed", b"ds", b"deepspeed.launcher.runner"} else None
+
+
+def _parent_of(pid: int) -> int | None:
+    """Parent of a process; None where /proc does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,211 @@
+"""A thread beside the main one: signs of life for the lock, and the end of a run whose ranks wait for one of them.
+
+Nothing is sent while all is well. A rank whose main thread has not entered a new phase for the time allowed writes a
+report and its stacks into RUN_DIR/hang; who is alive does so at about the same time, because all wait for the one that
+did not arrive. Then whoever wrote nothing, or is behind the others, is named. That needs neither network nor rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.atomic import write_json
+from pretrain.exit_codes import ExitCode
+from pretrain.resilience.lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
+from pretrain.resilience.phases import Phases, Record, read
+from pretrain.resilience.signals import Stop
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a rank write its stacks, in a C-level handler that needs no interpreter lock."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of itself when it waits for too long."""
+
+    rank: int
+    identity: dict[str, Any]
+    waited_seconds: float
+    record: Record
+
+
+class Watchdog:
+    """Watches this rank from construction to `close`."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        phases: Phases,
+        stop: Stop,
+        *,
+        rank: int,
+        identities: list[dict[str, Any]],
+        hang_timeout_seconds: float,
+        lock: FolderLock | None,
+    ) -> None:
+        """`identities`: lock.process_identity of every rank. A timeout of 0 watches nothing but the lock."""
+        self._folder, self._hang = run_dir / "ranks", run_dir / "hang"
+        self._run_dir = run_dir
+        self._phases, self._stop, self._lock = phases, stop, lock
+        self._rank, self._identities = rank, identities
+        self._timeout = hang_timeout_seconds
+        self._grace = min(30.0, max(2.0, hang_timeout_seconds / 4))
+        """How long reports are waited for: ranks begin to wait within a step of each other."""
+        self._folder.mkdir(exist_ok=True)
+        phases.keep_in(self._folder / f"rank-{rank:05d}.phase")
+        self._stacks = open(self._folder / f"rank-{rank:05d}.stacks", "w")  # noqa: SIM115 (for faulthandler)
+        faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and removes what it kept."""
+        self._ended.set()
+        self._thread.join(timeout=10)
+        faulthandler.unregister(DUMP_SIGNAL)
+        self._stacks.close()
+        self._phases.close()
+        for kind in ("phase", "stacks"):
+            (self._folder / f"rank-{self._rank:05d}.{kind}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()  # the last rank's call succeeds
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._timeout / 10) if self._timeout else 1.0
+        looked = beaten = time.monotonic()
+        while not self._ended.wait(pause):
+            now = time.monotonic()
+            if now - looked > 5 * pause + 1.0:
+                # This process was suspended, perhaps the whole job: time that passed meanwhile is nobody's fault.
+                self._phases.since += now - looked
+            looked = now
+            if self._lock is not None and now - beaten > BEAT_SECONDS:
+                beaten = now
+                try:
+                    self._lock.beat()
+                except LockLost as error:
+                    self._stop.leave(ExitCode.FOLDER_LOST, f"error: {error}; this one stops writing")
+            if self._timeout and not self._phases.is_patient and now - self._phases.since > self._timeout:
+                self._report()
+
+    def _report(self) -> None:
+        """Says what this rank waits for and, unless it goes on meanwhile, ends it."""
+        record, waited = self._phases.record, time.monotonic() - self._phases.since
+        path = self._hang / f"rank-{self._rank:05d}.json"
+        self._hang.mkdir(exist_ok=True)
+        with open(path.with_suffix(".stacks"), "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_json(path, asdict(Report(self._rank, self._identities[self._rank], waited, record)))
+        deadline = time.monotonic() + self._grace
+        while time.monotonic() < deadline and len(self._reports()) < len(self._identities):
+            time.sleep(0.1)
+        if self._phases.record.count != record.count:
+            path.unlink(missing_ok=True)  # slow, not hung
+            return
+        reports = self._reports()
+        silent = [rank for rank in range(len(self._identities)) if rank not in reports]
+        message = self._hang / "message.txt"
+        if self._rank == min(reports):
+            text = describe(reports, silent, self._last_words(silent), self._timeout, self._hang)
+            self._publish(text, message)
+        self._end_silent_ranks_here(reports, silent)
+        deadline = time.monotonic() + 5.0
+        while not message.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
+
+    def _reports(self) -> dict[int, Report]:
+        found = {}
+        for path in self._hang.glob("rank-*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                tree = json.loads(path.read_text(encoding="utf-8"))
+                found[tree["rank"]] = Report(**{**tree, "record": Record(**tree["record"])})
+        return found
+
+    def _last_words(self, silent: list[int]) -> dict[int, str]:
+        """Of every silent rank, where it was last and what its process does."""
+        words = {}
+        for rank in silent:
+            identity, record = self._identities[rank], read(self._folder / f"rank-{rank:05d}.phase")
+            text = f"process {identity['pid']} on {identity['host']}"
+            if self._is_here(rank):
+                text += f" {process_state(identity['pid'])}"
+            if record is not None and record.time:
+                text += f", last seen in {record}"
+            words[rank] = text
+        return words
+
+    def _publish(self, text: str, path: Path) -> None:
+        os.write(2, f"error: {text}\n".encode())
+        with open(self._run_dir / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.rename(path)
+
+    def _end_silent_ranks_here(self, reports: dict[int, Report], silent: list[int]) -> None:
+        """Once per machine: silent ranks of it write their stacks, if they can, and are killed."""
+        if self._rank != min(rank for rank in reports if self._is_here(rank)):
+            return
+        victims = [self._identities[rank]["pid"] for rank in silent if self._is_here(rank) and self._runs(rank)]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, DUMP_SIGNAL)
+                os.kill(pid, signal.SIGCONT)  # a stopped process takes no signal but SIGKILL
+        if victims:
+            time.sleep(1.0)
+        for rank in silent:
+            stacks = self._folder / f"rank-{rank:05d}.stacks"
+            if self._is_here(rank) and stacks.exists():
+                with contextlib.suppress(OSError):
+                    (self._hang / f"rank-{rank:05d}.stacks").write_bytes(stacks.read_bytes())
+            if self._is_here(rank) and self._runs(rank):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._identities[rank]["pid"], signal.SIGKILL)
+
+    def _is_here(self, rank: int) -> bool:
+        return is_same_machine(self._identities[self._rank], self._identities[rank])
+
+    def _runs(self, rank: int) -> bool:
+        return is_alive(self._identities[rank])
+
+
+def describe(
+    reports: dict[int, Report], silent: list[int], last_words: dict[int, str], timeout: float, folder: Path
+) -> str:
+    """One message: who did not arrive where."""
+    furthest = max(reports.values(), key=lambda report: report.record.count)
+    behind = {rank: report for rank, report in reports.items() if report.record.count < furthest.record.count}
+    absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent]
+    absent += [
+        f"rank {rank}: still in {report.record} on {report.identity['host']}" for rank, report in sorted(behind.items())
+    ]
+    if not absent:
+        absent = ["every rank has arrived, so the collective itself does not complete (the network?)"]
+    waiting = [rank for rank in sorted(reports) if rank not in behind]
+    return (
+        f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
+        f"{_ranges(waiting)}, for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). "
+        f"Stacks of every rank that could write them: {folder}. The last checkpoint stands"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 5` of [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(str(n) for n in part) for part in parts)

@@ -1,0 +1,147 @@
+"""What a step needs, built from the initial weights or from a checkpoint; and the step itself."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.language_model import build_model
+from model.memory import layer_memories
+from model.parallel.context import ParallelContext
+from pretrain import checkpoint as checkpoints
+from pretrain.agreement import agreed
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import Config
+from pretrain.data import Batch, TrainingStream, Windows
+from pretrain.engine import GradientNorm, build_engine, set_learning_rate
+from pretrain.prefetch import Prefetcher
+from pretrain.progress import Progress
+from pretrain.resilience.phases import Phases
+from pretrain.rules import choose_backends
+from pretrain.schedule import learning_rate
+from pretrain.sources import Sources
+from pretrain.step_sums import StepReducer, StepSums
+from pretrain.whole import Run, WholeRun
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gives, the same on every rank."""
+
+    sums: StepSums
+    grad_norm: float | None
+    """Global gradient norm before clipping; None where the update was skipped, because it or the loss is not finite."""
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs, on this rank."""
+
+    config: Config
+    engine: Any
+    run: Run
+    norm: GradientNorm
+    reduce: StepReducer
+    sources: Sources
+    stream: TrainingStream
+    prefetcher: Prefetcher
+    validation: Windows | None
+    phases: Phases
+    parallel: ParallelContext
+    device: torch.device
+
+    def step(self, progress: Progress) -> StepResult:
+        """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
+        memories = [memory for _, memory in layer_memories(self.engine.module)]
+        set_learning_rate(self.engine, learning_rate(self.config, progress.step))
+        if self.stream.begins(progress.consumed_sequences):
+            for memory in memories:
+                memory.forget()
+        self.phases.enter("reading batches")
+        batches = self._read(progress.consumed_sequences)
+        self.phases.enter("forward, backward and update")
+        loss_sum, auxiliary_sum = self.run.train(batches)
+        grad_norm = self.norm.value()
+        self.phases.enter("adding up over ranks")
+        sums = self.reduce(loss_sum, auxiliary_sum, len(batches), keep_statistics=grad_norm is not None)
+        for memory in memories:
+            # Hidden states that gave no finite loss would spoil every step to come.
+            memory.advance() if math.isfinite(sums.loss) else memory.forget()
+        return StepResult(sums, grad_norm)
+
+    def _read(self, consumed: int) -> list[Batch]:
+        """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
+        and not everybody's hang."""
+        return agreed(lambda: self.prefetcher.take(consumed))
+
+    def close(self) -> None:
+        """Gives its memory back; nothing of it works afterwards."""
+        self.prefetcher.close()
+        self.engine.destroy()
+        self.engine = self.run = self.norm = self.reduce = None  # type: ignore[assignment]
+        gc.collect()
+
+
+def build_trainer(
+    config: Config,
+    sources: Sources,
+    parallel: ParallelContext,
+    device: torch.device,
+    resumed: Checkpoint | None,
+    *,
+    progress: Progress | None = None,
+    phases: Phases | None = None,
+) -> Trainer:
+    """Model, engine and data of this rank, from the initial weights or from a checkpoint. `progress` (default: the
+    checkpoint's) says which data is left out."""
+    phases = phases or Phases()
+    progress = progress or (resumed.progress if resumed else Progress(0, 0))
+    # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
+    torch.manual_seed(config.train.seed + dist.get_rank())
+    backends = choose_backends(config, device.type)
+    if parallel.is_first:
+        print(f"kernels: {backends}", flush=True)
+    phases.enter("building the model")
+    model: nn.Module
+    if parallel.pipeline_size > 1:
+        from pretrain.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
+
+        model = Stage(config, parallel, backends)
+    else:
+        model = build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
+    if resumed is not None:
+        phases.enter("loading the weights")
+        agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
+    phases.enter("building the engine")
+    engine = build_engine(model, config, parallel, device)
+    norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
+    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
+
+    train_reader = sources.reader("train", config)
+    stream = TrainingStream(
+        train_reader,
+        config,
+        data_rank=parallel.data_rank,
+        data_size=parallel.data_size,
+        skipped=progress.skipped_ranges,
+    )
+    validation = sources.reader("validation", config) if config.evaluate.sequences else None
+    for _, memory in layer_memories(engine.module):
+        memory.assign(stream.streams().to(device), config.batch.global_sequences)
+    if resumed is not None:
+        phases.enter("loading the training state")
+        # Memory is of the tokens just before the next ones: other data or another cut of it has none.
+        then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
+        same_text = then == (config.model.sequence_length, sources.digest)
+        agreed(lambda: checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text))
+        if config.model.memory_length and not same_text and parallel.is_first:
+            print("memory begins empty: the checkpoint's is of other text", flush=True)
+    reduce = StepReducer(engine.module, parallel)
+    prefetcher = Prefetcher(stream, device, global_sequences=config.batch.global_sequences)
+    return Trainer(config, engine, run, norm, reduce, sources, stream, prefetcher, validation, phases, parallel, device)

@@ -1,0 +1,37 @@
+"""Where a run is: kept in checkpoints, with the data that it leaves out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pretrain.progress import Progress, Range, merged, positions
+
+
+def test_json_and_files_from_before_there_were_skips() -> None:
+    progress = Progress(7, 56, skipped_ranges=((8, 16), (40, 48)), skipped_updates=2)
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+    assert Progress.from_json({"step": 7, "consumed_sequences": 56}) == Progress(7, 56)
+
+
+@pytest.mark.parametrize("skipped", [(), ((0, 3),), ((5, 6),), ((2, 4), (5, 9), (11, 12)), ((0, 1), (2, 3), (30, 50))])
+def test_positions_leave_out_the_skipped_ranges(skipped: tuple[Range, ...]) -> None:
+    left_out = {position for first, end in skipped for position in range(first, end)}
+    expected = [position for position in range(100) if position not in left_out][:20]
+    assert positions(np.arange(20), skipped).tolist() == expected
+    assert positions(np.arange(7, 20), skipped).tolist() == expected[7:]
+
+
+def test_merged_ranges_are_sorted_and_apart() -> None:
+    assert merged(((8, 16), (0, 2), (16, 20), (12, 14))) == ((0, 2), (8, 20))
+    assert merged(()) == ()
+    with pytest.raises(AssertionError, match="not sorted"):
+        Progress(0, 0, skipped_ranges=((4, 8), (2, 3)))
+
+
+def test_updates_skipped_in_a_row() -> None:
+    progress = Progress(3, 24).after_step(8, updated=False).after_step(8, updated=False)
+    assert progress == Progress(5, 40, skipped_updates=2)
+    assert progress.after_step(8) == Progress(6, 48)
