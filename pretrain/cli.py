@@ -144,7 +144,11 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     from pretrain.loop import train
     from pretrain.resilience.guard import RunFailed, collective_timeout
 
-    device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    try:
+        device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    except devices.Unreachable as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.PEER_DIED
     stop.enter(Stage.STARTING)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times

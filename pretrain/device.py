@@ -20,6 +20,10 @@ from pretrain.errors import UserError
 from pretrain.slurm import launcher_variables
 
 
+class Unreachable(RuntimeError):
+    """The ranks do not find each other: a fault of nodes or network, which the next start may not meet."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The place of this process in the job, from the environment of the launcher or of srun; a single process without
@@ -51,7 +55,8 @@ def device_type() -> str:
 
 def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
-    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives."""
+    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives. Raises UserError
+    and Unreachable."""
     _set_threads(ranks, threads)
     for key, value in {
         "RANK": ranks.rank,
@@ -82,11 +87,13 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
         try:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
         except dist.DistNetworkError as error:
-            port = os.environ["MASTER_PORT"]
-            raise UserError(
-                f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); "
-                f"if another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
-            ) from None
+            port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
+            where = f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({reason})"
+            if "EADDRINUSE" in reason:
+                raise UserError(
+                    f"{where}; another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
+                ) from None
+            raise Unreachable(f"{where}; a rank did not come, or the network between the nodes is closed") from None
     return device
 
 

@@ -13,13 +13,18 @@ FIRST_PORT, PORTS = 10_000, 20_000
 """Ports of jobs: below 32768, from where the kernel takes the ports of outgoing connections."""
 
 
+def is_task_of_many(env: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several."""
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of this task of srun.
 
     Empty outside of srun, in a step of one task, and where another launcher has set WORLD_SIZE. MASTER_ADDR and
     MASTER_PORT stay as they are if both are set. Raises UserError if the first node's address cannot be found.
     """
-    if "WORLD_SIZE" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+    if "WORLD_SIZE" in env or not is_task_of_many(env):
         return {}
     tasks = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
     return {

@@ -11,7 +11,8 @@ from data_prep.config import load_config
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import DataError
 from launch.slurm import job
-from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
 
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
 """Steps of data_prep in order, and whether array tasks share them; each does what is missing of those before."""
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         if numbers:
             print(f"already submitted: {' '.join(numbers)}; cancel with scancel", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return ExitCode.REFUSED
     if not args.dry_run:
         print(
             f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from data_prep.shard_format import DataError
 from launch.slurm import job
-from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
 
 SIGNAL_SECONDS = 300
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = job.submit(path)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return ExitCode.REFUSED
     print(
         f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}\n"
         f"  state      squeue --job {number}\n"

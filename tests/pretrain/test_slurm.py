@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from pretrain import slurm
 from pretrain.device import Ranks
 from pretrain.errors import UserError
+from pretrain.resilience import lock
+from pretrain.resilience.signals import is_launched
 
 TASK = {
     "SLURM_JOB_ID": "1234",
@@ -94,3 +98,27 @@ def test_all_tasks_derive_the_same_port_and_neighbours_another(monkeypatch: pyte
 
 def test_tasks_per_node() -> None:
     assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1] and slurm.tasks_per_node("8") == [8]
+
+
+def test_a_task_of_srun_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("CROSS_RANK", "WORLD_SIZE", *TASK):
+        monkeypatch.delenv(key, raising=False)
+    assert not is_launched()
+    for key, value in TASK.items():
+        monkeypatch.setenv(key, value)
+    assert is_launched()
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal (code 2) would end the job; another job's lock is refused at once."""
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    own = {**lock.process_identity(1), "host": "lost-node", "token": "x"}
+    left = tmp_path / "lock-1.json"
+    left.write_text(json.dumps({**own, "job": "8"}))
+    with pytest.raises(UserError, match="is in use by process 1 on lost-node"):
+        lock.FolderLock(tmp_path)
+    left.write_text(json.dumps({**own, "job": "7"}))
+    taken = lock.FolderLock(tmp_path)
+    assert taken.taken_over == ["process 1 on lost-node"]
+    taken.release()
