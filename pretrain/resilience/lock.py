@@ -120,7 +120,7 @@ class FolderLock:
 
     def _falls_silent(self, path: Path) -> bool:
         """Waits for an earlier start of this SLURM job, on a node that it has lost, to be dead by its lock's age."""
-        for _ in range(int(2 * DEAD_SECONDS)):
+        for _ in range(int(2 * DEAD_SECONDS) + 1):
             age = _age(path)
             if age is None or age >= DEAD_SECONDS:
                 return True

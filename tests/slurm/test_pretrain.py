@@ -16,8 +16,8 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import finish, lines, said, submit, wait_until
 
 pytestmark = pytest.mark.slurm
-UNBROKEN_SECONDS = 60.0
-"""Training time of the unbroken run, from which its steps follow: the time-limit test interrupts after 45 s at most."""
+UNBROKEN_SECONDS = 80.0
+"""Training time of the unbroken run, from which its steps follow."""
 
 
 @dataclass
@@ -86,12 +86,13 @@ def training(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_the_time_limit_is_a_pause(training: Training) -> None:
-    """USR1 before a limit of two minutes: checkpoint, requeue, resume, until the run is finished."""
-    number = training.start("limit", "--time", "2", "--signal-seconds", "75", stop_after=training.steps)
+    """USR1 before a limit of two minutes: checkpoint, requeue, resume, until the run is finished. SLURM looks every 30 s
+    and would rather be early: the signal comes 45 to 75 s after the start."""
+    number = training.start("limit", "--time", "2", "--signal-seconds", "45", stop_after=training.steps)
     fields = training.finish("limit", number)
     text = (training.logs("limit") / f"{number}.log").read_text()
     restarts = int(fields["Restarts"])
-    assert restarts >= 1 and text.count("stopped by a signal, with a checkpoint (exit code 85); requeued") == restarts
+    assert restarts >= 1 and text.count("stopped by a signal (exit code 85); requeued") == restarts
     assert "resuming from" in (training.logs("limit") / f"{number}.rank0.log").read_text()
     training.assert_unbroken("limit", training.steps)
 
@@ -103,7 +104,7 @@ def python_of(cluster: Cluster, node: str) -> psutil.Process:
 
 
 def test_a_killed_task_is_a_requeue(training: Training) -> None:
-    steps = max(40, training.steps // 3)
+    steps = max(30, training.steps // 3)
     number = training.start("killed task", stop_after=steps)
     training.wait_for_steps("killed task", steps // 2)
     python_of(training.cluster, "node2").kill()
@@ -115,7 +116,7 @@ def test_a_killed_task_is_a_requeue(training: Training) -> None:
 
 def test_a_lost_node_is_a_requeue(training: Training) -> None:
     """slurmd, srun's and the rank's processes of a node are gone at once; the node comes back later."""
-    steps = max(40, training.steps // 3)
+    steps = max(30, training.steps // 3)
     number = training.start("lost node", stop_after=steps)
     training.wait_for_steps("lost node", steps // 2)
     training.cluster.kill_node("node2")
@@ -128,7 +129,7 @@ def test_a_lost_node_is_a_requeue(training: Training) -> None:
 
 def test_a_user_stops_for_good_and_goes_on_later(training: Training) -> None:
     """Saving and stopping (Requeue=0, USR1), then scancel, which a requeue must not revive, then to the end."""
-    steps, cluster = max(40, training.steps // 3), training.cluster
+    steps, cluster = max(30, training.steps // 3), training.cluster
     first = training.start("stopped", stop_after=steps)
     training.wait_for_steps("stopped", 5)
     cluster.run("scontrol", "update", f"JobId={first}", "Requeue=0")

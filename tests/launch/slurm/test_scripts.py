@@ -116,7 +116,7 @@ def test_bash_and_shellcheck_accept_it(script: Path) -> None:
         (3, False, "diverged"),
         (5, True, "a rank failed (exit code 5"),
         (6, False, "another run has taken over"),
-        (85, True, "stopped by a signal, with a checkpoint"),
+        (85, True, "stopped by a signal"),
         (1, True, "a rank failed"),
         (137, True, "exit code 137"),
     ],
