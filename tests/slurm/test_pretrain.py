@@ -86,8 +86,8 @@ def training(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_the_time_limit_is_a_pause(training: Training) -> None:
-    """USR1 before a limit of two minutes: checkpoint, requeue, resume, until the run is finished. SLURM looks every 30 s
-    and would rather be early: the signal comes 45 to 75 s after the start."""
+    """USR1 before a limit of two minutes: checkpoint, requeue, resume, until the run is finished. SLURM looks every
+    30 s and would rather be early: the signal comes 45 to 75 s after the start."""
     number = training.start("limit", "--time", "2", "--signal-seconds", "45", stop_after=training.steps)
     fields = training.finish("limit", number)
     text = (training.logs("limit") / f"{number}.log").read_text()
