@@ -43,6 +43,12 @@ def calls(record: Path) -> list[list[str]]:
     return [json.loads(line) for line in record.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("script", ["submit.py", "submit_data_prep.py"])
+def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
+    done = start(str(job.FOLDER / script), "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage: launch/slurm/" in done.stdout, done.stderr
+
+
 def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Path) -> None:
     """From another directory, as a user starts it; bash accepts what it prints."""
     run_dir = tmp_path / "my runs" / "one"
