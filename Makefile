@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RANKS ?= 2
 DEMO_RUN := runs/demo
 
-.PHONY: help install data demo test test-slow lint clean
+.PHONY: help install data demo test test-slow test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ test: install  ## the fast tests
 
 test-slow: install  ## the slow tests: the real launcher, kill and resume
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: install  ## a real two-node SLURM on this host: signals, requeues, lost nodes, data preparation arrays
+	$(BIN)/python -m pytest -v -m slurm tests/slurm
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

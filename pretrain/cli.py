@@ -102,15 +102,16 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return ExitCode.REFUSED
 
 
-def preflight(config: Config, world_size: int, run_dir: Path) -> tuple[Sources, int]:
-    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size."""
+def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
+    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
+    `device` (cuda or cpu) is that of the ranks, None for this host's."""
     from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
     from pretrain.device import device_type
     from pretrain.resume import candidates, changed_settings
     from pretrain.sources import open_sources
 
     data_size = check_ranks(config, world_size)
-    check_device(config, device_type())
+    check_device(config, device or device_type())
     sources = open_sources(config)
     sources.check("size")
     for path in candidates(config, run_dir):
@@ -143,7 +144,11 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     from pretrain.loop import train
     from pretrain.resilience.guard import RunFailed, collective_timeout
 
-    device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    try:
+        device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    except devices.Unreachable as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.PEER_DIED
     stop.enter(Stage.STARTING)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times

@@ -17,11 +17,17 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
+from pretrain.slurm import launcher_variables
+
+
+class Unreachable(RuntimeError):
+    """The ranks do not find each other: a fault of nodes or network, which the next start may not meet."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process in the job, from the launcher's environment; a single process without one."""
+    """The place of this process in the job, from the environment of the launcher or of srun; a single process without
+    one."""
 
     rank: int
     local_rank: int
@@ -30,12 +36,9 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
+        """Under srun also sets the variables that a launcher would have set. Raises UserError."""
         env = os.environ
-        if "WORLD_SIZE" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            raise UserError(
-                f"launch: srun started {env['SLURM_STEP_NUM_TASKS']} tasks without telling them their ranks; start one "
-                f"`deepspeed` per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-            )
+        env.update(launcher_variables(env))
         world_size = int(env.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(env.get("RANK", "0")),
@@ -52,7 +55,8 @@ def device_type() -> str:
 
 def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
-    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives."""
+    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives. Raises UserError
+    and Unreachable."""
     _set_threads(ranks, threads)
     for key, value in {
         "RANK": ranks.rank,
@@ -83,11 +87,13 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
         try:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
         except dist.DistNetworkError as error:
-            port = os.environ["MASTER_PORT"]
-            raise UserError(
-                f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); "
-                f"if another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
-            ) from None
+            port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
+            where = f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({reason})"
+            if "EADDRINUSE" in reason:
+                raise UserError(
+                    f"{where}; another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
+                ) from None
+            raise Unreachable(f"{where}; a rank did not come, or the network between the nodes is closed") from None
     return device
 
 

@@ -28,7 +28,7 @@ MEANING = {
     ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
     ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds; the last checkpoint stands",
     ExitCode.FOLDER_LOST: "another run has taken over the run folder; this one stopped writing",
-    ExitCode.PEER_DIED: "another rank died and this one could not go on; the last checkpoint stands",
+    ExitCode.PEER_DIED: "another rank died or never came, and this one could not go on; the last checkpoint stands",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
     ExitCode.INTERRUPTED: "a second signal ended it at once; the last checkpoint stands: start the same command again",
 }

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ class FolderLock:
     """The lock of one run folder, held from construction to `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written."""
+        """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written. Waits
+        for up to a minute for the lock that this SLURM job left on another node: a refusal would end the job."""
         self._folder = folder
-        self._me = {**process_identity(os.getpid()), "token": secrets.token_hex(8)}
+        self._me = {
+            **process_identity(os.getpid()),
+            "token": secrets.token_hex(8),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
         self._is_released = False
         self.taken_over: list[str] = []
         """Owners that were found dead."""
@@ -101,11 +107,25 @@ class FolderLock:
             alive = is_alive(owner)
         else:
             alive = age < DEAD_SECONDS
+            if alive and self._is_of_this_job(owner):
+                alive = not self._falls_silent(path)
         if alive:
             raise UserError(
                 f"--run-dir: {self._folder} is in use by {_name(owner)}, last sign of life {age:.0f} s ago; stop that "
                 f"run first, or choose another --run-dir (if its machine is gone, wait {DEAD_SECONDS:.0f} s)"
             )
+
+    def _is_of_this_job(self, owner: dict[str, Any]) -> bool:
+        return self._me["job"] is not None and owner.get("job") == self._me["job"]
+
+    def _falls_silent(self, path: Path) -> bool:
+        """Waits for an earlier start of this SLURM job, on a node that it has lost, to be dead by its lock's age."""
+        for _ in range(int(2 * DEAD_SECONDS) + 1):
+            age = _age(path)
+            if age is None or age >= DEAD_SECONDS:
+                return True
+            time.sleep(1.0)
+        return False
 
 
 def process_identity(pid: int) -> dict[str, Any]:

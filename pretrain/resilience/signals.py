@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pretrain.exit_codes import ExitCode
+from pretrain.slurm import is_task_of_many
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)
@@ -154,8 +155,8 @@ class Stop:
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, by the variables that launchers set."""
-    return "CROSS_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher started this process, by the variables that launchers and srun set."""
+    return "CROSS_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1 or is_task_of_many(os.environ)
 
 
 def _signal_on_parent_death(number: int) -> None:

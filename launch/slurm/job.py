@@ -1,0 +1,273 @@
+"""What the submitting commands share: a script from a template, checks of folders, the call of sbatch."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.work import write_atomically
+from pretrain.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parent.parent
+SHARED_TYPES = set(
+    """9p afs beegfs ceph cifs cvmfs fuse gfs2 glusterfs gpfs lustre nfs nfs4 ocfs2 panfs pvfs2 smb3 virtiofs
+    wekafs""".split()  # noqa: SIM905
+)
+"""File systems that other hosts see (fuse.* too)."""
+LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<day_hours>\d+)(?::(?P<day_minutes>\d+)(?::(?P<day_seconds>\d+))?)?)"
+    r"|(?:(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+))"
+    r"|(?:(?P<only_minutes>\d+)(?::(?P<only_seconds>\d+))?)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """An .sbatch file: default options, and the text below them."""
+
+    options: dict[str, str]
+    body: str
+
+    @classmethod
+    def load(cls, name: str) -> Template:
+        shebang, *lines = (FOLDER / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        assert shebang == "#!/bin/bash\n", name
+        options = [line.removeprefix("#SBATCH --").strip() for line in lines if line.startswith("#SBATCH")]
+        body = [line for line in lines if not line.startswith("#SBATCH")]
+        return cls(options=dict(_key_value(option) for option in options), body="".join(body))
+
+
+def script(
+    template: Template,
+    *,
+    options: Mapping[str, str | None],
+    more_options: Sequence[str],
+    settings: Mapping[str, str],
+    setup: Sequence[str],
+    arguments: Sequence[str],
+) -> str:
+    """The whole script: every value is data, quoted for the parser that reads it; only `setup` is the user's code.
+
+    options:      sbatch's long options over the template's; None drops one
+    more_options: further ones as the user wrote them, "--gres=gpu:8"
+    settings:     exported variables
+    setup:        lines of bash before anything else runs
+    arguments:    what the template's "$@" is
+    """
+    merged: dict[str, str | None] = {**template.options, **options}
+    for option in more_options:
+        if not option.startswith("--") or option == "--":
+            raise UserError(f"--sbatch {option}: write a long option of sbatch, e.g. --sbatch=--gres=gpu:8")
+        merged.update([_key_value(option.removeprefix("--"))])
+    lines = ["#!/bin/bash"]
+    for key, value in merged.items():
+        if value is not None:
+            lines.append(f"#SBATCH --{key}" + (f"={_for_sbatch(key, value)}" if value else ""))
+    lines += [f"export {name}={shlex.quote(_one_line(name, value))}" for name, value in settings.items()]
+    lines += setup
+    lines.append(f"set -- {' '.join(shlex.quote(_one_line('an argument', part)) for part in arguments)}")
+    return "\n".join(lines) + "\n" + template.body
+
+
+def _key_value(option: str) -> tuple[str, str]:
+    key, _, value = option.partition("=")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+        raise UserError(f"--sbatch --{option}: {key!r} is not the name of an option of sbatch")
+    return key, value
+
+
+def _for_sbatch(key: str, value: str) -> str:
+    """The value as sbatch's own parser of #SBATCH lines reads it: a backslash or quotes protect a character."""
+    value = _one_line(f"--{key}", value)
+    if re.fullmatch(r"[\w@%+=:,./\[\]-]+", value, re.ASCII):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _one_line(what: str, value: str) -> str:
+    if not value.isprintable():
+        raise UserError(f"{what}: {value!r} holds a character that cannot stand in a job script; use another name")
+    return value
+
+
+def output_pattern(path: Path) -> str:
+    """A path for --output, whose % would otherwise begin a pattern such as %j."""
+    if "\\" in str(path):
+        raise UserError(f"--run-dir: {path} holds a backslash, which turns off SLURM's %j in names of logs; rename it")
+    return str(path).replace("%", "%%")
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError."""
+    match = TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time {time}: write minutes (90), H:M:S (12:00:00) or D-H:M:S (2-00:00:00)")
+    part = {name: int(value or 0) for name, value in match.groupdict().items()}
+    return (
+        86400 * part["days"]
+        + 3600 * (part["day_hours"] + part["hours"])
+        + 60 * (part["day_minutes"] + part["minutes"] + part["only_minutes"])
+        + part["day_seconds"]
+        + part["seconds"]
+        + part["only_seconds"]
+    )
+
+
+def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
+    """A warning if nobody can tell whether other hosts see `path`; None if they do. Raises UserError if they cannot.
+
+    The path need not exist yet. `allow_local` (this host is the cluster) turns everything off.
+    """
+    if allow_local:
+        return None
+    path = path.resolve()
+    kind = filesystem_type(path)
+    local = next((folder for folder in LOCAL_FOLDERS if path.is_relative_to(folder)), None)
+    if kind in SHARED_TYPES or kind.startswith("fuse."):
+        return None
+    if local is not None or kind in LOCAL_TYPES:
+        why = f"below {local}" if local is not None else f"on a {kind}"
+        raise UserError(
+            f"{what}: {path} is {why}, which the nodes of a cluster do not share; name a folder on a shared file "
+            f"system, or add --allow-local if this host is the only node"
+        )
+    return f"{what}: {path} is on {kind or 'an unknown file system'}; make sure that every node sees it"
+
+
+def filesystem_type(path: Path, mounts: str | None = None) -> str:
+    """The type of the file system that `path` is or would be on, from /proc/self/mounts (or `mounts`, its text); empty
+    if unknown."""
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+    best, kind = Path("/"), ""
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        # Blanks in names of folders are written as \040.
+        folder = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[1]))
+        if path.is_relative_to(folder) and (folder.is_relative_to(best)):
+            best, kind = folder, fields[2]
+    return kind
+
+
+def write_once(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """FOLDER/STEM-HASH.SUFFIX: a copy that no later submission changes. Raises UserError."""
+    path = named_by_content(folder, stem, suffix, content)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    return path
+
+
+def named_by_content(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
+    return folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
+
+
+def need_sbatch() -> None:
+    """Raises UserError where there is no SLURM."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on the PATH: run this on a login node of the cluster, or add --dry-run to see the script"
+        )
+
+
+def submit(path: Path, *options: str) -> str:
+    """Hands the script to SLURM; returns the job's number. Raises UserError with sbatch's own words."""
+    need_sbatch()
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError("sbatch gave no answer within 120 s; is the controller up (scontrol ping)?") from None
+    job = done.stdout.strip().split(";")[0]
+    if done.returncode != 0 or not job.isdecimal():
+        words = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"sbatch refused the job: {words} (script: {path})")
+    return job
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def add_site_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of both commands that belong to the cluster."""
+    parser.add_argument("--partition", metavar="NAME", help="partition (default: the cluster's)")
+    parser.add_argument("--account", metavar="NAME", help="account to be charged")
+    parser.add_argument("--qos", metavar="NAME", help="quality of service")
+    parser.add_argument("--job-name", metavar="NAME", help="name in squeue")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any further long option of sbatch, repeatable: --sbatch=--gres=gpu:8 --sbatch=--mail-type=END,FAIL",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="a line of bash at the start of the job, repeatable: --setup 'module load cuda/12.4'",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable for the job, repeatable: --env NCCL_SOCKET_IFNAME=ib0",
+    )
+    parser.add_argument(
+        "--python", metavar="FILE", help="interpreter on the nodes (default: the one that runs this command)"
+    )
+    parser.add_argument(
+        "--allow-local", action="store_true", help="this host is the cluster: do not ask for shared file systems"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the script, submit nothing")
+
+
+def variables(assignments: Sequence[str]) -> dict[str, str]:
+    """The --env arguments. Raises UserError."""
+    found = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"--env {assignment}: write it as NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def site_options(arguments: argparse.Namespace, name: str) -> dict[str, str | None]:
+    """sbatch options of the arguments above; what is not given stays the cluster's default."""
+    given = {"partition": arguments.partition, "account": arguments.account, "qos": arguments.qos}
+    return {"job-name": arguments.job_name or name, **{key: value for key, value in given.items() if value}}
+
+
+def on_path(path: str) -> str:
+    """An absolute path of an interpreter, symbolic links kept: a venv's python is one. Raises UserError."""
+    found = os.path.abspath(path) if os.sep in path else shutil.which(path)
+    if found is None or not os.access(found, os.X_OK):
+        raise UserError(f"--python: {path} cannot be executed here; name the interpreter of the nodes' environment")
+    return found

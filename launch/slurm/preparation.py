@@ -1,0 +1,120 @@
+"""Data preparation on SLURM: four jobs, each after the one before."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.config import load_config
+from data_prep.plan import Plan, make_plan
+from data_prep.shard_format import DataError
+from launch.slurm import job
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
+
+STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
+"""Steps of data_prep in order, and whether array tasks share them; each does what is missing of those before."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/slurm/submit_data_prep.py",
+        description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
+        "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON config, see configs/data/")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
+    )
+    parser.add_argument(
+        "--tasks", type=job.at_least(1), required=True, metavar="N", help="array tasks, at most raw files"
+    )
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each task, e.g. 4:00:00")
+    parser.add_argument(
+        "--cpus-per-task", type=job.at_least(1), default=8, metavar="N", help="CPUs and processes of a task"
+    )
+    parser.add_argument("--requeues", type=job.at_least(0), default=5, metavar="N", help="restarts of each task")
+    parser.add_argument(
+        "--force", action="store_true", help="rebuild although the output holds data made in another way"
+    )
+    job.add_site_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 submitted (or printed), 2 refused."""
+    args = build_parser().parse_args(arguments)
+    numbers: list[str] = []
+    try:
+        if not args.dry_run:
+            job.need_sbatch()
+        plan = _check(args)
+        logs = plan.output / "slurm"
+        for step, is_array in STEPS:
+            text = _script(args, plan, step, is_array=is_array)
+            if args.dry_run:
+                print(text)
+                continue
+            path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
+            # kill-on-invalid-dep: after a step that failed for good the rest would stay in the queue for ever.
+            after = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+            numbers.append(job.submit(path, *after))
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        if numbers:
+            print(f"already submitted: {' '.join(numbers)}; cancel with scancel", file=sys.stderr)
+        return ExitCode.REFUSED
+    if not args.dry_run:
+        print(
+            f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"
+            f"  state   squeue --job {','.join(numbers)}\n"
+            f"  cancel  scancel {' '.join(numbers)}"
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> Plan:
+    job.seconds_of(args.time)
+    plan = make_plan(load_config(args.config, args.overrides))
+    if args.tasks > len(plan.sources):
+        raise UserError(
+            f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "
+            f"use --tasks {len(plan.sources)}"
+        )
+    places = [("output", plan.output), ("--config", args.config), ("the repository", job.REPOSITORY)]
+    for what, place in places:
+        warning = job.check_shared(what, place, allow_local=args.allow_local)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+    return plan
+
+
+def _script(args: argparse.Namespace, plan: Plan, step: str, *, is_array: bool) -> str:
+    options = {
+        **job.site_options(args, f"{plan.output.name}-{step}"),
+        "cpus-per-task": str(args.cpus_per_task),
+        "time": args.time,
+        "array": f"0-{args.tasks - 1}" if is_array else None,
+        "output": job.output_pattern(plan.output / "slurm") + ("/%A_%a.log" if is_array else "/%j.log"),
+        "chdir": str(Path.cwd()),  # relative paths of the configuration
+    }
+    settings = {
+        **job.variables(args.env),
+        "REPOSITORY": str(job.REPOSITORY),
+        "PYTHON": job.on_path(args.python or sys.executable),
+        "REQUEUES": str(args.requeues),
+        **({"TASKS": str(args.tasks)} if is_array else {}),
+    }
+    arguments = [step, "--config", str(args.config.absolute())]
+    arguments += [part for key in args.overrides for part in ("--set", key)] + ["--force"] * args.force
+    return job.script(
+        job.Template.load("data_prep.sbatch"),
+        options=options,
+        more_options=args.sbatch,
+        settings=settings,
+        setup=args.setup,
+        arguments=arguments,
+    )

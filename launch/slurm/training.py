@@ -1,0 +1,158 @@
+"""Training on SLURM: checks a run on the login node, writes its job script and submits it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.shard_format import DataError
+from launch.slurm import job
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
+
+SIGNAL_SECONDS = 300
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/slurm/submit.py",
+        description="Checks a run as `launch/pretrain.py --dry-run` does, for the ranks of the job, and submits it. "
+        "The job saves before its time limit, goes back into the queue and continues, until the run is finished; "
+        "docs/operations.md says what happens otherwise.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run as JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/NAME)")
+    parser.add_argument("--nodes", type=job.at_least(1), required=True, metavar="N", help="nodes")
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
+    parser.add_argument(
+        "--gpus-per-node", type=job.at_least(0), default=0, metavar="N", help="GPUs; 0 (default) trains on the CPU"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=job.at_least(1), metavar="N", help="ranks (default: one per GPU, one without GPUs)"
+    )
+    parser.add_argument("--cpus-per-rank", type=job.at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
+    parser.add_argument(
+        "--signal-seconds",
+        type=job.at_least(1),
+        metavar="N",
+        help=f"how long before the limit the ranks are told to save and leave (default: {SIGNAL_SECONDS}, or half of a "
+        f"shorter limit); SLURM may be 60 s early",
+    )
+    parser.add_argument(
+        "--requeues", type=job.at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
+    )
+    parser.add_argument(
+        "--faults",
+        type=job.at_least(1),
+        default=3,
+        metavar="N",
+        help="give up after so many starts in a row that left no newer checkpoint",
+    )
+    job.add_site_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 submitted (or printed), 2 refused."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if not args.dry_run:
+            job.need_sbatch()
+        run_dir = (args.run_dir or Path("runs") / args.config.stem).absolute()
+        _check(args, run_dir)
+        # Copied: the file may be edited while the job waits or runs, and every restart reads it again.
+        content = args.config.read_bytes()
+        logs = run_dir / "slurm"
+        text = _script(args, run_dir, job.named_by_content(logs, "config", ".json", content))
+        if args.dry_run:
+            print(text, end="")
+            return 0
+        job.write_once(logs, "config", ".json", content)
+        path = job.write_once(logs, "pretrain", ".sbatch", text.encode("utf-8"))
+        number = job.submit(path)
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.REFUSED
+    print(
+        f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}\n"
+        f"  state      squeue --job {number}\n"
+        f"  watch      tail -F {_quoted(logs / f'{number}.log')} {_quoted(logs / f'{number}.rank0.log')}\n"
+        f"  metrics    tensorboard --logdir {_quoted(run_dir / 'tensorboard')}\n"
+        f"  cancel     scancel {number}\n"
+        f"  save, stop scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}"
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace, run_dir: Path) -> None:
+    """Everything that can be wrong before a node is taken; warnings and derived values go to stderr."""
+    from pretrain.cli import preflight, print_derived
+    from pretrain.config_io import load_config
+
+    limit = job.seconds_of(args.time)
+    if args.signal_seconds is not None and args.signal_seconds >= limit:
+        raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
+    config = load_config(args.config, args.overrides)
+    device = "cuda" if args.gpus_per_node else "cpu"
+    with contextlib.redirect_stdout(sys.stderr):
+        sources, data_size = preflight(config, args.nodes * _ranks_per_node(args), run_dir, device)
+        print_derived(config, data_size, sources, run_dir)
+    places = [("--run-dir", run_dir), ("the repository", job.REPOSITORY), ("--python", _python(args))]
+    places += [("data", source.manifest.folder) for source in sources.sources]
+    for what, place in places:
+        warning = job.check_shared(what, place, allow_local=args.allow_local)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
+    limit = job.seconds_of(args.time)
+    signal_seconds = args.signal_seconds or max(1, min(SIGNAL_SECONDS, limit // 2))
+    options: dict[str, str | None] = {
+        **job.site_options(args, run_dir.name),
+        "nodes": str(args.nodes),
+        "ntasks-per-node": str(_ranks_per_node(args)),
+        "time": args.time,
+        "signal": f"USR1@{signal_seconds}",
+        "output": job.output_pattern(run_dir / "slurm") + "/%j.log",
+        "chdir": str(Path.cwd()),  # relative paths of the configuration
+    }
+    if args.gpus_per_node:
+        options["gpus-per-node"] = str(args.gpus_per_node)
+    if args.cpus_per_rank:
+        options["cpus-per-task"] = str(args.cpus_per_rank)
+    return job.script(
+        job.Template.load("pretrain.sbatch"),
+        options=options,
+        more_options=args.sbatch,
+        settings={
+            **job.variables(args.env),
+            "RUN_DIR": str(run_dir),
+            "REPOSITORY": str(job.REPOSITORY),
+            "PYTHON": str(_python(args)),
+            "REQUEUES": str(args.requeues),
+            "FAULTS": str(args.faults),
+        },
+        setup=args.setup,
+        arguments=["--config", str(config), *(part for key in args.overrides for part in ("--set", key))],
+    )
+
+
+def _python(args: argparse.Namespace) -> Path:
+    return Path(job.on_path(args.python or sys.executable))
+
+
+def _ranks_per_node(args: argparse.Namespace) -> int:
+    return args.ranks_per_node or args.gpus_per_node or 1
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,218 @@
+"""The job scripts under bash, with srun and scontrol that only write down how they were called: what follows which exit
+code, and that arguments arrive as they were given. A real SLURM runs them in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import job
+
+SCRIPTS = sorted(job.FOLDER.glob("*.sbatch"))
+STUB = """#!{python}
+import json, os, sys, time
+name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
+with open(f"{{folder}}/{{name}}.calls", "a") as file:
+    file.write(json.dumps([sys.argv[1:], os.environ.get("MASTER_PORT"), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
+if name == "srun":
+    checkpoint = os.environ.get("MAKES")
+    if checkpoint:
+        os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
+    time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
+    sys.exit(int(os.environ.get("SRUN_CODE", "0")))
+if name == "scontrol" and sys.argv[1] == "requeue":
+    sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
+if name == "scontrol":
+    print(f"JobId=7 JobState=COMPLETING Reason={{os.environ.get('REASON', 'None')}} Dependency=(null)")
+"""
+
+
+@dataclass
+class Bench:
+    """One job in a folder: `start` runs a script as SLURM would have, `calls` says what it did."""
+
+    folder: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "it's a run"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP", "MASTER"))}
+        return {
+            **clean,
+            "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "STUBS": str(self.folder),
+            "RUN_DIR": str(self.run_dir),
+            "REPOSITORY": str(job.REPOSITORY),
+            "PYTHON": sys.executable,
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "2",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            **more,
+        }
+
+    def open(self, script: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(script), *arguments],
+            env=self.environment(**more),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def start(self, script: Path, *arguments: str, **more: str) -> tuple[int, str]:
+        process = self.open(script, *arguments, **more)
+        output, _ = process.communicate(timeout=30)
+        return process.returncode, output
+
+    def train(self, **more: str) -> tuple[int, str]:
+        return self.start(job.FOLDER / "pretrain.sbatch", "--config", "c.json", **more)
+
+    def calls(self, name: str) -> list[list[object]]:
+        path = self.folder / f"{name}.calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def requeues(self) -> list[object]:
+        return [call[0][1] for call in self.calls("scontrol") if call[0][0] == "requeue"]  # type: ignore[index]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "scontrol", "sleep"):
+        path = tmp_path / "bin" / name
+        path.write_text(STUB.format(python=sys.executable))
+        path.chmod(0o755)
+    return Bench(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_and_shellcheck_accept_it(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed; bash -n passed")
+    done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "code, requeued, words",
+    [
+        (0, False, "finished"),
+        (2, False, "refused"),
+        (3, False, "diverged"),
+        (5, True, "a rank failed (exit code 5"),
+        (6, False, "another run has taken over"),
+        (85, True, "stopped by a signal"),
+        (1, True, "a rank failed"),
+        (137, True, "exit code 137"),
+    ],
+)
+def test_what_follows_an_exit_code(bench: Bench, code: int, requeued: bool, words: str) -> None:
+    ended, output = bench.train(SRUN_CODE=str(code))
+    assert (ended, bench.requeues()) == (code, ["7"] if requeued else []), output
+    assert words in output
+
+
+def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: Bench) -> None:
+    for restart, makes in enumerate(("", "", "step-00000010", "", "", "")):
+        bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT=str(restart), MAKES=makes)
+    # Two without a checkpoint, one that made one, and two more: the third in a row is final.
+    assert len(bench.requeues()) == 5
+    _, output = bench.train(SRUN_CODE="85", FAULTS="1", MAKES="step-00000010")
+    assert "not requeued: 4 starts in a row left no newer checkpoint than step-00000010" in output
+
+
+def test_a_half_written_checkpoint_is_none(bench: Bench) -> None:
+    _, output = bench.train(SRUN_CODE="1", MAKES="step-00000010.partial")
+    assert "newest checkpoint: none" in output and (bench.run_dir / "slurm" / "7.faults").read_text() == "1\n"
+
+
+def test_requeues_are_bounded(bench: Bench) -> None:
+    code, output = bench.train(SRUN_CODE="85", REQUEUES="4", SLURM_RESTART_COUNT="4")
+    assert code == 85 and not bench.requeues() and "4 restarts were allowed and used" in output
+    code, output = bench.train(REQUEUES="4", SLURM_RESTART_COUNT="5")  # SLURM's own, after a node failure
+    assert code == 1 and len(bench.calls("srun")) == 1 and "4 restarts are allowed" in output
+
+
+def test_a_refused_requeue_is_said(bench: Bench) -> None:
+    code, output = bench.train(SRUN_CODE="85", REQUEUE_CODE="1")
+    assert code == 85 and "SLURM refuses it" in output
+
+
+@pytest.mark.parametrize("reason, requeued", [("TimeLimit", True), ("None", False)])
+def test_sigterm_at_the_limit_requeues_and_scancel_does_not(bench: Bench, reason: str, requeued: bool) -> None:
+    script = job.FOLDER / "pretrain.sbatch"
+    process = bench.open(script, "--config", "c.json", SRUN_SECONDS="1", SRUN_CODE="85", REASON=reason)
+    deadline = time.monotonic() + 20
+    while not bench.calls("srun") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # SLURM sends it twice
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 85, output
+    assert bench.requeues() == (["7"] if requeued else []), output
+
+
+def test_arguments_and_settings_arrive_as_they_were_given(bench: Bench) -> None:
+    nasty = ["--set", "description=$(touch injected) `touch injected` \"; touch injected #'", "a  b", "*", "~", "\\"]
+    text = job.script(
+        job.Template.load("pretrain.sbatch"),
+        options={"output": job.output_pattern(bench.run_dir / "50%") + "/%j.log"},
+        more_options=["--gres=gpu:8", "--exclusive"],
+        settings={"RUN_DIR": str(bench.run_dir), "NOTE": "$(touch injected)"},
+        setup=["touch set-up"],
+        arguments=nasty,
+    )
+    assert f'#SBATCH --output="{bench.run_dir}/50%%/%j.log"\n' in text
+    assert "#SBATCH --gres=gpu:8\n" in text and "#SBATCH --exclusive\n" in text
+    assert text.count("#SBATCH --output") == 1, "the template's default stayed"
+    path = bench.folder / "job.sbatch"
+    path.write_text(text)
+    code, output = bench.start(path)
+    assert code == 0, output
+    (arguments, _, _) = bench.calls("srun")[0]
+    assert arguments[-len(nasty) :] == nasty  # type: ignore[index]
+    assert arguments[-len(nasty) - 2 : -len(nasty)] == ["--run-dir", str(bench.run_dir)]  # type: ignore[index]
+    assert (bench.folder / "set-up").exists() and not list(bench.folder.rglob("injected"))
+
+
+def test_the_port_is_the_jobs_and_free(bench: Bench) -> None:
+    bench.train(SLURM_CPUS_PER_TASK="3")
+    [(_, port, threads)] = bench.calls("srun")
+    assert port == str(10000 + 7 * 131) and threads == "3"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(str(port))))
+        other.listen()
+        bench.train()
+    assert bench.calls("srun")[1][1] == str(int(str(port)) + 1)
+
+
+def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Bench) -> None:
+    script = job.FOLDER / "data_prep.sbatch"
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    code, output = bench.start(script, "dedup", "--config", "a b.json", SRUN_CODE="143", **array)
+    assert code == 143 and bench.requeues() == ["7_3"], output
+    arguments = bench.calls("srun")[0][0]
+    assert arguments[-9:] == [  # type: ignore[index]
+        *("dedup", "--task", "3", "--tasks", "4", "--set", "workers=1"),
+        *("--config", "a b.json"),
+    ]
+    code, _ = bench.start(script, "encode", SRUN_CODE="143", SLURM_RESTART_COUNT="5", **array)
+    assert code == 143 and len(bench.requeues()) == 1
+    code, _ = bench.start(script, "shard", SRUN_CODE="2")
+    assert code == 2 and len(bench.requeues()) == 1
+    assert "--task" not in bench.calls("srun")[-1][0]  # type: ignore[operator]

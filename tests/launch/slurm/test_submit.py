@@ -1,0 +1,216 @@
+"""Submitting: what is refused before a node is taken, what the printed script holds, what sbatch is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import job, preparation, training
+from pretrain.errors import UserError
+from tests.launch.test_entry_points import start
+
+TINY = str(job.REPOSITORY / "configs" / "switchall_tiny.json")
+
+
+def submit(prepared: Path, run_dir: Path, *arguments: str) -> int:
+    line = ["--config", TINY, "--nodes", "2", "--time", "30", "--set", f"data.manifest={prepared}"]
+    return training.main([*line, "--run-dir", str(run_dir), "--allow-local", *arguments])
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that writes its arguments to the returned file and counts jobs from 41."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    record = tmp_path / "sbatch.calls"
+    (folder / "sbatch").write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"calls = open({str(record)!r}, 'a+')\ncalls.seek(0)\nnumber = 41 + len(calls.readlines())\n"
+        "calls.write(json.dumps(sys.argv[1:]) + '\\n')\nprint(f'{number};cluster')\n"
+    )
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return record
+
+
+def calls(record: Path) -> list[list[str]]:
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["submit.py", "submit_data_prep.py"])
+def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
+    done = start(str(job.FOLDER / script), "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage: launch/slurm/" in done.stdout, done.stderr
+
+
+def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Path) -> None:
+    """From another directory, as a user starts it; bash accepts what it prints."""
+    run_dir = tmp_path / "my runs" / "one"
+    done = start(
+        str(job.FOLDER / "submit.py"),
+        *("--config", TINY, "--nodes", "2", "--ranks-per-node", "4", "--cpus-per-rank", "3", "--time", "1-12"),
+        *("--partition", "gpu", "--account", "me", "--set", f"data.manifest={prepared}", "--set", "train.steps=50"),
+        *("--run-dir", str(run_dir), "--allow-local", "--setup", "module load cuda", "--dry-run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "#SBATCH --job-name=one",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --cpus-per-task=3",
+        "#SBATCH --time=1-12",
+        "#SBATCH --signal=USR1@300",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=me",
+        f'#SBATCH --output="{run_dir}/slurm/%j.log"',
+        f"#SBATCH --chdir={tmp_path}",
+        f"export RUN_DIR='{run_dir}'",
+        "module load cuda",
+    ):
+        assert f"{line}\n" in done.stdout, line
+    assert "#SBATCH --gpus-per-node" not in done.stdout
+    assert "parameters, total" in done.stderr and re.search(r"data-parallel size +8 ", done.stderr)
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert not list(tmp_path.iterdir()), "a dry run wrote something"
+
+
+def test_a_submission_keeps_its_own_copy_of_the_config(
+    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert submit(prepared, run_dir, "--sbatch=--gres=gpu:8") == 0
+    [[parsable, path]] = calls(sbatch)
+    assert parsable == "--parsable" and Path(path).parent == run_dir / "slurm"
+    text = Path(path).read_text()
+    assert "#SBATCH --gres=gpu:8\n" in text
+    [copy] = (run_dir / "slurm").glob("config-*.json")
+    assert str(copy) in text and copy.read_bytes() == Path(TINY).read_bytes()
+    output = capsys.readouterr().out
+    assert "submitted job 41: 2 nodes x 1 ranks" in output and "scancel 41" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--nodes", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP = 4 x 3"),
+        (["--set", "train.stepz=3"], "train.stepz: unknown key"),
+        (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
+        (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
+        (["--time", "soon"], "--time soon: write minutes"),
+        (["--time", "1", "--signal-seconds", "60"], "--signal-seconds 60: must be below --time (60 s)"),
+        (["--env", "1A=b"], "--env 1A=b: write it as NAME=VALUE"),
+        (["--sbatch", "gres=gpu:8"], "--sbatch gres=gpu:8: write a long option"),
+        (["--job-name", "a\n#SBATCH --uid=0"], "cannot stand in a job script"),
+        (["--set", "description=a\nb"], "cannot stand in a job script"),
+        (["--python", "/nowhere/python"], "--python: /nowhere/python cannot be executed"),
+    ],
+)
+def test_refusals(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert submit(prepared, tmp_path / "run", "--dry-run", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_is_judged_for_the_nodes_not_for_the_login_node(prepared: Path, tmp_path: Path) -> None:
+    assert submit(prepared, tmp_path, "--dry-run", "--gpus-per-node", "2", "--set", "train.precision=fp16") == 0
+
+
+def test_without_sbatch_the_message_says_where_to_go(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(prepared, tmp_path / "run") == 2
+    assert "sbatch is not on the PATH: run this on a login node" in capsys.readouterr().err
+
+
+def test_sbatchs_own_refusal_is_passed_on(
+    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: x' >&2; exit 1\n")
+    assert submit(prepared, tmp_path / "run") == 2
+    assert "error: sbatch refused the job: sbatch: error: invalid partition: x" in capsys.readouterr().err
+
+
+MOUNTS = """\
+overlay / overlay rw 0 0
+tmpfs /dev/shm tmpfs rw 0 0
+server:/home /home nfs4 rw 0 0
+scratch /scratch\\040space lustre rw 0 0
+/dev/sdb1 /home/local ext4 rw 0 0
+gcs /data fuse.gcsfuse rw 0 0
+"""
+
+
+def test_which_folders_the_nodes_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {
+        "/home/me/runs": "nfs4",
+        "/homework": "overlay",
+        "/home/local/x": "ext4",
+        "/scratch space/a": "lustre",
+        "/data/a": "fuse.gcsfuse",
+        "/dev/shm/x": "tmpfs",
+    }
+    assert {path: job.filesystem_type(Path(path), MOUNTS) for path in kinds} == kinds
+    of_host = job.filesystem_type
+    monkeypatch.setattr(job, "filesystem_type", lambda path: of_host(path, MOUNTS))
+    for shared in ("/home/me/runs", "/scratch space/a", "/data/a"):
+        assert job.check_shared("--run-dir", Path(shared), allow_local=False) is None
+    for unknown in ("/homework", "/home/local/x"):
+        assert "make sure that every node sees it" in str(
+            job.check_shared("--run-dir", Path(unknown), allow_local=False)
+        )
+    for local in ("/dev/shm/x", "/tmp/x"):
+        with pytest.raises(UserError, match=r"--run-dir: .* do not share; name a folder on a shared file system"):
+            job.check_shared("--run-dir", Path(local), allow_local=False)
+        assert job.check_shared("--run-dir", Path(local), allow_local=True) is None
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-2:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_time_limits_as_slurm_writes_them(text: str, seconds: int) -> None:
+    assert job.seconds_of(text) == seconds
+
+
+def raw_config(folder: Path) -> Path:
+    for number in range(3):
+        (folder / f"raw-{number}.jsonl").write_text('{"text": "one"}\n')
+    config = folder / "data.json"
+    config.write_text(json.dumps({"input": str(folder / "raw-*.jsonl"), "output": str(folder / "out put")}))
+    return config
+
+
+def test_data_preparation_is_four_jobs_in_a_row(tmp_path: Path, sbatch: Path) -> None:
+    config = raw_config(tmp_path)
+    line = ["--config", str(config), "--tasks", "3", "--time", "60", "--cpus-per-task", "2", "--allow-local"]
+    assert preparation.main(line) == 0
+    submitted = calls(sbatch)
+    assert [call[:-1] for call in submitted] == [
+        ["--parsable"],
+        *(["--parsable", f"--dependency=afterok:{n}", "--kill-on-invalid-dep=yes"] for n in (41, 42, 43)),
+    ]
+    texts = [Path(call[-1]).read_text() for call in submitted]
+    for text, (step, is_array) in zip(texts, preparation.STEPS, strict=True):
+        assert f"set -- {step} --config {config}\n" in text
+        assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
+        pattern = "%A_%a" if is_array else "%j"
+        assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
+
+
+def test_more_tasks_than_raw_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--config", str(raw_config(tmp_path)), "--tasks", "4", "--time", "60", "--allow-local", "--dry-run"]
+    assert preparation.main(line) == 2
+    assert "--tasks 4: there are 3 raw files" in capsys.readouterr().err
