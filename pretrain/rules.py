@@ -75,8 +75,8 @@ def check_rules(config: Config) -> None:
         )
     if config.checkpoint.keep_best and config.evaluate.sequences == 0:
         raise ConfigError(
-            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is 0; "
-            f"set evaluate.sequences to 256, or checkpoint.keep_best to 0"
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is "
+            f"0; set evaluate.sequences to 256, or checkpoint.keep_best to 0"
         )
     batch = config.batch
     if batch.global_sequences % batch.micro_sequences:
