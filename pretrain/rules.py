@@ -73,6 +73,11 @@ def check_rules(config: Config) -> None:
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
             f"but train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
         )
+    if config.checkpoint.keep_best and config.evaluate.sequences == 0:
+        raise ConfigError(
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is "
+            f"0; set evaluate.sequences to 256, or checkpoint.keep_best to 0"
+        )
     batch = config.batch
     if batch.global_sequences % batch.micro_sequences:
         raise ConfigError(

@@ -28,7 +28,7 @@ from pretrain.agreement import PeerFailed
 from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
 from pretrain.checkpoint.fragments import Chunk, Fragments
 from pretrain.checkpoint.planners import SavePlanner
-from pretrain.checkpoint.state import State, described, owned_state
+from pretrain.checkpoint.state import State, constants, described, owned_state
 from pretrain.checkpoint.storage import Writer
 from pretrain.device import host_buffer, synchronize
 from pretrain.errors import UserError
@@ -73,6 +73,7 @@ class Saver:
         self._writer: Writer | None = None
         self._engine, self._parallel, self._device = engine, parallel, device
         self._asynchronous = asynchronous
+        self._constants = constants(engine, parallel)
         self._group = _own_group(dist.group.WORLD)
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
@@ -102,8 +103,8 @@ class Saver:
             return
         self._saved = progress
         state = owned_state(self._engine, self._parallel)
-        description = described(self._engine, self._parallel, progress)
-        writer = self._writer = Writer(folder / f"step-{progress.step:08d}", {**description, **extra})
+        description = {**self._constants, **described(self._engine, progress), **extra}
+        writer = self._writer = Writer(folder / f"step-{progress.step:08d}", description)
 
         def work(state: State, stall_seconds: float | None) -> None:
             error = self._write(state, writer)

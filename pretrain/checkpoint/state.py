@@ -66,17 +66,23 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     return state
 
 
-def described(engine: Any, parallel: ParallelContext, progress: Progress) -> dict[str, Any]:
-    """What state.json says of the run beside its files, losses and configuration."""
+def constants(engine: Any, parallel: ParallelContext) -> dict[str, Any]:
+    """What state.json says of every checkpoint of an engine alike."""
     return {
         "format_version": FORMAT_VERSION,
+        "parameters": full_shapes(engine.module.config),
+        "layout": layout(engine, parallel),
+        "versions": versions(),
+    }
+
+
+def described(engine: Any, progress: Progress) -> dict[str, Any]:
+    """What state.json says of this moment of a run, beside losses."""
+    return {
         "time": time.time(),
         "progress": progress.to_json(),
         "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": _loss_scaler(engine),
-        "parameters": full_shapes(engine.module.config),
-        "layout": layout(engine, parallel),
-        "versions": versions(),
     }
 
 

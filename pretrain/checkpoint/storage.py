@@ -190,16 +190,15 @@ class Writer(StorageWriter):
     def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {r.storage_data["name"]: r.storage_data for rank in results for r in rank}
         places = {r.index: r.storage_data["name"] for rank in results for r in rank}
-        names = sorted(files)
+        numbers = {name: number for number, name in enumerate(sorted(files))}
         tensors = {}
         for name, saved in metadata.state_dict_metadata.items():
             assert isinstance(saved, TensorStorageMetadata)
             chunks = [
-                [names.index(places[MetadataIndex(name, c.offsets)]), list(c.offsets), list(c.sizes)]
-                for c in saved.chunks
+                [numbers[places[MetadataIndex(name, c.offsets)]], list(c.offsets), list(c.sizes)] for c in saved.chunks
             ]
             tensors[name] = {"dtype": NAMES[saved.properties.dtype], "shape": list(saved.size), "chunks": chunks}
-        write_json(self.partial / TENSORS_FILE, {"files": names, "tensors": tensors}, indent=None)
+        write_json(self.partial / TENSORS_FILE, {"files": list(numbers), "tensors": tensors}, indent=None)
         entries = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
         entries[TENSORS_FILE] = digest_entry(self.partial / TENSORS_FILE)
         write_json(self.partial / STATE_FILE, {**self._state, "files": entries})

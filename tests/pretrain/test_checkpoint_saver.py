@@ -62,26 +62,42 @@ def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_pa
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def save_large(rank: int, config: Config, folder: Path) -> int:
-    """Bytes of master weights and moments, over all ranks, of a model whose state is then saved."""
+def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
+    """Bytes of master weights and moments over all ranks, and the memory that saving them took on this one."""
     trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
-    trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))
+    trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))  # moments are there now
     trainer.saver.finish()
-    return 12 * sum(p.numel() for p in trainer.engine.module.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = _memory("VmRSS")
+    trainer.saver.save(folder, Progress(1, 0), extra={}, retention=Retention(keep_last=1))
+    trainer.saver.finish()
+    return 12 * sum(p.numel() for p in trainer.engine.module.parameters()), _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 @pytest.mark.slow
-def test_files_of_a_large_state_are_of_its_size(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_large_state_is_saved_in_its_size_and_little_memory(
+    prepared: Path, tmp_path: Path, asynchronous: str
+) -> None:
+    """200 MB on two ranks: the buffer of an asynchronous save is there from the start, another save has none."""
     config = small_config(
         prepared,
         "model.d_model=512",
         "model.attention.head_dim=64",
         'model.feedforward={"type": "sigma_moe", "num_experts": 64, "expert_size": 128, "active_experts": 2}',
+        f"checkpoint.asynchronous={asynchronous}",
     )
-    size = run_ranks(save_large, 2, config, tmp_path)[0]
+    results = run_ranks(save_large, 2, config, tmp_path)
+    size = results[0][0]
     files = sum(file.stat().st_size for file in list_checkpoints(tmp_path)[0].iterdir())
     assert size >= 200e6
     assert size <= files <= 1.05 * size
+    assert all(memory < 50e6 for _, memory in results), results
 
 
 @pytest.fixture

@@ -109,6 +109,11 @@ def test_refusals_name_the_key_and_the_fix(override: str, words: list[str]) -> N
         assert word in message, message
 
 
+def test_the_best_checkpoint_needs_validation() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best: 2 .* set evaluate\.sequences to 256"):
+        load_config(TINY, ["checkpoint.keep_best=2", "evaluate.sequences=0"])
+
+
 def test_zero_0_needs_fp32() -> None:
     assert load_config(TINY, ["parallel.zero=0"]).parallel.zero == 0
     with pytest.raises(ConfigError, match=r"parallel\.zero: stage 0 trains in fp32 only"):

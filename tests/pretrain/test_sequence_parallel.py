@@ -3,14 +3,12 @@ the family, alone and with data parallelism and ZeRO 0 to 3; checkpoints move be
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import list_checkpoints
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 from tests.harness import run_ranks
@@ -67,16 +65,6 @@ def test_bf16_stays_near_fp32_under_sequence_parallelism(prepared: Path) -> None
         assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
 
 
-def forget_parallel_ranks(run_dir: Path) -> None:
-    """Makes the newest checkpoint one of the version before expert parallelism, which this version reads as well."""
-    file = list_checkpoints(run_dir / "checkpoints")[-1] / "state.json"
-    state = json.loads(file.read_text())
-    del state["layout"]["expert"]
-    for entry in state["files"].values():
-        del entry["tensor_rank"], entry["expert_rank"]
-    file.write_text(json.dumps(state))
-
-
 @pytest.mark.slow
 def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_path: Path) -> None:
     """With memory, of which every rank keeps its tokens, and validation over streams of uneven length. (The fast tier
@@ -100,7 +88,6 @@ def test_resume_is_bit_identical_and_moves_between_layouts(prepared: Path, tmp_p
     )
     for copy in ("to-one", "to-tensor"):
         shutil.copytree(tmp_path / "resumed", tmp_path / copy)
-    forget_parallel_ranks(tmp_path / "to-tensor")
     run_ranks(
         train_runs,
         4,
