@@ -42,7 +42,7 @@ def wait_until(ready: Callable[[], bool], what: str, *, seconds: float, say: Cal
 
 
 def finish(cluster: Cluster, number: str, logs: Path, *, seconds: float = 900) -> dict[str, str]:
-    """Waits for the end of a job; returns scontrol's fields. (A requeued job waits for cred_expire + 1 s, 6 here and 121
+    """Waits for the end of a job; returns scontrol's fields. (A requeued job waits for cred_expire + 1 s, 6 here, 121
     by default; started at once, by `scontrol update StartTime=now`, it may fail with "Job credential revoked".)"""
 
     def ended() -> bool:
