@@ -64,11 +64,14 @@ def evaluate(
         lambda: [[read(np.maximum(padded[step, place], 0), place) for place in places] for step in range(steps)]
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    at_once = 4 * parallel.pipeline_size  # few enough to stop soon, many enough to fill the pipeline
     with separate_streams(module, streams.to(device), num_streams):
         for step, step_batches in enumerate(batches):
-            if not before_batch():
-                return None
-            losses = run.evaluate([batch.to(device) for batch in step_batches])
+            losses: list[torch.Tensor] = []
+            for first in range(0, len(step_batches), at_once):
+                if not before_batch():
+                    return None
+                losses += run.evaluate([batch.to(device) for batch in step_batches[first : first + at_once]])
             for place, sequence_loss in zip(places, losses, strict=True):
                 counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])

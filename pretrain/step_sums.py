@@ -18,7 +18,7 @@ class StepSums:
     """Global sums of one optimizer step, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy over the tokens of the global batch, nats."""
+    """Mean cross-entropy over the tokens of the global batch, nats. NaN if any rank's losses are not finite."""
     auxiliary_loss: float
     """Mean of the auxiliary losses over micro-steps and ranks."""
     load: dict[str, Tensor]
@@ -52,12 +52,13 @@ class StepReducer:
         stays.
         """
         parallel, routers = self._parallel, self._routers.values()
-        tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1)]
+        wrong = (~torch.isfinite(loss_sum + auxiliary_sum)).double().view(1)
+        tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1), wrong]
         tensors += [t.view(-1) for statistics in routers for t in statistics.accumulators()]
         _add_up(tensors, parallel.data_group)
         # Heads, or tokens, that another tensor-parallel rank counted are zero here.
         divided = [t.view(-1) for s in routers if s.is_sharded for t in s.accumulators()]
-        _add_up(divided, parallel.tensor_group)
+        _add_up([wrong, *divided], parallel.tensor_group)
 
         load = {name: statistics.load.clone() for name, statistics in self._routers.items()}
         for statistics in routers:
@@ -65,7 +66,7 @@ class StepReducer:
         tracking = [s for s in routers if s.tracks_probability]
         scalars = torch.stack(
             [
-                tensors[0][0] / (micro_steps * parallel.data_size),
+                tensors[0][0] / (micro_steps * parallel.data_size) + torch.where(wrong[0] > 0, torch.nan, 0.0),
                 tensors[1][0] / (micro_steps * parallel.data_size),
                 sum((negative_entropy(s.probability) for s in tracking), tensors[0].new_zeros(())),
                 tensors[0].new_tensor(float(len(tracking))),

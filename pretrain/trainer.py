@@ -78,7 +78,13 @@ class Trainer:
     def _read(self, consumed: int) -> list[Batch]:
         """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
         and not everybody's hang."""
-        return agreed(lambda: self.prefetcher.take(consumed))
+
+        def take() -> list[Batch]:
+            batches = self.prefetcher.take(consumed)
+            self.phases.enter("waiting for the batches of other ranks")
+            return batches
+
+        return agreed(take)
 
     def close(self) -> None:
         """Gives its memory back; nothing of it works afterwards."""
@@ -121,7 +127,7 @@ def build_trainer(
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
     norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
-    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm)
+    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm, phases)
 
     train_reader = sources.reader("train", config)
     stream = TrainingStream(

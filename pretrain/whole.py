@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.data import Batch
 from pretrain.engine import GradientNorm, poisoned_unless_finite
+from pretrain.resilience.phases import Phases
 
 StepLosses = tuple[Tensor, Tensor]
 """Sums over micro-steps of this rank's mean cross-entropy and of its auxiliary losses: fp32 scalars."""
@@ -30,17 +31,20 @@ class Run(Protocol):
 class WholeRun:
     """The micro-steps one after the other."""
 
-    def __init__(self, engine: Any, norm: GradientNorm) -> None:
-        self._engine, self._norm = engine, norm
+    def __init__(self, engine: Any, norm: GradientNorm, phases: Phases) -> None:
+        self._engine, self._norm, self._phases = engine, norm, phases
 
     def train(self, batches: Sequence[Batch]) -> StepLosses:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
+            self._phases.enter("forward")
             objective, sequence_loss = self._engine(*batch.model_inputs())
+            self._phases.enter("backward")
             self._engine.backward(poisoned_unless_finite(objective, objective, sequence_loss))
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
             if batch is batches[-1]:
+                self._phases.enter("update")
                 self._norm.before_step()
             self._engine.step()
         return loss_sum, auxiliary_sum

@@ -87,11 +87,10 @@ def checksum(value: Tensor) -> Tensor:
 
 
 def _difference(key: str, groups: list[list[int]]) -> str:
-    """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`; without a majority nobody is blamed."""
-    groups = sorted(groups, key=len, reverse=True)
-    if len(groups[0]) == len(groups[1]):
-        return f"{key}: {' differ from '.join(_ranks(group) for group in groups)}"
-    return f"{key}: {', '.join(_ranks(group) for group in groups[1:])} differ from {_ranks(groups[0])}"
+    """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. Of two ranks either may be the wrong one."""
+    *others, most = sorted(groups, key=len)
+    wrong = sorted(rank for group in others for rank in group)
+    return f"{key}: {_ranks(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {_ranks(most)}"
 
 
 def _ranks(numbers: list[int]) -> str:

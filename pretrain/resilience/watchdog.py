@@ -191,7 +191,7 @@ def describe(
         f"rank {rank}: still in {report.record} on {report.identity['host']}" for rank, report in sorted(behind.items())
     ]
     if not absent:
-        absent = ["every rank has arrived, so the collective itself does not complete (the network?)"]
+        absent = ["no rank is behind: one is stuck inside this phase (see the stacks), or the network is"]
     waiting = [rank for rank in sorted(reports) if rank not in behind]
     return (
         f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "

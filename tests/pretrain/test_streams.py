@@ -16,6 +16,7 @@ from pretrain.data import TrainingStream, WindowReader
 from pretrain.engine import GradientNorm, parallel_context
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate, evaluation_windows
+from pretrain.resilience.phases import Phases
 from pretrain.sources import open_sources
 from pretrain.whole import WholeRun
 from tests.harness import run_ranks
@@ -111,7 +112,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
     for config in configs:
         network, parallel = build_model(config.model, seed=0), parallel_context(config)
         engine = _Engine(network)
-        run = WholeRun(engine, GradientNorm(engine, 0.0, parallel))
+        run = WholeRun(engine, GradientNorm(engine, 0.0, parallel), Phases())
         reader = reader_of(config, "validation")
         found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
     return found

@@ -1,0 +1,97 @@
+"""Faults for tests: a trainer in which chosen steps go wrong on one rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import pretrain.loop
+from model.layers import Head
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.progress import Progress
+from pretrain.resilience.guard import RunFailed
+from pretrain.resilience.signals import Stop
+from pretrain.sources import Sources
+from pretrain.trainer import StepResult, Trainer
+
+
+def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
+    """One parameter's gradient on this rank is NaN in one element whenever `is_wrong()`."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        if is_wrong():
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = math.nan
+        return gradient
+
+    next(iter(trainer.engine.module.parameters())).register_hook(spoil)
+
+
+def spoil_loss(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
+    """The loss of this rank's sequences is infinite whenever `is_wrong()`; the gradients do not show it."""
+
+    def spoil(module: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        first, losses, *rest = output
+        return (first, losses + math.inf, *rest) if is_wrong() else output
+
+    heads = [module for module in trainer.engine.module.modules() if isinstance(module, Head)]
+    target = heads[0] if trainer.parallel.pipeline_size > 1 else trainer.engine.module
+    target.register_forward_hook(spoil)
+
+
+def train_with(
+    rank: int, config: Config, run_dir: Path, prepare: Callable[..., None], *arguments: Any, stop: Stop | None = None
+) -> str:
+    """Trains with `prepare(trainer, *arguments)` called on every trainer that is built. How it ended."""
+    build = pretrain.loop.build_trainer
+
+    def build_and_prepare(*args: Any, **options: Any) -> Trainer:
+        trainer = build(*args, **options)
+        prepare(trainer, *arguments)
+        return trainer
+
+    pretrain.loop.build_trainer = build_and_prepare  # type: ignore[assignment]
+    try:
+        code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
+        return code.name
+    except RunFailed as error:
+        return f"{error.code.name}: {error}"
+    except UserError as error:
+        return f"REFUSED: {error}"
+    finally:
+        pretrain.loop.build_trainer = build  # type: ignore[assignment]
+
+
+def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:
+    """Calls `function(step)`, step from 1, when a step begins."""
+    step = trainer.step
+
+    def stepped(progress: Progress) -> StepResult:
+        function(progress.step + 1)
+        return step(progress)
+
+    trainer.step = stepped  # type: ignore[method-assign]
+
+
+def spoil_losses_of_steps(trainer: Trainer, wrong: tuple[int, ...], rank: int) -> None:
+    """`spoil_loss` on `rank` in the steps `wrong`."""
+    if dist.get_rank() == rank:
+        now = [0]
+        before_steps(trainer, lambda step: now.__setitem__(0, step))
+        spoil_loss(trainer, lambda: now[0] in wrong and trainer.engine.module.training)
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())

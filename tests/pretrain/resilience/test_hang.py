@@ -1,0 +1,137 @@
+"""A rank that does not arrive is named with its phase, every stack is written, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import tests.harness as harness
+from pretrain.config import Config
+from pretrain.resilience.phases import Phases, Record, read
+from pretrain.resilience.signals import Stop
+from pretrain.resilience.watchdog import Report, Watchdog, describe
+from pretrain.trainer import Trainer
+from tests.pretrain.resilience.faults import events, outcome, train_with
+from tests.pretrain.runs import small_config
+
+
+def exit_codes(function: object, world_size: int, *args: object, timeout_seconds: float) -> list[int | None]:
+    """Runs `function(rank, *args)` on forked ranks and waits until all have left by themselves; their exit codes."""
+    port, processes = harness._free_port(), []
+    for rank in range(world_size):
+        _, sender = harness._context.Pipe(duplex=False)
+        process = harness._context.Process(
+            target=harness._rank_main, args=(sender, function, rank, world_size, port, args), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    deadline = time.monotonic() + timeout_seconds
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return codes
+
+
+def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) -> None:
+    """In a phase of a step `rank` is stopped (SIGSTOP), or its main thread sleeps."""
+    enter = trainer.phases.enter
+
+    def entered(name: str, **options: bool) -> None:
+        enter(name, **options)
+        if name == phase and trainer.phases.step == step and torch.distributed.get_rank() == rank:
+            if sleeps:
+                time.sleep(1000)
+            else:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    trainer.phases.enter = entered  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stopped", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named_and_killed(prepared: Path, tmp_path: Path, stopped: int) -> None:
+    """Rank 0 too, although it hosts the store by which the ranks have met."""
+    config = small_config(prepared, "train.steps=9", "evaluate.sequences=0", "resilience.hang_timeout_seconds=4")
+    codes = exit_codes(train_with, 3, _of(config), tmp_path, stop_in, stopped, "forward", 3, False, timeout_seconds=90)
+    assert codes == [-signal.SIGKILL if rank == stopped else 5 for rank in range(3)]
+    message = (tmp_path / "hang" / "message.txt").read_text()
+    assert f"Did not arrive: rank {stopped}: no sign of life" in message
+    assert "is stopped (SIGSTOP), last seen in phase 'forward' of step 3" in message
+    waiting = ", ".join(str(rank) for rank in range(3) if rank != stopped)
+    assert f"Waiting: ranks {waiting}," in message.replace("0-1", "0, 1")
+    assert events(tmp_path, "hang")[0]["message"] == message.strip()
+    for rank in range(3):
+        stacks = (tmp_path / "hang" / f"rank-{rank:05d}.stacks").read_text()
+        assert "Thread" in stacks and "whole.py" in stacks, rank
+    if stopped != 0:
+        assert outcome(tmp_path)["exit_code"] == 5
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_is_named(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=9", "evaluate.sequences=0", "resilience.hang_timeout_seconds=4")
+    codes = exit_codes(train_with, 3, _of(config), tmp_path, stop_in, 1, "reading batches", 2, True, timeout_seconds=90)
+    assert codes == [5, 5, 5]
+    message = (tmp_path / "hang" / "message.txt").read_text()
+    assert "Did not arrive: rank 1: still in phase 'reading batches' of step 2" in message
+    assert "Waiting: ranks 0, 2," in message
+    assert "in entered" in (tmp_path / "hang" / "rank-00001.stacks").read_text()
+
+
+def _of(config: Config) -> Config:
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
+
+
+def test_phases_can_be_read_from_outside(tmp_path: Path) -> None:
+    phases = Phases()
+    phases.keep_in(tmp_path / "phase")
+    phases.step = 3
+    phases.enter("x" * 100)
+    found = read(tmp_path / "phase")
+    assert found is not None and (found.step, found.count, found.name) == (3, 1, "x" * 64)
+    assert read(tmp_path / "none") is None
+    began = time.perf_counter()
+    for _ in range(1000):
+        phases.enter("forward")
+    assert time.perf_counter() - began < 1.0  # 1000 of them
+
+
+def test_slow_is_not_hung_and_patient_phases_may_take_their_time(tmp_path: Path) -> None:
+    """A rank that goes on while others are waited for withdraws its report."""
+    phases, stop = Phases(), Stop()
+    identities = [{"host": "a", "boot": "b", "namespace": "n", "pid": os.getpid(), "start": 1}] * 2
+    watchdog = Watchdog(tmp_path, phases, stop, rank=0, identities=identities, hang_timeout_seconds=0.3, lock=None)
+    phases.enter("patient", patient=True)
+    time.sleep(0.8)
+    assert not (tmp_path / "hang").exists()
+    phases.enter("slow")
+    deadline = time.monotonic() + 10
+    while not list((tmp_path / "hang").glob("rank-00000.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (tmp_path / "hang" / "rank-00000.json").exists()
+    phases.enter("next", patient=True)
+    while (tmp_path / "hang" / "rank-00000.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not (tmp_path / "hang" / "rank-00000.json").exists()
+    watchdog.close()
+    assert not (tmp_path / "ranks").exists()
+    assert psutil.pid_exists(os.getpid())
+
+
+def test_nobody_is_blamed_if_all_are_in_the_same_phase() -> None:
+    record = Record(0.0, 7, 2, "adding up over ranks")
+    reports = {rank: Report(rank, {"host": "a"}, 31.0, record) for rank in range(3)}
+    text = describe(reports, [], {}, 30.0, Path("hang"))
+    assert text.startswith(
+        "hang: phase 'adding up over ranks' of step 2 does not end. Did not arrive: no rank is behind"
+    )
+    assert "Waiting: ranks 0-2, for 31 s (resilience.hang_timeout_seconds = 30)" in text

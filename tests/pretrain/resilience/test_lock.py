@@ -1,0 +1,120 @@
+"""One writer per run folder: the living are refused by name, the dead taken over, of two takers one gets it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import pretrain.resilience.lock as locks
+from pretrain.errors import UserError
+from pretrain.resilience.lock import FolderLock, LockLost
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def test_a_living_owner_is_refused_by_name_and_nothing_is_left_after_release(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    with pytest.raises(UserError, match=rf"--run-dir: .* in use by process {os.getpid()} on .*, last sign of life 0 s"):
+        FolderLock(tmp_path)
+    lock.beat()
+    lock.release()
+    lock.beat()  # a last beat of the watchdog is no alarm
+    assert not list(tmp_path.iterdir())
+    FolderLock(tmp_path).release()
+
+
+def _hold(folder: str, ready: object) -> None:
+    FolderLock(Path(folder))
+    ready.set()  # type: ignore[attr-defined]
+    time.sleep(60)
+
+
+def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path) -> None:
+    ready = _context.Event()
+    owner = _context.Process(target=_hold, args=(str(tmp_path), ready))
+    owner.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match=f"process {owner.pid} "):
+        FolderLock(tmp_path)
+    os.kill(owner.pid or 0, signal.SIGSTOP)
+    with pytest.raises(UserError, match=f"process {owner.pid} "):  # stopped is not dead
+        FolderLock(tmp_path)
+    os.kill(owner.pid or 0, signal.SIGKILL)
+    owner.join()
+    lock = FolderLock(tmp_path)
+    assert lock.taken_over and f"process {owner.pid} " in lock.taken_over[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["lock-2.json"]
+
+
+def _written_elsewhere(folder: Path, age: float, **changes: object) -> Path:
+    """The lock of a process of another machine."""
+    owner = {"host": "node7", "boot": "b", "namespace": "n", "pid": 1, "start": 1, "token": "t", **changes}
+    path = folder / "lock-3.json"
+    path.write_text(json.dumps(owner))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_an_owner_on_another_machine_lives_by_its_signs_of_life(tmp_path: Path) -> None:
+    _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS - 5)
+    with pytest.raises(UserError, match=r"process 1 on node7, last sign of life 5[45] s ago"):
+        FolderLock(tmp_path)
+    _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS + 5)
+    assert FolderLock(tmp_path).taken_over == ["process 1 on node7"]
+
+
+def test_a_number_used_again_by_another_process_is_not_the_owner(tmp_path: Path) -> None:
+    me = locks.process_identity(os.getpid())
+    _written_elsewhere(tmp_path, 0, **{**me, "start": me["start"] - 1})
+    assert FolderLock(tmp_path).taken_over
+
+
+def test_a_torn_lock_is_being_written_or_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lock-1.json"
+    path.write_text('{"host": "no')
+    with pytest.raises(UserError, match="just starting"):
+        FolderLock(tmp_path)
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    FolderLock(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["lock-2.json"]
+
+
+def test_an_owner_that_was_taken_over_notices(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    (tmp_path / "lock-1.json").unlink()
+    with pytest.raises(LockLost, match="another process has taken over"):
+        lock.beat()
+    lock.release()
+
+
+def test_of_many_takers_exactly_one_gets_it(tmp_path: Path) -> None:
+    """Both with a dead lock to take over and with none, again and again."""
+    for attempt in range(30):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        if attempt % 2:
+            _written_elsewhere(folder, age=1000)
+        winners: list[FolderLock] = []
+        barrier = threading.Barrier(6)
+
+        def take() -> None:
+            barrier.wait()  # noqa: B023
+            with contextlib.suppress(UserError):
+                winners.append(FolderLock(folder))  # noqa: B023
+
+        takers = [threading.Thread(target=take) for _ in range(6)]
+        for taker in takers:
+            taker.start()
+        for taker in takers:
+            taker.join()
+        assert len(winners) == 1, attempt
+        assert [p.name for p in folder.iterdir()] == [winners[0]._path.name]
+        winners[0].beat()

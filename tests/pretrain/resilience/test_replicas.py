@@ -1,0 +1,123 @@
+"""Silent corruption of a weight on one rank is found, named, and handled as configured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.language_model import routing_statistics
+from pretrain.config import Config
+from pretrain.engine import parallel_context
+from pretrain.progress import Progress
+from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
+from pretrain.sources import Sources
+from pretrain.trainer import Trainer, build_trainer
+from tests.harness import run_ranks
+from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+
+NAME = "blocks.1.feedforward.down_experts"
+SIX = "model.feedforward.num_experts=6"
+
+
+def test_every_flipped_bit_changes_the_checksum() -> None:
+    for dtype, integer, bits in ((torch.float32, torch.int32, 32), (torch.bfloat16, torch.int16, 16)):
+        value = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+        seen = {int(checksum(value))}
+        for element in range(value.numel()):
+            for bit in range(bits):
+                flipped = value.clone()
+                flipped.view(-1).view(integer)[element] ^= -(2 ** (bits - 1)) if bit == bits - 1 else 2**bit
+                seen.add(int(checksum(flipped)))
+        assert len(seen) == 1 + value.numel() * bits
+    assert int(checksum(torch.tensor([1.0, 2.0]))) != int(checksum(torch.tensor([2.0, 1.0])))
+    assert int(checksum(torch.zeros(0))) == 0
+
+
+def test_a_majority_names_the_culprit_and_two_ranks_only_differ() -> None:
+    assert _difference("w", [[0], [1, 2, 3]]) == "w: rank 0 differs from ranks 1, 2, 3"
+    assert _difference("w", [[0], [1]]) == "w: rank 0 differs from rank 1"
+
+
+def _flip(trainer: Trainer, name: str) -> bool:
+    """Changes the lowest bit of one weight of this rank, if it holds it whole. Whether it did."""
+    parameter = dict(trainer.engine.module.named_parameters()).get(name)
+    if parameter is None or parameter.numel() == 0:
+        return False
+    with torch.no_grad():
+        bits = parameter.data.view(-1).view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+        bits[3] ^= 1
+    return True
+
+
+LAYOUTS = {
+    ("parallel.zero=0",): True,
+    ("parallel.zero=1", "train.precision=bf16"): True,
+    ("parallel.zero=2",): True,
+    ("parallel.zero=3",): True,  # all parameters of this model are small enough to stay whole
+    ("parallel.tensor=2", SIX): True,  # ranks 1 and 3 hold part 2
+    ("parallel.pipeline=2",): True,
+    ("parallel.expert=2", SIX): True,
+    ("parallel.expert=4", "model.feedforward.num_experts=8"): False,  # every expert on one rank
+}
+
+
+def test_a_flipped_bit_is_found_wherever_there_is_a_replica(prepared: Path) -> None:
+    configs = [small_config(prepared, *layout) for layout in LAYOUTS]
+    for results in run_ranks(_flip_on_last_rank, 4, configs):
+        for (layout, has_replica), (before, after, statistic) in zip(LAYOUTS.items(), results, strict=True):
+            assert before == [], layout
+            assert len(after) == has_replica, (layout, after)
+            if has_replica:
+                assert after[0].startswith(NAME) and "rank 3" in after[0], (layout, after)
+            assert len(statistic) == has_replica + 1, (layout, statistic)
+
+
+def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str], list[str], list[str]]]:
+    results = []
+    for config in configs:
+        trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
+        check = ReplicaCheck(trainer.engine, trainer.parallel, dist.group.WORLD)
+        assert check.num_compared > 10
+        trainer.step(Progress(0, 0))
+        before = check()
+        if rank == 3:
+            assert _flip(trainer, NAME)
+        after = check()
+        if rank == 3:
+            next(iter(routing_statistics(trainer.engine.module)))[1].probability[-1] += 1e-9
+        results.append((before, after, check()))
+        trainer.engine.destroy()
+    return results
+
+
+def flip_once(trainer: Trainer, step: int, marker: Path) -> None:
+    """One bit of a weight of rank 1 changes when `step` begins, the first time that it does."""
+
+    def flip(now: int) -> None:
+        if now == step and dist.get_rank() == 1 and not marker.exists():
+            marker.touch()
+            _flip(trainer, NAME)
+
+    before_steps(trainer, flip)
+
+
+def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_path: Path) -> None:
+    """ZeRO 0: the flipped weight stays wrong on its rank for good, and is found before it is saved."""
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", "parallel.zero=0")
+    stop = small_config(prepared, *keys)
+    endings = run_ranks(train_with, 2, stop, tmp_path / "stop", flip_once, 3, tmp_path / "flipped-1")
+    assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {NAME}") for ending in endings)
+    assert outcome(tmp_path / "stop")["exit_code"] == 4
+    assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
+
+    back = small_config(prepared, *keys, "resilience.replica_action=rollback")
+    assert run_ranks(train_with, 2, back, tmp_path / "back", flip_once, 3, tmp_path / "flipped-2") == ["FINISHED"] * 2
+    (rollback,) = events(tmp_path / "back", "rollback")
+    assert rollback["skipped"] is None
+    run_ranks(train_runs, 2, [(back, tmp_path / "unbroken")])
+    assert_bit_identical(tmp_path / "back", tmp_path / "unbroken")
+    assert [row["step"] for row in metrics(tmp_path / "back")] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,216 @@
+"""Signals at any moment: all ranks stop after the same step, and the resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pretrain.loop
+from pretrain.config import Config
+from pretrain.paths import REPOSITORY
+from pretrain.resilience.phases import Phases
+from pretrain.resilience.signals import Stage, Stop
+from pretrain.sources import Sources
+from tests.harness import run_ranks
+from tests.pretrain.resilience.faults import events, outcome
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+
+KEYS = (
+    "train.steps=5",
+    "evaluate.sequences=24",
+    "evaluate.every_steps=2",
+    "checkpoint.every_steps=2",
+    "resilience.replica_check_every_steps=1",
+)
+# (phase, which time it is entered, signal, rank that gets it, steps after which the run stops)
+QUICK = [
+    ("building the engine", 1, signal.SIGUSR1, 1, 0),
+    ("forward", 5, signal.SIGTERM, 0, 3),
+    ("validation", 2, signal.SIGTERM, 1, 2),
+    ("checkpoint", 1, signal.SIGUSR1, 1, 2),
+]
+THOROUGH = [
+    ("looking for a checkpoint", 1, signal.SIGTERM, 0, 0),
+    ("reading batches", 1, signal.SIGTERM, 1, 1),
+    ("agreeing on what is next", 2, signal.SIGINT, 1, 2),
+    ("validation", 9, signal.SIGUSR1, 0, 5),
+    ("comparing replicas", 3, signal.SIGHUP, 0, 4),
+    ("ending", 1, signal.SIGTERM, 1, 5),
+]
+
+
+@pytest.mark.parametrize("moments", [QUICK, pytest.param(THOROUGH, marks=pytest.mark.slow)], ids=["quick", "thorough"])
+def test_a_signal_in_any_phase_stops_all_ranks_and_loses_nothing(
+    prepared: Path, tmp_path: Path, moments: list[tuple]
+) -> None:
+    config = small_config(prepared, *KEYS)
+    run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
+    cases = [(*moment, tmp_path / str(number)) for number, moment in enumerate(moments)]
+    both = run_ranks(_stop_and_resume, 2, config, cases)
+    assert both[0] == both[1]
+    for (phase, _, number, rank, steps, run_dir), (code, saved, again) in zip(cases, both[0], strict=True):
+        # While ending, the outcome is decided.
+        assert code == ("FINISHED" if phase == "ending" else "STOPPED"), phase
+        assert saved == steps, phase
+        assert again == "FINISHED", phase
+        stops = events(run_dir, "stopped")
+        if phase != "ending":
+            assert [(e["step"], e["reason"]) for e in stops] == [(steps, f"{number.name} to rank {rank}")], phase
+        assert_bit_identical(run_dir, tmp_path / "unbroken")
+        validated = [e["step"] for e in events(run_dir, "validation")]
+        assert validated == [2, 4, 5] + [5] * (phase == "ending"), phase  # a finished run validates again
+        assert outcome(run_dir)["exit_code"] == 0
+        left = {p.name for p in run_dir.iterdir()} - {"config.json", "metrics.jsonl", "events.jsonl", "outcome.json"}
+        assert left == {"checkpoints"}, phase
+
+
+def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tuple[str, int, str]]:
+    results = []
+    enter = Phases.enter
+    for phase, occurrence, number, target, _, run_dir in cases:
+        seen = [0]
+
+        def entered(self: Phases, name: str, **options: bool) -> None:
+            enter(self, name, **options)
+            seen[0] += name == phase  # noqa: B023
+            if name == phase and seen[0] == occurrence and rank == target:  # noqa: B023
+                os.kill(os.getpid(), number)  # noqa: B023
+                time.sleep(0.05)  # the thread hears of it
+
+        stop = Stop()
+        stop.stage = Stage.STARTING
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the case before left it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop.install(launched=False)
+        Phases.enter = entered  # type: ignore[method-assign]
+        try:
+            code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
+        finally:
+            Phases.enter = enter  # type: ignore[method-assign]
+        dist.barrier()
+        saved = len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+        dist.barrier()
+        again = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"))
+        results.append((code.name, saved, again.name))
+    return results
+
+
+def run_process(body: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """A Python process with a Stop called `stop`."""
+    script = "import os, signal, subprocess, sys, time\nimport pretrain.resilience.signals as signals\n"
+    script += "from pretrain.resilience.signals import Stage, Stop\nstop = Stop()\n" + textwrap.dedent(body)
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_before_the_ranks_have_met_a_signal_ends_the_process_at_once(name: str) -> None:
+    done = run_process(
+        f"stop.install(launched=False)\nos.kill(os.getpid(), signal.{name})\ntime.sleep(20)\nprint('no')"
+    )
+    assert (done.returncode, done.stdout) == (85, "")
+    assert f"{name} during start-up" in done.stderr
+
+
+def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread_waits() -> None:
+    done = run_process(
+        """
+        signals.SECOND_SIGNAL_SECONDS = 1.0
+        stop.stage = Stage.TRAINING
+        stop.install(launched=False)
+        stop.before_leaving.append(lambda code, message: print("left with", int(code), flush=True))
+        read, write = os.pipe()
+        if os.fork() == 0:
+            for pause in (0.3, 0.3, 1.2):
+                time.sleep(pause)
+                os.kill(os.getppid(), signal.SIGTERM)
+                print("sent", flush=True)
+            os._exit(0)
+        import ctypes
+        ctypes.CDLL(None).read(read, ctypes.create_string_buffer(1), 1)  # blocks, and is begun again
+        while True:
+            ctypes.CDLL(None).read(read, ctypes.create_string_buffer(1), 1)
+        """
+    )
+    assert done.returncode == 86, done.stderr
+    assert done.stdout.split("\n")[:2] == ["sent", "sent"]
+    assert "left with 86" in done.stdout
+    assert "SIGTERM after SIGTERM" in done.stderr
+
+
+def test_a_stop_that_finds_no_safe_moment_during_start_up_leaves_in_time() -> None:
+    done = run_process(
+        """
+        signals.START_UP_SECONDS = 1.0
+        stop.stage = Stage.STARTING
+        stop.install(launched=False)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(20)
+        """
+    )
+    assert done.returncode == 85
+
+
+def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
+    done = run_process(
+        """
+        signals.PEER_SECONDS = 0.2
+        stop.stage = Stage.TRAINING
+        stop.install(launched=False)
+        stop.peer_is_dead = lambda: True
+        time.sleep(1.5)  # its own error may come first; the launcher's SIGTERM says that it is over
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        """
+    )
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path, told: bool) -> None:
+    """The launcher is killed alone; or with the whole job by SIGUSR1, which it does not know: then the rank saves."""
+    done = run_process(
+        f"""
+        child = '''
+import os, sys, time, signal
+os.environ["WORLD_SIZE"] = "2"
+from pretrain.resilience.signals import Stage, Stop
+stop = Stop()
+stop.stage = Stage.TRAINING
+stop.install(launched=True)
+open({str(tmp_path / "ready")!r}, "w").write(str(os.getpid()))
+while stop.requested is None:
+    time.sleep(0.05)
+time.sleep(1.5)  # the checkpoint
+open({str(tmp_path / "saved")!r}, "w").close()
+'''
+        process = subprocess.Popen([sys.executable, "-c", child])
+        while not os.path.exists({str(tmp_path / "ready")!r}):
+            time.sleep(0.05)
+        time.sleep(0.1)
+        if {told}:
+            os.kill(process.pid, signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(20)
+        """
+    )
+    assert done.returncode == (-signal.SIGUSR1 if told else -signal.SIGKILL)
+    pid = int((tmp_path / "ready").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    assert (tmp_path / "saved").exists() == told

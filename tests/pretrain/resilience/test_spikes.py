@@ -1,0 +1,160 @@
+"""Loss spikes: what counts as one, and what a rollback leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.errors import UserError
+from pretrain.progress import Progress
+from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
+from pretrain.resilience.spikes import SpikeDetector
+from pretrain.trainer import Trainer
+from tests.harness import run_ranks
+from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+
+
+def test_a_spike_stands_out_from_the_median() -> None:
+    noise = np.random.default_rng(0)
+    detector = SpikeDetector(10.0, 64)
+    losses = 3.0 + 0.05 * noise.standard_normal(500)
+    assert not any(detector.see(float(loss)) for loss in losses)
+    assert "standard deviations above" in (detector.see(4.0) or "")
+    assert detector.see(3.1) is None
+    falling = SpikeDetector(10.0, 64)
+    assert not any(falling.see(float(loss)) for loss in 7.0 * np.exp(-np.arange(500) / 100))
+
+
+def test_nothing_stands_out_from_too_few_or_from_nothing() -> None:
+    detector = SpikeDetector(10.0, 64)
+    assert not any(detector.see(loss) for loss in [3.0] * 15 + [30.0])
+    off = SpikeDetector(0.0, 64, [3.0] * 64)
+    assert off.see(1e9) is None
+    constant = SpikeDetector(10.0, 64, [3.0] * 64)
+    assert constant.see(3.2) is None  # below 10 x 1% of the median
+    assert constant.see(3.4)
+
+
+def test_ranges_ahead_of_a_checkpoint_are_added_and_those_behind_are_its_own() -> None:
+    rollbacks = [Rollback("a", 9, 8, (56, 72)), Rollback("b", 5, 5), Rollback("c", 20, 19, (160, 176))]
+    assert with_skips(Progress(3, 24), rollbacks) == Progress(3, 24, ((56, 72), (160, 176)))
+    resumed = Progress(12, 96, ((56, 72),))  # next position: 112
+    assert with_skips(resumed, rollbacks) == Progress(12, 96, ((56, 72), (160, 176)))
+    # A checkpoint of before the first rollback, saved by another course of the run: it did read 56 to 71.
+    assert with_skips(Progress(12, 96), rollbacks[:1]) == Progress(12, 96)
+
+
+def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:
+    assert read_rollbacks(tmp_path, None) == []
+    one, two = Rollback("a", 9, 8, (56, 72)), Rollback("b", 5, 5, None, "/elsewhere/step-00000004")
+    record(tmp_path, one)
+    record(tmp_path, two)
+    assert read_rollbacks(tmp_path, None) == [one]
+    assert read_rollbacks(tmp_path, two.branch_start) == [two]
+    (tmp_path / "rollbacks.json").write_text("[{")
+    with pytest.raises(UserError, match=r"rollbacks\.json cannot be read"):
+        read_rollbacks(tmp_path, None)
+
+
+SPIKY = (
+    "train.steps=16",
+    "evaluate.sequences=0",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep_last=9",
+    "resilience.spike_window_steps=8",
+    "resilience.spike_threshold=5",
+    "resilience.spike_action=rollback",
+    "resilience.spike_skip_steps=2",
+)
+
+
+def spike_on_position(trainer: Trainer, position: int) -> None:
+    """The step of 8 sequences that reads `position` of the data order has a loss 50 nats too high."""
+    left_out = {p for first, end in trainer.stream._skipped for p in range(first, end)}
+    read = [p for p in range(1000) if p not in left_out]
+    spike_in_steps(trainer, (read.index(position) // 8 + 1,) if position in read else ())
+
+
+@pytest.mark.parametrize("memory", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "memory"])
+def test_a_spike_is_rolled_back_its_data_left_out_and_the_course_is_repeatable(
+    prepared: Path, tmp_path: Path, memory: bool
+) -> None:
+    """Position 60 (step 8 of 8 sequences) is bad: steps 7 and 8 go, from the checkpoint of step 6."""
+    keys = (*SPIKY, 'model.position={"type": "xl", "memory_chunks": 1}') if memory else SPIKY
+    config = small_config(prepared, *keys)
+    run_dir = tmp_path / "spiked"
+    assert run_ranks(train_with, 2, config, run_dir, spike_on_position, 60) == ["FINISHED"] * 2
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert max(row["loss"] for row in rows) < 20
+    (rollback,) = events(run_dir, "rollback")
+    assert (rollback["at_step"], rollback["first_step"], rollback["skipped"]) == (8, 7, [48, 64])
+    superseded = [event["metrics"]["step"] for event in events(run_dir, "superseded_metrics")]
+    assert superseded == [7, 8]
+    last = Checkpoint.open(list_checkpoints(run_dir / "checkpoints")[-1])
+    assert last.progress == Progress(16, 128, ((48, 64),))
+    assert rows[-1]["tokens"] == 128 * 16
+
+    # The same course without a spike, by a run that knows from its first step on what to leave out.
+    record_only = tmp_path / "told"
+    record_only.mkdir()
+    record(record_only, Rollback("told", 8, 7, (48, 64)))
+    run_ranks(train_runs, 2, [(config, record_only)])
+    assert_bit_identical(run_dir, record_only)
+    # And stopped in between, after the gap and before it.
+    for stop_after in (4, 9):
+        stopped = tmp_path / f"stopped-{stop_after}"
+        stopped.mkdir()
+        record(stopped, Rollback("told", 8, 7, (48, 64)))
+        first = small_config(prepared, *keys, f"train.stop_after_steps={stop_after}")
+        run_ranks(train_runs, 2, [(first, stopped), (config, stopped)])
+        assert_bit_identical(stopped, record_only)
+    # In another layout: the same data, the same losses to rounding.
+    other = tmp_path / "other"
+    other.mkdir()
+    record(other, Rollback("told", 8, 7, (48, 64)))
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), other)])
+    for ours, theirs in zip(metrics(other), metrics(record_only), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
+
+
+def spike_in_steps(trainer: Trainer, steps: tuple[int, ...]) -> None:
+    reduce, now = trainer.reduce, [0]
+    before_steps(trainer, lambda step: now.__setitem__(0, step))
+
+    def spiked(*args: Any, **options: Any) -> Any:
+        sums = reduce(*args, **options)
+        return type(sums)(sums.loss + 50.0 * (now[0] in steps), sums.auxiliary_loss, sums.load, sums.negative_entropy)
+
+    trainer.reduce = spiked  # type: ignore[assignment]
+
+
+def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_they_must(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Step 5 spikes whatever it reads; no checkpoint is so old."""
+    config = small_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
+    (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps, (5,))
+    assert ending.startswith("DIVERGED: loss spike") and "2 rollbacks" in ending
+    assert [row["skipped"] for row in json.loads((tmp_path / "rollbacks.json").read_text())] == [[24, 40], [40, 56]]
+    assert [event["step"] for event in events(tmp_path, "started")] == [0, 0, 0]
+    assert outcome(tmp_path)["exit_code"] == 3
+    (again,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps, (5,))
+    assert "2 rollbacks" in again
+    assert len(events(tmp_path, "rollback")) == 2
+
+
+def test_a_warning_changes_nothing(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, *SPIKY, "train.steps=6", "resilience.spike_action=warn")
+    assert run_ranks(train_with, 2, config, tmp_path, spike_in_steps, (5,)) == ["FINISHED"] * 2
+    (event,) = events(tmp_path, "loss_spike")
+    assert event["step"] == 5
+    assert metrics(tmp_path)[4]["loss"] > 50
+    assert not events(tmp_path, "rollback") and not (tmp_path / "rollbacks.json").exists()
