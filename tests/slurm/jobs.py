@@ -42,13 +42,11 @@ def wait_until(ready: Callable[[], bool], what: str, *, seconds: float, say: Cal
 
 
 def finish(cluster: Cluster, number: str, logs: Path, *, seconds: float = 900) -> dict[str, str]:
-    """Waits for the end of a job, without SLURM's delay before a requeued one; returns scontrol's fields."""
+    """Waits for the end of a job; returns scontrol's fields. (A requeued job waits for cred_expire + 1 s, 6 here, 121
+    by default; started at once, by `scontrol update StartTime=now`, it may fail with "Job credential revoked".)"""
 
     def ended() -> bool:
-        fields = cluster.job(number)
-        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-            cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
-        return fields["JobState"] in ENDED
+        return cluster.job(number)["JobState"] in ENDED
 
     wait_until(ended, f"end of job {number}", seconds=seconds, say=lambda: said(logs) + cluster.logs())
     return cluster.job(number)

@@ -73,9 +73,13 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+def runs(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return Training(cluster, tmp_path_factory.mktemp("runs of a night"), prepared)
+
+
+@pytest.fixture(scope="module")
+def training(runs: Training) -> Training:
     """With the unbroken run finished: a job that nothing happens to."""
-    runs = Training(cluster, tmp_path_factory.mktemp("runs of a night"), prepared)
     runs.finish("first look", runs.start("first look", stop_after=15))
     seconds = statistics.median(values["step_seconds"] for values in lines(runs.run_dir("first look"))[5:])
     runs.steps = min(3000, max(60, int(UNBROKEN_SECONDS / seconds)))
@@ -95,6 +99,17 @@ def test_the_time_limit_is_a_pause(training: Training) -> None:
     assert restarts >= 1 and text.count("stopped by a signal (exit code 85); requeued") == restarts
     assert "resuming from" in (training.logs("limit") / f"{number}.rank0.log").read_text()
     training.assert_unbroken("limit", training.steps)
+
+
+def test_ranks_that_miss_the_limit_are_requeued_too(runs: Training) -> None:
+    """SIGTERM at the limit: requeued while SLURM already ends the job. The "ranks" do not hear the warning."""
+    deaf = runs.folder / "deaf"
+    deaf.write_text("#!/bin/bash\ntrap '' USR1\n[ -z \"$SLURM_RESTART_COUNT\" ] || exit 0\nexec sleep 600\n")
+    deaf.chmod(0o755)
+    number = runs.start("deaf", "--time", "1", "--python", str(deaf), stop_after=10)
+    assert runs.finish("deaf", number)["Restarts"] == "1"
+    text = (runs.logs("deaf") / f"{number}.log").read_text()
+    assert "time limit reached before the ranks were done; requeued, newest checkpoint: none" in text
 
 
 def python_of(cluster: Cluster, node: str) -> psutil.Process:
