@@ -114,7 +114,10 @@ class Saver:
                     _remove_old(folder, retention)
                 seconds = time.perf_counter() - started
                 stall = seconds if stall_seconds is None else stall_seconds
-                report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
+                try:
+                    report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
+                except UserError as problem:  # a log on the same full disk: the other ranks know nothing of it
+                    print(f"warning: {problem}", file=sys.stderr, flush=True)
 
         if self._asynchronous:
             state = self._copied(state)

@@ -16,7 +16,7 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.checkpoint_cli import main
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import gradient_error, small_config
 from tests.pretrain.saved import rewrite_state, whole_tensors
 from tests.pretrain.test_checkpoint import metrics, train_runs
 
@@ -47,9 +47,10 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     size = sum(
         f.stat().st_size for f in (place / "step-00000002").iterdir() if f.name not in ("state.json", "commit.json")
     )
-    assert lines[1].startswith("step-00000002  20")
-    assert lines[1].endswith(f"{metrics(copy)[1]['loss']:.4f}  {validation:.4f}")
-    assert f"  {size:,}  TP1 PP1 DP2 EP1 ZeRO-3  whole " in lines[1]
+    words = lines[1].split()
+    assert words[0] == "step-00000002" and words[1].startswith("20") and words[3] == f"{size:,}"
+    assert words[4:10] == ["TP1", "PP1", "DP2", "EP1", "ZeRO-3", "whole"]
+    assert words[10:] == [f"{metrics(copy)[1]['loss']:.4f}", f"{validation:.4f}"]
     assert "damaged: rank-00001.safetensors is 9 bytes, not" in lines[2]
     assert "is of format 1, this version reads 2" in lines[3]
     assert lines[4].startswith("step-00000006.partial") and "partial: being written, or left by" in lines[4]
@@ -98,7 +99,7 @@ def test_convert_holds_one_parameter_at_a_time(run_dir: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(pretrain.checkpoint.state, "read", noted)
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 0
-    assert all(len(names) == 1 for names in asked) and len(asked) > 20
+    assert all(len(names) == 1 for names in asked) and len(asked) > 10
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_convert_a_tied_model_of_tensor_parallel_stages(prepared: Path, tmp_path
         assert main(["convert", str(tmp_path / name), str(tmp_path / f"out-{name}")]) == 0
     ours, theirs = (load_file(tmp_path / f"out-{name}" / "model.safetensors") for name in ("four", "one"))
     assert ours.keys() == theirs.keys() and "head.weight" not in ours
-    assert all(torch.allclose(ours[name], value, rtol=1e-3, atol=1e-5) for name, value in theirs.items())
+    assert all(gradient_error(ours[name], value) < 1e-3 for name, value in theirs.items())
 
 
 @pytest.mark.parametrize(
