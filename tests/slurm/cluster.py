@@ -6,6 +6,7 @@ another SLURM on the host is read or touched: ports are free ones, sockets, spoo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import getpass
 import os
@@ -18,12 +19,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 PACKAGES = ("slurm-wlm", "munge")
 NODES = ("node1", "node2")
+STEP = "slurmstepd"
 TEMPLATE = Path(__file__).with_name("slurm.conf.in")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -64,6 +67,7 @@ class Cluster:
         self.base = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.conf = self.base / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._on_sigterm: Any = signal.SIG_DFL
 
     @property
     def environment(self) -> dict[str, str]:
@@ -75,6 +79,9 @@ class Cluster:
         install()
         # Whatever a daemon leaves behind becomes a child of this process, so that `_kill_rest` finds it.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._on_sigterm = signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # an end like Ctrl-C, with clean-up
         try:
             self._configure()
             munge = self.base / "munge"
@@ -107,6 +114,7 @@ class Cluster:
         for name in ("slurmctld", *(f"slurmd {node}" for node in NODES), "munged"):
             self._stop(name, signal.SIGTERM)
         self._kill_rest()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         shutil.rmtree(self.base, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -131,8 +139,10 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """SIGKILL to the slurmd of a node and everything that runs on it: what a power failure looks like."""
         self._stop(f"slurmd {node}", signal.SIGKILL)
-        for process in self._of_this_cluster():
-            if _variable(process, "SLURMD_NODENAME") == node:
+        steps = {step: step.children(recursive=True) for step in self._of_this_cluster() if _name(step) == STEP}
+        lost = [step for step, below in steps.items() if any(_variable(p, "SLURMD_NODENAME") == node for p in below)]
+        for process in [*lost, *(p for step in lost for p in steps[step])]:  # steps first: they would report the rest
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def tasks(self, node: str | None = None) -> list[psutil.Process]:
@@ -196,17 +206,19 @@ class Cluster:
     def _kill_rest(self) -> None:
         left = self._of_this_cluster()
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=10)
 
     def _of_this_cluster(self) -> list[psutil.Process]:
-        """Descendants of this process, except its direct children (the daemons and the commands of a test), that run
-        with this cluster's configuration."""
-        children = {daemon.pid for daemon in self._daemons.values()}
+        """What the daemons have started: descendants of this process that manage a job step (SLURM leaves them no
+        environment) or run with this cluster's configuration."""
+        daemons = {daemon.pid for daemon in self._daemons.values()}
         return [
             process
             for process in psutil.Process().children(recursive=True)
-            if process.pid not in children and _variable(process, "SLURM_CONF") == str(self.conf)
+            if process.pid not in daemons
+            and (_name(process) == STEP or _variable(process, "SLURM_CONF") == str(self.conf))
         ]
 
     def _all_idle(self) -> bool:
@@ -219,6 +231,13 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise SlurmUnavailable(f"{what} did not come up within 60 s:\n{self.logs()}")
             time.sleep(0.1)
+
+
+def _name(process: psutil.Process) -> str | None:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:

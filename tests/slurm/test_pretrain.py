@@ -125,20 +125,31 @@ def test_a_killed_task_is_a_requeue(training: Training) -> None:
     python_of(training.cluster, "node2").kill()
     fields = training.finish("killed task", number)
     assert fields["Restarts"] == "1"
-    assert "requeued, newest checkpoint: step-" in (training.logs("killed task") / f"{number}.log").read_text()
+    assert (
+        "(exit code 137; 128 + N: signal N); requeued, newest checkpoint: step-"
+        in (training.logs("killed task") / f"{number}.log").read_text()
+    )
     training.assert_unbroken("killed task", steps)
 
 
 def test_a_lost_node_is_a_requeue(training: Training) -> None:
-    """slurmd, srun's and the rank's processes of a node are gone at once; the node comes back later."""
+    """The first node dies as in a power failure, with rank 0, srun and the job's script, so that SLURM itself has to
+    notice and to requeue; the node comes back later."""
     steps = max(30, training.steps // 3)
     number = training.start("lost node", stop_after=steps)
     training.wait_for_steps("lost node", steps // 2)
-    training.cluster.kill_node("node2")
-    time.sleep(20)
-    training.cluster.start_node("node2")
+    training.cluster.kill_node("node1")
+    wait_until(
+        lambda: int(training.cluster.job(number)["Restarts"]) > 0,
+        "requeue",
+        seconds=180,
+        say=training.cluster.logs,
+    )
+    training.cluster.start_node("node1")
     fields = training.finish("lost node", number)
-    assert int(fields["Restarts"]) >= 1
+    assert fields["Restarts"] == "1"
+    text = (training.logs("lost node") / f"{number}.log").read_text()
+    assert "requeued, newest" not in text, "the script was alive"
     training.assert_unbroken("lost node", steps)
 
 
