@@ -6,6 +6,7 @@
 | cpu        | rows sorted by expert, GEMMs into preallocated outputs    | CPU        | fp64, fp32, bf16, fp16 |
 | grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
 | triton     | our GPU kernels (model/kernels/triton)                    | CUDA       | fp32, bf16, fp16       |
+| cuda       | CUDA C++ (model/kernels/cuda): route alone, by name only  | CUDA       | fp32, bf16, fp16       |
 
 The Triton kernels run on CPU tensors too, slowly, where TRITON_INTERPRET=1 was set before anything imported triton.
 """
@@ -20,10 +21,12 @@ from collections.abc import Sequence
 
 import torch
 
+from model.kernels.cuda import build
+
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu"),
+    "route": ("reference", "cpu", "cuda"),
     "sigma_moe": ("reference", "cpu", "grouped_mm"),
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
@@ -35,7 +38,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
-"""What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only."""
+"""What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
+which needs nvcc, everywhere."""
 
 
 def resolve(
@@ -52,7 +56,7 @@ def resolve(
     reasons = {name: _why_not(name, op, device_type, dtype, widths) for name in BACKENDS[op]}
     possible = [name for name, reason in reasons.items() if reason is None]
     if requested == "auto":
-        chosen = min(possible, key=PREFERENCE.index)
+        chosen = min(set(possible) & set(PREFERENCE), key=PREFERENCE.index)
         if device_type == "cuda" and reasons.get("triton") is not None:
             _warn_slower(op, chosen, str(reasons["triton"]))
     elif requested in possible:
@@ -75,6 +79,8 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
         return grouped_mm_limit(device_type, dtype, widths)
     if backend == "triton":
         return triton_limit(device_type, dtype)
+    if backend == "cuda":
+        return cuda_limit(op, device_type, dtype)
     return None
 
 
@@ -94,6 +100,15 @@ def triton_limit(device_type: str, dtype: torch.dtype | None) -> str | None:
     if dtype is not None and dtype not in TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return None
+
+
+def cuda_limit(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Why model/kernels/cuda/OP.cu cannot run here, or None."""
+    if device_type != "cuda":
+        return "it runs on CUDA tensors only"
+    if dtype == torch.float64:
+        return "it computes in float32"
+    return build.why_not(op)
 
 
 def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from model.kernels.cuda import route as cuda
 from model.kernels.workers import run_blocks
 
 
@@ -77,7 +78,7 @@ def _route(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logits, scores, index, load, order as in `Routing`."""
-    return {"cpu": _forward_cpu}[backend](x, weight, keep, k, drop_scores)
+    return {"cpu": _forward_cpu, "cuda": cuda.forward}[backend](x, weight, keep, k, drop_scores)
 
 
 @_route.register_fake
@@ -104,7 +105,7 @@ def _route_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    return {"cpu": _backward_cpu}[backend](grad_logits, grad_scores, x, weight, scores, index)
+    return {"cpu": _backward_cpu, "cuda": cuda.backward}[backend](grad_logits, grad_scores, x, weight, scores, index)
 
 
 @_route_backward.register_fake

@@ -36,7 +36,7 @@ SHAPES = {
     "empty": Shape(N=0, d=8, R=2, E=4, k=2),
 }
 DROPOUT = ("none", "attention", "feed-forward")
-BACKENDS = kernel_backend.BACKENDS["route"]
+BACKENDS = [name for name in kernel_backend.BACKENDS["route"] if name != "cuda"]  # that one: cuda/test_route.py
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: only the gradients are rounded
 
 

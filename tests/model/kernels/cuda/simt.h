@@ -55,7 +55,7 @@ struct Fiber {
     int line;            // where it waits
     unsigned thread;
     uint64_t posted[2];  // to the other lanes; two, because a lane may be one operation ahead
-    int turn;
+    int turn, barriers;
     void *tsan, *asan;
 };
 
@@ -204,7 +204,10 @@ SIMT_PLAIN inline bool pass_barrier() {
 }
 
 SIMT_PLAIN inline void run_block() {
-    for (auto& fiber : fibers) fiber->state = RUNNABLE;
+    for (auto& fiber : fibers) {
+        fiber->state = RUNNABLE;
+        fiber->barriers = 0;
+    }
     const unsigned warps = unsigned(fibers.size()) / WARP;
     unsigned favoured = 0, steps_left = 0;
     do {
@@ -249,7 +252,7 @@ SIMT_PLAIN inline void launch(dim3 grid, dim3 block, std::function<void()> kerne
         block_x = i % grid.x;
         block_y = i / grid.x;
         shared_next = shared.get() + i * SHARED_BYTES;
-        shared_end = shared_next + SHARED_BYTES - 1;  // the last byte stands for the barriers of this block
+        shared_end = shared_next + SHARED_BYTES - 2;  // the last two bytes stand for the barriers of this block
         memset(shared_variables, 0, sizeof shared_variables);
         run_block();
         if (!error.empty()) break;
@@ -292,11 +295,13 @@ SIMT_PLAIN inline dim3 block_index() { return dim3(block_x, block_y, 0); }
 SIMT_PLAIN inline void barrier(int line) {
     if (line == removed_barrier) return;
 #ifdef __SANITIZE_THREAD__
-    __tsan_release(shared_end);
+    // In turn: a thread that leaves this barrier late must not learn what another did on its way to the next one.
+    char* token = shared_end + current->barriers++ % 2;
+    __tsan_release(token);
 #endif
     wait(AT_BARRIER, line);
 #ifdef __SANITIZE_THREAD__
-    __tsan_acquire(shared_end);
+    __tsan_acquire(token);
 #endif
 }
 #define __syncthreads() simt::barrier(__LINE__)
