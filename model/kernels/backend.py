@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu"),
+    "route": ("reference", "cpu", "triton"),
     "sigma_moe": ("reference", "cpu", "grouped_mm"),
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
