@@ -26,7 +26,7 @@ from model.kernels.cuda import build
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu", "cuda"),
+    "route": ("reference", "cpu", "triton", "cuda"),
     "sigma_moe": ("reference", "cpu", "grouped_mm"),
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
