@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "route": ("reference", "cpu"),
-    "sigma_moe": ("reference", "cpu", "grouped_mm"),
+    "sigma_moe": ("reference", "cpu", "grouped_mm", "triton"),
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
     "expert_linear": ("reference", "cpu"),
