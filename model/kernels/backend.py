@@ -28,7 +28,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "switchhead_value": ("reference", "cpu"),
     "switchhead_output": ("reference", "cpu"),
     "expert_linear": ("reference", "cpu"),
-    "linear_cross_entropy": ("reference", "cpu"),
+    "linear_cross_entropy": ("reference", "cpu", "triton"),
 }
 """Every op and the backends that it has."""
 

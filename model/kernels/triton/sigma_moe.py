@@ -52,11 +52,11 @@ def find_rows(
 
 @triton.jit
 def tile_mask(rows, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """`rows` [M] bool for all `columns` [BLOCK], where those within SIZE need a test at all."""
-    mask = rows[:, None] & (columns >= 0)[None, :]
+    """`rows` [M] bool and `columns` [BLOCK] below SIZE, the latter only where blocks do not divide SIZE."""
     if SIZE % BLOCK != 0:
-        mask = mask & (columns < SIZE)[None, :]
-    return mask
+        return rows[:, None] & (columns < SIZE)[None, :]
+    else:
+        return rows[:, None]
 
 
 @triton.jit
