@@ -1,26 +1,28 @@
 """What the Triton kernels become: compiled ahead of time for three generations of GPUs, on a machine without any.
 
-    python -m benchmarks.compiled [--check] [--arch 80,90,100] [--only REGEX] [--markdown] [--processes 2]
+    python -m benchmarks.compiled [--check] [--update] [--recompile all|sample] [--only REGEX] [--markdown]
 
-Compiles every `compile_cases()` of every module in model/kernels/triton and reads from metadata and machine code
-(SASS): registers, stack, shared memory, tensor-core instructions, width of global loads, atomics on floats. With
---check the exit status is 1 unless every case
+Covers every `compile_cases()` of every module in model/kernels/triton and reads from metadata and machine code (SASS):
+registers, stack, shared memory, tensor-core instructions, width of global loads, atomics on floats. With --check the
+exit status is 1 unless every case
 - has no stack (a stack means spilled registers or indexed local arrays),
 - fits the shared memory of one block (163 KB on sm_80, 227 KB on sm_90 and sm_100) and 512 columns of tensor memory,
 - if a GEMM, uses that architecture's own tensor-core instructions (HMMA, HGMMA, UTC*MMA),
 - has 16-byte global loads,
 - has no atomics on floats.
 
-A compilation takes 1 to 6 s. What it gave is kept in $SWITCHALL_CACHE (default ~/.cache/switchall) under a hash of all
-that decides it: source of the kernel and of what it calls, case, architecture, triton's version and this file.
+A compilation takes 1 to 6 s and all of them a quarter of an hour, so benchmarks/compiled.csv records what they gave,
+under a hash of all that decides it: source of the kernel and of what it calls, case, architecture and Triton's version.
+A case without an equal record is compiled; --recompile compiles recorded ones too (all, or the first GEMM of every
+module on every architecture) and fails where the result differs from the record; --update writes the records anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import importlib
-import json
 import os
 import pkgutil
 import re
@@ -29,16 +31,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model.kernels.triton.launch import CompileCase
 
 PACKAGE = "model.kernels.triton"
+RECORDS = Path(__file__).with_name("compiled.csv")
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORE = {80: r"HMMA\.", 90: r"HGMMA\.", 100: r"UTC\w*MMA\b"}
 TENSOR_MEMORY_COLUMNS = 512
@@ -75,10 +79,8 @@ class Compiled:
     """Global load instructions of 16 bytes."""
     loads: int
     float_atomics: int
-    seconds: float
-    """Of the compilation; 0 where it failed."""
     error: str = ""
-    """Why the compiler gave nothing."""
+    """Why the compiler gave nothing; such a result is never recorded."""
 
     def failures(self) -> list[str]:
         if self.error:
@@ -111,27 +113,13 @@ def kernel_modules() -> list[str]:
 
 
 def compile_case(case: CompileCase, architecture: int) -> Compiled:
-    """Runs the compiler, unless an equal compilation is in the cache."""
-    path = _cache_folder() / f"{_key(case, architecture)}.json"
-    if path.exists():
-        return Compiled(**json.loads(path.read_text()) | {"name": case.name})
-    result = _compile(case, architecture)
-    if not result.error:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(result)))
-        unfinished.replace(path)
-    return result
-
-
-def _compile(case: CompileCase, architecture: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=case.attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    start, error = time.perf_counter(), ""
+    error = ""
     resources, operations, float_atomics, shared, columns = {"REG": 0, "STACK": 0}, Counter[str](), 0, 0, 0
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -160,7 +148,6 @@ def _compile(case: CompileCase, architecture: int) -> Compiled:
         wide_loads=sum(n for name, n in loads.items() if load_width(name) == 16),
         loads=sum(loads.values()),
         float_atomics=float_atomics,
-        seconds=0 if error else round(time.perf_counter() - start, 2),
         error=error,
     )
 
@@ -195,48 +182,98 @@ def load_width(instruction: str) -> int:
     return 4
 
 
-def _key(case: CompileCase, architecture: int) -> str:
+def key(case: CompileCase, architecture: int) -> str:
+    """Of everything that decides the result. Unlike Triton's own key it does not know line numbers."""
     import triton
 
     decides = (
         triton.__version__,
-        Path(__file__).read_text(),
-        case.kernel.cache_key,
+        sorted(_sources(case.kernel, {}).items()),
         sorted(case.signature.items()),
         sorted((name, str(value)) for name, value in case.constexprs.items()),
         sorted(map(str, case.attributes.items())),
         (case.num_warps, case.num_stages, case.is_gemm, architecture),
     )
-    return hashlib.sha256(repr(decides).encode()).hexdigest()
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:20]
 
 
-def _cache_folder() -> Path:
-    cache = os.environ.get("SWITCHALL_CACHE")
-    folder = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "switchall"
-    return folder / "compiled"
+def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
+    """Source of a kernel, of all functions of ours that it calls, and its constants. Triton's come with its version."""
+    from triton import language
+    from triton.runtime.jit import JITFunction
+
+    found[f"{function.fn.__module__}.{function.fn.__qualname__}"] = function.src
+    words = set(re.findall(r"\w+", function.src))
+    scopes = [function.fn.__globals__]
+    while scopes:
+        scope = scopes.pop()
+        for word in sorted(words & scope.keys()):
+            value = scope[word]
+            if isinstance(value, ModuleType) and value.__name__.split(".")[0] in ("model", "tests"):
+                scopes.append(vars(value))
+            elif isinstance(value, language.constexpr):
+                found[f"{function.fn.__module__}.{word}"] = repr(value)
+            elif isinstance(value, JITFunction) and f"{value.fn.__module__}.{value.fn.__qualname__}" not in found:
+                _sources(value, found)
+    return found
 
 
-def _work(job: tuple[tuple[str, ...], int, int]) -> Compiled:
-    """In a worker: kernels cannot be pickled, so a job names one by its position."""
-    modules, position, architecture = job
-    return compile_case(list(cases(modules))[position], architecture)
+def read_records(path: Path) -> dict[str, Compiled]:
+    """By key; none if there is no such file."""
+    if not path.exists():
+        return {}
+    convert: dict[str, Callable[[str], Any]] = {"int": int, "bool": "True".__eq__, "str": str}
+    kinds = {field.name: convert[str(field.type)] for field in fields(Compiled)}
+    with path.open(newline="") as file:
+        return {
+            row.pop("key"): Compiled(**{name: kinds[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        }
 
 
-def compile_all(
-    modules: Sequence[str], architectures: Sequence[int], *, only: str = "", processes: int = 2
-) -> list[Compiled]:
-    names = [case.name for case in cases(modules)]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"compile_cases() must name each case differently; twice: {', '.join(repeated)}")
-    jobs = [
-        (tuple(modules), position, architecture)
-        for position, name in enumerate(names)
-        if re.search(only, name)
-        for architecture in architectures
-    ]
-    with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(_work, jobs))
+def write_records(path: Path, results: dict[str, Compiled]) -> None:
+    names = [field.name for field in fields(Compiled) if field.name != "error"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["key", *names], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"key": key, **asdict(result)} for key, result in results.items() if not result.error)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compilation; kernels cannot be sent to another process, so it names one by module and position."""
+
+    module: str
+    position: int
+    name: str
+    architecture: int
+    key: str
+    is_gemm: bool
+
+    def run(self) -> Compiled:
+        return compile_case(list(cases([self.module]))[self.position], self.architecture)
+
+
+def jobs(modules: Sequence[str], architectures: Sequence[int], only: str) -> list[Job]:
+    """Equal cases, such as two models whose shapes take one tile, once. ValueError for different ones of one name."""
+    found: dict[str, Job] = {}
+    names: dict[tuple[str, int], str] = {}
+    for module in modules:
+        for position, case in enumerate(cases([module])):
+            for architecture in architectures if re.search(only, case.name) else ():
+                job = Job(module, position, case.name, architecture, key(case, architecture), case.is_gemm)
+                if names.setdefault((case.name, architecture), job.key) != job.key:
+                    raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
+                found.setdefault(job.key, job)
+    return list(found.values())
+
+
+def sample(all_jobs: Sequence[Job]) -> list[Job]:
+    """The first GEMM (first case, where a module has none) of every module on every architecture."""
+    first: dict[tuple[str, int], Job] = {}
+    for job in sorted(all_jobs, key=lambda job: not job.is_gemm):
+        first.setdefault((job.module, job.architecture), job)
+    return list(first.values())
 
 
 def table(results: Sequence[Compiled], *, markdown: bool) -> str:
@@ -253,7 +290,7 @@ def table(results: Sequence[Compiled], *, markdown: bool) -> str:
         "16-byte loads",
         "fails",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for r in results:
         tensor_cores = str(r.tensor_core) if r.is_gemm else "-"
         numbers = (
@@ -278,11 +315,14 @@ def table(results: Sequence[Compiled], *, markdown: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit status 1 unless every case passes")
+    parser.add_argument("--update", action="store_true", help=f"write {RECORDS.name} anew")
+    parser.add_argument("--recompile", choices=("none", "sample", "all"), default="none")
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities times ten, comma-separated")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
-    parser.add_argument("--markdown", action="store_true", help="a table for docs/kernels.md")
+    parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--modules", default="", help=f"comma-separated, instead of all of {PACKAGE}")
+    parser.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("benchmarks.compiled: TRITON_INTERPRET=1 turns the compiler off: unset it", file=sys.stderr)
@@ -292,22 +332,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--arch: {sorted(unknown)} is not among {', '.join(map(str, TENSOR_CORE))}")
     modules = options.modules.split(",") if options.modules else kernel_modules()
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # our own cache keeps what matters
-        os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what Triton 3.9 does anyway, with a warning
-        results = compile_all(modules, architectures, only=options.only, processes=options.processes)
-    print(table(results, markdown=options.markdown))
-    failed = [r for r in results if r.failures()]
-    print(
-        f"\n{len(results)} compilations of {len({r.name for r in results})} cases, {len(failed)} not as they "
-        f"should be; {time.perf_counter() - start:.0f} s",
-        file=sys.stderr if options.markdown else sys.stdout,
-    )
-    if not results:
+    all_jobs = jobs(modules, architectures, options.only)
+    if not all_jobs:
         print("benchmarks.compiled: no case matches", file=sys.stderr)
         return 2
-    return 1 if failed and options.check else 0
+    records = read_records(options.records)
+    again = {"none": [], "sample": sample(all_jobs), "all": all_jobs}[options.recompile]
+    todo = [job for job in all_jobs if job.key not in records or job in again]
+    start = time.perf_counter()
+    compiled = _run(todo, options.processes)
+    results = {job.key: compiled.get(job.key) or records[job.key] for job in all_jobs}
+    differ = [f"{r.name} sm_{r.architecture}" for k, r in compiled.items() if records.get(k, r) != r]
+    failed = [r for r in results.values() if r.failures()]
+    print(table(list(results.values()), markdown=options.markdown))
+    print(
+        f"\n{len(results)} configurations, {len(compiled)} compiled in {time.perf_counter() - start:.0f} s, the others as "
+        f"recorded; {len(failed)} not as they should be",
+        file=sys.stderr if options.markdown else sys.stdout,
+    )
+    if differ:
+        print(
+            f"benchmarks.compiled: {RECORDS.name} says otherwise of {', '.join(differ)}: --update it", file=sys.stderr
+        )
+    if options.update:
+        write_records(options.records, results)
+    return 1 if options.check and (failed or (differ and not options.update)) else 0
+
+
+def _run(todo: Sequence[Job], processes: int) -> dict[str, Compiled]:
+    if not todo:
+        return {}
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes) as pool:
+        os.environ["TRITON_CACHE_DIR"] = folder  # read by the workers, which start at the first job
+        os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what Triton 3.9 does anyway, with a warning
+        return {job.key: result for job, result in zip(todo, pool.map(Job.run, todo), strict=True)}
 
 
 if __name__ == "__main__":
