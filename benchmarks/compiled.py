@@ -346,8 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [r for r in results.values() if r.failures()]
     print(table(list(results.values()), markdown=options.markdown))
     print(
-        f"\n{len(results)} configurations, {len(compiled)} compiled in {time.perf_counter() - start:.0f} s, the others as "
-        f"recorded; {len(failed)} not as they should be",
+        f"\n{len(results)} configurations, {len(compiled)} compiled in {time.perf_counter() - start:.0f} s, the others "
+        f"as recorded; {len(failed)} not as they should be",
         file=sys.stderr if options.markdown else sys.stdout,
     )
     if differ:
