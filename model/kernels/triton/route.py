@@ -385,12 +385,13 @@ def compile_cases() -> Iterator[CompileCase]:
         pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
         integers = {"N": "i32", "R": "i32", "E": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
         constants = {"K": k, "BLOCKS": 64, **tile}
-        yield _case(f"route place {name}", place_kernel, pointers, integers, constants, tiles.options)
+        # Gathers single int64 numbers, one per token and router.
+        yield _case(f"route place {name}", place_kernel, pointers, integers, constants, tiles.options, load_bytes=8)
 
 
 def _case(
     name: str, kernel: Any, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, Any],
-    options: dict[str, int], *, is_gemm: bool = False,
+    options: dict[str, int], *, is_gemm: bool = False, load_bytes: int = 16,
 ) -> CompileCase:  # fmt: skip
     return CompileCase(
         name=name,
@@ -399,5 +400,6 @@ def _case(
         constexprs=constants,
         **options,
         is_gemm=is_gemm,
+        load_bytes=load_bytes,
         divisible=frozenset({"N", "d", "size"} & integers.keys()),
     )

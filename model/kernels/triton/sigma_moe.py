@@ -509,6 +509,7 @@ def _cases(
             num_warps=warps,
             num_stages=stages,
             is_gemm=tiles is not None,
+            load_bytes=16 if d % 8 == 0 or tiles is not None else 8,  # rows of d = 412 numbers are 824 bytes
         )
 
     for rows_per_expert in (64, 512):
