@@ -1,0 +1,201 @@
+"""The counting sort of slots by expert, and what reads slots back in token order: sums over k, dot products.
+
+A slot n*k + j is the j-th choice of token n; every router (head) has its own N*k slots. Sorted GEMMs
+(model/kernels/triton/sorted_gemm.py) take rows in the order of experts and write them back to their slots, so that
+whoever sums over a token's choices reads k neighbouring rows: no inverse permutation exists, and nothing is added
+atomically.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.triton import launch  # noqa: F401  # repairs the interpreter
+
+SORT_BLOCK = 256
+"""Slots of one program of the sort: with 64 experts 64 counters a thread."""
+COUNT_BLOCK = 32
+"""Blocks whose counts a program of `place_slots_kernel` reads at a time."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- sort
+
+
+@triton.jit
+def chosen_experts(index, router, routers, slots, num_slots, K: tl.constexpr):
+    """index [N, R, K] -> the experts (int32) of `slots` of a router, -1 beyond the last slot."""
+    address = ((slots // K) * routers + router) * K + slots % K
+    return tl.load(index + address, mask=slots < num_slots, other=-1).to(tl.int32)
+
+
+@triton.jit
+def count_slots_kernel(index, counts, num_slots, E, K: tl.constexpr, PADDED_E: tl.constexpr, BLOCK: tl.constexpr):
+    """counts [R, blocks, E] int32: slots of each expert in each block of BLOCK slots."""
+    block, router = tl.program_id(0), tl.program_id(1)
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = chosen_experts(index, router, tl.num_programs(1), slots, num_slots, K)
+    experts = tl.arange(0, PADDED_E)
+    count = tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + (router * tl.num_programs(0) + block) * E + experts, count, mask=experts < E)
+
+
+@triton.jit
+def place_slots_kernel(
+    index,
+    counts,
+    order,
+    load,
+    num_slots,
+    E,
+    K: tl.constexpr,
+    PADDED_E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+):
+    """order [R, N*K] int32: the slots by expert, in token order within one; load [R, E] int32. Every program adds up
+    the counts of the blocks before its own, in the same order: no atomics, and no pass for the prefix sums."""
+    block, router = tl.program_id(0), tl.program_id(1)
+    blocks = tl.num_programs(0)
+    experts = tl.arange(0, PADDED_E)
+    total = tl.zeros((PADDED_E,), dtype=tl.int32)
+    before = tl.zeros((PADDED_E,), dtype=tl.int32)
+    for first in range(0, blocks, COUNT_BLOCK):
+        others = first + tl.arange(0, COUNT_BLOCK)
+        address = (router * blocks + others)[:, None] * E + experts[None, :]
+        count = tl.load(counts + address, mask=(others < blocks)[:, None] & (experts < E)[None, :], other=0)
+        total += tl.sum(count, axis=0)
+        before += tl.sum(tl.where((others < block)[:, None], count, 0), axis=0)
+    start = tl.cumsum(total, axis=0) - total + before
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = chosen_experts(index, router, tl.num_programs(1), slots, num_slots, K)
+    is_chosen = (chosen[:, None] == experts[None, :]).to(tl.int32)
+    rank = tl.cumsum(is_chosen, axis=0) - 1
+    place = tl.sum(is_chosen * (rank + start[None, :]), axis=1)
+    tl.store(order + router * num_slots + place, slots, mask=slots < num_slots)
+    if block == 0:
+        tl.store(load + router * E + experts, total, mask=experts < E)
+
+
+def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`index` [N, R, k] -> order [R, N*k] int32 (a stable counting sort) and load [R, E] int32. Two launches, no host
+    sync."""
+    N, R, k = index.shape
+    order, load = (index.new_empty(R, size, dtype=torch.int32) for size in (N * k, num_experts))
+    if N == 0:
+        return order, load.zero_()
+    blocks, padded = triton.cdiv(N * k, SORT_BLOCK), max(2, triton.next_power_of_2(num_experts))
+    counts = index.new_empty(R, blocks, num_experts, dtype=torch.int32)
+    shape = (N * k, num_experts, k, padded, SORT_BLOCK)
+    count_slots_kernel[(blocks, R)](index, counts, *shape, num_warps=8)
+    place_slots_kernel[(blocks, R)](index, counts, order, load, *shape, COUNT_BLOCK, num_warps=8)
+    return order, load
+
+
+def no_slots(index: Tensor) -> tuple[Tensor, Tensor]:
+    """What an op returns for `sort_slots` where it sorts nothing."""
+    order, load = (index.new_empty(index.shape[1], 0, dtype=torch.int32) for _ in range(2))
+    return order, load
+
+
+# ----------------------------------------------------------------------------------------------------- sums over slots
+
+
+@triton.jit
+def sum_slots_kernel(rows, y, N, width, routers, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """rows [R, N*K, width] -> y [N, width]: the sum over routers and choices, in fp32."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    columns = (program % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = (program // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (tokens < N)[:, None] & (columns < width)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for router in range(routers):
+        for choice in tl.static_range(K):
+            slots = (router * N + tokens).to(tl.int64) * K + choice
+            total += tl.load(rows + slots[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    target = y + tokens.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mix_slots_kernel(
+    products,
+    scores,
+    rows,
+    mixed,
+    grad_scores,
+    N,
+    width,
+    K: tl.constexpr,
+    MIX: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """products [R, N*K, width], scores [N, R, K], rows [N, R, width], both for every choice of a token at a router:
+
+    MIX   mixed [N, R, width]    = sum over choices of score * product
+    DOT   grad_scores [N, R, K]  = <row, product>
+    """
+    routers = tl.num_programs(1)
+    router = tl.program_id(1)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_mask = tokens < N
+    pairs = tokens.to(tl.int64) * routers + router
+    for choice in tl.static_range(K):
+        if DOT:
+            similarity = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            for start in range(0, width, BLOCK_N):
+                columns = start + tl.arange(0, BLOCK_N)
+                mask = token_mask[:, None] & (columns < width)[None, :]
+                slots = (router * N + tokens).to(tl.int64) * K + choice
+                product = tl.load(products + slots[:, None] * width + columns[None, :], mask=mask, other=0.0)
+                row = tl.load(rows + pairs[:, None] * width + columns[None, :], mask=mask, other=0.0)
+                similarity += tl.sum(product.to(tl.float32) * row.to(tl.float32), axis=1)
+            tl.store(grad_scores + pairs * K + choice, similarity.to(grad_scores.dtype.element_ty), mask=token_mask)
+    if MIX:
+        for start in range(0, width, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            mask = token_mask[:, None] & (columns < width)[None, :]
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for choice in tl.static_range(K):
+                slots = (router * N + tokens).to(tl.int64) * K + choice
+                product = tl.load(products + slots[:, None] * width + columns[None, :], mask=mask, other=0.0)
+                score = tl.load(scores + pairs * K + choice, mask=token_mask, other=0.0).to(tl.float32)
+                total += product.to(tl.float32) * score[:, None]
+            target = mixed + pairs[:, None] * width + columns[None, :]
+            tl.store(target, total.to(mixed.dtype.element_ty), mask=mask)
+
+
+SUM_TILE = (16, 128)
+"""Tokens and columns of one program of the sums: 16 bytes a thread and load at 4 warps."""
+
+
+def sum_slots(rows: Tensor, num_tokens: int) -> Tensor:
+    """`rows` [R, N*k, width] -> [N, width], summed over routers and choices."""
+    R, num_slots, width = rows.shape
+    y = rows.new_empty(num_tokens, width)
+    grid = (triton.cdiv(num_tokens, SUM_TILE[0]) * triton.cdiv(width, SUM_TILE[1]),)
+    if num_tokens > 0:
+        sum_slots_kernel[grid](rows, y, num_tokens, width, R, num_slots // num_tokens, *SUM_TILE, num_warps=4)
+    return y
+
+
+def mix_slots(
+    products: Tensor, scores: Tensor, rows: Tensor | None = None, *, mix: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`products` [R, N*k, width], `scores` [N, R, k], `rows` [N, R, width] -> mixed [N, R, width] (with `mix`) and, for
+    given `rows`, the gradient of the scores [N, R, k]; what was not asked for is empty."""
+    (N, R, k), width = scores.shape, products.shape[2]
+    mixed = products.new_empty((N, R, width) if mix else (0,))
+    grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format) if rows is not None else mixed
+    grid = (triton.cdiv(N, SUM_TILE[0]), R)
+    given = products if rows is None else rows
+    if N > 0:
+        mix_slots_kernel[grid](
+            products, scores, given, mixed, grad_scores, N, width, k, mix, rows is not None, *SUM_TILE, num_warps=4
+        )
+    return mixed, grad_scores
