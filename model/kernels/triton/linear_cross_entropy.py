@@ -1,15 +1,16 @@
 """Output layer and cross-entropy in Triton: chunks of tokens, softmax and gradient in one pass over a chunk's logits.
 
-The three products of a chunk (logits, and the gradients of hidden states and weight) are plain dense GEMMs and stay with
-torch.mm: cuBLAS has them at 2048 x V x d near the peak, no kernel of ours would. What is fused is everything between
+The three products of a chunk (logits, and the gradients of hidden states and weight) are plain dense GEMMs and stay
+with torch.mm: cuBLAS has them near the peak at these sizes, and no kernel of ours would. What is fused is all between
 them, which PyTorch does in about eight passes over [chunk, V]: bias, maximum, sum of exponentials, target, loss,
 probabilities minus one-hot, and the rounding to the dtype of the next GEMM.
 
-Bytes per logit in bf16: 4 written in fp32 by the first GEMM (rounding logits of 10 to 8 bits would put 3% of error into a
-probability), 4 read, 2 written, 2 read by each of the other two GEMMs. A row of up to 32768 classes is held in registers
-between statistics and gradient; a longer one is read twice, the second time from the L2 cache mostly (132 rows of
-200 kB at a time are half of an H100's). A design that multiplies again instead of writing logits moves 6 bytes and
-needs a fourth GEMM: at d = 1024 that is 2048 flops for 8 bytes, 2.1 against 2.4 ps on an H100, and it must beat cuBLAS.
+Bytes per logit in bf16: 4 written in fp32 by the first GEMM (8 bits of a logit of 10 would put 3% of error into its
+probability), 4 read, 2 written, 2 read by each of the other two GEMMs. A row of up to 32768 classes is held in
+registers between statistics and gradient; a longer one is read twice, the second time from the L2 cache mostly (132
+rows of 200 kB at a time are half of an H100's). Not writing logits but multiplying again for the gradient would save 8
+of 14 bytes and cost a fourth GEMM: 2.4 ps against 2.1 at the peaks of an H100 with d = 1024, if it were as fast as
+cuBLAS.
 
 With a vocabulary shard per rank: statistics, two small collectives, gradient. No host sync, no atomics.
 """
@@ -36,8 +37,8 @@ WALKING_BLOCK = 4096
 def load_logits(
     logits_ptr, bias_ptr, start, NUM_CLASSES: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Logits [BLOCK] of a row from class `start` on, -inf past the last. Rows are padded to ROW_STRIDE, a multiple of 16
-    elements, and read to there: a mask at an odd NUM_CLASSES would make every load a narrow one."""
+    """Logits [BLOCK] of a row from class `start` on, -inf past the last. Rows are padded to ROW_STRIDE, a multiple of
+    16 elements, and read to there: a mask at an odd NUM_CLASSES would make every load a narrow one."""
     classes = start + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + classes, mask=classes < ROW_STRIDE, other=0.0)
     if bias_ptr is not None:

@@ -36,7 +36,8 @@ MAX_GRADIENT_PROGRAMS = 256
 """Bounds the partial sums of the weight's gradient; a constant, so that sums do not depend on the GPU's size."""
 GRADIENT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 OPTIONS = {"num_warps": 4, "num_stages": 3}
-ADD_UP = 1024
+COUNTS, ADD_UP = 64, 1024
+"""Blocks whose counts are read at a time, and elements of a sum per program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class Tiles:
     depth: int
     """Elements of d_model per step of the logits."""
     gradient_depth: int
-    """Elements of d_model per program of the gradients: what keeps both accumulators in registers on sm_80."""
+    """Elements of d_model per program of the gradients; with `gradient_tokens`, what fits the registers of sm_80."""
+    gradient_tokens: int
 
     @property
     def options(self) -> dict[str, int]:
@@ -68,6 +70,7 @@ class Tiles:
             experts=experts,
             depth=64 if columns > 64 or dtype == torch.float32 else 128,
             gradient_depth=max(16, min(128, 4096 // columns) // (1 if dtype == torch.bfloat16 else 2)),
+            gradient_tokens=max(16, min(64, 2048 // columns)),
         )
 
 
@@ -224,7 +227,7 @@ def gradients_kernel(
         if HAS_SCORES:
             present = in_rows[:, None] & in_columns[None, :]
             slots = (row[:, None] * R + router[None, :]) * K
-            for j in range(K):  # unrolled, it spills 8 bytes at 64 columns on sm_80
+            for j in range(K):  # a loop: unrolled, it spills on sm_80
                 chosen = tl.load(index + slots + j, mask=present, other=-1)
                 score = tl.load(scores + slots + j, mask=present, other=0.0)
                 upstream = tl.load(grad_scores + slots + j, mask=present, other=0.0)
@@ -288,7 +291,7 @@ def forward_triton(
     )  # fmt: skip
     blocks_per_program = triton.cdiv(blocks, MAX_PLACERS)
     place_kernel[(triton.cdiv(blocks, blocks_per_program), groups)](
-        index, counts, load, order, N, R, E, blocks, blocks_per_program, K=k, BLOCKS=64,
+        index, counts, load, order, N, R, E, blocks, blocks_per_program, K=k, BLOCKS=COUNTS,
         TOKENS=tiles.tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, **tiles.options,
     )  # fmt: skip
     return logits, scores, index, load, order
@@ -304,7 +307,7 @@ def backward_triton(
     rows, matrix = _common(x, weight)
     tiles = Tiles.of(R, E, rows.dtype)
     parts, groups = triton.cdiv(d, tiles.gradient_depth), triton.cdiv(R, tiles.routers)
-    blocks = triton.cdiv(N, tiles.tokens)
+    blocks = triton.cdiv(N, tiles.gradient_tokens)
     blocks_per_chunk = triton.cdiv(blocks, max(1, MAX_GRADIENT_PROGRAMS // parts))
     chunks = triton.cdiv(blocks, blocks_per_chunk)
     partial = x.new_empty(chunks, R, E, d, dtype=torch.float32)
@@ -315,7 +318,7 @@ def backward_triton(
         scores if grad_scores is None else grad_scores.contiguous(),
         rows, matrix, scores.contiguous(), index.contiguous(), of_groups, partial, N, d, R, E, blocks_per_chunk,
         K=k, HAS_LOGITS=grad_logits is not None, HAS_SCORES=grad_scores is not None, **_precision(rows.dtype),
-        TOKENS=tiles.tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, DEPTH=tiles.gradient_depth,
+        TOKENS=tiles.gradient_tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, DEPTH=tiles.gradient_depth,
         **GRADIENT_OPTIONS,
     )  # fmt: skip
     if groups > 1:
@@ -375,7 +378,8 @@ def compile_cases() -> Iterator[CompileCase]:
             yield _case(
                 f"route gradients {name} {kind}",
                 gradients_kernel, pointers, shape | {"blocks_per_chunk": "i32"},
-                constants | {"DEPTH": tiles.gradient_depth}, GRADIENT_OPTIONS, is_gemm=half,
+                constants | {"TOKENS": tiles.gradient_tokens, "DEPTH": tiles.gradient_depth}, GRADIENT_OPTIONS,
+                is_gemm=dtype == torch.bfloat16,
             )  # fmt: skip
             yield _case(
                 f"route add_up {name} {kind}",
@@ -384,7 +388,7 @@ def compile_cases() -> Iterator[CompileCase]:
             )  # fmt: skip
         pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
         integers = {"N": "i32", "R": "i32", "E": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
-        constants = {"K": k, "BLOCKS": 64, **tile}
+        constants = {"K": k, "BLOCKS": COUNTS, **tile}
         # Gathers single int64 numbers, one per token and router.
         yield _case(f"route place {name}", place_kernel, pointers, integers, constants, tiles.options, load_bytes=8)
 

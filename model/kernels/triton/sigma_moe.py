@@ -311,10 +311,11 @@ MIN_PROGRAMS = 256
 MAX_SPLITS = 16
 
 
-def weight_splits(tiles: Tiles, num_experts: int, width: int, d_model: int) -> int:
-    """Programs that share the rows of one expert."""
+def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
+    """Programs that share the rows of one expert: a power of two, with four iterations or more for each on average."""
     programs = num_experts * triton.cdiv(width, tiles.hidden) * triton.cdiv(d_model, tiles.out)
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(MIN_PROGRAMS, max(1, programs))))
+    wanted = min(MAX_SPLITS, MIN_PROGRAMS // programs, num_rows // (4 * tiles.rows * num_experts))
+    return 1 << max(1, wanted).bit_length() - 1
 
 
 # -------------------------------------------------------------------------------------------------------------- host
@@ -325,7 +326,7 @@ def forward_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `model.kernels.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
     [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
-    x, scores, up_experts, down_experts = _prepare(x, scores, up_experts, down_experts)
+    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     hidden = x.new_empty(order.shape[0], up_experts.shape[2])
     return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, hidden), hidden
 
@@ -342,7 +343,7 @@ def backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
     types = up_experts.dtype, down_experts.dtype
-    x, scores, up_experts, down_experts = _prepare(x, scores, up_experts, down_experts)
+    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     grad = grad.to(x.dtype).contiguous()
     num_rows, (_, G, _) = order.shape[0], down_experts.shape
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
@@ -360,17 +361,13 @@ def backward_triton(
     return grad_x, grad_scores, grad_up, grad_down
 
 
-def _prepare(x: Tensor, scores: Tensor, up_experts: Tensor, down_experts: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, in one dtype (scores keep theirs)."""
+def _prepare(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Contiguous; the experts, the last two, in the dtype of `x`."""
     reason = triton_limit(x.device.type, x.dtype)
     if reason is not None:
         raise ValueError(f"kernels.backend=triton cannot compute sigma_moe: {reason}. Possible: auto, reference")
-    return (
-        x.contiguous(),
-        scores.contiguous(),
-        up_experts.to(x.dtype).contiguous(),
-        down_experts.to(x.dtype).contiguous(),
-    )
+    *routing, up_experts, down_experts = others
+    return [t.contiguous() for t in (x, *routing, up_experts.to(x.dtype), down_experts.to(x.dtype))]
 
 
 def _launch(
@@ -414,7 +411,7 @@ def weight_gradient(
     `source` [N, d] -> [E, width, d], or [E, d, width] unless `width_first`, in their dtype."""
     width, d, num_experts = narrow.shape[1], source.shape[1], load.shape[0]
     tiles = weight_tiles(width, source.dtype)
-    splits = weight_splits(tiles, num_experts, width, d)
+    splits = weight_splits(tiles, narrow.shape[0], num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
     grid = triton.cdiv(width, tiles.hidden) * triton.cdiv(d, tiles.out), num_experts * splits
@@ -512,8 +509,8 @@ def _cases(
             load_bytes=16 if d % 8 == 0 or tiles is not None else 8,  # rows of d = 412 numbers are 824 bytes
         )
 
-    for rows_per_expert in (64, 512):
-        tiles = mlp_tiles(rows_per_expert * num_experts, num_experts, G, dtype, swiglu=swiglu)
+    choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
+    for tiles in dict.fromkeys(choices):
         for kernel, what in ((forward_kernel, "forward"), (backward_kernel, "backward")):
             constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, num_experts, swiglu=swiglu)
             yield case(kernel, f"{what} {tiles.rows} rows", constants | {"present_ptr": None}, tiles)
@@ -522,7 +519,7 @@ def _cases(
         yield case(sum_kernel, "sum", constants | {"present_ptr": None}, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
         tiles = weight_tiles(columns, dtype)
-        splits = weight_splits(tiles, num_experts, columns, d)
+        splits = weight_splits(tiles, 8192, num_experts, columns, d)
         constants = weight_constants(tiles, d, columns, k, num_experts, splits, width_first=first)
         out = "*fp32" if splits > 1 else half
         yield case(weight_gradient_kernel, what, constants, tiles, out_ptr=out)
