@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "model.kernels.triton"
 RECORDS = Path(__file__).with_name("compiled.csv")
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+"""--update writes the summary between its two comments."""
+BEGIN, END = "<!-- benchmarks.compiled: begin -->\n", "<!-- benchmarks.compiled: end -->"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORE = {80: r"HMMA\.", 90: r"HGMMA\.", 100: r"UTC\w*MMA\b"}
 TENSOR_MEMORY_COLUMNS = 512
@@ -57,6 +60,8 @@ FLOAT_ATOMIC_IR = re.compile(r"tt\.atomic_rmw f\w+,|tt\.atomic_cas\b.*\bb?f\d+\b
 class Compiled:
     """One case on one architecture."""
 
+    kernel: str
+    """Module and function."""
     name: str
     architecture: int
     is_gemm: bool
@@ -135,6 +140,7 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         float_atomics = max(float_atomics, len(FLOAT_ATOMIC_IR.findall(kernel.asm["ttir"])))
     loads = {name: n for name, n in operations.items() if GLOBAL_LOAD.match(name)}
     return Compiled(
+        kernel=f"{case.kernel.fn.__module__.rsplit('.', 1)[-1]}.{case.kernel.fn.__name__}",
         name=case.name,
         architecture=architecture,
         is_gemm=case.is_gemm,
@@ -315,10 +321,37 @@ def table(results: Sequence[Compiled], *, markdown: bool) -> str:
     )
 
 
+def summary(results: Sequence[Compiled]) -> str:
+    """Markdown, a row per kernel: ranges over its configurations, per architecture."""
+    architectures = sorted({r.architecture for r in results})
+    head = ("kernel", "configurations", *(f"sm_{a}: registers, shared KB, tensor cores" for a in architectures))
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+
+    def span(values: Sequence[float]) -> str:
+        low, high = (f"{v:.0f}" for v in (min(values), max(values)))
+        return low if low == high else f"{low}-{high}"
+
+    for kernel in sorted({r.kernel for r in results}):
+        cells = [kernel, str(len({r.name for r in results if r.kernel == kernel}))]
+        for architecture in architectures:
+            own = [r for r in results if r.kernel == kernel and r.architecture == architecture]
+            gemms = [r.tensor_core for r in own if r.is_gemm]
+            numbers = (span([r.registers for r in own]), span([r.shared_bytes / 1024 for r in own]))
+            failed = sum(bool(r.failures()) for r in own)
+            cells.append(", ".join((*numbers, span(gemms) if gemms else "-")) + f" ({failed} fail)" * (failed > 0))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_document(path: Path, results: Sequence[Compiled]) -> None:
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + summary(results) + END + rest.split(END)[1])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit status 1 unless every case passes")
-    parser.add_argument("--update", action="store_true", help=f"write {RECORDS.name} anew")
+    parser.add_argument("--update", action="store_true", help=f"write {RECORDS.name} and the table in the docs anew")
     parser.add_argument("--recompile", choices=("none", "sample", "all"), default="none")
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities times ten, comma-separated")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
@@ -359,6 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.update:
         write_records(options.records, results)
+        if options.records == RECORDS:
+            update_document(DOCUMENT, list(results.values()))
     return 1 if options.check and (failed or (differ and not options.update)) else 0
 
 

@@ -132,3 +132,9 @@ def test_instructions_are_read(code: str) -> None:
 def test_float_atomics_are_known(name: str) -> None:
     assert compiled.FLOAT_ATOMIC.match(name)
     assert not compiled.FLOAT_ATOMIC.match("ATOMS.POPC.INC.32") and not compiled.FLOAT_ATOMIC.match("REDUX.SUM.S32")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_records() -> None:
+    text = compiled.DOCUMENT.read_text()
+    table = text.split(compiled.BEGIN)[1].split(compiled.END)[0]
+    assert table == compiled.summary(list(compiled.read_records(compiled.RECORDS).values()))
