@@ -11,10 +11,11 @@ exit status is 1 unless every case
 - has 16-byte global loads (8 where rows are no multiple of 16 bytes, or single 8-byte numbers are gathered),
 - has no atomics on floats.
 
-A compilation takes 1 to 6 s and all of them a quarter of an hour, so benchmarks/compiled.csv records what they gave,
-under a hash of all that decides it: source of the kernel and of what it calls, case, architecture and Triton's version.
-A case without an equal record is compiled; --recompile compiles recorded ones too (all, or the first GEMM of every
-module on every architecture) and fails where the result differs from the record; --update writes the records anew.
+A compilation takes 1 to 6 s, all of them a quarter of an hour on two cores, so benchmarks/compiled.csv records what
+they gave, under a hash of all that decides it: source of the kernel and of what it calls, case, architecture and
+Triton's version. A case without an equal record is compiled; --recompile compiles recorded ones too (all, or the first
+GEMM of every module, on the architectures in turn) and fails where the result differs from the record; --update writes
+the records anew.
 """
 
 from __future__ import annotations
@@ -278,11 +279,14 @@ def jobs(modules: Sequence[str], architectures: Sequence[int], only: str) -> lis
 
 
 def sample(all_jobs: Sequence[Job]) -> list[Job]:
-    """The first GEMM (first case, where a module has none) of every module on every architecture."""
-    first: dict[tuple[str, int], Job] = {}
-    for job in sorted(all_jobs, key=lambda job: not job.is_gemm):
-        first.setdefault((job.module, job.architecture), job)
-    return list(first.values())
+    """The first GEMM (first case, where a module has none) of every module, on the architectures in turn."""
+    architectures = sorted({job.architecture for job in all_jobs})
+    found = []
+    for number, module in enumerate(sorted({job.module for job in all_jobs})):
+        architecture = architectures[number % len(architectures)]
+        own = [job for job in all_jobs if job.module == module and job.architecture == architecture]
+        found += sorted(own, key=lambda job: not job.is_gemm)[:1]
+    return found
 
 
 def table(results: Sequence[Compiled], *, markdown: bool) -> str:
