@@ -136,6 +136,14 @@ def test_shards_of_the_vocabulary() -> None:
             assert all(value <= TOLERANCE[dtype] for value in errors.values()), errors
 
 
+def test_products_off_the_cpu_are_accepted_by_torch() -> None:
+    """The call that only CUDA computes, on meta tensors: into rows of a padded buffer, and added."""
+    a, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 6), (6, 5)))
+    out = torch.empty(8, 16, device="meta")[:, :5]
+    for add in (False, True):
+        assert kernels.multiply(a, b, out, add=add) is out
+
+
 def test_fp64_is_refused() -> None:
     with pytest.raises(ValueError, match="backend=triton cannot compute linear_cross_entropy"):
         run(make_case(Shape(N=3, d=4, V=5), torch.float64))
