@@ -193,12 +193,12 @@ def load_width(instruction: str) -> int:
 
 
 def key(case: CompileCase, architecture: int) -> str:
-    """Of everything that decides the result. Unlike Triton's own key it does not know line numbers."""
+    """Of everything that decides the result. Unlike Triton's own key it does not know modules and line numbers."""
     import triton
 
     decides = (
         triton.__version__,
-        sorted(_sources(case.kernel, {}).items()),
+        sorted(_sources(case.kernel, set())),
         sorted(case.signature.items()),
         sorted((name, str(value)) for name, value in case.constexprs.items()),
         sorted(map(str, case.attributes.items())),
@@ -207,12 +207,12 @@ def key(case: CompileCase, architecture: int) -> str:
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:20]
 
 
-def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
+def _sources(function: Any, found: set[str]) -> set[str]:
     """Source of a kernel, of all functions of ours that it calls, and its constants. Triton's come with its version."""
     from triton import language
     from triton.runtime.jit import JITFunction
 
-    found[f"{function.fn.__module__}.{function.fn.__qualname__}"] = function.src
+    found.add(function.src)
     words = set(re.findall(r"\w+", function.src))
     scopes = [function.fn.__globals__]
     while scopes:
@@ -222,8 +222,8 @@ def _sources(function: Any, found: dict[str, str]) -> dict[str, str]:
             if isinstance(value, ModuleType) and value.__name__.split(".")[0] in ("model", "tests"):
                 scopes.append(vars(value))
             elif isinstance(value, language.constexpr):
-                found[f"{function.fn.__module__}.{word}"] = repr(value)
-            elif isinstance(value, JITFunction) and f"{value.fn.__module__}.{value.fn.__qualname__}" not in found:
+                found.add(f"{word} = {value!r}")
+            elif isinstance(value, JITFunction) and value.src not in found:
                 _sources(value, found)
     return found
 
