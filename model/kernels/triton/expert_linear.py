@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from model.kernels.triton.gated_gemm import check_dtypes
-from model.kernels.triton.sorted_gemm import Rows, project, weight_gradient
+from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.sorted_gemm import Rows, project, projection_cases, weight_gradient
 from model.kernels.triton.sorted_slots import mix_slots, sum_slots
 
 
@@ -16,8 +19,9 @@ def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: i
     """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
     check_dtypes(x, experts)
     x, order, load, experts = (t.contiguous() for t in (x, order, load, experts))
-    y = project(Rows.of_tokens(x, k), order, load, experts[None], None, k, transposed=False)
-    return y.view(x.shape[0], k, experts.shape[2])
+    h = experts.shape[2]
+    y = project(Rows.of_tokens(x, k), order, load, experts[None], None, k, transposed=False, stride=h)
+    return y.view(x.shape[0], k, h)
 
 
 def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +29,7 @@ def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
     k = grad.shape[1]
     narrow, weights = Rows.of_slots(grad), experts[None]
-    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True), x.shape[0])
+    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True), *x.shape)
     grad_experts = weight_gradient(Rows.of_tokens(x, k), narrow, order, load, weights, None, k, narrow_first=False)
     return grad_x, grad_experts[0]
 
@@ -36,7 +40,7 @@ def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, ex
     a, gates, order, load, experts = (t.contiguous() for t in (a, gates, order, load, experts))
     N, k, _ = a.shape
     wide = project(Rows.of_slots(a), order, load, experts[None], gates[:, None], k, transposed=False)
-    return sum_slots(wide, N)
+    return sum_slots(wide, N, experts.shape[2])
 
 
 def backward_sum_triton(
@@ -48,6 +52,12 @@ def backward_sum_triton(
     wide, weights = Rows.of_tokens(grad, k), experts[None]
     products = project(wide, order, load, weights, None, k, transposed=True)
     # A slot is a token with one choice here: its gradient and its gate's, both from its own product.
-    grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), a.view(N * k, 1, h))
+    grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), h, a.view(N * k, 1, h))
     grad_experts = weight_gradient(wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True)
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts[0]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """MoA's 4 of 16 experts of 144 at d_model 1024; the order is the router's."""
+    wide, narrow = (1024, 0, 1024, 4), (144, 0, 144, 1)
+    yield from projection_cases("expert_linear 1024x144", 4, 16, wide, narrow, value_is_gated=False, order="i64")

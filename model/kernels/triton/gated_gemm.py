@@ -5,13 +5,17 @@ a row is multiplied by its gate, 0 where the expert is not chosen, and one accum
 for the output, heads). E / k times the useful flops, but no sort, no permutation, no row ever written for a slot, and
 nothing depends on the routing: the same programs run in the same order whatever was chosen.
 
+Widths are constants of the kernels: the compiler then proves the widest load that rows allow, 16 bytes where a row is a
+multiple of them, 8 bytes for d_model 412 and head_dim 76; of an argument it would know nothing and load 2 bytes.
+
 Shape legend: N tokens, d d_model (wide), H heads, h head_dim (narrow), E experts of a head, k chosen experts; a pair is
 (head, expert), number head * E + expert.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import TRITON_DTYPES
-from model.kernels.triton import launch  # noqa: F401  # repairs the interpreter
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 
 
 class Tiles(NamedTuple):
@@ -48,6 +52,11 @@ def column_tile(width: int, largest: int = 128) -> int:
     padded = {tile: -(-width // tile) * tile for tile in (128, 64, 32) if tile <= largest}
     fitting = [tile for tile, size in padded.items() if size <= 1.3 * width]
     return fitting[0] if fitting else min(padded, key=lambda tile: (padded[tile], -tile))
+
+
+def padded_experts(num_experts: int) -> int:
+    """Lanes for one number per expert."""
+    return max(2, triton.next_power_of_2(num_experts))
 
 
 def unrolled_experts(num_experts: int, largest: int) -> int:
@@ -132,8 +141,8 @@ def gated_weight_gradient_kernel(
     gates,
     grad_experts,
     N,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     H,
     E,
     NARROW_FIRST: tl.constexpr,
@@ -197,3 +206,54 @@ def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *
         wide, narrow, gates, grad, N, d, h, H, E, narrow_first, rows, columns, depth, num_warps=warps, num_stages=stages
     )
     return grad
+
+
+# ----------------------------------------------------------------------------------------------------- ahead of time
+
+WIDTHS = ((1024, 112), (1024, 64), (1024, 80))
+"""d_model and head_dim of the compiled cases: one for each width of a column tile (128, 64, 32). Rows of 412 or of 76
+elements have no 16-byte loads: such models take the kernels of (1024, 80) with 8-byte ones."""
+
+
+def make_case(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    tiles: Tiles | None = None,
+    num_warps: int = 4,
+) -> CompileCase:
+    """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
+    are those of a GEMM."""
+    stages = 3
+    if tiles is not None:
+        constants = constants | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
+        num_warps, stages = tiles.warps, tiles.stages
+    kinds = {n: f"*{kind}" for n, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature={n: kinds.get(n, "i32") for n in kernel.arg_names},
+        constexprs=constants,
+        num_warps=num_warps,
+        num_stages=stages,
+        is_gemm=tiles is not None,
+        divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
+    )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Gates of 2 choices (16 bytes of int64), and the gradient of the experts of both projections."""
+    constants = {"K": 2, "PADDED_K": 2, "BLOCK": GATE_BLOCK}
+    pointers = {"index": "i64", "scores": "fp32", "gates": "fp32"}
+    yield make_case("gated dense_gates k2", dense_gates_kernel, pointers, constants)
+    pointers = {"index": "i64", "partial": "fp32", "grad_scores": "fp32"}
+    yield make_case("gated gate_gradient k2", gate_gradient_kernel, pointers, constants)
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = TYPE_NAMES[dtype]
+        pointers = {"wide": kind, "narrow": kind, "gates": "fp32", "grad_experts": kind}
+        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+            for what, narrow_first in (("value", False), ("output", True)):
+                constants = {"d": d, "h": h, "NARROW_FIRST": narrow_first}
+                name = f"gated {what} grad_experts {d}x{h} {kind}"
+                yield make_case(name, gated_weight_gradient_kernel, pointers, constants, gradient_tiles(h, dtype))

@@ -13,14 +13,25 @@ of token n at its router. Rows of tokens [N, width] or [N, R, width] serve all k
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.triton.gated_gemm import Tiles, column_tile, scale_rows
+from model.kernels.grouping import slot_stride
+from model.kernels.triton.gated_gemm import (
+    WIDTHS,
+    Tiles,
+    column_tile,
+    gradient_tiles,
+    make_case,
+    padded_experts,
+    scale_rows,
+)
+from model.kernels.triton.launch import CompileCase
 
 
 class Rows(NamedTuple):
@@ -59,7 +70,7 @@ def find_tile(load, tile, E, PADDED_E: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def gate_address(slots, router, routers, k):
+def gate_address(slots, router, routers, k: tl.constexpr):
     """Of scores [N, R, k]."""
     return ((slots // k) * routers + router) * k + slots % k
 
@@ -67,18 +78,19 @@ def gate_address(slots, router, routers, k):
 @triton.jit
 def sorted_project_kernel(
     rows,
-    row_stride,
-    router_stride,
-    divide,
+    row_stride: tl.constexpr,
+    router_stride: tl.constexpr,
+    divide: tl.constexpr,
     gates,
-    k,
+    k: tl.constexpr,
     order,
     load,
     weights,
     out,
     num_slots,
-    inner_width,
-    width,
+    inner_width: tl.constexpr,
+    width: tl.constexpr,
+    out_stride: tl.constexpr,
     routers,
     E,
     TRANSPOSED: tl.constexpr,
@@ -88,9 +100,10 @@ def sorted_project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out [R, slots, width] = gate * rows weights[router, expert]; weights [R, E, inner_width, width], or if TRANSPOSED
-    [R, E, width, inner_width]. Gates [N, R, k] multiply the accumulator, in fp32. Column tiles vary fastest: the
-    gathered rows are read from memory once, then from L2."""
+    """out [R, slots, out_stride] = gate * rows weights[router, expert].
+
+    weights [R, E, inner_width, width], or if TRANSPOSED [R, E, width, inner_width]; gates [N, R, k] multiply the
+    accumulator, in fp32. Column tiles vary fastest: the gathered rows are read from memory once, then from L2."""
     program = tl.program_id(0)
     column_tiles = tl.cdiv(width, BLOCK_N)
     columns = (program % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,28 +132,28 @@ def sorted_project_kernel(
         if GATED:
             gate = tl.load(gates + gate_address(slots, router, routers, k), mask=row_mask, other=0.0)
             total *= gate.to(tl.float32)[:, None]
-        target = out + (router.to(tl.int64) * num_slots + slots)[:, None] * width + columns[None, :]
+        target = out + (router.to(tl.int64) * num_slots + slots)[:, None] * out_stride + columns[None, :]
         tl.store(target, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
 def sorted_weight_gradient_kernel(
     wide,
-    wide_stride,
-    wide_router_stride,
-    wide_divide,
+    wide_stride: tl.constexpr,
+    wide_router_stride: tl.constexpr,
+    wide_divide: tl.constexpr,
     narrow,
-    narrow_stride,
-    narrow_router_stride,
-    narrow_divide,
+    narrow_stride: tl.constexpr,
+    narrow_router_stride: tl.constexpr,
+    narrow_divide: tl.constexpr,
     gates,
-    k,
+    k: tl.constexpr,
     order,
     load,
     grad_weights,
     num_slots,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     routers,
     E,
     NARROW_FIRST: tl.constexpr,
@@ -197,22 +210,24 @@ def project_tiles(width: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, column_tile(width), 64, 4, 3)
 
 
-def gradient_tiles(h: int, dtype: torch.dtype) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(64, column_tile(h, 64), 32, 4, 2)
-    columns = column_tile(h)
-    return Tiles(128, columns, 64, 8 if columns == 128 else 4, 3)
-
-
 def project(
-    rows: Rows, order: Tensor, load: Tensor, weights: Tensor, scores: Tensor | None, k: int, *, transposed: bool
+    rows: Rows,
+    order: Tensor,
+    load: Tensor,
+    weights: Tensor,
+    scores: Tensor | None,
+    k: int,
+    *,
+    transposed: bool,
+    stride: int | None = None,
 ) -> Tensor:
-    """[R, N*k, width] in slot order; `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]. `scores`
-    [N, R, k] multiply the results where given."""
+    """[R, N*k, stride] in slot order, the columns beyond `width` undefined; the stride is slot_stride(width) if not
+    given. `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]; `scores` [N, R, k] multiply the
+    results where given."""
     R, E = weights.shape[:2]
     inner, width = (weights.shape[i] for i in ((3, 2) if transposed else (2, 3)))
     num_slots = order.shape[-1]
-    out = rows.tensor.new_empty(R, num_slots, width)
+    out = rows.tensor.new_empty(R, num_slots, stride or slot_stride(width))
     rows_tile, columns, depth, warps, stages = project_tiles(width, rows.tensor.dtype)
     grid = (R * (triton.cdiv(num_slots, rows_tile) + E) * triton.cdiv(width, columns),)
     if num_slots > 0:
@@ -227,11 +242,12 @@ def project(
             num_slots,
             inner,
             width,
+            out.shape[2],
             R,
             E,
             transposed,
             scores is not None,
-            max(2, triton.next_power_of_2(E)),
+            padded_experts(E),
             rows_tile,
             columns,
             depth,
@@ -272,7 +288,7 @@ def weight_gradient(
         E,
         narrow_first,
         scores is not None,
-        max(2, triton.next_power_of_2(E)),
+        padded_experts(E),
         rows,
         columns,
         depth,
@@ -280,3 +296,43 @@ def weight_gradient(
         num_stages=stages,
     )
     return grad
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """SwitchHead's projections of 2 of 8 experts a head (4 heads), forward and backward."""
+    for d, h in WIDTHS:
+        yield from projection_cases(f"sorted {d}x{h}", 2, 8, (d, 0, d, 2), (4 * h, h, h, 2), value_is_gated=True)
+
+
+def projection_cases(
+    name: str,
+    k: int,
+    E: int,
+    wide: tuple[int, ...],
+    narrow: tuple[int, ...],
+    *,
+    value_is_gated: bool,
+    order: str = "i32",
+) -> Iterator[CompileCase]:
+    """Value and output, forward and backward. `wide` and `narrow`: stride, stride of routers, width and divisor of the
+    rows; `order`: dtype of the order. The wide rows that value's backward pass and output's forward pass write are
+    scaled by gates, value's only if it has any (SwitchHead; not expert_linear)."""
+    half = dict.fromkeys(("rows", "weights", "out", "wide", "narrow", "grad_weights"), "bf16")
+    pointers = half | {"gates": "fp32", "order": order, "load": order}
+    common: dict[str, Any] = {"k": k, "PADDED_E": padded_experts(E)}
+    for what, source, target, transposed, gated in (
+        ("value", wide, narrow, False, False),
+        ("value backward", narrow, wide, True, value_is_gated),
+        ("output", narrow, wide, False, True),
+        ("output backward", wide, narrow, True, False),
+    ):
+        constants = common | dict(zip(("row_stride", "router_stride", "inner_width", "divide"), source, strict=True))
+        constants |= {"width": target[2], "out_stride": target[2], "TRANSPOSED": transposed, "GATED": gated}
+        tiles = project_tiles(target[2], torch.bfloat16)
+        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles)
+    for what, narrow_first, gated in (("value", False, value_is_gated), ("output", True, True)):
+        constants = common | {"d": wide[2], "h": narrow[2], "NARROW_FIRST": narrow_first, "GATED": gated}
+        for side, rows in (("wide", wide), ("narrow", narrow)):
+            constants |= {f"{side}_stride": rows[0], f"{side}_router_stride": rows[1], f"{side}_divide": rows[3]}
+        tiles = gradient_tiles(narrow[2], torch.bfloat16)
+        yield make_case(f"{name} {what} grad_experts", sorted_weight_gradient_kernel, pointers, constants, tiles)

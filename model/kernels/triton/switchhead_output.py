@@ -6,6 +6,8 @@ slot writes its wide row, and a second kernel sums those of a token over heads a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -14,14 +16,17 @@ from torch import Tensor
 from model.kernels.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    WIDTHS,
     Tiles,
     check_dtypes,
     column_tile,
     dense_gates,
     gather_gate_gradient,
+    make_case,
     scale_rows,
     weight_gradient,
 )
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
 
@@ -33,8 +38,8 @@ def output_forward_kernel(
     experts,
     y,
     N,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     H,
     E,
     BLOCK_M: tl.constexpr,
@@ -76,8 +81,8 @@ def output_backward_kernel(
     grad_a,
     grad_gates,
     N,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     H,
     E,
     BLOCK_M: tl.constexpr,
@@ -145,7 +150,7 @@ def forward_triton(
     if strategy == "sorted":
         order, load = sort_slots(index, E)
         wide = sorted_gemm.project(Rows.of_tokens(a, k), order, load, experts, scores, k, transposed=False)
-        return sum_slots(wide, N), order, load
+        return sum_slots(wide, N, d), order, load
     y = a.new_empty(N, d)
     if N > 0:
         gates = dense_gates(scores, index, E)
@@ -172,7 +177,7 @@ def backward_triton(
         order, load = saved
         wide, narrow = Rows.of_tokens(grad, k), Rows.of_tokens(a, k)
         products = sorted_gemm.project(wide, order, load, experts, None, k, transposed=True)
-        grad_a, grad_scores = mix_slots(products, scores, a)
+        grad_a, grad_scores = mix_slots(products, scores, h, a)
         grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=True)
         return grad_a, grad_scores, grad_experts
     if N == 0:
@@ -201,3 +206,20 @@ def backward_triton(
     )
     grad_experts = weight_gradient(grad, a, gates, experts, narrow_first=True)
     return grad_a, gather_gate_gradient(partial, index, scores.dtype), grad_experts
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The gate-scaled kernels."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = TYPE_NAMES[dtype]
+        pointers = dict.fromkeys(("a", "experts", "grad", "y", "grad_a"), kind) | {
+            "gates": "fp32",
+            "grad_gates": "fp32",
+        }
+        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+            for what, kernel, tiles in (
+                ("forward", output_forward_kernel, forward_tiles(h, dtype)),
+                ("backward", output_backward_kernel, backward_tiles(h, dtype)),
+            ):
+                name = f"switchhead_output {what} {d}x{h} {kind}"
+                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles)

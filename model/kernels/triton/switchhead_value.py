@@ -6,6 +6,8 @@ slot writes its narrow product, from which the sum over k and the gates' gradien
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -14,15 +16,18 @@ from torch import Tensor
 from model.kernels.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    WIDTHS,
     Tiles,
     check_dtypes,
     column_tile,
     dense_gates,
     gather_gate_gradient,
+    make_case,
     scale_rows,
     unrolled_experts,
     weight_gradient,
 )
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
 
@@ -34,8 +39,8 @@ def value_forward_kernel(
     experts,
     v,
     N,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     H,
     E: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -84,8 +89,8 @@ def value_backward_kernel(
     grad_x,
     grad_gates,
     N,
-    d,
-    h,
+    d: tl.constexpr,
+    h: tl.constexpr,
     H,
     E,
     BLOCK_M: tl.constexpr,
@@ -148,14 +153,15 @@ MAX_UNROLLED = 5
 def forward_triton(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(v [N, H, h]; and of `sorted`, else empty: x W_V of every slot [H N k, h], order [H, N k], load [H, E])."""
+    """-> v [N, H, h]; and of `sorted`, else empty, x W_V of every slot [H N k, slot_stride(h)], order [H, N k] and load
+    [H, E]."""
     check_dtypes(x, experts)
     x, scores, index, experts = (t.contiguous() for t in (x, scores, index, experts))
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
         order, load = sort_slots(index, E)
         products = sorted_gemm.project(Rows.of_tokens(x, k), order, load, experts, None, k, transposed=False)
-        return mix_slots(products, scores)[0], products.view(-1, h), order, load
+        return mix_slots(products, scores, h)[0], products.flatten(0, 1), order, load
     v = x.new_empty(N, H, h)
     if N > 0:
         gates = dense_gates(scores, index, E)
@@ -182,8 +188,8 @@ def backward_triton(
     if strategy == "sorted":
         products, order, load = saved
         narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
-        _, grad_scores = mix_slots(products.view(H, N * k, h), scores, grad, mix=False)
-        grad_x = sum_slots(sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True), N)
+        _, grad_scores = mix_slots(products, scores, h, grad, mix=False)
+        grad_x = sum_slots(sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True), N, d)
         grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=False)
         return grad_x, grad_scores, grad_experts
     if N == 0:
@@ -212,3 +218,20 @@ def backward_triton(
     )
     grad_experts = weight_gradient(x, grad, gates, experts, narrow_first=False)
     return grad_x, gather_gate_gradient(partial, index, scores.dtype), grad_experts
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The gate-scaled kernels, for 4 and for 5 experts."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = TYPE_NAMES[dtype]
+        pointers = dict.fromkeys(("x", "experts", "grad", "v", "grad_x"), kind) | {
+            "gates": "fp32",
+            "grad_gates": "fp32",
+        }
+        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+            for E in (4, 5):
+                constants = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
+                name = f"switchhead_value forward E{E} {d}x{h} {kind}"
+                yield make_case(name, value_forward_kernel, pointers, constants, forward_tiles(h, dtype))
+            name = f"switchhead_value backward {d}x{h} {kind}"
+            yield make_case(name, value_backward_kernel, pointers, {"d": d, "h": h}, backward_tiles(h, dtype))
