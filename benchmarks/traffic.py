@@ -120,9 +120,9 @@ def measure(layer: Layer, T: int, d: int) -> Count:
     H, E, G = layer.heads, layer.num_experts, layer.narrow
     scores, index, order, load = routing(layer, T, generator)
     x, grad_wide, count = normal(T, d), normal(T, d), Count(by_tensor=defaultdict(int))
+    narrow, grad_narrow, into, out_of = normal(T, H, G), normal(T, H, G), normal(H, E, d, G), normal(H, E, G, d)
     with recording(check=False) as launches, TorchOperators(count):
         if H > 1:
-            narrow, grad_narrow, into, out_of = normal(T, H, G), normal(T, H, G), normal(H, E, d, G), normal(H, E, G, d)
             strategy = "gated" if 2 * layer.active >= E else "sorted"
             for module, rows, grad, experts in (
                 (switchhead_value, x, grad_narrow, into),
@@ -133,8 +133,7 @@ def measure(layer: Layer, T: int, d: int) -> Count:
                 grads = module.backward_triton(grad, *tensors, tuple(saved), strategy)
                 count.once += 2 * tensor_bytes(tensors) + tensor_bytes((y, grad, *grads))
         else:
-            gates, into, out_of = scores[:, 0], normal(E, d, G), normal(E, G, d)
-            tensors = (x, gates, order[0], load[0], into, out_of)
+            tensors = (x, scores[:, 0], order[0], load[0], into[0], out_of[0])
             y, hidden = sigma_moe.forward_triton(*tensors)
             grads = sigma_moe.backward_triton(grad_wide, *tensors, hidden)
             count.once += 2 * tensor_bytes(tensors) + tensor_bytes((y, grad_wide, *grads))

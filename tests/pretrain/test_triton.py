@@ -25,7 +25,7 @@ def test_three_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
     assert {name for name in vars(choose_backends(configs[1], "cpu")).values()} == {"triton"}
     assert len(vars(choose_backends(configs[1], "cpu"))) == len(BACKENDS)
     cpu, triton = run_ranks(engine_trace, 1, configs, 3, (0, 1, 2))[0]
-    assert cpu.losses != [] and cpu.losses[0] > cpu.losses[2]
+    assert len(set(cpu.losses)) == 3
     for step in range(3):
         assert triton.losses[step] == pytest.approx(cpu.losses[step], rel=TOLERANCE)
         assert triton.grad_norms[step] == pytest.approx(cpu.grad_norms[step], rel=TOLERANCE)
