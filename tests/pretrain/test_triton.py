@@ -1,5 +1,5 @@
-"""Training with `kernels.backend: triton` in the interpreter: the numbers of the other backends, in one process and with
-experts divided over ranks."""
+"""Training with `kernels.backend: triton` in the interpreter: the numbers of the other backends, in one process and
+with experts divided over ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TOLERANCE = 1e-5
 
 
 def test_three_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
-    """Losses, gradient norms and every gradient of three steps through the real trainer; regulariser and clipping on."""
+    """Losses, gradient norms and every gradient, through the real trainer; regulariser and clipping on."""
     shape = ("batch.micro_sequences=8", "model.sequence_length=8")
     configs = [small_config(prepared, *shape, f"kernels.backend={name}") for name in ("cpu", "triton")]
     assert {name for name in vars(choose_backends(configs[1], "cpu")).values()} == {"triton"}
     assert len(vars(choose_backends(configs[1], "cpu"))) == len(BACKENDS)
     cpu, triton = run_ranks(engine_trace, 1, configs, 3, (0, 1, 2))[0]
-    assert cpu.losses != [] and cpu.losses[0] > cpu.losses[2]
+    assert len(set(cpu.losses)) == 3
     for step in range(3):
         assert triton.losses[step] == pytest.approx(cpu.losses[step], rel=TOLERANCE)
         assert triton.grad_norms[step] == pytest.approx(cpu.grad_norms[step], rel=TOLERANCE)
