@@ -54,6 +54,8 @@ class Tiles:
     """Elements of d_model per program of the gradients; with `gradient_tokens`, what fits the registers of sm_80."""
     gradient_tokens: int
 
+    choose_options: dict[str, int]
+
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": 4 if self.routers * self.experts <= 32 else 8, "num_stages": 3}
@@ -69,6 +71,7 @@ class Tiles:
             routers=routers,
             experts=experts,
             depth=32 if dtype == torch.float32 else 64,  # twice as deep, some of these spill on sm_80
+            choose_options={"num_warps": 4 if columns <= 32 and dtype != torch.float32 else 8, "num_stages": 3},
             gradient_depth=max(16, min(128, 4096 // columns) // (1 if dtype == torch.bfloat16 else 2)),
             gradient_tokens=max(16, min(64, 2048 // columns)),
         )
@@ -287,7 +290,7 @@ def forward_triton(
     choose_kernel[(blocks, groups)](
         x, weight, logits if keep is None else keep.contiguous(), logits, scores, index, counts, N, d, R, E,
         K=k, K_PADDED=triton.next_power_of_2(k), DROPOUT=dropout, TOKENS=tiles.tokens, ROUTERS=tiles.routers,
-        EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.options,
+        EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.choose_options,
     )  # fmt: skip
     blocks_per_program = triton.cdiv(blocks, MAX_PLACERS)
     place_kernel[(triton.cdiv(blocks, blocks_per_program), groups)](
@@ -369,7 +372,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 pointers |= {"index": "i64", "counts": "i32"}
                 yield _case(
                     f"route choose {name} {kind} dropout {dropout}",
-                    choose_kernel, pointers, shape, constants | {"DEPTH": tiles.depth}, tiles.options,
+                    choose_kernel, pointers, shape, constants | {"DEPTH": tiles.depth}, tiles.choose_options,
                     is_gemm=half,
                 )  # fmt: skip
             pointers = {"grad_logits": "fp32", "grad_scores": "fp32", "x": kind, "weight": kind, "scores": "fp32"}
