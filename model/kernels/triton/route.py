@@ -54,8 +54,6 @@ class Tiles:
     """Elements of d_model per program of the gradients; with `gradient_tokens`, what fits the registers of sm_80."""
     gradient_tokens: int
 
-    choose_options: dict[str, int]
-
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": 4 if self.routers * self.experts <= 32 else 8, "num_stages": 3}
@@ -67,11 +65,10 @@ class Tiles:
         routers = max(routers, 16 // experts)  # tl.dot takes no fewer than 16 columns
         columns = routers * experts
         return cls(
-            tokens=min(64, max(16, TILE // columns)),
+            tokens=min(32 if dtype == torch.float32 else 64, max(16, TILE // columns)),
             routers=routers,
             experts=experts,
-            depth=32 if dtype == torch.float32 else 64,  # twice as deep, some of these spill on sm_80
-            choose_options={"num_warps": 4 if columns <= 32 and dtype != torch.float32 else 8, "num_stages": 3},
+            depth=32 if dtype == torch.float32 else 64,  # twice the tokens or depth, and some of these spill
             gradient_depth=max(16, min(128, 4096 // columns) // (1 if dtype == torch.bfloat16 else 2)),
             gradient_tokens=max(16, min(64, 2048 // columns)),
         )
@@ -290,7 +287,7 @@ def forward_triton(
     choose_kernel[(blocks, groups)](
         x, weight, logits if keep is None else keep.contiguous(), logits, scores, index, counts, N, d, R, E,
         K=k, K_PADDED=triton.next_power_of_2(k), DROPOUT=dropout, TOKENS=tiles.tokens, ROUTERS=tiles.routers,
-        EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.choose_options,
+        EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.options,
     )  # fmt: skip
     blocks_per_program = triton.cdiv(blocks, MAX_PLACERS)
     place_kernel[(triton.cdiv(blocks, blocks_per_program), groups)](
@@ -372,7 +369,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 pointers |= {"index": "i64", "counts": "i32"}
                 yield _case(
                     f"route choose {name} {kind} dropout {dropout}",
-                    choose_kernel, pointers, shape, constants | {"DEPTH": tiles.depth}, tiles.choose_options,
+                    choose_kernel, pointers, shape, constants | {"DEPTH": tiles.depth}, tiles.options,
                     is_gemm=half,
                 )  # fmt: skip
             pointers = {"grad_logits": "fp32", "grad_scores": "fp32", "x": kind, "weight": kind, "scores": "fp32"}
@@ -389,11 +386,14 @@ def compile_cases() -> Iterator[CompileCase]:
                 add_up_kernel, {"partial": "fp32", "total": kind}, {"size": "i32", "num_parts": "i32"},
                 {"BLOCK": ADD_UP}, OPTIONS,
             )  # fmt: skip
-        pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
-        integers = {"N": "i32", "R": "i32", "E": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
-        constants = {"K": k, "BLOCKS": COUNTS, **tile}
-        # Gathers single int64 numbers, one per token and router.
-        yield _case(f"route place {name}", place_kernel, pointers, integers, constants, tiles.options, load_bytes=8)
+            pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
+            integers = {"N": "i32", "R": "i32", "E": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
+            constants = {"K": k, "BLOCKS": COUNTS, **tile}
+            # Gathers single int64 numbers, one per token and router.
+            yield _case(
+                f"route place {name} {kind}",
+                place_kernel, pointers, integers, constants, tiles.options, load_bytes=8,
+            )  # fmt: skip
 
 
 def _case(
