@@ -87,10 +87,11 @@ def test_many_experts() -> None:
     ],
     ids=str,
 )
-def test_shipped_tiles_equal_the_loop(shape: tuple, strategy: str, dtype: torch.dtype) -> None:
-    with pytest.MonkeyPatch.context() as undone:
-        undone.undo()
-        assert_equals_loop(shape, strategy, dtype)
+def test_shipped_tiles_equal_the_loop(
+    shape: tuple, strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert_equals_loop(shape, strategy, dtype)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -145,8 +146,8 @@ def test_half_of_the_heads_each(strategy: str) -> None:
     halves = [
         run(
             switchhead_output,
-            (x, scores[:, heads], index[:, heads], experts[heads]),
-            upstream[:, heads],
+            (a[:, heads], scores[:, heads], index[:, heads], experts[heads]),
+            upstream,
             f"triton:{strategy}",
         )
         for heads in (slice(0, 2), slice(2, 4))

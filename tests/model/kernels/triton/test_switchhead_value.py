@@ -87,10 +87,11 @@ def test_many_experts() -> None:
     ],
     ids=str,
 )
-def test_shipped_tiles_equal_the_loop(shape: tuple, strategy: str, dtype: torch.dtype) -> None:
-    with pytest.MonkeyPatch.context() as undone:
-        undone.undo()
-        assert_equals_loop(shape, strategy, dtype)
+def test_shipped_tiles_equal_the_loop(
+    shape: tuple, strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert_equals_loop(shape, strategy, dtype)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
