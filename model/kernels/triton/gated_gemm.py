@@ -193,7 +193,7 @@ def gradient_tiles(h: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(64, column_tile(h, 64), 32, 4, 2)
     columns = column_tile(h)
-    return Tiles(128, columns, 64, 8 if columns == 128 else 4, 3)
+    return Tiles(128, columns, 64, 4 if columns == 32 else 8, 3)
 
 
 def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *, narrow_first: bool) -> Tensor:

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.grouping import slot_stride
 from model.kernels.triton.gated_gemm import (
     WIDTHS,
     Tiles,
@@ -221,13 +220,14 @@ def project(
     transposed: bool,
     stride: int | None = None,
 ) -> Tensor:
-    """[R, N*k, stride] in slot order, the columns beyond `width` undefined; the stride is slot_stride(width) if not
-    given. `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]; `scores` [N, R, k] multiply the
-    results where given."""
+    """[R, N*k, stride] in slot order, the columns beyond `width` undefined; the stride is the width if not given.
+
+    `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]; `scores` [N, R, k] multiply the results where
+    given."""
     R, E = weights.shape[:2]
     inner, width = (weights.shape[i] for i in ((3, 2) if transposed else (2, 3)))
     num_slots = order.shape[-1]
-    out = rows.tensor.new_empty(R, num_slots, stride or slot_stride(width))
+    out = rows.tensor.new_empty(R, num_slots, stride or width)
     rows_tile, columns, depth, warps, stages = project_tiles(width, rows.tensor.dtype)
     grid = (R * (triton.cdiv(num_slots, rows_tile) + E) * triton.cdiv(width, columns),)
     if num_slots > 0:
