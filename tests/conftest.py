@@ -7,6 +7,8 @@ import os
 # Before torch: two ranks with two threads each on two cores mostly wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before triton: its kernels run interpreted on CPU tensors. What compiles them runs in a process of its own, without.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from pathlib import Path
 

@@ -5,29 +5,41 @@
 | reference  | plain PyTorch and its autograd: the specification         | any        | any                    |
 | cpu        | rows sorted by expert, GEMMs into preallocated outputs    | CPU        | fp64, fp32, bf16, fp16 |
 | grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
+| triton     | our GPU kernels (model/kernels/triton)                    | CUDA       | fp32, bf16, fp16       |
+| cuda       | CUDA C++ (model/kernels/cuda): route alone, by name only  | CUDA       | fp32, bf16, fp16       |
+
+The Triton kernels run on CPU tensors too, slowly, where TRITON_INTERPRET=1 was set before anything imported triton.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
 
+from model.kernels.cuda import build
+
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu"),
-    "sigma_moe": ("reference", "cpu", "grouped_mm"),
-    "switchhead_value": ("reference", "cpu"),
-    "switchhead_output": ("reference", "cpu"),
-    "expert_linear": ("reference", "cpu"),
-    "linear_cross_entropy": ("reference", "cpu"),
+    "route": ("reference", "cpu", "triton", "cuda"),
+    "sigma_moe": ("reference", "cpu", "grouped_mm", "triton"),
+    "switchhead_value": ("reference", "cpu", "triton"),
+    "switchhead_output": ("reference", "cpu", "triton"),
+    "expert_linear": ("reference", "cpu", "triton"),
+    "linear_cross_entropy": ("reference", "cpu", "triton"),
 }
 """Every op and the backends that it has."""
 
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
+"""What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
+which needs nvcc, everywhere."""
 
 
 def resolve(
@@ -36,14 +48,17 @@ def resolve(
     """The backend that computes `op` on `device_type`; ValueError with the reason where `requested` cannot.
 
     `dtype` of the tensors and `widths` (d_model, expert size), where given, are checked against the limits of
-    F.grouped_mm. `auto` takes the first that works of: `cpu` on the CPU, `grouped_mm`, `reference`.
+    F.grouped_mm and of the Triton kernels. `auto` takes the first of `PREFERENCE` that works, and warns where that is
+    not the op's fastest on the device.
     """
     if op not in BACKENDS:
         raise ValueError(f"no op {op!r}: there is {', '.join(BACKENDS)}")
     reasons = {name: _why_not(name, op, device_type, dtype, widths) for name in BACKENDS[op]}
     possible = [name for name, reason in reasons.items() if reason is None]
     if requested == "auto":
-        chosen = min(possible, key=("cpu", "grouped_mm", "reference").index)
+        chosen = min(set(possible) & set(PREFERENCE), key=PREFERENCE.index)
+        if device_type == "cuda" and reasons.get("triton") is not None:
+            _warn_slower(op, chosen, str(reasons["triton"]))
     elif requested in possible:
         chosen = requested
     else:
@@ -62,7 +77,38 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
         return "it runs on CPU tensors only"
     if backend == "grouped_mm":
         return grouped_mm_limit(device_type, dtype, widths)
+    if backend == "triton":
+        return triton_limit(device_type, dtype)
+    if backend == "cuda":
+        return cuda_limit(op, device_type, dtype)
     return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted on CPU tensors: TRITON_INTERPRET=1, read when they are first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_limit(device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Why the Triton kernels cannot run here, or None."""
+    if device_type not in ("cpu", "cuda"):
+        return f"Triton has no {device_type} kernels here"
+    if device_type == "cpu" and not interpreting():
+        return "it runs on CUDA; on the CPU only interpreted, with TRITON_INTERPRET=1 set before the start (very slow)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (CUDA builds of torch bring it; for the interpreter: pip install triton)"
+    if dtype is not None and dtype not in TRITON_DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def cuda_limit(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Why model/kernels/cuda/OP.cu cannot run here, or None."""
+    if device_type != "cuda":
+        return "it runs on CUDA tensors only"
+    if dtype == torch.float64:
+        return "it computes in float32"
+    return build.why_not(op)
 
 
 def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
@@ -85,6 +131,11 @@ def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequen
 def _log_choice(op: str, backend: str) -> None:
     """Once per (op, backend) in a process, however many layers ask."""
     logger.info("kernels: %s is computed by backend %s", op, backend)
+
+
+@functools.cache
+def _warn_slower(op: str, backend: str, reason: str) -> None:
+    logger.warning("kernels: %s takes backend %s, which is slower than triton: %s", op, backend, reason)
 
 
 @functools.cache

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model.kernels import backend
+
+
+@pytest.fixture(autouse=True)
+def _ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is tested on ops that have and that lack each backend, whatever the real ones have."""
+    ops = {
+        "route": ("reference", "cpu"),
+        "sigma_moe": ("reference", "cpu", "grouped_mm"),
+        "linear_cross_entropy": ("reference", "cpu", "triton"),
+        "expert_linear": ("reference", "cpu", "grouped_mm", "triton"),
+    }
+    monkeypatch.setattr(backend, "BACKENDS", ops)
+    for cached in (backend._log_choice, backend._warn_slower):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -19,7 +36,11 @@ from model.kernels import backend
         ("auto", "sigma_moe", "meta", "reference"),
         ("auto", "route", "cpu", "cpu"),
         ("auto", "route", "cuda", "reference"),
-        ("auto", "linear_cross_entropy", "cuda", "reference"),
+        ("auto", "linear_cross_entropy", "cpu", "cpu"),
+        ("auto", "linear_cross_entropy", "cuda", "triton"),
+        ("auto", "linear_cross_entropy", "meta", "reference"),
+        ("auto", "expert_linear", "cuda", "triton"),
+        ("triton", "expert_linear", "cpu", "triton"),  # interpreted: conftest sets TRITON_INTERPRET
         ("reference", "sigma_moe", "cuda", "reference"),
         ("grouped_mm", "sigma_moe", "cpu", "grouped_mm"),
     ],
@@ -35,6 +56,7 @@ def test_choice(requested: str, op: str, device: str, expected: str) -> None:
         ("grouped_mm", "route", "cpu", "route has no such backend. Possible: auto, reference, cpu"),
         ("triton", "sigma_moe", "cuda", "sigma_moe has no such backend. Possible: auto, reference, grouped_mm"),
         ("grouped_mm", "sigma_moe", "mps", "F.grouped_mm has no mps kernel"),
+        ("triton", "expert_linear", "mps", "Triton has no mps kernels here"),
         ("auto", "dense", "cpu", "no op 'dense'"),
     ],
 )
@@ -53,6 +75,48 @@ def test_grouped_mm_falls_back_only_where_auto_asked() -> None:
         backend.resolve("grouped_mm", "sigma_moe", "cuda", dtype=torch.float32, widths=(512, 128))
 
 
+def test_triton_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="with TRITON_INTERPRET=1 set before the start"):
+        backend.resolve("triton", "expert_linear", "cpu")
+    assert backend.resolve("triton", "expert_linear", "cuda") == "triton"
+
+
+def test_models_work_without_triton() -> None:
+    """In a process where importing triton fails: everything else imports and computes."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from model.kernels.backend import BACKENDS, resolve
+from model.kernels.route import route
+import model.language_model
+assert {resolve("auto", op, "cpu") for op in BACKENDS} == {"cpu"}
+assert route(torch.ones(3, 4), torch.ones(1, 4, 4), 2, backend="cpu").load.tolist() == [[3, 3, 0, 0]]
+try:
+    resolve("triton", "route", "cuda")
+except ValueError as error:
+    assert "triton is not installed" in str(error)
+else:
+    raise AssertionError("chosen without being there")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_auto_on_cuda_warns_where_it_is_not_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert backend.resolve("auto", "expert_linear", "cuda", dtype=torch.float64) == "reference"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backend.resolve("auto", "linear_cross_entropy", "cuda", dtype=torch.bfloat16) == "reference"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backend.resolve("triton", "linear_cross_entropy", "cuda")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert "expert_linear takes backend reference, which is slower than triton: the Triton kernels take" in warnings[0]
+    assert "linear_cross_entropy takes backend reference, which is slower than triton: triton is not" in warnings[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [2, 4, 6, 8, 12, 16])
 def test_grouped_mm_limit_is_that_of_torch(d: int, dtype: torch.dtype) -> None:
@@ -66,7 +130,6 @@ def test_grouped_mm_limit_is_that_of_torch(d: int, dtype: torch.dtype) -> None:
 
 
 def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    backend._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         for requested in ("auto", "cpu", "auto", "reference"):
             backend.resolve(requested, "sigma_moe", "cpu")

@@ -1,0 +1,176 @@
+"""Every op of model/kernels as a function of named tensors, at shapes for checks of equality and for timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.kernels.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.linear_cross_entropy import linear_cross_entropy
+from model.kernels.route import route
+from model.kernels.sigma_moe import sigma_moe
+from model.kernels.switchhead_output import switchhead_output
+from model.kernels.switchhead_value import switchhead_value
+
+
+class Case(NamedTuple):
+    """One op at one shape."""
+
+    op: str
+    shape: str
+    leaves: dict[str, Tensor]
+    """fp64, differentiable; `scores` stay in fp32 or better."""
+    constants: dict[str, Tensor]
+    """Indices."""
+    compute: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
+    """From leaves and constants, with a backend -> what is differentiated."""
+    useful_flops: int
+    """Forward."""
+
+
+def grouped(index: Tensor, num_experts: int) -> dict[str, Tensor]:
+    slots = index.flatten()
+    load, order = slots.bincount(minlength=num_experts), slots.sort(stable=True).indices
+    return {"index": index, "load": load, "order": order}
+
+
+def choices(*rows: int, num_experts: int, k: int) -> Tensor:
+    """Different experts per row; the last expert is rare, as experts are in training."""
+    popularity = torch.rand(*rows, num_experts)
+    popularity[..., -1] *= 0.7
+    return popularity.topk(k).indices
+
+
+def normal(*size: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64) * scale
+
+
+def route_case(N: int, d: int, R: int, E: int, k: int) -> Case:
+    """The choice is the backend's own and checked by itself; values are compared at the experts that it chose."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        r = route(t["x"], t["weight"], k, backend=backend)
+        if "index" in t:  # for the fp64 reference
+            return r.logits, r.logits.sigmoid().gather(-1, t["index"])
+        check_choice(r.logits.detach(), r.index, r.load, r.order)
+        t["index"] = r.index
+        return r.logits, r.scores
+
+    leaves = {"x": normal(N, d), "weight": normal(R, E, d, scale=d**-0.5)}
+    return Case("route", f"N={N} d={d} R={R} E={E} k={k}", leaves, {}, compute, 2 * N * R * E * d)
+
+
+def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> None:
+    """AssertionError unless `index` are the best logits, `load` their counts and `order` a stable sort."""
+    R = logits.shape[1]
+    torch.testing.assert_close(logits.gather(-1, index), logits.topk(index.shape[2]).values, rtol=0, atol=1e-6)
+    slots = index.transpose(0, 1).reshape(R, -1)
+    counts = torch.zeros_like(load).scatter_add_(1, slots, torch.ones_like(slots))
+    torch.testing.assert_close(load, counts, rtol=0, atol=0)
+    torch.testing.assert_close(order, slots.sort(dim=-1, stable=True).indices, rtol=0, atol=0)
+
+
+def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        y = sigma_moe(t["x"], t["scores"], t["index"], t["order"], t["load"], t["up"], t["down"], backend=backend)
+        return (y,)
+
+    leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
+    leaves |= {"up": normal(E, d, G, scale=d**-0.5), "down": normal(E, G, d, scale=G**-0.5)}
+    constants = grouped(choices(N, num_experts=E, k=k), E)
+    return Case("sigma_moe", f"N={N} d={d} E={E} k={k} G={G}", leaves, constants, compute, 4 * N * k * d * G)
+
+
+def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        return (switchhead_value(t["x"], t["scores"], t["index"], t["experts"], backend),)
+
+    leaves = {"x": normal(N, d), "scores": torch.rand(N, H, k, dtype=torch.float64)}
+    leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
+    constants = {"index": choices(N, H, num_experts=E, k=k)}
+    shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
+    return Case("switchhead_value", shape, leaves, constants, compute, 2 * N * H * k * d * h)
+
+
+def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        return (switchhead_output(t["a"], t["scores"], t["index"], t["experts"], backend),)
+
+    leaves = {"a": normal(N, H, h), "scores": torch.rand(N, H, k, dtype=torch.float64)}
+    leaves["experts"] = normal(H, E, h, d, scale=h**-0.5)
+    constants = {"index": choices(N, H, num_experts=E, k=k)}
+    shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
+    return Case("switchhead_output", shape, leaves, constants, compute, 2 * N * H * k * d * h)
+
+
+def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
+    """MoA's query and output projections, one after the other."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        chosen = (t["index"], t["order"], t["load"])
+        q = expert_linear(t["x"], *chosen, t["query"], backend=backend)
+        return q, expert_linear_sum(q, t["scores"], *chosen, t["output"], backend=backend)
+
+    leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
+    leaves |= {"query": normal(E, d, h, scale=d**-0.5), "output": normal(E, h, d, scale=h**-0.5)}
+    constants = grouped(choices(N, num_experts=E, k=k), E)
+    return Case("expert_linear", f"N={N} d={d} E={E} k={k} h={h}", leaves, constants, compute, 4 * N * k * d * h)
+
+
+def loss_case(N: int, d: int, V: int) -> Case:
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        return (linear_cross_entropy(t["hidden"], t["weight"], t["bias"], t["targets"], backend=backend)[0],)
+
+    targets = torch.randint(0, V, (N,))
+    targets[::7] = -100
+    leaves = {"hidden": normal(N, d), "weight": normal(V, d, scale=d**-0.5), "bias": normal(V)}
+    return Case("linear_cross_entropy", f"N={N} d={d} V={V}", leaves, {"targets": targets}, compute, 2 * N * d * V)
+
+
+def equality_cases(*, small: bool) -> list[Case]:
+    """No size is a multiple of a tile; `small` is for an interpreter."""
+    if small:
+        return [
+            route_case(37, 24, 2, 5, 3),
+            sigma_moe_case(37, 24, 4, 2, 16),
+            value_case(37, 24, 2, 4, 2, 8),
+            output_case(37, 24, 2, 4, 2, 8),
+            value_case(37, 24, 2, 5, 2, 8),
+            output_case(37, 24, 2, 5, 2, 8),
+            expert_linear_case(37, 24, 4, 2, 16),
+            loss_case(37, 24, 50),
+        ]
+    return [
+        route_case(1000, 412, 8, 5, 3),
+        route_case(1000, 512, 1, 64, 8),
+        sigma_moe_case(1000, 512, 16, 4, 128),
+        sigma_moe_case(1000, 412, 5, 1, 104),
+        value_case(1000, 512, 4, 4, 2, 112),
+        output_case(1000, 512, 4, 4, 2, 112),
+        value_case(1000, 412, 2, 8, 2, 76),
+        output_case(1000, 412, 2, 8, 2, 76),
+        expert_linear_case(1000, 416, 10, 4, 88),
+        loss_case(1000, 412, 8001),
+    ]
+
+
+def timing_cases(*, small: bool) -> list[Case]:
+    if small:
+        return [sigma_moe_case(37, 24, 4, 2, 16)]
+    N, d = 8192, 1024
+    return [
+        route_case(N, d, 4, 5, 3),
+        route_case(N, d, 1, 32, 4),
+        sigma_moe_case(N, d, 32, 4, 128),
+        value_case(N, d, 4, 4, 2, 112),
+        output_case(N, d, 4, 4, 2, 112),
+        value_case(N, d, 4, 5, 3, 112),
+        output_case(N, d, 4, 5, 3, 112),
+        value_case(N, d, 4, 8, 2, 112),
+        output_case(N, d, 4, 8, 2, 112),
+        expert_linear_case(N, d, 16, 4, 128),
+        loss_case(N, d, 32000),
+    ]

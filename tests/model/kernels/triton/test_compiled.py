@@ -1,0 +1,140 @@
+"""The gate over compiled kernels: every shipped configuration passes on three architectures, and it can fail.
+
+Compiling needs a process without TRITON_INTERPRET, so everything here runs `python -m benchmarks.compiled`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compiled
+
+ROOT = Path(__file__).resolve().parents[4]
+GATE_KERNELS = "tests.model.kernels.triton.gate_kernels"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled", *arguments],
+        cwd=ROOT,
+        env=without | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def verdicts(output: str) -> dict[tuple[str, int], str]:
+    """(case, architecture) -> why it fails, from the Markdown table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    assert rows[0][:2] == ["kernel", "sm"] and rows[0][-1] == "fails"
+    return {(row[0], int(row[1])): row[-1] for row in rows[2:]}
+
+
+def test_every_shipped_configuration() -> None:
+    """All of them by the record of what the compiler gave, or compiled where there is none; some compiled once more."""
+    result = run("--check", "--recompile", "sample")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_compiled_again() -> None:
+    result = run("--check", "--recompile", "all")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def gate_kernels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Records, and what --check said when it wrote them."""
+    records = tmp_path_factory.mktemp("records") / "compiled.csv"
+    arguments = ("--modules", GATE_KERNELS, "--arch", "90", "--records", str(records))
+    return records, run("--check", "--update", "--markdown", *arguments)
+
+
+def test_each_rule_can_fail(gate_kernels: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, result = gate_kernels
+    assert result.returncode == 1, result.stderr
+    found = verdicts(result.stdout)
+    expected = {
+        "good": "",
+        "good copy": "",
+        "spills": "bytes of stack per thread",
+        "shared": "bytes of shared memory, 232448 fit",
+        "no tensor cores": "no tensor-core instruction of sm_90 (0 older)",
+        "narrow": "widest global load 4 bytes",
+        "atomic": "1 atomics on floats",
+        "impossible": "does not compile: CompilationError",
+    }
+    assert {name for name, _ in found} == expected.keys()  # "good again" equals "good": compiled once
+    for name, reason in expected.items():
+        actual = found[name, 90]
+        assert reason in actual and bool(reason) == bool(actual), (name, actual)
+        assert "; " not in actual, (name, actual)  # for that reason alone
+
+
+def test_records(gate_kernels: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """What is recorded is not compiled; a record that lies is found by compiling again; failures are not recorded."""
+    records, _ = gate_kernels
+    arguments = ("--modules", GATE_KERNELS, "--arch", "90", "--records", str(records), "--only", "^good$")
+    result = run("--check", *arguments)
+    assert result.returncode == 0 and "1 configurations, 0 compiled" in result.stdout, result.stdout + result.stderr
+    with records.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"] for row in rows}.isdisjoint({"impossible", "good again"})
+    text = records.read_text()
+    good = next(line for line in text.splitlines() if ",good," in line)
+    registers = next(row["registers"] for row in rows if row["name"] == "good")
+    assert f",{registers}," in good
+    lying = records.with_name("lying.csv")
+    lying.write_text(text.replace(good, good.replace(f",{registers},", f",{int(registers) - 1},", 1)))
+    arguments = (*arguments[:4], "--records", str(lying), *arguments[6:])
+    assert run("--check", *arguments).returncode == 0
+    result = run("--check", "--recompile", "sample", *arguments)
+    assert result.returncode == 1 and "lying" not in result.stdout
+    assert "compiled.csv says otherwise of good sm_90: --update it" in result.stderr
+
+
+def test_refuses_the_interpreter() -> None:
+    result = run("--check", TRITON_INTERPRET="1")
+    assert result.returncode == 2 and "TRITON_INTERPRET=1 turns the compiler off: unset it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "instruction, width",
+    [
+        ("LDG.E", 4),
+        ("LDG.E.U8.CONSTANT", 1),
+        ("LDG.E.U16", 2),
+        ("LDG.E.64", 8),
+        ("LDG.E.128.CONSTANT", 16),
+        ("LDGSTS.E.BYPASS.LTC128B.64", 8),
+        ("LDGSTS.E.LTC128B.128", 16),
+        ("UTMALDG.2D", 16),
+    ],
+)
+def test_load_width(instruction: str, width: int) -> None:
+    assert compiled.GLOBAL_LOAD.match(instruction)
+    assert compiled.load_width(instruction) == width
+
+
+@pytest.mark.parametrize("code", ["/*0a10*/  @!P0 LDG.E R1, [R2] ;", "        /*1230*/     UTCHMMA gdesc[UR4] ;"])
+def test_instructions_are_read(code: str) -> None:
+    assert compiled.INSTRUCTION.findall(code) in (["LDG.E"], ["UTCHMMA"])
+
+
+@pytest.mark.parametrize("name", ["RED.E.ADD.F32.FTZ.RN.STRONG.GPU", "ATOMG.E.ADD.F16x2.RN", "ATOM.E.ADD.F64.RN"])
+def test_float_atomics_are_known(name: str) -> None:
+    assert compiled.FLOAT_ATOMIC.match(name)
+    assert not compiled.FLOAT_ATOMIC.match("ATOMS.POPC.INC.32") and not compiled.FLOAT_ATOMIC.match("REDUX.SUM.S32")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_records() -> None:
+    text = compiled.DOCUMENT.read_text()
+    table = text.split(compiled.BEGIN)[1].split(compiled.END)[0]
+    assert table == compiled.summary(list(compiled.read_records(compiled.RECORDS).values()))
