@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import orjson
 
 from data_prep.locations import InputFile
 from data_prep.shard_format import SPLITS, DataError, SplitName
@@ -141,8 +142,7 @@ class RawFile:
     def _text_of(self, line: bytes) -> bytes:
         """The text of a JSON line in UTF-8. Raises _NoDocument."""
         try:
-            # json.loads would take bytes too, but lets surrogates in UTF-8 pass and guesses UTF-16.
-            record = json.loads(line.decode("utf-8"))
+            record = _parsed(line)
         except UnicodeDecodeError as error:
             raise _NoDocument("not UTF-8", f"byte {error.start} of the line: {error.reason}") from None
         except (ValueError, RecursionError) as error:
@@ -203,6 +203,15 @@ class RawFile:
                 f"{self.path} holds {holds} bytes, not {wanted:,} ({parts}); fetch it again from "
                 f"{ORIGINS['enwik8']}, or set split_bytes to the sizes [train, validation, test] of this file"
             )
+
+
+def _parsed(line: bytes) -> object:
+    """A JSON value. Raises ValueError, UnicodeDecodeError if it is not UTF-8, or RecursionError."""
+    try:
+        return orjson.loads(line)  # twice as fast; refuses more: NaN, 1e999, half of a surrogate pair
+    except ValueError:
+        # json.loads would take bytes too, but lets surrogates in UTF-8 pass and guesses UTF-16.
+        return json.loads(line.decode("utf-8"))
 
 
 def detect_format(record: dict[str, object]) -> str:
