@@ -237,7 +237,7 @@ def memory(paths: list[Path], work: Path, sizes: list[int], workers: int) -> Non
         keys = {
             "filter": {"language": "en", "c4": False},
             "dedup": {},
-            "tokenizer": {"vocab_size": VOCAB_SIZE, "sample_bytes": 10_000_000},
+            "tokenizer": {"vocab_size": VOCAB_SIZE},
         }
         cost = prepare(work, f"memory-{size}", inputs, workers=workers, **keys)
         shutil.rmtree(work / f"input-{size}")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,13 +19,18 @@ from data_prep.shard_format import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+DIED = "a process died (most often: killed for memory)"
 
 
 def _start_method() -> str:
     """fork, which spares every worker 0.5 s of imports, if this process has one thread alone; else spawn, because a
     fork copies locks that the other threads hold."""
-    tasks = "/proc/self/task"
-    return "fork" if sys.platform == "linux" and os.path.isdir(tasks) and len(os.listdir(tasks)) == 1 else "spawn"
+    if sys.platform == "linux":
+        for _ in range(10):  # a thread that has been joined is listed for a moment longer
+            if len(os.listdir("/proc/self/task")) == 1:
+                return "fork"
+            time.sleep(0.001)
+    return "spawn"
 
 
 def _start_worker() -> None:
@@ -41,7 +47,7 @@ def _start_worker() -> None:
 
 
 class Workers:
-    """`count` processes, started on first use and kept for all stages; 1 means this process."""
+    """`count` processes, started on first use and kept for the stages that follow; 1 means this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -85,13 +91,23 @@ class Workers:
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
-            raise DataError(
-                "a process died (most often: killed for memory); run again with fewer `workers`: it goes on where "
-                "it was"
-            ) from None
+            raise DataError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
         finally:
             for future in waiting:
                 future.cancel()
+
+    def alone(self, function: Callable[[Task], Result], task: Task) -> Result:
+        """`function(task)` while the other processes are ended, in a new one that takes its memory away with it; in
+        this one where it cannot be forked."""
+        self.close()
+        if _start_method() != "fork":
+            return function(task)
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) as pool:
+            try:
+                return pool.submit(function, task).result()
+            except BrokenProcessPool:
+                raise DataError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
 
     def close(self) -> None:
         """Ends the processes; tasks that have not begun are dropped."""

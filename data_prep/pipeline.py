@@ -46,7 +46,7 @@ from data_prep.shard_format import (
 )
 from data_prep.signatures import SignatureTask, is_signed, sign_part
 from data_prep.store import Part
-from data_prep.tokenizer import SampleSource, TextTokenizer, sample_documents, train_tokenizer
+from data_prep.tokenizer import SampleSource, TextTokenizer, TrainTask, train_on_sample
 from data_prep.work import finished, stage_folder, stage_key, write_atomically
 
 T = TypeVar("T")
@@ -265,19 +265,17 @@ class Pipeline:
         return model
 
     def _train(self) -> bytes:
-        settings = self.plan.config.tokenizer
         sources = [
             SampleSource(parts=tuple(part for part in state.parts if part.split == "train"))
             for state in self.states(whole=True)
         ]
-        texts = sample_documents(
-            sources,
-            self.selection(deduplicated=True),
-            sample_bytes=settings.sample_bytes,
-            seed=settings.seed,
+        task = TrainTask(
+            sources=tuple(sources),
+            selection=self.selection(deduplicated=True),
+            config=self.plan.config.tokenizer,
             validation_fraction=self.plan.validation_fraction,
         )
-        return train_tokenizer(texts, settings)
+        return self.workers.alone(train_on_sample, task)
 
     def _check_model(self, model: bytes) -> None:
         settings, external = self.plan.config.tokenizer, self.plan.external_model

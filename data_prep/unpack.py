@@ -5,6 +5,7 @@ other member is left alone.
 """
 
 import contextlib
+import gzip
 import hashlib
 import zipfile
 import zlib
@@ -24,8 +25,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # A file with such a name that does not open as one is damaged, and not text by chance.
 PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
 BLOCK_BYTES = 1 << 20
-ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub says that it is an instance
-DAMAGE = (EOFError, igzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
+ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub has it as an instance
+DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
 
 
 class DamagedFileError(DataError):
@@ -155,14 +156,7 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
                 yield _counted(str(path), _ZstdFrames(counter).read, counter)
             else:
                 yield _counted(str(path), counter.read, counter)
-    except (
-        EOFError,
-        igzip.BadGzipFile,
-        igzip_lib.IsalError,
-        zipfile.BadZipFile,
-        zlib.error,
-        zstandard.ZstdError,
-    ) as error:
+    except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
