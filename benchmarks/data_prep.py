@@ -2,7 +2,8 @@ r"""Data preparation, measured: throughput per CPU-second beside datatrove and d
 
     python benchmarks/corpus/build.py corpus                                        # 100 MB of text, once
     python -m venv peers && peers/bin/pip install "datatrove[io]" tokenizers
-    python -m venv peers-dolma && peers-dolma/bin/pip install dolma
+    python -m venv peers-dolma && peers-dolma/bin/pip install dolma==1.2.1 s3fs==2023.6.0 aiobotocore==2.5.4 \
+        botocore==1.31.17 boto3==1.28.17        # pinned: alone, pip tries one boto3 after the other
     python -m benchmarks.data_prep throughput "corpus/*.json.gz" \
         --datatrove peers/bin/python --dolma peers-dolma/bin/python
     python -m benchmarks.data_prep memory "corpus/*.json.gz"
@@ -10,6 +11,7 @@ r"""Data preparation, measured: throughput per CPU-second beside datatrove and d
 throughput: the same raw files through each tool, read, tokenised and written, no filter, no deduplication, one process;
 the vocabulary has as many pieces in all. CPU seconds are user and system time of the process and its children, start-up
 included; text is UTF-8 bytes of the documents. Tools run one after the other, `--repeats` times; the best counts.
+Megatron-LM's tools/preprocess_data.py is not among them: no package holds it.
 memory: the largest sum of resident memory over all processes, with filters and deduplication, on 50 MB and on 500 MB.
 """
 
@@ -184,7 +186,8 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     hf = work / "hf.json"
     if datatrove:
         write_sample(paths, work / "sample.txt", SAMPLE_BYTES["bpe"])
-        train = [datatrove, "-c", TRAIN_HF, str(work / "sample.txt"), str(hf), str(VOCAB_SIZE)]
+        # By the oldest of the tokenizers libraries, whose file the others read too; dolma 1.2.1 wants 0.19 or less.
+        train = [dolma or datatrove, "-c", TRAIN_HF, str(work / "sample.txt"), str(hf), str(VOCAB_SIZE)]
         measure(train, log=work / "train.log")
         (work / "input").mkdir()
         for path in paths:
@@ -196,9 +199,10 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
             environment=environment,
         )
     if dolma and datatrove:
+        _write_with_ids(paths, work / "with-ids")
         runs["dolma, BPE"] = lambda: measure(
             [
-                *(dolma, "-m", "dolma.cli", "tokens", "--documents", str(work / "input" / "*.json.gz")),
+                *(dolma, "-m", "dolma.cli", "tokens", "--documents", str(work / "with-ids" / "*.json.gz")),
                 *("--destination", _fresh(work / "dolma"), "--tokenizer.name_or_path", str(hf)),
                 *("--tokenizer.eos_token_id", "0", "--dtype", "uint16", "--processes", "1"),
             ],
@@ -220,6 +224,15 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     one = min(cost.seconds for cost in costs["ours, BPE"])
     two = min(cost.seconds for cost in costs["ours, BPE, 2 processes"])
     print(f"2 processes: {one / two:.2f} times the throughput of one (wall clock)")
+
+
+def _write_with_ids(paths: list[Path], folder: Path) -> None:
+    """The same documents with the key `id`, without which dolma passes over a line."""
+    folder.mkdir()
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as source, gzip.open(folder / path.name, "wt", 6) as target:
+            for number, line in enumerate(source):
+                target.write(json.dumps({"id": f"{path.name}:{number}", **json.loads(line)}) + "\n")
 
 
 def _fresh(folder: Path) -> str:

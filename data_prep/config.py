@@ -8,6 +8,7 @@ root; an `output` given with `--set` is always relative to the current directory
 """
 
 import difflib
+import functools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -240,6 +241,7 @@ def known_keys() -> list[str]:
     return [key for key, _ in _fields()]
 
 
+@functools.cache
 def describe_keys() -> str:
     """Every key with its default and meaning, for --help."""
     lines = []

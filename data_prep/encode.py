@@ -47,10 +47,14 @@ def is_encoded(task: EncodeTask) -> bool:
     return (task.folder / f"{task.part.name}.safetensors").exists()
 
 
+def load_tokenizer(model: Path) -> TextTokenizer:
+    """The tokenizer of a model file; the same object while the file stays the same."""
+    return _loaded(model, model.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=1)  # per process
-def load_tokenizer(model: Path | None) -> TextTokenizer | None:
-    """The tokenizer of a model file; None, for bytes, as it came."""
-    return None if model is None else TextTokenizer.load(model)
+def _loaded(model: Path, stamp: int) -> TextTokenizer:
+    return TextTokenizer.load(model)
 
 
 class _Ids:
@@ -85,8 +89,9 @@ class PartEncoder:
     PART.safetensors: int64 `SPLIT_tokens` and `SPLIT_bytes` [documents], int64 `crc32` [1] of PART.tok. Memory: the ids
     of the part, up to twice."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: TextTokenizer | None) -> None:
-        self._folder, self._name, self._tokenizer = folder, name, tokenizer
+    def __init__(self, folder: Path, name: str, model: Path | None) -> None:
+        self._folder, self._name = folder, name
+        tokenizer = self._tokenizer = None if model is None else load_tokenizer(model)
         self._eos = None if tokenizer is None else tokenizer.eos_id
         dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
         self._splits: dict[SplitName, _Ids] = {split: _Ids(dtype) for split in SPLITS}
@@ -118,7 +123,7 @@ def encode_part(task: EncodeTask) -> None:
     if task.validation_fraction and part.split == "train":
         hashes = read_index(task.selection.ingest, part.name).hash
         to_validation = stable_fractions(hashes[:, 0]) < task.validation_fraction
-    encoder = PartEncoder(task.folder, part.name, load_tokenizer(task.model))
+    encoder = PartEncoder(task.folder, part.name, task.model)
     for number, data in task.selection.documents(part):
         encoder.add(data, "validation" if to_validation[number] else part.split)
     encoder.finish()

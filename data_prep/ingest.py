@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit, stable_fractions
-from data_prep.encode import PartEncoder, load_tokenizer
+from data_prep.encode import PartEncoder
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
 from data_prep.shard_format import DataError, SplitName
@@ -183,7 +183,7 @@ class _EncodedPart:
     def __init__(self, encoding: Encoding, name: str, split: SplitName) -> None:
         self._name, self.split, self.bytes, self._documents = name, split, 0, 0
         self._fraction = encoding.validation_fraction if split == "train" else 0.0
-        self._encoder = PartEncoder(encoding.folder, name, load_tokenizer(encoding.model))
+        self._encoder = PartEncoder(encoding.folder, name, encoding.model)
 
     def add(self, data: bytes, position: int) -> None:
         split = self.split
