@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.config import DataConfig
-from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit, stable_fractions
+from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit, stable_fraction
 from data_prep.encode import PartEncoder
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
@@ -187,9 +185,8 @@ class _EncodedPart:
 
     def add(self, data: bytes, position: int) -> None:
         split = self.split
-        if self._fraction:
-            first = np.frombuffer(hashlib.sha256(data).digest(), ">u8", count=1)
-            split = "validation" if stable_fractions(first)[0] < self._fraction else split
+        if self._fraction and stable_fraction(hashlib.sha256(data).digest()) < self._fraction:
+            split = "validation"
         self._encoder.add(data, split)
         self.bytes += len(data)
         self._documents += 1

@@ -257,7 +257,22 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             )
         except RuntimeError as error:
             raise DataError(_explain(str(error), config)) from None
-    return model.getvalue()
+    return _with_plain_newline(model.getvalue()) if config.type == "unigram" else model.getvalue()
+
+
+def _with_plain_newline(model: bytes) -> bytes:
+    """The newline as a normal piece of the score that SentencePiece gives to user-defined ones: then it does not look
+    up every character among the user-defined pieces, which took 15% of the time to encode."""
+    from sentencepiece import sentencepiece_model_pb2  # here: it loads protobuf
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    best = max(piece.score for piece in proto.pieces if piece.type == piece.NORMAL)
+    for piece in proto.pieces:
+        if piece.type == piece.USER_DEFINED:
+            piece.type, piece.score = piece.NORMAL, best - 0.1
+    serialized: bytes = proto.SerializeToString(deterministic=True)
+    return serialized
 
 
 def _explain(error: str, config: TokenizerConfig) -> str:
