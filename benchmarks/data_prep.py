@@ -241,23 +241,20 @@ def _fresh(folder: Path) -> str:
     return str(folder)
 
 
-def memory(paths: list[Path], work: Path, sizes: list[int], workers: int) -> None:
-    """Prints the peak memory of a whole run, filters and deduplication on, for growing inputs."""
-    rows = [("text MB", "peak MB", "over the first", "CPU s")]
+def memory(paths: list[Path], work: Path, sizes: list[int], workers: int, *, filters: bool) -> None:
+    """Prints the peak memory of a whole run with deduplication and `filters`, for growing inputs."""
+    print("text MB  peak MB  over the first  CPU s", flush=True)
     first = 0
     for size in sizes:
         inputs = _inputs_of_size(paths, work / f"input-{size}", size * 1_000_000)
-        keys = {
-            "filter": {"language": "en", "c4": False},
-            "dedup": {},
-            "tokenizer": {"vocab_size": VOCAB_SIZE},
-        }
+        keys: dict[str, Any] = {"dedup": {}, "tokenizer": {"vocab_size": VOCAB_SIZE}}
+        if filters:
+            keys["filter"] = {"language": "en", "c4": False}
         cost = prepare(work, f"memory-{size}", inputs, workers=workers, **keys)
         shutil.rmtree(work / f"input-{size}")
         first = first or cost.peak_bytes
-        ratio = f"{cost.peak_bytes / first:.3f}"
-        rows.append((str(size), f"{cost.peak_bytes / 1e6:.0f}", ratio, f"{cost.cpu_seconds:.0f}"))
-    table(rows)
+        ratio = cost.peak_bytes / first
+        print(f"{size:7} {cost.peak_bytes / 1e6:8.0f} {ratio:15.3f} {cost.cpu_seconds:6.0f}", flush=True)
 
 
 def _inputs_of_size(paths: list[Path], folder: Path, size: int) -> list[Path]:
@@ -294,6 +291,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="MB of text (memory)")
     parser.add_argument("--workers", type=int, default=2, help="processes (memory)")
+    parser.add_argument("--no-filters", action="store_true", help="deduplication alone (memory)")
     arguments = parser.parse_args()
     paths = [Path(path).resolve() for path in sorted(glob.glob(arguments.input))]
     if not paths:
@@ -302,7 +300,7 @@ def main() -> None:
         if arguments.what == "throughput":
             throughput(paths, Path(folder), arguments.datatrove, arguments.dolma, arguments.repeats)
         else:
-            memory(paths, Path(folder), arguments.sizes, arguments.workers)
+            memory(paths, Path(folder), arguments.sizes, arguments.workers, filters=not arguments.no_filters)
 
 
 if __name__ == "__main__":
