@@ -55,7 +55,7 @@ class FileState:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How documents become ids while they are read; see Plan.encodes_while_reading."""
+    """How documents become ids while they are read, without text on disk."""
 
     model: Path | None
     """SentencePiece model; None for bytes."""
@@ -80,21 +80,21 @@ class IngestTask:
     """None stores the text for the stages that follow."""
 
 
-def ingest_folder(plan: Plan) -> Path:
+def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
     """The stage's folder: its settings are the format and the limits that change documents; where no text is stored,
     also what made the ids."""
     config = plan.config
     settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES]
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
-    if plan.encodes_while_reading:
+    if encodes:
         settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction]
     return stage_folder(plan.work, "ingest", *settings)
 
 
 def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
     """A task for every raw file, in reading order. Raises DataError for one that is gone."""
-    folder = ingest_folder(plan)
+    folder = ingest_folder(plan, encodes=encoding is not None)
     tasks = []
     for source in plan.sources:
         size, stamp = size_and_stamp(source.path)

@@ -47,7 +47,7 @@ from data_prep.shard_format import (
 from data_prep.signatures import SignatureTask, is_signed, sign_part
 from data_prep.store import Part
 from data_prep.tokenizer import SampleSource, TextTokenizer, TrainTask, train_on_sample
-from data_prep.work import finished, stage_folder, stage_key, write_atomically
+from data_prep.work import decided, finished, stage_folder, stage_key, write_atomically
 
 T = TypeVar("T")
 
@@ -90,9 +90,21 @@ class Pipeline:
         return [task for n, task in enumerate(self._all_tasks) if whole or self.slice.mine(n)]
 
     @cached_property
+    def _encodes_while_reading(self) -> bool:
+        """Whether ingest makes the ids and stores no text. Not with fewer raw files than workers: stored text is shared
+        out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
+        if not self.plan.may_encode_while_reading:
+            return False
+        folder = stage_folder(self.plan.work, "reading", [str(source.path) for source in self.plan.sources])
+        return decided(folder / "encodes.json", len(self.plan.sources) >= self.plan.workers)
+
+    def _ingest_folder(self) -> Path:
+        return ingest_folder(self.plan, encodes=self._encodes_while_reading)
+
+    @cached_property
     def _all_tasks(self) -> list[IngestTask]:
         encoding = None
-        if self.plan.encodes_while_reading:
+        if self._encodes_while_reading:
             model = self._given_model()
             encoding = Encoding(
                 model=model, validation_fraction=self.plan.validation_fraction, folder=self._encode_folder(model)
@@ -118,7 +130,7 @@ class Pipeline:
         """The documents left by the filters, and by removal of duplicates if asked."""
         config = self.plan.config
         return Selection(
-            ingest=ingest_folder(self.plan),
+            ingest=self._ingest_folder(),
             filter=self._filter_folder() if config.filter else None,
             dedup=self.dedup_folder() if config.dedup and deduplicated else None,
             clean_lines=bool(config.filter and config.filter.c4_lines),
@@ -129,10 +141,10 @@ class Pipeline:
     def _filter_folder(self) -> Path:
         assert self.plan.config.filter is not None, "there is no filter section"
         settings = self.plan.config.filter.model_dump(mode="json")
-        return stage_folder(self.plan.work, "filter", settings, stage_key(ingest_folder(self.plan)))
+        return stage_folder(self.plan.work, "filter", settings, stage_key(self._ingest_folder()))
 
     def _before_dedup(self) -> str:
-        return stage_key(self._filter_folder() if self.plan.config.filter else ingest_folder(self.plan))
+        return stage_key(self._filter_folder() if self.plan.config.filter else self._ingest_folder())
 
     def _signature_folder(self) -> Path:
         config = self.plan.config.dedup
@@ -167,7 +179,7 @@ class Pipeline:
         config = self.plan.config.filter
         if config is None:
             return []
-        ingest, folder = ingest_folder(self.plan), self._filter_folder()
+        ingest, folder = self._ingest_folder(), self._filter_folder()
         return [
             FilterTask(config=config, file=name, part=part, ingest=ingest, folder=folder)
             for name, part in self.files_and_parts(whole=whole)

@@ -60,14 +60,12 @@ class Plan:
         return SPLITS if has_test else ("train", "validation")
 
     @property
-    def encodes_while_reading(self) -> bool:
-        """Whether ingest makes ids at once and stores no text: the tokenizer is there already, nothing comes in
-        between, and the text is not to be kept for other settings. Not with fewer raw files than workers: the parts of
-        stored text are shared out better. (Another number of workers in a later run may so begin again.)"""
+    def may_encode_while_reading(self) -> bool:
+        """Whether the tokenizer is there already, nothing comes between reading and tokenising, and the text is not to
+        be kept for other settings."""
         config = self.config
         given = self.external_model is not None or config.tokenizer.type == "bytes"
-        alone = config.filter is None and config.dedup is None and not config.keep_work
-        return given and alone and len(self.sources) >= self.workers
+        return given and config.filter is None and config.dedup is None and not config.keep_work
 
     def raw_files(self) -> list[RawFile]:
         """A fresh reader for every source, in order."""

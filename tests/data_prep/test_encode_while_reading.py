@@ -108,6 +108,22 @@ def test_steps_and_array_tasks(raw: tuple[Path, dict[str, Any]], apart: dict[str
     assert outputs(raw[0] / "steps") == apart
 
 
+def test_another_number_of_workers_goes_on_where_the_first_was(
+    raw: tuple[Path, dict[str, Any]], apart: dict[str, str]
+) -> None:
+    """The first step decides, for fewer raw files than its workers and for more, and the others follow."""
+    for name, first, second in (("many", "7", "1"), ("few", "1", "7")):
+        config = str(write_config(raw, name))
+        assert main(["ingest", "--config", config, "--task", "0", "--tasks", "1", "--set", f"workers={first}"]) == 0
+        stored = list((raw[0] / name / ".work").glob("ingest-*/*.zst"))
+        assert bool(stored) == (name == "many")
+        before = {path: path.stat().st_mtime_ns for path in (raw[0] / name / ".work").glob("ingest-*/*")}
+        assert main(["ingest", "--config", config, "--set", f"workers={second}"]) == 0
+        assert {path: path.stat().st_mtime_ns for path in (raw[0] / name / ".work").glob("ingest-*/*")} == before
+        assert main(["run", "--config", config, "--set", "workers=1"]) == 0
+        assert outputs(raw[0] / name) == apart
+
+
 def test_the_command_forks_its_workers(raw: tuple[Path, dict[str, Any]], apart: dict[str, str]) -> None:
     """As a user starts it; here, among pytest's threads, workers may be spawned."""
     config = str(write_config(raw, "forked", workers=2))
