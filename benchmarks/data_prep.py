@@ -213,6 +213,8 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     for _ in range(repeats):
         for name, run in runs.items():
             costs[name].append(run())
+            cost = costs[name][-1]
+            print(f"{name}: {cost.cpu_seconds:.2f} CPU s, {cost.seconds:.2f} s", file=sys.stderr, flush=True)
     best = {name: min(found, key=lambda cost: cost.cpu_seconds) for name, found in costs.items()}
     rows = [("tool", "CPU s", "wall s", "MB/CPU s", "ours, BPE over it", "ours, unigram over it")]
     bpe, unigram = best["ours, BPE"].cpu_seconds, best["ours, unigram"].cpu_seconds
