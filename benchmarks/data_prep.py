@@ -2,7 +2,8 @@ r"""Data preparation, measured: throughput per CPU-second beside datatrove and d
 
     python benchmarks/corpus/build.py corpus                                        # 100 MB of text, once
     python -m venv peers && peers/bin/pip install "datatrove[io]" tokenizers
-    python -m venv peers-dolma && peers-dolma/bin/pip install dolma
+    python -m venv peers-dolma && peers-dolma/bin/pip install dolma==1.2.1 s3fs==2023.6.0 aiobotocore==2.5.4 \
+        botocore==1.31.17 boto3==1.28.17        # pinned: alone, pip tries one boto3 after the other
     python -m benchmarks.data_prep throughput "corpus/*.json.gz" \
         --datatrove peers/bin/python --dolma peers-dolma/bin/python
     python -m benchmarks.data_prep memory "corpus/*.json.gz"
@@ -10,6 +11,7 @@ r"""Data preparation, measured: throughput per CPU-second beside datatrove and d
 throughput: the same raw files through each tool, read, tokenised and written, no filter, no deduplication, one process;
 the vocabulary has as many pieces in all. CPU seconds are user and system time of the process and its children, start-up
 included; text is UTF-8 bytes of the documents. Tools run one after the other, `--repeats` times; the best counts.
+Megatron-LM's tools/preprocess_data.py is not among them: no package holds it.
 memory: the largest sum of resident memory over all processes, with filters and deduplication, on 50 MB and on 500 MB.
 """
 
@@ -184,7 +186,8 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     hf = work / "hf.json"
     if datatrove:
         write_sample(paths, work / "sample.txt", SAMPLE_BYTES["bpe"])
-        train = [datatrove, "-c", TRAIN_HF, str(work / "sample.txt"), str(hf), str(VOCAB_SIZE)]
+        # By the oldest of the tokenizers libraries, whose file the others read too; dolma 1.2.1 wants 0.19 or less.
+        train = [dolma or datatrove, "-c", TRAIN_HF, str(work / "sample.txt"), str(hf), str(VOCAB_SIZE)]
         measure(train, log=work / "train.log")
         (work / "input").mkdir()
         for path in paths:
@@ -196,9 +199,10 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
             environment=environment,
         )
     if dolma and datatrove:
+        _write_with_ids(paths, work / "with-ids")
         runs["dolma, BPE"] = lambda: measure(
             [
-                *(dolma, "-m", "dolma.cli", "tokens", "--documents", str(work / "input" / "*.json.gz")),
+                *(dolma, "-m", "dolma.cli", "tokens", "--documents", str(work / "with-ids" / "*.json.gz")),
                 *("--destination", _fresh(work / "dolma"), "--tokenizer.name_or_path", str(hf)),
                 *("--tokenizer.eos_token_id", "0", "--dtype", "uint16", "--processes", "1"),
             ],
@@ -209,6 +213,8 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     for _ in range(repeats):
         for name, run in runs.items():
             costs[name].append(run())
+            cost = costs[name][-1]
+            print(f"{name}: {cost.cpu_seconds:.2f} CPU s, {cost.seconds:.2f} s", file=sys.stderr, flush=True)
     best = {name: min(found, key=lambda cost: cost.cpu_seconds) for name, found in costs.items()}
     rows = [("tool", "CPU s", "wall s", "MB/CPU s", "ours, BPE over it", "ours, unigram over it")]
     bpe, unigram = best["ours, BPE"].cpu_seconds, best["ours, unigram"].cpu_seconds
@@ -222,29 +228,35 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
     print(f"2 processes: {one / two:.2f} times the throughput of one (wall clock)")
 
 
+def _write_with_ids(paths: list[Path], folder: Path) -> None:
+    """The same documents with the key `id`, without which dolma passes over a line."""
+    folder.mkdir()
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as source, gzip.open(folder / path.name, "wt", 6) as target:
+            for number, line in enumerate(source):
+                target.write(json.dumps({"id": f"{path.name}:{number}", **json.loads(line)}) + "\n")
+
+
 def _fresh(folder: Path) -> str:
     for path in (folder, Path(f"{folder}-logs")):
         shutil.rmtree(path, ignore_errors=True)
     return str(folder)
 
 
-def memory(paths: list[Path], work: Path, sizes: list[int], workers: int) -> None:
-    """Prints the peak memory of a whole run, filters and deduplication on, for growing inputs."""
-    rows = [("text MB", "peak MB", "over the first", "CPU s")]
+def memory(paths: list[Path], work: Path, sizes: list[int], workers: int, *, filters: bool) -> None:
+    """Prints the peak memory of a whole run with deduplication and `filters`, for growing inputs."""
+    print("text MB  peak MB  over the first  CPU s", flush=True)
     first = 0
     for size in sizes:
         inputs = _inputs_of_size(paths, work / f"input-{size}", size * 1_000_000)
-        keys = {
-            "filter": {"language": "en", "c4": False},
-            "dedup": {},
-            "tokenizer": {"vocab_size": VOCAB_SIZE, "sample_bytes": 10_000_000},
-        }
+        keys: dict[str, Any] = {"dedup": {}, "tokenizer": {"vocab_size": VOCAB_SIZE}}
+        if filters:
+            keys["filter"] = {"language": "en", "c4": False}
         cost = prepare(work, f"memory-{size}", inputs, workers=workers, **keys)
         shutil.rmtree(work / f"input-{size}")
         first = first or cost.peak_bytes
-        ratio = f"{cost.peak_bytes / first:.3f}"
-        rows.append((str(size), f"{cost.peak_bytes / 1e6:.0f}", ratio, f"{cost.cpu_seconds:.0f}"))
-    table(rows)
+        ratio = cost.peak_bytes / first
+        print(f"{size:7} {cost.peak_bytes / 1e6:8.0f} {ratio:15.3f} {cost.cpu_seconds:6.0f}", flush=True)
 
 
 def _inputs_of_size(paths: list[Path], folder: Path, size: int) -> list[Path]:
@@ -281,6 +293,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="MB of text (memory)")
     parser.add_argument("--workers", type=int, default=2, help="processes (memory)")
+    parser.add_argument("--no-filters", action="store_true", help="deduplication alone (memory)")
     arguments = parser.parse_args()
     paths = [Path(path).resolve() for path in sorted(glob.glob(arguments.input))]
     if not paths:
@@ -289,7 +302,7 @@ def main() -> None:
         if arguments.what == "throughput":
             throughput(paths, Path(folder), arguments.datatrove, arguments.dolma, arguments.repeats)
         else:
-            memory(paths, Path(folder), arguments.sizes, arguments.workers)
+            memory(paths, Path(folder), arguments.sizes, arguments.workers, filters=not arguments.no_filters)
 
 
 if __name__ == "__main__":

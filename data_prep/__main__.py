@@ -1,8 +1,12 @@
-"""`python -m data_prep`; the guard matters because worker processes import this file again."""
+"""`python -m data_prep`; the guard matters because worker processes may import this file again."""
 
 import sys
 
-from data_prep.cli import main
+from data_prep.one_thread import one_thread
+
+one_thread()  # before numpy loads: workers are forked, which needs a process of one thread
+
+from data_prep.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

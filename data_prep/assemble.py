@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import dedup, prepare
 from data_prep.dedup_result import duplicate_verdicts
+from data_prep.encode import load_tokenizer
 from data_prep.filter_stage import filtered_out, summary
 from data_prep.ingest import quarantine_file
 from data_prep.pack import ShardTask, read_entry, split_totals
@@ -21,7 +22,6 @@ from data_prep.shard_format import (
     sha256_file,
 )
 from data_prep.shard_writer import write_manifest
-from data_prep.tokenizer import TextTokenizer
 from data_prep.work import finished, replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def tokenizer_entry(model: Path | None) -> TokenizerEntry:
     """What the manifest says of a tokenizer."""
     if model is None:
         return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
-    tokenizer = TextTokenizer.load(model)
+    tokenizer = load_tokenizer(model)
     return TokenizerEntry(
         file=TOKENIZER_FILE, sha256=sha256_file(model), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
     )

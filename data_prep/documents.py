@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import orjson
 
 from data_prep.locations import InputFile
 from data_prep.shard_format import SPLITS, DataError, SplitName
@@ -141,8 +142,7 @@ class RawFile:
     def _text_of(self, line: bytes) -> bytes:
         """The text of a JSON line in UTF-8. Raises _NoDocument."""
         try:
-            # json.loads would take bytes too, but lets surrogates in UTF-8 pass and guesses UTF-16.
-            record = json.loads(line.decode("utf-8"))
+            record = _parsed(line)
         except UnicodeDecodeError as error:
             raise _NoDocument("not UTF-8", f"byte {error.start} of the line: {error.reason}") from None
         except (ValueError, RecursionError) as error:
@@ -205,6 +205,15 @@ class RawFile:
             )
 
 
+def _parsed(line: bytes) -> object:
+    """A JSON value. Raises ValueError, UnicodeDecodeError if it is not UTF-8, or RecursionError."""
+    try:
+        return orjson.loads(line)  # twice as fast; refuses more: NaN, 1e999, half of a surrogate pair
+    except ValueError:
+        # json.loads would take bytes too, but lets surrogates in UTF-8 pass and guesses UTF-16.
+        return json.loads(line.decode("utf-8"))
+
+
 def detect_format(record: dict[str, object]) -> str:
     """The format whose keys a JSON object with a text carries; jsonl if it is none of the others."""
     return next((name for name, keys in FORMAT_KEYS.items() if keys <= record.keys()), "jsonl")
@@ -255,3 +264,8 @@ def stable_fractions(hashes: np.ndarray) -> np.ndarray:
     document goes to validation. The same text always goes the same way, in any file and any run."""
     fractions: np.ndarray = hashes.astype(np.float64) / 2.0**64
     return fractions
+
+
+def stable_fraction(digest: bytes) -> float:
+    """The same number for one sha256."""
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -15,6 +15,8 @@ from data_prep.store import Part, read_index
 from data_prep.tokenizer import TextTokenizer
 from data_prep.work import replacing, write_atomically
 
+FIRST_IDS = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeTask:
@@ -45,46 +47,86 @@ def is_encoded(task: EncodeTask) -> bool:
     return (task.folder / f"{task.part.name}.safetensors").exists()
 
 
+def load_tokenizer(model: Path) -> TextTokenizer:
+    """The tokenizer of a model file; the same object while the file stays the same."""
+    return _loaded(model, model.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=1)  # per process
-def _tokenizer(model: Path) -> TextTokenizer:
+def _loaded(model: Path, stamp: int) -> TextTokenizer:
     return TextTokenizer.load(model)
 
 
+class _Ids:
+    """Growing ids of one split; an array that doubles, since thousands of small ones take twice the memory."""
+
+    def __init__(self, dtype: np.dtype[np.generic]) -> None:
+        self._ids = np.empty(FIRST_IDS, dtype)
+        self._fill = 0
+        self.tokens: list[int] = []
+        self.text_bytes: list[int] = []
+
+    def add(self, ids: np.ndarray, eos: int | None, text_bytes: int) -> None:
+        stop = self._fill + len(ids)
+        if stop >= len(self._ids):
+            grown = np.empty(max(2 * len(self._ids), stop + 1), self._ids.dtype)
+            grown[: self._fill] = self._ids[: self._fill]
+            self._ids = grown
+        self._ids[self._fill : stop] = ids
+        if eos is not None:
+            self._ids[stop] = eos
+            stop += 1
+        self.tokens.append(stop - self._fill)
+        self.text_bytes.append(text_bytes)
+        self._fill = stop
+
+    def raw(self) -> memoryview:
+        return self._ids[: self._fill].data.cast("B")
+
+
+class PartEncoder:
+    """Writes PART.tok, the ids of train, validation and test, each document followed by EOS (bytes have none), then
+    PART.safetensors: int64 `SPLIT_tokens` and `SPLIT_bytes` [documents], int64 `crc32` [1] of PART.tok. Memory: the ids
+    of the part, up to twice."""
+
+    def __init__(self, folder: Path, name: str, model: Path | None) -> None:
+        self._folder, self._name = folder, name
+        tokenizer = self._tokenizer = None if model is None else load_tokenizer(model)
+        self._eos = None if tokenizer is None else tokenizer.eos_id
+        dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
+        self._splits: dict[SplitName, _Ids] = {split: _Ids(dtype) for split in SPLITS}
+
+    def add(self, data: bytes, split: SplitName) -> None:
+        """Appends one document, its text in UTF-8."""
+        tokenizer = self._tokenizer
+        ids = np.frombuffer(data, np.uint8) if tokenizer is None else tokenizer.encode(data.decode("utf-8"))
+        self._splits[split].add(ids, self._eos, len(data))
+
+    def finish(self) -> None:
+        """Gives the files their names."""
+        crc, arrays = 0, {}
+        with replacing(self._folder / f"{self._name}.tok") as stream:
+            for split, ids in self._splits.items():
+                raw = ids.raw()
+                crc = zlib.crc32(raw, crc)
+                stream.write(raw)
+                arrays[f"{split}_tokens"] = np.array(ids.tokens, np.int64)
+                arrays[f"{split}_bytes"] = np.array(ids.text_bytes, np.int64)
+        arrays["crc32"] = np.array([crc], np.int64)
+        write_atomically(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
+
+
 def encode_part(task: EncodeTask) -> None:
-    """Writes PART.tok, the ids of train, validation and test, each document followed by EOS (bytes have none), and
-    PART.safetensors: int64 `SPLIT_tokens` and `SPLIT_bytes` [documents], int64 `crc32` [1] of PART.tok."""
+    """Tokenises the documents of a part that are left."""
     part = task.part
-    keep = task.selection.keep(part)
     to_validation = np.zeros(part.documents, np.bool_)
     if task.validation_fraction and part.split == "train":
         hashes = read_index(task.selection.ingest, part.name).hash
         to_validation = stable_fractions(hashes[:, 0]) < task.validation_fraction
-    tokenizer = None if task.model is None else _tokenizer(task.model)
-    dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
-    ids: dict[SplitName, list[np.ndarray]] = {split: [] for split in SPLITS}
-    text_bytes: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
-    for number, data in task.selection.documents(part, keep):
-        split: SplitName = "validation" if to_validation[number] else part.split
-        if tokenizer is None:
-            ids[split].append(np.frombuffer(data, np.uint8).astype(dtype))
-        else:
-            found = tokenizer.encode(data.decode("utf-8"))
-            document = np.empty(len(found) + 1, dtype)  # concatenate with a cast takes 10 times as long
-            document[:-1], document[-1] = found, tokenizer.eos_id
-            ids[split].append(document)
-        text_bytes[split].append(len(data))
-    crc = 0
-    with replacing(task.folder / f"{part.name}.tok") as stream:
-        for split in SPLITS:
-            for document in ids[split]:
-                raw = document.tobytes()
-                crc = zlib.crc32(raw, crc)
-                stream.write(raw)
-    arrays = {"crc32": np.array([crc], np.int64)}
-    for split in SPLITS:
-        arrays[f"{split}_tokens"] = np.array([len(document) for document in ids[split]], np.int64)
-        arrays[f"{split}_bytes"] = np.array(text_bytes[split], np.int64)
-    write_atomically(task.folder / f"{part.name}.safetensors", safetensors.numpy.save(arrays))
+    encoder = PartEncoder(task.folder, part.name, task.model)
+    for number, data in task.selection.documents(part):
+        encoder.add(data, "validation" if to_validation[number] else part.split)
+    encoder.finish()
 
 
 def encoded_splits(folder: Path, part: Part) -> dict[SplitName, EncodedSplit]:

@@ -1,6 +1,7 @@
 """Raw files to parts: what can be read is cleaned and stored, what cannot is quarantined with file and line."""
 
 import contextlib
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig
-from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit
+from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit, stable_fraction
+from data_prep.encode import PartEncoder
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
-from data_prep.shard_format import DataError
+from data_prep.shard_format import DataError, SplitName
 from data_prep.store import PART_BYTES, Part, PartWriter
 from data_prep.unpack import DamagedFileError
 from data_prep.work import fingerprint, read_json, replacing, stage_folder, write_json
@@ -52,6 +54,16 @@ class FileState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How documents become ids while they are read, without text on disk."""
+
+    model: Path | None
+    """SentencePiece model; None for bytes."""
+    validation_fraction: float
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestTask:
     """One raw file to ingest."""
 
@@ -64,20 +76,25 @@ class IngestTask:
     size: int
     """Bytes as stored."""
     part_bytes: int
+    encoding: Encoding | None = None
+    """None stores the text for the stages that follow."""
 
 
-def ingest_folder(plan: Plan) -> Path:
-    """The stage's folder: its settings are the format and the limits that change documents."""
+def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
+    """The stage's folder: its settings are the format and the limits that change documents; where no text is stored,
+    also what made the ids."""
     config = plan.config
     settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES]
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
+    if encodes:
+        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction]
     return stage_folder(plan.work, "ingest", *settings)
 
 
-def ingest_tasks(plan: Plan) -> list[IngestTask]:
+def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
     """A task for every raw file, in reading order. Raises DataError for one that is gone."""
-    folder = ingest_folder(plan)
+    folder = ingest_folder(plan, encodes=encoding is not None)
     tasks = []
     for source in plan.sources:
         size, stamp = size_and_stamp(source.path)
@@ -91,6 +108,7 @@ def ingest_tasks(plan: Plan) -> list[IngestTask]:
                 key=key,
                 size=size,
                 part_bytes=PART_BYTES,
+                encoding=encoding,
             )
         )
     return tasks
@@ -157,13 +175,43 @@ def ingest_file(task: IngestTask) -> None:
     write_json(task.folder / f"{task.key}.json", state.to_json())
 
 
+class _EncodedPart:
+    """A part of which only the ids are written."""
+
+    def __init__(self, encoding: Encoding, name: str, split: SplitName) -> None:
+        self._name, self.split, self.bytes, self._documents = name, split, 0, 0
+        self._fraction = encoding.validation_fraction if split == "train" else 0.0
+        self._encoder = PartEncoder(encoding.folder, name, encoding.model)
+
+    def add(self, data: bytes, position: int) -> None:
+        split = self.split
+        if self._fraction and stable_fraction(hashlib.sha256(data).digest()) < self._fraction:
+            split = "validation"
+        self._encoder.add(data, split)
+        self.bytes += len(data)
+        self._documents += 1
+
+    def finish(self) -> Part:
+        self._encoder.finish()
+        return Part(name=self._name, documents=self._documents, bytes=self.bytes, split=self.split)
+
+    def discard(self, error: BaseException) -> None:
+        """Nothing is written before `finish`."""
+
+
 class _Splitter:
     """Cuts the documents of a file into parts, each of one split."""
 
     def __init__(self, task: IngestTask) -> None:
         self._task = task
-        self._writer: PartWriter | None = None
+        self._writer: PartWriter | _EncodedPart | None = None
         self.parts: list[Part] = []
+
+    def _open(self, split: SplitName) -> PartWriter | _EncodedPart:
+        name = f"{self._task.key}-{len(self.parts):05d}"
+        if self._task.encoding is not None:
+            return _EncodedPart(self._task.encoding, name, split)
+        return PartWriter(self._task.folder, name, split)
 
     def add(self, document: Document) -> None:
         writer = self._writer
@@ -171,8 +219,7 @@ class _Splitter:
             self.close()
             writer = None
         if writer is None:
-            name = f"{self._task.key}-{len(self.parts):05d}"
-            writer = self._writer = PartWriter(self._task.folder, name, document.split)
+            writer = self._writer = self._open(document.split)
         writer.add(document.data, document.position)
 
     def close(self) -> None:
@@ -183,9 +230,11 @@ class _Splitter:
     def forget(self) -> None:
         """Removes every part: the file cannot be trusted."""
         self.close()
+        encoding = self._task.encoding
+        folder = self._task.folder if encoding is None else encoding.folder
         for part in self.parts:
-            for suffix in (".zst", ".safetensors"):
-                (self._task.folder / (part.name + suffix)).unlink(missing_ok=True)
+            for suffix in (".zst", ".tok", ".safetensors"):
+                (folder / (part.name + suffix)).unlink(missing_ok=True)
         self.parts = []
 
     def __enter__(self) -> "_Splitter":

@@ -5,19 +5,32 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from data_prep.one_thread import one_thread
 from data_prep.progress import byte_bar
 from data_prep.shard_format import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# The processes are the parallelism: threads inside them only fight over the same CPUs.
-ONE_THREAD = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+DIED = "a process died (most often: killed for memory)"
+
+
+def _start_method() -> str:
+    """fork, which spares every worker 0.5 s of imports, if this process has one thread alone; else spawn, because a
+    fork copies locks that the other threads hold."""
+    if sys.platform == "linux":
+        for _ in range(10):  # a thread that has been joined is listed for a moment longer
+            if len(os.listdir("/proc/self/task")) == 1:
+                return "fork"
+            time.sleep(0.001)
+    return "spawn"
 
 
 def _start_worker() -> None:
@@ -34,13 +47,12 @@ def _start_worker() -> None:
 
 
 class Workers:
-    """`count` processes, started on first use and kept for all stages; 1 means this process."""
+    """`count` processes, started on first use and kept for the stages that follow; 1 means this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
-        for name in ONE_THREAD:
-            os.environ.setdefault(name, "1")  # inherited by the workers; libraries read it when they load
+        one_thread()
 
     def run(
         self, function: Callable[[Task], Result], tasks: Sequence[Task], *, sizes: Sequence[int], description: str
@@ -64,8 +76,7 @@ class Workers:
             yield from ((number, function(task)) for number, task in enumerate(tasks))
             return
         if self._pool is None:
-            # spawn: a fork would copy the parent's threads' locks (tqdm has a monitor thread)
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context(_start_method())
             self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start_worker)
         waiting: dict[Future[Result], int] = {}
         todo = iter(enumerate(tasks))
@@ -80,13 +91,23 @@ class Workers:
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
-            raise DataError(
-                "a process died (most often: killed for memory); run again with fewer `workers`: it goes on where "
-                "it was"
-            ) from None
+            raise DataError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
         finally:
             for future in waiting:
                 future.cancel()
+
+    def alone(self, function: Callable[[Task], Result], task: Task) -> Result:
+        """`function(task)` while the other processes are ended, in a new one that takes its memory away with it; in
+        this one where it cannot be forked."""
+        self.close()
+        if _start_method() != "fork":
+            return function(task)
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) as pool:
+            try:
+                return pool.submit(function, task).result()
+            except BrokenProcessPool:
+                raise DataError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
 
     def close(self) -> None:
         """Ends the processes; tasks that have not begun are dropped."""

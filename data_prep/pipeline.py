@@ -25,6 +25,7 @@ from data_prep.dedup import Join
 from data_prep.encode import EncodeTask, encode_part, is_encoded
 from data_prep.filter_stage import FilterTask, filter_part, is_filtered
 from data_prep.ingest import (
+    Encoding,
     FileState,
     IngestTask,
     check_limits,
@@ -45,8 +46,8 @@ from data_prep.shard_format import (
 )
 from data_prep.signatures import SignatureTask, is_signed, sign_part
 from data_prep.store import Part
-from data_prep.tokenizer import SampleSource, TextTokenizer, sample_documents, train_tokenizer
-from data_prep.work import finished, stage_folder, stage_key, write_atomically
+from data_prep.tokenizer import SampleSource, TextTokenizer, TrainTask, train_on_sample
+from data_prep.work import decided, finished, stage_folder, stage_key, write_atomically
 
 T = TypeVar("T")
 
@@ -89,8 +90,26 @@ class Pipeline:
         return [task for n, task in enumerate(self._all_tasks) if whole or self.slice.mine(n)]
 
     @cached_property
+    def _encodes_while_reading(self) -> bool:
+        """Whether ingest makes the ids and stores no text. Not with fewer raw files than workers: stored text is shared
+        out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
+        if not self.plan.may_encode_while_reading:
+            return False
+        folder = stage_folder(self.plan.work, "reading", [str(source.path) for source in self.plan.sources])
+        return decided(folder / "encodes.json", len(self.plan.sources) >= self.plan.workers)
+
+    def _ingest_folder(self) -> Path:
+        return ingest_folder(self.plan, encodes=self._encodes_while_reading)
+
+    @cached_property
     def _all_tasks(self) -> list[IngestTask]:
-        return ingest_tasks(self.plan)
+        encoding = None
+        if self._encodes_while_reading:
+            model = self._given_model()
+            encoding = Encoding(
+                model=model, validation_fraction=self.plan.validation_fraction, folder=self._encode_folder(model)
+            )
+        return ingest_tasks(self.plan, encoding)
 
     def states(self, *, whole: bool) -> list[FileState]:
         """What ingest found in the raw files. DataError if one is not ingested yet."""
@@ -111,7 +130,7 @@ class Pipeline:
         """The documents left by the filters, and by removal of duplicates if asked."""
         config = self.plan.config
         return Selection(
-            ingest=ingest_folder(self.plan),
+            ingest=self._ingest_folder(),
             filter=self._filter_folder() if config.filter else None,
             dedup=self.dedup_folder() if config.dedup and deduplicated else None,
             clean_lines=bool(config.filter and config.filter.c4_lines),
@@ -122,10 +141,10 @@ class Pipeline:
     def _filter_folder(self) -> Path:
         assert self.plan.config.filter is not None, "there is no filter section"
         settings = self.plan.config.filter.model_dump(mode="json")
-        return stage_folder(self.plan.work, "filter", settings, stage_key(ingest_folder(self.plan)))
+        return stage_folder(self.plan.work, "filter", settings, stage_key(self._ingest_folder()))
 
     def _before_dedup(self) -> str:
-        return stage_key(self._filter_folder() if self.plan.config.filter else ingest_folder(self.plan))
+        return stage_key(self._filter_folder() if self.plan.config.filter else self._ingest_folder())
 
     def _signature_folder(self) -> Path:
         config = self.plan.config.dedup
@@ -160,7 +179,7 @@ class Pipeline:
         config = self.plan.config.filter
         if config is None:
             return []
-        ingest, folder = ingest_folder(self.plan), self._filter_folder()
+        ingest, folder = self._ingest_folder(), self._filter_folder()
         return [
             FilterTask(config=config, file=name, part=part, ingest=ingest, folder=folder)
             for name, part in self.files_and_parts(whole=whole)
@@ -223,49 +242,58 @@ class Pipeline:
 
     def tokenizer_folder(self) -> Path:
         """The folder that holds tokenizer.model and tokenizer.json, once they are made; nothing for bytes."""
+        settings = self.plan.tokenizer_settings()
+        if self.plan.external_model is not None:
+            return stage_folder(self.plan.work, "tokenizer", settings)
         names = [part.name for part in self.parts(whole=True)]
-        before = [self.plan.tokenizer_settings(), self.plan.validation_fraction, self._after_dedup(), names]
+        before = [settings, self.plan.validation_fraction, self._after_dedup(), names]
         return stage_folder(self.plan.work, "tokenizer", before)
 
     def tokenizer(self) -> Path | None:
         """Trains or copies the model, after all stages before it; the model, None for bytes."""
         self.dedup()
-        if self.plan.config.tokenizer.type == "bytes":
-            return None
+        if self.plan.external_model is not None or self.plan.config.tokenizer.type == "bytes":
+            return self._given_model()
         with self._timed("tokenizer"):
-            model = self.tokenizer_folder() / TOKENIZER_FILE
-            record = model.with_name(prepare.TOKENIZER_RECORD)
-            if not record.exists():
-                if not any(part.split == "train" for part in self.parts(whole=True)):
-                    raise self._nothing_to_train_on()
-                write_atomically(model, self._make_model())
-                body = {"sha256": sha256_file(model), "settings": self.plan.tokenizer_settings()}
-                write_atomically(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
+            if not any(part.split == "train" for part in self.parts(whole=True)):
+                raise self._nothing_to_train_on()
+            return self._model_file(self._train)
+
+    def _given_model(self) -> Path | None:
+        """A copy of the model that is there already, so that it stays the same until the end; None for bytes."""
+        external = self.plan.external_model
+        return None if external is None else self._model_file(external.read_bytes)
+
+    def _model_file(self, make: Callable[[], bytes]) -> Path:
+        """tokenizer.model, made unless it is there, and its record, which comes last."""
+        model = self.tokenizer_folder() / TOKENIZER_FILE
+        record = model.with_name(prepare.TOKENIZER_RECORD)
+        if not record.exists():
+            content = make()
+            self._check_model(content)
+            write_atomically(model, content)
+            body = {"sha256": sha256_file(model), "settings": self.plan.tokenizer_settings()}
+            write_atomically(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
         return model
 
-    def _make_model(self) -> bytes:
-        settings, plan = self.plan.config.tokenizer, self.plan
-        if plan.external_model is not None:
-            model = plan.external_model.read_bytes()
-        else:
-            sources = [
-                SampleSource(parts=tuple(part for part in state.parts if part.split == "train"))
-                for state in self.states(whole=True)
-            ]
-            texts = sample_documents(
-                sources,
-                self.selection(deduplicated=True),
-                sample_bytes=settings.sample_bytes,
-                seed=settings.seed,
-                validation_fraction=plan.validation_fraction,
-            )
-            model = train_tokenizer(texts, settings)
-        found = TextTokenizer(model, name=str(plan.external_model or TOKENIZER_FILE)).vocab_size
+    def _train(self) -> bytes:
+        sources = [
+            SampleSource(parts=tuple(part for part in state.parts if part.split == "train"))
+            for state in self.states(whole=True)
+        ]
+        task = TrainTask(
+            sources=tuple(sources),
+            selection=self.selection(deduplicated=True),
+            config=self.plan.config.tokenizer,
+            validation_fraction=self.plan.validation_fraction,
+        )
+        return self.workers.alone(train_on_sample, task)
+
+    def _check_model(self, model: bytes) -> None:
+        settings, external = self.plan.config.tokenizer, self.plan.external_model
+        found = TextTokenizer(model, name=str(external or TOKENIZER_FILE)).vocab_size
         if "vocab_size" in settings.model_fields_set and settings.vocab_size != found:
-            raise DataError(
-                f"{plan.external_model} has {found} pieces; set tokenizer.vocab_size to that or leave it out"
-            )
-        return model
+            raise DataError(f"{external} has {found} pieces; set tokenizer.vocab_size to that or leave it out")
 
     # Ids and shards.
 

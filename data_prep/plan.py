@@ -59,6 +59,14 @@ class Plan:
         has_test = self.config.test_input or (self.config.format == "enwik8" and self.config.enwik8_split_bytes[2] > 0)
         return SPLITS if has_test else ("train", "validation")
 
+    @property
+    def may_encode_while_reading(self) -> bool:
+        """Whether the tokenizer is there already, nothing comes between reading and tokenising, and the text is not to
+        be kept for other settings."""
+        config = self.config
+        given = self.external_model is not None or config.tokenizer.type == "bytes"
+        return given and config.filter is None and config.dedup is None and not config.keep_work
+
     def raw_files(self) -> list[RawFile]:
         """A fresh reader for every source, in order."""
         return [

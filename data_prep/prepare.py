@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep.locations import sha256_of, size_and_stamp
 from data_prep.plan import Plan
@@ -27,7 +27,7 @@ from data_prep.work import read_json, write_json
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to
 # date.
-PREPARATION_VERSION = "2"
+PREPARATION_VERSION = "3"
 LOCK = ".lock"
 REMOVED_WORK = ".work.removed"
 TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
@@ -134,7 +134,22 @@ def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
             raise DataError(message) from None
         except OSError as error:  # a file system without locks, such as Lustre mounted without flock
             print(f"warning: no lock on {output} ({error}); run one preparation at a time", file=sys.stderr)
+        # A forked worker gives its copy back: it would hold the lock for a moment after a kill of this process.
+        with _closed_after_fork(lock):
+            yield
+
+
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held] and None)
+
+
+@contextlib.contextmanager
+def _closed_after_fork(lock: IO[str]) -> Iterator[None]:
+    _held.add(lock)
+    try:
         yield
+    finally:
+        _held.discard(lock)
 
 
 def publish(folder: Path, output: Path) -> None:

@@ -15,6 +15,10 @@ TERMINAL_INTERVAL_SECONDS = 0.2
 LOG_INTERVAL_SECONDS = 15.0
 
 
+# No thread that redraws a bar that stands still: workers are forked from a process of one thread.
+tqdm.monitor_interval = 0
+
+
 def _interval_seconds() -> float:
     return TERMINAL_INTERVAL_SECONDS if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
 
@@ -28,7 +32,7 @@ def byte_bar(*, total: int, description: str, enabled: bool = True) -> "tqdm[Any
         unit="B",
         unit_scale=True,
         mininterval=interval,
-        maxinterval=max(interval, 10.0),
+        miniters=1,
         disable=not enabled,
     )
 

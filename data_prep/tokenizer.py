@@ -6,6 +6,7 @@ padding; unk is 0, EOS 1.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,19 +205,40 @@ def _seeded(hashes: np.ndarray, seed: int) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """A tokenizer to train."""
+
+    sources: tuple[SampleSource, ...]
+    selection: Selection
+    config: TokenizerConfig
+    validation_fraction: float
+
+
+def train_on_sample(task: TrainTask) -> bytes:
+    """The model file, trained on the sample that the config asks for. Raises DataError."""
+    texts = sample_documents(
+        task.sources,
+        task.selection,
+        sample_bytes=task.config.sample_bytes,
+        seed=task.config.seed,
+        validation_fraction=task.validation_fraction,
+    )
+    return train_tokenizer(texts, task.config)
+
+
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """Trains a model and returns its file content. The same texts and config give the same bytes. Raises
     DataError."""
-    lines = list(training_lines(texts))
-    if not lines:
+    lines = training_lines(texts)
+    first = next(lines, None)
+    if first is None:
         raise DataError("no text to train a tokenizer on; check `input`, or raise tokenizer.sample_bytes")
-    size = sum(len(line.encode("utf-8")) for line in lines)
     model = io.BytesIO()
-    description = f"training {config.type}, {config.vocab_size} pieces, on {size / 1e6:.1f} MB in {len(lines)} lines"
-    with heartbeat(description):
+    with heartbeat(f"training {config.type}, {config.vocab_size} pieces"):
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
+                sentence_iterator=itertools.chain([first], lines),  # no list: the trainer keeps a copy anyway
                 model_writer=model,
                 model_type=config.type,
                 vocab_size=config.vocab_size,
@@ -235,7 +257,22 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             )
         except RuntimeError as error:
             raise DataError(_explain(str(error), config)) from None
-    return model.getvalue()
+    return _with_plain_newline(model.getvalue()) if config.type == "unigram" else model.getvalue()
+
+
+def _with_plain_newline(model: bytes) -> bytes:
+    """The newline as a normal piece of the score that SentencePiece gives to user-defined ones: then it does not look
+    up every character among the user-defined pieces, which took 15% of the time to encode."""
+    from sentencepiece import sentencepiece_model_pb2  # here: it loads protobuf
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    best = max(piece.score for piece in proto.pieces if piece.type == piece.NORMAL)
+    for piece in proto.pieces:
+        if piece.type == piece.USER_DEFINED:
+            piece.type, piece.score = piece.NORMAL, best - 0.1
+    serialized: bytes = proto.SerializeToString(deterministic=True)
+    return serialized
 
 
 def _explain(error: str, config: TokenizerConfig) -> str:

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import IO
 
 import zstandard
+from isal import igzip, igzip_lib
 
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.shard_format import DataError
@@ -24,6 +25,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # A file with such a name that does not open as one is damaged, and not text by chance.
 PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
 BLOCK_BYTES = 1 << 20
+ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub has it as an instance
+DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
 
 
 class DamagedFileError(DataError):
@@ -43,6 +46,12 @@ class _CountingStream:
         self.hash.update(data)
         self.bytes += len(data)
         return data
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fills a buffer, for igzip; fewer bytes only at the end."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _ZstdFrames:
@@ -141,13 +150,13 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
                 return
             counter = _CountingStream(stored)
             if magic.startswith(GZIP_MAGIC):
-                with gzip.GzipFile(fileobj=counter, mode="rb") as text:  # type: ignore[call-overload]
+                with igzip.IGzipFile(fileobj=counter, mode="rb") as text:
                     yield _counted(str(path), text.read, counter)
             elif magic == ZSTD_MAGIC:
                 yield _counted(str(path), _ZstdFrames(counter).read, counter)
             else:
                 yield _counted(str(path), counter.read, counter)
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, zstandard.ZstdError) as error:
+    except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None

@@ -79,6 +79,17 @@ def stage_key(folder: Path) -> str:
     return folder.name
 
 
+def decided(path: Path, choice: bool) -> bool:
+    """The choice of the process that asked first; the same for all that ask after it, on any node."""
+    proposal = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    write_json(proposal, choice)
+    with contextlib.suppress(FileExistsError):
+        os.link(proposal, path)
+    proposal.unlink()
+    first: bool = read_json(path)
+    return first
+
+
 def finished(result: T | None, what: str) -> T:
     """A result that an earlier stage must have left; DataError with what is missing if it is None."""
     if result is None:

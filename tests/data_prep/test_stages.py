@@ -26,9 +26,9 @@ from tests.data_prep.test_prepare import decoded, one_error, outputs
 # Parts of 60 KB: every file becomes several, so that stages have something to interrupt.
 DRIVER = """
 import sys
+from data_prep.__main__ import main  # as a user starts it: workers are forked
 import data_prep.ingest
 data_prep.ingest.PART_BYTES = 60_000
-from data_prep.cli import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.config import TokenizerConfig
 from data_prep.selection import Selection
@@ -59,6 +60,22 @@ def test_long_texts_give_the_same_ids_as_in_one_go(model: bytes) -> None:
     text = "\n".join(make_texts(120, seed=4)).replace("▁", "")
     assert len(text) > 10 * SEGMENT_CHARACTERS
     np.testing.assert_array_equal(tokenizer.encode(text), reference.encode(text))
+
+
+def test_the_newline_of_a_unigram_model_is_a_normal_piece_and_texts_survive() -> None:
+    """No user-defined piece: SentencePiece would look up every character among them."""
+    trained = train_tokenizer(make_texts(150, seed=9), TokenizerConfig(type="unigram", vocab_size=340))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained)
+    newline = pieces.piece_to_id("\n")
+    assert newline == 2 and not pieces.is_control(newline) and pieces.get_score(newline) < -0.1
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(trained)
+    assert not [piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    tokenizer = TextTokenizer(trained, name="m")
+    for text in [*make_texts(60, seed=5), "\n", "\n\n a\n", "a\n" * 3000, "▁\n▁", "中\n🙂"]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert (ids == newline).sum() == text.count("\n")
 
 
 def test_digits_are_split(model: bytes) -> None:

@@ -1,0 +1,137 @@
+"""With a tokenizer that is there already, raw files become ids as they are read: the same bytes, no text on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import work
+from data_prep.cli import main
+from data_prep.config import REPOSITORY
+from data_prep.parallel import _start_method
+from data_prep.shard_format import Manifest
+from tests.data_prep.raw_corpus import write_corpus
+from tests.data_prep.test_prepare import outputs
+from tests.data_prep.test_stages import Killed
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A corpus (one file of it is damaged) and a model trained on it; no filters."""
+    folder = tmp_path_factory.mktemp("encode")
+    body = write_corpus(folder / "raw")
+    body = {key: value for key, value in body.items() if key not in ("filter", "dedup")}
+    trained = folder / "trained.json"
+    trained.write_text(json.dumps({**body, "output": str(folder / "trained")}))
+    assert main(["run", "--config", str(trained)]) == 0
+    return folder, {**body, "tokenizer": {"model": str(folder / "trained" / "tokenizer.model")}}
+
+
+def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
+    folder, body = raw
+    path = folder / f"{output}.json"
+    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def apart(raw: tuple[Path, dict[str, Any]]) -> dict[str, str]:
+    """What the separate steps make: `keep_work` stores the text."""
+    assert main(["run", "--config", str(write_config(raw, "apart", keep_work=True))]) == 0
+    assert list((raw[0] / "apart" / ".work").glob("ingest-*/*.zst"))
+    return outputs(raw[0] / "apart")
+
+
+def test_the_same_bytes_and_no_text_on_disk(
+    raw: tuple[Path, dict[str, Any]], apart: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = work.os.replace
+    monkeypatch.setattr(work.os, "replace", lambda a, b: (made.append(Path(b).name), real(a, b))[1])
+    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 20_000)
+    assert main(["run", "--config", str(write_config(raw, "at-once"))]) == 0
+    assert outputs(raw[0] / "at-once") == apart
+    assert len([name for name in made if name.endswith(".tok")]) > 10 and not [n for n in made if n.endswith(".zst")]
+    assert Manifest.load(raw[0] / "at-once").provenance.dropped["quarantined"] == {
+        "damaged file": 1, "empty": 1, "no text": 1, "not JSON": 1, "not UTF-8": 1,
+    }  # fmt: skip
+
+
+def test_validation_by_hash_goes_the_same_way(raw: tuple[Path, dict[str, Any]]) -> None:
+    changes = {"validation_input": [], "validation_fraction": 0.3}
+    assert main(["run", "--config", str(write_config(raw, "hash", **changes))]) == 0
+    assert main(["run", "--config", str(write_config(raw, "hash-apart", keep_work=True, **changes))]) == 0
+    assert outputs(raw[0] / "hash") == outputs(raw[0] / "hash-apart")
+    assert Manifest.load(raw[0] / "hash").totals["validation"].documents > 10
+
+
+def test_killed_again_and_again(
+    raw: tuple[Path, dict[str, Any]], apart: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every finished file is a step; the run dies after 14 of them, each time further on."""
+    config = str(write_config(raw, "killed"))
+    real, budget = work.os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal budget
+        if ".work" in Path(target).parts:
+            if budget == 0:
+                raise Killed
+            budget -= 1
+        real(source, target)
+
+    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 60_000)
+    monkeypatch.setattr(work.os, "replace", replace)
+    for _attempt in range(30):
+        budget = 14
+        try:
+            assert main(["run", "--config", config]) == 0
+        except Killed:
+            continue
+        break
+    assert _attempt > 1
+    assert outputs(raw[0] / "killed") == apart
+
+
+def test_steps_and_array_tasks(raw: tuple[Path, dict[str, Any]], apart: dict[str, str]) -> None:
+    config = str(write_config(raw, "steps"))
+    for task in ("0", "1"):
+        assert main(["dedup", "--config", config, "--task", task, "--tasks", "2"]) == 0
+    assert main(["tokenizer", "--config", config]) == 0
+    for task in ("0", "1"):
+        assert main(["encode", "--config", config, "--task", task, "--tasks", "2"]) == 0
+    assert main(["shard", "--config", config]) == 0
+    assert outputs(raw[0] / "steps") == apart
+
+
+def test_another_number_of_workers_goes_on_where_the_first_was(
+    raw: tuple[Path, dict[str, Any]], apart: dict[str, str]
+) -> None:
+    """The first step decides, for fewer raw files than its workers and for more, and the others follow."""
+    for name, first, second in (("many", "7", "1"), ("few", "1", "7")):
+        config = str(write_config(raw, name))
+        assert main(["ingest", "--config", config, "--task", "0", "--tasks", "1", "--set", f"workers={first}"]) == 0
+        stored = list((raw[0] / name / ".work").glob("ingest-*/*.zst"))
+        assert bool(stored) == (name == "many")
+        before = {path: path.stat().st_mtime_ns for path in (raw[0] / name / ".work").glob("ingest-*/*")}
+        assert main(["ingest", "--config", config, "--set", f"workers={second}"]) == 0
+        assert {path: path.stat().st_mtime_ns for path in (raw[0] / name / ".work").glob("ingest-*/*")} == before
+        assert main(["run", "--config", config, "--set", "workers=1"]) == 0
+        assert outputs(raw[0] / name) == apart
+
+
+def test_the_command_forks_its_workers(raw: tuple[Path, dict[str, Any]], apart: dict[str, str]) -> None:
+    """As a user starts it; here, among pytest's threads, workers may be spawned."""
+    config = str(write_config(raw, "forked", workers=2))
+    code = (
+        "import sys\nfrom data_prep import __main__, parallel\nassert parallel._start_method() == 'fork'\n"
+        "sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", code, "run", "--config", config], check=True, env=environment, cwd=raw[0])
+    assert outputs(raw[0] / "forked") == apart
+    assert _start_method() in ("fork", "spawn")
