@@ -41,6 +41,8 @@ START_UP_SECONDS = 20.0
 """How long a stop may wait for an agreed moment during start-up. DeepSpeed's launcher kills 30 s after SIGTERM."""
 PEER_SECONDS = 3.0
 """How long the main thread has to say for itself that another rank has died, before the process is left."""
+LEAVE_SECONDS = 10.0
+"""How long leaving at once may take: the file system may be what hangs."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
 
@@ -100,6 +102,9 @@ class Stop:
 
     def leave(self, code: ExitCode, message: str) -> NoReturn:
         """Ends the process at once, from any thread."""
+        late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
+        late.daemon = True
+        late.start()
         with contextlib.suppress(OSError):
             os.write(2, f"{message}\n".encode())
         for function in self.before_leaving:

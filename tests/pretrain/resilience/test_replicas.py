@@ -88,7 +88,8 @@ def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str]
             assert _flip(trainer, NAME)
         after = check()
         if rank == 3:
-            next(iter(routing_statistics(trainer.engine.module)))[1].probability[-1] += 1e-9
+            tracking = [s for _, s in routing_statistics(trainer.engine.module) if s.tracks_probability]
+            tracking[0].probability[-1] += 1e-9
         results.append((before, after, check()))
         trainer.engine.destroy()
     return results

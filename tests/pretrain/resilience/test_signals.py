@@ -177,25 +177,29 @@ def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
     assert done.returncode == 7
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path, told: bool) -> None:
-    """The launcher is killed alone; or with the whole job by SIGUSR1, which it does not know: then the rank saves."""
-    done = run_process(
-        f"""
-        child = '''
-import os, sys, time, signal
+RANK = """
+import os, time
 os.environ["WORLD_SIZE"] = "2"
 from pretrain.resilience.signals import Stage, Stop
 stop = Stop()
 stop.stage = Stage.TRAINING
 stop.install(launched=True)
-open({str(tmp_path / "ready")!r}, "w").write(str(os.getpid()))
+open({ready!r}, "w").write(str(os.getpid()))
 while stop.requested is None:
     time.sleep(0.05)
 time.sleep(1.5)  # the checkpoint
-open({str(tmp_path / "saved")!r}, "w").close()
-'''
-        process = subprocess.Popen([sys.executable, "-c", child])
+open({saved!r}, "w").close()
+"""
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path, told: bool) -> None:
+    """The launcher is killed alone; or with the whole job by SIGUSR1, which it does not know: then the rank saves."""
+    child = tmp_path / "rank.py"
+    child.write_text(RANK.format(ready=str(tmp_path / "ready"), saved=str(tmp_path / "saved")))
+    done = run_process(
+        f"""
+        process = subprocess.Popen([sys.executable, {str(child)!r}], env={{**os.environ, "PYTHONPATH": "."}})
         while not os.path.exists({str(tmp_path / "ready")!r}):
             time.sleep(0.05)
         time.sleep(0.1)
