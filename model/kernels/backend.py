@@ -23,12 +23,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu"),
-    "sigma_moe": ("reference", "cpu", "grouped_mm"),
+    "route": ("reference", "cpu", "triton"),
+    "sigma_moe": ("reference", "cpu", "grouped_mm", "triton"),
     "switchhead_value": ("reference", "cpu", "triton"),
     "switchhead_output": ("reference", "cpu", "triton"),
     "expert_linear": ("reference", "cpu", "triton"),
-    "linear_cross_entropy": ("reference", "cpu"),
+    "linear_cross_entropy": ("reference", "cpu", "triton"),
 }
 """Every op and the backends that it has."""
 

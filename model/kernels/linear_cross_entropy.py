@@ -115,9 +115,12 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, token_loss and the gradients of hidden, weight and bias for d loss = 1 (empty where not needed)."""
     group = _resolve_process_group(GroupName(group_name)) if group_name else None
-    return {"cpu": _forward_cpu}[backend](
-        hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class
-    )
+    arguments = (hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
+    if backend == "triton":
+        from model.kernels.triton.linear_cross_entropy import forward_triton
+
+        return forward_triton(*arguments, chunk_bytes=CHUNK_BYTES)
+    return {"cpu": _forward_cpu}[backend](*arguments)
 
 
 @_linear_cross_entropy.register_fake

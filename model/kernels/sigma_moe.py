@@ -13,6 +13,9 @@ one thread in one run: gather into the rows that are summed at the end 66% (this
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,8 +72,7 @@ def _sigma_moe(
     x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and the hidden layer [N*k, G] (after ReLU, before the gate, grouped by expert) for backward."""
-    forward = {"cpu": _forward_cpu, "grouped_mm": _forward_grouped_mm}[backend]
-    return forward(x, scores, order, load, up_experts, down_experts)
+    return _implementation(backend)[0](x, scores, order, load, up_experts, down_experts)
 
 
 @_sigma_moe.register_fake
@@ -94,8 +96,7 @@ def _sigma_moe_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
-    backward = {"cpu": _backward_cpu, "grouped_mm": _backward_grouped_mm}[backend]
-    return backward(grad, x, scores, order, load, up_experts, down_experts, hidden)
+    return _implementation(backend)[1](grad, x, scores, order, load, up_experts, down_experts, hidden)
 
 
 @_sigma_moe_backward.register_fake
@@ -103,6 +104,15 @@ def _(grad, x, scores, order, load, up_experts, down_experts, hidden, backend):
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, scores, up_experts, down_experts)
     )
+
+
+def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward."""
+    if backend == "triton":
+        from model.kernels.triton import sigma_moe as kernels
+
+        return kernels.forward_triton, kernels.backward_triton
+    return {"cpu": (_forward_cpu, _backward_cpu), "grouped_mm": (_forward_grouped_mm, _backward_grouped_mm)}[backend]
 
 
 def _setup_context(ctx, inputs, output):

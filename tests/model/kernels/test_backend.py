@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,27 @@ def test_triton_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="with TRITON_INTERPRET=1 set before the start"):
         backend.resolve("triton", "expert_linear", "cpu")
     assert backend.resolve("triton", "expert_linear", "cuda") == "triton"
+
+
+def test_models_work_without_triton() -> None:
+    """In a process where importing triton fails: everything else imports and computes."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from model.kernels.backend import BACKENDS, resolve
+from model.kernels.route import route
+import model.language_model
+assert {resolve("auto", op, "cpu") for op in BACKENDS} == {"cpu"}
+assert route(torch.ones(3, 4), torch.ones(1, 4, 4), 2, backend="cpu").load.tolist() == [[3, 3, 0, 0]]
+try:
+    resolve("triton", "route", "cuda")
+except ValueError as error:
+    assert "triton is not installed" in str(error)
+else:
+    raise AssertionError("chosen without being there")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_auto_on_cuda_warns_where_it_is_not_triton(

@@ -38,14 +38,16 @@ SHAPES = {
 }
 NAMES = ("x", "scores", "up_experts", "down_experts")
 BACKENDS = kernel_backend.BACKENDS["sigma_moe"]
+NATIVE = tuple(backend for backend in BACKENDS if backend != "triton")
+"""Those that are fast enough here for the whole table: the interpreted kernels have tables of their own in triton/."""
 
 # Rounding of inputs is not an error here (the loop gets the same values), so fp32 differs by the order of its sums.
-# bf16: `cpu` and `reference` compute in fp32 and round once, half a unit of 2^-8; grouped_mm rounds the hidden layer,
-# the gated one and every row too: a few times that.
+# bf16: `cpu` and `reference` compute in fp32 and round once, half a unit of 2^-8; grouped_mm and triton round the
+# hidden layer, the gated one and every row too: a few times that.
 TOLERANCE = {
     torch.float64: dict.fromkeys(BACKENDS, 1e-12),
     torch.float32: dict.fromkeys(BACKENDS, 1e-5),
-    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-8, "grouped_mm": 2**-6},
+    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-8, "grouped_mm": 2**-6, "triton": 2**-7},
 }
 
 
@@ -123,7 +125,7 @@ def possible(backend: str, shape: Shape, dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_loop(name: str, backend: str, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype)
@@ -162,7 +164,7 @@ def test_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE)
 def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
     case = make_case(Shape(N=300, d=64, E=8, G=32, k=3), torch.float32)
     before = torch.get_num_threads()
@@ -188,9 +190,10 @@ def test_gradcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["cpu", "grouped_mm", "triton"])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    x, scores, _, order, load, up, down, grad = make_case(SHAPES["plain"], dtype)
+    shape = Shape(N=3, d=8, E=2, G=8, k=1) if backend == "triton" else SHAPES["plain"]  # it calls the op a dozen times
+    x, scores, _, order, load, up, down, grad = make_case(shape, dtype)
     torch.library.opcheck(torch.ops.switchall.sigma_moe.default, (x, scores, order, load, up, down, backend))
     detached = [t.detach() for t in (grad, x, scores, order, load, up, down)]
     hidden = torch.ops.switchall.sigma_moe(*detached[1:], backend)[1]

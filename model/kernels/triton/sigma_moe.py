@@ -1,0 +1,295 @@
+"""sigma-MoE feed-forward in Triton: both matrices of an expert in one kernel, each way; no atomics, no host sync.
+
+A program owns BLOCK_ROWS rows of one expert (rows are slots sorted by expert) from the tokens to the slot tensor:
+
+    forward     hidden = ReLU(x[token] W_1[e]), stays on chip      rows[slot] = (hidden * gate) W_2[e]
+    backward    d hidden = (grad[token] W_2[e]^T) gate [hidden > 0]   rows[slot] = d hidden W_1[e]^T
+    both        y[n] = sum over j of rows[n, j]                     a second kernel, in fp32, always in the same order
+
+A hidden layer of one expert is narrow (128 in every published model): it fits into registers between the two products,
+so a token's row is read once per chosen expert, the gated hidden layer is read never, and the weights once per
+BLOCK_ROWS rows. Two kernels with 64 x 64 tiles would read rows and weights d / 64 and G / 64 times.
+
+Weight gradients: one program per (expert, tile) walks over the expert's rows. With few experts on a rank (expert
+parallelism) SPLITS programs share a segment and their fp32 sums are added in a fixed order.
+
+Which expert a tile belongs to is found from `load` in the kernel: the grid is ceil(slots / BLOCK_ROWS) + E whatever the
+routing, programs past the last tile leave at once. Slots that are not in `order` (experts of other ranks) have no row:
+`present` says so to the sum. Launches: 2 forward, 4 backward (one more each where slots are missing or segments split).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from model.kernels.backend import triton_limit
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.sigma_moe_kernels import (
+    backward_kernel,
+    forward_kernel,
+    sum_kernel,
+    weight_gradient_kernel,
+)
+
+# ------------------------------------------------------------------------------------------------------------- tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Block sizes, warps and pipeline stages of one launch."""
+
+    rows: int
+    """Slots of a program; of a loop iteration in the weight gradient."""
+    hidden: int
+    """Columns of an expert's hidden layer that a program holds."""
+    reduce: int = 0
+    """Columns of x or of the gradient per iteration of the first product."""
+    out: int
+    """Columns of the model width per iteration of the second product, or per program."""
+    warps: int
+    stages: int
+
+
+def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dtype, *, swiglu: bool) -> Tiles:
+    """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
+    on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
+    of them spill."""
+    if dtype == torch.float32:  # no tensor cores: operands live in registers, so little of them at a time
+        return Tiles(rows=32, hidden=16, reduce=16, out=32, warps=4, stages=2)
+    hidden = max(16, min(128, triton.next_power_of_2(expert_size)))
+    if swiglu:
+        return Tiles(rows=64, hidden=hidden, reduce=64, out=32, warps=8, stages=3)
+    if num_rows >= 512 * num_experts:
+        return Tiles(rows=128, hidden=hidden, reduce=64, out=64, warps=8, stages=3)
+    return Tiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
+
+
+def weight_tiles(width: int, dtype: torch.dtype) -> Tiles:
+    """Of weight_gradient_kernel."""
+    if dtype == torch.float32:
+        return Tiles(rows=16, hidden=32, out=32, warps=4, stages=2)
+    return Tiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
+
+
+SUM_TOKENS, SUM_COLUMNS, SUM_WARPS = 2, 512, 4
+MIN_PROGRAMS = 256
+"""About two for each of the 132 (H100) or 108 (A100) multiprocessors: segments are split until there are so many."""
+MAX_SPLITS = 16
+
+
+def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
+    """Programs that share the rows of one expert: a power of two, with four iterations or more for each on average."""
+    programs = num_experts * triton.cdiv(width, tiles.hidden) * triton.cdiv(d_model, tiles.out)
+    wanted = min(MAX_SPLITS, MIN_PROGRAMS // programs, num_rows // (4 * tiles.rows * num_experts))
+    return 1 << max(1, wanted).bit_length() - 1
+
+
+# -------------------------------------------------------------------------------------------------------------- host
+
+
+def forward_triton(
+    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `model.kernels.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
+    [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
+    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
+    hidden = x.new_empty(order.shape[0], up_experts.shape[2])
+    return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, hidden), hidden
+
+
+def backward_triton(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
+    types = up_experts.dtype, down_experts.dtype
+    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
+    grad = grad.to(x.dtype).contiguous()
+    num_rows, (_, G, _) = order.shape[0], down_experts.shape
+    grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
+    swiglu = up_experts.shape[2] == 2 * G
+    chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
+    # No program writes the gate of a slot that is not in `order`.
+    new = scores.new_empty if num_rows == scores.numel() else scores.new_zeros
+    grad_scores = new((*scores.shape, chunks), dtype=scores.dtype if chunks == 1 else torch.float32)
+    outputs = (hidden, grad_hidden, gated, grad_scores)
+    grad_x = _launch(backward_kernel, grad, scores, order, load, up_experts, down_experts, *outputs)
+    grad_scores = grad_scores[..., 0] if chunks == 1 else grad_scores.sum(-1).to(scores.dtype)
+    k = scores.shape[1]
+    grad_up = weight_gradient(grad_hidden, x, order, load, k, width_first=False).to(types[0])
+    grad_down = weight_gradient(gated, grad, order, load, k, width_first=True).to(types[1])
+    return grad_x, grad_scores, grad_up, grad_down
+
+
+def _prepare(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Contiguous; the experts, the last two, in the dtype of `x`."""
+    reason = triton_limit(x.device.type, x.dtype)
+    if reason is not None:
+        raise ValueError(f"kernels.backend=triton cannot compute sigma_moe: {reason}. Possible: auto, reference")
+    *routing, up_experts, down_experts = others
+    return [t.contiguous() for t in (x, *routing, up_experts.to(x.dtype), down_experts.to(x.dtype))]
+
+
+def _launch(
+    kernel, source: Tensor, scores: Tensor, order: Tensor, load: Tensor, up: Tensor, down: Tensor, *outputs: Tensor
+) -> Tensor:
+    """One of the two expert kernels on `source` [N, d], and the sum over k -> [N, d]."""
+    (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
+    num_experts, G, _ = down.shape
+    if num_rows == 0:
+        return torch.zeros_like(source)
+    swiglu = up.shape[2] == 2 * G
+    tiles = mlp_tiles(num_rows, num_experts, G, source.dtype, swiglu=swiglu)
+    chunks, some_missing = triton.cdiv(G, tiles.hidden), num_rows < num_tokens * k
+    present = None
+    if k * chunks == 1:  # one row per token: it is the output
+        row_stride, rows = d, (torch.zeros_like if some_missing else torch.empty_like)(source)
+    else:
+        row_stride = triton.cdiv(d, 8) * 8  # 16-byte rows where d = 412
+        rows = source.new_empty(num_tokens * k * chunks, row_stride)
+        present = source.new_zeros(num_tokens * k, dtype=torch.int8) if some_missing else None
+    # Every expert with rows can have one tile that is not full.
+    grid = (num_rows + min(num_rows, num_experts) * (tiles.rows - 1)) // tiles.rows, chunks
+    kernel[grid](
+        *(source, scores, order, load, up, down, *outputs, rows, present),
+        **mlp_constants(tiles, d, G, k, row_stride, num_experts, swiglu=swiglu),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if k * chunks == 1:
+        return rows
+    y = torch.empty_like(source)
+    grid = triton.cdiv(num_tokens, SUM_TOKENS), triton.cdiv(d, SUM_COLUMNS)
+    sum_kernel[grid](rows, present, y, num_tokens, **sum_constants(d, k, chunks, row_stride), num_warps=SUM_WARPS)
+    return y
+
+
+def weight_gradient(
+    narrow: Tensor, source: Tensor, order: Tensor, load: Tensor, k: int, *, width_first: bool
+) -> Tensor:
+    """sum over the rows r of every expert of narrow[r] (x) source[token of r]: `narrow` [R, width] sorted by expert,
+    `source` [N, d] -> [E, width, d], or [E, d, width] unless `width_first`, in their dtype."""
+    width, d, num_experts = narrow.shape[1], source.shape[1], load.shape[0]
+    tiles = weight_tiles(width, source.dtype)
+    splits = weight_splits(tiles, narrow.shape[0], num_experts, width, d)
+    shape = (num_experts, width, d) if width_first else (num_experts, d, width)
+    out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
+    grid = triton.cdiv(width, tiles.hidden) * triton.cdiv(d, tiles.out), num_experts * splits
+    weight_gradient_kernel[grid](
+        *(narrow, source, order, load, out),
+        **weight_constants(tiles, d, width, k, num_experts, splits, width_first=width_first),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return out[0] if splits == 1 else out.sum(0).to(source.dtype)
+
+
+def mlp_constants(
+    tiles: Tiles, d: int, G: int, k: int, row_stride: int, num_experts: int, *, swiglu: bool
+) -> dict[str, int | bool]:
+    """Constants of the two expert kernels. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
+    return {
+        "D": d,
+        "G": G,
+        "K": k,
+        "ROW_STRIDE": row_stride,
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_POWER": max(2, triton.next_power_of_2(num_experts)),
+        "SWIGLU": swiglu,
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_HIDDEN": tiles.hidden,
+        "BLOCK_REDUCE": tiles.reduce,
+        "BLOCK_OUT": tiles.out,
+    }
+
+
+def sum_constants(d: int, k: int, chunks: int, row_stride: int) -> dict[str, int]:
+    """Constants of sum_kernel."""
+    blocks = {"BLOCK_TOKENS": SUM_TOKENS, "BLOCK_OUT": SUM_COLUMNS}
+    return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
+
+
+def weight_constants(
+    tiles: Tiles, d: int, width: int, k: int, num_experts: int, splits: int, *, width_first: bool
+) -> dict[str, int]:
+    """Constants of weight_gradient_kernel."""
+    return {
+        "D": d,
+        "WIDTH": width,
+        "K": k,
+        "D_STRIDE": 1 if width_first else width,
+        "WIDTH_STRIDE": d if width_first else 1,
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_POWER": max(2, triton.next_power_of_2(num_experts)),
+        "SPLITS": splits,
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_WIDTH": tiles.hidden,
+        "BLOCK_D": tiles.out,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- ahead of time
+
+SHIPPED = {
+    "47m": (412, 16, 128, 4),
+    "259m": (1024, 32, 128, 4),
+    "1b": (2048, 64, 128, 8),
+    "tiny": (128, 16, 64, 4),
+}
+"""d_model, experts, expert size and active experts of the published configurations with a sigma-MoE."""
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every kernel in every tile shape that the published configurations take, in bf16 and fp16."""
+    for name, (d, num_experts, G, k) in SHIPPED.items():
+        yield from _cases(f"{name} bf16", torch.bfloat16, d, num_experts, G, k)
+    yield from _cases("259m fp16", torch.float16, *SHIPPED["259m"])
+    yield from _cases("259m swiglu bf16", torch.bfloat16, *SHIPPED["259m"], swiglu=True)
+    # Two experts of a rank in expert parallelism: a row is a token with one choice, and segments are split.
+    yield from _cases("259m ep bf16", torch.bfloat16, 1024, 2, 128, 1)
+
+
+def _cases(
+    name: str, dtype: torch.dtype, d: int, num_experts: int, G: int, k: int, *, swiglu: bool = False
+) -> Iterator[CompileCase]:
+    half, width = f"*{TYPE_NAMES[dtype]}", 2 * G if swiglu else G
+    kinds = dict.fromkeys(("scores_ptr", "grad_scores_ptr"), "*fp32") | dict.fromkeys(("order_ptr", "load_ptr"), "*i64")
+
+    def case(kernel, what: str, constants: dict, tiles: Tiles | None, **special: str) -> CompileCase:
+        signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
+        warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_WARPS, 3)
+        return CompileCase(
+            name=f"sigma_moe {what} {name}",
+            kernel=kernel,
+            signature=signature,
+            constexprs=constants,
+            num_warps=warps,
+            num_stages=stages,
+            is_gemm=tiles is not None,
+        )
+
+    choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
+    for tiles in dict.fromkeys(choices):
+        for kernel, what in ((forward_kernel, "forward"), (backward_kernel, "backward")):
+            constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, num_experts, swiglu=swiglu)
+            yield case(kernel, f"{what} {tiles.rows} rows", constants | {"present_ptr": None}, tiles)
+    if k > 1:
+        constants = sum_constants(d, k, 1, triton.cdiv(d, 8) * 8)
+        yield case(sum_kernel, "sum", constants | {"present_ptr": None}, None, num_tokens="i32")
+    for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
+        tiles = weight_tiles(columns, dtype)
+        splits = weight_splits(tiles, 8192, num_experts, columns, d)
+        constants = weight_constants(tiles, d, columns, k, num_experts, splits, width_first=first)
+        out = "*fp32" if splits > 1 else half
+        yield case(weight_gradient_kernel, what, constants, tiles, out_ptr=out)

@@ -1,0 +1,57 @@
+"""benchmarks/traffic.py: what it counts at a small size, and the goals that the kernels keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.traffic import (
+    AUTHORS_PASSES,
+    LAYERS,
+    Layer,
+    authors_bytes,
+    measure,
+    table,
+    tiled_bytes,
+    useful_flops,
+)
+
+SMALL = Layer(name="small", heads=2, num_experts=4, active=2, narrow=64, authors_launches=68)
+
+
+def test_a_small_layer() -> None:
+    """Gate-scaled GEMMs compute every expert: E / k times the useful flops where tiles divide the shape."""
+    count = measure(SMALL, 128, 128)
+    assert count.flops == 2 * useful_flops(SMALL, 128, 128)
+    assert count.atomics == 0
+    assert (
+        count.launches == 10
+    )  # of two ops: gates, product; gates, both input gradients, weight gradient, choice of gate gradients
+    assert count.requested == sum((count.by_tensor or {}).values()) > count.once
+
+
+def test_table() -> None:
+    count = measure(SMALL, 64, 64)
+    plain, markdown = (table([(SMALL, 64, 64, count)], markdown=kind) for kind in (False, True))
+    assert len(plain.splitlines()) == 2 and len(markdown.splitlines()) == 3
+    assert markdown.startswith("| layer | T |")
+
+
+def test_authors_arithmetic() -> None:
+    """At T = 8192, d = 1024: the slot tensors alone are most of the authors' bytes."""
+    assert sum(AUTHORS_PASSES.values()) == 14
+    assert [authors_bytes(layer, 8192, 1024) / 1e6 for layer in LAYERS] == pytest.approx([1879, 2819, 940], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_goals(layer: Layer) -> None:
+    """At most 1.5 times what separate GEMMs in 64 x 64 tiles request; no atomics; fewer launches than the authors'."""
+    count = measure(layer, 256, 512)
+    assert count.requested <= 1.5 * tiled_bytes(layer, 256, 512)
+    assert count.atomics == 0 and count.launches <= 12 < layer.authors_launches
+
+
+@pytest.mark.slow
+def test_little_padding_at_128_tokens_per_expert() -> None:
+    layer = LAYERS[2]
+    assert measure(layer, 1024, 256).flops <= 1.3 * useful_flops(layer, 1024, 256)

@@ -1,0 +1,214 @@
+"""sigma_moe's Triton kernels, interpreted, against the fp64 loop: values, every gradient, and what they touch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.backend import triton_limit
+from model.kernels.sigma_moe import sigma_moe
+from model.kernels.triton import sigma_moe as kernels
+from model.kernels.triton.interpreter import Launch, recording
+from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
+
+# Inputs are the same numbers on both sides. Half precision rounds the hidden layer and its gradient, the gated one,
+# every row and the result: measured 5e-4 (fp16) and 4e-3 (bf16) at most.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+SMALL = kernels.Tiles(rows=16, hidden=16, reduce=16, out=16, warps=4, stages=2)
+"""Several tiles in every direction at tiny sizes; no size below is a multiple of it unless said."""
+
+SHAPES = {
+    "odd": Shape(N=21, d=37, E=3, G=13, k=2),
+    "hidden in chunks": Shape(N=9, d=18, E=2, G=35, k=1),
+    "chunks and choices": Shape(N=7, d=20, E=3, G=20, k=2),
+    "multiples of the tile": Shape(N=16, d=32, E=2, G=16, k=2),
+    "all tokens on one expert": Shape(N=35, d=8, E=4, G=8, k=1, experts="one"),
+    "one and no token on an expert": Shape(N=19, d=8, E=6, G=8, k=2, experts="single"),
+    "one token": Shape(N=1, d=17, E=4, G=8, k=4),
+}
+MANY = {
+    "5 experts, 3 chosen": Shape(N=50, d=40, E=5, G=24, k=3),
+    "64 experts, 8 chosen": Shape(N=40, d=20, E=64, G=17, k=8),
+    "33 experts, 7 chosen": Shape(N=21, d=33, E=33, G=9, k=7),
+    "8 experts, all chosen": Shape(N=30, d=20, E=8, G=33, k=8),
+    "all of 300 on one": Shape(N=300, d=24, E=3, G=16, k=1, experts="one"),
+    "more experts than slots": Shape(N=3, d=9, E=16, G=8, k=2),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "mlp_tiles", lambda *_, **__: SMALL)
+    monkeypatch.setattr(kernels, "weight_tiles", lambda *_: SMALL)
+
+
+def check(case: Case, expected: list[Tensor], dtype: torch.dtype) -> list[Launch]:
+    """Right, the same again bit for bit, within bounds, no races and no atomics."""
+    with recording() as launches:
+        results = run(case, "triton")
+    for what, actual, right in zip(("y", *NAMES), results, expected, strict=True):
+        assert error(actual, right) <= TOLERANCE[dtype], what
+    for what, first, again in zip(("y", *NAMES), results, run(case, "triton"), strict=True):
+        assert torch.equal(first, again), what
+    assert not any(launch.atomics for launch in launches)
+    return launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_loop(name: str, dtype: torch.dtype, small_tiles: None) -> None:
+    case = make_case(SHAPES[name], dtype, scores_dtype=torch.float32)
+    check(case, loop(case), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tiles", ["small", "shipped"])
+@pytest.mark.parametrize("name", SHAPES | MANY)
+def test_equals_loop_in_every_way(name: str, tiles: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    case = make_case((SHAPES | MANY)[name], dtype)
+    check(case, loop(case), dtype)
+
+
+def test_shipped_tiles_in_fp16() -> None:
+    case = make_case(Shape(N=70, d=24, E=2, G=16, k=2), torch.float16)
+    launches = check(case, loop(case), torch.float16)
+    names = ["forward_kernel", "sum_kernel", "backward_kernel", "sum_kernel", *["weight_gradient_kernel"] * 2]
+    assert [launch.kernel for launch in launches] == names
+
+
+class Held(NamedTuple):
+    """Experts first to last - 1 of the shape are on this rank."""
+
+    shape: Shape
+    first: int
+    last: int
+
+
+HELD = {
+    "half of the experts": Held(Shape(N=20, d=12, E=4, G=8, k=2), 2, 4),
+    "one choice": Held(Shape(N=20, d=12, E=4, G=8, k=1), 1, 3),
+    "nobody chose them": Held(Shape(N=5, d=8, E=5, G=8, k=1, experts="one"), 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_experts_of_one_rank(name: str, small_tiles: None) -> None:
+    """Tensor parallelism: slots of other ranks' experts are missing from `order` and give nothing."""
+    shape, first, last = HELD[name]
+    whole = make_case(shape, torch.float32)
+    here = torch.zeros(shape.E, 1, 1)
+    here[first:last] = 1
+    y, grad_x, grad_scores, grad_up, grad_down = loop(whole._replace(down_experts=whole.down_experts * here))
+    # What an expert gets from the loss does not depend on the others; a silent one's own gradient is not asked for.
+    expected = [y, grad_x, grad_scores, grad_up[first:last], grad_down[first:last]]
+    start, stop = int(whole.load[:first].sum()), int(whole.load[:last].sum())
+    part = whole._replace(
+        index=whole.index - first,
+        order=whole.order[start:stop],
+        load=whole.load[first:last],
+        up_experts=whole.up_experts.detach()[first:last].requires_grad_(),
+        down_experts=whole.down_experts.detach()[first:last].requires_grad_(),
+    )
+    check(part, expected, torch.float32)
+
+
+def test_split_segments(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs share an expert's rows: 40 rows in 4 parts of 16, the last one empty; experts with fewer rows too."""
+    monkeypatch.setattr(kernels, "weight_splits", lambda *_: 4)
+    case = make_case(Shape(N=40, d=20, E=3, G=12, k=2, experts="one"), torch.bfloat16)
+    assert int(case.load.max()) == 40
+    check(case, loop(case), torch.bfloat16)
+
+
+def test_segments_are_split_where_programs_are_few() -> None:
+    tiles = kernels.weight_tiles(128, torch.bfloat16)
+    assert kernels.weight_splits(tiles, 32768, 32, 128, 1024) == 1
+    assert kernels.weight_splits(tiles, 32768, 2, 128, 1024) == 16
+    assert kernels.weight_splits(tiles, 1024, 2, 128, 1024) == 2  # at least 4 iterations for each
+    assert kernels.weight_splits(tiles, 0, 2, 128, 1024) == 1
+
+
+def test_strides(small_tiles: None) -> None:
+    """No tensor is contiguous, and the gradient is expanded from a scalar."""
+    case = make_case(Shape(N=18, d=20, E=3, G=12, k=2), torch.float32)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x.detach(), x.detach() + 1], dim=-1)[..., 0].requires_grad_(x.requires_grad)
+
+    strides = Case(*(strided(t) for t in case))._replace(grad=torch.tensor(0.3).expand_as(case.grad))
+    expected = loop(case._replace(grad=strides.grad))
+    with recording():
+        results = run(strides, "triton")
+    for what, actual, right in zip(("y", *NAMES), results, expected, strict=True):
+        assert error(actual, right) <= TOLERANCE[torch.float32], what
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(N=21, d=37, E=3, G=13, k=2), torch.float32),
+        (Shape(N=9, d=18, E=2, G=35, k=2), torch.bfloat16),
+        pytest.param(Shape(N=50, d=40, E=5, G=24, k=3), torch.float16, marks=pytest.mark.slow),
+        pytest.param(Shape(N=40, d=20, E=64, G=17, k=8), torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_swiglu(shape: Shape, dtype: torch.dtype, small_tiles: None) -> None:
+    """SiLU(x W_1[:, :G]) * (x W_1[:, G:]) instead of the ReLU: the kernels take it, no model has it."""
+    case = make_case(shape, dtype)
+    up = (torch.randn(shape.E, shape.d, 2 * shape.G, generator=torch.Generator().manual_seed(1)) / shape.d**0.5).to(
+        dtype
+    )
+    x, scores, down = (t.detach() for t in (case.x, case.scores, case.down_experts))
+    wide = [t.double().requires_grad_() for t in (x, scores, up, down)]
+    gate, linear = torch.einsum("nd,edg->neg", wide[0], wide[2]).chunk(2, dim=-1)
+    outputs = torch.einsum("neg,egd->ned", F.silu(gate) * linear, wide[3])
+    gates = torch.zeros(shape.N, shape.E, dtype=torch.float64).scatter(1, case.index, wide[1])
+    y = (outputs * gates[:, :, None]).sum(1)
+    expected = [y.detach(), *torch.autograd.grad(y, wide, case.grad.double())]
+    with recording() as launches:
+        actual, hidden = kernels.forward_triton(x, scores, case.order, case.load, up, down)
+        grads = kernels.backward_triton(case.grad, x, scores, case.order, case.load, up, down, hidden)
+    assert hidden.shape == (shape.N * shape.k, 2 * shape.G)
+    # Two hidden layers are rounded instead of one, and multiplied.
+    for what, result, right in zip(("y", *NAMES), (actual, *grads), expected, strict=True):
+        assert error(result, right) <= 2 * TOLERANCE[dtype], what
+    assert not any(launch.atomics for launch in launches)
+
+
+def test_reads_rows_once_and_weights_once_per_tile() -> None:
+    """At shipped tiles, in elements: what two GEMM kernels with 64 x 64 tiles must ask for, and what is asked for."""
+    N, d, _, G, k, _ = shape = Shape(N=128, d=128, E=2, G=128, k=1)
+    case = make_case(shape, torch.bfloat16)
+    with recording(check=False) as launches, torch.no_grad():
+        sigma_moe(*case[:7], backend="triton")
+    (launch,) = launches
+    tiles = sum(-(-n // 64) for n in case.load.tolist())
+    read = {name: traffic.load_bytes // 2 for name, traffic in launch.tensors.items()}
+    assert read["x_ptr"] == N * k * d
+    assert read["up_ptr"] == read["down_ptr"] == tiles * d * G
+    written = {name: traffic.store_bytes // 2 for name, traffic in launch.tensors.items() if traffic.store_bytes}
+    assert written == {"hidden_ptr": N * k * G, "rows_ptr": N * k * d}
+    assert launch.dot_flops == 2 * 2 * tiles * 64 * d * G
+
+
+def test_fp64_is_refused() -> None:
+    assert triton_limit("cpu", torch.float64) is not None
+    with pytest.raises(ValueError, match="backend=triton cannot compute sigma_moe"):
+        run(make_case(Shape(N=3, d=8, E=2, G=8, k=1), torch.float64), "triton")
+
+
+def test_compile_cases_are_complete() -> None:
+    cases = list(kernels.compile_cases())
+    assert len({case.name for case in cases}) == len(cases)
+    found = {case.kernel.__name__ if hasattr(case.kernel, "__name__") else case.kernel.fn.__name__ for case in cases}
+    assert found == {"forward_kernel", "backward_kernel", "sum_kernel", "weight_gradient_kernel"}
+    for d, num_experts, G, k in kernels.SHIPPED.values():
+        constants = [case.constexprs for case in cases if case.constexprs.get("D") == d]
+        assert any(c.get("NUM_EXPERTS") == num_experts and c.get("G") == G and c["K"] == k for c in constants)
