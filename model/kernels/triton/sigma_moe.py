@@ -258,13 +258,26 @@ def compile_cases() -> Iterator[CompileCase]:
     yield from _cases("259m swiglu bf16", torch.bfloat16, *SHIPPED["259m"], swiglu=True)
     # Two experts of a rank in expert parallelism: a row is a token with one choice, and segments are split.
     yield from _cases("259m ep bf16", torch.bfloat16, 1024, 2, 128, 1)
+    # Half of the experts of a tensor-parallel rank: slots are missing.
+    yield from _cases("259m tp bf16", torch.bfloat16, 1024, 16, 128, 4, missing=True)
+    yield from _cases("259m fp32", torch.float32, *SHIPPED["259m"])
 
 
 def _cases(
-    name: str, dtype: torch.dtype, d: int, num_experts: int, G: int, k: int, *, swiglu: bool = False
+    name: str,
+    dtype: torch.dtype,
+    d: int,
+    num_experts: int,
+    G: int,
+    k: int,
+    *,
+    swiglu: bool = False,
+    missing: bool = False,
 ) -> Iterator[CompileCase]:
     half, width = f"*{TYPE_NAMES[dtype]}", 2 * G if swiglu else G
     kinds = dict.fromkeys(("scores_ptr", "grad_scores_ptr"), "*fp32") | dict.fromkeys(("order_ptr", "load_ptr"), "*i64")
+    kinds["present_ptr"] = "*i8"
+    present = {} if missing else {"present_ptr": None}
 
     def case(kernel, what: str, constants: dict, tiles: Tiles | None, **special: str) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
@@ -276,17 +289,17 @@ def _cases(
             constexprs=constants,
             num_warps=warps,
             num_stages=stages,
-            is_gemm=tiles is not None,
+            is_gemm=tiles is not None and dtype != torch.float32,
         )
 
     choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
     for tiles in dict.fromkeys(choices):
         for kernel, what in ((forward_kernel, "forward"), (backward_kernel, "backward")):
             constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, num_experts, swiglu=swiglu)
-            yield case(kernel, f"{what} {tiles.rows} rows", constants | {"present_ptr": None}, tiles)
+            yield case(kernel, f"{what} {tiles.rows} rows", constants | present, tiles)
     if k > 1:
-        constants = sum_constants(d, k, 1, triton.cdiv(d, 8) * 8)
-        yield case(sum_kernel, "sum", constants | {"present_ptr": None}, None, num_tokens="i32")
+        constants = sum_constants(d, k, triton.cdiv(G, tiles.hidden), triton.cdiv(d, 8) * 8)
+        yield case(sum_kernel, "sum", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
         tiles = weight_tiles(columns, dtype)
         splits = weight_splits(tiles, 8192, num_experts, columns, d)
