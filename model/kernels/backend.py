@@ -23,11 +23,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu"),
+    "route": ("reference", "cpu", "triton"),
     "sigma_moe": ("reference", "cpu", "grouped_mm", "triton"),
-    "switchhead_value": ("reference", "cpu"),
-    "switchhead_output": ("reference", "cpu"),
-    "expert_linear": ("reference", "cpu"),
+    "switchhead_value": ("reference", "cpu", "triton"),
+    "switchhead_output": ("reference", "cpu", "triton"),
+    "expert_linear": ("reference", "cpu", "triton"),
     "linear_cross_entropy": ("reference", "cpu", "triton"),
 }
 """Every op and the backends that it has."""

@@ -66,7 +66,7 @@ def expert_linear_sum_reference(a: Tensor, gates: Tensor, index: Tensor, experts
 
 @torch.library.custom_op("switchall::expert_linear", mutates_args=())
 def _expert_linear(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int, backend: str) -> Tensor:
-    return {"cpu": _linear_cpu}[backend](x, order, load, experts, k)
+    return {"cpu": _linear_cpu, "triton": _linear_triton}[backend](x, order, load, experts, k)
 
 
 @torch.library.custom_op("switchall::expert_linear_backward", mutates_args=())
@@ -74,12 +74,13 @@ def _expert_linear_backward(
     grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and experts for the output's gradient `grad` [N, k, h]."""
-    return {"cpu": _linear_backward_cpu}[backend](grad, x, order, load, experts)
+    forms = {"cpu": _linear_backward_cpu, "triton": _linear_backward_triton}
+    return forms[backend](grad, x, order, load, experts)
 
 
 @torch.library.custom_op("switchall::expert_linear_sum", mutates_args=())
 def _expert_linear_sum(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str) -> Tensor:
-    return {"cpu": _sum_cpu}[backend](a, gates, order, load, experts)
+    return {"cpu": _sum_cpu, "triton": _sum_triton}[backend](a, gates, order, load, experts)
 
 
 @torch.library.custom_op("switchall::expert_linear_sum_backward", mutates_args=())
@@ -87,7 +88,8 @@ def _expert_linear_sum_backward(
     grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of a, gates and experts for the output's gradient `grad` [N, d]."""
-    return {"cpu": _sum_backward_cpu}[backend](grad, a, gates, order, load, experts)
+    forms = {"cpu": _sum_backward_cpu, "triton": _sum_backward_triton}
+    return forms[backend](grad, a, gates, order, load, experts)
 
 
 @_expert_linear.register_fake
@@ -151,6 +153,34 @@ def sum_flop(a_shape, gates_shape, order_shape, load_shape, experts_shape, *args
 def sum_backward_flop(grad_shape, a_shape, gates_shape, order_shape, load_shape, experts_shape, *args, **kwargs) -> int:
     """Input and weight gradient: twice the forward pass."""
     return 2 * sum_flop(a_shape, gates_shape, order_shape, load_shape, experts_shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+# Imported where it runs: users of the CPU need no triton.
+
+
+def _linear_triton(*tensors_and_k):
+    from model.kernels.triton.expert_linear import forward_triton
+
+    return forward_triton(*tensors_and_k)
+
+
+def _linear_backward_triton(*tensors):
+    from model.kernels.triton.expert_linear import backward_triton
+
+    return backward_triton(*tensors)
+
+
+def _sum_triton(*tensors):
+    from model.kernels.triton.expert_linear import forward_sum_triton
+
+    return forward_sum_triton(*tensors)
+
+
+def _sum_backward_triton(*tensors):
+    from model.kernels.triton.expert_linear import backward_sum_triton
+
+    return backward_sum_triton(*tensors)
 
 
 # --------------------------------------------------------------------------------------------------------------- CPU

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Strategy = Literal["all", "sets", "experts"]
+TritonStrategy = Literal["gated", "sorted"]
 
 MAX_GROUP_ROWS = 512
 """Longer groups are split: a [512, 1024] fp32 block is 2 MB, the second-level cache of one core."""
@@ -112,8 +113,29 @@ def resolve_strategy(backend: str, index_shape: Sequence[int], num_experts: int)
     """Strategy of backend `cpu`; tests and benchmarks force one with `cpu:all`, `cpu:sets` or `cpu:experts`."""
     name, _, forced = backend.partition(":")
     if name != "cpu" or forced not in ("", *get_args(Strategy)):
-        raise ValueError(f"kernel backend {backend!r} has no SwitchHead projections; use reference or cpu")
+        raise ValueError(f"kernel backend {backend!r} has no SwitchHead projections; use reference, cpu or triton")
     return cast(Strategy, forced) if forced else choose_strategy(index_shape[0], num_experts, index_shape[2])
+
+
+def triton_strategy(backend: str, k: int, num_experts: int) -> TritonStrategy | None:
+    """Strategy of backend `triton`, None of another one; `triton:gated` and `triton:sorted` force one.
+
+    gated   one GEMM over all experts, rows scaled by their gate or 0: E / k times the flops, and no slot's row exists.
+    sorted  (token, choice) pairs sorted by expert: useful flops only, but wide slot rows are written and summed.
+
+    At k / E = 1/2 gated is ahead of any sorted kernel that sums in a second pass (arithmetic: docs/kernels.md).
+    """
+    name, _, forced = backend.partition(":")
+    if name != "triton":
+        return None
+    if forced not in ("", *get_args(TritonStrategy)):
+        raise ValueError(f"kernel backend {backend!r}: triton has the strategies {', '.join(get_args(TritonStrategy))}")
+    return cast(TritonStrategy, forced) if forced else ("gated" if 2 * k >= num_experts else "sorted")
+
+
+def slot_stride(width: int) -> int:
+    """Elements from one slot's row to the next in what the sorted Triton kernels write: n * 16 bytes in bf16."""
+    return -(-width // 8) * 8
 
 
 def dense_gates(scores: Tensor, index: Tensor, num_experts: int) -> Tensor:
@@ -140,6 +162,10 @@ def fake_grouping(index: Tensor, num_experts: int, backend: str) -> tuple[Tensor
     if backend == "reference":
         return no_grouping(index)
     N, H, k = index.shape
+    if on_gpu := triton_strategy(backend, k, num_experts):
+        slots, experts = (N * k, num_experts) if on_gpu == "sorted" else (0, 0)
+        order, load = (index.new_empty(H, size, dtype=torch.int32) for size in (slots, experts))
+        return order, index.new_empty(0), load
     strategy = resolve_strategy(backend, index.shape, num_experts)
     num_rows, num_sets = {
         "all": (N, 1),

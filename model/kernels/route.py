@@ -12,7 +12,8 @@ Next to busy processes, two threads: 8 ms in blocks on the workers, 49 with thre
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -77,7 +78,7 @@ def _route(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logits, scores, index, load, order as in `Routing`."""
-    return {"cpu": _forward_cpu}[backend](x, weight, keep, k, drop_scores)
+    return _implementation(backend)[0](x, weight, keep, k, drop_scores)
 
 
 @_route.register_fake
@@ -104,12 +105,21 @@ def _route_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    return {"cpu": _backward_cpu}[backend](grad_logits, grad_scores, x, weight, scores, index)
+    return _implementation(backend)[1](grad_logits, grad_scores, x, weight, scores, index)
 
 
 @_route_backward.register_fake
 def _(grad_logits, grad_scores, x, weight, scores, index, backend):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
+
+
+def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward."""
+    if backend == "triton":
+        from model.kernels.triton import route as kernels
+
+        return kernels.forward_triton, kernels.backward_triton
+    return {"cpu": (_forward_cpu, _backward_cpu)}[backend]
 
 
 def _setup_context(ctx, inputs, output):

@@ -30,6 +30,7 @@ from model.kernels.grouping import (
     group_tokens,
     no_grouping,
     resolve_strategy,
+    triton_strategy,
 )
 from model.kernels.workers import scratch
 
@@ -119,9 +120,15 @@ def backward_cpu(
 def _forward(
     a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, and for backward `Grouping.saved`, empty where `backend` is the reference."""
+    """-> y, and for backward `Grouping.saved`, empty where `backend` is the reference. Backend triton returns the order
+    of slots for the token, and the load of experts for the ends."""
     if backend == "reference":
         return reference(a, scores, index, experts), *no_grouping(index)
+    if on_gpu := triton_strategy(backend, index.shape[2], experts.shape[1]):
+        from model.kernels.triton.switchhead_output import forward_triton
+
+        y, order, load = forward_triton(a, scores, index, experts, on_gpu)
+        return y, order, index.new_empty(0), load
     return forward_cpu(a, scores, index, experts.contiguous(), resolve_strategy(backend, index.shape, experts.shape[1]))
 
 
@@ -139,6 +146,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference_backward(grad, a, scores, index, experts)
+    if on_gpu := triton_strategy(backend, index.shape[2], experts.shape[1]):
+        from model.kernels.triton.switchhead_output import backward_triton
+
+        return backward_triton(grad, a, scores, index, experts, (token, ends), on_gpu)
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     return backward_cpu(grad, a, scores, experts.contiguous(), grouping)

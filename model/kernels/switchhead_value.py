@@ -30,6 +30,8 @@ from model.kernels.grouping import (
     group_tokens,
     no_grouping,
     resolve_strategy,
+    slot_stride,
+    triton_strategy,
 )
 from model.kernels.workers import scratch
 
@@ -122,9 +124,15 @@ def backward_cpu(
 def _forward(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> v, and for backward: the products and `Grouping.saved`, empty where `backend` is the reference."""
+    """-> v, and for backward: the products and `Grouping.saved`, empty where `backend` is the reference. Backend triton
+    returns the order of slots for the token, and the load of experts for the ends."""
     if backend == "reference":
         return reference(x, scores, index, experts), x.new_empty(0, experts.shape[3]), *no_grouping(index)
+    if on_gpu := triton_strategy(backend, index.shape[2], experts.shape[1]):
+        from model.kernels.triton.switchhead_value import forward_triton
+
+        v, products, order, load = forward_triton(x, scores, index, experts, on_gpu)
+        return v, products, order, index.new_empty(0), load
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
     return forward_cpu(x, scores, index, experts.contiguous(), strategy)
 
@@ -144,6 +152,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference_backward(grad, x, scores, index, experts)
+    if on_gpu := triton_strategy(backend, index.shape[2], experts.shape[1]):
+        from model.kernels.triton.switchhead_value import backward_triton
+
+        return backward_triton(grad, x, scores, index, experts, (products, token, ends), on_gpu)
     strategy = resolve_strategy(backend, index.shape, experts.shape[1])
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     return backward_cpu(grad, x, scores, experts.contiguous(), products, grouping)
@@ -154,10 +166,14 @@ def _(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H, k), (E, h) = index.shape, experts.shape[1::2]
-    per_token = 0
-    if backend != "reference":
+    width = h
+    if on_gpu := triton_strategy(backend, k, E):
+        per_token, width = (k, slot_stride(h)) if on_gpu == "sorted" else (0, h)
+    elif backend == "reference":
+        per_token = 0
+    else:
         per_token = E if resolve_strategy(backend, index.shape, E) == "all" else k
-    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, h), *fake_grouping(index, E, backend)
+    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, width), *fake_grouping(index, E, backend)
 
 
 @_backward.register_fake

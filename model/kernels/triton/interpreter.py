@@ -318,6 +318,11 @@ class _Watch:
 _watch: _Watch | None = None
 
 
+def is_running() -> bool:
+    """Whether a recorded launch is being interpreted."""
+    return _watch is not None
+
+
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 

@@ -36,7 +36,8 @@ SHAPES = {
     "empty": Shape(N=0, d=8, R=2, E=4, k=2),
 }
 DROPOUT = ("none", "attention", "feed-forward")
-BACKENDS = kernel_backend.BACKENDS["route"]
+BACKENDS = tuple(name for name in kernel_backend.BACKENDS["route"] if name != "triton")
+"""The Triton kernels, slow in the interpreter and without fp64, have tests of their own: triton/test_route.py."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: only the gradients are rounded
 
 
@@ -232,18 +233,19 @@ def test_gradcheck(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("dropout", ["none", "attention"])
-def test_opcheck(dropout: str) -> None:
+def test_opcheck(dropout: str, backend: str) -> None:
     case = make_case(SHAPES["heads"], dropout, torch.bfloat16)
-    torch.library.opcheck(torch.ops.switchall.route.default, (case.x, case.weight, case.keep, 3, False, "cpu"))
-    _, scores, index, _, _ = torch.ops.switchall.route(case.x.detach(), case.weight.detach(), None, 3, False, "cpu")
+    torch.library.opcheck(torch.ops.switchall.route.default, (case.x, case.weight, case.keep, 3, False, backend))
+    _, scores, index, _, _ = torch.ops.switchall.route(case.x.detach(), case.weight.detach(), None, 3, False, backend)
     torch.library.opcheck(
         torch.ops.switchall.route_backward.default,
-        (case.grad_logits, case.grad_scores, case.x.detach(), case.weight.detach(), scores, index, "cpu"),
+        (case.grad_logits, case.grad_scores, case.x.detach(), case.weight.detach(), scores, index, backend),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_compiles_without_graph_breaks(backend: str) -> None:
     case = make_case(SHAPES["feed-forward"], "none", torch.float32)
 
@@ -259,7 +261,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_meta_tensors(backend: str) -> None:
     shape = SHAPES["heads"]
     x = torch.empty(shape.N, shape.d, device="meta", requires_grad=True)
@@ -271,7 +273,7 @@ def test_meta_tensors(backend: str) -> None:
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_flop_counter(backend: str) -> None:
     N, d, R, E, _ = SHAPES["heads"]
     case = make_case(SHAPES["heads"], "none", torch.float32)

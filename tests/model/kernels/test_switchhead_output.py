@@ -183,5 +183,7 @@ def test_useful_flops_are_counted(backend: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="triton"):
-        switchhead_output(*inputs(SHAPES[0], torch.float32), "triton")
+    with pytest.raises(ValueError, match="cuda"):
+        switchhead_output(*inputs(SHAPES[0], torch.float32), "cuda")
+    with pytest.raises(ValueError, match="gated, sorted"):
+        switchhead_output(*inputs(SHAPES[0], torch.float32), "triton:sets")

@@ -181,8 +181,10 @@ def test_useful_flops_are_counted(backend: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="triton"):
-        switchhead_value(*inputs(SHAPES[0], torch.float32), "triton")
+    with pytest.raises(ValueError, match="cuda"):
+        switchhead_value(*inputs(SHAPES[0], torch.float32), "cuda")
+    with pytest.raises(ValueError, match="gated, sorted"):
+        switchhead_value(*inputs(SHAPES[0], torch.float32), "triton:sets")
 
 
 # N, E, k: what is measured fastest at d = 1024, h = 112 (benchmarks/kernels_switchhead.py).

@@ -1,0 +1,63 @@
+"""expert_linear and expert_linear_sum on GPUs: sorted GEMMs of one router (model/kernels/triton/sorted_gemm.py).
+
+`order` [N*k] and `load` [E] are the router's, of any integer dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from model.kernels.triton.gated_gemm import check_dtypes
+from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.sorted_gemm import Rows, project, projection_cases, weight_gradient
+from model.kernels.triton.sorted_slots import mix_slots, sum_slots
+
+
+def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
+    """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
+    check_dtypes(x, experts)
+    x, order, load, experts = (t.contiguous() for t in (x, order, load, experts))
+    h = experts.shape[2]
+    y = project(Rows.of_tokens(x, k), order, load, experts[None], None, k, transposed=False, stride=h)
+    return y.view(x.shape[0], k, h)
+
+
+def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and experts for `grad` [N, k, h]."""
+    grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
+    k = grad.shape[1]
+    narrow, weights = Rows.of_slots(grad), experts[None]
+    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True), *x.shape)
+    grad_experts = weight_gradient(Rows.of_tokens(x, k), narrow, order, load, weights, None, k, narrow_first=False)
+    return grad_x, grad_experts[0]
+
+
+def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
+    check_dtypes(a, experts)
+    a, gates, order, load, experts = (t.contiguous() for t in (a, gates, order, load, experts))
+    N, k, _ = a.shape
+    wide = project(Rows.of_slots(a), order, load, experts[None], gates[:, None], k, transposed=False)
+    return sum_slots(wide, N, experts.shape[2])
+
+
+def backward_sum_triton(
+    grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, gates and experts for `grad` [N, d]."""
+    grad, a, gates, order, load, experts = (t.contiguous() for t in (grad, a, gates, order, load, experts))
+    N, k, h = a.shape
+    wide, weights = Rows.of_tokens(grad, k), experts[None]
+    products = project(wide, order, load, weights, None, k, transposed=True)
+    # A slot is a token with one choice here: its gradient and its gate's, both from its own product.
+    grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), h, a.view(N * k, 1, h))
+    grad_experts = weight_gradient(wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True)
+    return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts[0]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """MoA's 4 of 16 experts of 144 at d_model 1024; the order is the router's."""
+    wide, narrow = (1024, 0, 1024, 4), (144, 0, 144, 1)
+    yield from projection_cases("expert_linear 1024x144", 4, 16, wide, narrow, value_is_gated=False, order="i64")

@@ -1,0 +1,225 @@
+"""switchhead_output on GPUs: y[n] = sum over h and e of gate[n, h, e] * a[n, h] W_O[h, e].
+
+`gated` (2k >= E): see model/kernels/triton/gated_gemm.py. `sorted` (2k < E): model/kernels/triton/sorted_gemm.py; every
+slot writes its wide row, and a second kernel sums those of a token over heads and choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.grouping import TritonStrategy
+from model.kernels.triton import sorted_gemm
+from model.kernels.triton.gated_gemm import (
+    WIDTHS,
+    Tiles,
+    check_dtypes,
+    column_tile,
+    dense_gates,
+    gather_gate_gradient,
+    make_case,
+    scale_rows,
+    weight_gradient,
+)
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.sorted_gemm import Rows
+from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
+
+
+@triton.jit
+def output_forward_kernel(
+    a,
+    gates,
+    experts,
+    y,
+    N,
+    d: tl.constexpr,
+    h: tl.constexpr,
+    H,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a [N, H, h], gates [H, E, N] fp32, experts [H, E, h, d] -> y [N, d].
+
+    One program per (token tile, column tile). Its K axis, one loop, runs over heads, experts and head_dim: heads are
+    summed in the accumulator."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(d, BLOCK_N)
+    columns = (program % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (program // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, column_mask = rows < N, columns < d
+    tokens = rows.to(tl.int64)[:, None]
+
+    steps = tl.cdiv(h, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(H * E * steps):
+        pair = i // steps
+        inner = (i % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        gate = tl.load(gates + pair * N + rows, mask=row_mask, other=0.0)
+        source = a + (tokens * H + pair // E) * h + inner[None, :]
+        narrow = tl.load(source, mask=row_mask[:, None] & (inner < h)[None, :], other=0.0)
+        weight = experts + pair.to(tl.int64) * h * d + inner[:, None] * d + columns[None, :]
+        b = tl.load(weight, mask=(inner < h)[:, None] & column_mask[None, :], other=0.0)
+        total = tl.dot(scale_rows(narrow, gate), b, total, input_precision="ieee")
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(y + tokens * d + columns[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def output_backward_kernel(
+    grad,
+    a,
+    gates,
+    experts,
+    grad_a,
+    grad_gates,
+    N,
+    d: tl.constexpr,
+    h: tl.constexpr,
+    H,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_a[n, h] = sum over e of gate * t,  t = grad[n] W_O[h, e]^T, and grad_gate[n, h, e] = <a[n, h], t>.
+
+    grad [N, d], a [N, H, h] -> grad_a [N, H, h], grad_gates [column tiles, H, E, N] fp32: what each program saw of
+    <a, t>. One program per (token tile, head, column tile); t of one expert at a time, whole before it is scaled."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(h, BLOCK_N)
+    column_tile = program % column_tiles
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    program //= column_tiles
+    head = program % H
+    rows = (program // H) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, column_mask = rows < N, columns < h
+    tokens = rows.to(tl.int64)[:, None]
+    narrow = (tokens * H + head) * h + columns[None, :]
+    narrow_mask = row_mask[:, None] & column_mask[None, :]
+    source = tl.load(a + narrow, mask=narrow_mask, other=0.0)
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    steps = tl.cdiv(d, BLOCK_K)
+    for i in range(E * steps):
+        pair, step = head * E + i // steps, i % steps
+        inner = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        inner_mask = inner < d
+        g = tl.load(grad + tokens * d + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
+        weight = experts + pair.to(tl.int64) * h * d + columns[None, :] * d + inner[:, None]
+        b = tl.load(weight, mask=inner_mask[:, None] & column_mask[None, :], other=0.0)
+        product = tl.dot(g, b, product, input_precision="ieee")
+        if step == steps - 1:
+            gate = tl.load(gates + pair * N + rows, mask=row_mask, other=0.0)
+            total += product * gate[:, None]
+            partial = tl.sum(product * source, axis=1)
+            tl.store(grad_gates + (column_tile * H * E + pair) * N + rows, partial, mask=row_mask)
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tl.store(grad_a + narrow, total.to(grad_a.dtype.element_ty), mask=narrow_mask)
+
+
+def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, 4, 2)
+    return Tiles(128, 128, column_tile(h, 64), 8, 3)
+
+
+def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+    """Two accumulators and a tile of a: 64 x 128 is the largest that 8 warps hold without spilling."""
+    if dtype == torch.float32:
+        return Tiles(64, column_tile(h, 64), 32, 8, 2)
+    columns = column_tile(h)
+    return Tiles(64 if columns == 128 else 128, columns, 64, 4 if columns == 32 else 8, 3)
+
+
+def forward_triton(
+    a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N, d]; and of `sorted`, else empty: order [H, N k], load [H, E])."""
+    check_dtypes(a, experts)
+    a, scores, index, experts = (t.contiguous() for t in (a, scores, index, experts))
+    (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]
+    if strategy == "sorted":
+        order, load = sort_slots(index, E)
+        wide = sorted_gemm.project(Rows.of_tokens(a, k), order, load, experts, scores, k, transposed=False)
+        return sum_slots(wide, N, d), order, load
+    y = a.new_empty(N, d)
+    if N > 0:
+        gates = dense_gates(scores, index, E)
+        rows, columns, depth, warps, stages = forward_tiles(h, a.dtype)
+        output_forward_kernel[(triton.cdiv(N, rows) * triton.cdiv(d, columns),)](
+            a, gates, experts, y, N, d, h, H, E, rows, columns, depth, num_warps=warps, num_stages=stages
+        )
+    return y, *no_slots(index)
+
+
+def backward_triton(
+    grad: Tensor,
+    a: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    experts: Tensor,
+    saved: tuple[Tensor, Tensor],
+    strategy: TritonStrategy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, scores and experts; `saved` are the order and load of `forward_triton`."""
+    grad, a, scores, index, experts = (t.contiguous() for t in (grad, a, scores, index, experts))
+    (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]
+    if strategy == "sorted":
+        order, load = saved
+        wide, narrow = Rows.of_tokens(grad, k), Rows.of_tokens(a, k)
+        products = sorted_gemm.project(wide, order, load, experts, None, k, transposed=True)
+        grad_a, grad_scores = mix_slots(products, scores, h, a)
+        grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=True)
+        return grad_a, grad_scores, grad_experts
+    if N == 0:
+        return torch.empty_like(a), torch.empty_like(scores), torch.zeros_like(experts)
+    gates = dense_gates(scores, index, E)
+    rows, columns, depth, warps, stages = backward_tiles(h, a.dtype)
+    column_tiles = triton.cdiv(h, columns)
+    grad_a, partial = torch.empty_like(a), gates.new_empty(column_tiles, H, E, N)
+    output_backward_kernel[(triton.cdiv(N, rows) * H * column_tiles,)](
+        grad,
+        a,
+        gates,
+        experts,
+        grad_a,
+        partial,
+        N,
+        d,
+        h,
+        H,
+        E,
+        rows,
+        columns,
+        depth,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    grad_experts = weight_gradient(grad, a, gates, experts, narrow_first=True)
+    return grad_a, gather_gate_gradient(partial, index, scores.dtype), grad_experts
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The gate-scaled kernels."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = TYPE_NAMES[dtype]
+        pointers = dict.fromkeys(("a", "experts", "grad", "y", "grad_a"), kind) | {
+            "gates": "fp32",
+            "grad_gates": "fp32",
+        }
+        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+            for what, kernel, tiles in (
+                ("forward", output_forward_kernel, forward_tiles(h, dtype)),
+                ("backward", output_backward_kernel, backward_tiles(h, dtype)),
+            ):
+                name = f"switchhead_output {what} {d}x{h} {kind}"
+                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles)

@@ -1,0 +1,237 @@
+"""switchhead_value on GPUs: v[n, h] = sum over e of gate[n, h, e] * x[n] W_V[h, e].
+
+`gated` (2k >= E): see model/kernels/triton/gated_gemm.py. `sorted` (2k < E): model/kernels/triton/sorted_gemm.py; every
+slot writes its narrow product, from which the sum over k and the gates' gradients are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.grouping import TritonStrategy
+from model.kernels.triton import sorted_gemm
+from model.kernels.triton.gated_gemm import (
+    WIDTHS,
+    Tiles,
+    check_dtypes,
+    column_tile,
+    dense_gates,
+    gather_gate_gradient,
+    make_case,
+    scale_rows,
+    unrolled_experts,
+    weight_gradient,
+)
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.sorted_gemm import Rows
+from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
+
+
+@triton.jit
+def value_forward_kernel(
+    x,
+    gates,
+    experts,
+    v,
+    N,
+    d: tl.constexpr,
+    h: tl.constexpr,
+    H,
+    E: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x [N, d], gates [H, E, N] fp32, experts [H, E, d, h] -> v [N, H, h].
+
+    One program per (token tile, head, column tile). A tile of x is read once for UNROLL experts and scaled in
+    registers. Heads vary fastest: the programs that read the same tokens run together and share them in L2."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(h, BLOCK_N)
+    columns = (program % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program //= column_tiles
+    head = program % H
+    rows = (program // H) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, column_mask = rows < N, columns < h
+    tokens = rows.to(tl.int64)[:, None]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, E, UNROLL):
+        pair = head * E + first
+        gate = ()
+        for u in tl.static_range(UNROLL):
+            one = tl.load(gates + (pair + u) * N + rows, mask=row_mask, other=0.0)
+            gate = gate + (one,)  # type: ignore[assignment]  # noqa: RUF005  # triton has no starred tuples
+        for start in range(0, d, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            inner_mask = inner < d
+            a = tl.load(x + tokens * d + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
+            for u in tl.static_range(UNROLL):
+                weight = experts + (pair + u).to(tl.int64) * d * h + inner[:, None] * h + columns[None, :]
+                b = tl.load(weight, mask=inner_mask[:, None] & column_mask[None, :], other=0.0)
+                total = tl.dot(scale_rows(a, gate[u]), b, total, input_precision="ieee")
+    result = total.to(v.dtype.element_ty)
+    tl.store(v + (tokens * H + head) * h + columns[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def value_backward_kernel(
+    grad,
+    x,
+    gates,
+    experts,
+    grad_x,
+    grad_gates,
+    N,
+    d: tl.constexpr,
+    h: tl.constexpr,
+    H,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_x[n] = sum over h, e of gate * t,  t = grad[n, h] W_V[h, e]^T, and grad_gate[n, h, e] = <x[n], t>.
+
+    grad [N, H, h], x [N, d] -> grad_x [N, d], grad_gates [column tiles, H, E, N] fp32: what each program saw of <x, t>.
+    Nothing of the forward pass is saved or computed again: t serves both gradients. One program per (token tile, column
+    tile). One loop runs over pairs and, within a pair, over head_dim, so that loads are in flight across pairs."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(d, BLOCK_N)
+    column_tile = program % column_tiles
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (program // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, column_mask = rows < N, columns < d
+    tokens = rows.to(tl.int64)[:, None]
+    wide_mask = row_mask[:, None] & column_mask[None, :]
+    source = tl.load(x + tokens * d + columns[None, :], mask=wide_mask, other=0.0)
+
+    steps = tl.cdiv(h, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(H * E * steps):
+        pair, step = i // steps, i % steps
+        inner = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        narrow = grad + (tokens * H + pair // E) * h + inner[None, :]
+        a = tl.load(narrow, mask=row_mask[:, None] & (inner < h)[None, :], other=0.0)
+        weight = experts + pair.to(tl.int64) * d * h + columns[None, :] * h + inner[:, None]
+        b = tl.load(weight, mask=(inner < h)[:, None] & column_mask[None, :], other=0.0)
+        product = tl.dot(a, b, product, input_precision="ieee")
+        if step == steps - 1:
+            gate = tl.load(gates + pair * N + rows, mask=row_mask, other=0.0)
+            total += product * gate[:, None]
+            partial = tl.sum(product * source, axis=1)
+            tl.store(grad_gates + (column_tile * H * E + pair) * N + rows, partial, mask=row_mask)
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tl.store(grad_x + tokens * d + columns[None, :], total.to(grad_x.dtype.element_ty), mask=wide_mask)
+
+
+def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(64, column_tile(h, 64), 32, 4, 2)
+    columns = column_tile(h)
+    return Tiles(128, columns, 32, 8 if columns == 128 else 4, 3)
+
+
+def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+    """Two accumulators and a tile of x: 64 x 128 is the largest that 8 warps hold without spilling."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, 8, 2)
+    return Tiles(64, 128, column_tile(h, 64), 8, 3)
+
+
+MAX_UNROLLED = 5
+"""Experts that share a tile of x in registers: 5 tiles of W and one of x, twice, are 96 KB of shared memory."""
+
+
+def forward_triton(
+    x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> v [N, H, h]; and of `sorted`, else empty, x W_V of every slot [H N k, slot_stride(h)], order [H, N k] and load
+    [H, E]."""
+    check_dtypes(x, experts)
+    x, scores, index, experts = (t.contiguous() for t in (x, scores, index, experts))
+    (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
+    if strategy == "sorted":
+        order, load = sort_slots(index, E)
+        products = sorted_gemm.project(Rows.of_tokens(x, k), order, load, experts, None, k, transposed=False)
+        return mix_slots(products, scores, h)[0], products.flatten(0, 1), order, load
+    v = x.new_empty(N, H, h)
+    if N > 0:
+        gates = dense_gates(scores, index, E)
+        rows, columns, depth, warps, stages = forward_tiles(h, x.dtype)
+        unrolled = unrolled_experts(E, MAX_UNROLLED)
+        value_forward_kernel[(triton.cdiv(N, rows) * H * triton.cdiv(h, columns),)](
+            x, gates, experts, v, N, d, h, H, E, unrolled, rows, columns, depth, num_warps=warps, num_stages=stages
+        )
+    return v, x.new_empty(0, h), *no_slots(index)
+
+
+def backward_triton(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    experts: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor],
+    strategy: TritonStrategy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scores and experts; `saved` are the products, order and load of `forward_triton`."""
+    grad, x, scores, index, experts = (t.contiguous() for t in (grad, x, scores, index, experts))
+    (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
+    if strategy == "sorted":
+        products, order, load = saved
+        narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
+        _, grad_scores = mix_slots(products, scores, h, grad, mix=False)
+        grad_x = sum_slots(sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True), N, d)
+        grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=False)
+        return grad_x, grad_scores, grad_experts
+    if N == 0:
+        return torch.empty_like(x), torch.empty_like(scores), torch.zeros_like(experts)
+    gates = dense_gates(scores, index, E)
+    rows, columns, depth, warps, stages = backward_tiles(h, x.dtype)
+    column_tiles = triton.cdiv(d, columns)
+    grad_x, partial = torch.empty_like(x), gates.new_empty(column_tiles, H, E, N)
+    value_backward_kernel[(triton.cdiv(N, rows) * column_tiles,)](
+        grad,
+        x,
+        gates,
+        experts,
+        grad_x,
+        partial,
+        N,
+        d,
+        h,
+        H,
+        E,
+        rows,
+        columns,
+        depth,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    grad_experts = weight_gradient(x, grad, gates, experts, narrow_first=False)
+    return grad_x, gather_gate_gradient(partial, index, scores.dtype), grad_experts
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The gate-scaled kernels, for 4 and for 5 experts."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = TYPE_NAMES[dtype]
+        pointers = dict.fromkeys(("x", "experts", "grad", "v", "grad_x"), kind) | {
+            "gates": "fp32",
+            "grad_gates": "fp32",
+        }
+        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+            for E in (4, 5):
+                constants = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
+                name = f"switchhead_value forward E{E} {d}x{h} {kind}"
+                yield make_case(name, value_forward_kernel, pointers, constants, forward_tiles(h, dtype))
+            name = f"switchhead_value backward {d}x{h} {kind}"
+            yield make_case(name, value_backward_kernel, pointers, {"d": d, "h": h}, backward_tiles(h, dtype))

@@ -1,0 +1,222 @@
+"""On CUDA every op takes the Triton path, and its host code never waits for the GPU: fake CUDA tensors run through the
+real op bodies, launches are recorded. A fake tensor has no data: .item(), .tolist() and data-dependent shapes fail."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
+
+from model.kernels.backend import BACKENDS, resolve
+from model.kernels.choice import Backends
+from model.language_model import LanguageModel
+from tests.pretrain.runs import MOA, small_config
+
+N, d, H, h, E, k, G, V = 96, 32, 2, 16, 4, 2, 16, 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BODIES = {
+    "route": ("_route", "_route_backward"),
+    "sigma_moe": ("_sigma_moe", "_sigma_moe_backward"),
+    "switchhead_value": ("_forward", "_backward"),
+    "switchhead_output": ("_forward", "_backward"),
+    "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
+    "linear_cross_entropy": ("_linear_cross_entropy",),
+}
+"""The custom ops of every op's module."""
+
+
+def test_every_op_is_covered() -> None:
+    assert BODIES.keys() == BACKENDS.keys() == {field.name for field in fields(Backends)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", BACKENDS)
+def test_auto_on_cuda_is_triton(op: str, dtype: torch.dtype) -> None:
+    assert resolve("auto", op, "cuda", dtype=dtype, widths=(412, 100)) == "triton"
+    assert resolve("auto", op, "cpu", dtype=dtype) == "cpu"
+
+
+class Launches(list[tuple[str, list[Tensor]]]):
+    """Kernel and tensors of every launch."""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    found = Launches()
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(isinstance(size, int) for size in grid)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        found.append((self.fn.__name__, tensors))
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _indexing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x[...] of a CUDA tensor, read or written, asks for a device guard, which CPU builds of torch
+    lack: the same views by other names. An index that is a tensor, whose result may be data-dependent, still fails."""
+    original = Tensor.__getitem__
+
+    def getitem(self: Tensor, key: Any) -> Tensor:
+        if self.device.type != "cuda":
+            return original(self, key)
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in keys:
+            missing = self.dim() - sum(k is not None and k is not Ellipsis for k in keys)
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * missing
+        result, dim = self, 0
+        for k in keys:
+            if isinstance(k, int):
+                result = result.select(dim, k)
+                continue
+            if k is None:
+                result = result.unsqueeze(dim)
+            else:
+                assert isinstance(k, slice), f"indexing a CUDA tensor with {k}"
+                result = torch.ops.aten.slice(result, dim, k.start, k.stop, k.step or 1)
+            dim += 1
+        return result
+
+    def setitem(self: Tensor, key: Any, value: Tensor) -> None:
+        view = getitem(self, key)
+        assert value.device == view.device and torch.broadcast_shapes(value.shape, view.shape) == view.shape
+
+    monkeypatch.setattr(Tensor, "__getitem__", getitem)
+    monkeypatch.setattr(Tensor, "__setitem__", setitem)
+
+
+def forbid_others(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function of another backend in an op's module fails."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("another backend was called")
+
+    others = [n for n in dir(module) if callable(getattr(module, n)) and n.endswith(("_cpu", "reference", "_mm"))]
+    assert others
+    for name in others:
+        monkeypatch.setattr(module, name, fail)
+
+
+def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[int, Callable[..., tuple[Any, ...]]]]:
+    """(which of BODIES[op], its arguments from the results of the one before)."""
+
+    def new(*size: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device="cuda")
+
+    def integers(*size: int) -> Tensor:
+        return new(*size, of=torch.int64)
+
+    def wide(*size: int) -> Tensor:
+        return new(*size, of=torch.float32)
+
+    x, rows, E = new(N, d), new(N, H, h), num_experts
+    order, load = integers(N * k), integers(E)
+    if op == "route":
+        weight, keep = new(H, E, d), new(N, H, E, of=torch.bool)
+        yield 0, lambda: (x, weight, keep, k, True, "triton")
+        yield 1, lambda logits, scores, index, *_: (wide(N, H, E), wide(N, H, k), x, weight, scores, index, "triton")
+    elif op == "sigma_moe":
+        tensors = (x, wide(N, k), order, load, new(E, d, G), new(E, G, d))
+        yield 0, lambda: (*tensors, "triton")
+        yield 1, lambda y, hidden: (new(N, d), *tensors, hidden, "triton")
+    elif op == "switchhead_value":
+        tensors = (x, wide(N, H, k), integers(N, H, k), new(H, E, d, h))
+        yield 0, lambda: (*tensors, "triton")
+        yield 1, lambda y, *saved: (new(N, H, h), *tensors, *saved, "triton")
+    elif op == "switchhead_output":
+        tensors = (rows, wide(N, H, k), integers(N, H, k), new(H, E, h, d))
+        yield 0, lambda: (*tensors, "triton")
+        yield 1, lambda y, *saved: (new(N, d), *tensors, *saved, "triton")
+    elif op == "expert_linear":
+        into, out_of, narrow, gates = new(E, d, h), new(E, h, d), new(N, k, h), wide(N, k)
+        yield 0, lambda: (x, order, load, into, k, "triton")
+        yield 1, lambda y: (new(N, k, h), x, order, load, into, "triton")
+        yield 2, lambda *_: (narrow, gates, order, load, out_of, "triton")
+        yield 3, lambda y: (new(N, d), narrow, gates, order, load, out_of, "triton")
+    elif op == "linear_cross_entropy":
+        yield 0, lambda: (x, new(V, d), new(V), integers(N), -100, True, True, "", 0, "triton")
+
+
+@pytest.mark.parametrize("num_experts", [4, 8], ids=["half chosen", "a quarter chosen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", BACKENDS)
+def test_op_bodies_launch_kernels_and_never_wait(
+    op: str, dtype: torch.dtype, num_experts: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"model.kernels.{op}")
+    forbid_others(module, monkeypatch)
+    visited = set()
+    with FakeTensorMode(), torch.no_grad():
+        results: tuple[Any, ...] = ()
+        for body, args_from in arguments(op, dtype, num_experts):
+            visited.add(body)
+            definition, args = getattr(module, BODIES[op][body]), args_from(*results)
+            launches.clear()
+            results = definition._init_fn(*args)
+            results = results if isinstance(results, tuple) else (results,)
+            assert launches, f"{BODIES[op][body]} launched nothing"
+            for kernel, tensors in launches:
+                assert {tensor.device.type for tensor in tensors} == {"cuda"}, kernel
+            promised = definition._opoverload(*args)
+            promised = promised if isinstance(promised, tuple) else (promised,)
+            for actual, wanted in zip(results, promised, strict=True):
+                assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
+    assert visited == set(range(len(BODIES[op])))
+
+
+def test_a_wait_would_be_seen() -> None:
+    """What the test above relies on: each way to wait for the GPU fails on a fake CUDA tensor."""
+    with FakeTensorMode():
+        load = torch.empty(4, dtype=torch.int64, device="cuda")
+        waits: tuple[Callable[[], Any], ...] = (
+            lambda: load.tolist(),
+            lambda: int(load.sum()),
+            lambda: load.nonzero(),
+            lambda: bool(load.any()),
+            lambda: load.numpy(),
+        )
+        for wait in waits:
+            with pytest.raises(Exception):  # noqa: B017  # torch raises five different types
+                wait()
+
+
+class OpCalls(TorchDispatchMode):
+    """Name and backend of every call of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "switchall":
+            bound = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+            self.found.append((func._opname, bound["backend"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["switchhead", "moa"])
+def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> None:
+    config = small_config(prepared, *([MOA] if attention == "moa" else [])).model
+    backends = Backends.choose("auto", config, device_type="cuda", dtype=torch.bfloat16)
+    assert set(vars(backends).values()) == {"triton"}
+    with FakeTensorMode(), OpCalls() as calls:  # on the CPU, for autograd; what is called does not depend on it
+        model = LanguageModel(config, backends=backends)
+        tokens = torch.zeros(2, config.sequence_length, dtype=torch.int64)
+        model(tokens, tokens, torch.arange(2))[0].backward()
+    own = {"switchhead": {"switchhead_value", "switchhead_output"}, "moa": {"expert_linear", "expert_linear_sum"}}
+    both_ways = {"route", "sigma_moe"} | own[attention]
+    expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
+    assert {name for name, _ in calls.found} == expected
+    assert {backend for _, backend in calls.found} == {"triton"}
