@@ -7,8 +7,9 @@ A program owns BLOCK_ROWS rows of one expert (rows are slots sorted by expert) f
     both        y[n] = sum over j of rows[n, j]                     a second kernel, in fp32, always in the same order
 
 A hidden layer of one expert is narrow (128 in every published model): it fits into registers between the two products,
-so a token's row is read once per chosen expert, the gated hidden layer is read never, and the weights once per
-BLOCK_ROWS rows. Two kernels with 64 x 64 tiles would read rows and weights d / 64 and G / 64 times.
+so a token's row is read once per chosen expert, the gated hidden layer never, and the weights once per BLOCK_ROWS rows.
+A kernel for each product with 64 x 64 tiles would read a token's row G / 64 times and a hidden layer d / 64 times.
+Wider experts are computed in parts of 128, each of which costs a row of the slot tensor.
 
 Weight gradients: one program per (expert, tile) walks over the expert's rows. With few experts on a rank (expert
 parallelism) SPLITS programs share a segment and their fp32 sums are added in a fixed order.
@@ -60,7 +61,9 @@ def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dt
     """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
     on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
     of them spill."""
-    if dtype == torch.float32:  # no tensor cores: operands live in registers, so little of them at a time
+    if dtype == torch.float32:
+        # No tensor cores: operands live in registers, so little of them at a time. A row of the slot tensor for 16
+        # columns of the hidden layer makes this a path for checks, not for training.
         return Tiles(rows=32, hidden=16, reduce=16, out=32, warps=4, stages=2)
     hidden = max(16, min(128, triton.next_power_of_2(expert_size)))
     if swiglu:
