@@ -133,11 +133,6 @@ def triton_strategy(backend: str, k: int, num_experts: int) -> TritonStrategy | 
     return cast(TritonStrategy, forced) if forced else ("gated" if 2 * k >= num_experts else "sorted")
 
 
-def slot_stride(width: int) -> int:
-    """Elements from one slot's row to the next in what the sorted Triton kernels write: n * 16 bytes in bf16."""
-    return -(-width // 8) * 8
-
-
 def dense_gates(scores: Tensor, index: Tensor, num_experts: int) -> Tensor:
     """[N, H, E]: the score of a chosen expert, else 0."""
     return scores.new_zeros(*scores.shape[:2], num_experts).scatter_add(2, index, scores)

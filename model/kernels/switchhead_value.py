@@ -30,7 +30,6 @@ from model.kernels.grouping import (
     group_tokens,
     no_grouping,
     resolve_strategy,
-    slot_stride,
     triton_strategy,
 )
 from model.kernels.workers import scratch
@@ -166,14 +165,13 @@ def _(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H, k), (E, h) = index.shape, experts.shape[1::2]
-    width = h
     if on_gpu := triton_strategy(backend, k, E):
-        per_token, width = (k, slot_stride(h)) if on_gpu == "sorted" else (0, h)
+        per_token = k if on_gpu == "sorted" else 0
     elif backend == "reference":
         per_token = 0
     else:
         per_token = E if resolve_strategy(backend, index.shape, E) == "all" else k
-    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, width), *fake_grouping(index, E, backend)
+    return x.new_empty(N, H, h), x.new_empty(N * H * per_token, h), *fake_grouping(index, E, backend)
 
 
 @_backward.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.kernels.triton.gated_gemm import check_dtypes
 from model.kernels.triton.launch import CompileCase
 from model.kernels.triton.sorted_gemm import Rows, project, projection_cases, weight_gradient
-from model.kernels.triton.sorted_slots import mix_slots, sum_slots
+from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
 def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
@@ -20,7 +20,7 @@ def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: i
     check_dtypes(x, experts)
     x, order, load, experts = (t.contiguous() for t in (x, order, load, experts))
     h = experts.shape[2]
-    y = project(Rows.of_tokens(x, k), order, load, experts[None], None, k, transposed=False, stride=h)
+    y = project(Rows.of_tokens(x, k), order, load, experts[None], None, k, transposed=False)
     return y.view(x.shape[0], k, h)
 
 
@@ -29,7 +29,8 @@ def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
     k = grad.shape[1]
     narrow, weights = Rows.of_slots(grad), experts[None]
-    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True), *x.shape)
+    stride = slot_stride(x.shape[1])
+    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True, stride=stride), *x.shape)
     grad_experts = weight_gradient(Rows.of_tokens(x, k), narrow, order, load, weights, None, k, narrow_first=False)
     return grad_x, grad_experts[0]
 
@@ -38,9 +39,10 @@ def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, ex
     """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
     check_dtypes(a, experts)
     a, gates, order, load, experts = (t.contiguous() for t in (a, gates, order, load, experts))
-    N, k, _ = a.shape
-    wide = project(Rows.of_slots(a), order, load, experts[None], gates[:, None], k, transposed=False)
-    return sum_slots(wide, N, experts.shape[2])
+    (N, k, _), d = a.shape, experts.shape[2]
+    rows, scores, stride = Rows.of_slots(a), gates[:, None], slot_stride(d)
+    wide = project(rows, order, load, experts[None], scores, k, transposed=False, stride=stride)
+    return sum_slots(wide, N, d)
 
 
 def backward_sum_triton(
@@ -52,7 +54,7 @@ def backward_sum_triton(
     wide, weights = Rows.of_tokens(grad, k), experts[None]
     products = project(wide, order, load, weights, None, k, transposed=True)
     # A slot is a token with one choice here: its gradient and its gate's, both from its own product.
-    grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), h, a.view(N * k, 1, h))
+    grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), a.view(N * k, 1, h))
     grad_experts = weight_gradient(wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True)
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts[0]
 

@@ -44,6 +44,8 @@ class CompileCase:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    load_bytes: int = 16
+    """The widest global load that the layout of the tensors allows. Below 16 only with the reason beside it."""
     is_gemm: bool = False
     """Must contain the tensor-core instructions of the architecture."""
     divisible: frozenset[str] = field(default_factory=frozenset)

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.grouping import slot_stride
 from model.kernels.triton.gated_gemm import (
     WIDTHS,
     Tiles,
@@ -29,9 +28,11 @@ from model.kernels.triton.gated_gemm import (
     gradient_tiles,
     make_case,
     padded_experts,
+    row_load,
     scale_rows,
 )
 from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.sorted_slots import slot_stride
 
 
 class Rows(NamedTuple):
@@ -221,13 +222,14 @@ def project(
     transposed: bool,
     stride: int | None = None,
 ) -> Tensor:
-    """[R, N*k, stride] in slot order, the columns beyond `width` undefined; the stride is slot_stride(width) if not
-    given. `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]; `scores` [N, R, k] multiply the
-    results where given."""
+    """[R, N*k, stride] in slot order, the columns beyond `width` undefined; the stride is the width if not given.
+
+    `weights` [R, E, inner, width], or `transposed` [R, E, width, inner]; `scores` [N, R, k] multiply the results where
+    given."""
     R, E = weights.shape[:2]
     inner, width = (weights.shape[i] for i in ((3, 2) if transposed else (2, 3)))
     num_slots = order.shape[-1]
-    out = rows.tensor.new_empty(R, num_slots, stride or slot_stride(width))
+    out = rows.tensor.new_empty(R, num_slots, stride or width)
     rows_tile, columns, depth, warps, stages = project_tiles(width, rows.tensor.dtype)
     grid = (R * (triton.cdiv(num_slots, rows_tile) + E) * triton.cdiv(width, columns),)
     if num_slots > 0:
@@ -319,6 +321,7 @@ def projection_cases(
     scaled by gates, value's only if it has any (SwitchHead; not expert_linear)."""
     half = dict.fromkeys(("rows", "weights", "out", "wide", "narrow", "grad_weights"), "bf16")
     pointers = half | {"gates": "fp32", "order": order, "load": order}
+    load = row_load(wide[2], narrow[2])
     common: dict[str, Any] = {"k": k, "PADDED_E": padded_experts(E)}
     for what, source, target, transposed, gated in (
         ("value", wide, narrow, False, False),
@@ -327,12 +330,14 @@ def projection_cases(
         ("output backward", wide, narrow, True, False),
     ):
         constants = common | dict(zip(("row_stride", "router_stride", "inner_width", "divide"), source, strict=True))
-        constants |= {"width": target[2], "out_stride": target[2], "TRANSPOSED": transposed, "GATED": gated}
+        stride = slot_stride(target[2]) if target is wide else target[2]
+        constants |= {"width": target[2], "out_stride": stride, "TRANSPOSED": transposed, "GATED": gated}
         tiles = project_tiles(target[2], torch.bfloat16)
-        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles)
+        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles, load_bytes=load)
     for what, narrow_first, gated in (("value", False, value_is_gated), ("output", True, True)):
         constants = common | {"d": wide[2], "h": narrow[2], "NARROW_FIRST": narrow_first, "GATED": gated}
         for side, rows in (("wide", wide), ("narrow", narrow)):
             constants |= {f"{side}_stride": rows[0], f"{side}_router_stride": rows[1], f"{side}_divide": rows[3]}
         tiles = gradient_tiles(narrow[2], torch.bfloat16)
-        yield make_case(f"{name} {what} grad_experts", sorted_weight_gradient_kernel, pointers, constants, tiles)
+        kernel = sorted_weight_gradient_kernel
+        yield make_case(f"{name} {what} grad_experts", kernel, pointers, constants, tiles, load_bytes=load)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.grouping import slot_stride
 from model.kernels.triton.gated_gemm import make_case, padded_experts
 from model.kernels.triton.launch import CompileCase
 
@@ -150,14 +149,13 @@ def mix_slots_kernel(
     grad_scores,
     N,
     width: tl.constexpr,
-    stride: tl.constexpr,
     K: tl.constexpr,
     MIX: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """products [R, N*K, stride], scores [N, R, K], rows [N, R, width], both for every choice of a token at a router:
+    """products [R, N*K, width], scores [N, R, K], rows [N, R, width], both for every choice of a token at a router:
 
     MIX   mixed [N, R, width]    = sum over choices of score * product
     DOT   grad_scores [N, R, K]  = <row, product>
@@ -174,7 +172,7 @@ def mix_slots_kernel(
                 columns = start + tl.arange(0, BLOCK_N)
                 mask = token_mask[:, None] & (columns < width)[None, :]
                 slots = (router * N + tokens).to(tl.int64) * K + choice
-                product = tl.load(products + slots[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+                product = tl.load(products + slots[:, None] * width + columns[None, :], mask=mask, other=0.0)
                 row = tl.load(rows + pairs[:, None] * width + columns[None, :], mask=mask, other=0.0)
                 similarity += tl.sum(product.to(tl.float32) * row.to(tl.float32), axis=1)
             tl.store(grad_scores + pairs * K + choice, similarity.to(grad_scores.dtype.element_ty), mask=token_mask)
@@ -185,7 +183,7 @@ def mix_slots_kernel(
             total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for choice in tl.static_range(K):
                 slots = (router * N + tokens).to(tl.int64) * K + choice
-                product = tl.load(products + slots[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+                product = tl.load(products + slots[:, None] * width + columns[None, :], mask=mask, other=0.0)
                 score = tl.load(scores + pairs * K + choice, mask=token_mask, other=0.0).to(tl.float32)
                 total += product.to(tl.float32) * score[:, None]
             target = mixed + pairs[:, None] * width + columns[None, :]
@@ -196,8 +194,13 @@ SUM_TILE = (16, 128)
 """Tokens and columns of one program of the sums: 16 bytes a thread and load at 4 warps."""
 
 
+def slot_stride(width: int) -> int:
+    """Elements from one wide slot row to the next: n * 16 bytes in bf16, so that `sum_slots` loads 16 bytes."""
+    return -(-width // 8) * 8
+
+
 def sum_slots(rows: Tensor, num_tokens: int, width: int) -> Tensor:
-    """`rows` [R, N*k, slot_stride(width)] -> [N, width], summed over routers and choices."""
+    """`rows` [R, N*k, stride >= width] -> [N, width], summed over routers and choices."""
     R, num_slots, stride = rows.shape
     y = rows.new_empty(num_tokens, width)
     grid = (triton.cdiv(num_tokens, SUM_TILE[0]) * triton.cdiv(width, SUM_TILE[1]),)
@@ -208,12 +211,11 @@ def sum_slots(rows: Tensor, num_tokens: int, width: int) -> Tensor:
 
 
 def mix_slots(
-    products: Tensor, scores: Tensor, width: int, rows: Tensor | None = None, *, mix: bool = True
+    products: Tensor, scores: Tensor, rows: Tensor | None = None, *, mix: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`products` [R, N*k, slot_stride(width)], `scores` [N, R, k], `rows` [N, R, width] -> mixed [N, R, width] (with
+    """`products` [R, N*k, width], `scores` [N, R, k], `rows` [N, R, width] -> mixed [N, R, width] (with
     `mix`) and, for given `rows`, the gradient of the scores [N, R, k]; what was not asked for is empty."""
-    N, R, k = scores.shape
-    stride = slot_stride(width)
+    (N, R, k), width = scores.shape, products.shape[-1]
     mixed = products.new_empty((N, R, width) if mix else (0,))
     grad_scores = torch.empty_like(scores) if rows is not None else mixed
     given = products if rows is None else rows
@@ -226,7 +228,6 @@ def mix_slots(
             grad_scores,
             N,
             width,
-            stride,
             k,
             mix,
             rows is not None,
@@ -246,9 +247,9 @@ def compile_cases() -> Iterator[CompileCase]:
     )
     block = {"BLOCK_M": SUM_TILE[0], "BLOCK_N": SUM_TILE[1]}
     for width in (1024, 112):
-        constants = {"width": width, "stride": width, "K": 2} | block
+        constants = {"width": width, "K": 2} | block
         pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32", "grad_scores": "fp32"}
-        yield make_case(f"sorted sum_slots {width}", sum_slots_kernel, pointers, constants)
+        yield make_case(f"sorted sum_slots {width}", sum_slots_kernel, pointers, constants | {"stride": width})
         for mix, dot in ((True, False), (False, True), (True, True)):
             name = f"sorted mix_slots {width}{' mix' * mix}{' dot' * dot}"
             yield make_case(name, mix_slots_kernel, pointers, constants | {"MIX": mix, "DOT": dot})

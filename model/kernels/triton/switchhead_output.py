@@ -23,12 +23,13 @@ from model.kernels.triton.gated_gemm import (
     dense_gates,
     gather_gate_gradient,
     make_case,
+    row_load,
     scale_rows,
     weight_gradient,
 )
 from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 from model.kernels.triton.sorted_gemm import Rows
-from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
+from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(64, column_tile(h, 64), 32, 8, 2)
     columns = column_tile(h)
-    return Tiles(64 if columns == 128 else 128, columns, 64, 4 if columns == 32 else 8, 3)
+    return Tiles(64 if columns == 128 else 128, columns, 64, 8, 3)
 
 
 def forward_triton(
@@ -149,7 +150,8 @@ def forward_triton(
     (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
         order, load = sort_slots(index, E)
-        wide = sorted_gemm.project(Rows.of_tokens(a, k), order, load, experts, scores, k, transposed=False)
+        narrow, stride = Rows.of_tokens(a, k), slot_stride(d)
+        wide = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=False, stride=stride)
         return sum_slots(wide, N, d), order, load
     y = a.new_empty(N, d)
     if N > 0:
@@ -177,7 +179,7 @@ def backward_triton(
         order, load = saved
         wide, narrow = Rows.of_tokens(grad, k), Rows.of_tokens(a, k)
         products = sorted_gemm.project(wide, order, load, experts, None, k, transposed=True)
-        grad_a, grad_scores = mix_slots(products, scores, h, a)
+        grad_a, grad_scores = mix_slots(products, scores, a)
         grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=True)
         return grad_a, grad_scores, grad_experts
     if N == 0:
@@ -222,4 +224,4 @@ def compile_cases() -> Iterator[CompileCase]:
                 ("backward", output_backward_kernel, backward_tiles(h, dtype)),
             ):
                 name = f"switchhead_output {what} {d}x{h} {kind}"
-                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles)
+                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles, load_bytes=row_load(d, h))

@@ -23,13 +23,14 @@ from model.kernels.triton.gated_gemm import (
     dense_gates,
     gather_gate_gradient,
     make_case,
+    row_load,
     scale_rows,
     unrolled_experts,
     weight_gradient,
 )
 from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 from model.kernels.triton.sorted_gemm import Rows
-from model.kernels.triton.sorted_slots import mix_slots, no_slots, sort_slots, sum_slots
+from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
 
 @triton.jit
@@ -153,7 +154,7 @@ MAX_UNROLLED = 5
 def forward_triton(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> v [N, H, h]; and of `sorted`, else empty, x W_V of every slot [H N k, slot_stride(h)], order [H, N k] and load
+    """-> v [N, H, h]; and of `sorted`, else empty, x W_V of every slot [H N k, h], order [H, N k] and load
     [H, E]."""
     check_dtypes(x, experts)
     x, scores, index, experts = (t.contiguous() for t in (x, scores, index, experts))
@@ -161,7 +162,7 @@ def forward_triton(
     if strategy == "sorted":
         order, load = sort_slots(index, E)
         products = sorted_gemm.project(Rows.of_tokens(x, k), order, load, experts, None, k, transposed=False)
-        return mix_slots(products, scores, h)[0], products.flatten(0, 1), order, load
+        return mix_slots(products, scores)[0], products.flatten(0, 1), order, load
     v = x.new_empty(N, H, h)
     if N > 0:
         gates = dense_gates(scores, index, E)
@@ -188,8 +189,10 @@ def backward_triton(
     if strategy == "sorted":
         products, order, load = saved
         narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
-        _, grad_scores = mix_slots(products, scores, h, grad, mix=False)
-        grad_x = sum_slots(sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True), N, d)
+        _, grad_scores = mix_slots(products.view(H, N * k, h), scores, grad, mix=False)
+        stride = slot_stride(d)
+        rows = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True, stride=stride)
+        grad_x = sum_slots(rows, N, d)
         grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=False)
         return grad_x, grad_scores, grad_experts
     if N == 0:
@@ -232,6 +235,8 @@ def compile_cases() -> Iterator[CompileCase]:
             for E in (4, 5):
                 constants = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
                 name = f"switchhead_value forward E{E} {d}x{h} {kind}"
-                yield make_case(name, value_forward_kernel, pointers, constants, forward_tiles(h, dtype))
+                tiles, load = forward_tiles(h, dtype), row_load(d, h)
+                yield make_case(name, value_forward_kernel, pointers, constants, tiles, load_bytes=load)
             name = f"switchhead_value backward {d}x{h} {kind}"
-            yield make_case(name, value_backward_kernel, pointers, {"d": d, "h": h}, backward_tiles(h, dtype))
+            tiles, constants = backward_tiles(h, dtype), {"d": d, "h": h}
+            yield make_case(name, value_backward_kernel, pointers, constants, tiles, load_bytes=row_load(d, h))
