@@ -12,8 +12,8 @@ from model.config import MoAConfig, ModelConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.expert_linear import expert_linear, expert_linear_sum
-from model.kernels.route import Routing, counting_sort, route
+from model.kernels.expert_linear import expert_linear, expert_linear_sum, group_choices
+from model.kernels.route import Routing, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region_twice, leave_region
@@ -79,7 +79,7 @@ class MoAAttention(nn.Module):
         if group is not None:  # each rank takes some of a token's slots, with all experts
             slots = self.parallel.slice_of(k)
             index, gates, k = index[:, slots].contiguous(), enter_shards(gates, group)[:, slots], self.parallel.share(k)
-            load, order = (t[0] for t in counting_sort(index[:, None], self.config.num_experts))
+            order, load = group_choices(index, self.config.num_experts, backend=self.backends.expert_linear)
         backend = self.backends.expert_linear
         query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
         q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, query_experts, backend=backend)

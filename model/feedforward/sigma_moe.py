@@ -95,8 +95,11 @@ class SigmaMoE(nn.Module):
             # Every rank routes all tokens, alike, and computes the slots of its own experts. The gates' gradients are
             # summed where they enter; the regulariser's, the same on every rank, reaches the logits directly, once.
             held = self.parallel.slice_of(self.config.num_experts)
+            index = index - held.start
+            if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device
+                return self._experts(tokens, enter_shards(scores, group), index, order, load, held.start)
             first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
-            order, load, index = order[first:last], load[held], index - held.start
+            order, load = order[first:last], load[held]
         return self._experts(tokens, enter_shards(scores, group), index, order, load)
 
     def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
@@ -111,6 +114,8 @@ class SigmaMoE(nn.Module):
         y = self._experts(rows, gates[:, None], index, exchange.row_order(), load)
         return collect(exchange.back(y), order, k)
 
-    def _experts(self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor) -> Tensor:
-        experts = (self.up_experts, self.down_experts)
-        return sigma_moe(x, scores, index, order, load, *experts, backend=self.backends.sigma_moe)
+    def _experts(
+        self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor, first_expert: int = 0
+    ) -> Tensor:
+        experts, backend = (self.up_experts, self.down_experts), self.backends.sigma_moe
+        return sigma_moe(x, scores, index, order, load, *experts, backend=backend, first_expert=first_expert)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import gemm_dtype
+from model.kernels.route import counting_sort
 from model.kernels.sorted_rows import expert_segment, mm_into, sorted_gates, sum_slots
 from model.kernels.workers import run_tasks, scratch
 
@@ -42,6 +43,22 @@ def expert_linear_sum(
     if backend == "reference":
         return expert_linear_sum_reference(a, gates, index, experts)
     return _expert_linear_sum(a, gates, order, load, experts, backend)
+
+
+def group_choices(index: Tensor, num_experts: int, *, backend: str) -> tuple[Tensor, Tensor]:
+    """`index` [N, k] -> order [N*k] and load [E] for the ops above, where no router gives them: a tensor-parallel rank
+    takes some of a token's choices. On the device of `index`, without waiting for it."""
+    if backend == "triton":
+        from model.kernels.triton.sorted_slots import sort_slots
+
+        order, load = sort_slots(index[:, None].contiguous(), num_experts)
+        return order[0], load[0]
+    if backend == "cpu":
+        load, order = counting_sort(index[:, None], num_experts)
+        return order[0], load[0]
+    slots = index.flatten()
+    load = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
+    return slots.sort(stable=True).indices, load.scatter_add_(0, slots, torch.ones_like(slots))
 
 
 def expert_linear_reference(x: Tensor, index: Tensor, experts: Tensor) -> Tensor:

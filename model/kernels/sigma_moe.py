@@ -14,6 +14,7 @@ one thread in one run: gather into the rows that are summed at the end 66% (this
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +37,22 @@ def sigma_moe(
     down_experts: Tensor,
     *,
     backend: str,
+    first_expert: int = 0,
 ) -> Tensor:
     """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
     `up_experts` [E, d, G], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
 
     A tensor-parallel rank that holds some of the experts gives its own: the part of `order` with their slots, their
     `load`, and `index` counted from its first expert; what others chose (below 0, or E and above) adds nothing here.
+    How many slots those are only the device knows: with the backend `triton` it gives all of `order` and `load`, and
+    `first_expert`, and need not wait for it.
 
     Differentiable in `x`, `scores` (any float dtype), `up_experts` and `down_experts`. `order` and `load` are those of
     `model.kernels.route` for `index`. `backend` is a resolved one (model/kernels/backend.py).
     """
     if backend == "reference":
         return sigma_moe_reference(x, scores, index, up_experts, down_experts)
-    return _sigma_moe(x, scores, order, load, up_experts, down_experts, backend)[0]
+    return _sigma_moe(x, scores, order, load, up_experts, down_experts, backend, first_expert)[0]
 
 
 def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Tensor, down_experts: Tensor) -> Tensor:
@@ -69,14 +73,21 @@ def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Te
 
 @torch.library.custom_op("switchall::sigma_moe", mutates_args=())
 def _sigma_moe(
-    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor, backend: str
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    backend: str,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and the hidden layer [N*k, G] (after ReLU, before the gate, grouped by expert) for backward."""
-    return _implementation(backend)[0](x, scores, order, load, up_experts, down_experts)
+    return _implementation(backend, first_expert)[0](x, scores, order, load, up_experts, down_experts)
 
 
 @_sigma_moe.register_fake
-def _(x, scores, order, load, up_experts, down_experts, backend):
+def _(x, scores, order, load, up_experts, down_experts, backend, first_expert=0):
     hidden_dtype = gemm_dtype(x.dtype) if backend == "cpu" else x.dtype
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
         order.shape[0], up_experts.shape[2], dtype=hidden_dtype
@@ -94,29 +105,32 @@ def _sigma_moe_backward(
     down_experts: Tensor,
     hidden: Tensor,
     backend: str,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
-    return _implementation(backend)[1](grad, x, scores, order, load, up_experts, down_experts, hidden)
+    return _implementation(backend, first_expert)[1](grad, x, scores, order, load, up_experts, down_experts, hidden)
 
 
 @_sigma_moe_backward.register_fake
-def _(grad, x, scores, order, load, up_experts, down_experts, hidden, backend):
+def _(grad, x, scores, order, load, up_experts, down_experts, hidden, backend, first_expert=0):
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, scores, up_experts, down_experts)
     )
 
 
-def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _implementation(backend: str, first_expert: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward."""
     if backend == "triton":
         from model.kernels.triton import sigma_moe as kernels
 
-        return kernels.forward_triton, kernels.backward_triton
+        where = {"first_expert": first_expert}
+        return partial(kernels.forward_triton, **where), partial(kernels.backward_triton, **where)
+    assert first_expert == 0, f"backend {backend} takes the slots of its own experts alone"
     return {"cpu": (_forward_cpu, _backward_cpu), "grouped_mm": (_forward_grouped_mm, _backward_grouped_mm)}[backend]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.backend, ctx.first_expert = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -124,9 +138,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, _):
     if grad is None:
-        return (None,) * 7
-    grad_x, grad_scores, grad_up, grad_down = _sigma_moe_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return grad_x, grad_scores, None, None, grad_up, grad_down, None
+        return (None,) * 8
+    settings = ctx.backend, ctx.first_expert
+    grad_x, grad_scores, grad_up, grad_down = _sigma_moe_backward(grad, *ctx.saved_tensors, *settings)
+    return grad_x, grad_scores, None, None, grad_up, grad_down, None, None
 
 
 _sigma_moe.register_autograd(_autograd, setup_context=_setup_context)
@@ -134,9 +149,9 @@ _sigma_moe.register_autograd(_autograd, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.switchall.sigma_moe)
 def sigma_moe_flop(x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs) -> int:
-    """2 flops per multiply-add, two matrices, k experts per token."""
-    _, d, G = up_shape
-    return 2 * 2 * order_shape[0] * d * G
+    """2 flops per multiply-add, two matrices, k experts per token; a rank's share where it was given all slots."""
+    E, d, G = up_shape
+    return 2 * 2 * (order_shape[0] * E // load_shape[0]) * d * G
 
 
 @register_flop_formula(torch.ops.switchall.sigma_moe_backward)
@@ -144,8 +159,8 @@ def sigma_moe_backward_flop(
     grad_shape, x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs
 ) -> int:
     """Input and weight gradient of both matrices: twice the forward pass."""
-    _, d, G = up_shape
-    return 4 * 2 * order_shape[0] * d * G
+    E, d, G = up_shape
+    return 4 * 2 * (order_shape[0] * E // load_shape[0]) * d * G
 
 
 # --------------------------------------------------------------------------------------------------------------- CPU

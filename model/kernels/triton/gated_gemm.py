@@ -210,9 +210,14 @@ def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *
 
 # ----------------------------------------------------------------------------------------------------- ahead of time
 
-WIDTHS = ((1024, 112), (1024, 64), (1024, 80))
-"""d_model and head_dim of the compiled cases: one for each width of a column tile (128, 64, 32). Rows of 412 or of 76
-elements have no 16-byte loads: such models take the kernels of (1024, 80) with 8-byte ones."""
+WIDTHS = ((1024, 112), (1024, 64), (412, 76))
+"""d_model and head_dim of the compiled cases: one for each width of a column tile (128, 64, 32)."""
+
+
+def row_load(*widths: int) -> int:
+    """Widest load that rows of these widths allow in half precision: rows of 412 and of 76 elements start at multiples
+    of 8 bytes."""
+    return 16 if all(width % 8 == 0 for width in widths) else 8
 
 
 def make_case(
@@ -221,6 +226,8 @@ def make_case(
     pointers: dict[str, str],
     constants: dict[str, Any],
     tiles: Tiles | None = None,
+    *,
+    load_bytes: int = 16,
     num_warps: int = 4,
 ) -> CompileCase:
     """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
@@ -237,6 +244,7 @@ def make_case(
         constexprs=constants,
         num_warps=num_warps,
         num_stages=stages,
+        load_bytes=load_bytes,
         is_gemm=tiles is not None,
         divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
     )
@@ -256,4 +264,5 @@ def compile_cases() -> Iterator[CompileCase]:
             for what, narrow_first in (("value", False), ("output", True)):
                 constants = {"d": d, "h": h, "NARROW_FIRST": narrow_first}
                 name = f"gated {what} grad_experts {d}x{h} {kind}"
-                yield make_case(name, gated_weight_gradient_kernel, pointers, constants, gradient_tiles(h, dtype))
+                tiles, load = gradient_tiles(h, dtype), row_load(d, h)
+                yield make_case(name, gated_weight_gradient_kernel, pointers, constants, tiles, load_bytes=load)

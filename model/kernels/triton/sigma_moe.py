@@ -7,21 +7,23 @@ A program owns BLOCK_ROWS rows of one expert (rows are slots sorted by expert) f
     both        y[n] = sum over j of rows[n, j]                     a second kernel, in fp32, always in the same order
 
 A hidden layer of one expert is narrow (128 in every published model): it fits into registers between the two products,
-so a token's row is read once per chosen expert, the gated hidden layer is read never, and the weights once per
-BLOCK_ROWS rows. Two kernels with 64 x 64 tiles would read rows and weights d / 64 and G / 64 times.
+so a token's row is read once per chosen expert, the gated hidden layer never, and the weights once per BLOCK_ROWS rows.
+A kernel for each product with 64 x 64 tiles would read a token's row G / 64 times and a hidden layer d / 64 times.
+Wider experts are computed in parts of 128, each of which costs a row of the slot tensor.
 
 Weight gradients: one program per (expert, tile) walks over the expert's rows. With few experts on a rank (expert
 parallelism) SPLITS programs share a segment and their fp32 sums are added in a fixed order.
 
 Which expert a tile belongs to is found from `load` in the kernel: the grid is ceil(slots / BLOCK_ROWS) + E whatever the
-routing, programs past the last tile leave at once. Slots that are not in `order` (experts of other ranks) have no row:
-`present` says so to the sum. Launches: 2 forward, 4 backward (one more each where slots are missing or segments split).
+routing, programs past the last tile leave at once. Slots of experts on other ranks have no row: `present` says so to
+the sum. Launches: 2 forward, 4 backward (one more each where slots are missing or segments split).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -59,7 +61,9 @@ def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dt
     """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
     on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
     of them spill."""
-    if dtype == torch.float32:  # no tensor cores: operands live in registers, so little of them at a time
+    if dtype == torch.float32:
+        # No tensor cores: operands live in registers, so little of them at a time. A row of the slot tensor for 16
+        # columns of the hidden layer makes this a path for checks, not for training.
         return Tiles(rows=32, hidden=16, reduce=16, out=32, warps=4, stages=2)
     hidden = max(16, min(128, triton.next_power_of_2(expert_size)))
     if swiglu:
@@ -93,13 +97,19 @@ def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_m
 
 
 def forward_triton(
-    x: Tensor, scores: Tensor, order: Tensor, load: Tensor, up_experts: Tensor, down_experts: Tensor
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As `model.kernels.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
     [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
     x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     hidden = x.new_empty(order.shape[0], up_experts.shape[2])
-    return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, hidden), hidden
+    return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, first_expert, hidden), hidden
 
 
 def backward_triton(
@@ -111,6 +121,7 @@ def backward_triton(
     up_experts: Tensor,
     down_experts: Tensor,
     hidden: Tensor,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
     types = up_experts.dtype, down_experts.dtype
@@ -120,15 +131,15 @@ def backward_triton(
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
     swiglu = up_experts.shape[2] == 2 * G
     chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
-    # No program writes the gate of a slot that is not in `order`.
-    new = scores.new_empty if num_rows == scores.numel() else scores.new_zeros
+    # No program writes the gate of a slot whose expert is not here.
+    new = scores.new_zeros if _some_missing(order, load, scores, down_experts) else scores.new_empty
     grad_scores = new((*scores.shape, chunks), dtype=scores.dtype if chunks == 1 else torch.float32)
     outputs = (hidden, grad_hidden, gated, grad_scores)
-    grad_x = _launch(backward_kernel, grad, scores, order, load, up_experts, down_experts, *outputs)
+    grad_x = _launch(backward_kernel, grad, scores, order, load, up_experts, down_experts, first_expert, *outputs)
     grad_scores = grad_scores[..., 0] if chunks == 1 else grad_scores.sum(-1).to(scores.dtype)
-    k = scores.shape[1]
-    grad_up = weight_gradient(grad_hidden, x, order, load, k, width_first=False).to(types[0])
-    grad_down = weight_gradient(gated, grad, order, load, k, width_first=True).to(types[1])
+    routing = order, load, scores.shape[1], first_expert, down_experts.shape[0]
+    grad_up = weight_gradient(grad_hidden, x, *routing, width_first=False).to(types[0])
+    grad_down = weight_gradient(gated, grad, *routing, width_first=True).to(types[1])
     return grad_x, grad_scores, grad_up, grad_down
 
 
@@ -141,17 +152,30 @@ def _prepare(x: Tensor, *others: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in (x, *routing, up_experts.to(x.dtype), down_experts.to(x.dtype))]
 
 
+def _some_missing(order: Tensor, load: Tensor, scores: Tensor, down_experts: Tensor) -> bool:
+    """Whether slots may belong to experts of other ranks."""
+    return order.shape[0] < scores.numel() or load.shape[0] > down_experts.shape[0]
+
+
 def _launch(
-    kernel, source: Tensor, scores: Tensor, order: Tensor, load: Tensor, up: Tensor, down: Tensor, *outputs: Tensor
+    kernel: Any,
+    source: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up: Tensor,
+    down: Tensor,
+    first_expert: int,
+    *outputs: Tensor,
 ) -> Tensor:
     """One of the two expert kernels on `source` [N, d], and the sum over k -> [N, d]."""
     (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
-    num_experts, G, _ = down.shape
+    (num_experts, G, _), total = down.shape, load.shape[0]
     if num_rows == 0:
         return torch.zeros_like(source)
     swiglu = up.shape[2] == 2 * G
-    tiles = mlp_tiles(num_rows, num_experts, G, source.dtype, swiglu=swiglu)
-    chunks, some_missing = triton.cdiv(G, tiles.hidden), num_rows < num_tokens * k
+    tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
+    chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(order, load, scores, down)
     present = None
     if k * chunks == 1:  # one row per token: it is the output
         row_stride, rows = d, (torch.zeros_like if some_missing else torch.empty_like)(source)
@@ -163,7 +187,8 @@ def _launch(
     grid = (num_rows + min(num_rows, num_experts) * (tiles.rows - 1)) // tiles.rows, chunks
     kernel[grid](
         *(source, scores, order, load, up, down, *outputs, rows, present),
-        **mlp_constants(tiles, d, G, k, row_stride, num_experts, swiglu=swiglu),
+        **mlp_constants(tiles, d, G, k, row_stride, swiglu=swiglu),
+        **expert_constants(first_expert, num_experts, total),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -176,36 +201,48 @@ def _launch(
 
 
 def weight_gradient(
-    narrow: Tensor, source: Tensor, order: Tensor, load: Tensor, k: int, *, width_first: bool
+    narrow: Tensor,
+    source: Tensor,
+    order: Tensor,
+    load: Tensor,
+    k: int,
+    first_expert: int,
+    num_experts: int,
+    *,
+    width_first: bool,
 ) -> Tensor:
-    """sum over the rows r of every expert of narrow[r] (x) source[token of r]: `narrow` [R, width] sorted by expert,
-    `source` [N, d] -> [E, width, d], or [E, d, width] unless `width_first`, in their dtype."""
-    width, d, num_experts = narrow.shape[1], source.shape[1], load.shape[0]
+    """sum over the rows r of every expert here of narrow[r] (x) source[token of r]: `narrow` [R, width] sorted by
+    expert, `source` [N, d] -> [num_experts, width, d], or [num_experts, d, width] unless `width_first`."""
+    width, d, total = narrow.shape[1], source.shape[1], load.shape[0]
     tiles = weight_tiles(width, source.dtype)
-    splits = weight_splits(tiles, narrow.shape[0], num_experts, width, d)
+    splits = weight_splits(tiles, narrow.shape[0] * num_experts // total, num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
     grid = triton.cdiv(width, tiles.hidden) * triton.cdiv(d, tiles.out), num_experts * splits
     weight_gradient_kernel[grid](
         *(narrow, source, order, load, out),
-        **weight_constants(tiles, d, width, k, num_experts, splits, width_first=width_first),
+        **weight_constants(tiles, d, width, k, splits, width_first=width_first),
+        **expert_constants(first_expert, num_experts, total),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
     return out[0] if splits == 1 else out.sum(0).to(source.dtype)
 
 
-def mlp_constants(
-    tiles: Tiles, d: int, G: int, k: int, row_stride: int, num_experts: int, *, swiglu: bool
-) -> dict[str, int | bool]:
+def expert_constants(first_expert: int, num_experts: int, total: int) -> dict[str, int]:
+    """Constants of every kernel that goes by expert: those here, of `total` that were routed to."""
+    power = max(2, triton.next_power_of_2(total))
+    names = ("FIRST_EXPERT", "NUM_EXPERTS", "TOTAL_EXPERTS", "EXPERTS_POWER")
+    return dict(zip(names, (first_expert, num_experts, total, power), strict=True))
+
+
+def mlp_constants(tiles: Tiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool) -> dict[str, int | bool]:
     """Constants of the two expert kernels. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
     return {
         "D": d,
         "G": G,
         "K": k,
         "ROW_STRIDE": row_stride,
-        "NUM_EXPERTS": num_experts,
-        "EXPERTS_POWER": max(2, triton.next_power_of_2(num_experts)),
         "SWIGLU": swiglu,
         "BLOCK_ROWS": tiles.rows,
         "BLOCK_HIDDEN": tiles.hidden,
@@ -220,9 +257,7 @@ def sum_constants(d: int, k: int, chunks: int, row_stride: int) -> dict[str, int
     return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
 
 
-def weight_constants(
-    tiles: Tiles, d: int, width: int, k: int, num_experts: int, splits: int, *, width_first: bool
-) -> dict[str, int]:
+def weight_constants(tiles: Tiles, d: int, width: int, k: int, splits: int, *, width_first: bool) -> dict[str, int]:
     """Constants of weight_gradient_kernel."""
     return {
         "D": d,
@@ -230,8 +265,6 @@ def weight_constants(
         "K": k,
         "D_STRIDE": 1 if width_first else width,
         "WIDTH_STRIDE": d if width_first else 1,
-        "NUM_EXPERTS": num_experts,
-        "EXPERTS_POWER": max(2, triton.next_power_of_2(num_experts)),
         "SPLITS": splits,
         "BLOCK_ROWS": tiles.rows,
         "BLOCK_WIDTH": tiles.hidden,
@@ -258,13 +291,26 @@ def compile_cases() -> Iterator[CompileCase]:
     yield from _cases("259m swiglu bf16", torch.bfloat16, *SHIPPED["259m"], swiglu=True)
     # Two experts of a rank in expert parallelism: a row is a token with one choice, and segments are split.
     yield from _cases("259m ep bf16", torch.bfloat16, 1024, 2, 128, 1)
+    yield from _cases("259m tp bf16", torch.bfloat16, 1024, 16, 128, 4, total=32)  # half of the experts are here
+    yield from _cases("259m fp32", torch.float32, *SHIPPED["259m"])
 
 
 def _cases(
-    name: str, dtype: torch.dtype, d: int, num_experts: int, G: int, k: int, *, swiglu: bool = False
+    name: str,
+    dtype: torch.dtype,
+    d: int,
+    num_experts: int,
+    G: int,
+    k: int,
+    *,
+    swiglu: bool = False,
+    total: int = 0,
 ) -> Iterator[CompileCase]:
     half, width = f"*{TYPE_NAMES[dtype]}", 2 * G if swiglu else G
     kinds = dict.fromkeys(("scores_ptr", "grad_scores_ptr"), "*fp32") | dict.fromkeys(("order_ptr", "load_ptr"), "*i64")
+    kinds["present_ptr"] = "*i8"
+    present: dict[str, None] = {} if total else {"present_ptr": None}
+    experts = expert_constants(total - num_experts if total else 0, num_experts, total or num_experts)
 
     def case(kernel, what: str, constants: dict, tiles: Tiles | None, **special: str) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
@@ -276,21 +322,22 @@ def _cases(
             constexprs=constants,
             num_warps=warps,
             num_stages=stages,
-            is_gemm=tiles is not None,
-            load_bytes=16 if d % 8 == 0 or tiles is not None else 8,  # rows of d = 412 numbers are 824 bytes
+            is_gemm=tiles is not None and dtype != torch.float32,
+            # Rows of d = 412 half-precision numbers are 824 bytes; GEMMs load weights beside them.
+            load_bytes=16 if d * dtype.itemsize % 16 == 0 or tiles is not None else 8,
         )
 
     choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
     for tiles in dict.fromkeys(choices):
         for kernel, what in ((forward_kernel, "forward"), (backward_kernel, "backward")):
-            constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, num_experts, swiglu=swiglu)
-            yield case(kernel, f"{what} {tiles.rows} rows", constants | {"present_ptr": None}, tiles)
+            constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, swiglu=swiglu) | experts
+            yield case(kernel, f"{what} {tiles.rows} rows", constants | present, tiles)
     if k > 1:
-        constants = sum_constants(d, k, 1, triton.cdiv(d, 8) * 8)
-        yield case(sum_kernel, "sum", constants | {"present_ptr": None}, None, num_tokens="i32")
+        constants = sum_constants(d, k, triton.cdiv(G, tiles.hidden), triton.cdiv(d, 8) * 8)
+        yield case(sum_kernel, "sum", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
         tiles = weight_tiles(columns, dtype)
         splits = weight_splits(tiles, 8192, num_experts, columns, d)
-        constants = weight_constants(tiles, d, columns, k, num_experts, splits, width_first=first)
+        constants = weight_constants(tiles, d, columns, k, splits, width_first=first) | experts
         out = "*fp32" if splits > 1 else half
         yield case(weight_gradient_kernel, what, constants, tiles, out_ptr=out)

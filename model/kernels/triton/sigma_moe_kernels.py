@@ -12,18 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def find_rows(
-    load_ptr, tile, NUM_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr, BLOCK_ROWS: tl.constexpr
+    load_ptr, tile, FIRST_EXPERT: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOTAL_EXPERTS: tl.constexpr,
+    EXPERTS_POWER: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip
-    """-> the expert of `tile` (NUM_EXPERTS or more past the last one), the tile's first row, the end of the segment."""
+    """-> of the NUM_EXPERTS experts here, from FIRST_EXPERT on, the one of `tile` (NUM_EXPERTS or more past the last);
+    the tile's first row, and the end of the expert's rows, both among the rows of all experts."""
     experts = tl.arange(0, EXPERTS_POWER)
-    load = tl.load(load_ptr + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.int32)
-    tiles = (load + BLOCK_ROWS - 1) // BLOCK_ROWS
+    load = tl.load(load_ptr + experts, mask=experts < TOTAL_EXPERTS, other=0).to(tl.int32)
+    here = (experts >= FIRST_EXPERT) & (experts < FIRST_EXPERT + NUM_EXPERTS)
+    tiles = tl.where(here, (load + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
     expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     before = experts < expert
     tile_in_segment = tile - tl.sum(tl.where(before, tiles, 0), 0)
     begin = tl.sum(tl.where(before, load, 0), 0)
     end = tl.sum(tl.where(experts <= expert, load, 0), 0)
-    return expert, begin + tile_in_segment * BLOCK_ROWS, end
+    return expert - FIRST_EXPERT, begin + tile_in_segment * BLOCK_ROWS, end
 
 
 @triton.jit
@@ -55,14 +58,16 @@ def load_weight(
 @triton.jit
 def forward_kernel(
     x_ptr, scores_ptr, order_ptr, load_ptr, up_ptr, down_ptr, hidden_ptr, rows_ptr, present_ptr,
-    D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    EXPERTS_POWER: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr
+    D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, FIRST_EXPERT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOTAL_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr, SWIGLU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr
 ):  # fmt: skip
     """Slots of one expert: hidden [R, G] (SwiGLU: both halves before the activation, [R, 2 G]) and rows [slots, D]."""
     WIDTH: tl.constexpr = 2 * G if SWIGLU else G
     CHUNKS: tl.constexpr = (G + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
-    expert, first_row, end = find_rows(load_ptr, tl.program_id(0), NUM_EXPERTS, EXPERTS_POWER, BLOCK_ROWS)
+    expert, first_row, end = find_rows(
+        load_ptr, tl.program_id(0), FIRST_EXPERT, NUM_EXPERTS, TOTAL_EXPERTS, EXPERTS_POWER, BLOCK_ROWS
+    )
     if expert >= NUM_EXPERTS:
         return
     chunk = tl.program_id(1)
@@ -113,14 +118,16 @@ def forward_kernel(
 def backward_kernel(
     grad_ptr, scores_ptr, order_ptr, load_ptr, up_ptr, down_ptr, hidden_ptr, grad_hidden_ptr, gated_ptr,
     grad_scores_ptr, rows_ptr, present_ptr,
-    D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    EXPERTS_POWER: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr
+    D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, FIRST_EXPERT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOTAL_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr, SWIGLU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr
 ):  # fmt: skip
     """The way back through one expert: gradients of hidden layer and gates, the gated hidden layer again, and rows."""
     WIDTH: tl.constexpr = 2 * G if SWIGLU else G
     CHUNKS: tl.constexpr = (G + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
-    expert, first_row, end = find_rows(load_ptr, tl.program_id(0), NUM_EXPERTS, EXPERTS_POWER, BLOCK_ROWS)
+    expert, first_row, end = find_rows(
+        load_ptr, tl.program_id(0), FIRST_EXPERT, NUM_EXPERTS, TOTAL_EXPERTS, EXPERTS_POWER, BLOCK_ROWS
+    )
     if expert >= NUM_EXPERTS:
         return
     chunk = tl.program_id(1)
@@ -206,17 +213,17 @@ def sum_kernel(
 def weight_gradient_kernel(
     narrow_ptr, source_ptr, order_ptr, load_ptr, out_ptr,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, D_STRIDE: tl.constexpr, WIDTH_STRIDE: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+    FIRST_EXPERT: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOTAL_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out[split, e] = sum over the rows r of expert e (of its part `split`) of narrow[r] (x) source[token of r]:
     [WIDTH, D] with the given strides."""
     part = tl.program_id(1)
     expert, split = part // SPLITS, part % SPLITS
     experts = tl.arange(0, EXPERTS_POWER)
-    load = tl.load(load_ptr + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.int32)
-    begin = tl.sum(tl.where(experts < expert, load, 0), 0)
-    count = tl.sum(tl.where(experts == expert, load, 0), 0)
+    load = tl.load(load_ptr + experts, mask=experts < TOTAL_EXPERTS, other=0).to(tl.int32)
+    begin = tl.sum(tl.where(experts < FIRST_EXPERT + expert, load, 0), 0)
+    count = tl.sum(tl.where(experts == FIRST_EXPERT + expert, load, 0), 0)
     end = begin + count
     if SPLITS > 1:
         share = (count + SPLITS * BLOCK_ROWS - 1) // (SPLITS * BLOCK_ROWS) * BLOCK_ROWS

@@ -28,9 +28,11 @@ from model.kernels.triton.gated_gemm import (
     gradient_tiles,
     make_case,
     padded_experts,
+    row_load,
     scale_rows,
 )
 from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.sorted_slots import slot_stride
 
 
 class Rows(NamedTuple):
@@ -319,6 +321,7 @@ def projection_cases(
     scaled by gates, value's only if it has any (SwitchHead; not expert_linear)."""
     half = dict.fromkeys(("rows", "weights", "out", "wide", "narrow", "grad_weights"), "bf16")
     pointers = half | {"gates": "fp32", "order": order, "load": order}
+    load = row_load(wide[2], narrow[2])
     common: dict[str, Any] = {"k": k, "PADDED_E": padded_experts(E)}
     for what, source, target, transposed, gated in (
         ("value", wide, narrow, False, False),
@@ -327,12 +330,14 @@ def projection_cases(
         ("output backward", wide, narrow, True, False),
     ):
         constants = common | dict(zip(("row_stride", "router_stride", "inner_width", "divide"), source, strict=True))
-        constants |= {"width": target[2], "out_stride": target[2], "TRANSPOSED": transposed, "GATED": gated}
+        stride = slot_stride(target[2]) if target is wide else target[2]
+        constants |= {"width": target[2], "out_stride": stride, "TRANSPOSED": transposed, "GATED": gated}
         tiles = project_tiles(target[2], torch.bfloat16)
-        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles)
+        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles, load_bytes=load)
     for what, narrow_first, gated in (("value", False, value_is_gated), ("output", True, True)):
         constants = common | {"d": wide[2], "h": narrow[2], "NARROW_FIRST": narrow_first, "GATED": gated}
         for side, rows in (("wide", wide), ("narrow", narrow)):
             constants |= {f"{side}_stride": rows[0], f"{side}_router_stride": rows[1], f"{side}_divide": rows[3]}
         tiles = gradient_tiles(narrow[2], torch.bfloat16)
-        yield make_case(f"{name} {what} grad_experts", sorted_weight_gradient_kernel, pointers, constants, tiles)
+        kernel = sorted_weight_gradient_kernel
+        yield make_case(f"{name} {what} grad_experts", kernel, pointers, constants, tiles, load_bytes=load)

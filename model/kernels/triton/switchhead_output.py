@@ -23,6 +23,7 @@ from model.kernels.triton.gated_gemm import (
     dense_gates,
     gather_gate_gradient,
     make_case,
+    row_load,
     scale_rows,
     weight_gradient,
 )
@@ -223,4 +224,4 @@ def compile_cases() -> Iterator[CompileCase]:
                 ("backward", output_backward_kernel, backward_tiles(h, dtype)),
             ):
                 name = f"switchhead_output {what} {d}x{h} {kind}"
-                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles)
+                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles, load_bytes=row_load(d, h))

@@ -23,6 +23,7 @@ from model.kernels.triton.gated_gemm import (
     dense_gates,
     gather_gate_gradient,
     make_case,
+    row_load,
     scale_rows,
     unrolled_experts,
     weight_gradient,
@@ -234,6 +235,8 @@ def compile_cases() -> Iterator[CompileCase]:
             for E in (4, 5):
                 constants = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
                 name = f"switchhead_value forward E{E} {d}x{h} {kind}"
-                yield make_case(name, value_forward_kernel, pointers, constants, forward_tiles(h, dtype))
+                tiles, load = forward_tiles(h, dtype), row_load(d, h)
+                yield make_case(name, value_forward_kernel, pointers, constants, tiles, load_bytes=load)
             name = f"switchhead_value backward {d}x{h} {kind}"
-            yield make_case(name, value_backward_kernel, pointers, {"d": d, "h": h}, backward_tiles(h, dtype))
+            tiles, constants = backward_tiles(h, dtype), {"d": d, "h": h}
+            yield make_case(name, value_backward_kernel, pointers, constants, tiles, load_bytes=row_load(d, h))

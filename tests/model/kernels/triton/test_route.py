@@ -28,7 +28,7 @@ SLOW = {
     f"E {E} k {k} R {R} N {N}": Shape(N=N, d=d, R=R, E=E, k=k)
     for E, k in ((2, 1), (2, 2), (3, 2), (5, 3), (8, 8), (16, 4), (33, 7), (64, 1), (64, 8), (100, 4))
     for R, N, d in ((1, 150, 136), (3, 65, 31), (10, 20, 64))
-}
+} | FAST
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half: only the gradients are rounded
 
 
@@ -67,8 +67,15 @@ def check_choices(routing: Routing, case: Case, shape: Shape) -> None:
         assert torch.equal(routing.load[r], slots.bincount(minlength=shape.E))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize(
+    "dropout, dtype",
+    [
+        *((dropout, torch.float32) for dropout in DROPOUT),
+        ("feed-forward", torch.bfloat16),
+        ("attention", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", FAST)
 def test_equals_loop(name: str, dropout: str, dtype: torch.dtype) -> None:
     compare(FAST[name], dropout, dtype)

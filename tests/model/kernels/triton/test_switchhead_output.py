@@ -185,8 +185,8 @@ def test_dtypes_that_no_kernel_has_are_refused() -> None:
 
 
 def test_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 64 x 64 tiles, half precision: at most 1.05 times what plain GEMMs over K-concatenated experts ask for (gates
-    and the parts of their gradient are the rest)."""
+    """At 64 x 64 tiles, half precision: at most 1.1 times what plain GEMMs over K-concatenated experts ask for (gates,
+    and for their gradient a, are the rest)."""
     use_tiles(monkeypatch, 64)
     N, d, H, h, E, k = 256, 128, 2, 64, 4, 2
     tensors = inputs((N, d, H, h, E, k, "random"), torch.bfloat16)
@@ -200,14 +200,14 @@ def test_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         requested, flops = of_kernels(launches, *names)
         assert flops == E / k * useful
-        assert requested <= 1.05 * gemm_bytes(64, 2, size), names
+        assert requested <= 1.1 * gemm_bytes(64, 2, size), names
 
 
 def test_sorted_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 64 x 64 tiles and 128 tokens per expert: flops 1.3 times the useful ones, bytes of every GEMM 1.5 times those
+    """At 64 x 64 tiles and 256 tokens per expert: flops 1.3 times the useful ones, bytes of every GEMM 1.5 times those
     of its useful rows; a slot's wide row is read once more, to be summed."""
     use_tiles(monkeypatch, 64)
-    N, d, H, h, E, k = 512, 128, 1, 64, 8, 2
+    N, d, H, h, E, k = 512, 128, 1, 64, 4, 2
     tensors = inputs((N, d, H, h, E, k, "random"), torch.bfloat16)
     with recording(check=False) as launches:
         run(switchhead_output, tensors, torch.ones(1, 1), "triton:sorted")
