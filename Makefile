@@ -37,10 +37,10 @@ demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> v
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: install  ## the slow tests: the real launcher, kill and resume
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm"
 
 test-slurm: install  ## a real two-node SLURM on this host: signals, requeues, lost nodes, data preparation arrays
 	$(BIN)/python -m pytest -v -m slurm tests/slurm
