@@ -11,7 +11,7 @@ r"""Data preparation, measured: throughput per CPU-second beside datatrove and d
 throughput: the same raw files through each tool, read, tokenised and written, no filter, no deduplication, one process;
 the vocabulary has as many pieces in all. CPU seconds are user and system time of the process and its children, start-up
 included; text is UTF-8 bytes of the documents. Tools run one after the other, `--repeats` times; the best counts.
-Megatron-LM's tools/preprocess_data.py is not among them: no package holds it.
+Megatron-LM's tools/preprocess_data.py is not among them: the megatron-core package does not hold it.
 memory: the largest sum of resident memory over all processes, with filters and deduplication, on 50 MB and on 500 MB.
 """
 
