@@ -69,7 +69,7 @@ def test_each_rule_can_fail(gate_kernels: tuple[Path, subprocess.CompletedProces
         "no tensor cores": "no tensor-core instruction of sm_90 (0 older)",
         "narrow": "widest global load 4 bytes",
         "atomic": "2 atomics on floats",
-        "impossible": "does not compile: CompilationError",
+        "impossible": "does not compile: CompileTimeAssertionFailure",
     }
     assert {name for name, _ in found} == expected.keys()  # "good again" equals "good": compiled once
     for name, reason in expected.items():
