@@ -132,7 +132,7 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     except Exception as caught:  # whatever the compiler dies of belongs in the table
-        error = f"{type(caught).__name__}: {str(caught).strip()[-300:]}"
+        error = f"{type(caught).__name__}: {' '.join(str(caught).replace('|', '/').split())[-300:]}"
     else:
         shared = kernel.metadata.shared
         columns = getattr(kernel.metadata, "tmem_size", None) or 0

@@ -68,8 +68,8 @@ def test_each_rule_can_fail(gate_kernels: tuple[Path, subprocess.CompletedProces
         "shared": "bytes of shared memory, 232448 fit",
         "no tensor cores": "no tensor-core instruction of sm_90 (0 older)",
         "narrow": "widest global load 4 bytes",
-        "atomic": "1 atomics on floats",
-        "impossible": "does not compile: CompilationError",
+        "atomic": "2 atomics on floats",
+        "impossible": "does not compile: CompileTimeAssertionFailure",
     }
     assert {name for name, _ in found} == expected.keys()  # "good again" equals "good": compiled once
     for name, reason in expected.items():
