@@ -123,8 +123,10 @@ def _implementation(backend: str, first_expert: int) -> tuple[Callable[..., Any]
     if backend == "triton":
         from model.kernels.triton import sigma_moe as kernels
 
-        where = {"first_expert": first_expert}
-        return partial(kernels.forward_triton, **where), partial(kernels.backward_triton, **where)
+        return (
+            partial(kernels.forward_triton, first_expert=first_expert),
+            partial(kernels.backward_triton, first_expert=first_expert),
+        )
     assert first_expert == 0, f"backend {backend} takes the slots of its own experts alone"
     return {"cpu": (_forward_cpu, _backward_cpu), "grouped_mm": (_forward_grouped_mm, _backward_grouped_mm)}[backend]
 

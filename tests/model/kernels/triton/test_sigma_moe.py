@@ -29,6 +29,7 @@ SHAPES = {
     "all tokens on one expert": Shape(N=35, d=8, E=4, G=8, k=1, experts="one"),
     "one and no token on an expert": Shape(N=19, d=8, E=6, G=8, k=2, experts="single"),
     "one token": Shape(N=1, d=17, E=4, G=8, k=4),
+    "one expert": Shape(N=9, d=8, E=1, G=8, k=1),
 }
 MANY = {
     "5 experts, 3 chosen": Shape(N=50, d=40, E=5, G=24, k=3),
