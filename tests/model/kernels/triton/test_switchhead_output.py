@@ -14,17 +14,17 @@ from tests.model.kernels.triton.small_tiles import gemm_bytes, of_kernels, use_t
 
 # N tokens, d, H, h, E, k, routing as in the imported test. Tiles are 16 wide: most shapes have a part of one.
 SHAPES = [
-    (37, 21, 2, 17, 5, 3, "random"),
-    (33, 32, 3, 16, 4, 2, "first"),
+    (18, 17, 2, 17, 5, 3, "random"),
+    (17, 32, 1, 16, 4, 2, "first"),
     (18, 13, 1, 5, 4, 1, "single"),
-    (9, 18, 5, 3, 2, 1, "random"),
-    (17, 7, 2, 18, 2, 2, "random"),
+    (9, 18, 3, 3, 2, 1, "random"),
+    (17, 7, 1, 18, 2, 2, "random"),
     (17, 8, 1, 4, 10, 8, "single"),
     (1, 20, 2, 5, 6, 4, "random"),
     (6, 5, 1, 1, 1, 1, "random"),
     (0, 12, 2, 5, 4, 2, "random"),
 ]
-SMALL = (18, 20, 2, 9, 5, 3, "random")
+SMALL = (18, 9, 2, 5, 5, 3, "random")
 MANY_EXPERTS = (19, 9, 1, 6, 64, 8, "random")
 STRATEGIES = ("gated", "sorted")
 HALF = 2**-8
@@ -56,7 +56,7 @@ def test_forward_and_every_gradient_equal_the_loop(shape: tuple, strategy: str) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("shape", [SMALL, SHAPES[3]], ids=str)
+@pytest.mark.parametrize("shape", [SMALL], ids=str)
 def test_other_dtypes(shape: tuple, strategy: str, dtype: torch.dtype) -> None:
     assert_equals_loop(shape, strategy, dtype)
 
@@ -69,6 +69,7 @@ def test_all_shapes_in_other_dtypes(shape: tuple, strategy: str, dtype: torch.dt
     assert_equals_loop(shape, strategy, dtype)
 
 
+@pytest.mark.slow
 def test_many_experts() -> None:
     assert_equals_loop(MANY_EXPERTS, "sorted", torch.bfloat16)
 
@@ -164,6 +165,7 @@ def test_half_of_the_experts_decides(E: int, k: int, strategy: str) -> None:
     assert ("output_forward_kernel" in {launch.kernel for launch in launches}) == (strategy == "gated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_opcheck(strategy: str) -> None:
     a, scores, index, experts = inputs((9, 6, 2, 5, 4, 2, "random"), torch.float32)
