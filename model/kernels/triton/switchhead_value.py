@@ -191,8 +191,8 @@ def backward_triton(
         narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
         _, grad_scores = mix_slots(products.view(H, N * k, h), scores, grad, mix=False)
         stride = slot_stride(d)
-        rows = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True, stride=stride)
-        grad_x = sum_slots(rows, N, d)
+        slots = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True, stride=stride)
+        grad_x = sum_slots(slots, N, d)
         grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=False)
         return grad_x, grad_scores, grad_experts
     if N == 0:
