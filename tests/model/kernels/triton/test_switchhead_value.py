@@ -186,7 +186,7 @@ def test_dtypes_that_no_kernel_has_are_refused() -> None:
         switchhead_value(x, scores, index, experts.bfloat16(), "triton")
 
 
-@pytest.mark.parametrize("N, R, E, k", [(70, 2, 5, 3), (33, 1, 64, 8), (9, 3, 2, 1), (1, 1, 1, 1), (0, 2, 3, 1)])
+@pytest.mark.parametrize("N, R, E, k", [(70, 2, 5, 3), (9, 1, 64, 8), (9, 3, 2, 1), (1, 1, 1, 1), (0, 2, 3, 1)])
 def test_sort_is_the_stable_one(N: int, R: int, E: int, k: int) -> None:
     index = torch.rand(N, R, E, generator=torch.Generator().manual_seed(0)).topk(k).indices
     with recording():
