@@ -78,6 +78,11 @@ def check_rules(config: Config) -> None:
             f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is "
             f"0; set evaluate.sequences to 256, or checkpoint.keep_best to 0"
         )
+    if config.resilience.spike_action == "rollback" and config.resilience.spike_threshold == 0:
+        raise ConfigError(
+            "resilience.spike_action: rollback never happens, because resilience.spike_threshold is 0 (off); set the "
+            "threshold to 10, or spike_action to warn"
+        )
     batch = config.batch
     if batch.global_sequences % batch.micro_sequences:
         raise ConfigError(

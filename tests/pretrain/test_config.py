@@ -114,6 +114,11 @@ def test_the_best_checkpoint_needs_validation() -> None:
         load_config(TINY, ["checkpoint.keep_best=2", "evaluate.sequences=0"])
 
 
+def test_rollback_needs_a_threshold() -> None:
+    with pytest.raises(ConfigError, match=r"resilience\.spike_action: rollback never happens"):
+        load_config(TINY, ["resilience.spike_action=rollback", "resilience.spike_threshold=0"])
+
+
 def test_zero_0_needs_fp32() -> None:
     assert load_config(TINY, ["parallel.zero=0"]).parallel.zero == 0
     with pytest.raises(ConfigError, match=r"parallel\.zero: stage 0 trains in fp32 only"):
