@@ -69,7 +69,11 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         lock=folder.lock,
     )
     try:
-        yield control
+        try:
+            yield control
+        except BaseException:
+            watchdog.settle()
+            raise
     except RunFailed as error:
         folder.end(error.code, str(error))
         raise

@@ -65,6 +65,7 @@ class Watchdog:
         self._stacks = open(self._folder / f"rank-{rank:05d}.stacks", "w")  # noqa: SIM115 (for faulthandler)
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
         self._ended = threading.Event()
+        self._reporting = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -79,6 +80,12 @@ class Watchdog:
             (self._folder / f"rank-{self._rank:05d}.{kind}").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._folder.rmdir()  # the last rank's call succeeds
+
+    def settle(self) -> None:
+        """Called by a main thread that met an error: if a hang is being reported, the error is only what follows from
+        it (ranks were killed or have left), and the report ends this process with the hang's code."""
+        if self._reporting.is_set():
+            self._thread.join(timeout=60)
 
     def _watch(self) -> None:
         pause = min(1.0, self._timeout / 10) if self._timeout else 1.0
@@ -100,6 +107,7 @@ class Watchdog:
 
     def _report(self) -> None:
         """Says what this rank waits for and, unless it goes on meanwhile, ends it."""
+        self._reporting.set()
         record, waited = self._phases.record, time.monotonic() - self._phases.since
         path = self._hang / f"rank-{self._rank:05d}.json"
         self._hang.mkdir(exist_ok=True)
@@ -111,6 +119,7 @@ class Watchdog:
             time.sleep(0.1)
         if self._phases.record.count != record.count:
             path.unlink(missing_ok=True)  # slow, not hung
+            self._reporting.clear()
             return
         reports = self._reports()
         silent = [rank for rank in range(len(self._identities)) if rank not in reports]

@@ -121,6 +121,7 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "config.json",
         "metrics.jsonl",
         "events.jsonl",
+        "outcome.json",
         "checkpoints",
         "tensorboard",
     }
