@@ -65,7 +65,7 @@ class Tiles:
         routers = max(routers, 16 // experts)  # tl.dot takes no fewer than 16 columns
         columns = routers * experts
         return cls(
-            tokens=min(32 if dtype == torch.float32 else 64, max(16, TILE // columns)),
+            tokens=min(16 if dtype == torch.float32 else 64, max(16, TILE // columns)),
             routers=routers,
             experts=experts,
             depth=32 if dtype == torch.float32 else 64,  # twice the tokens or depth, and some of these spill
