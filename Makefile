@@ -36,8 +36,13 @@ demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> v
 	@echo "Watch it:   $(BIN)/tensorboard --logdir $(DEMO_RUN)/tensorboard"
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"
 
+FAST := -m "not slow and not slurm"
+# Tests of one process each, which share the cores; all others start ranks of their own and take turns.
+ALONE := tests/model tests/data_prep tests/benchmarks
+
 test: install  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(FAST) -n 2 $(ALONE)
+	$(BIN)/python -m pytest $(FAST) $(ALONE:%=--ignore=%)
 
 test-slow: install  ## the slow tests: the real launcher, kill and resume
 	$(BIN)/python -m pytest -m "slow and not slurm"
