@@ -166,6 +166,10 @@ class Watchdog:
         """Once per machine: silent ranks of it write their stacks, if they can, and are killed."""
         if self._rank != min(rank for rank in reports if self._is_here(rank)):
             return
+        stacks = {}
+        for rank in filter(self._is_here, silent):
+            with contextlib.suppress(OSError):  # opened now: a rank that is woken removes its file when it leaves
+                stacks[rank] = open(self._folder / f"rank-{rank:05d}.stacks", "rb")  # noqa: SIM115
         victims = [self._identities[rank]["pid"] for rank in silent if self._is_here(rank) and self._runs(rank)]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
@@ -173,11 +177,10 @@ class Watchdog:
                 os.kill(pid, signal.SIGCONT)  # a stopped process takes no signal but SIGKILL
         if victims:
             time.sleep(1.0)
+        for rank, file in stacks.items():
+            with contextlib.suppress(OSError), file:
+                (self._hang / f"rank-{rank:05d}.stacks").write_bytes(file.read())
         for rank in silent:
-            stacks = self._folder / f"rank-{rank:05d}.stacks"
-            if self._is_here(rank) and stacks.exists():
-                with contextlib.suppress(OSError):
-                    (self._hang / f"rank-{rank:05d}.stacks").write_bytes(stacks.read_bytes())
             if self._is_here(rank) and self._runs(rank):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._identities[rank]["pid"], signal.SIGKILL)

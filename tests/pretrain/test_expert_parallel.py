@@ -126,6 +126,7 @@ def runs(prepared: Path, tmp_path: Path) -> Runs:
     return config, tmp_path
 
 
+@pytest.mark.slow  # test_checkpoint_resharding.py has the fast one
 def test_resume_is_bit_identical_and_moves_to_one_process(runs: Runs) -> None:
     """In TP 2 with SP and EP 2, where every rank holds other pieces of the experts."""
     config, folder = runs

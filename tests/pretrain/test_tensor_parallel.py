@@ -103,6 +103,7 @@ def test_bf16_stays_near_fp32_under_tensor_parallelism(prepared: Path) -> None:
         assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
 
 
+@pytest.mark.slow  # test_checkpoint_resharding.py has the fast one
 def test_resume_is_bit_identical_and_moves_between_tensor_sizes(prepared: Path, tmp_path: Path) -> None:
     model = "switchall xl"
     keys = ("train.steps=8", "evaluate.every_steps=4", "evaluate.streams=5", "batch.micro_sequences=2")
