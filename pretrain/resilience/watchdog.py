@@ -117,13 +117,14 @@ class Watchdog:
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and len(self._reports()) < len(self._identities):
             time.sleep(0.1)
-        if self._phases.record.count != record.count:
+        message = self._hang / "message.txt"
+        # Once the message is out, ranks are woken and killed: that this one then gets further means nothing.
+        if self._phases.record.count != record.count and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
             self._reporting.clear()
             return
         reports = self._reports()
         silent = [rank for rank in range(len(self._identities)) if rank not in reports]
-        message = self._hang / "message.txt"
         if self._rank == min(reports):
             text = describe(reports, silent, self._last_words(silent), self._timeout, self._hang)
             self._publish(text, message)
