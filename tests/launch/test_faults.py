@@ -151,7 +151,7 @@ def test_signals_at_random_moments_lose_nothing(prepared: Path, tmp_path: Path) 
 
 def test_a_stopped_rank_ends_the_run_with_its_name(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with started(prepared, run_dir, "resilience.hang_timeout_seconds=6") as process:
+    with started(prepared, run_dir, "resilience.hang_timeout_seconds=20") as process:
         wait_for(lambda: lines(run_dir) >= 5)
         ranks_of(process)[1].suspend()
         began = time.monotonic()
