@@ -12,11 +12,12 @@ import torch
 
 from data_prep.shard_format import DataError, Manifest
 from data_prep.shard_reader import SplitReader
+from pretrain.config import Config
 from pretrain.data import TrainingStream, WindowReader
 from pretrain.errors import UserError
 from pretrain.order import permute, window_order
 from pretrain.schedule import learning_rate
-from pretrain.sources import open_sources
+from pretrain.sources import Sources, open_sources
 from tests.pretrain.runs import small_config
 
 CPU = torch.device("cpu")
@@ -166,3 +167,41 @@ def test_learning_rate_by_hand(prepared: Path) -> None:
     assert rates[-1] > 0.1
     clipped = small_config(prepared, "train.steps=1", "schedule.warmup_steps=100", "optimizer.learning_rate=1.0")
     assert learning_rate(clipped, 0) == 1.0
+
+
+class _Steps(torch.utils.data.Dataset[torch.Tensor]):
+    """Inputs of the steps from `first` on, a batch each, of one rank: read in whatever process asks for one."""
+
+    def __init__(self, config: Config, *, first: int, count: int, rank: int, size: int) -> None:
+        self.config, self.first, self.count, self.rank, self.size = config, first, count, rank, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        reader = Sources.load(self.config).reader("train", self.config)
+        stream = TrainingStream(reader, self.config, data_rank=self.rank, data_size=self.size)
+        consumed = (self.first + step) * self.config.batch.global_sequences
+        parts = [stream.batch(consumed, m, torch.device("cpu")).tokens for m in range(stream.micro_steps)]
+        return torch.stack(parts)  # [micro-steps, micro_sequences, T]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_worker_processes_and_changed_worlds_read_the_same_sequence(prepared: Path, workers: int) -> None:
+    """Three steps on 1 rank, two on 2 and two on 4, read by as many worker processes: the order of one process."""
+    config = small_config(prepared, "batch.global_sequences=8", "batch.micro_sequences=2")
+    reader = Sources.load(config).reader("train", config)
+    alone = TrainingStream(reader, config, data_rank=0, data_size=1)
+    expected = reader.read(alone.windows(np.arange(7 * 8)))[0].view(7, 8, -1)
+    read = []
+    for first, count, size in ((0, 3, 1), (3, 2, 2), (5, 2, 4)):
+        ranks = [_Steps(config, first=first, count=count, rank=rank, size=size) for rank in range(size)]
+        loaders = [
+            torch.utils.data.DataLoader(
+                r, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+            )
+            for r in ranks
+        ]
+        for of_ranks in zip(*loaders, strict=True):
+            read.append(torch.stack(of_ranks, dim=1).reshape(8, -1))  # micro-step by micro-step, rank by rank
+    assert torch.equal(torch.stack(read), expected)
