@@ -14,6 +14,7 @@ from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, S
 from data_prep.encode import PartEncoder
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
+from data_prep.prepare import base_versions, versions
 from data_prep.shard_format import DataError, SplitName
 from data_prep.store import PART_BYTES, Part, PartWriter
 from data_prep.unpack import DamagedFileError
@@ -81,14 +82,14 @@ class IngestTask:
 
 
 def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
-    """The stage's folder: its settings are the format and the limits that change documents; where no text is stored,
-    also what made the ids."""
+    """The stage's folder: its settings are the format, the limits that change documents and the versions of the code;
+    where no text is stored, also what made the ids."""
     config = plan.config
-    settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES]
+    settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES, base_versions()]
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
     if encodes:
-        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction]
+        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction, versions(plan)["sentencepiece"]]
     return stage_folder(plan.work, "ingest", *settings)
 
 

@@ -17,6 +17,8 @@ import pytest
 from data_prep import prepare, work
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
+from data_prep.parallel import Workers
+from data_prep.pipeline import Pipeline
 from data_prep.plan import make_plan
 from data_prep.shard_format import DataError, Manifest, manifest_digest
 from data_prep.shard_reader import ShardReader
@@ -225,6 +227,31 @@ def test_a_half_removed_work_folder_is_not_taken_for_finished_stages(
     (out / "manifest.json").unlink()
     assert main(["run", "--config", config]) == 0
     assert outputs(out) == outputs(clean)
+
+
+def test_work_of_other_versions_is_not_taken_over(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run that newer code continues, and `keep_work` after an update: the manifest names one version."""
+    config = write_config(raw, "versions", input=f"{raw[0]}/raw/own.jsonl", validation_input=[])
+    assert main(["ingest", "--config", str(config)]) == 0
+
+    def folders() -> dict[str, str]:
+        stages = Pipeline(make_plan(load_config(config, [])), Workers(1))
+        model = raw[0] / "raw" / "own.jsonl"  # any file: its hash is the key
+        paths = [stages._filter_folder(), stages._signature_folder(), stages.dedup_folder(), stages.tokenizer_folder()]
+        return {path.name.partition("-")[0]: path.name for path in [*paths, stages._encode_folder(model)]}
+
+    names, real = folders(), prepare.package_version
+    for package, stage in (("py3langid", "filter"), ("rensa", "signatures"), ("sentencepiece", "tokenizer")):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "package_version", lambda name, p=package: "0" if name == p else real(name))
+            changed = [name for name in names if folders()[name] != names[name]]
+        after = {"filter": 0, "signatures": 1, "tokenizer": 3}[stage]
+        assert changed == [name for name in list(names)[after:]], "it and what follows from it"
+    monkeypatch.setattr(prepare, "PREPARATION_VERSION", "next")
+    with pytest.raises(DataError, match="is not finished"):
+        folders()
 
 
 def run_and_kill(config: Path, after: float, workers: int) -> int:
