@@ -16,7 +16,7 @@ from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
 from data_prep.prepare import base_versions, versions
 from data_prep.shard_format import DataError, SplitName
-from data_prep.store import PART_BYTES, Part, PartWriter
+from data_prep.store import PART_BYTES, PART_DOCUMENTS, Part, PartWriter
 from data_prep.unpack import DamagedFileError
 from data_prep.work import fingerprint, read_json, replacing, stage_folder, write_json
 
@@ -180,7 +180,7 @@ class _EncodedPart:
     """A part of which only the ids are written."""
 
     def __init__(self, encoding: Encoding, name: str, split: SplitName) -> None:
-        self._name, self.split, self.bytes, self._documents = name, split, 0, 0
+        self._name, self.split, self.bytes, self.documents = name, split, 0, 0
         self._fraction = encoding.validation_fraction if split == "train" else 0.0
         self._encoder = PartEncoder(encoding.folder, name, encoding.model)
 
@@ -190,11 +190,11 @@ class _EncodedPart:
             split = "validation"
         self._encoder.add(data, split)
         self.bytes += len(data)
-        self._documents += 1
+        self.documents += 1
 
     def finish(self) -> Part:
         self._encoder.finish()
-        return Part(name=self._name, documents=self._documents, bytes=self.bytes, split=self.split)
+        return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split)
 
     def discard(self, error: BaseException) -> None:
         """Nothing is written before `finish`."""
@@ -216,9 +216,11 @@ class _Splitter:
 
     def add(self, document: Document) -> None:
         writer = self._writer
-        if writer is not None and (writer.bytes >= self._task.part_bytes or writer.split != document.split):
-            self.close()
-            writer = None
+        if writer is not None:
+            full = writer.bytes >= self._task.part_bytes or writer.documents >= PART_DOCUMENTS
+            if full or writer.split != document.split:
+                self.close()
+                writer = None
         if writer is None:
             writer = self._writer = self._open(document.split)
         writer.add(document.data, document.position)

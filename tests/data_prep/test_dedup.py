@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep import dedup
+from data_prep import signatures as sign
 from data_prep.cli import main
 from data_prep.dedup import candidate_pairs
 from data_prep.shard_format import Manifest
@@ -194,6 +195,17 @@ def test_shingles_depend_on_their_words_and_not_on_the_neighbours() -> None:
         np.testing.assert_array_equal(together[int(offsets[number]) : int(offsets[number + 1])], alone)
         start += count
     assert len(set(together.tolist())) == len(together)
+
+
+def test_short_documents_are_signed_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,000 documents of 4 words are one batch of BATCH_CHARACTERS, whose values as Python numbers took 150 MB."""
+    sizes: list[int] = []
+    real = sign.signatures
+    monkeypatch.setattr(sign, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(sign, "signatures", lambda texts, n: (sizes.append(len(texts)), real(texts, n))[1])
+    texts = [f"one two three {number}" for number in range(10)]
+    assert run_dedup(tmp_path, [texts]) == texts
+    assert sizes == [4, 4, 2]
 
 
 def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> None:

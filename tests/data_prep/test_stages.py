@@ -134,9 +134,18 @@ def test_two_workers_other_parts_and_single_steps_give_the_same_bytes(
     assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
     assert outputs(raw[0] / "two") == outputs(clean)
     monkeypatch.setattr("data_prep.ingest.PART_BYTES", 1 << 25)
+    monkeypatch.setattr("data_prep.ingest.PART_DOCUMENTS", 7)
+    monkeypatch.setattr("data_prep.signatures.BATCH_DOCUMENTS", 3)
     steps = write_config(raw, "steps")
     for command in ("ingest", "filter", "dedup", "tokenizer", "encode", "shard"):
         assert main([command, "--config", str(steps)]) == 0
+        if command == "dedup":  # short documents: their number bounds what is in memory
+            parts = [
+                part
+                for path in (raw[0] / "steps" / ".work").glob("ingest-*/*.json")
+                for part in json.loads(path.read_text())["parts"]
+            ]
+            assert max(part["documents"] for part in parts) == 7
     assert outputs(raw[0] / "steps") == outputs(clean)
 
 
