@@ -1,9 +1,9 @@
 """Parts: the documents of a raw file, cleaned of what is damaged, as every later stage reads them.
 
-A raw file becomes parts of about `PART_BYTES` of text or `PART_DOCUMENTS` documents, so that one huge file keeps every process busy and a stage never
-holds more than a part. NAME.zst is the text of its documents, one after the other, as one zstd frame with a checksum;
-NAME.safetensors holds an array element for each document: int64 `size` in bytes, int64 `position` in the raw file, and
-uint64 `hash` [documents, 2], the first 128 bits of the sha256 of the text.
+A raw file becomes parts of about `PART_BYTES` of text or `PART_DOCUMENTS` documents, so that one huge file keeps every
+process busy and a stage never holds more than a part. NAME.zst is the text of its documents, one after the other, as
+one zstd frame with a checksum; NAME.safetensors holds an array element for each document: int64 `size` in bytes, int64
+`position` in the raw file, and uint64 `hash` [documents, 2], the first 128 bits of the sha256 of the text.
 """
 
 import hashlib

@@ -25,6 +25,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # A file with such a name that does not open as one is damaged, and not text by chance.
 PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
 BLOCK_BYTES = 1 << 20
+# 4 bytes of zstd may stand for 128 KB: of pieces of this size one unpacks to 16 MB at most.
+ZSTD_PIECE_BYTES = 1 << 9
 ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub has it as an instance
 DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
 
@@ -61,25 +63,29 @@ class _ZstdFrames:
         self._stored = stored
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False  # whether the current frame was given a byte
-        self._packed = b""
-        self._content = b""
+        self._unread = b""
+        self._content = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        while len(self._content) < size and self._unpack():
-            pass
-        data, self._content = self._content[:size], self._content[size:]
-        return data
+        blocks = []
+        while size > 0 and (len(self._content) or self._unpack()):
+            block, self._content = self._content[:size], self._content[size:]
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
 
     def _unpack(self) -> bool:
-        packed = self._packed or self._stored.read(1 << 14)  # small: zstd may unpack it to thousands of times as much
+        """Goes on by a piece, which may have no content yet; False at the end."""
+        self._unread = self._unread or self._stored.read(1 << 16)
+        packed, self._unread = self._unread[:ZSTD_PIECE_BYTES], self._unread[ZSTD_PIECE_BYTES:]
         if not packed:
             if self._begun:
                 raise EOFError("the last zstd frame is cut")
             return False
-        self._content += self._frame.decompress(packed)
-        self._begun, self._packed = True, b""
+        self._content = memoryview(self._frame.decompress(packed))
+        self._begun = True
         if self._frame.eof:
-            self._packed, self._begun = self._frame.unused_data, False
+            self._unread, self._begun = self._frame.unused_data + self._unread, False
             self._frame = zstandard.ZstdDecompressor().decompressobj()
         return True
 

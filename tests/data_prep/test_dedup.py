@@ -203,9 +203,9 @@ def test_short_documents_are_signed_a_few_at_a_time(tmp_path: Path, monkeypatch:
     real = sign.signatures
     monkeypatch.setattr(sign, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(sign, "signatures", lambda texts, n: (sizes.append(len(texts)), real(texts, n))[1])
-    texts = [f"one two three {number}" for number in range(10)]
-    assert run_dedup(tmp_path, [texts]) == texts
-    assert sizes == [4, 4, 2]
+    texts = [f"{number} one two three" for number in range(10)]
+    assert run_dedup(tmp_path, [texts, originals(1)]) == [*texts, *originals(1)]
+    assert sizes == [1, 4, 4, 2]  # the larger file goes first
 
 
 def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,21 @@ def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) ->
     _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
     assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
     assert rejected.size < 3 << 20
+
+
+def test_a_giant_document_in_zstd_costs_no_more_than_the_limit(tmp_path: Path) -> None:
+    """100 MB of one letter in 4 KB: unpacked at once they were copied for every MB read, 7 s and 200 MB."""
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as stream, zstandard.ZstdCompressor(level=1).stream_writer(stream) as packed:
+        for block in (b'{"text": "', *[b"a" * (1 << 20)] * 100, b'"}\n{"text": "good"}\n'):
+            packed.write(block)
+    assert path.stat().st_size < 5000
+    tracemalloc.start()
+    _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
+    assert peak < 60 << 20
 
 
 def test_a_giant_article_goes_as_a_whole(tmp_path: Path) -> None:
