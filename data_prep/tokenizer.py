@@ -118,6 +118,21 @@ class TextTokenizer:
         piece: str = self._model.id_to_piece(number)
         return piece
 
+    def piece_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: UTF-8 bytes that each id is decoded to, inside a text; 0 for unk and control pieces."""
+        model, sizes = self._model, np.zeros(self.vocab_size, np.int64)
+        for number in range(self.vocab_size):
+            if model.is_byte(number):
+                sizes[number] = 1
+            elif not (model.is_control(number) or model.is_unknown(number) or model.is_unused(number)):
+                sizes[number] = len(model.id_to_piece(number).replace(SPACE_SYMBOL, " ").encode("utf-8"))
+        return sizes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that SentencePiece puts before a text and takes away again: 1, its blank, or 0."""
+        return int(self.piece(int(self._model.encode_as_numpy("a")[0])).startswith(SPACE_SYMBOL))
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n] (any integer dtype)."""
         text: str = self._model.decode(ids.tolist())

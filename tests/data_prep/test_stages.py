@@ -345,7 +345,7 @@ def test_the_report_shows_what_is_there_and_what_was_left_out(
     assert "duplicates" in capsys.readouterr().out
     text = (out / "report.md").read_text()
     plots = {path.name for path in out.glob("*.png")}
-    assert plots == {"lengths.png", "left_out.png", "duplicates.png", "vocabulary.png"}
+    assert plots == {"lengths.png", "bytes_per_token.png", "left_out.png", "duplicates.png", "vocabulary.png"}
     assert all(f"({name})" in text for name in plots)
     assert all((out / name).stat().st_size > 3000 for name in plots)
     for expected in ("| quarantined: not JSON | 1 |", "| duplicates: near | 2 |", "| c4-train.00000.json.gz | c4 |"):
