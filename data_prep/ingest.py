@@ -29,7 +29,7 @@ class FileState:
     """What ingest found in one raw file; the content of KEY.json, which is written last."""
 
     name: str
-    """File name without its folder."""
+    """As in IngestTask."""
     sha256: str
     bytes: int
     """As stored."""
@@ -70,6 +70,8 @@ class IngestTask:
 
     config: DataConfig
     raw: InputFile
+    name: str
+    """What records call it."""
     split: SourceSplit
     folder: Path
     key: str
@@ -99,11 +101,12 @@ def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
     tasks = []
     for source in plan.sources:
         size, stamp = size_and_stamp(source.path)
-        key = fingerprint(str(source.path.resolve()), size, stamp, source.split)
+        key = fingerprint(str(source.path.resolve()), source.name, size, stamp, source.split)
         tasks.append(
             IngestTask(
                 config=plan.config,
                 raw=source.path,
+                name=source.name,
                 split=source.split,
                 folder=folder,
                 key=key,
@@ -150,7 +153,7 @@ def ingest_file(task: IngestTask) -> None:
                     splitter.add(record)
                 else:
                     rejected[record.reason] += 1
-                    quarantine.write(_line(task.raw.name, unit, record))
+                    quarantine.write(_line(task.name, unit, record))
         except DamagedFileError as error:
             if task.config.format in STRICT_FORMATS:
                 raise
@@ -160,11 +163,11 @@ def ingest_file(task: IngestTask) -> None:
             quarantine.seek(0)
             quarantine.truncate()
             # The message without the folder: the same dump elsewhere gives the same quarantine.
-            detail = damaged.replace(str(task.raw), task.raw.name)
-            quarantine.write(_line(task.raw.name, unit, Rejected(last, "damaged file", detail, b"", task.size)))
+            detail = damaged.replace(str(task.raw), task.name)
+            quarantine.write(_line(task.name, unit, Rejected(last, "damaged file", detail, b"", task.size)))
         splitter.close()
     state = FileState(
-        name=task.raw.name,
+        name=task.name,
         sha256=raw.sha256 or sha256_of(task.raw),
         bytes=raw.bytes or task.size,
         format=raw.format,

@@ -90,7 +90,8 @@ class InputRecord(Record):
     """One raw file that went in."""
 
     name: str
-    """File name without its folder, so that the manifest does not depend on where the file lay."""
+    """File name, so that the manifest does not depend on where the file lay; where several have that name, with the
+    folders that tell them apart."""
     sha256: Sha256
     """Hash of the file as stored (compressed)."""
     bytes: Count
