@@ -53,6 +53,11 @@ def clean_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if _is_sentence_line(line))
 
 
+def dropped_lines(text: str) -> list[str]:
+    """The lines that `clean_lines` leaves out."""
+    return [line for line in text.split("\n") if not _is_sentence_line(line)]
+
+
 def _is_sentence_line(line: str) -> bool:
     line = line.strip()
     if not line.endswith(LINE_END) or line.endswith(ELLIPSES) or len(line.split()) < MIN_WORDS_PER_LINE:
@@ -71,8 +76,8 @@ class Filters:
     def verdict(self, text: str) -> Verdict:
         """Why a document is dropped, or None."""
         config, words = self._config, text.split()
-        if len(words) < config.min_words:
-            return "too few words", f"{len(words)} words, fewer than {config.min_words}"
+        if len(words) < max(1, config.min_words):  # c4_lines may leave nothing
+            return "too few words", f"{len(words)} words, fewer than {max(1, config.min_words)}"
         if len(words) > config.max_words:
             return "too many words", f"{len(words)} words, more than {config.max_words}"
         found = c4_page(text, config.c4_min_sentences) if config.c4 else None

@@ -132,6 +132,7 @@ class Provenance(Record):
     versions: dict[str, str]
     """Versions of the preparation code and of the packages it used."""
     dropped: dict[str, JsonValue] = {}
-    """Documents left out: `quarantined`, `filtered` and `duplicates`, each by reason; absent if nothing was."""
+    """Documents left out: `quarantined`, `filtered` and `duplicates`, each by reason; absent if nothing was. `lines`:
+    what filter.c4_lines took out of documents."""
     records: tuple[RecordFile, ...] = ()
     """What was quarantined, and examples of what was filtered and of duplicates, as JSON lines."""

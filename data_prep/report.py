@@ -85,6 +85,8 @@ def dropped(manifest: Manifest) -> None:
     if rows:
         print()
         print(table(("left out", "reason", "documents"), rows))
+    if lines := manifest.provenance.dropped.get("lines"):
+        print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
 
 
 def progress(pipeline: Pipeline) -> None:

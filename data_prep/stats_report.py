@@ -185,6 +185,8 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     with _figure(folder / "left_out.png", "documents", "", height=1.0 + 0.22 * len(rows)) as axes:
         axes.barh([f"{stage}: {reason}" for stage, reason, _ in reversed(rows)], [c for *_, c in reversed(rows)])
     lines += ["![left out](left_out.png)", ""]
+    if of_documents := manifest.provenance.dropped.get("lines"):
+        lines += [f"Lines of documents that `filter.c4_lines` dropped: {of_documents:,}.", ""]
     duplicates: Any = manifest.provenance.dropped.get("duplicates", {})
     if duplicates.get("near_similarity"):
         counts = duplicates["near_similarity"]
