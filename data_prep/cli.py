@@ -5,6 +5,7 @@ Results go to stdout, progress to stderr. A user's mistake prints one line, `err
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -248,6 +249,8 @@ def _build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # documents hold what the terminal's encoding may not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments.handler(arguments)
         sys.stdout.flush()

@@ -281,7 +281,8 @@ def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], confi
         where = f"{first['file']}:{first['line']}" if "line" in first else f"{first['file']}, byte {first['byte']:,}"
         raise DataError(
             f"{bad} of {records} records are malformed, more than ingest.max_bad_records {limits.max_bad_records} "
-            f"allows; the first: {where}: {first['reason']} ({first['detail']}); repair or remove the line"
+            f"allows; the first: {where}: {first['reason']} ({first['detail']}); repair or remove the line; all are in "
+            f"{tasks[0].folder}/*.quarantine.jsonl"
         )
 
 

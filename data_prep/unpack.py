@@ -24,6 +24,12 @@ ZIP_MAGIC = b"PK\x03\x04"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # A file with such a name that does not open as one is damaged, and not text by chance.
 PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
+# Known by their first bytes, and not read: as text they would be thousands of lines that are no JSON.
+FOREIGN = {
+    b"BZh": "packed with bzip2, which is not read; pack it with zstd or gzip",
+    b"\xfd7zXZ": "packed with xz, which is not read; pack it with zstd or gzip",
+    b"PAR1": "a Parquet file, which is not read; write its rows as JSON lines",
+}
 BLOCK_BYTES = 1 << 20
 # 4 bytes of zstd may stand for 128 KB: of pieces of this size one unpacks to 16 MB at most.
 ZSTD_PIECE_BYTES = 1 << 9
@@ -32,7 +38,7 @@ DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error
 
 
 class DamagedFileError(DataError):
-    """A packed file whose content cannot be trusted: truncated, or a checksum fails."""
+    """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
 
 
 class _CountingStream:
@@ -146,8 +152,12 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
     unreadable."""
     try:
         with path.open("rb") as stored:
-            magic = stored.read(len(ZIP_MAGIC))
+            magic = stored.read(5)
             stored.seek(0)
+            for first, what in FOREIGN.items():
+                if magic.startswith(first):
+                    raise DamagedFileError(f"{path} is {what}")
+            magic = magic[: len(ZIP_MAGIC)]
             if not magic.startswith(PACKED_SUFFIXES.get(path.suffix, b"")):
                 raise DamagedFileError(f"{path} is damaged (not a {path.suffix} file); fetch it again")
             if magic == ZIP_MAGIC:

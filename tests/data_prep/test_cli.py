@@ -1,5 +1,6 @@
 """The command line as a user sees it: output, one-line errors, exit codes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def test_show_prints_documents_of_both_splits(
     config = corpus.write_config(prepared.parent / "config.json", output=str(prepared))
     assert main(["show", "--config", str(config), "--split", "validation"]) == 0
     assert corpus.validation[0] in capsys.readouterr().out
+
+
+def test_show_prints_documents_on_any_terminal(corpus: Corpus, prepared: Path) -> None:
+    command = [sys.executable, "-m", "data_prep", "show", str(prepared), "--count", str(len(corpus.train))]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True).stdout
+    assert corpus.train[0].encode("ascii", "backslashreplace") in shown and b"\\u4e2d" in shown
 
 
 def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """Raw files: formats, lines, and what happens to what cannot be read."""
 
+import bz2
 import gzip
 import hashlib
+import lzma
 import os
 import random
 import tracemalloc
@@ -114,6 +116,17 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
             read(path)
     with pytest.raises(DataError, match=r"cannot read .*none\.gz: No such file"):
         read(tmp_path / "none.gz")
+
+
+def test_what_is_packed_otherwise_is_named_and_goes_whole(tmp_path: Path) -> None:
+    data = b'{"text": "one"}\n' * 100
+    parquet = b"PAR1" + data + b"PAR1"
+    for name, content in (("bzip2", bz2.compress(data)), ("xz", lzma.compress(data)), ("Parquet", parquet)):
+        for suffix in (name, "jsonl"):
+            path = tmp_path / f"a.{suffix}"
+            path.write_bytes(content)
+            with pytest.raises(DamagedFileError, match=f"{name}.*, which is not read"):
+                read(path)
 
 
 def test_a_zstd_file_is_whole_or_damaged(tmp_path: Path) -> None:

@@ -308,14 +308,19 @@ def test_thresholds_stop_a_run_and_a_mended_file_continues_it(
     error = one_error(capsys)
     assert "3 of 102 records are malformed" in error
     assert "the first: c4-train.00000.json.gz:6: not JSON" in error
+    pattern = error.rpartition("all are in ")[2]
+    lines = [line for path in sorted(Path("/").glob(pattern.lstrip("/"))) for line in read_lines(path)]
+    assert {"not JSON", "not UTF-8", "no text"} <= {line["reason"] for line in lines}
     assert main(["run", "--config", str(strict), "--set", "ingest.max_bad_records=0.5"]) == 0
     assert outputs(raw[0] / "strict") == outputs(clean)
     only = write_config(raw, "only", input=[f"{raw[0]}/raw/c4-train.00002.json.gz"])
     assert main(["run", "--config", str(only)]) == 2
-    assert "no document for the train split" in (error := one_error(capsys))
+    error = one_error(capsys)
+    assert "no document for the train split" in error
     assert "quarantined: damaged file" in error
     assert main(["run", "--config", str(only), "--set", "validation_input=[]"]) == 2
-    assert "1 of 1 raw files are damaged" in (error := one_error(capsys))
+    error = one_error(capsys)
+    assert "1 of 1 raw files are damaged" in error
     assert "c4-train.00002.json.gz is damaged" in error
 
 
