@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from data_prep.plan import Plan
 from data_prep.prepare import base_versions, versions
 from data_prep.shard_format import DataError, SplitName
 from data_prep.store import PART_BYTES, PART_DOCUMENTS, Part, PartWriter
-from data_prep.unpack import DamagedFileError
+from data_prep.unpack import DamagedFileError, UnreachableError
 from data_prep.work import fingerprint, read_json, replacing, stage_folder, write_json
 
 # Formats that are one known file or archive each, in order: a damaged one is fetched again, not done without.
 STRICT_FORMATS = ("wikitext", "enwik8")
+RETRY_SECONDS = (1, 10, 60)  # before each further attempt at a file behind a URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,18 @@ def quarantine_file(task: IngestTask) -> Path:
 
 
 def ingest_file(task: IngestTask) -> None:
-    """Reads one raw file into parts, quarantine and state. A damaged file gives no part at all."""
+    """Reads one raw file into parts, quarantine and state. A damaged file gives no part at all; a broken connection is
+    tried again."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return _ingest_file(task)
+        except UnreachableError as error:
+            print(f"warning: {error}; the file is read again in {seconds} s", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    _ingest_file(task)
+
+
+def _ingest_file(task: IngestTask) -> None:
     raw = RawFile(
         task.raw,
         format=task.config.format,

@@ -16,7 +16,7 @@ from typing import IO
 import zstandard
 from isal import igzip, igzip_lib
 
-from data_prep.locations import InputFile, sha256_of, size_and_stamp
+from data_prep.locations import InputFile, RemoteFile, sha256_of, size_and_stamp
 from data_prep.shard_format import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -39,6 +39,10 @@ DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error
 
 class DamagedFileError(DataError):
     """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
+
+
+class UnreachableError(DataError):
+    """A file behind a URL that could not be read now; another attempt may succeed."""
 
 
 class _CountingStream:
@@ -148,8 +152,8 @@ class Unpacked:
 @contextlib.contextmanager
 def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
     """Opens a file by what its first bytes say it is. `member`: name, without folders, of the file inside a
-    zip. Raises DamagedFileError, also while it is being read, and DataError for a file that is missing or
-    unreadable."""
+    zip. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
+    unreadable, and UnreachableError, which is one, where that may pass."""
     try:
         with path.open("rb") as stored:
             magic = stored.read(5)
@@ -174,8 +178,16 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
                 yield _counted(str(path), counter.read, counter)
     except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except (DataError, FileNotFoundError, PermissionError) as error:
+        raise error if isinstance(error, DataError) else _unreadable(path, error) from None
+    except Exception as error:  # every file system of fsspec has errors of its own
+        if isinstance(path, RemoteFile):
+            raise UnreachableError(f"cannot read {path}: {type(error).__name__}: {error}") from None
+        raise (_unreadable(path, error) if isinstance(error, OSError) else error) from None
+
+
+def _unreadable(path: InputFile, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}")
 
 
 def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) -> Unpacked:

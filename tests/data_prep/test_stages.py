@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import prepare, work
+from data_prep import locations, prepare, work
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
 from data_prep.parallel import Workers
@@ -340,6 +340,49 @@ def test_urls_are_read_like_files(raw: tuple[Path, dict[str, Any]], clean: Path)
     assert main(["run", "--config", str(config)]) == 0
     with pytest.raises(DataError, match="matches no file"):
         make_plan(load_config(config, ["input=memory://corpus/none*"]))
+
+
+def test_a_broken_connection_is_tried_again_and_then_one_error(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a file, with an error that is no OSError, as those of botocore and aiohttp."""
+
+    class Lost(Exception):
+        pass
+
+    class Breaking:
+        def __init__(self, stream: Any) -> None:
+            self.stream, self.left = stream, 2
+
+        def __enter__(self) -> "Breaking":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.stream.close()
+
+        def read(self, size: int = -1) -> bytes:
+            self.left -= 1
+            if self.left < 0 and next(failures):
+                raise Lost("connection lost")
+            data: bytes = self.stream.read(min(size, 5000))
+            return data
+
+        def seek(self, place: int) -> None:
+            self.stream.seek(place)
+
+    original, failures = locations.RemoteFile.open, iter([True] * 2 + [False] * 1000)
+    monkeypatch.setattr(locations.RemoteFile, "open", lambda self, mode: Breaking(original(self, mode)))
+    monkeypatch.setattr("data_prep.ingest.time.sleep", lambda seconds: None)
+    name = "c4-train.00001.json.gz"
+    settings = {"validation_input": [], "filter": None, "dedup": None}
+    plain = write_config(raw, "plain", input=str(raw[0] / "raw" / name), **settings)
+    config = write_config(raw, "lost", input=f"file://{raw[0]}/raw/{name}", **settings)
+    assert main(["run", "--config", str(plain)]) == main(["run", "--config", str(config)]) == 0
+    assert outputs(raw[0] / "lost") == outputs(raw[0] / "plain")
+    assert capsys.readouterr().err.count("Lost: connection lost; the file is read again") == 2
+    failures = iter([True] * 1000)
+    assert main(["run", "--config", str(config), "--force"]) == 2
+    assert "Lost: connection lost" in one_error(capsys)
 
 
 def test_the_report_shows_what_is_there_and_what_was_left_out(
