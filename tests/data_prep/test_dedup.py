@@ -76,14 +76,14 @@ def plant(pairs: int, alone: int, *, seed: int) -> tuple[list[str], dict[int, tu
     return texts, planted
 
 
-def run_dedup(folder: Path, files: list[list[str]], **settings: Any) -> list[str]:
-    """The documents that are left of some files."""
+def run_dedup(folder: Path, files: list[list[str]], *, validation_fraction: float = 0.0, **settings: Any) -> list[str]:
+    """The documents that are left of some files, in train."""
     folder.mkdir(exist_ok=True)
     for number, texts in enumerate(files):
         write_dump(folder / f"c4-{number:03d}.json.gz", [c4_line(text) for text in texts])
     body = {
         "input": f"{folder}/c4-*.json.gz",
-        "validation_fraction": 0.0,
+        "validation_fraction": validation_fraction,
         "output": str(folder / "out"),
         "workers": 1,
         "dedup": {"memory_bytes": 1_048_576, **settings},
@@ -143,6 +143,19 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
         files[2][0],
         texts[3],
     ]
+
+
+def test_validation_holds_nothing_that_resembles_train(tmp_path: Path) -> None:
+    """By a hash of the text, a copy with a word changed goes to the other split half of the time."""
+    rng = random.Random(2)
+    texts = originals(24)
+    copies = [variant(text, 0.93, rng) for text in texts]
+    train = run_dedup(tmp_path, [texts, copies], validation_fraction=0.5)
+    validation = decoded(Manifest.load(tmp_path / "out"), "validation")
+    assert sorted(train + validation) == sorted(texts) and min(len(train), len(validation)) > 4
+    alone = run_dedup(tmp_path / "exact", [texts, copies], validation_fraction=0.5, near=False)
+    pairs = [{text, copy} for text, copy in zip(texts, copies, strict=True)]
+    assert sum(len(pair & set(alone)) == 1 for pair in pairs) > 4, "without it they are on both sides"
 
 
 def test_a_chain_of_resemblance_drops_only_what_resembles_a_kept_document(tmp_path: Path) -> None:
