@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from data_prep.shard_format import DataError
 from data_prep.stage_config import FilterConfig
 
 # (rule, what was measured and the limit), or None for a document that passes.
@@ -71,6 +72,7 @@ class Filters:
 
     def __init__(self, config: FilterConfig) -> None:
         self._config = config
+        check_languages(config.language)
         self._language = LanguageIdentifier(config.language_characters) if config.language else None
 
     def verdict(self, text: str) -> Verdict:
@@ -90,6 +92,14 @@ class Filters:
         if found is None and config.gopher_repetition:
             found = gopher_repetition(text, words)
         return found
+
+
+def check_languages(languages: tuple[str, ...]) -> None:
+    """Raises DataError for one that is never found, under which everything would be dropped."""
+    known = set(_language_model().nb_classes) if languages else set()
+    for language in languages:
+        if language not in known:
+            raise DataError(f"filter.language: no {language!r}; py3langid knows {', '.join(sorted(known))}")
 
 
 class LanguageIdentifier:

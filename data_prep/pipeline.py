@@ -24,6 +24,7 @@ from data_prep.assemble import tokenizer_entry, write_data_manifest
 from data_prep.dedup import Join
 from data_prep.encode import EncodeTask, encode_part, is_encoded
 from data_prep.filter_stage import FilterTask, filter_part, is_filtered
+from data_prep.filters import check_languages
 from data_prep.ingest import (
     Encoding,
     FileState,
@@ -191,6 +192,9 @@ class Pipeline:
         ]
 
     def filter(self) -> None:
+        config = self.plan.config.filter
+        if config is not None and any(read_state(task) is None for task in self.tasks(whole=False)):
+            check_languages(config.language)  # 1 s, before hours of reading
         self.ingest()
         with self._timed("filter"):
             todo = [task for task in self.filter_tasks(whole=False) if not is_filtered(task)]

@@ -133,3 +133,18 @@ def test_line_rules_change_documents_and_say_so(tmp_path: Path, capsys: pytest.C
     assert [line["rule"] for line in samples] == ["too few words", "c4 lines", "c4 lines"]
     assert {line["excerpt"].splitlines()[0].split()[0] for line in samples} == {"Menu"}
     assert samples[1]["detail"] in ("3 of 5 lines", "2 of 2 lines")
+
+
+def test_an_unknown_language_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dump(tmp_path / "a.json.gz", [c4_line(GOOD)])
+    body = {
+        "input": str(tmp_path / "a.json.gz"),
+        "output": str(tmp_path / "out"),
+        "filter": {"language": ["en", "eng"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**body, "workers": 1}))
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 2
+    assert "filter.language: no 'eng'; py3langid knows" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/.work/ingest-*/*"))
