@@ -18,6 +18,7 @@ from isal import igzip, igzip_lib
 
 from data_prep.locations import InputFile, RemoteFile, sha256_of, size_and_stamp
 from data_prep.shard_format import DataError
+from data_prep.work import PassingError
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
@@ -41,7 +42,7 @@ class DamagedFileError(DataError):
     """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
 
 
-class UnreachableError(DataError):
+class UnreachableError(PassingError):
     """A file behind a URL that could not be read now; another attempt may succeed."""
 
 

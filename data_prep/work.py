@@ -18,6 +18,11 @@ from typing import IO, Any, TypeVar
 
 from data_prep.shard_format import DataError
 
+
+class PassingError(DataError):
+    """Nothing that the user got wrong: the same command may go through later, and goes on where it was."""
+
+
 WORK = ".work"
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -381,8 +382,20 @@ def test_a_broken_connection_is_tried_again_and_then_one_error(
     assert outputs(raw[0] / "lost") == outputs(raw[0] / "plain")
     assert capsys.readouterr().err.count("Lost: connection lost; the file is read again") == 2
     failures = iter([True] * 1000)
-    assert main(["run", "--config", str(config), "--force"]) == 2
+    assert main(["run", "--config", str(config), "--force"]) == 1, "which launch/slurm/data_prep.sbatch starts again"
     assert "Lost: connection lost" in one_error(capsys)
+
+
+def _die(task: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_prep.pipeline.ingest_file", _die)
+    assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
+    assert "a process died (most often: killed for memory)" in one_error(capsys)
 
 
 def test_the_report_shows_what_is_there_and_what_was_left_out(
