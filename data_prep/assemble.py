@@ -87,7 +87,10 @@ def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dic
             quarantined[reason] = quarantined.get(reason, 0) + count
     dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
     if config.filter is not None:
-        dropped["filtered"] = summary(pipeline.filter_tasks(whole=True))[0]
+        found = summary(pipeline.filter_tasks(whole=True))
+        dropped["filtered"] = found.counts
+        if config.filter.c4_lines:
+            dropped["lines"] = found.lines
     if config.dedup is not None:
         dropped["duplicates"] = dedup.counts(pipeline.dedup_folder())
     return inputs, dropped
@@ -101,7 +104,7 @@ def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
             with quarantine_file(task).open("rb") as source:
                 shutil.copyfileobj(source, stream)
     if config.filter is not None:
-        _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True))[1])
+        _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True)).samples)
     if config.dedup is not None:
         names = [name for name, _ in pipeline.files_and_parts(whole=True)]
         _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join(), names))

@@ -1,10 +1,12 @@
 """The command line: `python -m data_prep run|ingest|filter|dedup|tokenizer|encode|shard|verify|stats|show`.
 
-Results go to stdout, progress to stderr. A user's mistake prints one line, `error: ...`, and exits with 2.
+Results go to stdout, progress to stderr. A user's mistake prints one line, `error: ...`, and exits with 2; what may
+pass (a lost connection, a full disk, a worker killed for memory) exits with 1, after which SLURM starts a task again.
 """
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,10 +20,12 @@ from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
 from data_prep.stats_report import REPORT_FOLDER, write_report
-from data_prep.work import WORK
+from data_prep.work import WORK, PassingError
 
+PASSING_ERROR = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,17 +252,19 @@ def _build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # documents hold what the terminal's encoding may not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments.handler(arguments)
         sys.stdout.flush()
     except DataError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except BrokenPipeError:  # `show | head`: the reader left, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED

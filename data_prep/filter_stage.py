@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from data_prep.filters import RULES, Filters, clean_lines
+from data_prep.filters import RULES, Filters, clean_lines, dropped_lines
 from data_prep.stage_config import FilterConfig
 from data_prep.store import Part, read_documents, read_index
 from data_prep.work import read_json, write_atomically, write_json
 
 EXCERPT_CHARACTERS = 300
+LINES = "c4 lines"  # the rule that changes documents, among the examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +43,37 @@ def _filters(config: FilterConfig) -> Filters:
 
 def filter_part(task: FilterTask) -> None:
     """Writes PART.safetensors, uint8 `rule` [documents] (0 keeps, else 1 + position in RULES), and PART.json with
-    counts by rule and examples."""
+    counts by rule, the lines that c4_lines dropped, and examples."""
     filters = _filters(task.config)
     index = read_index(task.ingest, task.part.name)
     rules = np.zeros(task.part.documents, np.uint8)
     counts: dict[str, int] = {}
     samples: dict[str, Samples] = {}
+    lines = 0
     for number, data in enumerate(read_documents(task.ingest, task.part.name, index.size)):
         text = data.decode("utf-8")
+        found = []  # (rule, detail, excerpt)
+        if task.config.c4_lines and (gone := dropped_lines(text)):
+            lines, of = lines + len(gone), text.count("\n") + 1
+            found.append((LINES, f"{len(gone)} of {of} lines", "\n".join(gone)))
         verdict = filters.verdict(clean_lines(text) if task.config.c4_lines else text)
-        if verdict is None:
-            continue
-        rule, detail = verdict
-        rules[number] = 1 + RULES.index(rule)
-        counts[rule] = counts.get(rule, 0) + 1
-        line = {
-            "rule": rule,
-            "detail": detail,
-            "file": task.file,
-            "position": int(index.position[number]),
-            "bytes": len(data),
-            "excerpt": text[:EXCERPT_CHARACTERS],
-        }
-        keep_sample(samples.setdefault(rule, []), int(index.hash[number, 0]), line, task.config.samples)
+        if verdict is not None:
+            rules[number] = 1 + RULES.index(verdict[0])
+            counts[verdict[0]] = counts.get(verdict[0], 0) + 1
+            found.append((*verdict, text))
+        for rule, detail, excerpt in found:
+            line = {
+                "rule": rule,
+                "detail": detail,
+                "file": task.file,
+                "position": int(index.position[number]),
+                "bytes": len(data),
+                "excerpt": excerpt[:EXCERPT_CHARACTERS],
+            }
+            keep_sample(samples.setdefault(rule, []), int(index.hash[number, 0]), line, task.config.samples)
     write_atomically(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save({"rule": rules}))
-    body = {"counts": counts, "samples": {rule: sorted_samples(kept) for rule, kept in sorted(samples.items())}}
-    write_json(task.folder / f"{task.part.name}.json", body)
+    examples = {rule: sorted_samples(kept) for rule, kept in sorted(samples.items())}
+    write_json(task.folder / f"{task.part.name}.json", {"counts": counts, "lines": lines, "samples": examples})
 
 
 Samples = list[tuple[int, str]]  # a heap of (-hash, line as JSON)
@@ -91,18 +97,33 @@ def filtered_out(folder: Path, part: Part) -> np.ndarray:
     return rules > 0
 
 
-def summary(tasks: list[FilterTask]) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Documents dropped by each rule, in the order of RULES, and the examples of all parts."""
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the filters did to all parts."""
+
+    counts: dict[str, int]
+    """Documents dropped by each rule, in the order of RULES."""
+    lines: int
+    """Lines dropped from documents."""
+    samples: list[dict[str, Any]]
+    """Examples, rule by rule."""
+
+
+def summary(tasks: list[FilterTask]) -> Summary:
+    """The sums over all parts, and examples among theirs."""
     counts: dict[str, int] = {}
+    lines = 0
     samples: dict[str, Samples] = {}
     for task in tasks:
         body = read_json(task.folder / f"{task.part.name}.json")
+        lines += body["lines"]
         for rule, count in body["counts"].items():
             counts[rule] = counts.get(rule, 0) + count
         for rule, kept in body["samples"].items():
             for key, line in kept:
                 keep_sample(samples.setdefault(rule, []), key, line, task.config.samples)
-    ordered = [rule for rule in RULES if rule in counts]
-    return {rule: counts[rule] for rule in ordered}, [
-        line for rule in ordered for _, line in sorted_samples(samples.get(rule, []))
-    ]
+    return Summary(
+        counts={rule: counts[rule] for rule in RULES if rule in counts},
+        lines=lines,
+        samples=[line for rule in (*RULES, LINES) for _, line in sorted_samples(samples.get(rule, []))],
+    )

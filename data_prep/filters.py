@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from data_prep.shard_format import DataError
 from data_prep.stage_config import FilterConfig
 
 # (rule, what was measured and the limit), or None for a document that passes.
@@ -53,6 +54,11 @@ def clean_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if _is_sentence_line(line))
 
 
+def dropped_lines(text: str) -> list[str]:
+    """The lines that `clean_lines` leaves out."""
+    return [line for line in text.split("\n") if not _is_sentence_line(line)]
+
+
 def _is_sentence_line(line: str) -> bool:
     line = line.strip()
     if not line.endswith(LINE_END) or line.endswith(ELLIPSES) or len(line.split()) < MIN_WORDS_PER_LINE:
@@ -66,13 +72,14 @@ class Filters:
 
     def __init__(self, config: FilterConfig) -> None:
         self._config = config
+        check_languages(config.language)
         self._language = LanguageIdentifier(config.language_characters) if config.language else None
 
     def verdict(self, text: str) -> Verdict:
         """Why a document is dropped, or None."""
         config, words = self._config, text.split()
-        if len(words) < config.min_words:
-            return "too few words", f"{len(words)} words, fewer than {config.min_words}"
+        if len(words) < max(1, config.min_words):  # c4_lines may leave nothing
+            return "too few words", f"{len(words)} words, fewer than {max(1, config.min_words)}"
         if len(words) > config.max_words:
             return "too many words", f"{len(words)} words, more than {config.max_words}"
         found = c4_page(text, config.c4_min_sentences) if config.c4 else None
@@ -85,6 +92,14 @@ class Filters:
         if found is None and config.gopher_repetition:
             found = gopher_repetition(text, words)
         return found
+
+
+def check_languages(languages: tuple[str, ...]) -> None:
+    """Raises DataError for one that is never found, under which everything would be dropped."""
+    known = set(_language_model().nb_classes) if languages else set()
+    for language in languages:
+        if language not in known:
+            raise DataError(f"filter.language: no {language!r}; py3langid knows {', '.join(sorted(known))}")
 
 
 class LanguageIdentifier:

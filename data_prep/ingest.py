@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,15 @@ from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, S
 from data_prep.encode import PartEncoder
 from data_prep.locations import InputFile, sha256_of, size_and_stamp
 from data_prep.plan import Plan
+from data_prep.prepare import base_versions, versions
 from data_prep.shard_format import DataError, SplitName
-from data_prep.store import PART_BYTES, Part, PartWriter
-from data_prep.unpack import DamagedFileError
+from data_prep.store import PART_BYTES, PART_DOCUMENTS, Part, PartWriter
+from data_prep.unpack import DamagedFileError, UnreachableError
 from data_prep.work import fingerprint, read_json, replacing, stage_folder, write_json
 
 # Formats that are one known file or archive each, in order: a damaged one is fetched again, not done without.
 STRICT_FORMATS = ("wikitext", "enwik8")
+RETRY_SECONDS = (1, 10, 60)  # before each further attempt at a file behind a URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class FileState:
     """What ingest found in one raw file; the content of KEY.json, which is written last."""
 
     name: str
-    """File name without its folder."""
+    """As in IngestTask."""
     sha256: str
     bytes: int
     """As stored."""
@@ -69,6 +73,8 @@ class IngestTask:
 
     config: DataConfig
     raw: InputFile
+    name: str
+    """What records call it."""
     split: SourceSplit
     folder: Path
     key: str
@@ -81,14 +87,14 @@ class IngestTask:
 
 
 def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
-    """The stage's folder: its settings are the format and the limits that change documents; where no text is stored,
-    also what made the ids."""
+    """The stage's folder: its settings are the format, the limits that change documents and the versions of the code;
+    where no text is stored, also what made the ids."""
     config = plan.config
-    settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES]
+    settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES, base_versions()]
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
     if encodes:
-        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction]
+        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction, versions(plan)["sentencepiece"]]
     return stage_folder(plan.work, "ingest", *settings)
 
 
@@ -98,11 +104,12 @@ def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
     tasks = []
     for source in plan.sources:
         size, stamp = size_and_stamp(source.path)
-        key = fingerprint(str(source.path.resolve()), size, stamp, source.split)
+        key = fingerprint(str(source.path.resolve()), source.name, size, stamp, source.split)
         tasks.append(
             IngestTask(
                 config=plan.config,
                 raw=source.path,
+                name=source.name,
                 split=source.split,
                 folder=folder,
                 key=key,
@@ -126,7 +133,18 @@ def quarantine_file(task: IngestTask) -> Path:
 
 
 def ingest_file(task: IngestTask) -> None:
-    """Reads one raw file into parts, quarantine and state. A damaged file gives no part at all."""
+    """Reads one raw file into parts, quarantine and state. A damaged file gives no part at all; a broken connection is
+    tried again."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return _ingest_file(task)
+        except UnreachableError as error:
+            print(f"warning: {error}; the file is read again in {seconds} s", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    _ingest_file(task)
+
+
+def _ingest_file(task: IngestTask) -> None:
     raw = RawFile(
         task.raw,
         format=task.config.format,
@@ -149,7 +167,7 @@ def ingest_file(task: IngestTask) -> None:
                     splitter.add(record)
                 else:
                     rejected[record.reason] += 1
-                    quarantine.write(_line(task.raw.name, unit, record))
+                    quarantine.write(_line(task.name, unit, record))
         except DamagedFileError as error:
             if task.config.format in STRICT_FORMATS:
                 raise
@@ -159,11 +177,11 @@ def ingest_file(task: IngestTask) -> None:
             quarantine.seek(0)
             quarantine.truncate()
             # The message without the folder: the same dump elsewhere gives the same quarantine.
-            detail = damaged.replace(str(task.raw), task.raw.name)
-            quarantine.write(_line(task.raw.name, unit, Rejected(last, "damaged file", detail, b"", task.size)))
+            detail = damaged.replace(str(task.raw), task.name)
+            quarantine.write(_line(task.name, unit, Rejected(last, "damaged file", detail, b"", task.size)))
         splitter.close()
     state = FileState(
-        name=task.raw.name,
+        name=task.name,
         sha256=raw.sha256 or sha256_of(task.raw),
         bytes=raw.bytes or task.size,
         format=raw.format,
@@ -179,7 +197,7 @@ class _EncodedPart:
     """A part of which only the ids are written."""
 
     def __init__(self, encoding: Encoding, name: str, split: SplitName) -> None:
-        self._name, self.split, self.bytes, self._documents = name, split, 0, 0
+        self._name, self.split, self.bytes, self.documents = name, split, 0, 0
         self._fraction = encoding.validation_fraction if split == "train" else 0.0
         self._encoder = PartEncoder(encoding.folder, name, encoding.model)
 
@@ -189,11 +207,11 @@ class _EncodedPart:
             split = "validation"
         self._encoder.add(data, split)
         self.bytes += len(data)
-        self._documents += 1
+        self.documents += 1
 
     def finish(self) -> Part:
         self._encoder.finish()
-        return Part(name=self._name, documents=self._documents, bytes=self.bytes, split=self.split)
+        return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split)
 
     def discard(self, error: BaseException) -> None:
         """Nothing is written before `finish`."""
@@ -215,9 +233,11 @@ class _Splitter:
 
     def add(self, document: Document) -> None:
         writer = self._writer
-        if writer is not None and (writer.bytes >= self._task.part_bytes or writer.split != document.split):
-            self.close()
-            writer = None
+        if writer is not None:
+            full = writer.bytes >= self._task.part_bytes or writer.documents >= PART_DOCUMENTS
+            if full or writer.split != document.split:
+                self.close()
+                writer = None
         if writer is None:
             writer = self._writer = self._open(document.split)
         writer.add(document.data, document.position)
@@ -275,7 +295,8 @@ def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], confi
         where = f"{first['file']}:{first['line']}" if "line" in first else f"{first['file']}, byte {first['byte']:,}"
         raise DataError(
             f"{bad} of {records} records are malformed, more than ingest.max_bad_records {limits.max_bad_records} "
-            f"allows; the first: {where}: {first['reason']} ({first['detail']}); repair or remove the line"
+            f"allows; the first: {where}: {first['reason']} ({first['detail']}); repair or remove the line; all are in "
+            f"{tasks[0].folder}/*.quarantine.jsonl"
         )
 
 

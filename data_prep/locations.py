@@ -61,8 +61,8 @@ def match(root: Path, pattern: str) -> list[InputFile]:
         filesystem, path = _filesystem(pattern)
         try:
             found = [path] if filesystem.exists(path) else sorted(filesystem.glob(path)) if "*" in path else []
-        except OSError as error:
-            raise DataError(f"cannot look for {pattern}: {error}") from None
+        except Exception as error:  # every file system of fsspec has errors of its own
+            raise DataError(f"cannot look for {pattern}: {type(error).__name__}: {error}") from None
         return [RemoteFile(str(filesystem.unstrip_protocol(name))) for name in found]
     whole = root / pattern
     return [whole] if whole.exists() else [Path(name) for name in sorted(glob.glob(str(whole), recursive=True))]

@@ -90,7 +90,8 @@ class InputRecord(Record):
     """One raw file that went in."""
 
     name: str
-    """File name without its folder, so that the manifest does not depend on where the file lay."""
+    """File name, so that the manifest does not depend on where the file lay; where several have that name, with the
+    folders that tell them apart."""
     sha256: Sha256
     """Hash of the file as stored (compressed)."""
     bytes: Count
@@ -131,6 +132,7 @@ class Provenance(Record):
     versions: dict[str, str]
     """Versions of the preparation code and of the packages it used."""
     dropped: dict[str, JsonValue] = {}
-    """Documents left out: `quarantined`, `filtered` and `duplicates`, each by reason; absent if nothing was."""
+    """Documents left out: `quarantined`, `filtered` and `duplicates`, each by reason; absent if nothing was. `lines`:
+    what filter.c4_lines took out of documents."""
     records: tuple[RecordFile, ...] = ()
     """What was quarantined, and examples of what was filtered and of duplicates, as JSON lines."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from data_prep.one_thread import one_thread
 from data_prep.progress import byte_bar
-from data_prep.shard_format import DataError
+from data_prep.work import PassingError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -91,7 +91,7 @@ class Workers:
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
-            raise DataError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
+            raise PassingError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
         finally:
             for future in waiting:
                 future.cancel()
@@ -107,7 +107,7 @@ class Workers:
             try:
                 return pool.submit(function, task).result()
             except BrokenProcessPool:
-                raise DataError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
+                raise PassingError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
 
     def close(self) -> None:
         """Ends the processes; tasks that have not begun are dropped."""

@@ -24,6 +24,7 @@ from data_prep.assemble import tokenizer_entry, write_data_manifest
 from data_prep.dedup import Join
 from data_prep.encode import EncodeTask, encode_part, is_encoded
 from data_prep.filter_stage import FilterTask, filter_part, is_filtered
+from data_prep.filters import check_languages
 from data_prep.ingest import (
     Encoding,
     FileState,
@@ -136,12 +137,17 @@ class Pipeline:
             clean_lines=bool(config.filter and config.filter.c4_lines),
         )
 
-    # Folders: the settings of a stage and the key of the stage before.
+    # Folders: the settings of a stage, the versions of its packages and the key of the stage before.
+
+    def _version(self, package: str) -> str | None:
+        """Of a package that this config uses: what another version made is made again."""
+        return prepare.versions(self.plan).get(package)
 
     def _filter_folder(self) -> Path:
         assert self.plan.config.filter is not None, "there is no filter section"
         settings = self.plan.config.filter.model_dump(mode="json")
-        return stage_folder(self.plan.work, "filter", settings, stage_key(self._ingest_folder()))
+        before = stage_key(self._ingest_folder())
+        return stage_folder(self.plan.work, "filter", settings, self._version("py3langid"), before)
 
     def _before_dedup(self) -> str:
         return stage_key(self._filter_folder() if self.plan.config.filter else self._ingest_folder())
@@ -152,7 +158,7 @@ class Pipeline:
         return stage_folder(
             self.plan.work,
             "signatures",
-            [config.shingle_words, config.threshold, prepare.versions(self.plan)["rensa"], self._before_dedup()],
+            [config.shingle_words, config.threshold, self._version("rensa"), self._before_dedup()],
         )
 
     def dedup_folder(self) -> Path:
@@ -160,7 +166,7 @@ class Pipeline:
         assert config is not None, "there is no dedup section"
         names = [part.name for part in self.parts(whole=True)]
         settings = config.model_dump(mode="json", exclude={"samples", "memory_bytes"})
-        return stage_folder(self.plan.work, "dedup", settings, self._before_dedup(), names)
+        return stage_folder(self.plan.work, "dedup", settings, self._version("rensa"), self._before_dedup(), names)
 
     def _after_dedup(self) -> str:
         return stage_key(self.dedup_folder()) if self.plan.config.dedup else self._before_dedup()
@@ -186,6 +192,9 @@ class Pipeline:
         ]
 
     def filter(self) -> None:
+        config = self.plan.config.filter
+        if config is not None and any(read_state(task) is None for task in self.tasks(whole=False)):
+            check_languages(config.language)  # 1 s, before hours of reading
         self.ingest()
         with self._timed("filter"):
             todo = [task for task in self.filter_tasks(whole=False) if not is_filtered(task)]
@@ -247,7 +256,7 @@ class Pipeline:
             return stage_folder(self.plan.work, "tokenizer", settings)
         names = [part.name for part in self.parts(whole=True)]
         before = [settings, self.plan.validation_fraction, self._after_dedup(), names]
-        return stage_folder(self.plan.work, "tokenizer", before)
+        return stage_folder(self.plan.work, "tokenizer", before, self._version("sentencepiece"))
 
     def tokenizer(self) -> Path | None:
         """Trains or copies the model, after all stages before it; the model, None for bytes."""
@@ -299,7 +308,8 @@ class Pipeline:
 
     def _encode_folder(self, model: Path | None) -> Path:
         tokenizer = "bytes" if model is None else sha256_file(model)
-        return stage_folder(self.plan.work, "encode", tokenizer, self.plan.validation_fraction, self._after_dedup())
+        settings = [tokenizer, self._version("sentencepiece"), self.plan.validation_fraction]
+        return stage_folder(self.plan.work, "encode", settings, self._after_dedup())
 
     def _encode_tasks(self, model: Path | None, *, whole: bool) -> list[EncodeTask]:
         if self.plan.config.dedup is not None:

@@ -21,6 +21,8 @@ class Source:
 
     path: InputFile
     split: SourceSplit
+    name: str
+    """What records call it: its file name, with folders before it where several files have that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +118,12 @@ def make_plan(config: DataConfig) -> Plan:
     train_split: SourceSplit = "train" if found["validation_input"] else "hash"
     if config.format == "enwik8":
         train_split = "position"
+    names = _names([path for paths in found.values() for path in paths])
+    splits: dict[str, SourceSplit] = {"input": train_split, "validation_input": "validation", "test_input": "test"}
     return Plan(
         config=config,
-        sources=(
-            *(Source(path=path, split=train_split) for path in found["input"]),
-            *(Source(path=path, split="validation") for path in found["validation_input"]),
-            *(Source(path=path, split="test") for path in found["test_input"]),
+        sources=tuple(
+            Source(path=path, split=splits[key], name=names[path]) for key, paths in found.items() for path in paths
         ),
         output=Path(config.output).absolute(),
         external_model=model,
@@ -140,6 +142,24 @@ def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
         raise DataError(f"input: format enwik8 is one file, {len(found['input'])} are matched; name that one")
 
 
+def _names(paths: list[InputFile]) -> dict[InputFile, str]:
+    """Each file's own name, with as many folders before it as tell it from others of that name (2019/a.gz, 2020/a.gz):
+    no more, so that records do not depend on where the dumps lie."""
+    folders: dict[InputFile, list[str]] = {}
+    by_name: dict[str, set[InputFile]] = {}
+    for path in paths:
+        whole = str(path.absolute()) if isinstance(path, Path) else path.url.split("?")[0]
+        folders[path] = whole.strip("/").split("/")
+        by_name.setdefault(path.name, set()).add(path)
+    names: dict[InputFile, str] = {}
+    for same in by_name.values():
+        depth, most = 1, max(len(folders[path]) for path in same)
+        while depth < most and len({tuple(folders[path][-depth:]) for path in same}) < len(same):
+            depth += 1
+        names |= {path: "/".join(folders[path][-depth:]) for path in same}
+    return names
+
+
 def _existing(path: str) -> Path:
     """The path itself, or below the repository root if there is nothing at the path itself."""
     return Path(path) if Path(path).exists() else REPOSITORY / path
@@ -151,6 +171,11 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
     files: list[InputFile] = []
     for pattern in patterns:
         found = match(Path(), pattern) or match(REPOSITORY, pattern)
+        for path in found:  # as git-annex and DVC leave it where content is not fetched: no document may go silently
+            if isinstance(path, Path) and not path.exists():
+                raise DataError(
+                    f"{key}: {path} is a link to a file that is not there; fetch that file or drop the link"
+                )
         matched = [path for path in found if is_file(path)]
         if not matched:
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"

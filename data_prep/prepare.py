@@ -6,6 +6,7 @@ no manifest at all. So a manifest never describes files that are not there.
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -39,15 +40,25 @@ RECORD_FILES = (QUARANTINE_FILE, FILTER_SAMPLES_FILE, DUPLICATE_SAMPLES_FILE)
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_SUFFIX)})")
 
 
+def base_versions() -> dict[str, str]:
+    """Versions of what decides the output of every stage."""
+    packages = {name: package_version(name) for name in ("numpy", "safetensors")}
+    return {"data_prep": PREPARATION_VERSION, "python": platform.python_version(), **packages}
+
+
+@functools.cache  # 1 ms each, and asked for by every stage
+def package_version(name: str) -> str:
+    return importlib.metadata.version(name)
+
+
 def versions(plan: Plan) -> dict[str, str]:
     """Versions of what decides the output."""
-    names = ["numpy", "safetensors", "sentencepiece"]
+    names = ["sentencepiece"]
     if plan.config.dedup is not None and plan.config.dedup.near:
         names.append("rensa")
     if plan.config.filter is not None and plan.config.filter.language:
         names.append("py3langid")
-    packages = {name: importlib.metadata.version(name) for name in names}
-    return {"data_prep": PREPARATION_VERSION, "python": platform.python_version(), **packages}
+    return {**base_versions(), **{name: package_version(name) for name in names}}
 
 
 def check_tokenizer(plan: Plan) -> Path | None:
@@ -94,8 +105,9 @@ def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str
         return ""
     with byte_bar(total=sum(record.bytes for record in recorded), description="comparing raw files") as bar:
         for source, record in zip(plan.sources, recorded, strict=True):
-            seen = (source.path.name, source.split, sha256_of(source.path, on_bytes=bar.update))
-            if seen != (record.name, record.split, record.sha256):
+            seen = (source.split, sha256_of(source.path, on_bytes=bar.update))
+            named = record.name in (source.name, source.path.name)  # without folders: made by earlier code
+            if not named or seen != (record.split, record.sha256):
                 return f"{source.path} has changed or is another file"
     return ""
 

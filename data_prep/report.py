@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.pipeline import Pipeline
 from data_prep.shard_format import REBUILD, DataError, Manifest
 from data_prep.shard_reader import ShardReader, SplitReader
-from data_prep.stats_report import QUANTILES, READ_TOKENS, document_tokens, dropped_rows
+from data_prep.stats_report import QUANTILES, READ_TOKENS, Lengths, dropped_rows
 from data_prep.tokenizer import TextTokenizer
 
 
@@ -71,9 +71,8 @@ def stats(manifest: Manifest) -> None:
         ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
         totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
         if sums.documents:
-            tokens = document_tokens(manifest, split)
-            quantiles = np.quantile(tokens, list(QUANTILES.values()), method="lower")
-            lengths.append((split, *(int(q) for q in quantiles), f"{tokens.mean():.1f}"))
+            of_split = Lengths.of(manifest, split)
+            lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
     print(table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
     print()
     print("tokens per document")
@@ -86,6 +85,8 @@ def dropped(manifest: Manifest) -> None:
     if rows:
         print()
         print(table(("left out", "reason", "documents"), rows))
+    if lines := manifest.provenance.dropped.get("lines"):
+        print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
 
 
 def progress(pipeline: Pipeline) -> None:

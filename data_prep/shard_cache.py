@@ -4,7 +4,8 @@
     CACHE/DIGEST/                            a data set, as data_prep writes it: manifest.json, tokenizer, then shards
     CACHE/DIGEST/locks/train-00000.tar.lock  held while that shard is fetched, or opened, or removed
 
-Shards come whole, are hashed on the way, and appear under their names by a rename: a file that is there is right.
+Shards come whole, are hashed on the way, and appear under their names by a rename. What lies there from before, a job
+or a loss of power ago, is hashed when a process holds it first, and fetched again if it is damaged.
 All processes of a node may share a folder; each shard is then fetched once. What was used longest ago goes first. A
 shard that a process has mapped when it goes is on the disk until that process opens another one, so the bound may be
 passed by what other processes have mapped.
@@ -35,6 +36,7 @@ class ShardCache:
         self._url = base.rpartition("/")[0] if base.endswith(".json") else base
         self._limit = limit_bytes
         self._root = folder
+        self._trusted: set[str] = set()  # shards that this process has fetched or hashed
         manifest_url = base if base.endswith(".json") else f"{base}/{MANIFEST_FILE}"
         raw = _read_all(manifest_url)
         # By its content: another version of the data under the same URL gets another folder.
@@ -45,15 +47,16 @@ class ShardCache:
             raise DataError(f"data.cache_dir: {folder} cannot be written: {error.strerror}") from None
         with _locked(self._folder / "locks" / "manifest.lock"):
             path = self._folder / MANIFEST_FILE
-            if not path.exists():
+            if not path.exists() or path.read_bytes() != raw:
                 partial = path.with_suffix(".partial")
                 partial.write_bytes(raw)
                 partial.replace(path)
             self.manifest = Manifest.load(path)
             tokenizer = self.manifest.tokenizer
-            if tokenizer.file is not None and not (self._folder / tokenizer.file).exists():
+            if tokenizer.file is not None:
                 assert tokenizer.sha256 is not None
-                self._fetch(tokenizer.file, tokenizer.sha256)
+                if not _is_intact(self._folder / tokenizer.file, tokenizer.sha256):
+                    self._fetch(tokenizer.file, tokenizer.sha256)
         self._check_limit()
 
     def _check_limit(self) -> None:
@@ -69,7 +72,7 @@ class ShardCache:
         """The shard and its index are in the manifest's folder, and stay while the context lasts. Raises DataError."""
         with _locked(self._lock_of(self._folder / entry.file)):
             shard, index = self._folder / entry.file, self._folder / entry.index_file
-            if not (shard.exists() and index.exists()):
+            if not self._is_here(entry):
                 _remove(shard, index)
                 with _locked(self._root / "lock"):
                     self._make_room(_size(entry))
@@ -80,8 +83,15 @@ class ShardCache:
                             stream.truncate(size)
                 self._fetch(entry.index_file, entry.index_sha256)
                 self._fetch(entry.file, entry.sha256)
+            self._trusted.add(entry.file)
             os.utime(shard)
             yield
+
+    def _is_here(self, entry: ShardEntry) -> bool:
+        shard, index = self._folder / entry.file, self._folder / entry.index_file
+        if entry.file in self._trusted:  # if it went since then, who fetched it again has hashed it
+            return shard.exists() and index.exists()
+        return _is_intact(index, entry.index_sha256) and _is_intact(shard, entry.sha256)
 
     def _make_room(self, needed: int) -> None:
         """Removes shards, least recently used first, until `needed` bytes fit; skips what another process holds."""
@@ -130,6 +140,10 @@ class ShardCache:
 
 def _size(entry: ShardEntry) -> int:
     return entry.bytes + entry.index_bytes
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    return path.exists() and sha256_file(path) == sha256
 
 
 def _remove(*paths: Path) -> None:

@@ -23,6 +23,7 @@ PERMUTATIONS = 256
 SEED = 1
 MIN_CANDIDATE_RECALL = 0.98
 BATCH_CHARACTERS = 1 << 20  # of text whose n-grams are hashed in one go: 8 MB of arrays
+BATCH_DOCUMENTS = 1 << 11  # rensa gives their values as Python numbers: 20 MB
 WORD = re.compile(r"\w+")
 
 
@@ -73,14 +74,14 @@ def sign_part(task: SignatureTask) -> None:
 
 
 def _batches(task: SignatureTask) -> Iterator[list[tuple[int, str]]]:
-    """The documents left by the filters, (number in the part, text), about BATCH_CHARACTERS at a time."""
+    """The documents left by the filters, (number in the part, text), BATCH_CHARACTERS or BATCH_DOCUMENTS at a time."""
     batch: list[tuple[int, str]] = []
     characters = 0
     for number, data in task.selection.documents(task.part):
         text = data.decode("utf-8")
         batch.append((number, text))
         characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:

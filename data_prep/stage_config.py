@@ -57,7 +57,8 @@ class FilterConfig(Section):
     """Fewest sentences of a document (C4: 5)."""
     c4_lines: bool = False
     """The line rules of C4: drops lines that do not end in a terminal punctuation mark, have fewer than 3 words,
-    or mention javascript, cookies or terms of use. Changes the text of documents; it runs before all other rules."""
+    or mention javascript, cookies or terms of use. Changes the text of documents; it runs before all other rules and
+    near-duplicates, while `dedup.exact` and `validation_fraction` go by the text as read."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Dropped documents that are kept as examples for each rule, in filter_samples.jsonl."""
 

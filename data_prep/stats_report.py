@@ -1,39 +1,102 @@
 """`stats` as a folder: report.md with tables and plots of what is in the shards and of what was left out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.shard_format import Manifest, ShardIndex, SplitName
-from data_prep.shard_reader import SplitReader
+from data_prep.shard_format import Manifest, ShardIndex
+from data_prep.shard_reader import ShardReader
 from data_prep.tokenizer import TextTokenizer
 
 REPORT_FOLDER = "report"
 READ_TOKENS = 1 << 20
+RATIO_STEP, RATIO_BINS = 0.05, 240  # bytes per token up to 12
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 TOP_PIECES = 20
 FIGURE_INCHES = (7.0, 3.2)
 
 
-def document_tokens(manifest: Manifest, split: str) -> np.ndarray:
-    """int64 [documents]: ids of every document of a split, EOS not counted; from the indexes alone."""
-    parts = [np.empty(0, np.int64)]
+@dataclass(frozen=True)
+class Lengths:
+    """Ids of the documents of a split, EOS not counted, as counts: memory grows with different lengths, not documents
+    (C4's 365 million would take 3 GB and twice that to sort)."""
+
+    values: np.ndarray
+    """int64 [n], rising."""
+    counts: np.ndarray
+    """int64 [n]: documents of each length."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, split: str) -> "Lengths":
+        """From the indexes alone, a shard at a time."""
+        values, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for entry in manifest.split(split):
+            starts = ShardIndex.load(manifest, entry).document_start
+            tokens = np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens
+            found, number = np.unique(tokens, return_counts=True)
+            before, added = counts, number
+            values, place = np.unique(np.concatenate([values, found]), return_inverse=True)
+            counts = np.zeros(len(values), np.int64)
+            np.add.at(counts, place, np.concatenate([before, added]))
+        return cls(values, counts)
+
+    @property
+    def documents(self) -> int:
+        """All documents."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Ids of a document on average."""
+        return float((self.values * self.counts).sum() / self.documents)
+
+    def quantiles(self) -> list[int]:
+        """The lengths at QUANTILES, each the one of a document."""
+        places = np.floor(np.array(list(QUANTILES.values())) * (self.documents - 1))
+        found: list[int] = self.values[np.searchsorted(np.cumsum(self.counts), places, side="right")].tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the ids of a split say."""
+
+    counts: np.ndarray
+    """int64 [vocab_size]: how often each id occurs."""
+    ratios: np.ndarray
+    """int64 [RATIO_BINS]: documents by bytes of text per token, EOS not counted; the last bin holds all above."""
+    text_bytes: int
+    """Sum over the documents."""
+
+
+def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes: int) -> Pieces:
+    """Reads every token of a split. `piece_bytes` int64 [vocab_size]: what each id is decoded to; `prefix_bytes`: what
+    decoding takes from the beginning of a document."""
+    counts, ratios = np.zeros(len(piece_bytes), np.int64), np.zeros(RATIO_BINS, np.int64)
+    total = 0
     for entry in manifest.split(split):
-        starts = ShardIndex.load(manifest, entry).document_start
-        parts.append(np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens)
-    return np.concatenate(parts)
-
-
-def piece_counts(manifest: Manifest, split: str) -> np.ndarray:
-    """int64 [vocab_size]: how often each id occurs in a split; reads every token (300 M a second)."""
-    counts = np.zeros(manifest.tokenizer.vocab_size, np.int64)
-    with SplitReader(manifest, split, verify_on_first_read=False) as reader:
+        reader = ShardReader(manifest, entry, False)
+        starts = reader.document_starts
+        before = np.empty(len(starts), np.int64)  # bytes of the shard before each document
+        done = 0
         for start in range(0, reader.num_tokens, READ_TOKENS):
-            ids = reader.read(start, min(start + READ_TOKENS, reader.num_tokens))
+            stop = min(start + READ_TOKENS, reader.num_tokens)
+            ids = reader.read(start, stop)
             counts += np.bincount(ids, minlength=len(counts))
-    return counts
+            sums = done + np.concatenate([[0], np.cumsum(piece_bytes[ids])])
+            low, high = np.searchsorted(starts, [start, stop])
+            before[low:high] = sums[starts[low:high] - start]
+            done = int(sums[-1])
+        tokens = np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens
+        size = np.diff(before, append=done) - np.where(tokens > 0, prefix_bytes, 0)
+        bins = (size[tokens > 0] / tokens[tokens > 0] / RATIO_STEP).astype(np.int64)
+        ratios += np.bincount(np.clip(bins, 0, RATIO_BINS - 1), minlength=RATIO_BINS)
+        total += int(size.sum())
+        reader.close()
+    return Pieces(counts, ratios, total)
 
 
 def dropped_rows(manifest: Manifest) -> list[tuple[str, str, int]]:
@@ -52,10 +115,20 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# Prepared data {manifest.digest[:12]}", ""]
     lines += _totals(manifest)
-    lengths = {split: document_tokens(manifest, split) for split in manifest.splits}
-    lines += _lengths(lengths, folder)
+    lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, folder)
     lines += _left_out(manifest, folder)
-    lines += _vocabulary(manifest, folder)
+    tokenizer = (
+        None if manifest.tokenizer.file is None else TextTokenizer.load(manifest.folder / manifest.tokenizer.file)
+    )
+    sizes = np.ones(manifest.tokenizer.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
+    prefix = 0 if tokenizer is None else tokenizer.prefix_bytes
+    found: dict[str, Pieces] = {
+        split: pieces(manifest, split, sizes, prefix) for split in manifest.splits if manifest.split(split)
+    }
+    if tokenizer is not None:
+        lines += _bytes_per_token(found, folder)
+    if "train" in found:
+        lines += _vocabulary(found["train"].counts, tokenizer, folder)
     lines += _inputs(manifest)
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -76,22 +149,31 @@ def _totals(manifest: Manifest) -> list[str]:
     return _markdown(("split", "shards", "documents", "tokens", "text bytes", "bytes per token"), rows)
 
 
-def _lengths(lengths: dict[SplitName, np.ndarray], folder: Path) -> list[str]:
-    rows = []
-    for split, tokens in lengths.items():
-        if len(tokens):
-            quantiles = np.quantile(tokens, list(QUANTILES.values()), method="lower")
-            rows.append((split, *(int(q) for q in quantiles), f"{tokens.mean():.1f}"))
+def _lengths(lengths: dict[str, Lengths], folder: Path) -> list[str]:
+    found = {split: of_split for split, of_split in lengths.items() if of_split.documents}
+    rows = [(split, *of_split.quantiles(), f"{of_split.mean:.1f}") for split, of_split in found.items()]
     with _figure(folder / "lengths.png", "tokens of a document", "share of documents") as axes:
-        for split, tokens in lengths.items():
-            if len(tokens):
-                edges = np.geomspace(1, max(2, tokens.max() + 1), 50)
-                weights = np.full(len(tokens), 1 / len(tokens))
-                axes.hist(np.maximum(tokens, 1), edges, weights=weights, histtype="step", label=split)
+        for split, of_split in found.items():
+            edges = np.geomspace(1, max(2, of_split.values[-1] + 1), 50)
+            weights = of_split.counts / of_split.documents
+            axes.hist(np.maximum(of_split.values, 1), edges, weights=weights, histtype="step", label=split)
         axes.set_xscale("log")
         axes.legend()
     table = _markdown(("tokens of a document", *QUANTILES, "mean"), rows)
     return ["## Lengths", "", *table, "![lengths](lengths.png)", ""]
+
+
+def _bytes_per_token(found: dict[str, Pieces], folder: Path) -> list[str]:
+    """What stands apart here is another language, tables or code."""
+    edges = RATIO_STEP * np.arange(RATIO_BINS + 1)
+    highest = 1
+    with _figure(folder / "bytes_per_token.png", "bytes per token of a document", "share of documents") as axes:
+        for split, of_split in found.items():
+            axes.stairs(of_split.ratios / max(1, of_split.ratios.sum()), edges, label=split)
+            highest = max(highest, int(np.flatnonzero(of_split.ratios).max(initial=0)) + 1)
+        axes.set_xlim(0, edges[highest] + RATIO_STEP)
+        axes.legend()
+    return ["## Bytes per token", "", "![bytes per token](bytes_per_token.png)", ""]
 
 
 def _left_out(manifest: Manifest, folder: Path) -> list[str]:
@@ -103,6 +185,8 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     with _figure(folder / "left_out.png", "documents", "", height=1.0 + 0.22 * len(rows)) as axes:
         axes.barh([f"{stage}: {reason}" for stage, reason, _ in reversed(rows)], [c for *_, c in reversed(rows)])
     lines += ["![left out](left_out.png)", ""]
+    if of_documents := manifest.provenance.dropped.get("lines"):
+        lines += [f"Lines of documents that `filter.c4_lines` dropped: {of_documents:,}.", ""]
     duplicates: Any = manifest.provenance.dropped.get("duplicates", {})
     if duplicates.get("near_similarity"):
         counts = duplicates["near_similarity"]
@@ -115,15 +199,14 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     return [*lines, "Examples and places: " + ", ".join(f"`{name}`" for name in names) + ".", ""] if names else lines
 
 
-def _vocabulary(manifest: Manifest, folder: Path) -> list[str]:
-    counts = piece_counts(manifest, "train")
+def _vocabulary(counts: np.ndarray, tokenizer: TextTokenizer | None, folder: Path) -> list[str]:
     used, total = int((counts > 0).sum()), int(counts.sum())
     order = np.argsort(-counts, kind="stable")
     with _figure(folder / "vocabulary.png", "rank of the piece", "occurrences in train") as axes:
         axes.plot(np.arange(1, used + 1), counts[order[:used]])
         axes.set_xscale("log")
         axes.set_yscale("log")
-    name = _piece_namer(manifest)
+    name = _piece_namer(tokenizer)
     rows = [
         (f"`{name(piece)}`", int(counts[piece]), f"{counts[piece] / max(1, total):.2%}") for piece in order[:TOP_PIECES]
     ]
@@ -135,10 +218,9 @@ def _vocabulary(manifest: Manifest, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _piece_namer(manifest: Manifest) -> Any:
-    if manifest.tokenizer.file is None:
+def _piece_namer(tokenizer: TextTokenizer | None) -> Any:
+    if tokenizer is None:
         return lambda piece: f"{piece:#04x}"
-    tokenizer = TextTokenizer.load(manifest.folder / manifest.tokenizer.file)
     return lambda piece: tokenizer.piece(int(piece)).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 
 

@@ -1,9 +1,9 @@
 """Parts: the documents of a raw file, cleaned of what is damaged, as every later stage reads them.
 
-A raw file becomes parts of about `PART_BYTES` of text, so that one huge file keeps every process busy and a stage never
-holds more than a part. NAME.zst is the text of its documents, one after the other, as one zstd frame with a checksum;
-NAME.safetensors holds an array element for each document: int64 `size` in bytes, int64 `position` in the raw file, and
-uint64 `hash` [documents, 2], the first 128 bits of the sha256 of the text.
+A raw file becomes parts of about `PART_BYTES` of text or `PART_DOCUMENTS` documents, so that one huge file keeps every
+process busy and a stage never holds more than a part. NAME.zst is the text of its documents, one after the other, as
+one zstd frame with a checksum; NAME.safetensors holds an array element for each document: int64 `size` in bytes, int64
+`position` in the raw file, and uint64 `hash` [documents, 2], the first 128 bits of the sha256 of the text.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from data_prep.work import replacing, write_atomically
 
 # 8 s of BPE encoding: small enough to spread 1 GB over 32 processes, large enough that C4 is 25,000 parts.
 PART_BYTES = 1 << 25
+# Short documents fill a part by their number: its arrays, above all the signatures, take about 1 KB for each.
+PART_DOCUMENTS = 1 << 16
 READ_BYTES = 1 << 18
 ZSTD_LEVEL = 1  # 2.6 times smaller at 300 MB a second; level 3 is 8% smaller and half as fast
 
@@ -62,7 +64,7 @@ class PartWriter:
         self._sizes: list[int] = []
         self._positions: list[int] = []
         self._hashes = bytearray()
-        self.bytes = 0
+        self.bytes = self.documents = 0
 
     def add(self, data: bytes, position: int) -> None:
         """Appends one document."""
@@ -71,6 +73,7 @@ class PartWriter:
         self._positions.append(position)
         self._hashes += hashlib.sha256(data).digest()[:16]
         self.bytes += len(data)
+        self.documents += 1
 
     def finish(self) -> Part:
         """Gives the part its name."""
@@ -82,7 +85,7 @@ class PartWriter:
         }
         write_atomically(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
         self._replacing.__exit__(None, None, None)
-        return Part(name=self._name, documents=len(self._sizes), bytes=self.bytes, split=self.split)
+        return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split)
 
     def discard(self, error: BaseException) -> None:
         """Removes what was written."""

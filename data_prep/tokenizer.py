@@ -8,6 +8,8 @@ padding; unk is 0, EOS 1.
 import io
 import itertools
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ MAX_LINE_CHARACTERS = 1024
 # From each file this many times its share of the sample is read, and the seed chooses among that: a full pass
 # over C4 only to draw 100 MB would take as long as tokenising it on 64 cores.
 SAMPLE_OVERSAMPLING = 4
+MAX_LEFT_OUT = 0.05  # of the documents, for being longer than a share, before a warning
 # Encoding time grows faster than the length: 3.6 MB a second for whole documents, 4.5 in such segments (BPE, without
 # the cache of words).
 SEGMENT_CHARACTERS = 2048
@@ -118,6 +121,21 @@ class TextTokenizer:
         piece: str = self._model.id_to_piece(number)
         return piece
 
+    def piece_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: UTF-8 bytes that each id is decoded to, inside a text; 0 for unk and control pieces."""
+        model, sizes = self._model, np.zeros(self.vocab_size, np.int64)
+        for number in range(self.vocab_size):
+            if model.is_byte(number):
+                sizes[number] = 1
+            elif not (model.is_control(number) or model.is_unknown(number) or model.is_unused(number)):
+                sizes[number] = len(model.id_to_piece(number).replace(SPACE_SYMBOL, " ").encode("utf-8"))
+        return sizes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that SentencePiece puts before a text and takes away again: 1, its blank, or 0."""
+        return int(self.piece(int(self._model.encode_as_numpy("a")[0])).startswith(SPACE_SYMBOL))
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n] (any integer dtype)."""
         text: str = self._model.decode(ids.tolist())
@@ -156,21 +174,36 @@ def sample_documents(
 
     Each raw file gives its share by bytes of text. From the first `SAMPLE_OVERSAMPLING` shares of its text, the
     documents with the smallest hash of (seed, text) are taken. Documents that go to validation are left out.
-    Memory: 24 bytes for each document of these shares, and one document.
+    Memory: 24 bytes for each document of these shares, and one document. Documents longer than the share of their file
+    have no place in it: a warning says so where they are many.
     """
     totals = [sum(part.bytes for part in source.parts) for source in sources]
+    seen: Counter[str] = Counter()
     with byte_bar(total=sum(totals), description="sampling text") as bar:
         for source, size in zip(sources, totals, strict=True):
             share = sample_bytes * size // max(1, sum(totals))
-            for part, chosen in _choose(source, selection, share, seed, validation_fraction):
+            for part, chosen in _choose(source, selection, share, seed, validation_fraction, seen):
                 yield from (data.decode("utf-8") for _, data in selection.documents(part, chosen))
             bar.update(size)
+    if seen["longer"] > MAX_LEFT_OUT * seen["documents"]:
+        print(
+            f"warning: the tokenizer is trained on short documents: {seen['longer'] / seen['documents']:.0%} of those "
+            f"looked at are longer than their raw file's share of tokenizer.sample_bytes {sample_bytes} (about "
+            f"{sample_bytes // max(1, len(sources))} bytes of each of {len(sources)} files); raise it",
+            file=sys.stderr,
+        )
 
 
 def _choose(
-    source: SampleSource, selection: Selection, share: int, seed: int, validation_fraction: float
+    source: SampleSource,
+    selection: Selection,
+    share: int,
+    seed: int,
+    validation_fraction: float,
+    seen: Counter[str],
 ) -> Iterator[tuple[Part, np.ndarray]]:
-    """The parts of one raw file and which of their documents to take, bool [documents]: at most `share` bytes."""
+    """The parts of one raw file and which of their documents to take, bool [documents]: at most `share` bytes. Adds to
+    `seen` the documents looked at, and how many were longer than that."""
     parts, sizes, priorities = [], [], []
     left = SAMPLE_OVERSAMPLING * share
     for part in source.parts:
@@ -179,6 +212,8 @@ def _choose(
         index = read_index(selection.ingest, part.name)
         usable = selection.keep(part) & (stable_fractions(index.hash[:, 0]) >= validation_fraction)
         before = np.cumsum(index.size * usable) - index.size
+        looked_at = usable & (before < left)
+        seen.update(documents=int(looked_at.sum()), longer=int((looked_at & (index.size > share)).sum()))
         usable &= (before < left) & (index.size <= share)
         left -= int(index.size[usable].sum())
         parts.append(part)

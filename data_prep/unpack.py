@@ -16,21 +16,34 @@ from typing import IO
 import zstandard
 from isal import igzip, igzip_lib
 
-from data_prep.locations import InputFile, sha256_of, size_and_stamp
+from data_prep.locations import InputFile, RemoteFile, sha256_of, size_and_stamp
 from data_prep.shard_format import DataError
+from data_prep.work import PassingError
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # A file with such a name that does not open as one is damaged, and not text by chance.
 PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
+# Known by their first bytes, and not read: as text they would be thousands of lines that are no JSON.
+FOREIGN = {
+    b"BZh": "packed with bzip2, which is not read; pack it with zstd or gzip",
+    b"\xfd7zXZ": "packed with xz, which is not read; pack it with zstd or gzip",
+    b"PAR1": "a Parquet file, which is not read; write its rows as JSON lines",
+}
 BLOCK_BYTES = 1 << 20
+# 4 bytes of zstd may stand for 128 KB: of pieces of this size one unpacks to 16 MB at most.
+ZSTD_PIECE_BYTES = 1 << 9
 ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub has it as an instance
 DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
 
 
 class DamagedFileError(DataError):
-    """A packed file whose content cannot be trusted: truncated, or a checksum fails."""
+    """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
+
+
+class UnreachableError(PassingError):
+    """A file behind a URL that could not be read now; another attempt may succeed."""
 
 
 class _CountingStream:
@@ -61,25 +74,29 @@ class _ZstdFrames:
         self._stored = stored
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False  # whether the current frame was given a byte
-        self._packed = b""
-        self._content = b""
+        self._unread = b""
+        self._content = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        while len(self._content) < size and self._unpack():
-            pass
-        data, self._content = self._content[:size], self._content[size:]
-        return data
+        blocks = []
+        while size > 0 and (len(self._content) or self._unpack()):
+            block, self._content = self._content[:size], self._content[size:]
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
 
     def _unpack(self) -> bool:
-        packed = self._packed or self._stored.read(1 << 14)  # small: zstd may unpack it to thousands of times as much
+        """Goes on by a piece, which may have no content yet; False at the end."""
+        self._unread = self._unread or self._stored.read(1 << 16)
+        packed, self._unread = self._unread[:ZSTD_PIECE_BYTES], self._unread[ZSTD_PIECE_BYTES:]
         if not packed:
             if self._begun:
                 raise EOFError("the last zstd frame is cut")
             return False
-        self._content += self._frame.decompress(packed)
-        self._begun, self._packed = True, b""
+        self._content = memoryview(self._frame.decompress(packed))
+        self._begun = True
         if self._frame.eof:
-            self._packed, self._begun = self._frame.unused_data, False
+            self._unread, self._begun = self._frame.unused_data + self._unread, False
             self._frame = zstandard.ZstdDecompressor().decompressobj()
         return True
 
@@ -136,12 +153,16 @@ class Unpacked:
 @contextlib.contextmanager
 def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
     """Opens a file by what its first bytes say it is. `member`: name, without folders, of the file inside a
-    zip. Raises DamagedFileError, also while it is being read, and DataError for a file that is missing or
-    unreadable."""
+    zip. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
+    unreadable, and UnreachableError, which is one, where that may pass."""
     try:
         with path.open("rb") as stored:
-            magic = stored.read(len(ZIP_MAGIC))
+            magic = stored.read(5)
             stored.seek(0)
+            for first, what in FOREIGN.items():
+                if magic.startswith(first):
+                    raise DamagedFileError(f"{path} is {what}")
+            magic = magic[: len(ZIP_MAGIC)]
             if not magic.startswith(PACKED_SUFFIXES.get(path.suffix, b"")):
                 raise DamagedFileError(f"{path} is damaged (not a {path.suffix} file); fetch it again")
             if magic == ZIP_MAGIC:
@@ -158,8 +179,16 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
                 yield _counted(str(path), counter.read, counter)
     except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except (DataError, FileNotFoundError, PermissionError) as error:
+        raise error if isinstance(error, DataError) else _unreadable(path, error) from None
+    except Exception as error:  # every file system of fsspec has errors of its own
+        if isinstance(path, RemoteFile):
+            raise UnreachableError(f"cannot read {path}: {type(error).__name__}: {error}") from None
+        raise (_unreadable(path, error) if isinstance(error, OSError) else error) from None
+
+
+def _unreadable(path: InputFile, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}")
 
 
 def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) -> Unpacked:

@@ -1,10 +1,10 @@
 """The work folder: finished pieces of every stage, so that a killed run goes on where it was.
 
 A stage keeps its results in OUTPUT/.work/STAGE-FINGERPRINT, one file for each raw file or part. The fingerprint is a
-hash of every setting that changes the results, those of the stages before included, so a result that is there is valid
-and another config never meets it. A file gets its name when it is complete. So there is nothing to repair after a kill,
-and any number of processes and SLURM tasks may write into the folder at the same time: at worst they make the same
-bytes twice.
+hash of every setting that changes the results and of the versions of the code that made them, those of the stages
+before included, so a result that is there is valid and another config, or newer code, never meets it. A file gets its
+name when it is complete. So there is nothing to repair after a kill, and any number of processes and SLURM tasks may
+write into the folder at the same time: at worst they make the same bytes twice.
 """
 
 import contextlib
@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data_prep.shard_format import DataError
+
+
+class PassingError(DataError):
+    """Nothing that the user got wrong: the same command may go through later, and goes on where it was."""
+
 
 WORK = ".work"
 T = TypeVar("T")

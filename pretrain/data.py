@@ -1,7 +1,7 @@
 """Windows of tokens for training and validation, by position in the run.
 
 A window is sequence_length + 1 consecutive tokens of a split; window w starts at token w x sequence_length, so that
-every token is a target exactly once per epoch (the first of a split never).
+every token is a target exactly once per epoch, save the first of a split and fewer than sequence_length at its end.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class TrainingStream:
     The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
     schedule of the weights decides which one a position reads, and each has epochs of its own. With Transformer-XL
     memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
-    position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory.
+    position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory. The
+    last windows of the split, fewer than G, have no place in a stream.
 
     Positions in `skipped` are left out: "c consumed sequences" counts the others. With memory these ranges are whole
     steps, and memory is empty after one, because what it held is not the text before.

@@ -93,7 +93,8 @@ class Sources:
                 source.manifest,
                 split,
                 config.model.sequence_length,
-                verify_on_first_read=config.data.verify == "size",
+                # A cache hashes what it fetches and what it finds.
+                verify_on_first_read=config.data.verify == "size" and source.cache is None,
                 hold=source.cache.hold if source.cache else None,
             )
             for source in self.sources

@@ -1,13 +1,18 @@
 """The command line as a user sees it: output, one-line errors, exit codes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, known_keys
+from data_prep.shard_format import Manifest
+from data_prep.stats_report import QUANTILES, RATIO_STEP, Lengths, pieces
+from data_prep.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus
 
 
@@ -22,6 +27,13 @@ def test_show_prints_documents_of_both_splits(
     config = corpus.write_config(prepared.parent / "config.json", output=str(prepared))
     assert main(["show", "--config", str(config), "--split", "validation"]) == 0
     assert corpus.validation[0] in capsys.readouterr().out
+
+
+def test_show_prints_documents_on_any_terminal(corpus: Corpus, prepared: Path) -> None:
+    command = [sys.executable, "-m", "data_prep", "show", str(prepared), "--count", str(len(corpus.train))]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True).stdout
+    assert corpus.train[0].encode("ascii", "backslashreplace") in shown and b"\\u4e2d" in shown
 
 
 def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +54,25 @@ def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "train-00000.tar" in out
     assert "manifest digest" in out
+
+
+def test_statistics_are_those_of_the_documents(
+    corpus: Corpus, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.stats_report.READ_TOKENS", 999)  # documents go on in the next piece
+    tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
+    for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
+        tokens = np.array([len(tokenizer.encode(text)) for text in texts])
+        lengths = Lengths.of(manifest, split)
+        assert np.repeat(lengths.values, lengths.counts).tolist() == sorted(tokens.tolist())
+        assert lengths.quantiles() == np.quantile(tokens, list(QUANTILES.values()), method="lower").tolist()
+        assert lengths.mean == pytest.approx(tokens.mean())
+        found = pieces(manifest, split, tokenizer.piece_bytes(), tokenizer.prefix_bytes)
+        size = np.array([len(text.encode()) for text in texts])
+        assert found.text_bytes == size.sum() == manifest.totals[split].text_bytes
+        bins = np.bincount((size / tokens / RATIO_STEP).astype(np.int64), minlength=len(found.ratios))
+        assert found.ratios.tolist() == bins.tolist()
+        assert found.counts.sum() == tokens.sum() + len(texts)
 
 
 @pytest.mark.parametrize(

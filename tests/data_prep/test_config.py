@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from data_prep.cli import main
 from data_prep.config import REPOSITORY, DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
 from data_prep.plan import make_plan
-from data_prep.shard_format import DataError
+from data_prep.shard_format import DataError, Manifest
 from tests.data_prep.conftest import c4_line, write_dump
 
 
@@ -129,10 +130,42 @@ def test_inputs_are_found_here_and_then_in_the_repository(tmp_path: Path, monkey
     assert plan.output == tmp_path / "out"
 
 
+def test_files_of_one_name_are_told_apart_and_others_keep_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [" ".join(f"{folder}{number}" for number in range(50)) for folder in "abc"]
+    for top in ("raw", "moved"):
+        for folder, text in zip(("2019/en", "2020/en", "2020/de"), texts, strict=True):
+            write_dump(tmp_path / top / folder / "x.json.gz", [c4_line(text), b"{bad"])
+        write_dump(tmp_path / top / "y.json.gz", [c4_line("y " * 40)])
+    files = ["20*/*/x.json.gz", "y.json.gz"]
+    body = {"validation_fraction": 0.0, "ingest": {"max_bad_records": 1}, "tokenizer": {"vocab_size": 277}}
+    digests = []
+    for top in ("raw", "moved"):
+        config = tmp_path / f"{top}.json"
+        inputs = [f"{tmp_path}/{top}/{name}" for name in files]
+        config.write_text(json.dumps({**body, "input": inputs, "output": str(tmp_path / f"{top}-out"), "workers": 1}))
+        assert main(["run", "--config", str(config)]) == 0
+        digests.append(Manifest.load(tmp_path / f"{top}-out").digest)
+    assert digests[0] == digests[1], "where the dumps lie does not matter"
+    names = ["2019/en/x.json.gz", "2020/de/x.json.gz", "2020/en/x.json.gz"]
+    assert [record.name for record in Manifest.load(tmp_path / "raw-out").provenance.inputs] == [*names, "y.json.gz"]
+    quarantine = (tmp_path / "raw-out" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in quarantine] == names
+    capsys.readouterr()
+    assert main(["run", "--config", str(config)]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert main(["verify", "--config", str(config)]) == 0
+
+
 def test_input_mistakes_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_dump(tmp_path / "raw" / "a.json.gz", [c4_line("a")])
+    (tmp_path / "links").mkdir()
+    write_dump(tmp_path / "links" / "b.json.gz", [c4_line("b")])
+    (tmp_path / "links" / "c.json.gz").symlink_to(tmp_path / "not-fetched")
     mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"input": "links/*.gz"}, r"input: links/c\.json\.gz is a link to a file that is not there"),
         ({"input": "none/*.gz"}, r"input: 'none/\*\.gz' matches no file"),
         ({"input": "raw"}, "input: 'raw' is a folder; name its files"),
         ({"input": ["raw/a.json.gz", "raw/*.gz"]}, r"a\.json\.gz is matched twice, by `input` and `input`"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep import dedup
+from data_prep import signatures as sign
 from data_prep.cli import main
 from data_prep.dedup import candidate_pairs
 from data_prep.shard_format import Manifest
@@ -75,14 +76,14 @@ def plant(pairs: int, alone: int, *, seed: int) -> tuple[list[str], dict[int, tu
     return texts, planted
 
 
-def run_dedup(folder: Path, files: list[list[str]], **settings: Any) -> list[str]:
-    """The documents that are left of some files."""
+def run_dedup(folder: Path, files: list[list[str]], *, validation_fraction: float = 0.0, **settings: Any) -> list[str]:
+    """The documents that are left of some files, in train."""
     folder.mkdir(exist_ok=True)
     for number, texts in enumerate(files):
         write_dump(folder / f"c4-{number:03d}.json.gz", [c4_line(text) for text in texts])
     body = {
         "input": f"{folder}/c4-*.json.gz",
-        "validation_fraction": 0.0,
+        "validation_fraction": validation_fraction,
         "output": str(folder / "out"),
         "workers": 1,
         "dedup": {"memory_bytes": 1_048_576, **settings},
@@ -144,6 +145,19 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
     ]
 
 
+def test_validation_holds_nothing_that_resembles_train(tmp_path: Path) -> None:
+    """By a hash of the text, a copy with a word changed goes to the other split half of the time."""
+    rng = random.Random(2)
+    texts = originals(24)
+    copies = [variant(text, 0.93, rng) for text in texts]
+    train = run_dedup(tmp_path, [texts, copies], validation_fraction=0.5)
+    validation = decoded(Manifest.load(tmp_path / "out"), "validation")
+    assert sorted(train + validation) == sorted(texts) and min(len(train), len(validation)) > 4
+    alone = run_dedup(tmp_path / "exact", [texts, copies], validation_fraction=0.5, near=False)
+    pairs = [{text, copy} for text, copy in zip(texts, copies, strict=True)]
+    assert sum(len(pair & set(alone)) == 1 for pair in pairs) > 4, "without it they are on both sides"
+
+
 def test_a_chain_of_resemblance_drops_only_what_resembles_a_kept_document(tmp_path: Path) -> None:
     words = originals(1)[0].split(" ") * 2
     chain = []
@@ -194,6 +208,17 @@ def test_shingles_depend_on_their_words_and_not_on_the_neighbours() -> None:
         np.testing.assert_array_equal(together[int(offsets[number]) : int(offsets[number + 1])], alone)
         start += count
     assert len(set(together.tolist())) == len(together)
+
+
+def test_short_documents_are_signed_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,000 documents of 4 words are one batch of BATCH_CHARACTERS, whose values as Python numbers took 150 MB."""
+    sizes: list[int] = []
+    real = sign.signatures
+    monkeypatch.setattr(sign, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(sign, "signatures", lambda texts, n: (sizes.append(len(texts)), real(texts, n))[1])
+    texts = [f"{number} one two three" for number in range(10)]
+    assert run_dedup(tmp_path, [texts, originals(1)]) == [*texts, *originals(1)]
+    assert sizes == [1, 4, 4, 2]  # the larger file goes first
 
 
 def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Raw files: formats, lines, and what happens to what cannot be read."""
 
+import bz2
 import gzip
 import hashlib
+import lzma
 import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,17 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         read(tmp_path / "none.gz")
 
 
+def test_what_is_packed_otherwise_is_named_and_goes_whole(tmp_path: Path) -> None:
+    data = b'{"text": "one"}\n' * 100
+    parquet = b"PAR1" + data + b"PAR1"
+    for name, content in (("bzip2", bz2.compress(data)), ("xz", lzma.compress(data)), ("Parquet", parquet)):
+        for suffix in (name, "jsonl"):
+            path = tmp_path / f"a.{suffix}"
+            path.write_bytes(content)
+            with pytest.raises(DamagedFileError, match=f"{name}.*, which is not read"):
+                read(path)
+
+
 def test_a_zstd_file_is_whole_or_damaged(tmp_path: Path) -> None:
     data = b"".join(b'{"text": "%d %d"}\n' % (number, number * number) for number in range(5000))
     whole = zstandard.ZstdCompressor(write_checksum=True).compress(data)
@@ -137,6 +151,21 @@ def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) ->
     _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
     assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
     assert rejected.size < 3 << 20
+
+
+def test_a_giant_document_in_zstd_costs_no_more_than_the_limit(tmp_path: Path) -> None:
+    """100 MB of one letter in 4 KB: unpacked at once they were copied for every MB read, 7 s and 200 MB."""
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as stream, zstandard.ZstdCompressor(level=1).stream_writer(stream) as packed:
+        for block in (b'{"text": "', *[b"a" * (1 << 20)] * 100, b'"}\n{"text": "good"}\n'):
+            packed.write(block)
+    assert path.stat().st_size < 5000
+    tracemalloc.start()
+    _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
+    assert peak < 60 << 20
 
 
 def test_a_giant_article_goes_as_a_whole(tmp_path: Path) -> None:

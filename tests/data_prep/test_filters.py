@@ -3,12 +3,17 @@
 import gzip
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from data_prep.cli import main
 from data_prep.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, clean_lines
+from data_prep.shard_format import Manifest
 from data_prep.stage_config import FilterConfig
+from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
+from tests.data_prep.test_prepare import decoded
 
 GOOD = sample_texts(1)[0]
 SENTENCES = [sentence.strip() + "." for text in sample_texts(8) for sentence in text.replace("\n", " ").split(". ")]
@@ -57,7 +62,7 @@ def test_good_text_passes_and_every_switch_works() -> None:
     assert verdict(GOOD + " { x }", c4=False) is None
     assert verdict("- word\n" * 100, c4=False, gopher_quality=False, gopher_repetition=False) is None
     assert verdict("word", c4=False, gopher_quality=False, min_words=0) is None
-    assert verdict("", c4=False, gopher_quality=False, min_words=0) is None
+    assert verdict("", c4=False, gopher_quality=False, min_words=0) == "too few words"  # c4_lines left nothing
 
 
 def test_repeated_spans_are_the_words_of_ngrams_seen_before() -> None:
@@ -100,3 +105,46 @@ def test_the_sample_mostly_passes() -> None:
 )
 def test_languages(text: str, code: str) -> None:
     assert LanguageIdentifier(500)(text) == code
+
+
+def test_line_rules_change_documents_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the dump to the shards: text without these lines, of which the manifest has the number, and examples."""
+    whole = [f"Number {number} is a whole sentence. " * 20 for number in range(4)]
+    texts = [f"Menu {number}\n{text}\nAll rights\n\nThe end is here." for number, text in enumerate(whole)]
+    write_dump(tmp_path / "a.json.gz", [c4_line(text) for text in [*texts, "Menu\nHome", whole[0].strip()]])
+    rules = {"min_words": 0, "gopher_quality": False, "gopher_repetition": False, "c4": False, "c4_lines": True}
+    body = {
+        "input": str(tmp_path / "a.json.gz"),
+        "output": str(tmp_path / "out"),
+        "workers": 1,
+        "validation_fraction": 0.0,
+        "filter": {**rules, "samples": 2},
+        "tokenizer": {"vocab_size": 290},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    left = [f"{text}\nThe end is here." for text in whole] + [whole[0].strip()]
+    assert decoded(manifest, "train") == left
+    assert manifest.totals["train"].text_bytes == sum(map(len, left))
+    assert manifest.provenance.dropped == {"filtered": {"too few words": 1}, "lines": 4 * 3 + 2}
+    assert "filter.c4_lines dropped: 14" in capsys.readouterr().out
+    samples = [json.loads(line) for line in (tmp_path / "out" / "filter_samples.jsonl").read_text().splitlines()]
+    assert [line["rule"] for line in samples] == ["too few words", "c4 lines", "c4 lines"]
+    assert {line["excerpt"].splitlines()[0].split()[0] for line in samples} == {"Menu"}
+    assert samples[1]["detail"] in ("3 of 5 lines", "2 of 2 lines")
+
+
+def test_an_unknown_language_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dump(tmp_path / "a.json.gz", [c4_line(GOOD)])
+    body = {
+        "input": str(tmp_path / "a.json.gz"),
+        "output": str(tmp_path / "out"),
+        "filter": {"language": ["en", "eng"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**body, "workers": 1}))
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 2
+    assert "filter.language: no 'eng'; py3langid knows" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/.work/ingest-*/*"))

@@ -55,6 +55,7 @@ def test_corrupt_dumps_are_quarantined_whole_or_unchanged(tmp_path: Path) -> Non
         task = IngestTask(
             config=DataConfig(input=(str(path),), output=str(tmp_path / "out")),
             raw=path,
+            name=path.name,
             split="train",
             folder=folder,
             key=f"{number}",

@@ -186,7 +186,7 @@ def test_a_crash_while_publishing_leaves_no_manifest(
         real(source, target)
 
     monkeypatch.setattr(prepare.os, "replace", replace)
-    assert run(config, "--force") == 2
+    assert run(config, "--force") == 1
     assert not (prepared / "manifest.json").exists()
     monkeypatch.undo()
     assert run(config) == 0

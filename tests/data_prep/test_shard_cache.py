@@ -109,6 +109,26 @@ def test_a_wrong_or_broken_file_never_stays(remote: Path, tmp_path: Path, monkey
         ShardCache(f"file://{remote}/nowhere", tmp_path / "cache", 10**9)
 
 
+def test_what_was_damaged_in_the_cache_is_fetched_again(memory: str, tmp_path: Path) -> None:
+    """A lost node may leave files of their full size whose blocks were never written."""
+    with reader_of(ShardCache(memory, tmp_path / "cache", 10**9)) as reader:
+        reader.read(0, len(EVERYTHING))
+        folder = reader._manifest.folder
+    shards, indexes = sorted(folder.glob("train-*.tar")), sorted(folder.glob("train-*.safetensors"))
+    shards[0].write_bytes(bytes(shards[0].stat().st_size))
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    shards[2].write_bytes(b"")
+    indexes[3].write_bytes(bytes(indexes[3].stat().st_size))
+    (folder / "tokenizer.model").write_bytes(b"")
+    (folder / "manifest.json").write_bytes(b"")
+    untouched = shards[4].stat().st_ino
+    cache = ShardCache(memory, tmp_path / "cache", 10**9)
+    with SplitReader(cache.manifest, "train", False, hold=cache.hold) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+    cache.manifest.check("full")
+    assert shards[4].stat().st_ino == untouched, "what is whole is not fetched again"
+
+
 def test_a_broken_connection_is_tried_again(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, failures = shard_cache.RemoteFile.open, iter([True, True, False] * 100)
 

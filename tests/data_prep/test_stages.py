@@ -132,9 +132,18 @@ def test_two_workers_other_parts_and_single_steps_give_the_same_bytes(
     assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
     assert outputs(raw[0] / "two") == outputs(clean)
     monkeypatch.setattr("data_prep.ingest.PART_BYTES", 1 << 25)
+    monkeypatch.setattr("data_prep.ingest.PART_DOCUMENTS", 7)
+    monkeypatch.setattr("data_prep.signatures.BATCH_DOCUMENTS", 3)
     steps = write_config(raw, "steps")
     for command in ("ingest", "filter", "dedup", "tokenizer", "encode", "shard"):
         assert main([command, "--config", str(steps)]) == 0
+        if command == "dedup":  # short documents: their number bounds what is in memory
+            parts = [
+                part
+                for path in (raw[0] / "steps" / ".work").glob("ingest-*/*.json")
+                for part in json.loads(path.read_text())["parts"]
+            ]
+            assert max(part["documents"] for part in parts) == 7
     assert outputs(raw[0] / "steps") == outputs(clean)
 
 
@@ -272,14 +281,19 @@ def test_thresholds_stop_a_run_and_a_mended_file_continues_it(
     error = one_error(capsys)
     assert "3 of 102 records are malformed" in error
     assert "the first: c4-train.00000.json.gz:6: not JSON" in error
+    pattern = error.rpartition("all are in ")[2]
+    lines = [line for path in sorted(Path("/").glob(pattern.lstrip("/"))) for line in read_lines(path)]
+    assert {"not JSON", "not UTF-8", "no text"} <= {line["reason"] for line in lines}
     assert main(["run", "--config", str(strict), "--set", "ingest.max_bad_records=0.5"]) == 0
     assert outputs(raw[0] / "strict") == outputs(clean)
     only = write_config(raw, "only", input=[f"{raw[0]}/raw/c4-train.00002.json.gz"])
     assert main(["run", "--config", str(only)]) == 2
-    assert "no document for the train split" in (error := one_error(capsys))
+    error = one_error(capsys)
+    assert "no document for the train split" in error
     assert "quarantined: damaged file" in error
     assert main(["run", "--config", str(only), "--set", "validation_input=[]"]) == 2
-    assert "1 of 1 raw files are damaged" in (error := one_error(capsys))
+    error = one_error(capsys)
+    assert "1 of 1 raw files are damaged" in error
     assert "c4-train.00002.json.gz is damaged" in error
 
 
@@ -309,7 +323,7 @@ def test_the_report_shows_what_is_there_and_what_was_left_out(
     assert "duplicates" in capsys.readouterr().out
     text = (out / "report.md").read_text()
     plots = {path.name for path in out.glob("*.png")}
-    assert plots == {"lengths.png", "left_out.png", "duplicates.png", "vocabulary.png"}
+    assert plots == {"lengths.png", "bytes_per_token.png", "left_out.png", "duplicates.png", "vocabulary.png"}
     assert all(f"({name})" in text for name in plots)
     assert all((out / name).stat().st_size > 3000 for name in plots)
     for expected in ("| quarantined: not JSON | 1 |", "| duplicates: near | 2 |", "| c4-train.00000.json.gz | c4 |"):

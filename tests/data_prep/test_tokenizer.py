@@ -131,7 +131,9 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         TextTokenizer.load(tmp_path / "none.model")
 
 
-def test_the_sample_is_capped_seeded_and_free_of_validation_text(tmp_path: Path) -> None:
+def test_the_sample_is_capped_seeded_and_free_of_validation_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = {name: [f"{name} {number} " + "word " * 20 for number in range(300)] for name in "ab"}
     sources = []
     for name in "ab":
@@ -162,3 +164,8 @@ def test_the_sample_is_capped_seeded_and_free_of_validation_text(tmp_path: Path)
     assert {text[0] for text in small} == {"a", "b"}
     without = sample(10**9, validation_fraction=0.2)
     assert 0.7 * 600 < len(without) < 0.9 * 600
+    capsys.readouterr()
+    sample(5 * 600 * 20)
+    assert not capsys.readouterr().err.count("warning")
+    assert sample(200) == []  # 100 bytes of each file, where no text fits
+    assert "100% of those looked at are longer" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""What stands between two attempts: other versions of the code, lost connections, killed workers."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import locations, prepare
+from data_prep.cli import main
+from data_prep.config import load_config
+from data_prep.parallel import Workers
+from data_prep.pipeline import Pipeline
+from data_prep.plan import make_plan
+from data_prep.shard_format import DataError
+from tests.data_prep.raw_corpus import write_corpus
+from tests.data_prep.test_prepare import one_error, outputs
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("restarts")
+    return folder, write_corpus(folder / "raw")
+
+
+def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
+    folder, body = raw
+    path = folder / f"{output}.json"
+    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
+    return path
+
+
+def test_work_of_other_versions_is_not_taken_over(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run that newer code continues, and `keep_work` after an update: the manifest names one version."""
+    config = write_config(raw, "versions", input=f"{raw[0]}/raw/own.jsonl", validation_input=[])
+    assert main(["ingest", "--config", str(config)]) == 0
+
+    def folders() -> dict[str, str]:
+        stages = Pipeline(make_plan(load_config(config, [])), Workers(1))
+        model = raw[0] / "raw" / "own.jsonl"  # any file: its hash is the key
+        paths = [stages._filter_folder(), stages._signature_folder(), stages.dedup_folder(), stages.tokenizer_folder()]
+        return {path.name.partition("-")[0]: path.name for path in [*paths, stages._encode_folder(model)]}
+
+    names, real = folders(), prepare.package_version
+    for package, stage in (("py3langid", "filter"), ("rensa", "signatures"), ("sentencepiece", "tokenizer")):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "package_version", lambda name, p=package: "0" if name == p else real(name))
+            changed = [name for name in names if folders()[name] != names[name]]
+        after = {"filter": 0, "signatures": 1, "tokenizer": 3}[stage]
+        assert changed == [name for name in list(names)[after:]], "it and what follows from it"
+    monkeypatch.setattr(prepare, "PREPARATION_VERSION", "next")
+    with pytest.raises(DataError, match="is not finished"):
+        folders()
+
+
+def test_a_broken_connection_is_tried_again_and_then_one_error(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a file, with an error that is no OSError, as those of botocore and aiohttp."""
+
+    class Lost(Exception):
+        pass
+
+    class Breaking:
+        def __init__(self, stream: Any) -> None:
+            self.stream, self.left = stream, 2
+
+        def __enter__(self) -> "Breaking":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.stream.close()
+
+        def read(self, size: int = -1) -> bytes:
+            self.left -= 1
+            if self.left < 0 and next(failures):
+                raise Lost("connection lost")
+            data: bytes = self.stream.read(min(size, 5000))
+            return data
+
+        def seek(self, place: int) -> None:
+            self.stream.seek(place)
+
+    original, failures = locations.RemoteFile.open, iter([True] * 2 + [False] * 1000)
+    monkeypatch.setattr(locations.RemoteFile, "open", lambda self, mode: Breaking(original(self, mode)))
+    monkeypatch.setattr("data_prep.ingest.time.sleep", lambda seconds: None)
+    name = "c4-train.00001.json.gz"
+    settings = {"validation_input": [], "filter": None, "dedup": None}
+    plain = write_config(raw, "plain", input=str(raw[0] / "raw" / name), **settings)
+    config = write_config(raw, "lost", input=f"file://{raw[0]}/raw/{name}", **settings)
+    assert main(["run", "--config", str(plain)]) == main(["run", "--config", str(config)]) == 0
+    assert outputs(raw[0] / "lost") == outputs(raw[0] / "plain")
+    assert capsys.readouterr().err.count("Lost: connection lost; the file is read again") == 2
+    failures = iter([True] * 1000)
+    assert main(["run", "--config", str(config), "--force"]) == 1, "which launch/slurm/data_prep.sbatch starts again"
+    assert "Lost: connection lost" in one_error(capsys)
+
+
+def _die(task: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_prep.pipeline.ingest_file", _die)
+    assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
+    assert "a process died (most often: killed for memory)" in one_error(capsys)
