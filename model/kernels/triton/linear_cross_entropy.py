@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import triton_limit
+from model.kernels.linear_cross_entropy import gradient_dtype
 from model.kernels.triton.launch import TYPE_NAMES, CompileCase
 
 LONGEST_BLOCK = 32768
@@ -151,7 +152,7 @@ def forward_triton(
     gradient = hidden.new_empty(chunk_size, stride) if need_gradient else None
     token_loss = hidden.new_empty(N, dtype=torch.float32)
     inverse_count = 1.0 / (targets != ignore_index).sum().clamp_min(1).float()
-    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,))
+    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,), dtype=gradient_dtype(hidden.dtype))
     grad_weight = torch.zeros((V, d) if need_weight else (0,), dtype=torch.float32, device=hidden.device)
     grad_bias = torch.zeros(V if need_bias else 0, dtype=torch.float32, device=hidden.device)
     for start in range(0, N, chunk_size):
@@ -171,7 +172,9 @@ def forward_triton(
             multiply(delta.t(), rows, grad_weight, add=start > 0)
         if need_bias:
             grad_bias += delta.sum(0, dtype=torch.float32)
-    grad_weight, grad_bias = (grad.mul_(inverse_count).to(weight_dtype) for grad in (grad_weight, grad_bias))
+    grad_weight, grad_bias = (
+        grad.mul_(inverse_count).to(gradient_dtype(weight_dtype)) for grad in (grad_weight, grad_bias)
+    )
     return token_loss.sum() * inverse_count, token_loss, grad_hidden, grad_weight, grad_bias
 
 
