@@ -33,7 +33,8 @@ TYPE_NAMES = {
 """Triton's names of dtypes in a signature; a pointer has a star before it."""
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def on_its_device(host: Callable[P, R]) -> Callable[P, R]:
