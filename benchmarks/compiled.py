@@ -264,13 +264,13 @@ class Job:
         return compile_case(list(cases([self.module]))[self.position], self.architecture)
 
 
-def jobs(modules: Sequence[str], architectures: Sequence[int], only: str) -> list[Job]:
+def jobs(modules: Sequence[str]) -> list[Job]:
     """Equal cases, such as two models whose shapes take one tile, once. ValueError for different ones of one name."""
     found: dict[str, Job] = {}
     names: dict[tuple[str, int], str] = {}
     for module in modules:
         for position, case in enumerate(cases([module])):
-            for architecture in architectures if re.search(only, case.name) else ():
+            for architecture in TENSOR_CORE:
                 job = Job(module, position, case.name, architecture, key(case, architecture), case.is_gemm)
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
@@ -372,7 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--arch: {sorted(unknown)} is not among {', '.join(map(str, TENSOR_CORE))}")
     modules = options.modules.split(",") if options.modules else kernel_modules()
-    all_jobs = jobs(modules, architectures, options.only)
+    everything = jobs(modules)
+    all_jobs = [job for job in everything if job.architecture in architectures and re.search(options.only, job.name)]
     if not all_jobs:
         print("benchmarks.compiled: no case matches", file=sys.stderr)
         return 2
@@ -395,9 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"benchmarks.compiled: {RECORDS.name} says otherwise of {', '.join(differ)}: --update it", file=sys.stderr
         )
     if options.update:
-        write_records(options.records, results)
+        # What was not asked for keeps its record; records of no case are dropped.
+        kept = {job.key: results.get(job.key) or records.get(job.key) for job in everything}
+        known = {key: result for key, result in kept.items() if result is not None}
+        write_records(options.records, known)
         if options.records == RECORDS:
-            update_document(DOCUMENT, list(results.values()))
+            update_document(DOCUMENT, list(known.values()))
     return 1 if options.check and (failed or (differ and not options.update)) else 0
 
 

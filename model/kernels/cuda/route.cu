@@ -253,7 +253,7 @@ class OnDevice {
     else { MACRO(32); }
 
 // Both return 0 or CUDA's error code of the launch. Pointers are device memory, contiguous, 1 <= k <= E <= 256, N >= 1,
-// N k < 2^31, R <= 65535; null `keep`, `grad_logits` and `grad_scores` are absent. `stream` is a cudaStream_t.
+// N k <= 2^30, R <= 65535; null `keep`, `grad_logits` and `grad_scores` are absent. `stream` is a cudaStream_t.
 extern "C" int switchall_route(const float* logits, const uint8_t* keep, int drop_scores, int tokens, int routers,
                                int experts, int choices, int chunks, float* scores, int64_t* index, uint8_t* chosen,
                                int* counts, int64_t* load, int64_t* order, int device, void* stream) {

@@ -115,9 +115,10 @@ def num_chunks(num_tokens: int) -> int:
 def _library_for(x: Tensor, num_experts: int, num_routers: int, num_slots: int) -> Library:
     if x.dtype == torch.float64:
         raise RuntimeError("kernels.backend=cuda computes routing in fp32: use reference for float64")
-    if num_experts > MAX_EXPERTS or num_routers >= 1 << 16 or num_slots >= 1 << 31:
+    # Slots are counted in ints, and the chunks together may be longer than the tokens.
+    if num_experts > MAX_EXPERTS or num_routers >= 1 << 16 or num_slots > 1 << 30:
         raise RuntimeError(
-            f"kernels.backend=cuda routes at most {MAX_EXPERTS} experts, 65535 routers and 2^31 - 1 slots, not "
+            f"kernels.backend=cuda routes at most {MAX_EXPERTS} experts, 65535 routers and 2^30 slots, not "
             f"{num_experts}, {num_routers} and {num_slots}: use another backend"
         )
     found = library()

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from model.kernels.triton.gated_gemm import check_dtypes
-from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.launch import CompileCase, on_its_device
+from model.kernels.triton.shipped import MOA
 from model.kernels.triton.sorted_gemm import Rows, project, projection_cases, weight_gradient
 from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
+@on_its_device
 def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
     """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
     check_dtypes(x, experts)
@@ -24,6 +26,7 @@ def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: i
     return y.view(x.shape[0], k, h)
 
 
+@on_its_device
 def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and experts for `grad` [N, k, h]."""
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
@@ -35,6 +38,7 @@ def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
     return grad_x, grad_experts[0]
 
 
+@on_its_device
 def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
     """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
     check_dtypes(a, experts)
@@ -45,6 +49,7 @@ def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, ex
     return sum_slots(wide, N, d)
 
 
+@on_its_device
 def backward_sum_triton(
     grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +65,7 @@ def backward_sum_triton(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """MoA's 4 of 16 experts of 144 at d_model 1024; the order is the router's."""
-    wide, narrow = (1024, 0, 1024, 4), (144, 0, 144, 1)
-    yield from projection_cases("expert_linear 1024x144", 4, 16, wide, narrow, value_is_gated=False, order="i64")
+    """MoA's projections; the order is the router's. Of its choices, 2 to 8, addresses alone know: 6 are compiled."""
+    for (d, h), E in MOA.items():
+        wide, narrow = (d, 0, d, 6), (h, 0, h, 1)
+        yield from projection_cases(f"expert_linear {d}x{h}", 6, E, wide, narrow, value_is_gated=False, order="i64")

@@ -14,6 +14,7 @@ Shape legend: N tokens, d d_model (wide), H heads, h head_dim (narrow), E expert
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from model.kernels.backend import TRITON_DTYPES
 from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.shipped import GATED
 
 
 class Tiles(NamedTuple):
@@ -103,7 +105,8 @@ def gate_gradient_kernel(
     chosen = tl.load(index + slots, mask=mask, other=0).to(tl.int32)
     total = tl.zeros((BLOCK, PADDED_K), dtype=tl.float32)
     for part in range(parts):
-        total += tl.load(partial + ((part * H + head) * E + chosen) * N + tokens[:, None], mask=mask, other=0.0)
+        places = ((part * H + head) * E + chosen).to(tl.int64) * N + tokens[:, None]  # may pass 2^31
+        total += tl.load(partial + places, mask=mask, other=0.0)
     tl.store(grad_scores + slots, total.to(grad_scores.dtype.element_ty), mask=mask)
 
 
@@ -193,7 +196,8 @@ def gradient_tiles(h: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(64, column_tile(h, 64), 32, 4, 2)
     columns = column_tile(h)
-    return Tiles(128, columns, 64, 4 if columns == 32 else 8, 3)
+    # With 4 warps, rows of 146, which no load of 8 bytes fits, spill on sm_80.
+    return Tiles(128, columns, 64, 4 if columns == 32 and h % 4 == 0 else 8, 3)
 
 
 def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *, narrow_first: bool) -> Tensor:
@@ -210,14 +214,11 @@ def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *
 
 # ----------------------------------------------------------------------------------------------------- ahead of time
 
-WIDTHS = ((1024, 112), (1024, 64), (412, 76))
-"""d_model and head_dim of the compiled cases: one for each width of a column tile (128, 64, 32)."""
-
 
 def row_load(*widths: int) -> int:
     """Widest load that rows of these widths allow in half precision: rows of 412 and of 76 elements start at multiples
-    of 8 bytes."""
-    return 16 if all(width % 8 == 0 for width in widths) else 8
+    of 8 bytes, of 146 at multiples of 4."""
+    return min(math.gcd(16, 2 * width) for width in widths)
 
 
 def make_case(
@@ -229,9 +230,10 @@ def make_case(
     *,
     load_bytes: int = 16,
     num_warps: int = 4,
+    tensor_cores: bool = True,
 ) -> CompileCase:
     """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
-    are those of a GEMM."""
+    are those of a GEMM, with `tensor_cores` in half precision."""
     stages = 3
     if tiles is not None:
         constants = constants | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
@@ -245,24 +247,28 @@ def make_case(
         num_warps=num_warps,
         num_stages=stages,
         load_bytes=load_bytes,
-        is_gemm=tiles is not None,
+        is_gemm=tiles is not None and tensor_cores,
         divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
     )
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Gates of 2 choices (16 bytes of int64), and the gradient of the experts of both projections."""
-    constants = {"K": 2, "PADDED_K": 2, "BLOCK": GATE_BLOCK}
-    pointers = {"index": "i64", "scores": "fp32", "gates": "fp32"}
-    yield make_case("gated dense_gates k2", dense_gates_kernel, pointers, constants)
-    pointers = {"index": "i64", "partial": "fp32", "grad_scores": "fp32"}
-    yield make_case("gated gate_gradient k2", gate_gradient_kernel, pointers, constants)
-    for dtype in (torch.bfloat16, torch.float16):
+    """Gates of 2, 3 and 4 choices, and the gradient of the experts of both projections."""
+    for k in (2, 3, 4):
+        constants = {"K": k, "PADDED_K": triton.next_power_of_2(k), "BLOCK": GATE_BLOCK}
+        load = 16 if k % 2 == 0 else 4  # rows of three are no vectors, and of an int64 only the low half is wanted
+        pointers = {"index": "i64", "scores": "fp32", "gates": "fp32"}
+        yield make_case(f"gated dense_gates k{k}", dense_gates_kernel, pointers, constants, load_bytes=load)
+        pointers = {"index": "i64", "partial": "fp32", "grad_scores": "fp32"}
+        yield make_case(f"gated gate_gradient k{k}", gate_gradient_kernel, pointers, constants, load_bytes=load)
+    for dtype in TRITON_DTYPES:
         kind = TYPE_NAMES[dtype]
         pointers = {"wide": kind, "narrow": kind, "gates": "fp32", "grad_experts": kind}
-        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
             for what, narrow_first in (("value", False), ("output", True)):
                 constants = {"d": d, "h": h, "NARROW_FIRST": narrow_first}
                 name = f"gated {what} grad_experts {d}x{h} {kind}"
-                tiles, load = gradient_tiles(h, dtype), row_load(d, h)
-                yield make_case(name, gated_weight_gradient_kernel, pointers, constants, tiles, load_bytes=load)
+                yield make_case(
+                    name, gated_weight_gradient_kernel, pointers, constants, gradient_tiles(h, dtype),
+                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
+                )  # fmt: skip

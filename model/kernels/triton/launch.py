@@ -1,4 +1,5 @@
-"""What all Triton kernels of this package share: the cases that are compiled without a GPU, and names of dtypes.
+"""What all Triton kernels of this package share: the device that they run on, the cases that are compiled without a
+GPU, and names of dtypes.
 
 Importing it under TRITON_INTERPRET=1 repairs the interpreter's bf16 (model/kernels/triton/interpreter.py): every kernel
 module imports it, so no kernel ever runs on the interpreter's own bf16, which is silently wrong.
@@ -6,10 +7,13 @@ module imports it, so no kernel ever runs on the interpreter's own bf16, which i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from model.kernels.backend import interpreting
 
@@ -27,6 +31,24 @@ TYPE_NAMES = {
     torch.bool: "i1",
 }
 """Triton's names of dtypes in a signature; a pointer has a star before it."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(host: Callable[P, R]) -> Callable[P, R]:
+    """For host functions: Triton launches on the calling thread's current device, wherever the tensors are."""
+
+    @functools.wraps(host)
+    def launching(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type != "cuda":
+            return host(*args, **kwargs)
+        with torch.cuda.device(device):  # GPU-ONLY triton-device
+            return host(*args, **kwargs)
+
+    return launching
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import triton_limit
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.linear_cross_entropy import gradient_dtype
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
+from model.kernels.triton.shipped import VOCABULARIES
 
 LONGEST_BLOCK = 32768
 """Classes that one program holds: 32 fp32 registers in each of 1024 threads."""
@@ -122,6 +124,7 @@ def softmax_kernel(
 # -------------------------------------------------------------------------------------------------------------- host
 
 
+@on_its_device
 def forward_triton(
     hidden: Tensor,
     weight: Tensor,
@@ -151,7 +154,7 @@ def forward_triton(
     gradient = hidden.new_empty(chunk_size, stride) if need_gradient else None
     token_loss = hidden.new_empty(N, dtype=torch.float32)
     inverse_count = 1.0 / (targets != ignore_index).sum().clamp_min(1).float()
-    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,))
+    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,), dtype=gradient_dtype(hidden.dtype))
     grad_weight = torch.zeros((V, d) if need_weight else (0,), dtype=torch.float32, device=hidden.device)
     grad_bias = torch.zeros(V if need_bias else 0, dtype=torch.float32, device=hidden.device)
     for start in range(0, N, chunk_size):
@@ -171,7 +174,9 @@ def forward_triton(
             multiply(delta.t(), rows, grad_weight, add=start > 0)
         if need_bias:
             grad_bias += delta.sum(0, dtype=torch.float32)
-    grad_weight, grad_bias = (grad.mul_(inverse_count).to(weight_dtype) for grad in (grad_weight, grad_bias))
+    grad_weight, grad_bias = (
+        grad.mul_(inverse_count).to(gradient_dtype(weight_dtype)) for grad in (grad_weight, grad_bias)
+    )
     return token_loss.sum() * inverse_count, token_loss, grad_hidden, grad_weight, grad_bias
 
 
@@ -235,18 +240,16 @@ def blocks(num_classes: int, *, holds_row: bool) -> tuple[int, int, int]:
     block = triton.next_power_of_2(num_classes)
     if block > (LONGEST_BLOCK if holds_row else WALKING_BLOCK):
         return stride, WALKING_BLOCK, 8
-    return stride, max(128, block), min(32, max(4, block // 1024))
+    block = max(128, block)
+    return stride, block, min(32, max(min(4, block // 128), block // 1024))  # 4 numbers a thread, 16 bytes, or more
 
 
 # --------------------------------------------------------------------------------------------------- ahead of time
 
-SHIPPED = (8000, 32000, 50257)
-"""Vocabularies of the published configurations, and one that is longer than a block and odd."""
-
 
 def compile_cases() -> Iterator[CompileCase]:
     """The three launches at every vocabulary, in bf16, and one in fp16 and fp32."""
-    for num_classes in SHIPPED:
+    for num_classes in VOCABULARIES:
         for what in ("loss and gradient", "loss", "statistics", "gradient"):
             yield _case(what, num_classes, torch.bfloat16)
     for dtype in (torch.float16, torch.float32):

@@ -10,20 +10,19 @@ chose it: a running count over tokens, no sort. `place` reads the counts of all 
 launch of its own for a prefix sum: 16 KB per program at N = 8192, R E = 32.
 
 Columns of a tile are routers x experts, experts padded to a power of two. Offsets of rows are int64: N d may pass 2^31.
+d_model is a constant: of an argument that is no multiple of 16, such as 412, rows would be loaded number by number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.launch import on_its_device
 
 MAX_EXPERTS = 1024
 MAX_COLUMNS = 128
@@ -56,7 +55,9 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": 4 if self.routers * self.experts <= 32 else 8, "num_stages": 3}
+        # Of 32 columns, eight routers of four experts spill on sm_100 with 4 warps, and one of 32 experts with 8.
+        few = self.routers * self.experts <= 16 or self.experts == 32
+        return {"num_warps": 4 if few else 8, "num_stages": 3}
 
     @classmethod
     def of(cls, num_routers: int, num_experts: int, dtype: torch.dtype) -> Tiles:
@@ -70,7 +71,8 @@ class Tiles:
             experts=experts,
             depth=32 if dtype == torch.float32 else 64,  # twice the tokens or depth, and some of these spill
             gradient_depth=max(16, min(128, 4096 // columns) // (1 if dtype == torch.bfloat16 else 2)),
-            gradient_tokens=max(16, min(64, 2048 // columns)),
+            # 64 beside 16 columns: 8 bytes of stack on sm_100.
+            gradient_tokens=32 if columns == 16 else max(16, min(64, 2048 // columns)),
         )
 
 
@@ -87,7 +89,7 @@ def _columns(group, R, E, ROUTERS: tl.constexpr, EXPERTS: tl.constexpr):
 
 @triton.jit
 def choose_kernel(
-    x, weight, keep, logits, scores, index, counts, N, d, R, E,
+    x, weight, keep, logits, scores, index, counts, N, d: tl.constexpr, R, E,
     K: tl.constexpr, K_PADDED: tl.constexpr, DROPOUT: tl.constexpr,
     TOKENS: tl.constexpr, ROUTERS: tl.constexpr, EXPERTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +191,7 @@ def place_kernel(
         present = (token < N)[:, None] & in_columns[None, :]
         slots = index + (token.to(tl.int64)[:, None] * R + router[None, :]) * K
         choice = tl.full((TOKENS, ROUTERS * EXPERTS), -1, tl.int32)
-        for j in tl.static_range(K):
+        for j in range(K):  # a loop: unrolled, it spills where 8 of 64 experts are chosen
             chosen = tl.load(slots + j, mask=present, other=-1)
             choice = tl.where(chosen == expert[None, :], j, choice)
         picked = (choice >= 0).to(tl.int32)
@@ -201,7 +203,7 @@ def place_kernel(
 
 @triton.jit
 def gradients_kernel(
-    grad_logits, grad_scores, x, weight, scores, index, grad_x, partial, N, d, R, E, blocks_per_chunk,
+    grad_logits, grad_scores, x, weight, scores, index, grad_x, partial, N, d: tl.constexpr, R, E, blocks_per_chunk,
     K: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_SCORES: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, ROUTERS: tl.constexpr, EXPERTS: tl.constexpr, DEPTH: tl.constexpr,
@@ -268,6 +270,7 @@ def add_up_kernel(partial, total, size, num_parts, BLOCK: tl.constexpr):
 # -------------------------------------------------------------------------------------------------------------- host
 
 
+@on_its_device
 def forward_triton(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -297,6 +300,7 @@ def forward_triton(
     return logits, scores, index, load, order
 
 
+@on_its_device
 def backward_triton(
     grad_logits: Tensor | None, grad_scores: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -317,7 +321,7 @@ def backward_triton(
         scores if grad_logits is None else grad_logits.contiguous(),
         scores if grad_scores is None else grad_scores.contiguous(),
         rows, matrix, scores.contiguous(), index.contiguous(), of_groups, partial, N, d, R, E, blocks_per_chunk,
-        K=k, HAS_LOGITS=grad_logits is not None, HAS_SCORES=grad_scores is not None, **_precision(rows.dtype),
+        K=k, HAS_LOGITS=grad_logits is not None, HAS_SCORES=grad_scores is not None, **precision(rows.dtype),
         TOKENS=tiles.gradient_tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, DEPTH=tiles.gradient_depth,
         **GRADIENT_OPTIONS,
     )  # fmt: skip
@@ -341,72 +345,10 @@ def _common(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype).contiguous(), weight.to(dtype).contiguous()
 
 
-def _precision(dtype: torch.dtype) -> dict[str, bool | str]:
+def precision(dtype: torch.dtype) -> dict[str, bool | str]:
     """How gradients in fp32 are multiplied with inputs of `dtype`, so that products are exact to 2^-16 or better.
 
     bf16: as the sum of two bf16 numbers, on tensor cores. fp16, whose range could not hold them: three products in
     tf32, whose mantissa holds fp16's. fp32: fp32.
     """
     return {"SPLIT": dtype == torch.bfloat16, "PRECISION": "tf32x3" if dtype == torch.float16 else "ieee"}
-
-
-# ----------------------------------------------------------------------------------------------------------- compile
-
-SHAPES = {"switchhead E4": (1024, 8, 4, 2), "switchhead E5": (1024, 8, 5, 3), "sigma_moe E32": (1024, 1, 32, 4)}
-"""d, R, E, k that are compiled for every architecture."""
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Every kernel at the paper's widths, for benchmarks/compiled.py."""
-    for name, (_, R, E, k) in SHAPES.items():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            tiles, half, kind = Tiles.of(R, E, dtype), dtype != torch.float32, TYPE_NAMES[dtype]
-            tile = {"TOKENS": tiles.tokens, "ROUTERS": tiles.routers, "EXPERTS": tiles.experts}
-            shape = {"N": "i32", "d": "i32", "R": "i32", "E": "i32"}
-            for dropout in (0, 1, 2):
-                constants = {"K": k, "K_PADDED": triton.next_power_of_2(k), "DROPOUT": dropout, **tile}
-                pointers = {"x": kind, "weight": kind, "keep": "i1", "logits": "fp32", "scores": "fp32"}
-                pointers |= {"index": "i64", "counts": "i32"}
-                yield _case(
-                    f"route choose {name} {kind} dropout {dropout}",
-                    choose_kernel, pointers, shape, constants | {"DEPTH": tiles.depth}, tiles.options,
-                    is_gemm=half,
-                )  # fmt: skip
-            pointers = {"grad_logits": "fp32", "grad_scores": "fp32", "x": kind, "weight": kind, "scores": "fp32"}
-            pointers |= {"index": "i64", "grad_x": kind, "partial": "fp32"}
-            constants = {"K": k, "HAS_LOGITS": True, "HAS_SCORES": True, **_precision(dtype), **tile}
-            yield _case(
-                f"route gradients {name} {kind}",
-                gradients_kernel, pointers, shape | {"blocks_per_chunk": "i32"},
-                constants | {"TOKENS": tiles.gradient_tokens, "DEPTH": tiles.gradient_depth}, GRADIENT_OPTIONS,
-                is_gemm=dtype == torch.bfloat16,
-            )  # fmt: skip
-            yield _case(
-                f"route add_up {name} {kind}",
-                add_up_kernel, {"partial": "fp32", "total": kind}, {"size": "i32", "num_parts": "i32"},
-                {"BLOCK": ADD_UP}, OPTIONS,
-            )  # fmt: skip
-            pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
-            integers = {"N": "i32", "R": "i32", "E": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
-            constants = {"K": k, "BLOCKS": COUNTS, **tile}
-            # Gathers single int64 numbers, one per token and router.
-            yield _case(
-                f"route place {name} {kind}",
-                place_kernel, pointers, integers, constants, tiles.options, load_bytes=8,
-            )  # fmt: skip
-
-
-def _case(
-    name: str, kernel: Any, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, Any],
-    options: dict[str, int], *, is_gemm: bool = False, load_bytes: int = 16,
-) -> CompileCase:  # fmt: skip
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature={n: f"*{t}" for n, t in pointers.items()} | integers | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        **options,
-        is_gemm=is_gemm,
-        load_bytes=load_bytes,
-        divisible=frozenset({"N", "d", "size"} & integers.keys()),
-    )

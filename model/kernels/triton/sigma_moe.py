@@ -30,7 +30,8 @@ import triton
 from torch import Tensor
 
 from model.kernels.backend import triton_limit
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
+from model.kernels.triton.shipped import SIGMA_MOE
 from model.kernels.triton.sigma_moe_kernels import (
     backward_kernel,
     forward_kernel,
@@ -96,6 +97,7 @@ def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_m
 # -------------------------------------------------------------------------------------------------------------- host
 
 
+@on_its_device
 def forward_triton(
     x: Tensor,
     scores: Tensor,
@@ -112,6 +114,7 @@ def forward_triton(
     return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, first_expert, hidden), hidden
 
 
+@on_its_device
 def backward_triton(
     grad: Tensor,
     x: Tensor,
@@ -274,25 +277,17 @@ def weight_constants(tiles: Tiles, d: int, width: int, k: int, splits: int, *, w
 
 # --------------------------------------------------------------------------------------------------- ahead of time
 
-SHIPPED = {
-    "47m": (412, 16, 128, 4),
-    "259m": (1024, 32, 128, 4),
-    "1b": (2048, 64, 128, 8),
-    "tiny": (128, 16, 64, 4),
-}
-"""d_model, experts, expert size and active experts of the published configurations with a sigma-MoE."""
-
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every kernel in every tile shape that the published configurations take, in bf16 and fp16."""
-    for name, (d, num_experts, G, k) in SHIPPED.items():
-        yield from _cases(f"{name} bf16", torch.bfloat16, d, num_experts, G, k)
-    yield from _cases("259m fp16", torch.float16, *SHIPPED["259m"])
-    yield from _cases("259m swiglu bf16", torch.bfloat16, *SHIPPED["259m"], swiglu=True)
+    for name, (d, num_experts, G, k, num_tokens) in SIGMA_MOE.items():
+        yield from _cases(f"{name} bf16", torch.bfloat16, d, num_experts, G, k, num_tokens * k)
+    yield from _cases("259m fp16", torch.float16, *SIGMA_MOE["259m"][:4])
+    yield from _cases("259m swiglu bf16", torch.bfloat16, *SIGMA_MOE["259m"][:4], swiglu=True)
     # Two experts of a rank in expert parallelism: a row is a token with one choice, and segments are split.
     yield from _cases("259m ep bf16", torch.bfloat16, 1024, 2, 128, 1)
     yield from _cases("259m tp bf16", torch.bfloat16, 1024, 16, 128, 4, total=32)  # half of the experts are here
-    yield from _cases("259m fp32", torch.float32, *SHIPPED["259m"])
+    yield from _cases("259m fp32", torch.float32, *SIGMA_MOE["259m"][:4])
 
 
 def _cases(
@@ -302,6 +297,7 @@ def _cases(
     num_experts: int,
     G: int,
     k: int,
+    num_rows: int = 8192,
     *,
     swiglu: bool = False,
     total: int = 0,
@@ -337,7 +333,7 @@ def _cases(
         yield case(sum_kernel, "sum", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
         tiles = weight_tiles(columns, dtype)
-        splits = weight_splits(tiles, 8192, num_experts, columns, d)
+        splits = weight_splits(tiles, num_rows, num_experts, columns, d)
         constants = weight_constants(tiles, d, columns, k, splits, width_first=first) | experts
         out = "*fp32" if splits > 1 else half
         yield case(weight_gradient_kernel, what, constants, tiles, out_ptr=out)

@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.triton.gated_gemm import (
-    WIDTHS,
     Tiles,
     column_tile,
     gradient_tiles,
@@ -31,7 +30,8 @@ from model.kernels.triton.gated_gemm import (
     row_load,
     scale_rows,
 )
-from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.shipped import SORTED
 from model.kernels.triton.sorted_slots import slot_stride
 
 
@@ -207,7 +207,7 @@ def sorted_weight_gradient_kernel(
 
 def project_tiles(width: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
-        return Tiles(64, column_tile(width, 64), 32, 4, 2)
+        return Tiles(64, column_tile(width, 64), 16, 4, 2)
     # 76 columns with 4 warps: 8 bytes of stack on sm_100.
     return Tiles(64, column_tile(width), 64, 8 if width % 8 else 4, 3)
 
@@ -302,9 +302,12 @@ def weight_gradient(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """SwitchHead's projections of 2 of 8 experts a head (4 heads), forward and backward."""
-    for d, h in WIDTHS:
-        yield from projection_cases(f"sorted {d}x{h}", 2, 8, (d, 0, d, 2), (4 * h, h, h, 2), value_is_gated=True)
+    """SwitchHead's projections of 2 of 5 experts a head, forward and backward."""
+    for (d, h), H in SORTED.items():
+        rows = (d, 0, d, 2), (H * h, h, h, 2)
+        yield from projection_cases(f"sorted {d}x{h}", 2, 5, *rows, value_is_gated=True)
+        if h == 112:
+            yield from projection_cases(f"sorted {d}x{h} fp32", 2, 5, *rows, value_is_gated=True, dtype=torch.float32)
 
 
 def projection_cases(
@@ -316,13 +319,14 @@ def projection_cases(
     *,
     value_is_gated: bool,
     order: str = "i32",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[CompileCase]:
     """Value and output, forward and backward. `wide` and `narrow`: stride, stride of routers, width and divisor of the
     rows; `order`: dtype of the order. The wide rows that value's backward pass and output's forward pass write are
     scaled by gates, value's only if it has any (SwitchHead; not expert_linear)."""
-    half = dict.fromkeys(("rows", "weights", "out", "wide", "narrow", "grad_weights"), "bf16")
-    pointers = half | {"gates": "fp32", "order": order, "load": order}
-    load = row_load(wide[2], narrow[2])
+    names = ("rows", "weights", "out", "wide", "narrow", "grad_weights")
+    pointers = dict.fromkeys(names, TYPE_NAMES[dtype]) | {"order": order, "load": order}
+    load, tensor_cores = row_load(wide[2], narrow[2]), dtype != torch.float32
     common: dict[str, Any] = {"k": k, "PADDED_E": padded_experts(E)}
     for what, source, target, transposed, gated in (
         ("value", wide, narrow, False, False),
@@ -333,12 +337,18 @@ def projection_cases(
         constants = common | dict(zip(("row_stride", "router_stride", "inner_width", "divide"), source, strict=True))
         stride = slot_stride(target[2]) if target is wide else target[2]
         constants |= {"width": target[2], "out_stride": stride, "TRANSPOSED": transposed, "GATED": gated}
-        tiles = project_tiles(target[2], torch.bfloat16)
-        yield make_case(f"{name} {what}", sorted_project_kernel, pointers, constants, tiles, load_bytes=load)
+        # Without gates their argument is the rows.
+        kinds = pointers | {"gates": "fp32" if gated else pointers["rows"]}
+        yield make_case(
+            f"{name} {what}", sorted_project_kernel, kinds, constants, project_tiles(target[2], dtype),
+            load_bytes=load, tensor_cores=tensor_cores,
+        )  # fmt: skip
     for what, narrow_first, gated in (("value", False, value_is_gated), ("output", True, True)):
         constants = common | {"d": wide[2], "h": narrow[2], "NARROW_FIRST": narrow_first, "GATED": gated}
         for side, rows in (("wide", wide), ("narrow", narrow)):
             constants |= {f"{side}_stride": rows[0], f"{side}_router_stride": rows[1], f"{side}_divide": rows[3]}
-        tiles = gradient_tiles(narrow[2], torch.bfloat16)
-        kernel = sorted_weight_gradient_kernel
-        yield make_case(f"{name} {what} grad_experts", kernel, pointers, constants, tiles, load_bytes=load)
+        kinds = pointers | {"gates": "fp32" if gated else pointers["rows"]}
+        yield make_case(
+            f"{name} {what} grad_experts", sorted_weight_gradient_kernel, kinds, constants,
+            gradient_tiles(narrow[2], dtype), load_bytes=load, tensor_cores=tensor_cores,
+        )  # fmt: skip

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.triton.gated_gemm import make_case, padded_experts
-from model.kernels.triton.launch import CompileCase
+from model.kernels.triton.gated_gemm import make_case, padded_experts, row_load
+from model.kernels.triton.launch import CompileCase, on_its_device
+from model.kernels.triton.shipped import MOA, MOA_CHOICES, SORTED
 
 SORT_TILE = 1 << 14
 """Counters of one program of the sort, slots x experts: 64 a thread."""
@@ -87,6 +88,7 @@ def place_slots_kernel(
         tl.store(load + router * E + experts, total, mask=experts < E)
 
 
+@on_its_device
 def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`index` [N, R, k] -> order [R, N*k] int32 (a stable counting sort) and load [R, E] int32. Two launches, no host
     sync."""
@@ -131,11 +133,12 @@ def sum_slots_kernel(
     columns = (program % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = (program // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (tokens < N)[:, None] & (columns < width)[None, :]
+    readable = (tokens < N)[:, None] & (columns < stride)[None, :]  # what is beyond the width is not stored
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for router in range(routers):
         for choice in tl.static_range(K):
             slots = (router * N + tokens).to(tl.int64) * K + choice
-            total += tl.load(rows + slots[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(rows + slots[:, None] * stride + columns[None, :], mask=readable, other=0.0).to(tl.float32)
     target = y + tokens.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target, total.to(y.dtype.element_ty), mask=mask)
 
@@ -238,18 +241,23 @@ def mix_slots(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """The sort for 2 of 16 experts (16-byte loads of choices and counts), the sums for rows of n * 16 bytes."""
-    constants = {"K": 2, "PADDED_K": 2, "PADDED_E": 16, "E": 16, "TOKENS": SORT_TILE // 32}
+    """The sort for 2 of 5 experts; sums, and mixtures of SwitchHead's and of MoA's slots."""
+    padded = padded_experts(5)
+    constants = {"K": 2, "PADDED_K": 2, "PADDED_E": padded, "TOKENS": SORT_TILE // (2 * padded)}
     pointers = dict.fromkeys(("counts", "order", "load"), "i32") | {"index": "i64"}
     yield make_case("sorted count_slots", count_slots_kernel, pointers, constants, num_warps=8)
     yield make_case(
         "sorted place_slots", place_slots_kernel, pointers, constants | {"COUNTS": COUNT_BLOCK}, num_warps=8
     )
     block = {"BLOCK_M": SUM_TILE[0], "BLOCK_N": SUM_TILE[1]}
-    for width in (1024, 112):
-        constants = {"width": width, "K": 2} | block
-        pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32", "grad_scores": "fp32"}
-        yield make_case(f"sorted sum_slots {width}", sum_slots_kernel, pointers, constants | {"stride": width})
-        for mix, dot in ((True, False), (False, True), (True, True)):
-            name = f"sorted mix_slots {width}{' mix' * mix}{' dot' * dot}"
-            yield make_case(name, mix_slots_kernel, pointers, constants | {"MIX": mix, "DOT": dot})
+    pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32"}
+    for width in sorted({d for d, _ in (*SORTED, *MOA)}):
+        for k in MOA_CHOICES:
+            constants = {"width": width, "K": k, "stride": slot_stride(width)} | block
+            yield make_case(f"sorted sum_slots {width} k{k}", sum_slots_kernel, pointers, constants)
+    mixtures = [(h, 2, *what) for _, h in SORTED for what in ((True, False), (False, True), (True, True))]
+    for width, k, mix, dot in (*mixtures, *((h, 1, True, True) for _, h in MOA)):
+        constants = {"width": width, "K": k, "MIX": mix, "DOT": dot} | block
+        name = f"sorted mix_slots {width} k{k}{' mix' * mix}{' dot' * dot}"
+        kinds = pointers | {"grad_scores": "fp32" if dot else "bf16"}  # without, its argument is `mixed`
+        yield make_case(name, mix_slots_kernel, kinds, constants, load_bytes=row_load(width))

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.backend import TRITON_DTYPES
 from model.kernels.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
-    WIDTHS,
     Tiles,
     check_dtypes,
     column_tile,
@@ -27,7 +27,8 @@ from model.kernels.triton.gated_gemm import (
     scale_rows,
     weight_gradient,
 )
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
+from model.kernels.triton.shipped import GATED
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
@@ -122,7 +123,8 @@ def output_backward_kernel(
             gate = tl.load(gates + pair * N + rows, mask=row_mask, other=0.0)
             total += product * gate[:, None]
             partial = tl.sum(product * source, axis=1)
-            tl.store(grad_gates + (column_tile * H * E + pair) * N + rows, partial, mask=row_mask)
+            place = (column_tile * H * E + pair).to(tl.int64) * N + rows  # may pass 2^31
+            tl.store(grad_gates + place, partial, mask=row_mask)
             product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     tl.store(grad_a + narrow, total.to(grad_a.dtype.element_ty), mask=narrow_mask)
 
@@ -141,6 +143,7 @@ def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64 if columns == 128 else 128, columns, 64, 8, 3)
 
 
+@on_its_device
 def forward_triton(
     a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,6 +166,7 @@ def forward_triton(
     return y, *no_slots(index)
 
 
+@on_its_device
 def backward_triton(
     grad: Tensor,
     a: Tensor,
@@ -212,16 +216,18 @@ def backward_triton(
 
 def compile_cases() -> Iterator[CompileCase]:
     """The gate-scaled kernels."""
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in TRITON_DTYPES:
         kind = TYPE_NAMES[dtype]
         pointers = dict.fromkeys(("a", "experts", "grad", "y", "grad_a"), kind) | {
             "gates": "fp32",
             "grad_gates": "fp32",
         }
-        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
+        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
             for what, kernel, tiles in (
                 ("forward", output_forward_kernel, forward_tiles(h, dtype)),
                 ("backward", output_backward_kernel, backward_tiles(h, dtype)),
             ):
-                name = f"switchhead_output {what} {d}x{h} {kind}"
-                yield make_case(name, kernel, pointers, {"d": d, "h": h}, tiles, load_bytes=row_load(d, h))
+                yield make_case(
+                    f"switchhead_output {what} {d}x{h} {kind}", kernel, pointers, {"d": d, "h": h}, tiles,
+                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
+                )  # fmt: skip

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.backend import TRITON_DTYPES
 from model.kernels.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
-    WIDTHS,
     Tiles,
     check_dtypes,
     column_tile,
@@ -28,7 +28,8 @@ from model.kernels.triton.gated_gemm import (
     unrolled_experts,
     weight_gradient,
 )
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
+from model.kernels.triton.shipped import GATED
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
@@ -128,14 +129,17 @@ def value_backward_kernel(
             gate = tl.load(gates + pair * N + rows, mask=row_mask, other=0.0)
             total += product * gate[:, None]
             partial = tl.sum(product * source, axis=1)
-            tl.store(grad_gates + (column_tile * H * E + pair) * N + rows, partial, mask=row_mask)
+            place = (column_tile * H * E + pair).to(tl.int64) * N + rows  # may pass 2^31
+            tl.store(grad_gates + place, partial, mask=row_mask)
             product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     tl.store(grad_x + tokens * d + columns[None, :], total.to(grad_x.dtype.element_ty), mask=wide_mask)
 
 
 def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
-        return Tiles(64, column_tile(h, 64), 32, 4, 2)
+        return Tiles(
+            64, column_tile(h, 64), 16, 8, 2
+        )  # no tensor cores: operands live in registers, and 32 of depth with 4 warps spill
     columns = column_tile(h)
     return Tiles(128, columns, 32, 8 if columns == 128 else 4, 3)
 
@@ -151,6 +155,7 @@ MAX_UNROLLED = 5
 """Experts that share a tile of x in registers: 5 tiles of W and one of x, twice, are 96 KB of shared memory."""
 
 
+@on_its_device
 def forward_triton(
     x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,6 +179,7 @@ def forward_triton(
     return v, x.new_empty(0, h), *no_slots(index)
 
 
+@on_its_device
 def backward_triton(
     grad: Tensor,
     x: Tensor,
@@ -224,19 +230,21 @@ def backward_triton(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """The gate-scaled kernels, for 4 and for 5 experts."""
-    for dtype in (torch.bfloat16, torch.float16):
+    """The gate-scaled kernels."""
+    for dtype in TRITON_DTYPES:
         kind = TYPE_NAMES[dtype]
         pointers = dict.fromkeys(("x", "experts", "grad", "v", "grad_x"), kind) | {
             "gates": "fp32",
             "grad_gates": "fp32",
         }
-        for d, h in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
-            for E in (4, 5):
-                constants = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
-                name = f"switchhead_value forward E{E} {d}x{h} {kind}"
-                tiles, load = forward_tiles(h, dtype), row_load(d, h)
-                yield make_case(name, value_forward_kernel, pointers, constants, tiles, load_bytes=load)
-            name = f"switchhead_value backward {d}x{h} {kind}"
-            tiles, constants = backward_tiles(h, dtype), {"d": d, "h": h}
-            yield make_case(name, value_backward_kernel, pointers, constants, tiles, load_bytes=row_load(d, h))
+        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
+            E, name = GATED[d, h], f"{d}x{h} {kind}"
+            forward = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
+            for what, kernel, constants, tiles in (
+                (f"forward E{E}", value_forward_kernel, forward, forward_tiles(h, dtype)),
+                ("backward", value_backward_kernel, {"d": d, "h": h}, backward_tiles(h, dtype)),
+            ):
+                yield make_case(
+                    f"switchhead_value {what} {name}", kernel, pointers, constants, tiles,
+                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
+                )  # fmt: skip

@@ -289,3 +289,17 @@ def test_flop_counter(backend: str) -> None:
 def test_loss_of_uniform_logits() -> None:
     loss, _ = linear_cross_entropy(torch.zeros(3, 4), torch.ones(8, 4), None, torch.tensor([0, 7, 3]), backend="cpu")
     assert loss.item() == pytest.approx(math.log(8), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_of_fp16_live_until_the_loss_is_scaled(backend: str) -> None:
+    """As of 16384 tokens: gradients below fp16's smallest normal number, 6e-5, and a scale above its largest."""
+    case = make_case(Shape(N=16, d=8, V=20), torch.float16)
+    small = [t.detach() * 2**-12 for t in leaves(case)]
+    case = Case(*(t.requires_grad_() for t in small), case.targets)
+    scale = 2.0**17
+    loss, _ = linear_cross_entropy(*case, backend=backend)
+    grads = torch.autograd.grad(loss * scale, leaves(case))
+    for what, actual, expected in zip(("hidden", "weight", "bias"), grads, oracle(case)[2], strict=True):
+        assert actual.dtype == torch.float16
+        assert error(actual, expected * (scale / UPSTREAM)) <= 2**-10, what

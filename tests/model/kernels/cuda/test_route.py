@@ -358,5 +358,7 @@ def test_refuses_what_it_cannot(emulated: cuda_route.Library, monkeypatch: pytes
         route(torch.ones(3, 4), torch.ones(1, 2, 4), 1, backend="cuda")
     with pytest.raises(RuntimeError, match=r"at most 256 experts, .*, not 257, 1 and 3: use another backend"):
         route(torch.ones(3, 4), torch.ones(1, 257, 4), 1, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"and 2\^30 slots, not 4, 1 and 1073741826"):
+        route(torch.ones(1, 1).expand(2**29 + 1, 1), torch.ones(1, 4, 1), 2, backend="cuda")
     with pytest.raises(RuntimeError, match="in fp32: use reference for float64"):
         route(torch.ones(3, 4).double(), torch.ones(1, 2, 4).double(), 1, backend="cuda")

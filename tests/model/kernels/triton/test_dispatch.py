@@ -1,5 +1,6 @@
-"""On CUDA every op takes the Triton path, and its host code never waits for the GPU: fake CUDA tensors run through the
-real op bodies, launches are recorded. A fake tensor has no data: .item(), .tolist() and data-dependent shapes fail."""
+"""On CUDA every op takes the Triton path, its host code never waits for the GPU, and kernels are launched where tensors
+are: fake CUDA tensors run through the real op bodies, launches are recorded. A fake tensor has no data: .item(),
+.tolist() and data-dependent shapes fail."""
 
 from __future__ import annotations
 
@@ -56,10 +57,28 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert all(isinstance(size, int) for size in grid)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        assert {tensor.device.index for tensor in tensors} == {current_device[-1]}, "launched on another GPU"
         found.append((self.fn.__name__, tensors))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
     return found
+
+
+current_device = [0]
+
+
+@pytest.fixture(autouse=True)
+def _devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device of a machine with several GPUs."""
+
+    def exchange(index: int) -> int:
+        before = current_device[-1]
+        if index >= 0:
+            current_device[-1] = index
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +132,7 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
     """(which of BODIES[op], its arguments from the results of the one before)."""
 
     def new(*size: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=of, device="cuda")
+        return torch.empty(size, dtype=of, device="cuda:1")
 
     def integers(*size: int) -> Tensor:
         return new(*size, of=torch.int64)
@@ -168,7 +187,8 @@ def test_op_bodies_launch_kernels_and_never_wait(
             results = results if isinstance(results, tuple) else (results,)
             assert launches, f"{BODIES[op][body]} launched nothing"
             for kernel, tensors in launches:
-                assert {tensor.device.type for tensor in tensors} == {"cuda"}, kernel
+                assert {str(tensor.device) for tensor in tensors} == {"cuda:1"}, kernel
+            assert current_device == [0]
             promised = definition._opoverload(*args)
             promised = promised if isinstance(promised, tuple) else (promised,)
             for actual, wanted in zip(results, promised, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.kernels.route import Routing, route
 from model.kernels.triton import route as kernels
+from model.kernels.triton import route_cases
 from model.kernels.triton.interpreter import Launch, recording
 from tests.model import oracles
 from tests.model.kernels.test_route import DROPOUT, Case, Shape, error, loop, make_case, run
@@ -200,11 +201,11 @@ def test_too_many_experts_are_refused() -> None:
 
 
 def test_compile_cases_are_complete() -> None:
-    cases = list(kernels.compile_cases())
+    cases = list(route_cases.compile_cases())
     assert {case.kernel.fn.__name__ for case in cases} == {
         "choose_kernel",
         "place_kernel",
         "gradients_kernel",
         "add_up_kernel",
     }
-    assert len({case.name for case in cases}) == len(cases) >= 30
+    assert len({case.name for case in cases}) >= 70  # routers may share a tile

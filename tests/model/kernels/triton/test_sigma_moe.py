@@ -13,6 +13,7 @@ from model.kernels.backend import triton_limit
 from model.kernels.sigma_moe import sigma_moe
 from model.kernels.triton import sigma_moe as kernels
 from model.kernels.triton.interpreter import Launch, recording
+from model.kernels.triton.shipped import SIGMA_MOE
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 
 # Inputs are the same numbers on both sides. Half precision rounds the hidden layer and its gradient, the gated one,
@@ -221,6 +222,6 @@ def test_compile_cases_are_complete() -> None:
     assert len({case.name for case in cases}) == len(cases)
     found = {case.kernel.__name__ if hasattr(case.kernel, "__name__") else case.kernel.fn.__name__ for case in cases}
     assert found == {"forward_kernel", "backward_kernel", "sum_kernel", "weight_gradient_kernel"}
-    for d, num_experts, G, k in kernels.SHIPPED.values():
+    for d, num_experts, G, k, _ in SIGMA_MOE.values():
         constants = [case.constexprs for case in cases if case.constexprs.get("D") == d]
         assert any(c.get("NUM_EXPERTS") == num_experts and c.get("G") == G and c["K"] == k for c in constants)

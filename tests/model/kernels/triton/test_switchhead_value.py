@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
 from model.kernels.switchhead_value import switchhead_value
-from model.kernels.triton import gated_gemm, sorted_slots
+from model.kernels.triton import gated_gemm, sorted_slots, switchhead_output
 from model.kernels.triton import switchhead_value as kernels
 from model.kernels.triton.interpreter import recording
 from tests.model.kernels.test_switchhead_value import NAMES, TOLERANCE, error, expectation, inputs, oracle, run
@@ -241,3 +243,25 @@ def test_compile_cases_are_complete() -> None:
     names = {case.kernel.fn.__name__ for case in cases}
     defined = {n for m in (kernels, gated_gemm, sorted_slots) for n in vars(m) if n.endswith("_kernel")}
     assert names == defined
+
+
+@pytest.mark.parametrize("module", [kernels, switchhead_output], ids=["value", "output"])
+def test_gradients_of_gates_beyond_2_to_the_31(module: ModuleType) -> None:
+    """What the column tiles saw of them, [tiles, H, E, N], is the one tensor that many tokens make that long. As bytes,
+    of which 16 tokens' alone are touched; 32-bit offsets would be negative."""
+    N, E, tile = 2**29, 4, 16
+    partial = torch.empty(2, 1, E, N, dtype=torch.int8)
+    gates = torch.empty(1, E, N, dtype=torch.int8)
+    gates[:, :, :tile] = 1
+    narrow, wide = tile, 2 * tile  # of the gradient, and of the rows, which are cut into two tiles
+    is_value = module is kernels
+    kernel, d, h = (
+        (module.value_backward_kernel, wide, narrow) if is_value else (module.output_backward_kernel, narrow, wide)
+    )
+    grad, rows = torch.ones(tile, narrow), torch.ones(tile, wide)
+    experts, target = torch.full((1, E, d * h), 1 / tile), torch.zeros_like(rows)
+    kernel[(2,)](grad, rows, gates, experts, target, partial, N, d, h, 1, E, tile, tile, tile)
+    assert (partial[:, 0, :, :tile] == tile).all() and (target == E).all()
+    index, scores = torch.full((tile, 1, 1), E - 1), torch.empty(tile, 1, 1)
+    gated_gemm.gate_gradient_kernel[(1, 1)](partial, index, scores, N, E, 2, 1, 1, tile)
+    assert (scores == 2 * tile).all()

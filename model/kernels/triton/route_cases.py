@@ -1,0 +1,93 @@
+"""The cases of model/kernels/triton/route.py that benchmarks/compiled.py compiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+
+from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from model.kernels.triton.route import (
+    ADD_UP,
+    COUNTS,
+    GRADIENT_OPTIONS,
+    OPTIONS,
+    Tiles,
+    add_up_kernel,
+    choose_kernel,
+    gradients_kernel,
+    place_kernel,
+    precision,
+)
+from model.kernels.triton.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_ROUTERS
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every router of the shipped configurations in bf16; one of SwitchHead and one of sigma-MoE in fp16 and fp32."""
+    moa = [(d, 1, E, k, (0,)) for (d, _), E in MOA.items() for k in MOA_CHOICES]
+    # Which of a routing's results a gradient reaches: scores of SwitchHead, logits of MoA's softmax, sigma-MoE's both.
+    for shapes, has_logits, has_scores in (
+        (ROUTERS, False, True), (moa, True, False), (SIGMA_MOE_ROUTERS, True, True)
+    ):  # fmt: skip
+        for shape in shapes:
+            yield from _cases(shape, torch.bfloat16, has_logits=has_logits, has_scores=has_scores)
+        for dtype in (torch.float16, torch.float32) if has_scores else ():
+            yield from _cases(shapes[0], dtype, has_logits=has_logits, has_scores=has_scores)
+
+
+def _cases(
+    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, *, has_logits: bool, has_scores: bool
+) -> Iterator[CompileCase]:
+    d, R, E, k, dropouts = shape
+    tiles, kind, name = Tiles.of(R, E, dtype), TYPE_NAMES[dtype], f"d{d} R{R} E{E} k{k} {TYPE_NAMES[dtype]}"
+    tile = {"TOKENS": tiles.tokens, "ROUTERS": tiles.routers, "EXPERTS": tiles.experts}
+    integers, load = {"N": "i32", "R": "i32", "E": "i32"}, math.gcd(16, d * dtype.itemsize)
+    for dropout in dropouts:
+        constants = {"K": k, "K_PADDED": triton.next_power_of_2(k), "DROPOUT": dropout, "DEPTH": tiles.depth, **tile}
+        pointers = {"x": kind, "weight": kind, "keep": "i1" if dropout else "fp32", "logits": "fp32", "scores": "fp32"}
+        pointers |= {"index": "i64", "counts": "i32"}
+        yield _case(
+            f"route choose {name} dropout {dropout}", choose_kernel, pointers, integers, {"d": d} | constants,
+            tiles.options, is_gemm=dtype != torch.float32, load_bytes=load,
+        )  # fmt: skip
+    pointers = {"grad_logits": "fp32", "grad_scores": "fp32", "x": kind, "weight": kind, "scores": "fp32"}
+    groups = triton.cdiv(R, tiles.routers)
+    pointers |= {"index": "i64", "grad_x": kind if groups == 1 else "fp32", "partial": "fp32"}
+    constants = {"K": k, "HAS_LOGITS": has_logits, "HAS_SCORES": has_scores, **precision(dtype), **tile}
+    constants |= {"TOKENS": tiles.gradient_tokens, "DEPTH": tiles.gradient_depth}
+    yield _case(
+        f"route gradients {name}", gradients_kernel, pointers, integers | {"blocks_per_chunk": "i32"},
+        {"d": d} | constants, GRADIENT_OPTIONS, is_gemm=dtype == torch.bfloat16, load_bytes=load,
+    )  # fmt: skip
+    pointers = {"partial": "fp32", "total": kind}
+    yield _case(
+        f"route add_up {kind}", add_up_kernel, pointers, {"size": "i32", "num_parts": "i32"}, {"BLOCK": ADD_UP}, OPTIONS
+    )
+    if dtype == torch.bfloat16 or tiles.tokens != Tiles.of(R, E, torch.bfloat16).tokens:
+        pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
+        integers |= {"num_blocks": "i32", "blocks_per_program": "i32"}
+        # Gathers single int64 numbers, one per token and router.
+        yield _case(
+            f"route place R{R} E{E} k{k} {tiles.tokens} tokens", place_kernel, pointers, integers,
+            {"K": k, "BLOCKS": COUNTS, **tile}, tiles.options, load_bytes=8,
+        )  # fmt: skip
+
+
+def _case(
+    name: str, kernel: Any, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, Any],
+    options: dict[str, int], *, is_gemm: bool = False, load_bytes: int = 16,
+) -> CompileCase:  # fmt: skip
+    kinds = {n: f"*{t}" for n, t in pointers.items()} | integers | dict.fromkeys(constants, "constexpr")
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature={n: kinds[n] for n in kernel.arg_names},
+        constexprs=constants,
+        **options,
+        is_gemm=is_gemm,
+        load_bytes=load_bytes,
+        divisible=frozenset({"N", "size"} & integers.keys()),
+    )

@@ -1,0 +1,55 @@
+"""Shapes of the ops in the shipped configurations (configs/): what `compile_cases()` of the kernels compile.
+
+tests/model/kernels/triton/test_shipped.py holds these tables against what the configurations launch. Of d_model d and
+head_dim h the kernels make constants, so that every pair is machine code of its own.
+"""
+
+from __future__ import annotations
+
+GATED = {
+    (1024, 112): 4,
+    (412, 76): 5,
+    (2048, 128): 4,
+    (1024, 132): 8,
+    (1024, 100): 4,
+    (512, 112): 4,
+    (412, 64): 5,
+    (128, 32): 4,
+}
+"""SwitchHead with at least half of the experts chosen: (d, h) -> experts of a head."""
+
+SORTED = {(412, 112): 2, (412, 76): 2, (412, 56): 2, (412, 48): 2}
+"""SwitchHead with 2 of 5 experts: (d, h) -> heads."""
+
+MOA = {(1024, 146): 16, (412, 88): 10}
+"""Mixture of attention heads: (d, h) -> experts."""
+
+MOA_CHOICES = (2, 4, 6, 8)
+
+ROUTERS = (
+    (1024, 4, 4, 2, (0, 1)),
+    (1024, 8, 4, 2, (0,)),
+    (2048, 16, 4, 2, (0,)),
+    (1024, 2, 8, 4, (0,)),
+    (512, 2, 4, 2, (0,)),
+    (412, 2, 5, 2, (0,)),
+    (412, 2, 5, 3, (0,)),
+    (412, 4, 5, 3, (0,)),
+    (128, 8, 4, 2, (0,)),
+)
+"""SwitchHead's: d, routers (value's and output's are multiplied together where they see the same tokens), experts,
+choices, and the kinds of expert dropout (`choose_kernel`)."""
+
+SIGMA_MOE_ROUTERS = ((1024, 1, 32, 4, (0, 2)), (2048, 1, 64, 8, (0,)), (412, 1, 16, 4, (0,)), (128, 1, 16, 4, (0,)))
+"""The feed-forward's, likewise."""
+
+SIGMA_MOE = {
+    "47m": (412, 16, 128, 4, 16384),
+    "259m": (1024, 32, 128, 4, 4096),
+    "1b": (2048, 64, 128, 8, 16384),
+    "tiny": (128, 16, 64, 4, 512),
+}
+"""d_model, experts, expert size, active experts, and tokens of a micro-batch."""
+
+VOCABULARIES = (256, 8000, 32000, 50257)
+"""And one that is longer than a block and odd."""
