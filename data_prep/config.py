@@ -191,6 +191,10 @@ def load_config(path: Path, overrides: list[str]) -> DataConfig:
         raise DataError(f"{path}: {error}") from None
     if not isinstance(body, dict):
         raise DataError(f"{path}: a config is a JSON object, not {type(body).__name__}")
+    if "model" in body and "input" not in body:
+        raise DataError(
+            f"{path}: is the configuration of a run (launch/pretrain.py); those of data are in configs/data"
+        )
     own = path.resolve().is_relative_to(REPOSITORY / "configs")
     if own and isinstance(body.get("output"), str):
         body["output"] = str(REPOSITORY / body["output"])

@@ -180,6 +180,7 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
         if not matched:
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"
             fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
-            raise DataError(f"{key}: {pattern!r} {what} (looked in {Path.cwd()} and in {REPOSITORY}){fix}")
+            folders = " and in ".join(dict.fromkeys([str(Path.cwd()), str(REPOSITORY)]))
+            raise DataError(f"{key}: {pattern!r} {what} (looked in {folders}){fix}")
         files += matched
     return files

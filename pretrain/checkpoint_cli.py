@@ -16,7 +16,10 @@ from pretrain.exit_codes import ExitCode
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/checkpoint.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="launch/checkpoint.py",
+        description="What lies in a run folder, whether it is whole, and weights for others.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser(
         "list",

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/pretrain.py",
         usage=USAGE,
-        description="Pretrains a SwitchAll, SwitchHead or dense language model. Without the deepspeed launcher "
+        description="Pretrains a SwitchAll, SwitchHead, MoA or dense language model. Without the deepspeed launcher "
         "(python launch/pretrain.py ...) it trains as one process.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{exit_codes_help()}\n\n{keys_help()}",

@@ -30,6 +30,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
         raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{option}: {path} must hold a JSON object")
+    if "model" not in tree and "input" in tree:
+        raise ConfigError(
+            f"{option}: {path} prepares data (python -m data_prep run --config {path}); those of runs are in configs "
+            "and configs/paper"
+        )
     # Types first: a change of type resets its section, which must not discard a key set before it on the line.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         apply_override(tree, override)
@@ -121,6 +126,9 @@ def _describe(problem: ErrorDetails) -> str:
         return f"{key}: unknown key{_suggestion(key)}"
     if problem["type"] == "missing":
         return f"{key}: is required and missing"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}.type: there is no {context['tag']!r}; set it to one of {context['expected_tags']}"
     message = str(cause) if cause is not None else problem["msg"][0].lower() + problem["msg"][1:]
     given = "" if cause is not None else f" (given {json.dumps(problem['input'], default=str)})"
     return f"{key}: {message}{given}"

@@ -95,7 +95,8 @@ def report_end(folder: RunFolder, config: Config, step: int, stopped: str | None
     """Rank 0: the last event and the last line on the terminal."""
     if stopped is None:
         folder.event("finished", step=step)
-        print(f"finished at step {step} of {config.train.steps}; run folder {folder.path}", flush=True)
+        early = " (train.stop_after_steps)" if step < config.train.steps else ""
+        print(f"finished at step {step} of {config.train.steps}{early}; run folder {folder.path}", flush=True)
         return
     folder.event("stopped", step=step, reason=stopped)
     what = f"at step {step} of {config.train.steps}, checkpoint saved" if step else "during start-up, nothing trained"

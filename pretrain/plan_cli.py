@@ -13,7 +13,9 @@ from pretrain.exit_codes import ExitCode
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/plan.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="launch/plan.py", description="What can be known of a run before it is started, without a GPU."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     costs = commands.add_parser(

@@ -119,11 +119,12 @@ def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Chec
 
 
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (then, now)} of ranks, ZeRO stage and versions that differ from the checkpoint's."""
+    """{name: (then, now)} of data-parallel size and versions that differ from the checkpoint's. The other sizes are
+    keys of the configuration, which `changed_settings` compares."""
     from pretrain.checkpoint.state import versions  # imports DCP, which a check before the start does without
 
-    then = {**checkpoint.state["layout"], **checkpoint.state["versions"]}
-    now = {**engine_layout, **versions()}
+    then = {"data-parallel size": checkpoint.state["layout"].get("data"), **checkpoint.state["versions"]}
+    now = {"data-parallel size": engine_layout["data"], **versions()}
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 
 

@@ -138,9 +138,11 @@ def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache
         return cache.manifest, cache
     path = find_input(location)
     if not path.exists():
+        recipe = f"configs/data/{folder_name(location)}.json"
+        known = find_input(recipe).is_file()
         raise UserError(
-            f"{key}: there is no {path}; prepare the data first, e.g. python -m data_prep run --config "
-            f"configs/data/{folder_name(location)}.json"
+            f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
+            f"{recipe if known else 'FILE, one of configs/data or your own'}"
         )
     return Manifest.load(path), None
 

@@ -78,6 +78,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ("{", "Expecting"),
         ("[]", "is a JSON object, not list"),
         ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"model": {}}', "is the configuration of a run"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):

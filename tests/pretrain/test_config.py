@@ -93,7 +93,7 @@ def test_another_type_of_layer_starts_from_its_defaults() -> None:
         ("train=3", ["train", "3"]),
         ("train.steps", ["--set train.steps", "dotted.key=value"]),
         ("train.steps.more=3", ["train.steps is a value"]),
-        ("model.attention.type=sparse", ["model.attention", "sparse", "switchhead"]),
+        ("model.attention.type=sparse", ["model.attention.type: there is no 'sparse'", "'switchhead', 'dense', 'moa'"]),
         ("deepspeed.gradient_clipping=3", ["deepspeed.gradient_clipping", "optimizer.clip_norm"]),
         ('deepspeed={"zero_optimization":{"stage":3}}', ["deepspeed.zero_optimization.stage", "parallel.zero"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "greater than 0"]),
@@ -155,6 +155,8 @@ def test_broken_files(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ConfigError, match="model: is required"):
         load_config(path)
+    with pytest.raises(ConfigError, match=r"prepares data \(python -m data_prep run"):
+        load_config(TINY.parent / "data" / "sample.json")
 
 
 def test_every_key_is_documented_and_in_the_help() -> None:
