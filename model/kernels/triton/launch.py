@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from model.kernels.backend import interpreting
+from model.kernels.backend import interpreting, triton_limit
 
 if interpreting():
     from model.kernels.triton.interpreter import repair
@@ -38,12 +38,16 @@ R = TypeVar("R")
 
 
 def on_its_device(host: Callable[P, R]) -> Callable[P, R]:
-    """For host functions: Triton launches on the calling thread's current device, wherever the tensors are."""
+    """For host functions: Triton launches on the calling thread's current device, wherever the tensors are. Raises
+    RuntimeError for tensors that it has no kernels for."""
 
     @functools.wraps(host)
     def launching(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if device.type != "cuda":
+        limit = triton_limit(device.type, None)
+        if limit is not None:  # else Triton's own words: "0 active drivers"
+            raise RuntimeError(f"{host.__name__} got tensors on {device}: {limit}")
+        if device.type == "cpu":
             return host(*args, **kwargs)
         with torch.cuda.device(device):  # GPU-ONLY triton-device
             return host(*args, **kwargs)

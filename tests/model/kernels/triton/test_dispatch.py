@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
+from model.kernels import route
 from model.kernels.backend import BACKENDS, resolve
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel
@@ -240,3 +241,11 @@ def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> N
     expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
     assert {name for name, _ in calls.found} == expected
     assert {backend for _, backend in calls.found} == {"triton"}
+
+
+def test_tensors_that_triton_cannot_take_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(8, 16), torch.randn(2, 4, 16)
+    route.route(x, weight, 2, backend="triton")
+    monkeypatch.setattr("model.kernels.backend.interpreting", lambda: False)
+    with pytest.raises(RuntimeError, match=r"forward_triton got tensors on cpu: it runs on CUDA.*TRITON_INTERPRET=1"):
+        route.route(x, weight, 2, backend="triton")
