@@ -34,10 +34,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.compiled_tables import table, update_document
 
 if TYPE_CHECKING:
     from model.kernels.triton.launch import CompileCase
@@ -46,7 +48,6 @@ PACKAGE = "model.kernels.triton"
 RECORDS = Path(__file__).with_name("compiled.csv")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 """--update writes the summary between its two comments."""
-BEGIN, END = "<!-- benchmarks.compiled: begin -->\n", "<!-- benchmarks.compiled: end -->"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORE = {80: r"HMMA\.", 90: r"HGMMA\.", 100: r"UTC\w*MMA\b"}
 TENSOR_MEMORY_COLUMNS = 512
@@ -120,6 +121,11 @@ def kernel_modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "compile_cases")]
 
 
+def kernel_name(case: CompileCase) -> str:
+    """Module and function."""
+    return f"{case.kernel.fn.__module__.rsplit('.', 1)[-1]}.{case.kernel.fn.__name__}"
+
+
 def compile_case(case: CompileCase, architecture: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -141,7 +147,7 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         float_atomics = max(float_atomics, len(FLOAT_ATOMIC_IR.findall(kernel.asm["ttir"])))
     loads = {name: n for name, n in operations.items() if GLOBAL_LOAD.match(name)}
     return Compiled(
-        kernel=f"{case.kernel.fn.__module__.rsplit('.', 1)[-1]}.{case.kernel.fn.__name__}",
+        kernel=kernel_name(case),
         name=case.name,
         architecture=architecture,
         is_gemm=case.is_gemm,
@@ -255,6 +261,7 @@ class Job:
 
     module: str
     position: int
+    kernel: str
     name: str
     architecture: int
     key: str
@@ -271,7 +278,8 @@ def jobs(modules: Sequence[str]) -> list[Job]:
     for module in modules:
         for position, case in enumerate(cases([module])):
             for architecture in TENSOR_CORE:
-                job = Job(module, position, case.name, architecture, key(case, architecture), case.is_gemm)
+                decides = key(case, architecture)
+                job = Job(module, position, kernel_name(case), case.name, architecture, decides, case.is_gemm)
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
                 found.setdefault(job.key, job)
@@ -287,69 +295,6 @@ def sample(all_jobs: Sequence[Job]) -> list[Job]:
         own = [job for job in all_jobs if job.module == module and job.architecture == architecture]
         found += sorted(own, key=lambda job: not job.is_gemm)[:1]
     return found
-
-
-def table(results: Sequence[Compiled], *, markdown: bool) -> str:
-    """One row per case and architecture; `fails` is empty where everything holds."""
-    head = (
-        "kernel",
-        "sm",
-        "warps",
-        "stages",
-        "registers",
-        "stack",
-        "shared KB",
-        "tensor cores",
-        "16-byte loads",
-        "fails",
-    )
-    rows: list[tuple[str, ...]] = [head]
-    for r in results:
-        tensor_cores = str(r.tensor_core) if r.is_gemm else "-"
-        numbers = (
-            r.name,
-            r.architecture,
-            r.warps,
-            r.stages,
-            r.registers,
-            r.stack_bytes,
-            f"{r.shared_bytes / 1024:.0f}",
-        )
-        rows.append((*map(str, numbers), tensor_cores, f"{r.wide_loads} of {r.loads}", "; ".join(r.failures())))
-    if markdown:
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def summary(results: Sequence[Compiled]) -> str:
-    """Markdown, a row per kernel: ranges over its configurations, per architecture."""
-    architectures = sorted({r.architecture for r in results})
-    head = ("kernel", "configurations", *(f"sm_{a}: registers, shared KB, tensor cores" for a in architectures))
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-
-    def span(values: Sequence[float]) -> str:
-        low, high = (f"{v:.0f}" for v in (min(values), max(values)))
-        return low if low == high else f"{low}-{high}"
-
-    for kernel in sorted({r.kernel for r in results}):
-        cells = [kernel, str(len({r.name for r in results if r.kernel == kernel}))]
-        for architecture in architectures:
-            own = [r for r in results if r.kernel == kernel and r.architecture == architecture]
-            gemms = [r.tensor_core for r in own if r.is_gemm]
-            numbers = (span([r.registers for r in own]), span([r.shared_bytes / 1024 for r in own]))
-            failed = sum(bool(r.failures()) for r in own)
-            cells.append(", ".join((*numbers, span(gemms) if gemms else "-")) + f" ({failed} fail)" * (failed > 0))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def update_document(path: Path, results: Sequence[Compiled]) -> None:
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(before + BEGIN + summary(results) + END + rest.split(END)[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -377,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not all_jobs:
         print("benchmarks.compiled: no case matches", file=sys.stderr)
         return 2
-    records = read_records(options.records)
+    found = read_records(options.records)
+    # A key knows neither the case's name nor the kernel's module: both may have changed since.
+    records = {j.key: replace(found[j.key], kernel=j.kernel, name=j.name) for j in everything if j.key in found}
     again = {"none": [], "sample": sample(all_jobs), "all": all_jobs}[options.recompile]
     todo = [job for job in all_jobs if job.key not in records or job in again]
     start = time.perf_counter()

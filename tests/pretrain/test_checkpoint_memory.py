@@ -19,7 +19,7 @@ from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metri
 from tests.pretrain.test_layouts import assert_same
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_path: Path, ranks: int) -> None:
     layouts = [("fp32", 0, "dense"), ("fp32", 2, "switchhead"), ("bf16", 1, "switchhead")]
     runs = []
@@ -69,6 +69,7 @@ def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams
         run_ranks(train_runs, 1, [(more, tmp_path / "saved")])
 
 
+@pytest.mark.slow
 def test_streams_that_begin_again_forget_also_over_a_resume(tmp_path: Path) -> None:
     """An epoch of few chunks: the runs pass the wrap twice, and one stops exactly there."""
     prepared = prepare_corpus(tmp_path / "corpus", documents=40)

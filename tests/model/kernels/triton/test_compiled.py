@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiled
+from benchmarks import compiled, compiled_tables
 
 ROOT = Path(__file__).resolve().parents[4]
 GATE_KERNELS = "tests.model.kernels.triton.gate_kernels"
@@ -95,6 +95,10 @@ def test_records(gate_kernels: tuple[Path, subprocess.CompletedProcess[str]]) ->
     assert f",{registers}," in good
     lying = records.with_name("lying.csv")
     lying.write_text(text.replace(good, good.replace(f",{registers},", f",{int(registers) - 1},", 1)))
+    renamed = records.with_name("renamed.csv")
+    renamed.write_text(text.replace(good, good.replace(",good,", ",before,").replace(",kernels.", ",elsewhere.")))
+    result = run("--check", "--recompile", "sample", *arguments[:4], "--records", str(renamed), *arguments[6:])
+    assert result.returncode == 0 and "before" not in result.stdout, result.stdout + result.stderr
     arguments = (*arguments[:4], "--records", str(lying), *arguments[6:])
     assert run("--check", *arguments).returncode == 0
     result = run("--check", "--recompile", "sample", *arguments)
@@ -138,5 +142,5 @@ def test_float_atomics_are_known(name: str) -> None:
 
 def test_the_table_of_the_documentation_is_that_of_the_records() -> None:
     text = compiled.DOCUMENT.read_text()
-    table = text.split(compiled.BEGIN)[1].split(compiled.END)[0]
-    assert table == compiled.summary(list(compiled.read_records(compiled.RECORDS).values()))
+    table = text.split(compiled_tables.BEGIN)[1].split(compiled_tables.END)[0]
+    assert table == compiled_tables.summary(list(compiled.read_records(compiled.RECORDS).values()))

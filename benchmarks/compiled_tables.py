@@ -1,0 +1,75 @@
+"""Tables of compiled configurations, for benchmarks/compiled.py: on the terminal and in docs/kernels.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.compiled import Compiled
+
+BEGIN, END = "<!-- benchmarks.compiled: begin -->\n", "<!-- benchmarks.compiled: end -->"
+
+
+def table(results: Sequence[Compiled], *, markdown: bool) -> str:
+    """One row per case and architecture; `fails` is empty where everything holds."""
+    head = (
+        "kernel",
+        "sm",
+        "warps",
+        "stages",
+        "registers",
+        "stack",
+        "shared KB",
+        "tensor cores",
+        "16-byte loads",
+        "fails",
+    )
+    rows: list[tuple[str, ...]] = [head]
+    for r in results:
+        tensor_cores = str(r.tensor_core) if r.is_gemm else "-"
+        numbers = (
+            r.name,
+            r.architecture,
+            r.warps,
+            r.stages,
+            r.registers,
+            r.stack_bytes,
+            f"{r.shared_bytes / 1024:.0f}",
+        )
+        rows.append((*map(str, numbers), tensor_cores, f"{r.wide_loads} of {r.loads}", "; ".join(r.failures())))
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def summary(results: Sequence[Compiled]) -> str:
+    """Markdown, a row per kernel: ranges over its configurations, per architecture."""
+    architectures = sorted({r.architecture for r in results})
+    head = ("kernel", "configurations", *(f"sm_{a}: registers, shared KB, tensor cores" for a in architectures))
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+
+    def span(values: Sequence[float]) -> str:
+        low, high = (f"{v:.0f}" for v in (min(values), max(values)))
+        return low if low == high else f"{low}-{high}"
+
+    for kernel in sorted({r.kernel for r in results}):
+        cells = [kernel, str(len({r.name for r in results if r.kernel == kernel}))]
+        for architecture in architectures:
+            own = [r for r in results if r.kernel == kernel and r.architecture == architecture]
+            gemms = [r.tensor_core for r in own if r.is_gemm]
+            numbers = (span([r.registers for r in own]), span([r.shared_bytes / 1024 for r in own]))
+            failed = sum(bool(r.failures()) for r in own)
+            cells.append(", ".join((*numbers, span(gemms) if gemms else "-")) + f" ({failed} fail)" * (failed > 0))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_document(path: Path, results: Sequence[Compiled]) -> None:
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + summary(results) + END + rest.split(END)[1])
