@@ -54,6 +54,7 @@ class Layer:
 LAYERS = (
     Layer(name="SwitchHead V+O, H4 E4 k2 h112", heads=4, num_experts=4, active=2, narrow=112, authors_launches=68),
     Layer(name="SwitchHead V+O, H4 E5 k3 h112", heads=4, num_experts=5, active=3, narrow=112, authors_launches=68),
+    Layer(name="SwitchHead V+O, H4 E8 k2 h112", heads=4, num_experts=8, active=2, narrow=112, authors_launches=68),
     Layer(name="σ-MoE 32 x 128, k4", heads=1, num_experts=32, active=4, narrow=128, authors_launches=43),
 )
 

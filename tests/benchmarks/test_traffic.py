@@ -38,7 +38,7 @@ def test_table() -> None:
 def test_authors_arithmetic() -> None:
     """At T = 8192, d = 1024: the slot tensors alone are most of the authors' bytes."""
     assert sum(AUTHORS_PASSES.values()) == 14
-    assert [authors_bytes(layer, 8192, 1024) / 1e6 for layer in LAYERS] == pytest.approx([1879, 2819, 940], rel=1e-3)
+    assert [authors_bytes(layer, 8192, 1024) / 1e6 for layer in LAYERS] == pytest.approx([1879, 2819, 1879, 940], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -47,10 +47,17 @@ def test_goals(layer: Layer) -> None:
     """At most 1.5 times what separate GEMMs in 64 x 64 tiles request; no atomics; fewer launches than the authors'."""
     count = measure(layer, 256, 512)
     assert count.requested <= 1.5 * tiled_bytes(layer, 256, 512)
-    assert count.atomics == 0 and count.launches <= 12 < layer.authors_launches
+    assert count.atomics == 0 and count.launches <= 15 < layer.authors_launches
 
 
 @pytest.mark.slow
 def test_little_padding_at_128_tokens_per_expert() -> None:
-    layer = LAYERS[2]
+    layer = LAYERS[-1]
     assert measure(layer, 1024, 256).flops <= 1.3 * useful_flops(layer, 1024, 256)
+
+
+@pytest.mark.slow
+def test_little_padding_of_sorted_projections() -> None:
+    """At 384 tokens per expert and head. Beside tiles that are not full, 112 of 128 columns are padding's share."""
+    layer = next(layer for layer in LAYERS if 2 * layer.active < layer.num_experts and layer.heads > 1)
+    assert measure(layer, 1536, 128).flops <= 1.3 * useful_flops(layer, 1536, 128)
