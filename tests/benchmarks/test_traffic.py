@@ -48,7 +48,8 @@ def test_goals(layer: Layer) -> None:
     """At most 1.5 times what separate GEMMs in 64 x 64 tiles request; no atomics; fewer launches than the authors'."""
     count = measure(layer, 256, 512)
     assert count.requested <= 1.5 * tiled_bytes(layer, 256, 512)
-    assert count.atomics == 0 and count.launches <= 15 < layer.authors_launches
+    most = 15 if layer.heads > 1 and 2 * layer.active < layer.num_experts else 12  # sorting is three more
+    assert count.atomics == 0 and count.launches <= most < layer.authors_launches
 
 
 @pytest.mark.slow
