@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from data_prep import prepare, report
 from data_prep.config import describe_keys, load_config
+from data_prep.lossy import check_given_model
 from data_prep.parallel import worker_pool
 from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
@@ -38,6 +39,8 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     """`run` and its steps: each does what is not done yet of the steps before it too."""
     plan = _plan(arguments)
     part = _slice(arguments)
+    if losses := check_given_model(plan):
+        print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
         if arguments.command in ("run", "shard") and any(plan.output.glob(f"{WORK}*")):

@@ -39,7 +39,7 @@ class TokenizerConfig(Section):
 
     model: str | None = None
     """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other
-    keys of this section are for training; a `vocab_size` that is given must be that of the model."""
+    keys of this section but `allow_lossy` are for training; a `vocab_size` that is given must be that of the model."""
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
@@ -47,6 +47,9 @@ class TokenizerConfig(Section):
     """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe. bytes: no
     model; an id is the value of a byte, 256 in all, and nothing is put between documents. For the formats
     enwik8 and wikitext, without other keys of this section."""
+    allow_lossy: bool = False
+    """Whether a model may change text: whether `model` may be one that normalises (SentencePiece's default, nmt_nfkc,
+    loses newlines, tabs, repeated blanks and half the symbols) or that has no pieces for bytes."""
     split_digits: bool = True
     """Whether every digit is a piece of its own."""
     byte_fallback: bool = True

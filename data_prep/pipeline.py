@@ -35,6 +35,7 @@ from data_prep.ingest import (
     ingest_tasks,
     read_state,
 )
+from data_prep.lossy import check_vocab_size
 from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
 from data_prep.parallel import Workers
 from data_prep.plan import Plan
@@ -299,10 +300,8 @@ class Pipeline:
         return self.workers.alone(train_on_sample, task)
 
     def _check_model(self, model: bytes) -> None:
-        settings, external = self.plan.config.tokenizer, self.plan.external_model
-        found = TextTokenizer(model, name=str(external or TOKENIZER_FILE)).vocab_size
-        if "vocab_size" in settings.model_fields_set and settings.vocab_size != found:
-            raise DataError(f"{external} has {found} pieces; set tokenizer.vocab_size to that or leave it out")
+        name = str(self.plan.external_model or TOKENIZER_FILE)
+        check_vocab_size(TextTokenizer(model, name=name), self.plan.config.tokenizer, name)
 
     # Ids and shards.
 

@@ -88,7 +88,7 @@ class Plan:
             return {"type": "bytes"}
         if self.external_model is not None:
             return {"model_sha256": hashlib.sha256(self.external_model.read_bytes()).hexdigest()}
-        return self.config.tokenizer.model_dump(mode="json", exclude={"model"})
+        return self.config.tokenizer.model_dump(mode="json", exclude={"model", "allow_lossy"})
 
     def recorded_config(self) -> dict[str, Any]:
         """Every setting that changes the output: no paths, no workers."""

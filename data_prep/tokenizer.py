@@ -57,8 +57,8 @@ class TextTokenizer:
         self.eos_id: int = self._model.eos_id()
         self._newline = self._find_newline()
         symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode("utf-8")]
-        has_bytes = all(self._model.is_byte(piece) for piece in symbol)
-        self._space_symbol = np.array(symbol, np.int32) if has_bytes else None
+        self.has_byte_pieces: bool = all(self._model.is_byte(piece) for piece in symbol)
+        self._space_symbol = np.array(symbol, np.int32) if self.has_byte_pieces else None
         by_word = self._newline is not None and is_word_by_word(model)
         self._words = WordCache(self._model, self._newline) if by_word and self._newline is not None else None
 
@@ -140,6 +140,16 @@ class TextTokenizer:
         """The text of ids [n] (any integer dtype)."""
         text: str = self._model.decode(ids.tolist())
         return text
+
+
+def normalizer_name(model: bytes) -> str:
+    """Name of the rule by which a serialised model changes text before it is cut into pieces, such as nmt_nfkc."""
+    from sentencepiece import sentencepiece_model_pb2  # here: it loads protobuf
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    name: str = proto.normalizer_spec.name or "unnamed"
+    return name
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.config import load_config
+from data_prep.lossy import check_given_model
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import DataError
 from launch.slurm import job
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> Plan:
     job.seconds_of(args.time)
     plan = make_plan(load_config(args.config, args.overrides))
+    check_given_model(plan)  # the jobs would refuse it after they have waited for their nodes
     if args.tasks > len(plan.sources):
         raise UserError(
             f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "
