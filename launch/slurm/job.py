@@ -199,8 +199,17 @@ def submit(path: Path, *options: str) -> str:
     job = done.stdout.strip().split(";")[0]
     if done.returncode != 0 or not job.isdecimal():
         words = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"sbatch refused the job: {words} (script: {path})")
+        hint = (
+            "; where the job before has ended well and is forgotten, leave --after out" if "ependency" in words else ""
+        )
+        raise UserError(f"sbatch refused the job: {words}{hint} (script: {path})")
     return job
+
+
+def after(job: int | str) -> list[str]:
+    """sbatch's options of a job that starts when another one, an array as a whole, has ended well."""
+    # kill-on-invalid-dep: after a job that failed for good it would stay in the queue for ever.
+    return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(text)
                 continue
             path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
-            # kill-on-invalid-dep: after a step that failed for good the rest would stay in the queue for ever.
-            after = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
-            numbers.append(job.submit(path, *after))
+            numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         if numbers:
@@ -72,9 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"
             f"  state   squeue --job {','.join(numbers)}\n"
-            f"  cancel  scancel {' '.join(numbers)}"
+            f"  cancel  scancel {' '.join(numbers)}\n"
+            f"  train   {_training(plan, numbers[-1])}"
         )
     return 0
+
+
+def _training(plan: Plan, last_job: str) -> str:
+    """The command that trains on the data once they are there."""
+    data = shlex.quote(f"data.manifest={plan.output.absolute()}")
+    return f"python launch/slurm/submit.py --config FILE --nodes N ... --set {data} --after {last_job}"
 
 
 def _check(args: argparse.Namespace) -> Plan:

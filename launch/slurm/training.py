@@ -8,11 +8,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.shard_format import DataError
+from data_prep.stage_config import URL
 from launch.slurm import job
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
 
 SIGNAL_SECONDS = 300
 
@@ -32,8 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/NAME)")
     parser.add_argument("--nodes", type=job.at_least(1), required=True, metavar="N", help="nodes")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpus-per-node", type=job.at_least(1), metavar="N", help="GPUs of each node")
+    where.add_argument("--cpu", action="store_true", help="train on the CPUs of the nodes; without GPUs say so")
     parser.add_argument(
-        "--gpus-per-node", type=job.at_least(0), default=0, metavar="N", help="GPUs; 0 (default) trains on the CPU"
+        "--after",
+        type=job.at_least(1),
+        metavar="JOB",
+        help="start when this job, the last of a data preparation, has ended well; the data are checked then, not now",
     )
     parser.add_argument(
         "--ranks-per-node", type=job.at_least(1), metavar="N", help="ranks (default: one per GPU, one without GPUs)"
@@ -77,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         job.write_once(logs, "config", ".json", content)
         path = job.write_once(logs, "pretrain", ".sbatch", text.encode("utf-8"))
-        number = job.submit(path)
+        number = job.submit(path, *([] if args.after is None else job.after(args.after)))
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.REFUSED
@@ -96,21 +107,46 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
     """Everything that can be wrong before a node is taken; warnings and derived values go to stderr."""
     from pretrain.cli import preflight, print_derived
     from pretrain.config_io import load_config
+    from pretrain.rules import check_device, check_ranks
 
     limit = job.seconds_of(args.time)
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
+    if args.gpus_per_node is None and not args.cpu:
+        raise UserError(
+            "--gpus-per-node: is not given, so the run would get no GPU; add --gpus-per-node N, or --cpu if it is to "
+            "train on CPUs"
+        )
     config = load_config(args.config, args.overrides)
-    device = "cuda" if args.gpus_per_node else "cpu"
-    with contextlib.redirect_stdout(sys.stderr):
-        sources, data_size = preflight(config, args.nodes * _ranks_per_node(args), run_dir, device)
-        print_derived(config, data_size, sources, run_dir)
+    device, num_ranks = "cpu" if args.cpu else "cuda", args.nodes * _ranks_per_node(args)
+    if args.after is None:
+        with contextlib.redirect_stdout(sys.stderr):
+            sources, data_size = preflight(config, num_ranks, run_dir, device)
+            print_derived(config, data_size, sources, run_dir)
+        data = [source.manifest.folder for source in sources.sources]
+    else:
+        check_ranks(config, num_ranks)
+        check_device(config, device)
+        data = _future_data(config)
+        print(
+            f"--after {args.after}: data ({', '.join(map(str, data)) or 'behind URLs'}) and an earlier checkpoint are "
+            f"checked when the job starts, not now; where they do not fit it ends with exit code 2",
+            file=sys.stderr,
+        )
     places = [("--run-dir", run_dir), ("the repository", job.REPOSITORY), ("--python", _python(args))]
-    places += [("data", source.manifest.folder) for source in sources.sources]
+    places += [("data", folder) for folder in data]
     for what, place in places:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
+
+
+def _future_data(config: Config) -> list[Path]:
+    """Where the data sets will be, as pretrain/sources.py looks for them; those behind URLs are left out."""
+    from pretrain.paths import find_input
+
+    locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
+    return [find_input(location).absolute() for location in locations if not URL.match(location)]
 
 
 def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:

@@ -18,8 +18,8 @@ from tests.launch.test_entry_points import start
 TINY = str(job.REPOSITORY / "configs" / "switchall_tiny.json")
 
 
-def submit(prepared: Path, run_dir: Path, *arguments: str) -> int:
-    line = ["--config", TINY, "--nodes", "2", "--time", "30", "--set", f"data.manifest={prepared}"]
+def submit(prepared: Path, run_dir: Path, *arguments: str, where: tuple[str, ...] = ("--cpu",)) -> int:
+    line = ["--config", TINY, "--nodes", "2", "--time", "30", "--set", f"data.manifest={prepared}", *where]
     return training.main([*line, "--run-dir", str(run_dir), "--allow-local", *arguments])
 
 
@@ -54,7 +54,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Pa
     run_dir = tmp_path / "my runs" / "one"
     done = start(
         str(job.FOLDER / "submit.py"),
-        *("--config", TINY, "--nodes", "2", "--ranks-per-node", "4", "--cpus-per-rank", "3", "--time", "1-12"),
+        *("--config", TINY, "--nodes", "2", "--cpu", "--ranks-per-node", "4", "--cpus-per-rank", "3", "--time", "1-12"),
         *("--partition", "gpu", "--account", "me", "--set", f"data.manifest={prepared}", "--set", "train.steps=50"),
         *("--run-dir", str(run_dir), "--allow-local", "--setup", "module load cuda", "--dry-run"),
         cwd=tmp_path,
@@ -124,7 +124,55 @@ def test_refusals(
 
 
 def test_fp16_is_judged_for_the_nodes_not_for_the_login_node(prepared: Path, tmp_path: Path) -> None:
-    assert submit(prepared, tmp_path, "--dry-run", "--gpus-per-node", "2", "--set", "train.precision=fp16") == 0
+    gpus = ("--gpus-per-node", "2")
+    assert submit(prepared, tmp_path, "--dry-run", "--set", "train.precision=fp16", where=gpus) == 0
+
+
+def test_without_gpus_a_submission_says_cpu(
+    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A forgotten --gpus-per-node would take nodes for a night of training on their CPUs."""
+    assert submit(prepared, tmp_path / "run", where=()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "error: --gpus-per-node: is not given, so the run would get no GPU; add --gpus-per-node N, or --cpu if it is "
+        "to train on CPUs"
+    )
+    assert not sbatch.exists() and not (tmp_path / "run").exists()
+    for both in (("--cpu", "--gpus-per-node", "2"), ("--gpus-per-node", "0")):
+        with pytest.raises(SystemExit) as refused:
+            submit(prepared, tmp_path / "run", where=both)
+        assert refused.value.code == 2
+    assert not sbatch.exists()
+
+
+def test_training_waits_for_its_data(tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--after: submitted while there are no data yet, behind the job that makes them; what can be checked is."""
+    future = tmp_path / "data to come"
+    assert submit(future, tmp_path / "run", "--after", "44") == 0
+    [call] = calls(sbatch)
+    assert call[:-1] == ["--parsable", "--dependency=afterok:44", "--kill-on-invalid-dep=yes"]
+    text = Path(call[-1]).read_text()
+    assert "dependency" not in text, "submitted by hand later, the script must not wait for a job that is gone"
+    error = capsys.readouterr().err
+    assert f"--after 44: data ({future}) and an earlier checkpoint are checked when the job starts, not now" in error
+    for wrong, words in (
+        (["--nodes", "3"], "batch.global_sequences: 32 is not divisible"),
+        (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
+    ):
+        assert submit(future, tmp_path / "run", "--after", "44", *wrong) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert len(calls(sbatch)) == 1
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Job dependency problem' >&2; exit 1\n")
+    assert submit(future, tmp_path / "run", "--after", "44") == 2
+    assert "has ended well and is forgotten, leave --after out" in capsys.readouterr().err
+
+
+def test_data_to_come_must_be_shared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--config", TINY, "--nodes", "2", "--time", "30", "--cpu", "--after", "44", "--dry-run"]
+    line += ["--run-dir", str(job.REPOSITORY / "runs" / "one"), "--set", "data.manifest=/tmp/data/to/come"]
+    assert training.main(line) == 2
+    assert "error: data: /tmp/data/to/come is below /tmp" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_message_says_where_to_go(
@@ -193,7 +241,9 @@ def raw_config(folder: Path) -> Path:
     return config
 
 
-def test_data_preparation_is_four_jobs_in_a_row(tmp_path: Path, sbatch: Path) -> None:
+def test_data_preparation_is_four_jobs_in_a_row(
+    tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = raw_config(tmp_path)
     line = ["--config", str(config), "--tasks", "3", "--time", "60", "--cpus-per-task", "2", "--allow-local"]
     assert preparation.main(line) == 0
@@ -208,6 +258,9 @@ def test_data_preparation_is_four_jobs_in_a_row(tmp_path: Path, sbatch: Path) ->
         assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
+    chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert chain is not None and (job.REPOSITORY / chain[1]).is_file()
+    assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
 
 
 def test_more_tasks_than_raw_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
