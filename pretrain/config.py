@@ -57,7 +57,7 @@ class DataConfig(Section):
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""
     cache_bytes: PositiveInt = Field(100_000_000_000, json_schema_extra=FREE)
-    """Size of cache_dir above which the shards used longest ago are removed."""
+    """Size of the shards in cache_dir above which those used longest ago are removed; other files there stay."""
 
 
 class BatchConfig(Section):

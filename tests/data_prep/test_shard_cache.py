@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import data_prep.shard_cache as shard_cache
+from data_prep.cache_folder import NAME
 from data_prep.shard_cache import ShardCache
 from data_prep.shard_format import DataError, Manifest
 from data_prep.shard_reader import SplitReader
@@ -45,17 +46,17 @@ def reader_of(cache: ShardCache, **options: int) -> SplitReader:
 
 
 def stored(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*/train-*"))
+    return sum(p.stat().st_size for p in (folder / NAME).glob("*/train-*"))
 
 
 @pytest.mark.parametrize("name", ["", "/manifest.json", "/"])
 def test_a_url_reads_as_the_folder(remote: Path, memory: str, tmp_path: Path, name: str) -> None:
     cache = ShardCache(memory + name, tmp_path / "cache", 10**9)
     assert cache.manifest.digest == Manifest.load(remote).digest
-    assert not list((tmp_path / "cache").glob("*/train-*")), "nothing is fetched before it is read"
+    assert not list((tmp_path / "cache" / NAME).glob("*/train-*")), "nothing is fetched before it is read"
     with reader_of(cache) as reader:
         np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
-    names = {p.name for p in (tmp_path / "cache").glob("*/*") if p.is_file()}
+    names = {p.name for p in (tmp_path / "cache" / NAME).glob("*/*") if p.is_file()}
     assert names == {p.name for p in remote.iterdir()}
 
 
@@ -99,7 +100,7 @@ def test_a_wrong_or_broken_file_never_stays(remote: Path, tmp_path: Path, monkey
         shard.write_bytes(wrong)
         with pytest.raises(DataError, match=f"cannot fetch .*{entry.file}.*sha256"):
             reader_of(cache).read(0, 10)
-        assert not list((tmp_path / "cache").glob("*/*.tar*"))
+        assert not list((tmp_path / "cache" / NAME).glob("*/*.tar*"))
     shard.unlink()
     with pytest.raises(DataError, match=f"cannot fetch .*{entry.file}.*FileNotFoundError"):
         reader_of(cache).read(0, 10)
@@ -152,7 +153,7 @@ def test_what_a_killed_process_left_is_overwritten_and_counted(memory: str, tmp_
     small = ShardCache(memory, tmp_path / "cache", 2 * size)
     with reader_of(small) as reader:
         np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
-    assert not list((tmp_path / "cache").glob("*/*.partial"))
+    assert not list((tmp_path / "cache" / NAME).glob("*/*.partial"))
 
 
 def _read_randomly(url: str, folder: Path, limit: int, seed: int, failed: object) -> None:
