@@ -26,6 +26,7 @@ from pretrain.checkpoint.saver import Outcome, Saver
 from pretrain.config_io import parse_config
 from pretrain.engine import build_engine, parallel_context
 from pretrain.progress import Progress
+from pretrain.ranks import Ranks
 from pretrain.rules import choose_backends
 from pretrain.zero_state import pieces
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = devices.start(devices.Ranks.from_environment(), threads=1)
+    device = devices.start(Ranks.from_environment(), threads=1)
     config = parse_config(CONFIG)
     parallel = parallel_context(config)
     engine = build_engine(

@@ -22,7 +22,7 @@ from pretrain.resilience.signals import Stage, Stop
 from pretrain.rules import check_device, check_ranks, smallest_world
 
 if TYPE_CHECKING:
-    from pretrain.device import Ranks
+    from pretrain.ranks import Ranks
     from pretrain.sources import Sources
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
-    from pretrain.device import Ranks
+    from pretrain.ranks import Ranks
 
     args = build_parser().parse_args(arguments)
     try:

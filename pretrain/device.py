@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
+import time
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,46 +19,42 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
-from pretrain.slurm import launcher_variables
+from pretrain.ranks import Ranks
+
+NAME_SECONDS = 60.0
+"""How long a name server may take to learn the name of the first node."""
+REMINDER_SECONDS = 15.0
+"""After which a rank says what it waits for: ranks start within seconds of each other, unless one does not come."""
 
 
 class Unreachable(RuntimeError):
     """The ranks do not find each other: a fault of nodes or network, which the next start may not meet."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The place of this process in the job, from the environment of the launcher or of srun; a single process without
-    one."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_size: int
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        """Under srun also sets the variables that a launcher would have set. Raises UserError."""
-        env = os.environ
-        env.update(launcher_variables(env))
-        world_size = int(env.get("WORLD_SIZE", "1"))
-        return cls(
-            rank=int(env.get("RANK", "0")),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            world_size=world_size,
-            local_size=int(env.get("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", str(world_size)))),
-        )
-
-
 def device_type() -> str:
-    """`cuda` if a GPU is usable, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """What DS_ACCELERATOR says, DeepSpeed's own variable; without it `cuda` if a GPU is usable, else `cpu`. Raises
+    UserError."""
+    found, named = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
+    if named is None:
+        return "cuda" if found else "cpu"
+    if named not in ("cuda", "cpu"):
+        raise UserError(
+            f"DS_ACCELERATOR: is {named!r} in the environment, but this project computes on cuda and on cpu; set it to "
+            f"one of the two, or unset it"
+        )
+    if named == "cuda" and not found:
+        raise UserError(
+            "DS_ACCELERATOR: is cuda, but torch finds no usable GPU here; unset it to train on the CPU, or see with "
+            "nvidia-smi and `python -c 'import torch; print(torch.version.cuda)'` what is missing"
+        )
+    return named
 
 
 def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
     `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives. Raises UserError
     and Unreachable."""
+    device_name = device_type()
     _set_threads(ranks, threads)
     for key, value in {
         "RANK": ranks.rank,
@@ -68,7 +66,12 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
         os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
-    if device_type() == "cuda":  # GPU-ONLY nccl-backend
+    if device_name == "cuda":  # GPU-ONLY nccl-backend
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK: is {ranks.local_rank}, but this process sees {torch.cuda.device_count()} GPUs; start one "
+                f"rank per GPU of a node, each of which sees all of them (CUDA_VISIBLE_DEVICES, srun --gpu-bind=none)"
+            )
         device, backend = torch.device("cuda", ranks.local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
@@ -84,17 +87,64 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
         # leaves a lock file on which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
-        except dist.DistNetworkError as error:
-            port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
-            where = f"launch: the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({reason})"
-            if "EADDRINUSE" in reason:
-                raise UserError(
-                    f"{where}; another job uses the port, choose one: deepspeed --master_port {int(port) + 1} ..."
-                ) from None
-            raise Unreachable(f"{where}; a rank did not come, or the network between the nodes is closed") from None
+        _meet(ranks, backend, timeout_seconds)
     return device
+
+
+def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
+    """Joins the process group, and says what is waited for if that takes long."""
+    import deepspeed
+
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _await_name(address, ranks, min(timeout_seconds, NAME_SECONDS))
+    others = f"the other {ranks.world_size - 1} of {ranks.world_size} ranks" if ranks.rank == 0 else "rank 0"
+    words = f"rank {ranks.rank} waits for {others} at {address}:{port}, for up to {timeout_seconds:.0f} s"
+    reminder = threading.Timer(REMINDER_SECONDS, print, [words], {"file": sys.stderr, "flush": True})
+    reminder.daemon = True
+    if ranks.local_rank == 0:
+        reminder.start()
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        where = f"launch: the ranks cannot meet at {address}:{port} ({reason})"
+        if "EADDRINUSE" in reason:
+            other = int(port) + 1 if int(port) < 65535 else int(port) - 1
+            raise UserError(
+                f"{where}; another job uses the port, choose one: deepspeed --master_port {other} ..."
+            ) from None
+        raise Unreachable(
+            f"{where}; a rank did not come within {timeout_seconds:.0f} s, MASTER_ADDR and MASTER_PORT are not those "
+            f"of rank 0, or the network between the nodes is closed"
+        ) from None
+    finally:
+        reminder.cancel()
+
+
+def _await_name(address: str, ranks: Ranks, seconds: float) -> None:
+    """Waits until a name server knows `address`: those of a cluster may learn the name of a node after it has started.
+    Raises Unreachable."""
+    deadline, has_said = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a name
+            reason = getattr(error, "strerror", None) or str(error)
+        if time.monotonic() >= deadline:
+            raise Unreachable(
+                f"MASTER_ADDR: no name server knows {address!r} ({reason}); export the name or the address of the node "
+                f"of rank 0"
+            )
+        if not has_said and ranks.local_rank == 0:
+            print(
+                f"rank {ranks.rank} waits for a name server to know MASTER_ADDR = {address} ({reason}), for up to "
+                f"{seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        has_said = True
+        time.sleep(min(1.0, seconds))
 
 
 def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:

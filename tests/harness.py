@@ -101,7 +101,8 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
     )
     code = 1
     try:
-        from pretrain.device import Ranks, start, stop
+        from pretrain.device import start, stop
+        from pretrain.ranks import Ranks
 
         start(Ranks.from_environment(), threads=1)
         result = function(rank, *args)

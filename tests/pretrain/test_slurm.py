@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pretrain import slurm
-from pretrain.device import Ranks
 from pretrain.errors import UserError
+from pretrain.ranks import Ranks
 from pretrain.resilience import lock
 from pretrain.resilience.signals import is_launched
 

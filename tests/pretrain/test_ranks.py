@@ -1,0 +1,144 @@
+"""The environment variables of a launcher: what is refused by name, before torch is asked, and what is waited for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+import pytest
+import torch
+
+from pretrain import cli, device
+from pretrain.device import Unreachable, device_type, start
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
+from pretrain.ranks import Ranks
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of rank 1 of 2; nothing that a test sets outlives it."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_places(launched: pytest.MonkeyPatch) -> None:
+    assert Ranks.from_environment() == Ranks(rank=1, local_rank=1, world_size=2, local_size=2)
+    launched.delenv("LOCAL_SIZE")
+    launched.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun
+    assert Ranks.from_environment() == Ranks(rank=1, local_rank=1, world_size=2, local_size=2)
+    for name in NAMES:
+        launched.delenv(name, raising=False)
+    assert Ranks.from_environment() == Ranks(rank=0, local_rank=0, world_size=1, local_size=1)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT: is 'abc' in the environment, not a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT: is '99999' in the environment, not a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT: is '0'"),
+        ({"MASTER_PORT": "²"}, "MASTER_PORT: is '²'"),
+        ({"RANK": "5"}, "RANK: is 5, but WORLD_SIZE is 2, so that ranks go from 0 to 1"),
+        ({"RANK": "-1"}, "RANK: is '-1' in the environment, not a whole number of at least 0"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK: is 2, but LOCAL_SIZE is 2"),
+        ({"LOCAL_SIZE": "9"}, "LOCAL_SIZE: is '9' in the environment, not a whole number from 1 to 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: is 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is '0'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: is ''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is empty"),
+        ({"RANK": None}, "RANK: is not set although WORLD_SIZE is 2; start the ranks through a launcher"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR: is not set although WORLD_SIZE is 2"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: is not set although WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": None}, "LOCAL_SIZE: is '2'"),
+        ({"WORLD_SIZE": None, "LOCAL_SIZE": None}, "RANK: is 1, but WORLD_SIZE is 1"),
+    ],
+)
+def test_bad_variables_are_refused_by_name(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict[str, str | None], words: str
+) -> None:
+    for name, value in changes.items():
+        launched.delenv(name) if value is None else launched.setenv(name, value)
+    assert cli.main(["--config", "never read"]) == ExitCode.REFUSED
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {words}") and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize(
+    "named, words", [("xyz", "DS_ACCELERATOR: is 'xyz'"), ("", "DS_ACCELERATOR: is ''"), ("xpu", "cuda and on cpu")]
+)
+def test_other_accelerators_are_refused(launched: pytest.MonkeyPatch, named: str, words: str) -> None:
+    launched.setenv("DS_ACCELERATOR", named)
+    with pytest.raises(UserError, match=words):
+        device_type()
+
+
+def test_the_accelerator_is_what_the_variable_says(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("DS_ACCELERATOR", "cuda")
+    launched.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="DS_ACCELERATOR: is cuda, but torch finds no usable GPU here; unset it"):
+        device_type()
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_type() == "cuda"
+    launched.setenv("DS_ACCELERATOR", "cpu")
+    assert device_type() == "cpu"
+    launched.delenv("DS_ACCELERATOR")
+    assert device_type() == "cuda"
+
+
+def test_a_name_that_no_server_knows_is_said_and_given_up(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched.setenv("MASTER_ADDR", "node-7.invalid")
+    launched.setenv("LOCAL_RANK", "0")
+    launched.setattr(device.time, "sleep", lambda seconds: None)
+    asked = []
+
+    def unknown(name: str, port: None) -> None:
+        asked.append(name)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    launched.setattr(device.socket, "getaddrinfo", unknown)
+    with pytest.raises(Unreachable, match=r"no name server knows 'node-7\.invalid' .Name or service not known"):
+        start(Ranks.from_environment(), None, timeout_seconds=0.01)
+    said = capsys.readouterr().err
+    assert "rank 1 waits for a name server to know MASTER_ADDR = node-7.invalid" in said and said.count("\n") == 1
+    assert len(asked) > 1 and set(asked) == {"node-7.invalid"}
+
+
+def test_what_is_no_name_is_no_traceback(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("MASTER_ADDR", "a" * 64 + ".example")  # a label has at most 63 letters: UnicodeError
+    with pytest.raises(Unreachable, match="MASTER_ADDR: no name server knows"):
+        start(Ranks.from_environment(), None, timeout_seconds=0.0)
+
+
+def test_a_rank_says_that_it_waits_and_ends_with_one_sentence(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 of 2, alone: the other one never comes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launched.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    launched.setenv("RANK", "0")
+    launched.setenv("LOCAL_RANK", "0")
+    launched.setattr(device, "REMINDER_SECONDS", 0.1)
+    with pytest.raises(Unreachable, match=r"the ranks cannot meet at 127\.0\.0\.1:\d+ .*within 2 s"):
+        start(Ranks.from_environment(), None, timeout_seconds=2.0)
+    assert "rank 0 waits for the other 1 of 2 ranks at 127.0.0.1:" in capsys.readouterr().err
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
