@@ -41,6 +41,14 @@ class DataConfig(Section):
     {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if the folders' are not to be used. Which one a
     sequence comes from is a fixed schedule of the weights; each is shuffled by itself and has epochs of its own. They
     may move between resumes; contents, order and weights may not change."""
+    order: Literal["shuffled", "streams"] | None = None
+    """shuffled: every window once an epoch, in an order that train.seed decides. streams: the split is cut into
+    batch.global_sequences contiguous streams, and a step reads the next window of each, without shuffling: what
+    Transformer-XL memory needs, and how every published run read its text. null: streams with memory, else shuffled."""
+    max_tokens: PositiveInt | None = None
+    """Only so many tokens of the train split are used, from its start; data with fewer are refused. The published runs
+    used global_sequences x sequence_length x (steps + 100) of C4 and peS2o, which decides where their streams begin.
+    null: the whole split."""
     shuffle_block_windows: NonNegativeInt = 0
     """For network file systems: shuffle blocks of so many neighbouring windows, then the windows of some blocks
     together, so that reads stay local. 0: every window by itself, over the whole split."""
@@ -210,13 +218,20 @@ class KernelsConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Validation on the held-out split."""
+    """Validation on a held-out split."""
+
+    split: Literal["validation", "test"] = Field("validation", json_schema_extra=FREE)
+    """The split that is read; `test` needs data that have one. Published figures of Wikitext-103 and Enwik8 are mostly
+    of test: for those alone, since what is chosen by it (checkpoint.keep_best, settings) can no longer be tested."""
 
     every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between validations; 0: only after the last step."""
     sequences: NonNegativeInt = Field(256, json_schema_extra=FREE)
-    """Windows of the validation split used, spread evenly over it (all, if the split has fewer); 0 turns validation
-    off."""
+    """Windows of the split used, see `placement` (all, if the split has fewer); 0 turns validation off."""
+    placement: Literal["spread", "start"] = Field("spread", json_schema_extra=FREE)
+    """Where these windows lie. spread: evenly over the split, in streams whose lengths differ by one at most. start:
+    the first ones of the split, in streams of equal length, as published: up to streams - 1 windows at the end are left
+    out, also for models without memory."""
     streams: PositiveInt = Field(64, json_schema_extra=FREE)
     """With Transformer-XL memory: parallel streams that the windows are divided into, each read in order with memory
     carried along (the paper's validation), fewer where they would be of one window; other models take every window
@@ -243,6 +258,11 @@ class Config(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra keys for DeepSpeed's own configuration, e.g. {"zero_optimization": {"overlap_comm": true}}; a key that is
     derived from the sections above is refused."""
+
+    @property
+    def reads_streams(self) -> bool:
+        """Whether training reads contiguous streams: data.order, null resolved."""
+        return self.data.order == "streams" or self.model.memory_length > 0
 
     @model_validator(mode="after")
     def _rules_across_sections(self) -> Config:

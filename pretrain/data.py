@@ -53,9 +53,11 @@ class Batch:
         return Batch(function(self.tokens), function(self.targets), function(self.sequence_index), documents)
 
 
-def num_windows(manifest: Manifest, split: str, sequence_length: int) -> int:
-    """Windows of sequence_length + 1 tokens in a split; neighbours share one token."""
-    return max(0, (manifest.num_tokens(split) - 1) // sequence_length)
+def num_windows(manifest: Manifest, split: str, sequence_length: int, *, max_tokens: int | None = None) -> int:
+    """Windows of sequence_length + 1 tokens in a split; neighbours share one token. With `max_tokens`, those whose
+    inputs are among the first so many."""
+    windows = max(0, (manifest.num_tokens(split) - 1) // sequence_length)
+    return windows if max_tokens is None else min(windows, max_tokens // sequence_length)
 
 
 class Windows(Protocol):
@@ -85,8 +87,9 @@ class WindowReader:
         *,
         verify_on_first_read: bool,
         hold: Hold | None = None,
+        max_tokens: int | None = None,
     ) -> None:
-        self.num_windows = num_windows(manifest, split, sequence_length)
+        self.num_windows = num_windows(manifest, split, sequence_length, max_tokens=max_tokens)
         self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
@@ -146,12 +149,12 @@ class TrainingStream:
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
     The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
-    schedule of the weights decides which one a position reads, and each has epochs of its own. With Transformer-XL
-    memory the split is instead cut into G contiguous streams of W windows; a step takes the next window of each, so
-    position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty memory. The
-    last windows of the split, fewer than G, have no place in a stream.
+    schedule of the weights decides which one a position reads, and each has epochs of its own. With data.order streams,
+    as with Transformer-XL memory, the split is instead cut into G contiguous streams of W windows; a step takes the
+    next window of each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin
+    again, with empty memory. The last windows of the split, fewer than G, have no place in a stream.
 
-    Positions in `skipped` are left out: "c consumed sequences" counts the others. With memory these ranges are whole
+    Positions in `skipped` are left out: "c consumed sequences" counts the others. In streams these ranges are whole
     steps, and memory is empty after one, because what it held is not the text before.
     """
 
@@ -172,7 +175,7 @@ class TrainingStream:
         self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
         self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
-        self._chunks = reader.num_windows // self._global if config.model.memory_length else 0
+        self._chunks = reader.num_windows // self._global if config.reads_streams else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
     def positions(self, consumed: int, micro_step: int) -> np.ndarray:
@@ -181,7 +184,7 @@ class TrainingStream:
         return positions(np.arange(first, first + self._micro, dtype=np.int64), self._skipped)
 
     def range_of(self, consumed: int, sequences: int) -> Range:
-        """The positions that `sequences` sequences after `consumed` others span; with memory those of whole steps."""
+        """The positions that `sequences` sequences after `consumed` others span; in streams those of whole steps."""
         first, last = positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
         unit = self._global if self._chunks else 1
         return first // unit * unit, (last // unit + 1) * unit

@@ -32,11 +32,17 @@ class DerivedValue:
     formula: str
 
 
+def _windows_formula(config: Config) -> str:
+    tokens = "train tokens - 1" if config.data.max_tokens is None else "at most data.max_tokens"
+    return f"({tokens}) // sequence_length"
+
+
 def derived_values(config: Config, data_size: int, sources: Sources, run_dir: str) -> list[DerivedValue]:
     """Everything that a user would otherwise compute by hand, in the order of the data flow."""
     batch, model, train = config.batch, config.model, config.train
     count = parameter_count(model)
-    sizes = [num_windows(source.manifest, "train", model.sequence_length) for source in sources.sources]
+    most = config.data.max_tokens
+    sizes = [num_windows(s.manifest, "train", model.sequence_length, max_tokens=most) for s in sources.sources]
     windows = sum(sizes)
     tokens_per_step = batch.global_sequences * model.sequence_length
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
@@ -49,7 +55,7 @@ def derived_values(config: Config, data_size: int, sources: Sources, run_dir: st
         DerivedValue("micro-steps", f"{micro_steps}", "global_sequences / (micro_sequences x DP)"),
         DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
         DerivedValue("tokens of the run", f"{tokens_per_step * train.steps:,}", "tokens per step x train.steps"),
-        DerivedValue("windows per epoch", f"{windows:,}", "(train tokens - 1) // sequence_length"),
+        DerivedValue("windows per epoch", f"{windows:,}", _windows_formula(config)),
         DerivedValue(
             "epochs", f"{batch.global_sequences * train.steps / windows:.2f}", "sequences of the run / windows"
         ),
@@ -100,11 +106,13 @@ def derived_values(config: Config, data_size: int, sources: Sources, run_dir: st
         values.append(
             DerivedValue("memory", f"{model.memory_length} tokens", "position.memory_chunks x sequence_length")
         )
+    if config.reads_streams:
         values.append(
             DerivedValue(
                 "streams",
                 f"{batch.global_sequences} of {windows // batch.global_sequences:,} chunks",
-                "global_sequences; windows per epoch // global_sequences; memory is empty where they begin again",
+                "global_sequences; windows per epoch // global_sequences"
+                + ("; memory is empty where they begin again" if model.memory_length else ""),
             )
         )
     if warmup_steps(config) != config.schedule.warmup_steps:

@@ -1,4 +1,4 @@
-"""Held-out validation: mean cross-entropy over windows of the validation split, the same in every layout."""
+"""Held-out validation: mean cross-entropy over windows of the held-out split, the same in every layout."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ from pretrain.whole import Run
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     """Indices [steps, streams] int64 of the windows that are evaluated, evaluate.sequences of them (or all, if the
-    split has fewer); -1 where a stream has ended. Streams begin evenly spread, because a split holds its sources one
-    after the other, and read on from there: with memory evaluate.streams of them, without each window is a stream of
-    its own. Lengths of streams differ by one at most."""
-    count = min(config.evaluate.sequences, reader.num_windows)
+    split has fewer); -1 where a stream has ended. With memory there are evaluate.streams streams, without each window
+    is a stream of its own. Spread, streams begin evenly over the split, because a split holds its sources one after the
+    other, and read on from there; their lengths differ by one at most. From the start, they are cut from the first
+    windows and all of one length, in which the published runs evaluated models without memory too."""
+    settings, has_memory = config.evaluate, config.model.memory_length > 0
+    count = min(settings.sequences, reader.num_windows)
     # A stream of one window would never use the memory.
-    streams = max(1, min(config.evaluate.streams, count // 2)) if config.model.memory_length else count
+    streams = max(1, min(settings.streams, count // 2))
+    if settings.placement == "start":
+        count -= count % streams
+        chosen = np.arange(count)
+        return chosen.reshape(streams, -1).T if has_memory else chosen[None]
+    streams = streams if has_memory else count
     edges = np.arange(streams + 1) * count // streams
     lengths = np.diff(edges)
     starts = edges[:-1] + np.arange(streams) * (reader.num_windows - count) // streams

@@ -42,15 +42,16 @@ class Monitor:
         if is_due or values["grad_norm"] is None:
             print(self._line(step, values), flush=True)
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Records a validation after optimizer step `step`."""
-        self._folder.event("validation", step=step, **values)
+    def validation(self, step: int, values: dict[str, float], *, split: str) -> None:
+        """Records a validation on `split` after optimizer step `step`."""
+        self._folder.event("validation", step=step, split=split, **values)
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"validation/{key}", value, step)
         bits = f"  bits per byte {values['bits_per_byte']:.4f}" if "bits_per_byte" in values else ""
         print(
-            f"validation after step {step}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}{bits}",
+            f"validation after step {step}{'' if split == 'validation' else f' on the {split} split'}: "
+            f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}{bits}",
             flush=True,
         )
 

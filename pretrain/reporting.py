@@ -76,12 +76,13 @@ def run_validation(
     if is_last:
         windows = evaluation_windows(trainer.validation, trainer.config)
         values["unigram_perplexity"] = unigram_perplexity(trainer.validation, windows)
-    monitor.validation(step, values)
+    split = trainer.config.evaluate.split
+    monitor.validation(step, values, split=split)
     if is_last:
         below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
         bits = f" ({values['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in values else ""
         print(
-            f"validation perplexity {values['perplexity']:.2f}{bits}; unigram perplexity of the same "
+            f"{split} perplexity {values['perplexity']:.2f}{bits}; unigram perplexity of the same "
             f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} "
             f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
             flush=True,

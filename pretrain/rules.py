@@ -248,18 +248,31 @@ def _check_data(config: Config) -> None:
             f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
             f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
         )
-    if not config.model.memory_length:
+    _check_order(config)
+
+
+def _check_order(config: Config) -> None:
+    """Streams are contiguous text of one data set."""
+    data = config.data
+    if data.max_tokens is not None and data.sources:
+        raise ConfigError(
+            "data.max_tokens: limits one data set, not a mixture of data.sources; set it to null and lower the weight "
+            "of a source, or prepare fewer of its raw files"
+        )
+    if not config.reads_streams:
         return
-    reason = "Transformer-XL memory reads contiguous streams"
+    has_memory = config.model.memory_length > 0
+    reason = "Transformer-XL memory reads contiguous streams" if has_memory else "data.order is streams"
+    otherwise = "model.position.memory_chunks to 0" if has_memory else "data.order to shuffled"
+    if data.order == "shuffled":
+        raise ConfigError(f"data.order: {reason}, nothing is shuffled; set it to streams, or {otherwise}")
     if len(data.sources) > 1:
         raise ConfigError(
-            f"data.sources: {reason}, which are cut from one data set; name one source, or set "
-            f"model.position.memory_chunks to 0"
+            f"data.sources: {reason}, which are cut from one data set; name one source, or set {otherwise}"
         )
     if data.shuffle_block_windows:
         raise ConfigError(
-            f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or model.position.memory_chunks "
-            f"to 0"
+            f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or {otherwise}"
         )
 
 

@@ -96,6 +96,7 @@ class Sources:
                 # A cache hashes what it fetches and what it finds.
                 verify_on_first_read=config.data.verify == "size" and source.cache is None,
                 hold=source.cache.hold if source.cache else None,
+                max_tokens=config.data.max_tokens if split == "train" else None,
             )
             for source in self.sources
         ]
@@ -111,23 +112,47 @@ def open_sources(config: Config) -> Sources:
             f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
             f"to {vocab_size} or more"
         )
-    streams = config.batch.global_sequences
     for source in sources.sources:
-        manifest = source.manifest
-        if config.model.memory_length and num_windows(manifest, "train", T) < streams:
-            raise UserError(
-                f"batch.global_sequences: {streams} streams with memory need a window each, but the train split of "
-                f"{manifest.folder} holds {num_windows(manifest, 'train', T)} windows of model.sequence_length = {T}; "
-                f"prepare more text or lower one of the two"
-            )
-        for split in ("train", "validation") if config.evaluate.sequences else ("train",):
-            if num_windows(manifest, split, T) < 1:
-                raise UserError(
-                    f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
-                    f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
-                    f"model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
-                )
+        _check_splits(source, config)
+        _check_train_tokens(source.manifest, config)
     return sources
+
+
+def _check_splits(source: Source, config: Config) -> None:
+    """The splits that the run reads are there, each with a window at least."""
+    manifest, T, held_out = source.manifest, config.model.sequence_length, config.evaluate.split
+    if config.evaluate.sequences and held_out not in manifest.splits:
+        raise UserError(
+            f"evaluate.split: {manifest.folder} has no {held_out} split, only {' and '.join(manifest.splits)}; set it "
+            f"to validation, or prepare the data with a test_input"
+        )
+    for split in ("train", held_out) if config.evaluate.sequences else ("train",):
+        if num_windows(manifest, split, T) < 1:
+            raise UserError(
+                f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
+                f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
+                f"model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
+            )
+
+
+def _check_train_tokens(manifest: Manifest, config: Config) -> None:
+    """data.max_tokens are there, and a window for each stream."""
+    T, most, streams = config.model.sequence_length, config.data.max_tokens, config.batch.global_sequences
+    windows = num_windows(manifest, "train", T, max_tokens=most)
+    if most is not None and windows < most // T:
+        raise UserError(
+            f"data.max_tokens: the first {most:,} tokens are to be read, but the train split of {manifest.folder} "
+            f"holds {manifest.num_tokens('train'):,}; prepare more raw files (max_input_files of its configuration), "
+            f"or set data.max_tokens to null"
+        )
+    if config.reads_streams and windows < streams:
+        what = "streams with memory" if config.model.memory_length else "streams"
+        raise UserError(
+            f"batch.global_sequences: {streams} {what} need a window each, but training reads only {windows} windows "
+            f"of model.sequence_length = {T} from {manifest.folder}; prepare more text, or lower one of the two"
+        )
+    if windows < 1:
+        raise UserError(f"data.max_tokens: {most} is less than one window of model.sequence_length = {T}; raise it")
 
 
 def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache | None]:

@@ -138,14 +138,15 @@ def build_trainer(
         data_size=parallel.data_size,
         skipped=progress.skipped_ranges,
     )
-    validation = sources.reader("validation", config) if config.evaluate.sequences else None
+    validation = sources.reader(config.evaluate.split, config) if config.evaluate.sequences else None
     for _, memory in layer_memories(engine.module):
         memory.assign(stream.streams().to(device), config.batch.global_sequences)
     if resumed is not None:
         phases.enter("loading the training state")
         # Memory is of the tokens just before the next ones: other data or another cut of it has none.
-        then = resumed.state["config"]["model"]["sequence_length"], resumed.state["manifest_digest"]
-        same_text = then == (config.model.sequence_length, sources.digest)
+        saved = resumed.state["config"]
+        then = saved["model"]["sequence_length"], saved["data"].get("max_tokens"), resumed.state["manifest_digest"]
+        same_text = then == (config.model.sequence_length, config.data.max_tokens, sources.digest)
         agreed(lambda: checkpoints.load_training_state(resumed, engine, parallel, with_memory=same_text))
         if config.model.memory_length and not same_text and parallel.is_first:
             print("memory begins empty: the checkpoint's is of other text", flush=True)

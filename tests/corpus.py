@@ -29,8 +29,11 @@ def write_dump(path: Path, *, documents: int, seed: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def prepare_corpus(folder: Path, *, seed: int = 0, name: str = "prepared", documents: int = 800) -> Path:
-    """Writes dumps under `folder` and prepares them; returns the folder of the manifest."""
+def prepare_corpus(
+    folder: Path, *, seed: int = 0, name: str = "prepared", documents: int = 800, test_documents: int = 0
+) -> Path:
+    """Writes dumps under `folder` and prepares them, with a test split if it is to have documents; returns the folder
+    of the manifest."""
     folder.mkdir(exist_ok=True)
     write_dump(folder / "c4-train.json.gz", documents=documents, seed=seed)
     write_dump(folder / "c4-validation.json.gz", documents=60, seed=seed + 1)
@@ -43,6 +46,9 @@ def prepare_corpus(folder: Path, *, seed: int = 0, name: str = "prepared", docum
         # Several shards and members, so that windows cross their borders.
         "shard": {"tokens_per_shard": 24_000, "tokens_per_member": 5_000},
     }
+    if test_documents:
+        write_dump(folder / "c4-test.json.gz", documents=test_documents, seed=seed + 2)
+        config["test_input"] = str(folder / "c4-test.json.gz")
     (folder / "data.json").write_text(json.dumps(config))
     assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
     return folder / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ from model.language_model import build_model
 from pretrain.config import Config
 from pretrain.data import TrainingStream, WindowReader
 from pretrain.engine import GradientNorm, parallel_context
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.evaluate import evaluate, evaluation_windows
 from pretrain.resilience.phases import Phases
 from pretrain.sources import open_sources
 from pretrain.whole import WholeRun
+from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 
@@ -63,6 +65,45 @@ def test_other_models_are_shuffled_as_before_and_never_begin(prepared: Path) -> 
     assert len(set(windows.tolist())) == 64 and (np.diff(windows) != 1).any()
 
 
+def test_models_without_memory_read_the_same_streams_where_they_are_asked_for(prepared: Path) -> None:
+    """The published RoPE runs: windows in the order of the text, 8 streams, no memory to forget."""
+    config = small_config(prepared, "data.order=streams")
+    stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1)
+    with_memory = small_config(prepared, *XL)
+    other = TrainingStream(reader_of(with_memory, "train"), with_memory, data_rank=0, data_size=1)
+    positions = np.arange(3 * 8)
+    assert np.array_equal(stream.windows(positions), other.windows(positions))
+    assert (np.diff(stream.windows(positions).reshape(3, 8), axis=0) == 1).all()
+    with pytest.raises(ConfigError, match=r"data\.order: Transformer-XL memory reads contiguous streams"):
+        small_config(prepared, *XL, "data.order=shuffled")
+    with pytest.raises(ConfigError, match=r"data\.shuffle_block_windows: data\.order is streams, nothing is shuffled"):
+        small_config(prepared, "data.order=streams", "data.shuffle_block_windows=4")
+
+
+def test_max_tokens_decides_where_streams_begin(prepared: Path) -> None:
+    """8 streams of 5 windows of 16 tokens, as if the split ended there; one token after them is the last target."""
+    config = small_config(prepared, *XL, "data.max_tokens=655")  # 40 windows and a rest that is none
+    reader = open_sources(config).reader("train", config)
+    assert reader.num_windows == 40
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1)
+    assert stream.windows(np.arange(8)).tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert stream.begins(5 * 8) and not stream.begins(4 * 8)
+    held_out = open_sources(config).reader("validation", config)
+    assert held_out.num_windows == reader_of(config, "validation").num_windows
+    total = Manifest.load(prepared).num_tokens("train")
+    all_but_one = (total - 1) // 16 * 16
+    assert open_sources(small_config(prepared, f"data.max_tokens={all_but_one}"))
+    with pytest.raises(UserError, match=rf"data\.max_tokens: the first {total + 16:,} tokens .* holds {total:,}"):
+        open_sources(small_config(prepared, f"data.max_tokens={total + 16}"))
+    with pytest.raises(UserError, match=r"data\.max_tokens: 15 is less than one window of model\.sequence_length = 16"):
+        open_sources(small_config(prepared, "data.max_tokens=15"))
+    with pytest.raises(UserError, match=r"batch\.global_sequences: 8 streams with memory need a window each"):
+        open_sources(small_config(prepared, *XL, "data.max_tokens=112"))
+    sources = json.dumps([{"manifest": str(prepared), "weight": 1}])
+    with pytest.raises(ConfigError, match=r"data\.max_tokens: limits one data set"):
+        small_config(prepared, "data.max_tokens=640", f"data.sources={sources}")
+
+
 def test_too_few_windows_for_the_streams_is_refused(prepared: Path) -> None:
     config = small_config(prepared, *XL, "batch.global_sequences=100000", "batch.micro_sequences=10")
     with pytest.raises(UserError, match=r"batch\.global_sequences: 100000 streams with memory need a window each"):
@@ -81,6 +122,21 @@ def test_validation_windows_are_parallel_streams_with_memory_and_single_windows_
     everything = evaluation_windows(reader, small_config(prepared, *XL, "evaluate.sequences=1000000"))
     assert sorted(everything[everything >= 0].tolist()) == list(range(reader.num_windows))
     assert evaluation_windows(reader, small_config(prepared, *XL, "evaluate.sequences=100")).shape == (2, 50)
+
+
+def test_windows_from_the_start_are_streams_of_one_length(prepared: Path) -> None:
+    """As the authors' sampler deals them: stream b of n reads windows b c .. b c + c - 1, c = windows // n."""
+    start = ("evaluate.placement=start", "evaluate.streams=6")
+    with_memory = small_config(prepared, *XL, *start, "evaluate.sequences=20")
+    reader = reader_of(with_memory, "validation")
+    windows = evaluation_windows(reader, with_memory)
+    assert windows.T.tolist() == [[3 * b, 3 * b + 1, 3 * b + 2] for b in range(6)]
+    alone = evaluation_windows(reader, small_config(prepared, *start, "evaluate.sequences=20"))
+    assert alone.tolist() == [list(range(18))], "the same windows without memory"
+    everything = evaluation_windows(reader, small_config(prepared, *XL, *start, "evaluate.sequences=1000000"))
+    assert everything.shape == (reader.num_windows // 6, 6) and everything.max() == everything.size - 1
+    few = evaluation_windows(reader, small_config(prepared, *XL, *start, "evaluate.sequences=7"))
+    assert few.T.tolist() == [[0, 1], [2, 3], [4, 5]], "a stream of one window would not use the memory"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -106,6 +162,42 @@ def test_validation_with_memory_equals_one_long_sequence(prepared: Path, ranks: 
             assert values["tokens"] == 7 * 16
 
 
+@pytest.fixture(scope="module")
+def with_test_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_corpus(tmp_path_factory.mktemp("splits"), documents=100, test_documents=40)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_test_split_from_its_start_as_published(with_test_split: Path, ranks: int) -> None:
+    """3 streams of 4 windows with 3 chunks of memory: sequences four times as long; rotary positions: each of the same
+    12 windows by itself. Whatever the ranks and micro-batches, some of which are not full."""
+    published = ("evaluate.split=test", "evaluate.placement=start", "evaluate.sequences=14", "evaluate.streams=3")
+    batch = ("batch.global_sequences=12", "batch.micro_sequences=2")
+    memory = small_config(with_test_split, *XL, "model.position.memory_chunks=3", *published, *batch)
+    rope = small_config(with_test_split, *published, *batch)
+    text = reader_of(memory, "test").read(np.arange(12))
+    expected = []
+    for config, shape in ((memory, (3, 64)), (rope, (12, 16))):
+        keys = ("model.position.memory_chunks=0",) if config is memory else ()
+        model = small_config(with_test_split, *(XL if keys else ()), *keys, f"model.sequence_length={shape[1]}").model
+        tokens, targets = (part.reshape(shape) for part in text)
+        with torch.no_grad():
+            logits = build_model(model, seed=0).eval().logits(tokens)[0]
+        expected.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())))
+    for results in run_ranks(validation_losses, ranks, [memory, rope]):
+        assert [values["tokens"] for values in results] == [12 * 16, 12 * 16]
+        assert [values["loss"] for values in results] == pytest.approx(expected, rel=1e-6)
+    of_validation = reader_of(memory, "validation").read(np.arange(12))
+    assert not torch.equal(of_validation[0], text[0])
+
+
+def test_a_split_that_is_not_there_is_named(prepared: Path) -> None:
+    config = small_config(prepared, "evaluate.split=test")
+    with pytest.raises(UserError, match=r"evaluate\.split: .* has no test split, only train and validation; set it to"):
+        open_sources(config)
+    assert open_sources(small_config(prepared, "evaluate.split=test", "evaluate.sequences=0"))
+
+
 def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]]:
     """On every rank: `evaluate` of an untrained model, seed 0."""
     found = []
@@ -113,7 +205,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
         network, parallel = build_model(config.model, seed=0), parallel_context(config)
         engine = _Engine(network)
         run = WholeRun(engine, GradientNorm(engine, 0.0, parallel), Phases())
-        reader = reader_of(config, "validation")
+        reader = reader_of(config, config.evaluate.split)
         found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
     return found
 
