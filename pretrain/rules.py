@@ -271,9 +271,7 @@ def _check_order(config: Config) -> None:
             f"data.sources: {reason}, which are cut from one data set; name one source, or set {otherwise}"
         )
     if data.shuffle_block_windows:
-        raise ConfigError(
-            f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or {otherwise}"
-        )
+        raise ConfigError(f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or {otherwise}")
 
 
 def source_names(config: Config) -> list[str]:

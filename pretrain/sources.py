@@ -106,7 +106,7 @@ class Sources:
 def open_sources(config: Config) -> Sources:
     """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
     sources = Sources.load(config)
-    vocab_size, T = sources.tokenizer.vocab_size, config.model.sequence_length
+    vocab_size = sources.tokenizer.vocab_size
     if vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
