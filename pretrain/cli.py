@@ -20,6 +20,7 @@ from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode, exit_codes_help
 from pretrain.resilience.signals import Stage, Stop
 from pretrain.rules import check_device, check_ranks, smallest_world
+from pretrain.run_paths import config_file, run_folder
 
 if TYPE_CHECKING:
     from pretrain.ranks import Ranks
@@ -38,7 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"{exit_codes_help()}\n\n{keys_help()}",
     )
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the run as JSON, e.g. configs/switchall_tiny.json"
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the run as JSON, e.g. configs/switchall_tiny.json; a run folder, or its config.json, means that run",
     )
     parser.add_argument(
         "--set",
@@ -51,10 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--run-dir",
-        type=Path,
         metavar="DIR",
         help="run folder (default: runs/NAME, NAME being the config "
-        "file's); started again with the same folder, a run continues",
+        "file's, or the run that --config names); started again with the same folder, a run continues",
     )
     parser.add_argument(
         "--dry-run",
@@ -86,8 +89,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             raise UserError(
                 "--ranks: goes with --dry-run and is at least 1; --num_gpus of the launcher decides a run's"
             )
-        config = load_config(args.config, args.overrides)
-        run_dir = (args.run_dir or Path("runs") / args.config.stem).absolute()
+        path = config_file(args.config)
+        config = load_config(path, args.overrides)
+        run_dir = run_folder(path, args.run_dir)
         if args.dry_run:
             dry_run(config, args.ranks or smallest_world(config), run_dir)
             return 0
@@ -96,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             print_derived(config, data_size, sources, run_dir)
         return run(config, sources, run_dir, ranks, stop or Stop())
     except (UserError, DataError) as error:
-        # Before the ranks have met, all of a node find the same fault: one of them says so.
+        # All ranks of a node find the same fault before they have met: one of them says so.
         if ranks.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
@@ -105,28 +109,25 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
     """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
     `device` (cuda or cpu) is that of the ranks, None for this host's."""
-    from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
     from pretrain.device import device_type
-    from pretrain.resume import candidates, changed_settings
+    from pretrain.resume import candidates, changed_settings, newest_committed
     from pretrain.sources import open_sources
 
     data_size = check_ranks(config, world_size)
     check_device(config, device or device_type())
     sources = open_sources(config)
     sources.check("size")
-    for path in candidates(config, run_dir):
-        try:
-            newest = Checkpoint.open(path)
-        except DamagedCheckpoint:
-            continue  # whether an older one serves is decided, and said, when the ranks have met
+    newest = newest_committed(candidates(config, run_dir))
+    if newest is not None:
         changed_settings(config, newest, sources.digest)
-        break
     return sources, data_size
 
 
 def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
-    """Prints configuration and parameters, then checks data and layout as a run would, hashing shards if asked to."""
+    """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
+    whole checkpoint, and hashes the shards if asked to."""
     from pretrain.derived import parameter_count
+    from pretrain.resume import candidates, newest_valid
 
     count = parameter_count(config.model)
     print(json.dumps(to_json(config), indent=1))
@@ -134,6 +135,9 @@ def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     sources, data_size = preflight(config, world_size, run_dir)
     if config.data.verify == "full":
         sources.check("full", progress=True)
+    _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
+    for reason in damaged:
+        print(f"would be passed over: {reason}")
     print_derived(config, data_size, sources, run_dir)
 
 

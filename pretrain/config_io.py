@@ -18,18 +18,9 @@ from pretrain.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
     """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError, which names
     `option` as the argument that `path` came from."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
-    except FileNotFoundError:
-        raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option}: {path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
+    tree = _read_json(path, option)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{option}: {path} must hold a JSON object")
+        raise ConfigError(f"{option}: {path} holds {_kind(tree)}; a configuration is a JSON object, {{...}}")
     if "model" not in tree and "input" in tree:
         raise ConfigError(
             f"{option}: {path} prepares data (python -m data_prep run --config {path}); those of runs are in configs "
@@ -41,6 +32,31 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
     return parse_config(tree)
 
 
+def _read_json(path: Path, option: str) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        return json.loads(text, object_pairs_hook=_refuse_repeated_keys)
+    except FileNotFoundError:
+        raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
+        raise ConfigError(f"{option}: {path} cannot be read as JSON: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Applies `dotted.key=value` to `tree` in place. The value is JSON if it parses as JSON, else a string."""
     key, equals, text = override.partition("=")
@@ -50,6 +66,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
+        raise ConfigError(f"{key}: the value of --set cannot be read: {error}") from None
     *sections, leaf = key.strip().split(".")
     node = tree
     for depth, section in enumerate(sections):
@@ -64,6 +82,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validates a JSON tree. Raises ConfigError with the first problem and how many more there are."""
+    _refuse_unprintable(tree)
     try:
         # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
         return Config.model_validate_json(json.dumps(tree))
@@ -71,6 +90,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(_describe(problems[0]) + more) from None
+
+
+def _refuse_unprintable(value: Any, key: str = "") -> None:
+    """No file system takes a name with NUL, and no encoding half of a surrogate pair: refused here, by key."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _refuse_unprintable(name, key)
+            _refuse_unprintable(entry, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for entry in value:
+            _refuse_unprintable(entry, key)
+    elif isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{key or 'a key'}: {value!a} holds a character that is no text; remove it")
 
 
 def to_json(config: Config) -> dict[str, Any]:

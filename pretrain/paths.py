@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -10,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def find_input(path: str) -> Path:
     """An input path: as given if absolute or there, else the same below the repository, so that the shipped
     configurations work from any directory. Returns the first candidate if neither exists."""
-    given = Path(path).expanduser()
-    if given.is_absolute() or given.exists() or not (REPOSITORY / given).exists():
+    given = Path(os.path.expanduser(path))  # pathlib's raises for ~NAME of nobody, and its exists() for long names
+    if given.is_absolute() or os.path.exists(given) or not os.path.exists(REPOSITORY / given):
         return given.absolute()
     return REPOSITORY / given

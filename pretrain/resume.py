@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, flatten, to_json
 from pretrain.errors import UserError
@@ -28,14 +32,39 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
             )
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.
-    start = Path(choice).expanduser().resolve()
+    start = named_checkpoint(choice)
     return [path for path in existing[::-1] if _starts_at(path) == str(start)] + [start]
+
+
+def named_checkpoint(choice: str) -> Path:
+    """The checkpoint that checkpoint.resume names. Raises UserError, with the checkpoint that was probably meant, if it
+    names something else."""
+    path = _absolute(choice)
+    if os.path.isfile(path):
+        is_part = os.path.exists(path.parent / STATE_FILE)
+        meant = f"set it to its folder, {path.parent}" if is_part else "set it to auto, never or a step-... folder"
+        raise UserError(f"checkpoint.resume: {path} is a file, not the folder of a checkpoint; {meant}")
+    if os.path.exists(path / STATE_FILE) or not os.path.isdir(path):
+        return path  # opening it says what is missing
+    for folder, what in ((path, "a folder of checkpoints"), (path / "checkpoints", "a run folder")):
+        if found := list_checkpoints(folder):
+            newest = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
+            raise UserError(f"checkpoint.resume: {path} is {what}, not a checkpoint; its newest is: set it to {newest}")
+    raise UserError(
+        f"checkpoint.resume: {path} is no checkpoint (it holds no {STATE_FILE}) and no run with checkpoints; set it to "
+        f"auto, never or a step-... folder"
+    )
+
+
+def _absolute(choice: str) -> Path:
+    # Not pathlib's: those raise for ~NAME of nobody and for links in a circle.
+    return Path(os.path.realpath(os.path.expanduser(choice)))
 
 
 def branch_start(config: Config, resumed: Checkpoint | None) -> str | None:
     """What checkpoints of this start record as their `branch_start`: the path given as checkpoint.resume, if any."""
     if config.checkpoint.resume not in ("auto", "never"):
-        return str(Path(config.checkpoint.resume).expanduser().resolve())
+        return str(_absolute(config.checkpoint.resume))
     return resumed.state["branch_start"] if resumed else None
 
 
@@ -66,14 +95,24 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
         refused.remove(f"{data_key} (digest)")
     if refused:
         key = refused[0]
-        more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
-        name = key.removesuffix(" (digest)")
+        more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
+        names = dict.fromkeys([*config.checkpoint.allow_changes, *map(_allowing, refused)])
         raise UserError(
             f"{key}: was {changes[key][0]!r} in {checkpoint.path}, is {changes[key][1]!r} now{more}; a resumed run "
-            f"keeps it: restore the old value, choose another --run-dir, or allow the change with "
-            f"--set 'checkpoint.allow_changes=[\"{name}\"]'"
+            f"keeps {'it: restore the old value' if len(refused) == 1 else 'them: restore the old values'}, choose "
+            f"another --run-dir, or allow {'the change' if len(refused) == 1 else 'all changes'} with "
+            f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"
         )
     return changes
+
+
+def _allowing(change: str) -> str:
+    """What allow_changes must list to allow `change`: its key, or the section of a key that this version has not."""
+    name = change.removesuffix(" (digest)")
+    known = [key for key, _, _ in fields()]
+    while "." in name and not name.startswith("deepspeed.") and not any(_is_under(key, [name]) for key in known):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def free_keys() -> set[str]:
@@ -92,8 +131,24 @@ def _defaults() -> dict[str, Any]:
     return {key: defaults[0] for key, defaults in owners.items() if len(defaults) == 1}
 
 
-def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Checkpoint | None, list[str]]:
-    """The first of `paths` whose files match their sha256, and the reasons why others were passed over; collective.
+def newest_committed(paths: list[Path]) -> Checkpoint | None:
+    """The first of `paths` that is committed and whose files have their sizes; not collective, reads no tensor. Raises
+    UserError as `newest_valid`."""
+    reasons: list[str] = []
+    for path in paths:
+        try:
+            return Checkpoint.open(path)
+        except DamagedCheckpoint as error:
+            reasons.append(str(error))
+    _refuse_without(reasons)
+    return None
+
+
+def newest_valid(
+    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[str | None], list[str | None]] | None = None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The first of `paths` whose files match their sha256, and the reasons why others were passed over; collective,
+    unless `gather` gives what all ranks found from what this one did.
 
     Raises UserError, on every rank, if there are checkpoints but none is whole: starting again from step 0 is never
     what a run folder with checkpoints asks for."""
@@ -107,15 +162,27 @@ def newest_valid(paths: list[Path], *, rank: int, world_size: int) -> tuple[Chec
             problem = f"checkpoint {path}: {damaged}" if damaged else None
         except DamagedCheckpoint as error:
             problem = str(error)
-        problems: list[str | None] = [None] * world_size
-        dist.all_gather_object(problems, problem)
-        found = next((p for p in problems if p), None)
+        found = next((p for p in (gather or _gathered)(problem) if p), None)
         if found is None:
             return checkpoint, reasons
         reasons.append(found)
-    if reasons:
-        raise UserError(f"no checkpoint is whole ({'; '.join(reasons)}); move them away or choose another --run-dir")
+    _refuse_without(reasons)
     return None, reasons
+
+
+def _gathered(problem: str | None) -> list[str | None]:
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return problems
+
+
+def _refuse_without(reasons: list[str]) -> None:
+    """Raises UserError if checkpoints were found and passed over, for these reasons, until none was left."""
+    if reasons:
+        raise UserError(
+            f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
+            f"checkpoint in checkpoint.resume"
+        )
 
 
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -98,6 +98,8 @@ def check_rules(config: Config) -> None:
             section = section.get(part) if isinstance(section, dict) else None
         if section is not None:
             raise ConfigError(f"deepspeed.{key}: is decided by {owner}; remove this key")
+    if not config.checkpoint.resume.strip():
+        raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
     _check_allow_changes(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -158,11 +159,11 @@ def _check_train_tokens(manifest: Manifest, config: Config) -> None:
 def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache | None]:
     if URL.match(location):
         assert config.data.cache_dir is not None  # rules.py
-        folder = Path(config.data.cache_dir).expanduser().absolute()
+        folder = Path(os.path.expanduser(config.data.cache_dir)).absolute()
         cache = ShardCache(location, folder, config.data.cache_bytes)
         return cache.manifest, cache
     path = find_input(location)
-    if not path.exists():
+    if not os.path.exists(path):
         recipe = f"configs/data/{folder_name(location)}.json"
         known = find_input(recipe).is_file()
         raise UserError(

@@ -15,6 +15,7 @@ from data_prep.stage_config import URL
 from launch.slurm import job
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
+from pretrain.run_paths import config_file, run_folder
 
 if TYPE_CHECKING:
     from pretrain.config import Config
@@ -30,11 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
         "docs/operations.md says what happens otherwise.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run as JSON")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run as JSON, or a run folder")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/NAME)")
+    parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
     parser.add_argument("--nodes", type=job.at_least(1), required=True, metavar="N", help="nodes")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
     where = parser.add_mutually_exclusive_group()
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not args.dry_run:
             job.need_sbatch()
-        run_dir = (args.run_dir or Path("runs") / args.config.stem).absolute()
+        args.config = config_file(args.config)
+        run_dir = run_folder(args.config, args.run_dir)
         _check(args, run_dir)
         # Copied: the file may be edited while the job waits or runs, and every restart reads it again.
         content = args.config.read_bytes()

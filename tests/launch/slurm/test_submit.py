@@ -267,3 +267,17 @@ def test_more_tasks_than_raw_files_are_refused(tmp_path: Path, capsys: pytest.Ca
     line = ["--config", str(raw_config(tmp_path)), "--tasks", "4", "--time", "60", "--allow-local", "--dry-run"]
     assert preparation.main(line) == 2
     assert "--tasks 4: there are 3 raw files" in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_run_submits_that_run(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "night"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    config = json.loads(Path(TINY).read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, "data": {"manifest": str(prepared)}}))
+    line = ["--config", str(run_dir), "--nodes", "1", "--time", "1:00:00", "--cpu", "--allow-local", "--dry-run"]
+    assert training.main(line) == 0
+    assert f"RUN_DIR={run_dir}\n" in capsys.readouterr().out
+    assert training.main([*line, "--run-dir", ""]) == 2
+    assert capsys.readouterr().err.startswith("error: --run-dir: is empty")
