@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic.fields import FieldInfo
 
 from data_prep.documents import ENWIK8_SPLIT_BYTES, FormatName
+from data_prep.plain_text import TextDocuments
 from data_prep.shard_format import BYTE_VALUES, DataError
 from data_prep.stage_config import URL, DedupConfig, FilterConfig, IngestConfig, Section, as_list
 
@@ -111,10 +112,16 @@ class DataConfig(Section):
     """Folder for shards, tokenizer.model and manifest.json."""
     format: FormatName = "auto"
     """Source format of the raw files. auto looks at the keys of the first line of each file and takes anything else
-    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. wikitext:
+    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. text: plain
+    UTF-8 text, see `text_documents`. wikitext:
     wiki.train.raw as `input`, wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an
     article. enwik8: the one file as `input`, see `split_bytes`. For these two a zip as downloaded also does, and
     documents stay in the order of the file."""
+    text_key: str = Field(default="text", min_length=1)
+    """Where the text of a JSON record is; dotted for a key inside another: a.b is `{"a": {"b": "..."}}`."""
+    text_documents: TextDocuments = "file"
+    """What a document is in files of format text: file, the whole file; blank_lines, what stands between lines that
+    are blank."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Processes; 0 takes every CPU that this process may use. The output does not depend on it."""
     keep_work: bool = False
@@ -135,6 +142,15 @@ class DataConfig(Section):
     def _check_output(self) -> "DataConfig":
         if URL.match(self.output):
             raise ValueError(f"output {self.output!r} is a URL; name a local folder and copy it when it is done")
+        return self
+
+    @model_validator(mode="after")
+    def _check_format_keys(self) -> "DataConfig":
+        set_keys = self.model_fields_set
+        if "text_key" in set_keys and self.format in ("text", "wikitext", "enwik8"):
+            raise ValueError(f'text_key has no effect with format "{self.format}", which is no JSON; drop it')
+        if "text_documents" in set_keys and self.format != "text":
+            raise ValueError('text_documents has no effect without format "text"; drop it or set the format')
         return self
 
     @model_validator(mode="after")
@@ -173,10 +189,16 @@ class DataConfig(Section):
         out."""
         sections = {
             "ingest": self.ingest.model_dump(mode="json", exclude_defaults=True, include={"max_document_bytes"}),
+            **self.reading_settings(),
             "filter": self.filter and self.filter.model_dump(mode="json"),
             "dedup": self.dedup and self.dedup.model_dump(mode="json", exclude={"memory_bytes"}),
         }
         return {name: settings for name, settings in sections.items() if settings}
+
+    def reading_settings(self) -> dict[str, Any]:
+        """What decides which text of a record is a document; nothing where it is the default."""
+        settings: dict[str, Any] = {} if self.text_key == "text" else {"text_key": self.text_key}
+        return {**settings, "text_documents": self.text_documents} if self.format == "text" else settings
 
     @property
     def enwik8_split_bytes(self) -> tuple[int, int, int]:

@@ -2,32 +2,35 @@
 
     c4, pes2o   one JSON object a line; its `text` is the document
     jsonl       the same with any other keys
+    text        UTF-8 text; a document is the file, or what stands between blank lines
     wikitext    UTF-8 text; a document is an article: a line ` = Title = ` and all up to the next such line
     enwik8      bytes; a document is a page of the XML dump, so that `show` and `stats` have something to name.
                 train, validation and test are consecutive parts of the one file
 
-Joining the documents of wikitext or enwik8 gives the file again, byte for byte. A record that cannot be used comes as
-a `Rejected`, in its place, with the line or byte where it stands; what concerns a whole file raises.
+Joining the documents of wikitext or enwik8 gives the file again, byte for byte (but for a byte order mark before
+wikitext). A record that cannot be used comes as a `Rejected`, in its place, with the line or byte where it stands; what
+concerns a whole file raises, and so does a file that gives no document at all.
 """
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import orjson
 
+from data_prep.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, no_json_lines
+from data_prep.json_text import json_record, text_in
 from data_prep.locations import InputFile
+from data_prep.plain_text import TextDocuments, text_documents
+from data_prep.records import EXCERPT_BYTES, Document, NoText, Rejected, too_long
 from data_prep.shard_format import SPLITS, DataError, SplitName
-from data_prep.unpack import Unpacked, unpacked
+from data_prep.unpack import DAMAGE, DamagedFileError, NoDocumentError, Unpacked, unpacked
 
 # The keys that every line of a format carries; more keys are allowed (a dump may be annotated).
 FORMAT_KEYS: dict[str, frozenset[str]] = {
     "c4": frozenset({"text", "timestamp", "url"}),
     "pes2o": frozenset({"added", "created", "id", "source", "text", "version"}),
 }
-FormatName = Literal["auto", "c4", "pes2o", "jsonl", "wikitext", "enwik8"]
+FormatName = Literal["auto", "c4", "pes2o", "jsonl", "text", "wikitext", "enwik8"]
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
 WIKITEXT_MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 ENWIK8_SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
@@ -36,48 +39,17 @@ ORIGINS = {
     "wikitext": "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
     "enwik8": "http://mattmahoney.net/dc/enwik8.zip",
 }
-EXCERPT_BYTES = 200
 # Reasons for which a record is rejected that say nothing about damage.
 HARMLESS_REASONS = frozenset({"empty"})
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document of a raw file."""
-
-    position: int
-    """Its line, from 1 (JSON), or its byte offset in the unpacked file (wikitext, enwik8)."""
-    split: SplitName
-    """Where it goes, before `validation_fraction` takes its share of train."""
-    data: bytes
-    """Its text in UTF-8; for enwik8 its bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """One record of a raw file that gives no document."""
-
-    position: int
-    """As in Document."""
-    reason: str
-    """One of a few words, for counting."""
-    detail: str
-    """What exactly is wrong."""
-    record: bytes
-    """The first bytes of the record."""
-    size: int
-    """Bytes of the record."""
-
-
-class _NoDocument(ValueError):
-    """(reason, detail) of a line that gives no document."""
-
-
 class RawFile:
-    """One raw file. After `read` is exhausted, `format`, `sha256` and `bytes` describe what was read.
+    """One raw file. After `read` has ended, `format`, `sha256` and `bytes` describe what was read, also if it ended in
+    DamagedFileError.
 
     `split`: where the documents go (`hash`: train, save those that the hash of their text sends to validation).
     enwik8 is cut into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
+    `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is.
     """
 
     def __init__(
@@ -88,6 +60,8 @@ class RawFile:
         split: SourceSplit = "hash",
         split_bytes: tuple[int, int, int] = ENWIK8_SPLIT_BYTES,
         max_document_bytes: int = 1 << 24,
+        text_key: str = "text",
+        text_documents: TextDocuments = "file",
     ) -> None:
         self.path = path
         self.format: str = format
@@ -96,27 +70,72 @@ class RawFile:
         self._split: SplitName = "train" if split == "hash" or split == "position" else split
         self._split_bytes = split_bytes
         self._max_bytes = max_document_bytes
+        self._text_key = text_key
+        self._text_documents = text_documents
+        self._documents = 0
+        self._first_rejected: Rejected | None = None
+        self._all_harmless = True
 
     def read(self, *, on_bytes: Callable[[int], object] | None = None) -> Iterator[Document | Rejected]:
         """Every record in order; memory is that of the longest one allowed. `on_bytes` is told how many stored bytes
-        were consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, and DataError
-        if it is missing or not of its format."""
+        were consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, at the end
+        for one without a document, and DataError if it is missing or not of its format."""
         member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": "enwik8"}.get(self.format)
         reported = 0
         with unpacked(self.path, member=member) as content:
-            for record in self._records(content):
-                yield record
-                if on_bytes is not None and content.stored_bytes > reported:
-                    on_bytes(content.stored_bytes - reported)
-                    reported = content.stored_bytes
+            try:
+                head = content.peek(HEAD_BYTES)
+                for record in self._noted(self._records(content, head)):
+                    yield record
+                    if on_bytes is not None and content.stored_bytes > reported:
+                        on_bytes(content.stored_bytes - reported)
+                        reported = content.stored_bytes
+            except (DamagedFileError, *DAMAGE):
+                self.sha256, self.bytes = content.finish()
+                raise
             self.sha256, self.bytes = content.finish()
         if on_bytes is not None:
             on_bytes(max(0, self.bytes - reported))
+        self._check_documents(head)
 
-    def _records(self, content: Unpacked) -> Iterator[Document | Rejected]:
+    def _records(self, content: Unpacked, head: bytes) -> Iterator[Document | Rejected]:
         if self.format == "enwik8":
             return self._pages(content)
-        return self._articles(content) if self.format == "wikitext" else self._lines(content)
+        if (kind := foreign(head)) is not None:
+            raise NoDocumentError(f"{self.path} is {kind}")
+        if self.format != "wikitext" and self.format != "text":
+            return self._lines(content)
+        if head.startswith(BYTE_ORDER_MARK):
+            content.read(len(BYTE_ORDER_MARK))
+        if self.format == "wikitext":
+            return self._articles(content)
+        return text_documents(content, self._split, by=self._text_documents, max_bytes=self._max_bytes)
+
+    def _noted(self, records: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
+        """The records, and a note of what came: what a file without a document is told by."""
+        for record in records:
+            if isinstance(record, Document):
+                self._documents += 1
+            else:
+                self._first_rejected = self._first_rejected or record
+                self._all_harmless = self._all_harmless and record.reason in HARMLESS_REASONS
+            yield record
+
+    def _check_documents(self, head: bytes) -> None:
+        """Raises NoDocumentError, with what the file looks like, unless it gave a document or all that it holds are
+        records whose text is empty."""
+        first = self._first_rejected
+        if self._documents or (first is not None and self._all_harmless) or self.format == "enwik8":
+            return
+        if self.format == "text":
+            words = "holds no text" if first is None else f"gives no document: {first.detail}"
+        elif first is not None and first.reason == "no text":
+            words = f"gives no document: {first.detail}; set `text_key` to the one that holds the text"
+        else:
+            words = no_json_lines(head) if first is None or first.reason != "too long" else ""
+            if not words and first is not None:
+                words = f"gives no document: its first record is rejected, {first.reason} ({first.detail})"
+        raise NoDocumentError(f"{self.path} {words}")
 
     def _lines(self, content: Unpacked) -> Iterator[Document | Rejected]:
         """JSON lines; blank ones are passed over, but counted, so that numbers stay right."""
@@ -125,42 +144,22 @@ class RawFile:
             ends = line.endswith(b"\n")
             if begun or len(line) > self._max_bytes:
                 if not begun:
-                    yield self._too_long(number, line)
+                    yield too_long(number, line, self._max_bytes)
                 begun = 0 if ends else begun + len(line)
             elif not line.isspace():
                 try:
                     yield Document(number, self._split, self._text_of(line))
-                except _NoDocument as error:
-                    reason, detail = error.args
-                    yield Rejected(number, reason, detail, line.rstrip()[:EXCERPT_BYTES], len(line))
+                except NoText as error:
+                    yield Rejected(number, error.reason, error.detail, line.rstrip()[:EXCERPT_BYTES], len(line))
             number += ends
 
-    def _too_long(self, position: int, record: bytes) -> Rejected:
-        detail = f"more than ingest.max_document_bytes {self._max_bytes}"
-        return Rejected(position, "too long", detail, record[:EXCERPT_BYTES], len(record))
-
     def _text_of(self, line: bytes) -> bytes:
-        """The text of a JSON line in UTF-8. Raises _NoDocument."""
-        try:
-            record = _parsed(line)
-        except UnicodeDecodeError as error:
-            raise _NoDocument("not UTF-8", f"byte {error.start} of the line: {error.reason}") from None
-        except (ValueError, RecursionError) as error:
-            raise _NoDocument("not JSON", str(error)) from None
-        if not isinstance(record, dict):
-            raise _NoDocument("not JSON", f"expected an object, found {type(record).__name__}")
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise _NoDocument("no text", "the key `text` is missing or not a string")
+        """The text of a JSON line in UTF-8. Raises NoText."""
+        record = json_record(line)
+        text = text_in(record, self._text_key)
         if self.format == "auto":
             self.format = detect_format(record)
-        if not text or text.isspace():
-            raise _NoDocument("empty", "the text is empty or blank")
-        try:
-            return text.encode("utf-8")
-        except UnicodeEncodeError:
-            message = "the text holds half of a UTF-16 surrogate pair, which is no character"
-            raise _NoDocument("not UTF-8", message) from None
+        return text
 
     def _articles(self, content: Unpacked) -> Iterator[Document | Rejected]:
         no_article = (
@@ -174,7 +173,7 @@ class RawFile:
             giant = giant and not is_article_heading(article[: article.find(b"\n") + 1])
             if giant or len(article) > self._max_bytes:
                 if not giant:
-                    yield self._too_long(offset, article)
+                    yield too_long(offset, article, self._max_bytes)
                 giant = True
             else:
                 yield self._article(offset, article)
@@ -203,15 +202,6 @@ class RawFile:
                 f"{self.path} holds {holds} bytes, not {wanted:,} ({parts}); fetch it again from "
                 f"{ORIGINS['enwik8']}, or set split_bytes to the sizes [train, validation, test] of this file"
             )
-
-
-def _parsed(line: bytes) -> object:
-    """A JSON value. Raises ValueError, UnicodeDecodeError if it is not UTF-8, or RecursionError."""
-    try:
-        return orjson.loads(line)  # twice as fast; refuses more: NaN, 1e999, half of a surrogate pair
-    except ValueError:
-        # json.loads would take bytes too, but lets surrogates in UTF-8 pass and guesses UTF-16.
-        return json.loads(line.decode("utf-8"))
 
 
 def detect_format(record: dict[str, object]) -> str:

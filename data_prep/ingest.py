@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig
-from data_prep.documents import HARMLESS_REASONS, Document, RawFile, Rejected, SourceSplit, stable_fraction
+from data_prep.documents import HARMLESS_REASONS, RawFile, SourceSplit, stable_fraction
 from data_prep.encode import PartEncoder
-from data_prep.locations import InputFile, sha256_of, size_and_stamp
+from data_prep.locations import InputFile, UnreachableError, identity, sha256_of, size_and_stamp
 from data_prep.plan import Plan
 from data_prep.prepare import base_versions, versions
+from data_prep.records import Document, Rejected
 from data_prep.shard_format import DataError, SplitName
 from data_prep.store import PART_BYTES, PART_DOCUMENTS, Part, PartWriter
-from data_prep.unpack import DamagedFileError, UnreachableError
+from data_prep.unpack import DamagedFileError, NoDocumentError
 from data_prep.work import fingerprint, read_json, replacing, stage_folder, write_json
 
 # Formats that are one known file or archive each, in order: a damaged one is fetched again, not done without.
 STRICT_FORMATS = ("wikitext", "enwik8")
+# Reasons that stand for a whole file.
+DAMAGED, NO_DOCUMENT = "damaged file", "no document"
 RETRY_SECONDS = (1, 10, 60)  # before each further attempt at a file behind a URL
 
 
@@ -79,8 +82,8 @@ class IngestTask:
     folder: Path
     key: str
     """First part of the names of everything made from this file; changes when the file does."""
-    size: int
-    """Bytes as stored."""
+    size: int | None
+    """Bytes as stored; None where that is not known."""
     part_bytes: int
     encoding: Encoding | None = None
     """None stores the text for the stages that follow."""
@@ -91,6 +94,7 @@ def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
     where no text is stored, also what made the ids."""
     config = plan.config
     settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES, base_versions()]
+    settings += [config.reading_settings()] if config.reading_settings() else []
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
     if encodes:
@@ -104,7 +108,7 @@ def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
     tasks = []
     for source in plan.sources:
         size, stamp = size_and_stamp(source.path)
-        key = fingerprint(str(source.path.resolve()), source.name, size, stamp, source.split)
+        key = fingerprint(identity(source.path), source.name, size, stamp, source.split)
         tasks.append(
             IngestTask(
                 config=plan.config,
@@ -151,6 +155,8 @@ def _ingest_file(task: IngestTask) -> None:
         split=task.split,
         split_bytes=task.config.enwik8_split_bytes,
         max_document_bytes=task.config.ingest.max_document_bytes,
+        text_key=task.config.text_key,
+        text_documents=task.config.text_documents,
     )
     splitter = _Splitter(task)
     rejected: Counter[str] = Counter()
@@ -173,17 +179,18 @@ def _ingest_file(task: IngestTask) -> None:
                 raise
             damaged = str(error)
             splitter.forget()
-            rejected = Counter({"damaged file": 1})
+            reason = NO_DOCUMENT if isinstance(error, NoDocumentError) else DAMAGED
+            rejected = Counter({reason: 1})
             quarantine.seek(0)
             quarantine.truncate()
             # The message without the folder: the same dump elsewhere gives the same quarantine.
             detail = damaged.replace(str(task.raw), task.name)
-            quarantine.write(_line(task.name, unit, Rejected(last, "damaged file", detail, b"", task.size)))
+            quarantine.write(_line(task.name, unit, Rejected(last, reason, detail, b"", raw.bytes)))
         splitter.close()
     state = FileState(
         name=task.name,
         sha256=raw.sha256 or sha256_of(task.raw),
-        bytes=raw.bytes or task.size,
+        bytes=raw.bytes or task.size or 0,
         format=raw.format,
         split=task.split,
         rejected=dict(sorted(rejected.items())),
@@ -285,8 +292,8 @@ def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], confi
     limits = config.ingest
     if damaged and (len(damaged) == len(states) or len(damaged) > max(1, limits.max_bad_files * len(states))):
         raise DataError(
-            f"{len(damaged)} of {len(states)} raw files are damaged, more than ingest.max_bad_files "
-            f"{limits.max_bad_files} allows; the first: {damaged[0].damaged}"
+            f"{len(damaged)} of {len(states)} raw files are bad (damaged, or without a document), more than "
+            f"ingest.max_bad_files {limits.max_bad_files} allows; the first: {damaged[0].damaged}"
         )
     bad = sum(count for state in states for reason, count in state.rejected.items() if _counts(reason))
     records = sum(state.documents + sum(state.rejected.values()) for state in states)
@@ -301,7 +308,7 @@ def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], confi
 
 
 def _counts(reason: str) -> bool:
-    return reason not in HARMLESS_REASONS and reason != "damaged file"
+    return reason not in HARMLESS_REASONS and reason not in (DAMAGED, NO_DOCUMENT)
 
 
 def _bad_lines(tasks: Sequence[IngestTask]) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ from data_prep.ingest import (
     ingest_tasks,
     read_state,
 )
+from data_prep.locations import identity
 from data_prep.lossy import check_vocab_size
 from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
 from data_prep.parallel import Workers
@@ -97,7 +98,7 @@ class Pipeline:
         out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
         if not self.plan.may_encode_while_reading:
             return False
-        folder = stage_folder(self.plan.work, "reading", [str(source.path) for source in self.plan.sources])
+        folder = stage_folder(self.plan.work, "reading", [identity(source.path) for source in self.plan.sources])
         return decided(folder / "encodes.json", len(self.plan.sources) >= self.plan.workers)
 
     def _ingest_folder(self) -> Path:
@@ -178,7 +179,7 @@ class Pipeline:
         with self._timed("ingest"):
             tasks = self.tasks(whole=False)
             todo = [task for task in tasks if read_state(task) is None]
-            self._run(ingest_file, todo, [task.size for task in todo], "reading raw files")
+            self._run(ingest_file, todo, [task.size or 0 for task in todo], "reading raw files")
             if self.slice.tasks == 1:  # shares of the whole; an array task may have a single, damaged file
                 check_limits(tasks, self.states(whole=False), self.plan.config)
 

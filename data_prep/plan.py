@@ -2,6 +2,7 @@
 recorded."""
 
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 from data_prep.config import REPOSITORY, DataConfig
 from data_prep.documents import ORIGINS, RawFile, SourceSplit
-from data_prep.locations import InputFile, is_file, match
+from data_prep.locations import InputFile, RemoteFile, expand, is_file, match, without_secrets
 from data_prep.shard_format import SPLITS, DataError, SplitName
-from data_prep.work import WORK
+from data_prep.stage_config import URL
+from data_prep.work import WORK, PassingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Plan:
                 split=source.split,
                 split_bytes=self.config.enwik8_split_bytes,
                 max_document_bytes=self.config.ingest.max_document_bytes,
+                text_key=self.config.text_key,
+                text_documents=self.config.text_documents,
             )
             for source in self.sources
         ]
@@ -144,33 +148,50 @@ def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
 
 def _names(paths: list[InputFile]) -> dict[InputFile, str]:
     """Each file's own name, with as many folders before it as tell it from others of that name (2019/a.gz, 2020/a.gz):
-    no more, so that records do not depend on where the dumps lie."""
+    no more, so that records do not depend on where the dumps lie. What is no UTF-8 in a name comes as \\xff, a query
+    of a URL not at all; files that only those tell apart are numbered."""
     folders: dict[InputFile, list[str]] = {}
-    by_name: dict[str, set[InputFile]] = {}
-    for path in paths:
-        whole = str(path.absolute()) if isinstance(path, Path) else path.url.split("?")[0]
-        folders[path] = whole.strip("/").split("/")
-        by_name.setdefault(path.name, set()).add(path)
+    by_name: dict[str, list[InputFile]] = {}
+    for path in dict.fromkeys(paths):
+        folders[path] = _readable(path).strip("/").split("/")
+        by_name.setdefault(folders[path][-1], []).append(path)
     names: dict[InputFile, str] = {}
     for same in by_name.values():
         depth, most = 1, max(len(folders[path]) for path in same)
         while depth < most and len({tuple(folders[path][-depth:]) for path in same}) < len(same):
             depth += 1
-        names |= {path: "/".join(folders[path][-depth:]) for path in same}
+        seen: dict[str, int] = {}
+        for path in same:
+            name = "/".join(folders[path][-depth:])
+            seen[name] = seen.get(name, 0) + 1
+            names[path] = name if seen[name] == 1 else f"{name}~{seen[name]}"
     return names
 
 
+def _readable(path: InputFile) -> str:
+    """Where a file lies, in characters that every record can hold."""
+    whole = str(path.absolute()) if isinstance(path, Path) else str(path) if isinstance(path, RemoteFile) else path.name
+    return os.fsencode(whole).decode("utf-8", errors="backslashreplace")
+
+
 def _existing(path: str) -> Path:
-    """The path itself, or below the repository root if there is nothing at the path itself."""
-    return Path(path) if Path(path).exists() else REPOSITORY / path
+    """The path itself (`~` is the home folder), or below the repository root if there is nothing at the path
+    itself."""
+    found = next((Path(name) for name in (path, os.path.expanduser(path)) if Path(name).exists()), None)
+    return found or REPOSITORY / path
 
 
 def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[InputFile]:
     """Files in the order of the patterns, each pattern sorted; every pattern must find something. `origin`: where
     a corpus comes from, for the message."""
     files: list[InputFile] = []
-    for pattern in patterns:
-        found = match(Path(), pattern) or match(REPOSITORY, pattern)
+    for pattern in itertools.chain.from_iterable(map(expand, patterns)):
+        try:
+            found = match(Path(), pattern) or match(REPOSITORY, pattern)
+        except PassingError:
+            raise
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
         for path in found:  # as git-annex and DVC leave it where content is not fetched: no document may go silently
             if isinstance(path, Path) and not path.exists():
                 raise DataError(
@@ -181,6 +202,8 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
             what = "is a folder; name its files, for example with a glob" if found else "matches no file"
             fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
             folders = " and in ".join(dict.fromkeys([str(Path.cwd()), str(REPOSITORY)]))
+            if URL.match(pattern):
+                raise DataError(f"{key}: {without_secrets(pattern)!r} {what}")
             raise DataError(f"{key}: {pattern!r} {what} (looked in {folders}){fix}")
         files += matched
     return files

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.locations import sha256_of, size_and_stamp
+from data_prep.locations import InputFile, identity, sha256_of, size_and_stamp
 from data_prep.plan import Plan
 from data_prep.progress import byte_bar
 from data_prep.shard_format import INDEX_SUFFIX, MANIFEST_FILE, SPLITS, TOKENIZER_FILE, DataError, Manifest, sha256_file
-from data_prep.work import read_json, write_json
+from data_prep.work import fingerprint, read_json, write_json
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to
 # date.
@@ -95,7 +95,7 @@ def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str
     if len(recorded) != len(plan.sources):
         return f"it was made from {len(recorded)} raw files, there are now {len(plan.sources)}"
     for source, record in zip(plan.sources, recorded, strict=True):
-        if size_and_stamp(source.path)[0] != record.bytes:
+        if size_and_stamp(source.path)[0] not in (None, record.bytes):
             return f"{source.path} has changed or is another file"
     try:
         run = read_json(plan.output / RUN_RECORD) or {}
@@ -113,8 +113,13 @@ def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str
 
 
 def stamps(plan: Plan) -> list[list[Any]]:
-    """[path, size, modification time or tag, split] of every raw file."""
-    return [[str(s.path.resolve()), *size_and_stamp(s.path), s.split] for s in plan.sources]
+    """[path, size, modification time or tag, split] of every raw file; of a URL or a command, whose text may hold what
+    is secret, a hash of it too."""
+    return [[str(s.path.resolve()), *_marks(s.path), *size_and_stamp(s.path), s.split] for s in plan.sources]
+
+
+def _marks(file: InputFile) -> list[str]:
+    return [] if isinstance(file, Path) else [fingerprint(identity(file))]
 
 
 def is_up_to_date(plan: Plan, *, force: bool) -> bool:

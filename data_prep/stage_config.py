@@ -95,3 +95,4 @@ class DedupConfig(Section):
 
 
 URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+PIPE = "pipe:"  # before a command whose output is read

@@ -7,55 +7,70 @@ other member is left alone.
 import contextlib
 import gzip
 import hashlib
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import zstandard
 from isal import igzip, igzip_lib
 
-from data_prep.locations import InputFile, RemoteFile, sha256_of, size_and_stamp
+from data_prep.file_kinds import HEAD_BYTES, foreign
+from data_prep.locations import InputFile, read_error, sha256_of, size_and_stamp
 from data_prep.shard_format import DataError
-from data_prep.work import PassingError
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# A file with such a name that does not open as one is damaged, and not text by chance.
-PACKED_SUFFIXES = {".gz": GZIP_MAGIC, ".zip": ZIP_MAGIC, ".zst": ZSTD_MAGIC}
-# Known by their first bytes, and not read: as text they would be thousands of lines that are no JSON.
-FOREIGN = {
-    b"BZh": "packed with bzip2, which is not read; pack it with zstd or gzip",
-    b"\xfd7zXZ": "packed with xz, which is not read; pack it with zstd or gzip",
-    b"PAR1": "a Parquet file, which is not read; write its rows as JSON lines",
+# A frame of bytes that are not content; zstd and its parallel tools may put one anywhere, first too.
+ZSTD_SKIPPABLE = tuple(bytes((first,)) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))
+# A file with such a name (in any case) that does not open as one is damaged, and not text by chance.
+PACKED_SUFFIXES: dict[str, tuple[bytes, ...]] = {
+    ".gz": (GZIP_MAGIC,),
+    ".tgz": (GZIP_MAGIC,),
+    ".zip": (ZIP_MAGIC,),
+    ".zst": (ZSTD_MAGIC, *ZSTD_SKIPPABLE),
 }
 BLOCK_BYTES = 1 << 20
 # 4 bytes of zstd may stand for 128 KB: of pieces of this size one unpacks to 16 MB at most.
 ZSTD_PIECE_BYTES = 1 << 9
+# `zstd --long=31`, the most that there is: the frame says how much memory its window takes.
+ZSTD_WINDOW_BYTES = 1 << 31
 ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub has it as an instance
-DAMAGE = (EOFError, gzip.BadGzipFile, ISAL_ERROR, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
+DAMAGE = (
+    EOFError,
+    gzip.BadGzipFile,
+    ISAL_ERROR,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    zstandard.ZstdError,
+)
 
 
 class DamagedFileError(DataError):
     """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
 
 
-class UnreachableError(PassingError):
-    """A file behind a URL that could not be read now; another attempt may succeed."""
+class NoDocumentError(DamagedFileError):
+    """A file that is whole, and gives no document."""
 
 
 class _CountingStream:
-    """The stored bytes of a file, hashed and counted as they are read."""
+    """The stored bytes of a file, hashed and counted as they are read. `ahead`: the first of them, which were read
+    from the stream already, for not every stream can go back."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], ahead: bytes) -> None:
         self._stream = stream
+        self._ahead = ahead
         self.hash = hashlib.sha256()
         self.bytes = 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+    def read(self, size: int) -> bytes:
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        data = data or self._stream.read(size)
         self.hash.update(data)
         self.bytes += len(data)
         return data
@@ -72,7 +87,7 @@ class _ZstdFrames:
 
     def __init__(self, stored: _CountingStream) -> None:
         self._stored = stored
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = self._next_frame()
         self._begun = False  # whether the current frame was given a byte
         self._unread = b""
         self._content = memoryview(b"")
@@ -97,8 +112,12 @@ class _ZstdFrames:
         self._begun = True
         if self._frame.eof:
             self._unread, self._begun = self._frame.unused_data + self._unread, False
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._next_frame()
         return True
+
+    @staticmethod
+    def _next_frame() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
 
 
 class Unpacked:
@@ -119,15 +138,24 @@ class Unpacked:
         """The file as the user named it; in a zip, with the member."""
         self.position = 0
         """Unpacked bytes read so far."""
+        self._ahead = b""
 
     @property
     def stored_bytes(self) -> int:
         """Stored (compressed) bytes consumed so far; exact at the end."""
         return self._stored_bytes()
 
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, which stay to be read; fewer only at the end."""
+        while len(self._ahead) < size and (more := self._read(size - len(self._ahead))):
+            self._ahead += more
+        return self._ahead[:size]
+
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer, or none, only at the end."""
-        data = self._read(size)
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        while len(data) < size and (more := self._read(size - len(data))):
+            data += more
         self.position += len(data)
         return data
 
@@ -157,38 +185,39 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
     unreadable, and UnreachableError, which is one, where that may pass."""
     try:
         with path.open("rb") as stored:
-            magic = stored.read(5)
-            stored.seek(0)
-            for first, what in FOREIGN.items():
-                if magic.startswith(first):
-                    raise DamagedFileError(f"{path} is {what}")
-            magic = magic[: len(ZIP_MAGIC)]
-            if not magic.startswith(PACKED_SUFFIXES.get(path.suffix, b"")):
-                raise DamagedFileError(f"{path} is damaged (not a {path.suffix} file); fetch it again")
+            magic = stored.read(len(ZIP_MAGIC))
+            _check_suffix(path, stored, magic)
             if magic == ZIP_MAGIC:
                 with zipfile.ZipFile(stored) as archive:
                     yield from _zipped(path, archive, _find_member(archive, path, member))
                 return
-            counter = _CountingStream(stored)
+            counter = _CountingStream(stored, magic)
             if magic.startswith(GZIP_MAGIC):
                 with igzip.IGzipFile(fileobj=counter, mode="rb") as text:
                     yield _counted(str(path), text.read, counter)
-            elif magic == ZSTD_MAGIC:
+            elif magic == ZSTD_MAGIC or magic in ZSTD_SKIPPABLE:
                 yield _counted(str(path), _ZstdFrames(counter).read, counter)
             else:
                 yield _counted(str(path), counter.read, counter)
     except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
-    except (DataError, FileNotFoundError, PermissionError) as error:
-        raise error if isinstance(error, DataError) else _unreadable(path, error) from None
+    except DataError:
+        raise
     except Exception as error:  # every file system of fsspec has errors of its own
-        if isinstance(path, RemoteFile):
-            raise UnreachableError(f"cannot read {path}: {type(error).__name__}: {error}") from None
-        raise (_unreadable(path, error) if isinstance(error, OSError) else error) from None
+        if isinstance(path, Path) and not isinstance(error, OSError):
+            raise
+        raise read_error(path, error) from None
 
 
-def _unreadable(path: InputFile, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or error}")
+def _check_suffix(path: InputFile, stored: IO[bytes], magic: bytes) -> None:
+    """Raises DamagedFileError for a file whose name promises a packing that its first bytes deny."""
+    wanted = PACKED_SUFFIXES.get(path.suffix.lower(), (b"",))
+    if magic.startswith(wanted):
+        return
+    suffix, kind = path.suffix.lower(), foreign(magic + stored.read(HEAD_BYTES))
+    if kind is not None:
+        raise DamagedFileError(f"{path} is no {suffix} file but {kind}")
+    raise DamagedFileError(f"{path} is damaged (not a {suffix} file); fetch it again")
 
 
 def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) -> Unpacked:
@@ -215,7 +244,7 @@ def _find_member(archive: zipfile.ZipFile, path: InputFile, member: str | None) 
 
 def _zipped(path: InputFile, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
     """The hash takes a pass of its own, because a zip is read from its end. Progress is by unpacked bytes."""
-    size = size_and_stamp(path)[0]
+    size = size_and_stamp(path)[0] or 0
     with archive.open(member) as content:
         yield Unpacked(
             content.read,

@@ -120,8 +120,7 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_what_is_packed_otherwise_is_named_and_goes_whole(tmp_path: Path) -> None:
     data = b'{"text": "one"}\n' * 100
-    parquet = b"PAR1" + data + b"PAR1"
-    for name, content in (("bzip2", bz2.compress(data)), ("xz", lzma.compress(data)), ("Parquet", parquet)):
+    for name, content in (("bzip2", bz2.compress(data)), ("xz", lzma.compress(data))):
         for suffix in (name, "jsonl"):
             path = tmp_path / f"a.{suffix}"
             path.write_bytes(content)

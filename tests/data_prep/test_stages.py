@@ -293,7 +293,7 @@ def test_thresholds_stop_a_run_and_a_mended_file_continues_it(
     assert "quarantined: damaged file" in error
     assert main(["run", "--config", str(only), "--set", "validation_input=[]"]) == 2
     error = one_error(capsys)
-    assert "1 of 1 raw files are damaged" in error
+    assert "1 of 1 raw files are bad" in error
     assert "c4-train.00002.json.gz is damaged" in error
 
 
