@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from data_prep.encode import load_tokenizer
 from data_prep.filter_stage import filtered_out, summary
 from data_prep.ingest import quarantine_file
 from data_prep.pack import ShardTask, read_entry, split_totals
+from data_prep.selection import Selection
 from data_prep.shard_format import (
     BYTE_VALUES,
     FORMAT_VERSION,
@@ -22,6 +24,7 @@ from data_prep.shard_format import (
     sha256_file,
 )
 from data_prep.shard_writer import write_manifest
+from data_prep.store import Part
 from data_prep.work import finished, replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -66,25 +69,22 @@ def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dic
     config, selection = pipeline.plan.config, pipeline.selection(deduplicated=True)
     inputs = []
     quarantined: dict[str, int] = {}
-    for state in pipeline.states(whole=True):
-        filtered = duplicates = 0
-        for part in state.parts:
-            if selection.filter is not None:
-                filtered += int(filtered_out(selection.filter, part).sum())
-            if selection.dedup is not None:
-                duplicates += int((duplicate_verdicts(selection.dedup, part) > 0).sum())
-        record: dict[str, Any] = {
-            "name": state.name,
-            "sha256": state.sha256,
-            "bytes": state.bytes,
-            "split": state.split,
-            "documents": state.documents - filtered - duplicates,
-            "format": state.format,
-        }
-        optional = {"quarantined": state.rejected, "filtered": filtered, "duplicates": duplicates}
-        inputs.append({**record, **{key: value for key, value in optional.items() if value}})
-        for reason, count in state.rejected.items():
-            quarantined[reason] = quarantined.get(reason, 0) + count
+    for batch in pipeline.batches(whole=True):
+        left_out = _left_out(batch.parts, selection)
+        for state in batch.files:
+            filtered, duplicates = (counts.get(state.name, 0) for counts in left_out)
+            record: dict[str, Any] = {
+                "name": state.name,
+                "sha256": state.sha256,
+                "bytes": state.bytes,
+                "split": state.split,
+                "documents": state.documents - filtered - duplicates,
+                "format": state.format,
+            }
+            optional = {"quarantined": state.rejected, "filtered": filtered, "duplicates": duplicates}
+            inputs.append({**record, **{key: value for key, value in optional.items() if value}})
+            for reason, count in state.rejected.items():
+                quarantined[reason] = quarantined.get(reason, 0) + count
     dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
     if config.filter is not None:
         found = summary(pipeline.filter_tasks(whole=True))
@@ -94,6 +94,19 @@ def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dic
     if config.dedup is not None:
         dropped["duplicates"] = dedup.counts(pipeline.dedup_folder())
     return inputs, dropped
+
+
+def _left_out(parts: Sequence[Part], selection: Selection) -> tuple[Counter[str], Counter[str]]:
+    """Documents that were filtered, and duplicates, by raw file; the parts of one batch, whose files have different
+    names."""
+    filtered: Counter[str] = Counter()
+    duplicates: Counter[str] = Counter()
+    for part in parts:
+        if selection.filter is not None:
+            filtered.update(part.count_by_file(filtered_out(selection.filter, part)))
+        if selection.dedup is not None:
+            duplicates.update(part.count_by_file(duplicate_verdicts(selection.dedup, part) > 0))
+    return filtered, duplicates
 
 
 def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
@@ -106,8 +119,7 @@ def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
     if config.filter is not None:
         _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True)).samples)
     if config.dedup is not None:
-        names = [name for name, _ in pipeline.files_and_parts(whole=True)]
-        _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join(), names))
+        _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join()))
     records = []
     for name in prepare.RECORD_FILES:
         path = folder / name

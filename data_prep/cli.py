@@ -15,12 +15,14 @@ from typing import NoReturn
 
 from data_prep import prepare, report
 from data_prep.config import describe_keys, load_config
+from data_prep.locations import without_secrets
 from data_prep.lossy import check_given_model
 from data_prep.parallel import worker_pool
 from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
 from data_prep.stats_report import REPORT_FOLDER, write_report
+from data_prep.terminal import visible
 from data_prep.work import WORK, PassingError
 
 PASSING_ERROR = 1
@@ -60,15 +62,17 @@ def _steps_command(arguments: argparse.Namespace) -> None:
             prepare.remove_work(plan)
     took = ", ".join(f"{step} {value:.1f} s" for step, value in pipeline.seconds.items())
     if command in ("run", "shard"):
-        _print_result(plan, took)
+        _print_result(pipeline, took)
     elif command == "tokenizer":
         print(f"wrote {plan.output / TOKENIZER_FILE} ({took})")
     else:
         report.progress(pipeline)
         print(f"\n{command} is done ({took})")
+        report.bad_files(pipeline)
 
 
-def _print_result(plan: Plan, took: str) -> None:
+def _print_result(pipeline: Pipeline, took: str) -> None:
+    plan = pipeline.plan
     manifest = Manifest.load(plan.output)
     report.stats(manifest)
     report.dropped(manifest)
@@ -78,6 +82,7 @@ def _print_result(plan: Plan, took: str) -> None:
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
         print(f"warning: records were quarantined, see {plan.output / prepare.QUARANTINE_FILE}", file=sys.stderr)
+    report.bad_files(pipeline)
 
 
 def _encode(pipeline: Pipeline) -> None:
@@ -252,6 +257,11 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _one_line(error: Exception) -> str:
+    """The line for an error, whatever names and other programs' words it holds."""
+    return visible(f"error: {without_secrets(' '.join(str(error).split()))}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
@@ -261,12 +271,12 @@ def main(argv: list[str] | None = None) -> int:
         arguments.handler(arguments)
         sys.stdout.flush()
     except DataError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_one_line(error), file=sys.stderr)
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except BrokenPipeError:  # `show | head`: the reader left, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # disk full, no permission: the system's own words name the file
-        print(f"error: {error}", file=sys.stderr)
+        print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)

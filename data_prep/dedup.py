@@ -11,7 +11,7 @@ A document's number is its position in reading order (files, then documents of a
     parts   the verdicts of each part
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -261,15 +261,14 @@ def read_rows(folder: Path, name: str, columns: int) -> np.ndarray:
     return np.memmap(path, np.uint64, mode="r").reshape(-1, columns)
 
 
-def samples(task: Join, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Examples of what was dropped and why: `config.samples` of each kind, spread evenly. `names`: raw file of each
-    part."""
+def samples(task: Join) -> list[dict[str, Any]]:
+    """Examples of what was dropped and why: `config.samples` of each kind, spread evenly."""
     lines = []
     for kind, columns in (("exact", 2), ("near", 3)):
         rows = read_rows(task.folder, f"{kind}.rows", columns)
         wanted = np.unique(np.linspace(0, len(rows) - 1, task.config.samples).astype(np.int64))[: len(rows)]
         for document, other, *millionths in rows[wanted].tolist():
-            line = {"kind": kind, **_excerpt(task, names, document, ""), **_excerpt(task, names, other, "kept_")}
+            line = {"kind": kind, **_excerpt(task, document, ""), **_excerpt(task, other, "kept_")}
             lines.append({**line, "similarity": round(millionths[0] / 1e6, 3)} if millionths else line)
     return lines
 
@@ -277,7 +276,7 @@ def samples(task: Join, names: Sequence[str]) -> list[dict[str, Any]]:
 EXCERPT_CHARACTERS = 200
 
 
-def _excerpt(task: Join, names: Sequence[str], document: int, prefix: str) -> dict[str, Any]:
+def _excerpt(task: Join, document: int, prefix: str) -> dict[str, Any]:
     number = int(np.searchsorted(task.offsets, document, side="right")) - 1
     part, local = task.parts[number], document - int(task.offsets[number])
     position = int(read_index(task.selection.ingest, part.name).position[local])
@@ -285,7 +284,7 @@ def _excerpt(task: Join, names: Sequence[str], document: int, prefix: str) -> di
     chosen[local] = True
     _, data = next(iter(task.selection.documents(part, chosen)))
     return {
-        f"{prefix}file": names[number],
+        f"{prefix}file": part.file_of(local),
         f"{prefix}position": position,
         f"{prefix}excerpt": data.decode("utf-8")[:EXCERPT_CHARACTERS],
     }

@@ -31,6 +31,8 @@ FORMAT_KEYS: dict[str, frozenset[str]] = {
     "pes2o": frozenset({"added", "created", "id", "source", "text", "version"}),
 }
 FormatName = Literal["auto", "c4", "pes2o", "jsonl", "text", "wikitext", "enwik8"]
+# What `position` counts.
+UNITS = ("line", "byte", "row", "sample")
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
 WIKITEXT_MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 ENWIK8_SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
@@ -97,6 +99,12 @@ class RawFile:
         if on_bytes is not None:
             on_bytes(max(0, self.bytes - reported))
         self._check_documents(head)
+
+    @property
+    def unit(self) -> str:
+        """What the positions of its records count: one of UNITS."""
+        units = {"wikitext": "byte", "enwik8": "byte", "parquet": "row", "webdataset": "sample"}
+        return units.get(self.format, "line")
 
     def _records(self, content: Unpacked, head: bytes) -> Iterator[Document | Rejected]:
         if self.format == "enwik8":

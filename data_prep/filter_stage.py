@@ -24,8 +24,6 @@ class FilterTask:
     """One part to filter."""
 
     config: FilterConfig
-    file: str
-    """Name of the raw file, for the examples."""
     part: Part
     ingest: Path
     folder: Path
@@ -65,7 +63,7 @@ def filter_part(task: FilterTask) -> None:
             line = {
                 "rule": rule,
                 "detail": detail,
-                "file": task.file,
+                "file": task.part.file_of(number),
                 "position": int(index.position[number]),
                 "bytes": len(data),
                 "excerpt": excerpt[:EXCERPT_CHARACTERS],

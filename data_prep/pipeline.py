@@ -26,19 +26,21 @@ from data_prep.encode import EncodeTask, encode_part, is_encoded
 from data_prep.filter_stage import FilterTask, filter_part, is_filtered
 from data_prep.filters import check_languages
 from data_prep.ingest import (
-    Encoding,
+    BatchState,
     FileState,
     IngestTask,
     check_limits,
-    ingest_file,
+    cut_batches,
+    ingest_batch,
     ingest_folder,
     ingest_tasks,
     read_state,
 )
-from data_prep.locations import identity
+from data_prep.locations import identity, size_and_stamp
 from data_prep.lossy import check_vocab_size
 from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
 from data_prep.parallel import Workers
+from data_prep.part_cutter import Encoding
 from data_prep.plan import Plan
 from data_prep.selection import Selection
 from data_prep.shard_format import (
@@ -57,7 +59,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """The raw files that one SLURM array task takes: those whose position leaves `task` when divided by `tasks`."""
+    """The batches of raw files that one SLURM array task takes: those whose position leaves `task` when divided by
+    `tasks`."""
 
     task: int = 0
     tasks: int = 1
@@ -75,7 +78,7 @@ class Pipeline:
     slice: Slice = Slice()
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each stage took."""
-    _states: dict[str, FileState] = field(default_factory=dict)
+    _states: dict[str, BatchState] = field(default_factory=dict)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -89,17 +92,19 @@ class Pipeline:
     # What the stages before have left.
 
     def tasks(self, *, whole: bool) -> list[IngestTask]:
-        """The raw files of this slice, or all."""
+        """The batches of raw files of this slice, or all."""
         return [task for n, task in enumerate(self._all_tasks) if whole or self.slice.mine(n)]
 
     @cached_property
     def _encodes_while_reading(self) -> bool:
-        """Whether ingest makes the ids and stores no text. Not with fewer raw files than workers: stored text is shared
-        out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
+        """Whether ingest makes the ids and stores no text. Not with fewer batches of raw files than workers: stored
+        text is shared out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
         if not self.plan.may_encode_while_reading:
             return False
-        folder = stage_folder(self.plan.work, "reading", [identity(source.path) for source in self.plan.sources])
-        return decided(folder / "encodes.json", len(self.plan.sources) >= self.plan.workers)
+        sources = self.plan.sources
+        folder = stage_folder(self.plan.work, "reading", [identity(source.path) for source in sources])
+        batches = cut_batches([(source.split, size_and_stamp(source.path)[0]) for source in sources])
+        return decided(folder / "encodes.json", len(batches) >= self.plan.workers)
 
     def _ingest_folder(self) -> Path:
         return ingest_folder(self.plan, encodes=self._encodes_while_reading)
@@ -114,20 +119,20 @@ class Pipeline:
             )
         return ingest_tasks(self.plan, encoding)
 
-    def states(self, *, whole: bool) -> list[FileState]:
-        """What ingest found in the raw files. DataError if one is not ingested yet."""
+    def batches(self, *, whole: bool) -> list[BatchState]:
+        """What ingest found in the batches. DataError if one is not ingested yet."""
         for task in self.tasks(whole=whole):
             if task.key not in self._states:
-                self._states[task.key] = finished(read_state(task), f"ingest of {task.raw}")
+                self._states[task.key] = finished(read_state(task), f"ingest of {task.files[0].raw}")
         return [self._states[task.key] for task in self.tasks(whole=whole)]
 
-    def files_and_parts(self, *, whole: bool) -> list[tuple[str, Part]]:
-        """(name of the raw file, part) in reading order."""
-        return [(state.name, part) for state in self.states(whole=whole) for part in state.parts]
+    def states(self, *, whole: bool) -> list[FileState]:
+        """What ingest found in the raw files."""
+        return [file for batch in self.batches(whole=whole) for file in batch.files]
 
     def parts(self, *, whole: bool) -> list[Part]:
         """All parts in reading order."""
-        return [part for _, part in self.files_and_parts(whole=whole)]
+        return [part for batch in self.batches(whole=whole) for part in batch.parts]
 
     def selection(self, *, deduplicated: bool) -> Selection:
         """The documents left by the filters, and by removal of duplicates if asked."""
@@ -179,7 +184,7 @@ class Pipeline:
         with self._timed("ingest"):
             tasks = self.tasks(whole=False)
             todo = [task for task in tasks if read_state(task) is None]
-            self._run(ingest_file, todo, [task.size or 0 for task in todo], "reading raw files")
+            self._run(ingest_batch, todo, [task.size for task in todo], "reading raw files")
             if self.slice.tasks == 1:  # shares of the whole; an array task may have a single, damaged file
                 check_limits(tasks, self.states(whole=False), self.plan.config)
 
@@ -188,10 +193,7 @@ class Pipeline:
         if config is None:
             return []
         ingest, folder = self._ingest_folder(), self._filter_folder()
-        return [
-            FilterTask(config=config, file=name, part=part, ingest=ingest, folder=folder)
-            for name, part in self.files_and_parts(whole=whole)
-        ]
+        return [FilterTask(config=config, part=part, ingest=ingest, folder=folder) for part in self.parts(whole=whole)]
 
     def filter(self) -> None:
         config = self.plan.config.filter
@@ -231,7 +233,7 @@ class Pipeline:
         config = self.plan.config.dedup
         assert config is not None, "there is no dedup section"
         for filtering in self.filter_tasks(whole=True):
-            finished(is_filtered(filtering) or None, f"filtering of {filtering.file}")
+            finished(is_filtered(filtering) or None, f"filtering of part {filtering.part.name}")
         for signing in self._signature_tasks(whole=True):
             finished(is_signed(signing) or None, f"signing of part {signing.part.name}")
         return Join(
@@ -289,8 +291,8 @@ class Pipeline:
 
     def _train(self) -> bytes:
         sources = [
-            SampleSource(parts=tuple(part for part in state.parts if part.split == "train"))
-            for state in self.states(whole=True)
+            SampleSource(parts=tuple(part for part in batch.parts if part.split == "train"))
+            for batch in self.batches(whole=True)
         ]
         task = TrainTask(
             sources=tuple(sources),

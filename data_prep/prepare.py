@@ -28,7 +28,7 @@ from data_prep.work import fingerprint, read_json, write_json
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to
 # date.
-PREPARATION_VERSION = "3"
+PREPARATION_VERSION = "4"
 LOCK = ".lock"
 REMOVED_WORK = ".work.removed"
 TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it

@@ -1,5 +1,6 @@
 """What a user sees of prepared data: verification table, statistics, documents."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,10 @@ from data_prep.pipeline import Pipeline
 from data_prep.shard_format import REBUILD, DataError, Manifest
 from data_prep.shard_reader import ShardReader, SplitReader
 from data_prep.stats_report import QUANTILES, READ_TOKENS, Lengths, dropped_rows
+from data_prep.terminal import visible
 from data_prep.tokenizer import TextTokenizer
+
+BAD_FILES_NAMED = 10
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -93,9 +97,18 @@ def progress(pipeline: Pipeline) -> None:
     """Prints what the steps so far found in the raw files of this slice."""
     states = pipeline.states(whole=False)
     rejected = sum(sum(state.rejected.values()) for state in states)
-    text_bytes = sum(part.bytes for state in states for part in state.parts)
+    text_bytes = sum(part.bytes for part in pipeline.parts(whole=False))
     rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
     print(table(("raw files", "documents", "text bytes", "quarantined"), rows))
+
+
+def bad_files(pipeline: Pipeline) -> None:
+    """Names on stderr the raw files that were left out whole, BAD_FILES_NAMED at most, and what to do."""
+    bad = [state.damaged for state in pipeline.states(whole=pipeline.slice.tasks == 1) if state.damaged]
+    for damaged in bad[:BAD_FILES_NAMED]:
+        print(visible(f"warning: left out: {damaged}"), file=sys.stderr)
+    if len(bad) > BAD_FILES_NAMED:
+        print(f"warning: {len(bad) - BAD_FILES_NAMED} more raw files were left out whole", file=sys.stderr)
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
@@ -107,7 +120,7 @@ def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
         for number in range(index, index + count):
             ids = reader.document(number)
             print(f"=== {split} document {number} of {reader.num_documents:,}: {len(ids):,} tokens ===")
-            print(decode(ids))
+            print(visible(decode(ids)))
 
 
 def _decoder(manifest: Manifest) -> Callable[[np.ndarray], str]:

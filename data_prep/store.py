@@ -1,7 +1,8 @@
-"""Parts: the documents of a raw file, cleaned of what is damaged, as every later stage reads them.
+"""Parts: documents of raw files, cleaned of what is damaged, as every later stage reads them.
 
 A raw file becomes parts of about `PART_BYTES` of text or `PART_DOCUMENTS` documents, so that one huge file keeps every
-process busy and a stage never holds more than a part. NAME.zst is the text of its documents, one after the other, as
+process busy and a stage never holds more than a part; small files share one, for every part costs some files on
+disk. NAME.zst is the text of its documents, one after the other, as
 one zstd frame with a checksum; NAME.safetensors holds an array element for each document: int64 `size` in bytes, int64
 `position` in the raw file, and uint64 `hash` [documents, 2], the first 128 bits of the sha256 of the text.
 """
@@ -37,9 +38,32 @@ class Part:
     """Bytes of text."""
     split: SplitName
     """Split of its documents, before `validation_fraction` takes its share of train."""
+    files: tuple[tuple[str, int], ...] = ()
+    """(name, documents) of the raw files that it holds documents of, in their order."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> "Part":
+        return cls(**{**body, "files": tuple((name, documents) for name, documents in body["files"])})
+
+    def file_of(self, document: int) -> str:
+        """Name of the raw file of a document, given its number in the part."""
+        for name, documents in self.files:
+            if document < documents:
+                return name
+            document -= documents
+        raise IndexError(f"part {self.name} has {self.documents} documents")
+
+    def count_by_file(self, chosen: np.ndarray) -> dict[str, int]:
+        """How many of the chosen documents (bool [documents]) each raw file has."""
+        stops = np.cumsum([documents for _, documents in self.files]).tolist()
+        starts = [0, *stops[:-1]]
+        return {
+            name: int(chosen[start:stop].sum())
+            for (name, _), start, stop in zip(self.files, starts, stops, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +99,8 @@ class PartWriter:
         self.bytes += len(data)
         self.documents += 1
 
-    def finish(self) -> Part:
-        """Gives the part its name."""
+    def finish(self, files: tuple[tuple[str, int], ...] = ()) -> Part:
+        """Gives the part its name. `files`: as in Part."""
         self._frame.close()
         arrays = {
             "size": np.array(self._sizes, np.int64),
@@ -85,7 +109,7 @@ class PartWriter:
         }
         write_atomically(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
         self._replacing.__exit__(None, None, None)
-        return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split)
+        return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split, files=files)
 
     def discard(self, error: BaseException) -> None:
         """Removes what was written."""

@@ -167,7 +167,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSource:
-    """The parts of one raw file that a tokenizer may be trained on."""
+    """The parts of one batch of raw files that a tokenizer may be trained on."""
 
     parts: tuple[Part, ...]
 
@@ -182,8 +182,8 @@ def sample_documents(
 ) -> Iterator[str]:
     """A sample of at most `sample_bytes` of UTF-8 text, in reading order; all of the text if there is no more.
 
-    Each raw file gives its share by bytes of text. From the first `SAMPLE_OVERSAMPLING` shares of its text, the
-    documents with the smallest hash of (seed, text) are taken. Documents that go to validation are left out.
+    Each batch of raw files (a large file is one alone) gives its share by bytes of text. From the first
+    `SAMPLE_OVERSAMPLING` shares of its text, the documents with the smallest hash of (seed, text) are taken. Documents that go to validation are left out.
     Memory: 24 bytes for each document of these shares, and one document. Documents longer than the share of their file
     have no place in it: a warning says so where they are many.
     """

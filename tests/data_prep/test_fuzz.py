@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep.config import DataConfig
-from data_prep.documents import Document, RawFile, Rejected
-from data_prep.ingest import IngestTask, ingest_file, quarantine_file, read_state
+from data_prep.documents import RawFile
+from data_prep.ingest import IngestTask, RawInput, ingest_batch, quarantine_file, read_state
+from data_prep.records import Document, Rejected
 from data_prep.shard_format import DataError, Manifest
 from data_prep.shard_reader import SplitReader
 from data_prep.store import read_documents, read_index
@@ -54,19 +55,18 @@ def test_corrupt_dumps_are_quarantined_whole_or_unchanged(tmp_path: Path) -> Non
         path.write_bytes(data)
         task = IngestTask(
             config=DataConfig(input=(str(path),), output=str(tmp_path / "out")),
-            raw=path,
-            name=path.name,
+            files=(RawInput(raw=path, name=path.name, size=len(data)),),
             split="train",
             folder=folder,
             key=f"{number}",
-            size=len(data),
             part_bytes=1 << 20,
         )
-        ingest_file(task)
-        state = read_state(task)
-        assert state is not None
+        ingest_batch(task)
+        batch = read_state(task)
+        assert batch is not None
+        (state,) = batch.files
         found = []
-        for part in state.parts:
+        for part in batch.parts:
             documents = read_documents(folder, part.name, read_index(folder, part.name).size)
             found += [document.decode() for document in documents]
         quarantine = [json.loads(line) for line in quarantine_file(task).read_text().splitlines()]

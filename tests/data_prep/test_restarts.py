@@ -107,6 +107,6 @@ def _die(task: object) -> None:
 def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_prep.pipeline.ingest_file", _die)
+    monkeypatch.setattr("data_prep.pipeline.ingest_batch", _die)
     assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
     assert "a process died (most often: killed for memory)" in one_error(capsys)

@@ -1,0 +1,190 @@
+"""Files as people have them: byte order marks, packings of every kind, files of other formats, text_key, plain text."""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from data_prep.cli import main
+from data_prep.documents import Document, RawFile, Rejected
+from data_prep.unpack import NoDocumentError
+from tests.data_prep.test_prepare import one_error
+
+LINES = [json.dumps({"text": f"document {number}", "id": number}).encode() for number in range(5)]
+TEXTS = [f"document {number}" for number in range(5)]
+SKIPPABLE = b"\x5a\x2a\x4d\x18" + (6).to_bytes(4, "little") + b"hidden"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def read(path: Path, format: Any = "auto", **settings: Any) -> tuple[list[str], list[Rejected]]:
+    records = list(RawFile(path, format=format, **settings).read())
+    texts = [record.data.decode() for record in records if isinstance(record, Document)]
+    return texts, [record for record in records if isinstance(record, Rejected)]
+
+
+def long_window(data: bytes) -> bytes:
+    """As `zstd --long=31` packs a stream whose size it does not know."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    "pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"]
+)  # fmt: skip
+def test_a_byte_order_mark_costs_no_record(tmp_path: Path, pack: Any) -> None:
+    """In front, and where marked files were joined."""
+    marked = codecs.BOM_UTF8 + b"\r\n".join(LINES[:2]) + b"\n" + codecs.BOM_UTF8 + b"\n".join(LINES[2:])
+    assert read(write(tmp_path / "a", pack(marked))) == (TEXTS, [])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_or_an_article(tmp_path: Path) -> None:
+    article = b" = Title = \n text \n"
+    path = write(tmp_path / "wiki.train.raw", codecs.BOM_UTF8 + article * 2)
+    assert read(path, "wikitext", split="train")[0] == [article.decode()] * 2
+    assert read(write(tmp_path / "a.txt", codecs.BOM_UTF8 + b"words\n"), "text") == (["words\n"], [])
+    inside = "a zero-width \ufeff inside"
+    assert read(write(tmp_path / "a.json", json.dumps({"text": inside}).encode()))[0] == [inside]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        long_window(b"\n".join(LINES)),
+        SKIPPABLE + zstandard.compress(b"\n".join(LINES)),
+        b"".join(SKIPPABLE + zstandard.compress(line + b"\n") for line in LINES) + SKIPPABLE,
+    ],
+    ids=["long", "skippable first", "many frames"],
+)
+def test_every_valid_zstd_file_is_read(tmp_path: Path, stored: bytes) -> None:
+    for name in ("a.jsonl.zst", "A.JSONL.ZST", "no-ending"):
+        assert read(write(tmp_path / name, stored)) == (TEXTS, [])
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+NO_DOCUMENT = [
+    ("a.json.gz", POINTER, r"a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"),
+    ("a.jsonl", POINTER, r"a Git LFS pointer"),
+    ("a.jsonl", b"<!DOCTYPE html>\n<html><body>404</body></html>\n", r"is an HTML page, most often an error page"),
+    ("a.json.gz", gzip.compress(b"<html>login</html>"), r"is an HTML page"),
+    ("a.csv", b"id,text\n1,one\n2,two\n", r"looks like CSV, which is not read; write its rows as JSON lines"),
+    ("a.tsv", b"id\ttext\n1\tone\n", r"looks like TSV"),
+    ("a.json", b'[{"text": "one"},\n {"text": "two"}]\n', r"is one JSON array.*jq -c '\.\[\]' FILE"),
+    ("a.json", b'{\n  "text": "one"\n}\n', r"JSON objects of several lines.*jq -c \. FILE"),
+    ("a.xml", b"<?xml version='1.0'?><a/>\n", r"looks like XML"),
+    ("a.txt", b"Plain words.\nMore of them.\n", r'holds no JSON lines; if it is plain text set format to "text"'),
+    ("a.lz4", b"\x04\x22\x4d\x18" + bytes(range(200)), r"packed with lz4.*read it as `pipe:lz4 -dc FILE`"),
+    ("a.jsonl", lzma.compress(b"x"), r"packed with xz.*`pipe:xz -dc FILE`"),
+    ("a.jsonl", bz2.compress(b"x"), r"packed with bzip2.*`pipe:bzip2 -dc FILE`"),
+    ("a.arrow", b"ARROW1\0\0" + bytes(100), r"an Arrow or Feather file.*as JSON lines or as Parquet"),
+    ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0" + bytes(100), r"an Arrow stream"),
+    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3", r"a PDF, which is not read; extract its text first"),
+    ("a.jsonl", codecs.BOM_UTF16_LE + '{"text": "one"}\n'.encode("utf-16-le"), r"UTF-16 text.*iconv -f UTF-16 -t"),
+    ("a.jsonl", '{"text": "one"}\n'.encode("utf-16-be"), r"UTF-16 text without a byte order.*iconv -f UTF-16BE"),
+    ("a.jsonl", gzip.compress(gzip.compress(LINES[0])), r"packed with gzip twice; unpack it once"),
+    ("A.JSON.GZ", bytes(5000), r"no \.gz file but nothing but zero bytes at its beginning"),
+    ("a.jsonl", bytes(5000), r"nothing but zero bytes at its beginning, as an unfinished copy leaves it"),
+    ("A.JSONL.ZST", LINES[0], r"damaged \(not a \.zst file\)"),
+    ("a.jsonl", b"", r"holds nothing"),
+    ("a.jsonl", b"\n\n\n", r"holds only blank lines"),
+    ("a.jsonl", b'{"url": "u", "doc": {"body": "b"}}\n', r"keys found: url, doc\.body; set `text_key`"),
+    ("a.jsonl", b"\x93\x01\x02" * 900, r"is no text of a kind that is known"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, data, words", NO_DOCUMENT)
+def test_a_file_without_a_document_is_named_with_what_it_looks_like(
+    tmp_path: Path, name: str, data: bytes, words: str
+) -> None:
+    raw = RawFile(write(tmp_path / name, data))
+    with pytest.raises(Exception, match=words) as error:
+        list(raw.read())
+    assert isinstance(error.value, NoDocumentError) != ("damaged" in words)
+    assert str(error.value).startswith(f"{tmp_path / name} ") and "\n" not in str(error.value)
+
+
+def test_a_file_of_empty_texts_alone_is_no_bad_file(tmp_path: Path) -> None:
+    texts, rejected = read(write(tmp_path / "a.jsonl", b'{"text": ""}\n{"text": " "}\n'))
+    assert texts == [] and [record.reason for record in rejected] == ["empty", "empty"]
+
+
+def test_bad_files_are_named_in_the_last_lines_and_count_as_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(40):
+        write(tmp_path / f"good-{number:02d}.jsonl", b"\n".join(LINES).replace(b"document", b"words %d" % number))
+    write(tmp_path / "good-40.jsonl", POINTER)
+    write(tmp_path / "good-41.jsonl", b"id,text\n1,one\n")
+    config = write(
+        tmp_path / "c.json",
+        json.dumps(
+            {
+                "input": f"{tmp_path}/good-*.jsonl",
+                "output": str(tmp_path / "out"),
+                "workers": 1,
+                "tokenizer": {"vocab_size": 280},
+            }
+        ).encode(),
+    )
+    assert main(["run", "--config", str(config)]) == 0
+    last = capsys.readouterr().err.splitlines()[-2:]
+    assert last[0].startswith(f"warning: left out: {tmp_path}/good-40.jsonl is a Git LFS pointer"), last
+    assert "good-41.jsonl looks like CSV" in last[1]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    assert manifest["provenance"]["dropped"]["quarantined"] == {"no document": 2}
+    records = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_bytes().splitlines()]
+    assert [(line["file"], line["reason"]) for line in records] == [
+        ("good-40.jsonl", "no document"),
+        ("good-41.jsonl", "no document"),
+    ]
+    assert main(["run", "--config", str(config), "--set", f"input={tmp_path}/good-4*.jsonl", "--force"]) == 2
+    assert "2 of 2 raw files are bad (damaged, or without a document)" in one_error(capsys)
+
+
+def test_the_text_is_where_text_key_says(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"a": {"b": "one"}, "c": 1}\n{"a.b": "two"}\n{"a": "b"}\n')
+    texts, (rejected,) = read(path, text_key="a.b")
+    assert texts == ["one", "two"]
+    assert (rejected.position, rejected.reason) == (3, "no text")
+    assert rejected.detail == "the key `a.b` is missing or not a string; keys found: a"
+    with pytest.raises(NoDocumentError, match=r"the key `text` is missing .*; keys found: a\.b, c; set `text_key`"):
+        read(path)
+
+
+def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
+    data = b"\n\nOne.\r\nStill one.\r\n \t\r\nTwo.\n\n\n\nThree \xff.\n\nFour"
+    path = write(tmp_path / "a.txt", data)
+    with pytest.raises(NoDocumentError, match=r"gives no document: byte 38 of the file: invalid start byte"):
+        read(path, "text")
+    texts, (rejected,) = read(path, "text", text_documents="blank_lines")
+    assert texts == ["One.\r\nStill one.", "Two.", "Four"]
+    assert (rejected.position, rejected.reason) == (10, "not UTF-8")
+    whole = write(tmp_path / "b.txt.gz", gzip.compress("Zwei Äpfel.\n\nEnde\n".encode()))
+    assert read(whole, "text") == (["Zwei Äpfel.\n\nEnde\n"], [])
+    long = write(tmp_path / "c.txt", b"small\n\n" + b"word " * 500 + b"\nmore\n\nsmall too\n")
+    texts, (rejected,) = read(long, "text", text_documents="blank_lines", max_document_bytes=1024)
+    assert (texts, rejected.reason, rejected.position) == (["small", "small too"], "too long", 3)
+    with pytest.raises(NoDocumentError, match=r"more than ingest\.max_document_bytes 1024"):
+        read(long, "text", max_document_bytes=1024)
