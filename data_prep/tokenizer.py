@@ -183,7 +183,8 @@ def sample_documents(
     """A sample of at most `sample_bytes` of UTF-8 text, in reading order; all of the text if there is no more.
 
     Each batch of raw files (a large file is one alone) gives its share by bytes of text. From the first
-    `SAMPLE_OVERSAMPLING` shares of its text, the documents with the smallest hash of (seed, text) are taken. Documents that go to validation are left out.
+    `SAMPLE_OVERSAMPLING` shares of its text, the documents with the smallest hash of (seed, text) are taken. Documents
+    that go to validation are left out.
     Memory: 24 bytes for each document of these shares, and one document. Documents longer than the share of their file
     have no place in it: a warning says so where they are many.
     """

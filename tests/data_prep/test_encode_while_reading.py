@@ -85,6 +85,7 @@ def test_killed_again_and_again(
         real(source, target)
 
     monkeypatch.setattr("data_prep.ingest.PART_BYTES", 60_000)
+    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)  # a batch must not need more than 14
     monkeypatch.setattr(work.os, "replace", replace)
     for _attempt in range(30):
         budget = 14

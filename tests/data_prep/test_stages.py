@@ -23,12 +23,14 @@ from data_prep.shard_reader import ShardReader
 from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_corpus
 from tests.data_prep.test_prepare import decoded, one_error, outputs
 
-# Parts of 60 KB: every file becomes several, so that stages have something to interrupt.
+# Parts of 60 KB and every file alone, as large ones are: it becomes several, so that stages have something to
+# interrupt. Small files together have a test in test_small_files.py.
 DRIVER = """
 import sys
 from data_prep.__main__ import main  # as a user starts it: workers are forked
 import data_prep.ingest
 data_prep.ingest.PART_BYTES = 60_000
+data_prep.ingest.BATCH_BYTES = 0
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -43,6 +45,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_prep.ingest.PART_BYTES", 60_000)
+    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,7 @@ def clean(raw: tuple[Path, dict[str, Any]]) -> Path:
     """The output of one run that nothing disturbed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.ingest.PART_BYTES", 60_000)
+        patch.setattr("data_prep.ingest.BATCH_BYTES", 0)
         assert main(["run", "--config", str(write_config(raw, "clean"))]) == 0
     return raw[0] / "clean"
 
@@ -132,7 +136,7 @@ def test_two_workers_other_parts_and_single_steps_give_the_same_bytes(
     assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
     assert outputs(raw[0] / "two") == outputs(clean)
     monkeypatch.setattr("data_prep.ingest.PART_BYTES", 1 << 25)
-    monkeypatch.setattr("data_prep.ingest.PART_DOCUMENTS", 7)
+    monkeypatch.setattr("data_prep.part_cutter.PART_DOCUMENTS", 7)
     monkeypatch.setattr("data_prep.signatures.BATCH_DOCUMENTS", 3)
     steps = write_config(raw, "steps")
     for command in ("ingest", "filter", "dedup", "tokenizer", "encode", "shard"):
