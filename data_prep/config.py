@@ -96,8 +96,9 @@ class DataConfig(Section):
     """One preparation: which raw files become which shards."""
 
     input: PathPatterns = Field(min_length=1)
-    """Raw files of the train split: a path, a glob, a URL that fsspec opens (s3://bucket/c4/*.json.gz), or a list of
-    them. Read in the order of the list, each glob sorted. Plain, gzip and zstd."""
+    """Raw files of the train split: a path, a glob, a URL that fsspec opens (s3://bucket/c4/*.json.gz), the output of
+    a command (pipe:xz -dc a.jsonl.xz), or a list of them; {00..09} and {a,b} are expanded. Read in the order of the
+    list, each glob sorted. Plain, gzip and zstd."""
     validation_input: PathPatterns = ()
     """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
     test_input: PathPatterns = ()
@@ -111,14 +112,15 @@ class DataConfig(Section):
     output: str = Field(min_length=1)
     """Folder for shards, tokenizer.model and manifest.json."""
     format: FormatName = "auto"
-    """Source format of the raw files. auto looks at the keys of the first line of each file and takes anything else
-    with a `text` for jsonl; c4, pes2o and jsonl skip that look and ask only for a `text` in each line. text: plain
-    UTF-8 text, see `text_documents`. wikitext:
-    wiki.train.raw as `input`, wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an
-    article. enwik8: the one file as `input`, see `split_bytes`. For these two a zip as downloaded also does, and
-    documents stay in the order of the file."""
+    """Source format of the raw files. auto looks at the first bytes of each file (Parquet, a webdataset tar) and at the
+    keys of its first line, and takes anything else with a text for jsonl; c4, pes2o and jsonl skip that look and ask
+    only for a text in each line, see `text_key`. parquet: the column `text_key`. webdataset: tars of .txt or .json
+    members. text: plain UTF-8 text, see `text_documents`. wikitext: wiki.train.raw as `input`, wiki.valid.raw as
+    `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file as `input`, see
+    `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the file."""
     text_key: str = Field(default="text", min_length=1)
-    """Where the text of a JSON record is; dotted for a key inside another: a.b is `{"a": {"b": "..."}}`."""
+    """Where the text of a JSON record or a row of Parquet is; dotted for a key inside another: a.b is
+    `{"a": {"b": "..."}}`."""
     text_documents: TextDocuments = "file"
     """What a document is in files of format text: file, the whole file; blank_lines, what stands between lines that
     are blank."""

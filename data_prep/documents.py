@@ -2,6 +2,8 @@
 
     c4, pes2o   one JSON object a line; its `text` is the document
     jsonl       the same with any other keys
+    parquet     the strings of a column
+    webdataset  tar archives; a document is a member .txt, or the text of a member .json
     text        UTF-8 text; a document is the file, or what stands between blank lines
     wikitext    UTF-8 text; a document is an article: a line ` = Title = ` and all up to the next such line
     enwik8      bytes; a document is a page of the XML dump, so that `show` and `stats` have something to name.
@@ -17,12 +19,14 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, no_json_lines
+from data_prep.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, PARQUET_MAGIC, foreign, is_tar, no_json_lines
 from data_prep.json_text import json_record, text_in
 from data_prep.locations import InputFile
+from data_prep.parquet_rows import parquet_documents
 from data_prep.plain_text import TextDocuments, text_documents
 from data_prep.records import EXCERPT_BYTES, Document, NoText, Rejected, too_long
 from data_prep.shard_format import SPLITS, DataError, SplitName
+from data_prep.tar_samples import tar_documents
 from data_prep.unpack import DAMAGE, DamagedFileError, NoDocumentError, Unpacked, unpacked
 
 # The keys that every line of a format carries; more keys are allowed (a dump may be annotated).
@@ -30,7 +34,8 @@ FORMAT_KEYS: dict[str, frozenset[str]] = {
     "c4": frozenset({"text", "timestamp", "url"}),
     "pes2o": frozenset({"added", "created", "id", "source", "text", "version"}),
 }
-FormatName = Literal["auto", "c4", "pes2o", "jsonl", "text", "wikitext", "enwik8"]
+FormatName = Literal["auto", "c4", "pes2o", "jsonl", "parquet", "webdataset", "text", "wikitext", "enwik8"]
+_NAMES = {"parquet": "Parquet file", "webdataset": "tar archive"}
 # What `position` counts.
 UNITS = ("line", "byte", "row", "sample")
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
@@ -87,7 +92,11 @@ class RawFile:
         with unpacked(self.path, member=member) as content:
             try:
                 head = content.peek(HEAD_BYTES)
-                for record in self._noted(self._records(content, head)):
+                if self._is_parquet(content, head):
+                    records = self._rows()
+                else:
+                    records = self._records(content, head)
+                for record in self._noted(records):
                     yield record
                     if on_bytes is not None and content.stored_bytes > reported:
                         on_bytes(content.stored_bytes - reported)
@@ -100,6 +109,13 @@ class RawFile:
             on_bytes(max(0, self.bytes - reported))
         self._check_documents(head)
 
+    def _is_parquet(self, content: Unpacked, head: bytes) -> bool:
+        return head.startswith(PARQUET_MAGIC) and not content.is_packed and self.format in ("auto", "parquet")
+
+    def _rows(self) -> Iterator[Document | Rejected]:
+        self.format = "parquet"
+        return parquet_documents(self.path, self._split, text_key=self._text_key, max_bytes=self._max_bytes)
+
     @property
     def unit(self) -> str:
         """What the positions of its records count: one of UNITS."""
@@ -109,9 +125,14 @@ class RawFile:
     def _records(self, content: Unpacked, head: bytes) -> Iterator[Document | Rejected]:
         if self.format == "enwik8":
             return self._pages(content)
+        if is_tar(head) and self.format in ("auto", "webdataset"):
+            self.format = "webdataset"
+            return tar_documents(content, self._split, text_key=self._text_key, max_bytes=self._max_bytes)
         if (kind := foreign(head)) is not None:
             raise NoDocumentError(f"{self.path} is {kind}")
-        if self.format != "wikitext" and self.format != "text":
+        if self.format in ("parquet", "webdataset"):
+            raise NoDocumentError(f'{self.path} is no {_NAMES[self.format]}; set format to "auto" or to what it is')
+        if self.format not in ("wikitext", "text"):
             return self._lines(content)
         if head.startswith(BYTE_ORDER_MARK):
             content.read(len(BYTE_ORDER_MARK))
@@ -137,6 +158,8 @@ class RawFile:
             return
         if self.format == "text":
             words = "holds no text" if first is None else f"gives no document: {first.detail}"
+        elif self.format in _NAMES:
+            words = "holds no record" if first is None else f"gives no document: {first.detail}"
         elif first is not None and first.reason == "no text":
             words = f"gives no document: {first.detail}; set `text_key` to the one that holds the text"
         else:

@@ -29,7 +29,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x1f\x9d", "packed with compress, which is not read", _UNPACK.format("gzip -dc")),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive, which is not read", "unpack it"),
     (0, b"Rar!", "a RAR archive, which is not read", "unpack it"),
-    (0, PARQUET_MAGIC, "a Parquet file", 'set format to "auto" or "parquet"'),
+    (0, PARQUET_MAGIC, "a Parquet file, which format auto and parquet read", "unpack it if it is packed"),
     (0, b"ARROW1", "an Arrow or Feather file, which is not read", _AS_JSON),
     (0, b"FEA1", "a Feather file, which is not read", _AS_JSON),
     (0, b"\xff\xff\xff\xff", "an Arrow stream, which is not read", _AS_JSON),

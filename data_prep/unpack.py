@@ -130,12 +130,15 @@ class Unpacked:
         name: str,
         stored_bytes: Callable[[], int],
         finish: Callable[[], tuple[str, int]],
+        is_packed: bool = True,
     ) -> None:
         self._read = read
         self._stored_bytes = stored_bytes
         self._finish = finish
         self.name = name
         """The file as the user named it; in a zip, with the member."""
+        self.is_packed = is_packed
+        """Whether the content is other bytes than those stored."""
         self.position = 0
         """Unpacked bytes read so far."""
         self._ahead = b""
@@ -198,7 +201,7 @@ def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
             elif magic == ZSTD_MAGIC or magic in ZSTD_SKIPPABLE:
                 yield _counted(str(path), _ZstdFrames(counter).read, counter)
             else:
-                yield _counted(str(path), counter.read, counter)
+                yield _counted(str(path), counter.read, counter, is_packed=False)
     except DAMAGE as error:
         raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
     except DataError:
@@ -220,13 +223,13 @@ def _check_suffix(path: InputFile, stored: IO[bytes], magic: bytes) -> None:
     raise DamagedFileError(f"{path} is damaged (not a {suffix} file); fetch it again")
 
 
-def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream) -> Unpacked:
+def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream, *, is_packed: bool = True) -> Unpacked:
     def finish() -> tuple[str, int]:
         while counter.read(BLOCK_BYTES):  # whatever follows the last gzip member belongs to the hash too
             pass
         return counter.hash.hexdigest(), counter.bytes
 
-    return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish)
+    return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish, is_packed=is_packed)
 
 
 def _find_member(archive: zipfile.ZipFile, path: InputFile, member: str | None) -> zipfile.ZipInfo:

@@ -39,7 +39,8 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         (
             {"format": "csv"},
             [],
-            "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'jsonl', 'text', 'wikitext' or 'enwik8'",
+            "format = \"csv\": Input should be 'auto', 'c4', 'pes2o', 'jsonl', 'parquet', 'webdataset', 'text', "
+            "'wikitext' or 'enwik8'",
         ),
         (
             {"tokenizer": {"type": "word"}},

@@ -1,0 +1,214 @@
+"""Parquet files, webdataset tars and pipes."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from data_prep import parquet_rows
+from data_prep.cli import main
+from data_prep.documents import Document, RawFile, Rejected
+from data_prep.locations import PipeFile, expand
+from data_prep.shard_format import DataError
+from data_prep.unpack import DamagedFileError, NoDocumentError
+from data_prep.work import PassingError
+from tests.data_prep.test_inputs import read, write
+from tests.data_prep.test_prepare import outputs
+
+TEXTS = [f"text {number} ü\n" for number in range(9)]
+
+
+def tar_of(*members: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+TEXT_TAR = tar_of(*((f"dir.v1/{number:04d}.txt", text.encode()) for number, text in enumerate(TEXTS)))
+
+
+class Bomb:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (self.path,))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["tar", "tar.gz", "tar.zst"])
+@pytest.mark.parametrize("format", ["auto", "webdataset"])
+def test_text_members_are_documents(tmp_path: Path, pack: Any, format: str) -> None:
+    assert read(write(tmp_path / "a.tar", pack(TEXT_TAR)), format) == (TEXTS, [])
+
+
+def test_members_of_other_kinds_are_named_and_never_opened(tmp_path: Path) -> None:
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    stored = tar_of(
+        ("__meta__", b"{}"),
+        ("a.json", b'{"text": "from json", "n": 1}'),
+        ("b.txt", b"from text"), ("b.json", b'{"text": "only what goes with it"}'), ("b.jpg", b"\xff\xd8"),
+        ("c.pyd", bomb), ("c.cls", b"3"),
+        ("d.pth", bomb),
+        ("e.json", b"[1]"),
+        ("f.en.txt", b"two languages"), ("f.de.txt", b"zwei Sprachen"),
+        ("g.txt", b"\xff"),
+        ("README", b"no ending"),
+        ("h.txt", b"x" * 2000),
+    )  # fmt: skip
+    texts, rejected = read(write(tmp_path / "a.tar", stored), max_document_bytes=1024)
+    assert texts == ["from json", "from text", "two languages", "zwei Sprachen"]
+    assert [(record.position, record.reason) for record in rejected] == [
+        (3, "no text"), (4, "no text"), (5, "not JSON"), (7, "not UTF-8"), (8, "no text"), (9, "too long"),
+    ]  # fmt: skip
+    assert rejected[0].detail == "sample c has cls, pyd; only .txt and .json members are read"
+    assert not (tmp_path / "exploded").exists()
+    images = write(tmp_path / "b.tar", tar_of(("a.jpg", b"\xff\xd8"), ("b.jpg", b"\xff\xd8")))
+    with pytest.raises(NoDocumentError, match=r"gives no document: sample a has jpg; only \.txt and \.json"):
+        read(images)
+    with pytest.raises(NoDocumentError, match=r'a tar archive; set format to "webdataset"'):
+        read(images, "jsonl")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda data: data[: 4 * 512], "without its end"),  # between two members: what tarfile takes for the end
+        (lambda data: data[: 5 * 512 + 100], "is damaged"),
+        (lambda data: data + data, "several tar archives in one"),
+        (lambda data: data[: 4 * 512] + b"x" * 512 + data[5 * 512 :], "several tar archives in one"),
+    ],
+    ids=["cut between members", "cut in a member", "joined", "bad header"],
+)
+def test_a_tar_is_whole_or_damaged(tmp_path: Path, damage: Any, words: str) -> None:
+    raw = RawFile(write(tmp_path / "a.tar", damage(TEXT_TAR)))
+    with pytest.raises(DamagedFileError, match=words):
+        list(raw.read())
+    assert raw.bytes == (tmp_path / "a.tar").stat().st_size
+
+
+def test_commands_and_braces(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a b.tar", TEXT_TAR)
+    pipe = PipeFile(f"pipe:cat '{path}'")
+    raw = RawFile(pipe)
+    assert [record.data.decode() for record in raw.read() if isinstance(record, Document)] == TEXTS
+    assert (raw.format, raw.bytes, pipe.name, str(pipe)) == ("webdataset", len(TEXT_TAR), "a b.tar", "pipe:...a b.tar")
+    lines = write(tmp_path / "lines.jsonl", b'{"text": "one"}\n')
+    assert list(RawFile(PipeFile(f"pipe:gzip -c {lines} | gzip -dc")).read()) == [Document(1, "train", b"one")]
+    with pytest.raises(PassingError, match=r"^the command of pipe:\.\.\.none\.tar failed \(exit code 1\)"):
+        list(RawFile(PipeFile(f"pipe:cat {tmp_path}/none.tar")).read())
+    secret = PipeFile("pipe:curl -s -H 'Authorization: Bearer s3cr3t' 'https://user:s3cr3t@host/x.tar?sig=s3cr3t'")
+    assert (secret.name, repr(secret)) == ("x.tar", "PipeFile()") and "s3cr3t" not in str(secret)
+    assert expand("a-{08..10}.{tar,json}") == [f"a-{n}.{end}" for n in ("08", "09", "10") for end in ("tar", "json")]
+    literal = write(tmp_path / "{a,b}.json", b"")
+    assert expand(str(literal)) == [str(literal)]
+    with pytest.raises(DataError, match=r"Unbalanced braces"):
+        expand("a{1")
+
+
+@pytest.fixture
+def arrow() -> Any:
+    return pytest.importorskip("pyarrow.parquet", reason="reading Parquet is UNTESTED: pyarrow is not installed")
+
+
+def table_of(arrow: Any, path: Path, columns: dict[str, Any], **settings: Any) -> Path:
+    import pyarrow
+
+    arrow.write_table(pyarrow.table(columns), path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+def test_the_rows_of_a_column_are_documents(
+    tmp_path: Path, arrow: Any, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    """Nulls and blank rows keep the numbers right, in row groups of 4, decoded a few rows at a time."""
+    monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 20)
+    values = [*TEXTS[:3], None, " ", *TEXTS[3:], "x" * 2000]
+    path = table_of(
+        arrow,
+        tmp_path / "a.parquet",
+        {"id": list(range(len(values))), "text": values},
+        row_group_size=4,
+        compression=compression,
+    )
+    for format in ("auto", "parquet"):
+        raw = RawFile(path, format=format, max_document_bytes=1024)  # type: ignore[arg-type]
+        records = list(raw.read())
+        documents = [record for record in records if isinstance(record, Document)]
+        assert [record.data.decode() for record in documents] == TEXTS
+        assert [record.position for record in documents] == [1, 2, 3, 6, 7, 8, 9, 10, 11]
+        rejected = [(record.position, record.reason) for record in records if isinstance(record, Rejected)]
+        assert rejected == [(4, "no text"), (5, "empty"), (12, "too long")]
+        assert (raw.format, raw.unit, raw.bytes) == ("parquet", "row", path.stat().st_size)
+
+
+def test_the_column_is_that_of_text_key(tmp_path: Path, arrow: Any) -> None:
+    path = table_of(arrow, tmp_path / "a", {"meta": [{"body": "deep", "n": 1}], "raw": [b"bytes"], "n": [3]})
+    assert read(path, text_key="meta.body") == (["deep"], [])
+    assert read(path, text_key="raw") == (["bytes"], [])
+    with pytest.raises(NoDocumentError, match=r"no column `text`; set `text_key` to one of: meta\.body, meta\.n, raw"):
+        read(path)
+    with pytest.raises(NoDocumentError, match=r"gives no document: the key `n` is missing or not a string"):
+        read(path, text_key="n")
+
+
+def test_parquet_that_cannot_be_read_is_named(tmp_path: Path, arrow: Any) -> None:
+    path = table_of(arrow, tmp_path / "a.parquet", {"text": TEXTS * 500}, compression="snappy")
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:100], whole[:300] + bytes(200) + whole[500:]):
+        with pytest.raises(DamagedFileError, match=r"a\.parquet is damaged \(.*\); fetch it again"):
+            read(write(path, damaged))
+    with pytest.raises(NoDocumentError, match=r"a Parquet file.*; unpack it if it is packed"):
+        read(write(path, gzip.compress(whole)))
+    with pytest.raises(NoDocumentError, match=r"is no Parquet file"):
+        read(write(path, b'{"text": "one"}\n'), "parquet")
+    write(path, whole)
+    with pytest.raises(DataError, match=r"gives a Parquet file.*write it to a file first"):
+        list(RawFile(PipeFile(f"pipe:cat {path}")).read())
+
+
+def test_a_missing_pyarrow_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a Parquet file, which the package pyarrow reads; install it with pip.*parq"):
+        read(write(tmp_path / "a", b"PAR1" + bytes(100) + b"PAR1"))
+
+
+def test_all_kinds_in_one_run_are_the_same_with_any_workers(tmp_path: Path, arrow: Any) -> None:
+    """The same texts as JSON lines, Parquet, tar and text files give the same shards."""
+    texts = [f"{number} " + text * 9 for number, text in enumerate(TEXTS * 12)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    write(tmp_path / "lines.jsonl", lines.encode())
+    table_of(arrow, tmp_path / "rows.parquet", {"text": texts}, row_group_size=10)
+    write(tmp_path / "members.tar", tar_of(*((f"{n:05d}.txt", text.encode()) for n, text in enumerate(texts))))
+    (tmp_path / "files").mkdir()
+    for number, text in enumerate(texts):
+        write(tmp_path / "files" / f"{number:05d}.txt", text.encode())
+    settings = {"workers": 1, "tokenizer": {"vocab_size": 280}, "validation_fraction": 0.2}
+    made = {}
+    for name, where, workers in (
+        ("lines", "lines.jsonl", 1), ("rows", "rows.parquet", 2), ("members", "members.tar", 2),
+        ("files", "files/*.txt", 1), ("files2", "files/*.txt", 2),
+    ):  # fmt: skip
+        body = {**settings, "input": f"{tmp_path}/{where}", "output": str(tmp_path / f"out-{name}"), "workers": workers}
+        body |= {"format": "text"} if name.startswith("files") else {}
+        config = write(tmp_path / f"{name}.json", json.dumps(body).encode())
+        assert main(["run", "--config", str(config)]) == 0
+        made[name] = outputs(tmp_path / f"out-{name}")
+    assert made["files"] == made["files2"]
+    for name in ("rows", "members", "files"):
+        assert {file: sha for file, sha in made[name].items() if file.endswith((".tar", ".model"))} == {
+            file: sha for file, sha in made["lines"].items() if file.endswith((".tar", ".model"))
+        }
