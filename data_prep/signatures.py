@@ -111,8 +111,8 @@ def shingle_hashes(words: np.ndarray, counts: np.ndarray, shingle_words: int) ->
     rolled = np.zeros(len(words), np.uint64)
     for distance in range(shingle_words):
         # A document shorter than n uses the words it has: those behind its end count as 0.
-        shifted = np.zeros(len(words), np.uint64)
-        shifted[: len(words) - distance] = words[distance:]
+        ahead = words[distance:]  # none if all documents together have fewer words than an n-gram
+        shifted = np.concatenate([ahead, np.zeros(len(words) - len(ahead), np.uint64)])
         inside = np.arange(len(words)) + distance < np.repeat(stop, counts)
         rolled = _mixed(rolled + np.where(inside, shifted, np.uint64(0)) + np.uint64(distance + 1))
     num_shingles = np.maximum(counts - shingle_words + 1, 1)

@@ -228,3 +228,44 @@ def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> No
     assert run_dedup(tmp_path, [["!!! ???", "... ---", "one two", "One, two!", originals(1)[0]]]) == [
         "!!! ???", "... ---", "one two", originals(1)[0],
     ]  # fmt: skip
+
+
+def shingle_hash_of(words: list[int]) -> int:
+    """The definition in whole numbers: h becomes splitmix64(h + word + place + 1) word by word, modulo 2^64."""
+    found = 0
+    for place, word in enumerate(words):
+        found = (found + word + place + 1 + 0x9E3779B97F4A7C15) % 2**64
+        found = (found ^ (found >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        found = (found ^ (found >> 27)) * 0x94D049BB133111EB % 2**64
+        found ^= found >> 31
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 50])
+@pytest.mark.parametrize(
+    "counts",
+    [[1], [2], [3], [4], [5], [6], [7], [1, 1], [2, 1], [1, 2, 1], [5, 5], [4, 6, 1], [49], [50], [51], [50, 3, 52]],
+)
+def test_shingles_are_those_of_the_definition_however_few_words_there_are(n: int, counts: list[int]) -> None:
+    """2 and 3 words in all ended in a traceback with n = 5: a negative slice."""
+    words = np.random.default_rng(n).integers(0, 2**64, sum(counts), np.uint64)
+    expected, offsets = [], [0]
+    rest = words.tolist()
+    for count in counts:
+        document, rest = rest[:count], rest[count:]
+        whole = [document[start : start + n] for start in range(count - n + 1)] or [document + [0] * (n - count)]
+        expected += [shingle_hash_of(ngram) for ngram in whole]
+        offsets.append(len(expected))
+    hashes, found = shingle_hashes(words, np.array(counts), n)
+    assert hashes.tolist() == expected and found.tolist() == offsets
+
+
+@pytest.mark.parametrize(
+    "texts", [["Hello world"], ["Hello world wide"], ["Hello"], ["one", "two"], ["?", "Hello you"]]
+)
+def test_a_raw_file_of_a_few_words_goes_through(tmp_path: Path, texts: list[str]) -> None:
+    assert run_dedup(tmp_path, [texts, [originals(1)[0], "Hello world"]]) == [
+        *texts,
+        originals(1)[0],
+        *["Hello world"][: "Hello world" not in texts],
+    ]
