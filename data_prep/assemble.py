@@ -12,6 +12,7 @@ from data_prep.dedup_result import duplicate_verdicts
 from data_prep.encode import load_tokenizer
 from data_prep.filter_stage import filtered_out, summary
 from data_prep.ingest import quarantine_file
+from data_prep.output_files import DUPLICATE_SAMPLES_FILE, FILTER_SAMPLES_FILE, QUARANTINE_FILE, RECORD_FILES
 from data_prep.pack import ShardTask, read_entry, split_totals
 from data_prep.selection import Selection
 from data_prep.shard_format import (
@@ -112,16 +113,16 @@ def _left_out(parts: Sequence[Part], selection: Selection) -> tuple[Counter[str]
 def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
     """quarantine.jsonl and the examples; their entries for the manifest."""
     config = pipeline.plan.config
-    with replacing(folder / prepare.QUARANTINE_FILE) as stream:
+    with replacing(folder / QUARANTINE_FILE) as stream:
         for task in pipeline.tasks(whole=True):
             with quarantine_file(task).open("rb") as source:
                 shutil.copyfileobj(source, stream)
     if config.filter is not None:
-        _write_lines(folder / prepare.FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True)).samples)
+        _write_lines(folder / FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True)).samples)
     if config.dedup is not None:
-        _write_lines(folder / prepare.DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join()))
+        _write_lines(folder / DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join()))
     records = []
-    for name in prepare.RECORD_FILES:
+    for name in RECORD_FILES:
         path = folder / name
         if path.exists() and path.stat().st_size == 0:
             path.unlink()

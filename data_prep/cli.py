@@ -15,11 +15,13 @@ from typing import NoReturn
 
 from data_prep import prepare, report
 from data_prep.config import describe_keys, load_config
+from data_prep.folders import check_folder
 from data_prep.locations import without_secrets
 from data_prep.lossy import check_given_model
+from data_prep.output_files import QUARANTINE_FILE, check_output
 from data_prep.parallel import worker_pool
 from data_prep.pipeline import Pipeline, Slice
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import Plan, make_plan, output_folder
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
 from data_prep.stats_report import REPORT_FOLDER, write_report
 from data_prep.terminal import visible
@@ -43,18 +45,20 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     part = _slice(arguments)
     if losses := check_given_model(plan):
         print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
+    check_folder(plan.output, "output")
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
         if arguments.command in ("run", "shard") and any(plan.output.glob(f"{WORK}*")):
             with contextlib.suppress(DataError), prepare.output_lock(plan.output, shared=False):
                 prepare.remove_work(plan)  # of a run that was killed when its data were in place already
         return
+    check_output(plan, force=arguments.force)
     command = arguments.command
     if command == "tokenizer" and plan.config.tokenizer.type == "bytes":
         print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
         return
     with prepare.output_lock(plan.output, shared=part.tasks > 1), worker_pool(plan.workers) as workers:
-        pipeline = Pipeline(plan, workers, part)
+        pipeline = Pipeline(plan, workers, part, arguments.force)
         _STEPS[command](pipeline)
         if command in ("run", "shard", "tokenizer"):
             prepare.write_run_record(plan, config_path=arguments.config, seconds=pipeline.seconds)
@@ -81,7 +85,7 @@ def _print_result(pipeline: Pipeline, took: str) -> None:
         print("warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr)
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
-        print(f"warning: records were quarantined, see {plan.output / prepare.QUARANTINE_FILE}", file=sys.stderr)
+        print(f"warning: records were quarantined, see {plan.output / QUARANTINE_FILE}", file=sys.stderr)
     report.bad_files(pipeline)
 
 
@@ -142,7 +146,7 @@ def _manifest(arguments: argparse.Namespace) -> Manifest:
     """The manifest that a reading command is about: FOLDER, or the output of --config."""
     if (arguments.folder is None) == (arguments.config is None):
         raise DataError(f"{arguments.command} needs either the FOLDER of prepared data or --config CONFIG")
-    folder = arguments.folder or Path(load_config(arguments.config, arguments.set).output)
+    folder = arguments.folder or output_folder(load_config(arguments.config, arguments.set))
     return Manifest.load(folder)
 
 
@@ -196,7 +200,9 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = f"keys of the config:\n{describe_keys()}"
     command.add_argument(
-        "--force", action="store_true", help="rebuild although the output holds data made in another way"
+        "--force",
+        action="store_true",
+        help="rebuild although the output holds other data, and replace files in the way that no preparation made",
     )
 
 

@@ -32,6 +32,12 @@ def expanded(path: str, key: str) -> Path:
 def check_writable_folder(folder: Path, key: str) -> None:
     """Raises DataError unless the folder is there and may be written, or can be made. `folder` is absolute. Makes
     nothing."""
+    check_folder(folder, key)
+    check_permission(folder, key)
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raises DataError if something that is no folder stands there or on the way. `folder` is absolute."""
     for place in (*reversed(folder.parents), folder):
         try:
             mode = place.stat().st_mode
@@ -41,7 +47,6 @@ def check_writable_folder(folder: Path, key: str) -> None:
                     f"{key}: {place} is a link to {os.readlink(place)}, which is not there; make that folder, or "
                     "remove the link"
                 ) from None
-            _check_permission(place.parent, folder, key)
             return
         except OSError as error:
             if error.errno == errno.ELOOP:
@@ -55,10 +60,11 @@ def check_writable_folder(folder: Path, key: str) -> None:
             kind = KINDS.get(stat.S_IFMT(mode), "no folder")
             below = "" if place == folder else f", so there can be no {folder}"
             raise DataError(f"{key}: {place} is {kind} and not a folder{below}; name another folder")
-    _check_permission(folder, folder, key)
 
 
-def _check_permission(existing: Path, folder: Path, key: str) -> None:
+def check_permission(folder: Path, key: str) -> None:
+    """Raises DataError if this user may not write into the folder, or not make it. `folder` is absolute."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         where = "" if existing == folder else f" to make {folder}"
         raise DataError(f"{key}: no permission to write into {existing}{where}; name another folder")

@@ -38,6 +38,7 @@ from data_prep.ingest import (
 )
 from data_prep.locations import identity, size_and_stamp
 from data_prep.lossy import check_vocab_size
+from data_prep.output_files import TOKENIZER_RECORD, publish
 from data_prep.pack import ShardTask, cut_shards, read_entry, write_shard
 from data_prep.parallel import Workers
 from data_prep.part_cutter import Encoding
@@ -76,6 +77,8 @@ class Pipeline:
     plan: Plan
     workers: Workers
     slice: Slice = Slice()
+    force: bool = False
+    """Whether foreign files in the output may be replaced."""
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each stage took."""
     _states: dict[str, BatchState] = field(default_factory=dict)
@@ -280,7 +283,7 @@ class Pipeline:
     def _model_file(self, make: Callable[[], bytes]) -> Path:
         """tokenizer.model, made unless it is there, and its record, which comes last."""
         model = self.tokenizer_folder() / TOKENIZER_FILE
-        record = model.with_name(prepare.TOKENIZER_RECORD)
+        record = model.with_name(TOKENIZER_RECORD)
         if not record.exists():
             content = make()
             self._check_model(content)
@@ -337,9 +340,9 @@ class Pipeline:
     def publish_tokenizer(self, model: Path) -> None:
         """Puts a model into the output; data that another one made go."""
         folder = stage_folder(self.plan.work, "publish")
-        for path in (model, model.with_name(prepare.TOKENIZER_RECORD)):
+        for path in (model, model.with_name(TOKENIZER_RECORD)):
             shutil.copyfile(path, folder / path.name)
-        prepare.publish(folder, self.plan.output)
+        publish(folder, self.plan.output, force=self.force)
 
     def shard(self, model: Path | None) -> None:
         """Encodes what is left, writes the shards and the manifest, and publishes them."""
@@ -355,9 +358,9 @@ class Pipeline:
             folder = tasks[0].folder
             if model is not None:
                 shutil.copyfile(model, folder / TOKENIZER_FILE)
-                shutil.copyfile(model.with_name(prepare.TOKENIZER_RECORD), folder / prepare.TOKENIZER_RECORD)
+                shutil.copyfile(model.with_name(TOKENIZER_RECORD), folder / TOKENIZER_RECORD)
             write_data_manifest(self, folder, encoded, tokenizer, tasks)
-            prepare.publish(folder, self.plan.output)
+            publish(folder, self.plan.output, force=self.force)
 
     def _nothing_to_train_on(self) -> DataError:
         reasons = sorted({reason for state in self.states(whole=True) for reason in state.rejected})

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.config import REPOSITORY, DataConfig
 from data_prep.documents import ORIGINS, RawFile, SourceSplit
+from data_prep.folders import expanded
 from data_prep.locations import InputFile, RemoteFile, expand, is_file, match, without_secrets
 from data_prep.shard_format import SPLITS, DataError, SplitName
 from data_prep.stage_config import URL
@@ -129,9 +130,14 @@ def make_plan(config: DataConfig) -> Plan:
         sources=tuple(
             Source(path=path, split=splits[key], name=names[path]) for key, paths in found.items() for path in paths
         ),
-        output=Path(config.output).absolute(),
+        output=output_folder(config),
         external_model=model,
     )
+
+
+def output_folder(config: DataConfig) -> Path:
+    """The absolute path of `output`; ~ is the user's home. Raises DataError."""
+    return expanded(config.output, "output")
 
 
 def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:

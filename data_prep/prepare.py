@@ -1,7 +1,7 @@
-"""From the finished stages to prepared data: what is recorded, whether it is up to date, and how it gets into place.
+"""From the finished stages to prepared data: what is recorded, and whether it is up to date.
 
-Shards are built in the work folder and moved into place with the manifest last; while files are being moved there is
-no manifest at all. So a manifest never describes files that are not there.
+Shards are built in the work folder and moved into place with the manifest last (`output_files`); while files are being
+moved there is no manifest at all. So a manifest never describes files that are not there.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import socket
 import sys
@@ -21,23 +20,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.locations import InputFile, identity, sha256_of, size_and_stamp
+from data_prep.output_files import PUBLISHED, RUN_RECORD, TOKENIZER_RECORD, sizes
 from data_prep.plan import Plan
 from data_prep.progress import byte_bar
-from data_prep.shard_format import INDEX_SUFFIX, MANIFEST_FILE, SPLITS, TOKENIZER_FILE, DataError, Manifest, sha256_file
-from data_prep.work import fingerprint, read_json, write_json
+from data_prep.shard_format import MANIFEST_FILE, TOKENIZER_FILE, DataError, Manifest, sha256_file
+from data_prep.work import STAGE_FOLDER, fingerprint, read_json, write_json
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to
 # date.
 PREPARATION_VERSION = "4"
 LOCK = ".lock"
-REMOVED_WORK = ".work.removed"
-TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
-RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it
-QUARANTINE_FILE = "quarantine.jsonl"
-FILTER_SAMPLES_FILE = "filter_samples.jsonl"
-DUPLICATE_SAMPLES_FILE = "duplicate_samples.jsonl"
-RECORD_FILES = (QUARANTINE_FILE, FILTER_SAMPLES_FILE, DUPLICATE_SAMPLES_FILE)
-SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_SUFFIX)})")
+REMOVED = ".removed"  # in the work folder: stages that are being removed
+REMOVED_WORK = ".work.removed"  # where earlier code moved a work folder that it was removing
 
 
 def base_versions() -> dict[str, str]:
@@ -143,7 +137,7 @@ def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     # A file opened for writing, because NFS gives no exclusive lock on anything else. It stays: removing
     # it would let two processes each lock a file of that name.
-    with (output / LOCK).open("w") as lock:
+    with (output / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,31 +163,35 @@ def _closed_after_fork(lock: IO[str]) -> Iterator[None]:
         _held.discard(lock)
 
 
-def publish(folder: Path, output: Path) -> None:
-    """Moves finished files into the output: old manifest away, old shards, tokenizer and records away, new files in,
-    new manifest last. Files whose names begin with a dot, and states, stay."""
-    (output / MANIFEST_FILE).unlink(missing_ok=True)
-    for old in output.iterdir():
-        if SHARD_NAME.fullmatch(old.name) or old.name in (TOKENIZER_FILE, TOKENIZER_RECORD, *RECORD_FILES):
-            old.unlink()
-    new = [path for path in folder.iterdir() if _is_published(path.name)]
-    for path in sorted(new, key=lambda path: (path.name == MANIFEST_FILE, path.name)):
-        os.replace(path, output / path.name)
-
-
-def _is_published(name: str) -> bool:
-    known = (TOKENIZER_FILE, TOKENIZER_RECORD, MANIFEST_FILE, *RECORD_FILES)
-    return name in known or SHARD_NAME.fullmatch(name) is not None
-
-
 def remove_work(plan: Plan) -> None:
-    """Removes the work folder, unless `keep_work`, and what a run that was killed here has left of one. It gets
-    another name first: half of it would pass for finished stages."""
-    removed = plan.output / REMOVED_WORK
-    shutil.rmtree(removed, ignore_errors=True)
-    if plan.work.exists() and not plan.config.keep_work:
-        os.replace(plan.work, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    """Removes the stages in the work folder, unless `keep_work`, and what a run that was killed here has left of some;
+    what else lies there stays. They are moved aside first: half of a stage would pass for a finished one."""
+    removed = plan.work / REMOVED
+    _remove_stages(removed)
+    _remove_stages(plan.output / REMOVED_WORK)
+    if not plan.work.is_dir() or plan.config.keep_work:
+        return
+    removed.mkdir(exist_ok=True)
+    for stage in _stages(plan.work):
+        os.replace(stage, removed / stage.name)
+    _remove_stages(removed)
+    for path in [plan.work / PUBLISHED, *plan.work.glob(f".{PUBLISHED}.*.tmp")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it, or it is a link
+        plan.work.rmdir()
+
+
+def _stages(folder: Path) -> list[Path]:
+    """The stages' own folders in one."""
+    return [path for path in sorted(folder.iterdir()) if STAGE_FOLDER.fullmatch(path.name) and not path.is_symlink()]
+
+
+def _remove_stages(folder: Path) -> None:
+    """Removes a folder of stages; if something else is in it, the stages alone."""
+    if folder.is_dir():
+        stages = _stages(folder)
+        for doomed in [folder] if len(stages) == len(list(folder.iterdir())) else stages:
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_run_record(plan: Plan, *, config_path: Path, seconds: dict[str, float]) -> None:
@@ -206,5 +204,6 @@ def write_run_record(plan: Plan, *, config_path: Path, seconds: dict[str, float]
         "config": str(config_path.resolve()),
         "inputs": stamps(plan),
         "output": str(plan.output),
+        "files": sizes(plan.output),
     }
     write_json(plan.output / RUN_RECORD, record)

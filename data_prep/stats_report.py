@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shard_format import Manifest, ShardIndex
+from data_prep.folders import check_writable_folder, expanded
+from data_prep.shard_format import DataError, Manifest, ShardIndex
 from data_prep.shard_reader import ShardReader
 from data_prep.tokenizer import TextTokenizer
 
 REPORT_FOLDER = "report"
+TITLE = "# Prepared data "  # then the digest: how a report is known as ours
+PLOTS = ("lengths.png", "bytes_per_token.png", "left_out.png", "duplicates.png", "vocabulary.png")
 READ_TOKENS = 1 << 20
 RATIO_STEP, RATIO_BINS = 0.05, 240  # bytes per token up to 12
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -110,10 +113,24 @@ def dropped_rows(manifest: Manifest) -> list[tuple[str, str, int]]:
     ]
 
 
+def check_own(folder: Path) -> None:
+    """Raises DataError if one of the files that a report has is there and no report of ours."""
+    found = [name for name in ("report.md", *PLOTS) if (folder / name).exists()]
+    report = folder / "report.md"
+    own = report.is_file() and report.read_bytes().startswith(TITLE.encode())
+    if found and not own:
+        raise DataError(f"--out: {folder} holds {found[0]}, which no report of ours is; name another folder with --out")
+
+
 def write_report(manifest: Manifest, folder: Path) -> Path:
     """Writes report.md and its plots into a folder; the path of report.md. The same data give the same text."""
+    folder = expanded(str(folder), "--out")
+    check_writable_folder(folder, "--out")
+    check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# Prepared data {manifest.digest[:12]}", ""]
+    lines = [f"{TITLE}{manifest.digest[:12]}", ""]
+    path = folder / "report.md"
+    path.write_text(lines[0] + "\n", encoding="utf-8")  # first, so that what a kill leaves is known as ours
     lines += _totals(manifest)
     lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, folder)
     lines += _left_out(manifest, folder)
@@ -130,7 +147,6 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     if "train" in found:
         lines += _vocabulary(found["train"].counts, tokenizer, folder)
     lines += _inputs(manifest)
-    path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

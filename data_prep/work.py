@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ class PassingError(DataError):
 
 
 WORK = ".work"
+STAGE_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}")  # the names that `stage_folder` gives
 T = TypeVar("T")
 
 

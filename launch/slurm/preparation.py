@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep.config import load_config
 from data_prep.lossy import check_given_model
+from data_prep.output_files import check_output
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import DataError
 from launch.slurm import job
@@ -40,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--requeues", type=job.at_least(0), default=5, metavar="N", help="restarts of each task")
     parser.add_argument(
-        "--force", action="store_true", help="rebuild although the output holds data made in another way"
+        "--force",
+        action="store_true",
+        help="rebuild although the output holds other data, and replace files in the way that no preparation made",
     )
     job.add_site_arguments(parser)
     return parser
@@ -86,7 +89,9 @@ def _training(plan: Plan, last_job: str) -> str:
 def _check(args: argparse.Namespace) -> Plan:
     job.seconds_of(args.time)
     plan = make_plan(load_config(args.config, args.overrides))
-    check_given_model(plan)  # the jobs would refuse it after they have waited for their nodes
+    # The jobs would refuse these too, after they have waited for their nodes.
+    check_given_model(plan)
+    check_output(plan, force=args.force)
     if args.tasks > len(plan.sources):
         raise UserError(
             f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "
