@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from data_prep.shard_format import DataError
 from pretrain.config import FREE, Config
 from pretrain.config_io import fields, load_config, to_json
+from pretrain.deepspeed_keys import EXTRA
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode, exit_codes_help
 from pretrain.resilience.signals import Stage, Stop
@@ -198,6 +199,8 @@ def keys_help() -> str:
         lines += textwrap.wrap(
             " ".join((field.description or "").split()), 96, initial_indent="      ", subsequent_indent="      "
         )
+    lines += ["", "keys of the deepspeed section that are passed on:"]
+    lines += textwrap.wrap(", ".join(sorted(EXTRA)), 96, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 

@@ -256,8 +256,9 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     kernels: KernelsConfig = KernelsConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Extra keys for DeepSpeed's own configuration, e.g. {"zero_optimization": {"overlap_comm": true}}; a key that is
-    derived from the sections above is refused."""
+    """Extra keys for DeepSpeed's own configuration, e.g. {"zero_optimization": {"overlap_comm": true}}. A key that is
+    derived from the sections above, has no effect here, was removed from DeepSpeed or is unknown to it is refused; the
+    end of this help lists those that are passed on."""
 
     @property
     def reads_streams(self) -> bool:

@@ -8,50 +8,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from data_prep.stage_config import URL
+from pretrain.deepspeed_keys import check_deepspeed
 from pretrain.errors import ConfigError
 from pretrain.mixture import LARGEST_PERIOD, whole_weights
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
     from pretrain.config import Config
-
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "batch.global_sequences",
-    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
-    "gradient_accumulation_steps": "batch.global_sequences and batch.micro_sequences",
-    "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "the optimizer section",
-    "scheduler": "the schedule section",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "bfloat16": "train.precision",
-    "data_types": "train.precision",
-    "communication_data_type": "train.precision",
-    "torch_autocast": "train.precision",
-    "zero_optimization.stage": "parallel.zero",
-    "zero_optimization.compute_grad_norm": "the need of metrics.jsonl for the gradient norm",
-    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
-    "zero_optimization.cpu_offload": "parallel.offload_optimizer",
-    "zero_optimization.offload_param": "parallel.offload_optimizer, which moves optimizer states alone",
-    "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
-    "activation_checkpointing": "train.recompute",
-    "sequence_parallel_size": "parallel.sequence",
-    "tensor_parallel": "parallel.tensor",
-    "elasticity": "the number of ranks at start: a run resumes in any layout",
-    "amp": "train.precision",
-    "sparse_gradients": "the embedding, whose gradient is dense",
-    "pipeline.pipe_partitioned": "the exactness of sequence parallelism",
-    "pipeline.grad_partitioned": "the exactness of sequence parallelism",
-    "pipeline.activation_checkpoint_interval": "train.recompute",
-    "zero_allow_untested_optimizer": "the optimizer section",
-    "prescale_gradients": "the average over ranks that every layout shares",
-    "gradient_predivide_factor": "the average over ranks that every layout shares",
-    "steps_per_print": "monitor.print_every_steps",
-    "wall_clock_breakdown": "monitor.print_every_steps",
-    "tensorboard": "monitor.tensorboard",
-    "use_data_before_expert_parallelism": "parallel.expert, which divides neighbouring data-parallel ranks",
-    "expert_parallel": "parallel.expert",
-}
 
 
 def check_rules(config: Config) -> None:
@@ -62,6 +25,7 @@ def check_rules(config: Config) -> None:
             "repeated forward pass, other ones than in the first, and torch's record of kept products does not match); "
             "set train.recompute to full or none, or parallel.zero to 2"
         )
+    check_deepspeed(config)
     _check_tensor(config)
     _check_pipeline(config)
     _check_offload(config)
@@ -89,15 +53,6 @@ def check_rules(config: Config) -> None:
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
             f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
-    for key in ("zero_optimization", "pipeline"):
-        if not isinstance(config.deepspeed.get(key, {}), dict):
-            raise ConfigError(f"deepspeed.{key}: must be an object of extra keys; remove it or write {{...}}")
-    for key, owner in OWNED_DEEPSPEED_KEYS.items():
-        section: object = config.deepspeed
-        for part in key.split("."):
-            section = section.get(part) if isinstance(section, dict) else None
-        if section is not None:
-            raise ConfigError(f"deepspeed.{key}: is decided by {owner}; remove this key")
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
     _check_allow_changes(config)

@@ -183,6 +183,7 @@ def test_deepspeed_json_is_derived() -> None:
             "train.precision=bf16",
             "parallel.zero=2",
             'deepspeed={"zero_optimization":{"reduce_bucket_size":1000}, "memory_breakdown": true}',
+            "deepspeed.log_level=info",
         ],
     )
     derived = deepspeed_json(config, data_size=2)

@@ -1,0 +1,188 @@
+"""The `deepspeed` section against DeepSpeed's own configuration: every key is passed on with an effect, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import deepspeed_keys
+from pretrain.config_io import load_config
+from pretrain.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
+from pretrain.derived import deepspeed_json
+from pretrain.errors import ConfigError
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
+TABLES = (OWNED, NO_EFFECT, EXTRA)
+
+
+class Asked(dict):  # type: ignore[type-arg]
+    """An empty configuration that remembers which keys DeepSpeed asked for."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(train_micro_batch_size_per_gpu=1)
+        self.names = names
+
+    def __copy__(self) -> Asked:
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        return self  # `name in config.keys()` asks too
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+def known(key: str) -> bool:
+    """Whether a table has `key`, or keys below it."""
+    return any(key in table or any(name.startswith(f"{key}.") for name in table) for table in TABLES)
+
+
+def test_every_key_that_deepspeed_reads_is_in_a_table() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    names: set[str] = set()
+    DeepSpeedConfig(Asked(names))
+    assert {"zero_optimization", "gradient_clipping", "flops_profiler", "wandb"} <= names  # it listens
+    unknown = sorted(name for name in names - set(REMOVED) if not known(name))
+    assert not unknown, f"DeepSpeed reads keys that no table of pretrain/deepspeed_keys.py has: {unknown}"
+
+
+def test_every_zero_key_is_in_exactly_one_table_with_its_type() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+
+    names = {name for name in DeepSpeedZeroConfig.model_fields}
+    names |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias}
+    names = names - {"leaf_module"} | {f"leaf_module.{name}" for name in DeepSpeedZeroLeafModuleConfig.model_fields}
+    for name in names:
+        assert sum(f"zero_optimization.{name}" in table for table in TABLES) == 1, name
+    ours = {key.removeprefix("zero_optimization.") for table in TABLES for key in table if key.startswith("zero_opt")}
+    assert ours == names, "a key that DeepSpeed's ZeRO configuration has not"
+
+
+def test_every_key_of_other_sections_is_deepspeeds() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, WandbConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    models: dict[str, Any] = {
+        "comms_logger": CommsLoggerConfig,
+        "csv_monitor": CSVConfig,
+        "wandb": WandbConfig,
+        "comet": CometConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }
+    for section, model in models.items():
+        keys = {key.removeprefix(f"{section}.") for key in (*EXTRA, *NO_EFFECT) if key.startswith(f"{section}.")}
+        assert keys == set(model.model_fields), section
+
+
+def test_what_deepspeed_removed_is_refused() -> None:
+    from deepspeed.runtime import config
+
+    removed = {*config._REMOVED_TOP_LEVEL_CONFIG_KEYS}
+    removed |= {f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS}
+    assert removed == set(REMOVED) | (removed & set(OWNED))
+    for key in removed:
+        with pytest.raises(ConfigError, match=f"deepspeed.{key}: "):
+            load_config(TINY, [f'deepspeed.{key}={{"enabled":true}}'])
+
+
+VALUES = {bool: True, deepspeed_keys.Names: ["all_reduce"], str: "text", deepspeed_keys.Level: "info"}
+
+
+@pytest.mark.parametrize("key", sorted(EXTRA))
+def test_every_extra_key_is_passed_on_and_taken_by_deepspeed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    monkeypatch.setattr(deepspeed_keys.importlib.util, "find_spec", lambda name: name)
+    extra = EXTRA[key]
+    value = VALUES.get(extra.type, "create" if key == "comet.mode" else 2)
+    stage = f"parallel.zero={extra.stages[0]}"
+    printed = ["deepspeed.log_level=info", "deepspeed.comms_logger.verbose=true"]
+    config = load_config(
+        TINY, [*(printed if key in deepspeed_keys.PRINTED else ()), f"deepspeed.{key}={json.dumps(value)}", stage]
+    )
+    derived = deepspeed_json(config, 1)
+    found: Any = derived
+    for name in key.split("."):
+        found = found[name]
+    assert found == value
+    DeepSpeedConfig(derived)
+    for wrong in ("null", '"wrong"' if extra.type is not str else "1", "-7", "[1]", '{"a":1}'):
+        with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}: .*\(given .*\); correct it"):
+            load_config(TINY, [f"deepspeed.{key}={wrong}", stage])
+
+
+@pytest.mark.parametrize("key", sorted({key.rpartition(".")[0] for key in EXTRA if "." in key}))
+@pytest.mark.parametrize("value", ["null", "true", "[]", "7"])
+def test_a_section_is_an_object(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}: must be an object of extra keys"):
+        load_config(TINY, [f"deepspeed.{key}={value}"])
+
+
+@pytest.mark.parametrize("key", sorted((*OWNED, *NO_EFFECT)))
+@pytest.mark.parametrize("value", ["null", "0", '{"enabled":true}'])
+def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value: str) -> None:
+    """Also null: DeepSpeed took it for the key left out, or fell over it."""
+    with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}"):
+        load_config(TINY, [f"deepspeed.{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("zero_optimization.overlap_com=true", "the nearest known key is deepspeed.zero_optimization.overlap_comm"),
+        ("overlap_comm=true", "the nearest known key is deepspeed.zero_optimization.overlap_comm"),
+        ("flops_profile.enabled=true", "deepspeed.flops_profile: DeepSpeed 0.19.8 has no such key"),
+        ("foo=3", "deepspeed.foo: DeepSpeed 0.19.8 has no such key; remove this key"),
+        ('zero_optimization.reduce_bucket_size="big"', 'valid integer (given "big"); correct it or remove this key'),
+        ("zero_optimization.reduce_bucket_size=0", "greater than 0 (given 0)"),
+        ("zero_optimization.reduce_bucket_size=1.5", "(given 1.5)"),
+        ("zero_optimization.reduce_bucket_size=true", "(given true)"),
+        ("zero_optimization.stage3_max_live_parameters=5", "parallel.zero = 3 only, which is 1; remove this key"),
+        ("checkpoint.tag_validation=fail", "deepspeed.checkpoint: has no effect here (is for DeepSpeed's own check"),
+        ("comet.api_key=x", "deepspeed.comet.api_key: has no effect here (is a secret"),
+        ("pipeline.partition=best", "deepspeed.pipeline.partition: has no effect here (it is decided by parallel.pipe"),
+        ("wandb.enabled=true", "deepspeed.wandb.enabled: needs the package wandb, which is not installed"),
+        ("log_level=loud", "'debug', 'info', 'warning', 'error' or 'critical' (given \"loud\")"),
+    ],
+)
+def test_refusals(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_keys.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as refusal:
+        load_config(TINY, [f"deepspeed.{override}"])
+    assert words in str(refusal.value) and "\n" not in str(refusal.value), str(refusal.value)
+
+
+def test_refusals_by_other_keys() -> None:
+    with pytest.raises(ConfigError, match=r"overlap_comm: has no effect with parallel\.pipeline = 2"):
+        load_config(TINY, ["deepspeed.zero_optimization.overlap_comm=true", "parallel.pipeline=2"])
+    both = '{"max_reuse_distance": 1, "stage3_max_reuse_distance": 2}'
+    with pytest.raises(ConfigError, match="is the same key as stage3_max_reuse_distance"):
+        load_config(TINY, [f"deepspeed.zero_optimization={both}", "parallel.zero=3"])
+
+
+def test_what_is_only_printed_needs_its_level() -> None:
+    for key in ("memory_breakdown", "dump_state", "comms_logger.enabled"):
+        with pytest.raises(ConfigError, match=rf"deepspeed\.{key}: is printed at DeepSpeed's level info alone; set"):
+            load_config(TINY, [f"deepspeed.{key}=true"])
+    with pytest.raises(ConfigError, match=r"log_level to info and deepspeed\.comms_logger\.verbose to true"):
+        load_config(TINY, ["deepspeed.comms_logger.enabled=true", "deepspeed.log_level=info"])
+
+
+def test_sizes_as_deepspeeds_documentation_writes_them() -> None:
+    config = load_config(TINY, ["deepspeed.zero_optimization.reduce_bucket_size=5e8"])
+    assert deepspeed_json(config, 1)["zero_optimization"]["reduce_bucket_size"] == 5e8
