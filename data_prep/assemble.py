@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import dedup, prepare
 from data_prep.dedup_result import duplicate_verdicts
-from data_prep.encode import load_tokenizer
 from data_prep.filter_stage import filtered_out, summary
 from data_prep.ingest import quarantine_file
 from data_prep.output_files import DUPLICATE_SAMPLES_FILE, FILTER_SAMPLES_FILE, QUARANTINE_FILE, RECORD_FILES
 from data_prep.pack import ShardTask, read_entry, split_totals
 from data_prep.selection import Selection
 from data_prep.shard_format import (
-    BYTE_VALUES,
     FORMAT_VERSION,
-    TOKENIZER_FILE,
     SplitName,
     TokenizerEntry,
     dtype_name,
@@ -133,13 +130,3 @@ def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
-
-
-def tokenizer_entry(model: Path | None) -> TokenizerEntry:
-    """What the manifest says of a tokenizer."""
-    if model is None:
-        return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
-    tokenizer = load_tokenizer(model)
-    return TokenizerEntry(
-        file=TOKENIZER_FILE, sha256=sha256_file(model), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
-    )

@@ -46,6 +46,9 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     if losses := check_given_model(plan):
         print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
     check_folder(plan.output, "output")
+    if plan.unread:
+        files = len(plan.sources), plan.config.max_input_files, plan.unread
+        print("reading {} raw files, {} of `input` (max_input_files), not its {} others".format(*files))
     if prepare.is_up_to_date(plan, force=arguments.force):
         print(f"up to date: {plan.output}")
         if arguments.command in ("run", "shard") and any(plan.output.glob(f"{WORK}*")):

@@ -44,10 +44,11 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
-    type: Literal["bpe", "unigram", "bytes"] = "bpe"
+    type: Literal["bpe", "unigram", "bytes", "symbols"] = "bpe"
     """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe. bytes: no
-    model; an id is the value of a byte, 256 in all, and nothing is put between documents. For the formats
-    enwik8 and wikitext, without other keys of this section."""
+    model; an id is the value of a byte, 256 in all, and nothing is put between documents. symbols: the same, but ids
+    number the byte values that occur in the raw files, in rising order; a `vocab_size` that is given must be their
+    number (205 in Enwik8, as published). Both are for the formats enwik8 and wikitext, without other keys here."""
     allow_lossy: bool = False
     """Whether a model may change text: whether `model` may be one that normalises (SentencePiece's default, nmt_nfkc,
     loses newlines, tabs, repeated blanks and half the symbols) or that has no pieces for bytes."""
@@ -56,23 +57,59 @@ class TokenizerConfig(Section):
     byte_fallback: bool = True
     """Whether characters outside the vocabulary become their UTF-8 bytes; if false they become unk and are
     lost."""
-    sample_bytes: int = Field(default=20_000_000, ge=1)
-    """Most UTF-8 bytes of text to train on. With bpe and 8,000 pieces, held-out bytes per token (one training each)
-    3.081 from 10 MB, 3.114 from 20, 3.129 from 50; memory 0.14 GB for 10 MB, 0.37 for 50 and 0.56 for 100. 20: up to
-    there the other steps take more, so that memory does not depend on how much text there is."""
+    normalization: Literal["identity", "nmt_nfkc"] = "identity"
+    """What training a model makes of text. identity: text comes back as it was. nmt_nfkc: SentencePiece's own defaults,
+    with which the papers' models were made: symbols are rewritten, newlines and tabs become blanks, repeated blanks go,
+    a blank comes before each text; needs `allow_lossy`."""
+    sentences: Literal["cut_lines", "documents", "lines"] = "cut_lines"
+    """What SentencePiece gets as one sentence. cut_lines: in training lines, cut where they are longer than it takes;
+    afterwards whole documents. documents: whole documents in both, with the `separator`; those above 4,192 bytes are
+    left out of training. lines: lines in both, as with a text file given to SentencePiece; the same limit."""
+    separator: str | None = None
+    """Text that is put after each document before it is cut into pieces, in place of the id that ends a document, e.g.
+    "<STORY_SEP>"; "" puts nothing there. null: the id."""
+    sample_files: int | None = Field(default=None, ge=1)
+    """Only the first so many raw files of `input` are sampled; null: all."""
+    sample_bytes: int | None = Field(default=20_000_000, ge=1)
+    """Most UTF-8 bytes of text to train on; null: all of it, in its order. With bpe and 8,000 pieces, held-out bytes
+    per token (one training each) 3.081 from 10 MB, 3.114 from 20, 3.129 from 50; memory 0.14 GB for 10 MB, 0.37 for 50
+    and 0.56 for 100. 20: up to there the other steps take more, so that memory does not depend on how much text there
+    is."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Chooses the documents to train on when there is more text than `sample_bytes`."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether ids are SentencePiece's, not byte values or their numbers."""
+        return self.type in ("bpe", "unigram")
 
     @model_validator(mode="after")
     def _check_bytes(self) -> "TokenizerConfig":
         useless = sorted(self.model_fields_set - {"type", "vocab_size"})
-        if self.type == "bytes" and useless:
+        if not self.has_model and useless:
             raise ValueError(
-                f'{", ".join(useless)} has no effect with type bytes; make the section {{"type": "bytes"}}'
+                f'{", ".join(useless)} has no effect with type {self.type}; make the section {{"type": "{self.type}"}}'
             )
         if self.type == "bytes" and "vocab_size" in self.model_fields_set and self.vocab_size != BYTE_VALUES:
             raise ValueError(f"vocab_size is {BYTE_VALUES} with type bytes; drop it or set it to that")
+        if self.normalization != "identity" and not self.allow_lossy and self.model is None:
+            raise ValueError(
+                f"normalization {self.normalization} changes text, for example newlines to blanks; set allow_lossy to "
+                "true to lose that, or normalization to identity"
+            )
         return self
+
+    def training_settings(self) -> dict[str, Any]:
+        """What decides a model that is trained, and the ids of documents. Keys younger than the first manifests are
+        left out at their defaults, so that data made before them are still up to date."""
+        young = {"normalization", "sentences", "separator", "sample_files"}
+        settings = self.model_dump(mode="json", exclude={"model", "allow_lossy"})
+        defaults = TokenizerConfig().model_dump(mode="json")
+        return {key: value for key, value in settings.items() if key not in young or value != defaults[key]}
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """What, besides a given model, decides the ids of documents; as above."""
+        return {key: value for key, value in self.training_settings().items() if key in ("sentences", "separator")}
 
 
 class ShardConfig(Section):
@@ -99,6 +136,8 @@ class DataConfig(Section):
     """Raw files of the train split: a path, a glob, a URL that fsspec opens (s3://bucket/c4/*.json.gz), the output of
     a command (pipe:xz -dc a.jsonl.xz), or a list of them; {00..09} and {a,b} are expanded. Read in the order of the
     list, each glob sorted. Plain, gzip and zstd."""
+    max_input_files: int | None = Field(default=None, ge=1)
+    """Only the first so many of the files that `input` matches are read, as many as a run needs; null: all."""
     validation_input: PathPatterns = ()
     """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
     test_input: PathPatterns = ()
@@ -163,9 +202,9 @@ class DataConfig(Section):
             raise ValueError('split_bytes has no effect without format "enwik8"; drop it')
         if self.format == "wikitext" and not self.validation_input:
             raise ValueError('format "wikitext" comes in splits; set validation_input to its wiki.valid.raw')
-        if self.tokenizer.type == "bytes" and self.format not in ("enwik8", "wikitext"):
+        if not self.tokenizer.has_model and self.format not in ("enwik8", "wikitext"):
             raise ValueError(
-                "tokenizer.type: bytes have no end-of-document id, which the documents of format "
+                f"tokenizer.type: {self.tokenizer.type} have no end-of-document id, which the documents of format "
                 f'"{self.format}" need; use bpe or unigram'
             )
         for key in ("filter", "dedup"):
@@ -183,7 +222,7 @@ class DataConfig(Section):
         for key in ("validation_input", "test_input", "validation_fraction"):
             if key in self.model_fields_set:
                 raise ValueError(f'{key} has no effect with format "enwik8", whose splits are split_bytes; drop it')
-        if self.tokenizer.type != "bytes":
+        if self.tokenizer.has_model:
             raise ValueError('tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}')
 
     def stage_settings(self) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
 from data_prep.documents import stable_fractions
+from data_prep.id_maker import IdRecipe
 from data_prep.selection import Selection
-from data_prep.shard_format import BYTE_VALUES, SPLITS, DataError, SplitName, dtype_name
+from data_prep.shard_format import SPLITS, DataError, SplitName, dtype_name
 from data_prep.store import Part, read_index
-from data_prep.tokenizer import TextTokenizer
 from data_prep.work import replacing, write_atomically
 
 FIRST_IDS = 1 << 16
@@ -24,8 +23,7 @@ class EncodeTask:
 
     part: Part
     selection: Selection
-    model: Path | None
-    """SentencePiece model; None for bytes."""
+    recipe: IdRecipe
     validation_fraction: float
     folder: Path
 
@@ -45,16 +43,6 @@ class EncodedSplit:
 def is_encoded(task: EncodeTask) -> bool:
     """Whether the part has been tokenised."""
     return (task.folder / f"{task.part.name}.safetensors").exists()
-
-
-def load_tokenizer(model: Path) -> TextTokenizer:
-    """The tokenizer of a model file; the same object while the file stays the same."""
-    return _loaded(model, model.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # per process
-def _loaded(model: Path, stamp: int) -> TextTokenizer:
-    return TextTokenizer.load(model)
 
 
 class _Ids:
@@ -85,22 +73,18 @@ class _Ids:
 
 
 class PartEncoder:
-    """Writes PART.tok, the ids of train, validation and test, each document followed by EOS (bytes have none), then
+    """Writes PART.tok, the ids of train, validation and test, each document followed by EOS if the recipe has it, then
     PART.safetensors: int64 `SPLIT_tokens` and `SPLIT_bytes` [documents], int64 `crc32` [1] of PART.tok. Memory: the ids
     of the part, up to twice."""
 
-    def __init__(self, folder: Path, name: str, model: Path | None) -> None:
-        self._folder, self._name = folder, name
-        tokenizer = self._tokenizer = None if model is None else load_tokenizer(model)
-        self._eos = None if tokenizer is None else tokenizer.eos_id
-        dtype = np.dtype(dtype_name(BYTE_VALUES if tokenizer is None else tokenizer.vocab_size))
+    def __init__(self, folder: Path, name: str, recipe: IdRecipe) -> None:
+        self._folder, self._name, self._maker = folder, name, recipe.maker()
+        dtype = np.dtype(dtype_name(self._maker.vocab_size))
         self._splits: dict[SplitName, _Ids] = {split: _Ids(dtype) for split in SPLITS}
 
     def add(self, data: bytes, split: SplitName) -> None:
         """Appends one document, its text in UTF-8."""
-        tokenizer = self._tokenizer
-        ids = np.frombuffer(data, np.uint8) if tokenizer is None else tokenizer.encode(data.decode("utf-8"))
-        self._splits[split].add(ids, self._eos, len(data))
+        self._splits[split].add(self._maker.ids(data), self._maker.eos_id, len(data))
 
     def finish(self) -> None:
         """Gives the files their names."""
@@ -123,7 +107,7 @@ def encode_part(task: EncodeTask) -> None:
     if task.validation_fraction and part.split == "train":
         hashes = read_index(task.selection.ingest, part.name).hash
         to_validation = stable_fractions(hashes[:, 0]) < task.validation_fraction
-    encoder = PartEncoder(task.folder, part.name, task.model)
+    encoder = PartEncoder(task.folder, part.name, task.recipe)
     for number, data in task.selection.documents(part):
         encoder.add(data, "validation" if to_validation[number] else part.split)
     encoder.finish()

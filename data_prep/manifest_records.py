@@ -48,30 +48,37 @@ class ShardEntry(Record):
 class TokenizerEntry(Record):
     """What made the ids: a SentencePiece model, or nothing at all where the ids are the bytes themselves."""
 
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
-    """bytes: the id is the value of the byte, and the three keys about a model are absent. A manifest without
-    this key is of SentencePiece."""
+    kind: Literal["sentencepiece", "bytes", "symbols"] = "sentencepiece"
+    """bytes: the id is the value of the byte, and the three keys about a model are absent. symbols: the id numbers the
+    byte values that `file` holds in rising order. A manifest without this key is of SentencePiece."""
     file: SafeName | None = None
-    """Name of the model, relative to the manifest."""
+    """Name of the model or the list of symbols, relative to the manifest."""
     sha256: Sha256 | None = None
     """Hash of the model."""
     vocab_size: Annotated[int, Field(ge=2)]
     """Number of pieces; every id is below it. 256 for bytes."""
     eos_id: Count | None = None
-    """Id that ends every document; null where nothing does (bytes)."""
+    """Id that ends every document; null where nothing or a text does (bytes, symbols, tokenizer.separator)."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> "TokenizerEntry":
         model = (self.file, self.sha256, self.eos_id)
         if self.kind == "bytes" and (model != (None, None, None) or self.vocab_size != BYTE_VALUES):
             raise ValueError(f"bytes have vocab_size {BYTE_VALUES} and neither file, sha256 nor eos_id")
-        if self.kind == "sentencepiece" and None in model:
-            raise ValueError("a SentencePiece model needs file, sha256 and eos_id")
+        if self.kind == "sentencepiece" and None in model[:2]:
+            raise ValueError("a SentencePiece model needs file and sha256")
+        if self.kind == "symbols" and (None in model[:2] or self.eos_id is not None or self.vocab_size > BYTE_VALUES):
+            raise ValueError(f"symbols need file and sha256, are {BYTE_VALUES} at most and have no eos_id")
         return self
 
     @property
+    def tokens_are_bytes(self) -> bool:
+        """Whether every token stands for one byte, so that bits per token are bits per byte."""
+        return self.kind in ("bytes", "symbols")
+
+    @property
     def end_tokens(self) -> int:
-        """Ids that end a document and are not its text: 1 (EOS), or 0 for bytes."""
+        """Ids that end a document and are not its text: 1 (EOS), or 0 without one."""
         return 0 if self.eos_id is None else 1
 
 

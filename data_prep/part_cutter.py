@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.documents import stable_fraction
 from data_prep.encode import PartEncoder
+from data_prep.id_maker import IdRecipe
 from data_prep.records import Document
 from data_prep.shard_format import SplitName
 from data_prep.store import PART_DOCUMENTS, Part, PartWriter
@@ -20,8 +21,7 @@ PENDING_BYTES = 1 << 23
 class Encoding:
     """How documents become ids while they are read, without text on disk."""
 
-    model: Path | None
-    """SentencePiece model; None for bytes."""
+    recipe: IdRecipe
     validation_fraction: float
     folder: Path
 
@@ -32,7 +32,7 @@ class _EncodedPart:
     def __init__(self, encoding: Encoding, name: str, split: SplitName) -> None:
         self._name, self.split, self.bytes, self.documents = name, split, 0, 0
         self._fraction = encoding.validation_fraction if split == "train" else 0.0
-        self._encoder = PartEncoder(encoding.folder, name, encoding.model)
+        self._encoder = PartEncoder(encoding.folder, name, encoding.recipe)
 
     def add(self, data: bytes, position: int) -> None:
         split = self.split

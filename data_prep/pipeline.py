@@ -19,12 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from data_prep import dedup, prepare
-from data_prep.assemble import tokenizer_entry, write_data_manifest
+from data_prep.assemble import write_data_manifest
 from data_prep.dedup import Join
 from data_prep.encode import EncodeTask, encode_part, is_encoded
 from data_prep.filter_stage import FilterTask, filter_part, is_filtered
 from data_prep.filters import check_languages
+from data_prep.id_maker import IdRecipe, symbols_of
 from data_prep.ingest import (
     BatchState,
     FileState,
@@ -45,6 +48,7 @@ from data_prep.part_cutter import Encoding
 from data_prep.plan import Plan
 from data_prep.selection import Selection
 from data_prep.shard_format import (
+    BYTE_VALUES,
     TOKENIZER_FILE,
     DataError,
     dtype_name,
@@ -118,7 +122,9 @@ class Pipeline:
         if self._encodes_while_reading:
             model = self._given_model()
             encoding = Encoding(
-                model=model, validation_fraction=self.plan.validation_fraction, folder=self._encode_folder(model)
+                recipe=self._recipe(model),
+                validation_fraction=self.plan.validation_fraction,
+                folder=self._encode_folder(model),
             )
         return ingest_tasks(self.plan, encoding)
 
@@ -273,7 +279,7 @@ class Pipeline:
         with self._timed("tokenizer"):
             if not any(part.split == "train" for part in self.parts(whole=True)):
                 raise self._nothing_to_train_on()
-            return self._model_file(self._train)
+            return self._model_file(self._train if self.plan.config.tokenizer.has_model else self._find_symbols)
 
     def _given_model(self) -> Path | None:
         """A copy of the model that is there already, so that it stays the same until the end; None for bytes."""
@@ -293,10 +299,11 @@ class Pipeline:
         return model
 
     def _train(self) -> bytes:
-        sources = [
-            SampleSource(parts=tuple(part for part in batch.parts if part.split == "train"))
-            for batch in self.batches(whole=True)
-        ]
+        sampled = frozenset(source.name for source in self.plan.sources[: self.plan.config.tokenizer.sample_files])
+        sources = []
+        for batch in self.batches(whole=True):
+            parts = [part for part in batch.parts if part.split == "train" and sampled & dict(part.files).keys()]
+            sources.append(SampleSource(parts=tuple(parts), files=sampled))
         task = TrainTask(
             sources=tuple(sources),
             selection=self.selection(deduplicated=True),
@@ -305,15 +312,27 @@ class Pipeline:
         )
         return self.workers.alone(train_on_sample, task)
 
+    def _find_symbols(self) -> bytes:
+        """The byte values that occur in any split, in rising order."""
+        counts, selection = np.zeros(BYTE_VALUES, np.int64), self.selection(deduplicated=True)
+        for part in self.parts(whole=True):
+            for _, data in selection.documents(part):
+                counts += np.bincount(np.frombuffer(data, np.uint8), minlength=BYTE_VALUES)
+        return symbols_of(counts, self.plan.config.tokenizer)
+
     def _check_model(self, model: bytes) -> None:
+        if not self.plan.config.tokenizer.has_model:
+            return
         name = str(self.plan.external_model or TOKENIZER_FILE)
         check_vocab_size(TextTokenizer(model, name=name), self.plan.config.tokenizer, name)
 
     # Ids and shards.
 
+    def _recipe(self, model: Path | None) -> IdRecipe:
+        return IdRecipe(model=model, settings=self.plan.config.tokenizer)
+
     def _encode_folder(self, model: Path | None) -> Path:
-        tokenizer = "bytes" if model is None else sha256_file(model)
-        settings = [tokenizer, self._version("sentencepiece"), self.plan.validation_fraction]
+        settings = [*self._recipe(model).key(), self._version("sentencepiece"), self.plan.validation_fraction]
         return stage_folder(self.plan.work, "encode", settings, self._after_dedup())
 
     def _encode_tasks(self, model: Path | None, *, whole: bool) -> list[EncodeTask]:
@@ -324,7 +343,7 @@ class Pipeline:
             EncodeTask(
                 part=part,
                 selection=selection,
-                model=model,
+                recipe=self._recipe(model),
                 validation_fraction=self.plan.validation_fraction,
                 folder=folder,
             )
@@ -349,7 +368,7 @@ class Pipeline:
         self.encode(model)
         with self._timed("shard"):
             encoded = self._encode_folder(model)
-            tokenizer = tokenizer_entry(model)
+            tokenizer = self._recipe(model).entry()
             tasks = self._shard_tasks(encoded, dtype_name(tokenizer.vocab_size))
             if not any(task.split == "train" for task in tasks):
                 raise self._nothing_to_train_on()

@@ -39,6 +39,8 @@ class Plan:
     """Folder to write to; it may not exist yet."""
     external_model: Path | None
     """The existing SentencePiece model to use, or None to train one."""
+    unread: int = 0
+    """Files of `input` that max_input_files leaves out."""
 
     @property
     def work(self) -> Path:
@@ -89,11 +91,13 @@ class Plan:
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """What decides the tokenizer: the hash of an existing model, or how it is trained."""
-        if self.config.tokenizer.type == "bytes":
-            return {"type": "bytes"}
+        settings = self.config.tokenizer
+        if not settings.has_model:
+            return {"type": settings.type}
         if self.external_model is not None:
-            return {"model_sha256": hashlib.sha256(self.external_model.read_bytes()).hexdigest()}
-        return self.config.tokenizer.model_dump(mode="json", exclude={"model", "allow_lossy"})
+            digest = hashlib.sha256(self.external_model.read_bytes()).hexdigest()
+            return {"model_sha256": digest, **settings.encoding_settings()}
+        return settings.training_settings()
 
     def recorded_config(self) -> dict[str, Any]:
         """Every setting that changes the output: no paths, no workers."""
@@ -114,6 +118,8 @@ def make_plan(config: DataConfig) -> Plan:
     origin = ORIGINS.get(config.format)
     patterns = {"input": config.input, "validation_input": config.validation_input, "test_input": config.test_input}
     found = {key: _find(key, value, origin=origin) for key, value in patterns.items()}
+    matched = len(found["input"])
+    found["input"] = found["input"][: config.max_input_files]
     _check_once(found, format=config.format)
     model = None
     if config.tokenizer.model is not None:
@@ -132,6 +138,7 @@ def make_plan(config: DataConfig) -> Plan:
         ),
         output=output_folder(config),
         external_model=model,
+        unread=matched - len(found["input"]),
     )
 
 

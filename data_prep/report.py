@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_prep.id_maker import read_symbols
 from data_prep.pipeline import Pipeline
 from data_prep.shard_format import REBUILD, DataError, Manifest
 from data_prep.shard_reader import ShardReader, SplitReader
@@ -40,7 +41,8 @@ def verify(manifest: Manifest) -> None:
     if tokenizer.sha256 is None:
         print(f"tokenizer: bytes, {tokenizer.vocab_size} values, no model")
     else:
-        print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}, ok")
+        unit = "symbols" if tokenizer.kind == "symbols" else "pieces"
+        print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} {unit}, sha256 {tokenizer.sha256[:12]}, ok")
     print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
 
 
@@ -127,4 +129,8 @@ def _decoder(manifest: Manifest) -> Callable[[np.ndarray], str]:
     """Ids [n] to text, by the tokenizer of the manifest."""
     if manifest.tokenizer.file is None:
         return lambda ids: ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
-    return TextTokenizer.load(manifest.folder / manifest.tokenizer.file).decode
+    path = manifest.folder / manifest.tokenizer.file
+    if manifest.tokenizer.kind == "symbols":
+        symbols = read_symbols(path)
+        return lambda ids: symbols[ids].tobytes().decode("utf-8", errors="replace")
+    return TextTokenizer.load(path).decode

@@ -5,10 +5,12 @@ A prepared folder holds
     train-00000.tar              a webdataset tar; its members train-00000-000000.tok.bin, ... are token ids,
                                  little-endian uint16 (uint32 when vocab_size > 65,536). Every document ends
                                  with EOS and may span members; a shard starts with a document, ends with EOS.
-                                 Bytes have no EOS: documents follow one another as in the raw file.
+                                 Bytes and symbols have no EOS: documents follow one another as in the raw
+                                 file; with tokenizer.separator the pieces of that text are in its place.
     train-00000.idx.safetensors  int64 member_offset [members]: byte offset of a member's data in the tar,
                                  int64 member_tokens [members], int64 document_start [documents] in tokens.
-    tokenizer.model              the SentencePiece model that made the ids; none if the ids are bytes
+    tokenizer.model              the SentencePiece model that made the ids; for symbols the byte value of each
+                                 id, a byte each; none if the ids are bytes
     manifest.json                sizes and sha256 of all these, totals, provenance, own digest; written last
 
 All of it is data: JSON, raw integers and safetensors, never pickle. Imports: numpy, safetensors and pydantic.

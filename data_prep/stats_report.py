@@ -1,6 +1,6 @@
 """`stats` as a folder: report.md with tables and plots of what is in the shards and of what was left out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.folders import check_writable_folder, expanded
-from data_prep.shard_format import DataError, Manifest, ShardIndex
+from data_prep.id_maker import read_symbols
+from data_prep.shard_format import BYTE_VALUES, DataError, Manifest, ShardIndex
 from data_prep.shard_reader import ShardReader
 from data_prep.tokenizer import TextTokenizer
 
@@ -134,9 +135,10 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     lines += _totals(manifest)
     lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, folder)
     lines += _left_out(manifest, folder)
-    tokenizer = (
-        None if manifest.tokenizer.file is None else TextTokenizer.load(manifest.folder / manifest.tokenizer.file)
-    )
+    entry = manifest.tokenizer
+    model = manifest.folder / (entry.file or "")
+    tokenizer = None if entry.tokens_are_bytes else TextTokenizer.load(model)
+    values = read_symbols(model) if entry.kind == "symbols" else np.arange(BYTE_VALUES)
     sizes = np.ones(manifest.tokenizer.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
     prefix = 0 if tokenizer is None else tokenizer.prefix_bytes
     found: dict[str, Pieces] = {
@@ -145,7 +147,7 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     if tokenizer is not None:
         lines += _bytes_per_token(found, folder)
     if "train" in found:
-        lines += _vocabulary(found["train"].counts, tokenizer, folder)
+        lines += _vocabulary(found["train"].counts, _piece_namer(tokenizer, values), folder)
     lines += _inputs(manifest)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -215,16 +217,17 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     return [*lines, "Examples and places: " + ", ".join(f"`{name}`" for name in names) + ".", ""] if names else lines
 
 
-def _vocabulary(counts: np.ndarray, tokenizer: TextTokenizer | None, folder: Path) -> list[str]:
+def _vocabulary(counts: np.ndarray, name: Callable[[int], str], folder: Path) -> list[str]:
+    """`name` says what an id stands for."""
     used, total = int((counts > 0).sum()), int(counts.sum())
     order = np.argsort(-counts, kind="stable")
     with _figure(folder / "vocabulary.png", "rank of the piece", "occurrences in train") as axes:
         axes.plot(np.arange(1, used + 1), counts[order[:used]])
         axes.set_xscale("log")
         axes.set_yscale("log")
-    name = _piece_namer(tokenizer)
     rows = [
-        (f"`{name(piece)}`", int(counts[piece]), f"{counts[piece] / max(1, total):.2%}") for piece in order[:TOP_PIECES]
+        (f"`{name(int(piece))}`", int(counts[piece]), f"{counts[piece] / max(1, total):.2%}")
+        for piece in order[:TOP_PIECES]
     ]
     rare = int((counts[counts > 0] < 100).sum())
     summary = f"{used:,} of {len(counts):,} pieces occur in train, {rare:,} of them fewer than 100 times."
@@ -234,10 +237,11 @@ def _vocabulary(counts: np.ndarray, tokenizer: TextTokenizer | None, folder: Pat
     ]  # fmt: skip
 
 
-def _piece_namer(tokenizer: TextTokenizer | None) -> Any:
+def _piece_namer(tokenizer: TextTokenizer | None, values: np.ndarray) -> Callable[[int], str]:
+    """`values`: the byte that each id stands for, without a tokenizer."""
     if tokenizer is None:
-        return lambda piece: f"{piece:#04x}"
-    return lambda piece: tokenizer.piece(int(piece)).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
+        return lambda piece: f"{values[piece]:#04x}"
+    return lambda piece: tokenizer.piece(piece).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 
 
 def _inputs(manifest: Manifest) -> list[str]:

@@ -2,7 +2,7 @@
 
 As in the paper: BPE, 8000 pieces, digits split. So that decode(encode(text)) == text for every text: no
 normalisation, spaces kept, newline a piece of its own, bytes for what has no piece. There is no BOS and no
-padding; unk is 0, EOS 1.
+padding; unk is 0, EOS 1. The papers' own models, which lose all that, come of `normalization` nmt_nfkc.
 """
 
 import io
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -39,6 +40,20 @@ SEGMENT_CHARACTERS = 2048
 SPACE_SYMBOL = "\u2581"
 
 
+LINES = re.compile(r"[^\n]*\n|[^\n]+")
+# Training such that decode(encode(text)) == text.
+LOSSLESS: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,  # runs of spaces: 2% fewer tokens on technical text
+    "user_defined_symbols": ["\n"],
+    "unk_id": 0,
+    "eos_id": 1,
+    "bos_id": -1,
+    "pad_id": -1,
+}
+
+
 class TextTokenizer:
     """A SentencePiece model on text: `encode` to int32 ids, `decode` back to the same text.
 
@@ -47,6 +62,7 @@ class TextTokenizer:
     """
 
     def __init__(self, model: bytes, *, name: str) -> None:
+        """`model` is the content of a model file, `name` what messages call it. Raises DataError."""
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -96,6 +112,11 @@ class TextTokenizer:
                 parts.append(self._space_symbol)
             parts += self._segments(part, self._newline, opens_text=number == 0)
         return np.concatenate(parts)
+
+    def encode_lines(self, text: str) -> np.ndarray:
+        """int32 ids [n] of a text whose lines are cut into pieces one by one, each with its newline."""
+        lines: list[np.ndarray] = [self._model.encode_as_numpy(line) for line in LINES.findall(text)]
+        return np.concatenate([np.empty(0, np.int32), *lines])
 
     def _segments(self, text: str, newline: np.ndarray, *, opens_text: bool) -> Iterator[np.ndarray]:
         """Ids of a text, cut before newlines: the same ids as in one go, since no piece reaches across.
@@ -152,6 +173,15 @@ def normalizer_name(model: bytes) -> str:
     return name
 
 
+def sentences(texts: Iterable[str], config: TokenizerConfig) -> Iterator[str]:
+    """What a model is trained on, as tokenizer.sentences says."""
+    if config.sentences == "documents":
+        return (text + (config.separator or "") for text in texts)
+    if config.sentences == "lines":
+        return (line for text in texts for line in text.split("\n") if line)
+    return training_lines(texts)
+
+
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines to train on: documents split at newlines, long lines cut at a space so that none is dropped."""
     for text in texts:
@@ -170,17 +200,27 @@ class SampleSource:
     """The parts of one batch of raw files that a tokenizer may be trained on."""
 
     parts: tuple[Part, ...]
+    files: frozenset[str] | None = None
+    """Names of the raw files whose documents are looked at; None for all."""
+
+    def usable(self, part: Part) -> np.ndarray:
+        """bool [documents]: which documents of a part are of these files."""
+        if self.files is None:
+            return np.ones(part.documents, np.bool_)
+        names, counts = zip(*part.files, strict=True)
+        return np.repeat([name in self.files for name in names], counts)
 
 
 def sample_documents(
     sources: Sequence[SampleSource],
     selection: Selection,
     *,
-    sample_bytes: int,
+    sample_bytes: int | None,
     seed: int,
     validation_fraction: float,
 ) -> Iterator[str]:
-    """A sample of at most `sample_bytes` of UTF-8 text, in reading order; all of the text if there is no more.
+    """A sample of at most `sample_bytes` of UTF-8 text, in reading order; all of the text if there is no more, or for
+    None.
 
     Each batch of raw files (a large file is one alone) gives its share by bytes of text. From the first
     `SAMPLE_OVERSAMPLING` shares of its text, the documents with the smallest hash of (seed, text) are taken. Documents
@@ -189,18 +229,19 @@ def sample_documents(
     have no place in it: a warning says so where they are many.
     """
     totals = [sum(part.bytes for part in source.parts) for source in sources]
+    budget = sum(totals) if sample_bytes is None else sample_bytes
     seen: Counter[str] = Counter()
     with byte_bar(total=sum(totals), description="sampling text") as bar:
         for source, size in zip(sources, totals, strict=True):
-            share = sample_bytes * size // max(1, sum(totals))
+            share = budget * size // max(1, sum(totals))
             for part, chosen in _choose(source, selection, share, seed, validation_fraction, seen):
                 yield from (data.decode("utf-8") for _, data in selection.documents(part, chosen))
             bar.update(size)
     if seen["longer"] > MAX_LEFT_OUT * seen["documents"]:
         print(
             f"warning: the tokenizer is trained on short documents: {seen['longer'] / seen['documents']:.0%} of those "
-            f"looked at are longer than their raw file's share of tokenizer.sample_bytes {sample_bytes} (about "
-            f"{sample_bytes // max(1, len(sources))} bytes of each of {len(sources)} files); raise it",
+            f"looked at are longer than their raw file's share of tokenizer.sample_bytes {budget} (about "
+            f"{budget // max(1, len(sources))} bytes of each of {len(sources)} files); raise it",
             file=sys.stderr,
         )
 
@@ -221,7 +262,9 @@ def _choose(
         if left <= 0:
             break
         index = read_index(selection.ingest, part.name)
-        usable = selection.keep(part) & (stable_fractions(index.hash[:, 0]) >= validation_fraction)
+        usable = (
+            source.usable(part) & selection.keep(part) & (stable_fractions(index.hash[:, 0]) >= validation_fraction)
+        )
         before = np.cumsum(index.size * usable) - index.size
         looked_at = usable & (before < left)
         seen.update(documents=int(looked_at.sum()), longer=int((looked_at & (index.size > share)).sum()))
@@ -276,7 +319,7 @@ def train_on_sample(task: TrainTask) -> bytes:
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """Trains a model and returns its file content. The same texts and config give the same bytes. Raises
     DataError."""
-    lines = training_lines(texts)
+    lines = sentences(texts, config)
     first = next(lines, None)
     if first is None:
         raise DataError("no text to train a tokenizer on; check `input`, or raise tokenizer.sample_bytes")
@@ -290,20 +333,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
                 vocab_size=config.vocab_size,
                 split_digits=config.split_digits,
                 byte_fallback=config.byte_fallback,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,  # runs of spaces: 2% fewer tokens on technical text
-                user_defined_symbols=["\n"],
-                unk_id=0,
-                eos_id=1,
-                bos_id=-1,
-                pad_id=-1,
                 num_threads=1,  # more gain nothing for BPE, and change the sums and so the model for unigram
                 minloglevel=2,
+                **(LOSSLESS if config.normalization == "identity" else {}),  # else SentencePiece's defaults
             )
         except RuntimeError as error:
             raise DataError(_explain(str(error), config)) from None
-    return _with_plain_newline(model.getvalue()) if config.type == "unigram" else model.getvalue()
+    plain = config.type == "unigram" and config.normalization == "identity"
+    return _with_plain_newline(model.getvalue()) if plain else model.getvalue()
 
 
 def _with_plain_newline(model: bytes) -> bytes:

@@ -92,7 +92,7 @@ class WindowReader:
         self.num_windows = num_windows(manifest, split, sequence_length, max_tokens=max_tokens)
         self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
-        self.tokens_are_bytes = manifest.tokenizer.kind == "bytes"
+        self.tokens_are_bytes = manifest.tokenizer.tokens_are_bytes
         self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:

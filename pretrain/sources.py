@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from data_prep.shard_cache import ShardCache
@@ -164,13 +164,21 @@ def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache
         return cache.manifest, cache
     path = find_input(location)
     if not os.path.exists(path):
-        recipe = f"configs/data/{folder_name(location)}.json"
+        recipe = f"configs/data/{_below_data(location)}.json"
         known = find_input(recipe).is_file()
         raise UserError(
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
             f"{recipe if known else 'FILE, one of configs/data or your own'}"
         )
     return Manifest.load(path), None
+
+
+def _below_data(location: str) -> str:
+    """Where the folder of a manifest is below data/, as its configuration is below configs/data (paper/c4); its name if
+    it is elsewhere."""
+    path = PurePosixPath(location)
+    folder = path.parent if path.suffix == ".json" else path
+    return folder.relative_to("data").as_posix() if folder.parts[:1] == ("data",) else folder.name
 
 
 def _short(tokenizer: TokenizerEntry) -> str:

@@ -192,7 +192,7 @@ def set_shard(key: str, value: Any) -> Edit:
         (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
         (lambda body: body["tokenizer"].update(kind="words"), r"tokenizer\.kind: Input should be"),
         (lambda body: body["tokenizer"].update(kind="bytes"), "bytes have vocab_size 256 and neither file"),
-        (lambda body: body["tokenizer"].pop("file"), "a SentencePiece model needs file, sha256 and eos_id"),
+        (lambda body: body["tokenizer"].pop("file"), "a SentencePiece model needs file and sha256"),
         (lambda body: body["splits"].update(test=[]), "splits and totals must have the keys train, validation"),
         (lambda body: body["splits"].pop("validation"), "splits and totals must have the keys train, validation"),
     ],

@@ -18,6 +18,7 @@ from model.costs import (
 from model.counted_costs import count_macs
 from model.language_model import build_on_meta
 from model.parameters import count_parameters
+from pretrain.config import Config
 from pretrain.config_io import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -186,7 +187,7 @@ def test_training_settings_are_those_of_the_paper(name: str) -> None:
     assert model.dropout == (0.2 if large else 0.1)
     assert (config.schedule.warmup_steps, config.schedule.final_ratio) == (4000 if large else 0, 0.0)
     assert config.batch.global_sequences == (32 if "enwik8" in name else 64)
-    assert model.vocab_size == (256 if "enwik8" in name else 8000)
+    assert model.vocab_size == (205 if "enwik8" in name else 8000)
     assert model.init_scale == "paper" and config.train.steps == 100_000
     assert model.memory_length == (0 if "rope" in name else model.sequence_length)
     if model.feedforward.type == "sigma_moe":
@@ -196,8 +197,26 @@ def test_training_settings_are_those_of_the_paper(name: str) -> None:
         assert model.attention.normalized_init == (name == "pes2o_switchhead_262m")
         assert model.attention.expert_dropout == (0.1 if "switchall_259m" in name else 0.0)
     folder = {"c4": "c4", "pes2o": "pes2o", "wt103": "wikitext103", "enwik8": "enwik8"}[name.split("_")[0]]
-    assert config.data.manifest == f"data/{folder}/manifest.json"
-    assert config.description and config.evaluate.streams == 64
+    assert config.data.manifest == f"data/paper/{folder}/manifest.json" and config.description
+    _check_published_order(name, config)
+
+
+# What the authors' code reads for validation: (206,453,965 // T) x 0.005 windows of C4, (842,021,184 // T) x 0.005 of
+# peS2o, and the whole split of the others.
+VALIDATION_WINDOWS = {"c4": {256: 4032, 512: 2016, 1024: 1008}, "pes2o": {256: 16445, 512: 8222}}
+
+
+def _check_published_order(name: str, config: Config) -> None:
+    """Contiguous streams of the first tokens in training, the first windows in validation."""
+    corpus, T, G = name.split("_")[0], config.model.sequence_length, config.batch.global_sequences
+    assert config.data.order == "streams" and config.evaluate.streams == G
+    assert config.data.max_tokens == (G * T * 100_100 if corpus in VALIDATION_WINDOWS else None)
+    of_test = corpus in ("wt103", "enwik8") and "moa" not in name and "ablation" not in name
+    assert config.evaluate.split == ("test" if of_test else "validation")
+    assert config.evaluate.placement == "start"
+    whole_split = {"wt103": 4096, "enwik8": 10_000}
+    windows = VALIDATION_WINDOWS[corpus][T] if corpus in VALIDATION_WINDOWS else whole_split[corpus]
+    assert config.evaluate.sequences == windows
 
 
 def test_every_row_of_the_paper_has_a_config() -> None:

@@ -198,6 +198,14 @@ def test_a_split_that_is_not_there_is_named(prepared: Path) -> None:
     assert open_sources(small_config(prepared, "evaluate.split=test", "evaluate.sequences=0"))
 
 
+def test_data_that_are_not_there_name_the_configuration_that_prepares_them() -> None:
+    """data/paper/c4 is prepared by configs/data/paper/c4.json, not by the modern recipe's configs/data/c4.json."""
+    for folder, recipe in (("paper/c4", "paper/c4"), ("paper/enwik8", "paper/enwik8")):
+        config = small_config(Path("data") / folder)
+        with pytest.raises(UserError, match=rf"data\.manifest: there is no .*--config configs/data/{recipe}\.json"):
+            open_sources(config)
+
+
 def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]]:
     """On every rank: `evaluate` of an untrained model, seed 0."""
     found = []
