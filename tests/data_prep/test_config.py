@@ -29,7 +29,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
             "'shard.tokens_per_shart'; did you mean 'shard.tokens_per_shard'?",
         ),
         ({"vocab_size": 2}, [], "unknown key 'vocab_size'; did you mean 'tokenizer.vocab_size'?"),
-        ({"zzz": 2}, [], "unknown key 'zzz'; known keys: input, validation_input"),
+        ({"zzz": 2}, [], "unknown key 'zzz'; known keys: input, max_input_files"),
         ({}, ["tokenizer.vocabsize=9000"], "did you mean 'tokenizer.vocab_size'?"),
         ({}, ["workers"], "--set workers: write it as key=value"),
         ({}, ["output.x=1"], "--set output.x=1: 'output' holds no keys"),
@@ -45,7 +45,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         (
             {"tokenizer": {"type": "word"}},
             [],
-            "tokenizer.type = \"word\": Input should be 'bpe', 'unigram' or 'bytes'",
+            "tokenizer.type = \"word\": Input should be 'bpe', 'unigram', 'bytes' or 'symbols'",
         ),
         (
             {"tokenizer": {"split_digits": "yes"}},
