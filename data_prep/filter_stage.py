@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from data_prep.filters import RULES, Filters, clean_lines, dropped_lines
+from data_prep.c4_rules import clean_page
+from data_prep.filters import RULES, Filters
 from data_prep.stage_config import FilterConfig
 from data_prep.store import Part, read_documents, read_index
 from data_prep.work import read_json, write_atomically, write_json
@@ -51,10 +52,10 @@ def filter_part(task: FilterTask) -> None:
     for number, data in enumerate(read_documents(task.ingest, task.part.name, index.size)):
         text = data.decode("utf-8")
         found = []  # (rule, detail, excerpt)
-        if task.config.c4_lines and (gone := dropped_lines(text)):
-            lines, of = lines + len(gone), text.count("\n") + 1
+        if task.config.c4_lines and (gone := clean_page(text).dropped):
+            lines, of = lines + len(gone), len(text.splitlines())
             found.append((LINES, f"{len(gone)} of {of} lines", "\n".join(gone)))
-        verdict = filters.verdict(clean_lines(text) if task.config.c4_lines else text)
+        verdict = filters.verdict(text)
         if verdict is not None:
             rules[number] = 1 + RULES.index(verdict[0])
             counts[verdict[0]] = counts.get(verdict[0], 0) + 1

@@ -1,7 +1,7 @@
 """The rules that drop documents: length, C4, Gopher quality and repetition, language.
 
 Rules run from cheap to dear and the first that fails names the reason. Words are what whitespace separates.
-Sources: Gopher, arXiv 2112.11446, section A.1 and table A1; C4, arXiv 1910.10683, section 2.2. Thresholds that the
+Sources: Gopher, arXiv 2112.11446, section A.1 and table A1; C4: `c4_rules`. Thresholds that the
 configuration does not name are those of the papers.
 """
 
@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from data_prep.c4_rules import Page, clean_page
 from data_prep.shard_format import DataError
 from data_prep.stage_config import FilterConfig
 
@@ -36,35 +37,12 @@ MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 MAX_REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
-LINE_END = (".", "!", "?", '"', "”")
-MIN_WORDS_PER_LINE = 3
-LINE_PHRASES = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies")
-
 RULES = (
     "too few words", "too many words", "lorem ipsum", "curly bracket", "too few sentences", "language", "word length",
     "symbols", "bullet lines", "ellipsis lines", "words without letters", "stop words", "repeated lines",
     "repeated line characters", "repeated paragraphs", "repeated paragraph characters",
     *(f"top {n}-gram" for n in MAX_TOP_NGRAM), *(f"repeated {n}-grams" for n in MAX_REPEATED_NGRAMS),
 )  # fmt: skip
-
-
-def clean_lines(text: str) -> str:
-    """The text without the lines that C4 drops: no terminal punctuation, fewer than 3 words, or about javascript,
-    cookies and terms of use."""
-    return "\n".join(line for line in text.split("\n") if _is_sentence_line(line))
-
-
-def dropped_lines(text: str) -> list[str]:
-    """The lines that `clean_lines` leaves out."""
-    return [line for line in text.split("\n") if not _is_sentence_line(line)]
-
-
-def _is_sentence_line(line: str) -> bool:
-    line = line.strip()
-    if not line.endswith(LINE_END) or line.endswith(ELLIPSES) or len(line.split()) < MIN_WORDS_PER_LINE:
-        return False
-    lowered = line.lower()
-    return not any(phrase in lowered for phrase in LINE_PHRASES)
 
 
 class Filters:
@@ -76,13 +54,16 @@ class Filters:
         self._language = LanguageIdentifier(config.language_characters) if config.language else None
 
     def verdict(self, text: str) -> Verdict:
-        """Why a document is dropped, or None."""
-        config, words = self._config, text.split()
+        """Why a document is dropped, or None. With c4_lines, the other rules see what these leave of it."""
+        config = self._config
+        page = clean_page(text) if config.c4_lines else None
+        text = plain_newlines(text) if page is None else page.text
+        words = text.split()
         if len(words) < max(1, config.min_words):  # c4_lines may leave nothing
             return "too few words", f"{len(words)} words, fewer than {max(1, config.min_words)}"
         if len(words) > config.max_words:
             return "too many words", f"{len(words)} words, more than {config.max_words}"
-        found = c4_page(text, config.c4_min_sentences) if config.c4 else None
+        found = c4_page(text, page, config.c4_min_sentences) if config.c4 else None
         if found is None and self._language is not None:  # before Gopher, whose stop words are English
             language = self._language(text)
             if language not in config.language:
@@ -123,16 +104,21 @@ def _language_model() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-def c4_page(text: str, min_sentences: int) -> Verdict:
-    """The page rules of C4."""
-    if "lorem ipsum" in text.lower():
+def c4_page(text: str, page: Page | None, min_sentences: int) -> Verdict:
+    """The page rules of C4: as published on the lines of `page`, or, without line rules, on the whole text."""
+    sentences = len(SENTENCE_END.findall(text)) if page is None else page.sentences
+    if page.reason == "lorem ipsum" if page else "lorem ipsum" in text.lower():
         return "lorem ipsum", "holds the placeholder text"
-    if "{" in text:
-        return "curly bracket", f"a {{ at character {text.index('{')}"
-    sentences = len(SENTENCE_END.findall(text))
+    if page.reason == "curly bracket" if page else "{" in text:
+        return "curly bracket", "holds a {"
     if sentences < min_sentences:
         return "too few sentences", f"{sentences} sentences, fewer than {min_sentences}"
     return None
+
+
+def plain_newlines(text: str) -> str:
+    """The text with every end of line as a newline: an empty line of a text from Windows separates paragraphs too."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def gopher_quality(text: str, words: list[str]) -> Verdict:
@@ -209,12 +195,20 @@ def _ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def _top_ngram(words: list[str], n: int) -> int:
-    """Characters in all occurrences of the n-gram that covers most by count; 0 if none occurs twice."""
+    """Characters that the most frequent n-gram covers, those of overlapping occurrences once; of several as frequent,
+    the most. 0 if none occurs twice."""
     counts = Counter(_ngrams(words, n))
     most = max(counts.values(), default=0)
     if most < 2:
         return 0
-    return max(count * sum(map(len, ngram)) for ngram, count in counts.items() if count == most)
+    top = {ngram for ngram, count in counts.items() if count == most}
+    covered: dict[tuple[str, ...], tuple[int, int]] = {}  # (characters so far, word behind the last occurrence)
+    for start, ngram in enumerate(_ngrams(words, n)):
+        if ngram in top:
+            characters, stop = covered.get(ngram, (0, 0))
+            new = words[max(start, stop) : start + n]
+            covered[ngram] = characters + sum(map(len, new)), start + n
+    return max(characters for characters, _ in covered.values())
 
 
 def _repeated_spans(words: list[str], n: int) -> Iterator[tuple[int, int]]:

@@ -28,7 +28,11 @@ from data_prep.work import STAGE_FOLDER, fingerprint, read_json, write_json
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to
 # date.
-PREPARATION_VERSION = "4"
+PREPARATION_VERSION = "5"
+CHANGES = {
+    "4": "more kinds of raw files are read, and a byte order mark is no part of a text",
+    "5": "filter.c4 and c4_lines are the published rules, paragraphs end at CRLF too, top n-grams count overlaps once",
+}
 LOCK = ".lock"
 REMOVED = ".removed"  # in the work folder: stages that are being removed
 REMOVED_WORK = ".work.removed"  # where earlier code moved a work folder that it was removing
@@ -79,7 +83,7 @@ def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str
     any case)."""
     made_by = manifest.provenance.versions.get("data_prep")
     if made_by != PREPARATION_VERSION:
-        return f"it was made by data_prep version {made_by}, this is version {PREPARATION_VERSION}"
+        return f"it was made by data_prep version {made_by}, this is version {PREPARATION_VERSION}{_changes(made_by)}"
     wanted = plan.recorded_config()
     for key in [*wanted, *(key for key in manifest.provenance.config if key not in wanted)]:
         found = manifest.provenance.config.get(key)
@@ -104,6 +108,14 @@ def difference(plan: Plan, manifest: Manifest, *, hash_all: bool = False) -> str
             if not named or seen != (record.split, record.sha256):
                 return f"{source.path} has changed or is another file"
     return ""
+
+
+def _changes(made_by: str | None) -> str:
+    """In brackets, what later versions than that of some data do in another way; empty if that is not known."""
+    later = [
+        what for version, what in CHANGES.items() if made_by and made_by.isdecimal() and int(version) > int(made_by)
+    ]
+    return f" ({'; '.join(later)})" if later else ""
 
 
 def stamps(plan: Plan) -> list[list[Any]]:

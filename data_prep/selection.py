@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.c4_rules import clean_page
 from data_prep.dedup_result import duplicate_verdicts
 from data_prep.filter_stage import filtered_out
-from data_prep.filters import clean_lines
 from data_prep.store import Part, read_documents, read_index
 
 
@@ -37,4 +37,4 @@ class Selection:
         index = read_index(self.ingest, part.name)
         for number, data in enumerate(read_documents(self.ingest, part.name, index.size)):
             if chosen[number]:
-                yield number, clean_lines(data.decode("utf-8")).encode("utf-8") if self.clean_lines else data
+                yield number, clean_page(data.decode("utf-8")).text.encode("utf-8") if self.clean_lines else data

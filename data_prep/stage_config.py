@@ -53,12 +53,13 @@ class FilterConfig(Section):
     c4: bool = True
     """The page rules of C4 (arXiv 1910.10683, section 2.2): no "lorem ipsum", no curly bracket, at least
     `c4_min_sentences`. Turn it off for text with code or LaTeX."""
-    c4_min_sentences: int = Field(default=5, ge=0)
-    """Fewest sentences of a document (C4: 5)."""
+    c4_min_sentences: int = Field(default=3, ge=0)
+    """Fewest sentences of a document (C4: 3)."""
     c4_lines: bool = False
-    """The line rules of C4: drops lines that do not end in a terminal punctuation mark, have fewer than 3 words,
-    or mention javascript, cookies or terms of use. Changes the text of documents; it runs before all other rules and
-    near-duplicates, while `dedup.exact` and `validation_fraction` go by the text as read."""
+    """The line rules of C4: takes out citation markers ([1], [edit], [citation needed]) and drops lines that do not end
+    in a terminal mark (. ? ! "), have fewer than 5 words or one of more than 1,000 characters, or mention javascript,
+    cookies or terms of use. Changes the text of documents; it runs before all other rules and near-duplicates, while
+    `dedup.exact` and `validation_fraction` go by the text as read. With it, `c4` looks at the lines as published."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Dropped documents that are kept as examples for each rule, in filter_samples.jsonl."""
 

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data_prep.c4_rules import clean_page
 from data_prep.cli import main
-from data_prep.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, clean_lines
+from data_prep.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, _top_ngram, plain_newlines
 from data_prep.shard_format import Manifest
 from data_prep.stage_config import FilterConfig
 from tests.data_prep.conftest import c4_line, write_dump
@@ -78,9 +81,66 @@ def test_repeated_spans_are_the_words_of_ngrams_seen_before() -> None:
         assert set(found) == expected
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_most_frequent_ngram_covers_no_character_twice(n: int) -> None:
+    """Against sets of positions; occurrences that overlap gave shares of 150% and more."""
+    rng = random.Random(n)
+    texts = [["a"] * 50, ["ab", "c"] * 20, ["a", "b", "a", "b", "a"], ["x"]]
+    texts += [rng.choices(["a", "bb", "ccc"], k=rng.randint(1, 40)) for _ in range(300)]
+    for words in texts:
+        places: dict[tuple[str, ...], list[int]] = {}
+        for start in range(len(words) - n + 1):
+            places.setdefault(tuple(words[start : start + n]), []).append(start)
+        most = max(map(len, places.values()), default=0)
+        shares = [
+            sum(len(words[position]) for position in {start + k for start in starts for k in range(n)})
+            for starts in places.values()
+            if len(starts) == most > 1
+        ]
+        assert _top_ngram(words, n) == max(shares, default=0) <= sum(map(len, words))
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 200, "a b " * 100, "spam, spam, spam and spam. " * 40, "x\n" * 300, "y\r\n\r\n" * 90]
+)
+def test_no_share_passes_the_whole(text: str) -> None:
+    for quality in (False, True):
+        found = Filters(FilterConfig(c4=False, gopher_quality=quality, min_words=1)).verdict(text)
+        assert found is not None
+        assert all(int(share) <= 100 for share in re.findall(r"(\d+)%", found[1])), found
+
+
+@pytest.mark.parametrize("newline", ["\r\n", "\r"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["A first line that stands here.", "", "A paragraph comes twice.", "It has two lines.", ""] * 12,
+        [f"{number} is a line.\n\nIt comes in a paragraph" for number in range(9)] * 2,
+        ["- a point", "- another one", "and this..."] * 30,
+        ["a", "", "b"],
+    ],
+)
+def test_a_text_from_windows_gets_the_same_verdict(lines: list[str], newline: str) -> None:
+    text = "\n".join(lines)
+    for settings in ({}, {"gopher_quality": False}, {"gopher_quality": False, "gopher_repetition": False}):
+        filters = Filters(FilterConfig.model_validate({"min_words": 1, **settings}))
+        assert filters.verdict(text.replace("\n", newline)) == filters.verdict(text)
+    assert plain_newlines(text.replace("\n", newline)) == text
+
+
+def test_paragraphs_of_a_text_from_windows_repeat() -> None:
+    """One short paragraph five times among six of ten lines: 36% of the paragraphs and 6% of the lines."""
+    long = ["\r\n".join(f"{number}{line} {SENTENCES[line]}" for line in range(10)) for number in range(6)]
+    text = "\r\n\r\n".join([*long, *["And so on."] * 5])
+    for variant in (text, text.replace("\r\n", "\n"), text.replace("\r\n", "\r")):
+        assert verdict(variant, c4=False, gopher_quality=False, min_words=1) == "repeated paragraphs"
+
+
 def test_line_rules_drop_lines_and_nothing_else() -> None:
-    text = "A whole sentence here.\nMenu\nTwo words.\nPlease enable JavaScript to go on.\nThe end of it...\nIs it so?"
-    assert clean_lines(text) == "A whole sentence here.\nIs it so?"
+    gone = ("Menu", "Two words.", "Please enable JavaScript to go on.", "The end of it...", " Is it so, then?[1]")
+    page = clean_page("\n".join(["A whole sentence is here.", *gone]))
+    assert page.text == "A whole sentence is here."
+    assert page.dropped == gone
 
 
 def test_the_sample_mostly_passes() -> None:
@@ -110,7 +170,7 @@ def test_languages(text: str, code: str) -> None:
 def test_line_rules_change_documents_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the dump to the shards: text without these lines, of which the manifest has the number, and examples."""
     whole = [f"Number {number} is a whole sentence. " * 20 for number in range(4)]
-    texts = [f"Menu {number}\n{text}\nAll rights\n\nThe end is here." for number, text in enumerate(whole)]
+    texts = [f"Menu {number}\n{text}\nAll rights\n\nThe end is here now.[1]" for number, text in enumerate(whole)]
     write_dump(tmp_path / "a.json.gz", [c4_line(text) for text in [*texts, "Menu\nHome", whole[0].strip()]])
     rules = {"min_words": 0, "gopher_quality": False, "gopher_repetition": False, "c4": False, "c4_lines": True}
     body = {
@@ -124,7 +184,7 @@ def test_line_rules_change_documents_and_say_so(tmp_path: Path, capsys: pytest.C
     (tmp_path / "config.json").write_text(json.dumps(body))
     assert main(["run", "--config", str(tmp_path / "config.json")]) == 0
     manifest = Manifest.load(tmp_path / "out")
-    left = [f"{text}\nThe end is here." for text in whole] + [whole[0].strip()]
+    left = [f"{text.strip()}\nThe end is here now." for text in whole] + [whole[0].strip()]
     assert decoded(manifest, "train") == left
     assert manifest.totals["train"].text_bytes == sum(map(len, left))
     assert manifest.provenance.dropped == {"filtered": {"too few words": 1}, "lines": 4 * 3 + 2}

@@ -254,3 +254,17 @@ def test_the_reading_side_imports_neither_torch_nor_webdataset_nor_sentencepiece
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_data_of_earlier_code_are_refused_with_what_has_changed(
+    config: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_by = int(prepare.PREPARATION_VERSION)
+    assert set(prepare.CHANGES) <= {str(version) for version in range(made_by + 1)}
+    assert str(made_by) in prepare.CHANGES, "a reason for the newest version"
+    monkeypatch.setattr(prepare, "PREPARATION_VERSION", str(made_by + 2))
+    monkeypatch.setitem(prepare.CHANGES, str(made_by + 1), "lines are read backwards")
+    monkeypatch.setitem(prepare.CHANGES, str(made_by + 2), "twice")
+    assert run(config) == 2
+    expected = f"by data_prep version {made_by}, this is version {made_by + 2} (lines are read backwards; twice);"
+    assert expected in one_error(capsys)
