@@ -123,7 +123,7 @@ def training_step(device: torch.device) -> tuple[list[float], list[float], str]:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
         losses.append([])
         for batch in tokens:
-            loss, _ = network(batch[:, :-1], batch[:, 1:], sequence)
+            loss, _, _ = network(batch[:, :-1], batch[:, 1:], sequence)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -58,15 +58,16 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens: Tensor, targets: Tensor, sequence_index: Tensor, documents: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`tokens`, `targets` [B, T] int64, `sequence_index` [B] int64. `documents` [B, T] int64 numbers each token's
         document, rising; with it attention does not cross documents and positions begin again in each.
 
         Returns the training objective (fp32 scalar: mean cross-entropy over all tokens plus auxiliary losses, in nats)
-        and the detached mean cross-entropy of each sequence [B] fp32.
+        and, detached, the mean cross-entropy of each sequence [B] fp32 and the sum of the auxiliary losses (fp32
+        scalar): their difference from the objective would have lost its digits, they are thousands of times smaller.
         """
         loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents), targets)
-        return loss + auxiliary_loss, sequence_loss
+        return loss + auxiliary_loss, sequence_loss, auxiliary_loss.detach()
 
     def _final_state(self, tokens: Tensor, sequence_index: Tensor, documents: Tensor | None) -> State:
         state = self.embedding((tokens, sequence_index))

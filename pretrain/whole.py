@@ -38,11 +38,11 @@ class WholeRun:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
             self._phases.enter("forward")
-            objective, sequence_loss = self._engine(*batch.model_inputs())
+            objective, sequence_loss, auxiliary_loss = self._engine(*batch.model_inputs())
             self._phases.enter("backward")
             self._engine.backward(poisoned_unless_finite(objective, objective, sequence_loss))
             loss_sum = loss_sum + sequence_loss.mean()
-            auxiliary_sum = auxiliary_sum + objective.detach() - sequence_loss.mean()
+            auxiliary_sum = auxiliary_sum + auxiliary_loss
             if batch is batches[-1]:
                 self._phases.enter("update")
                 self._norm.before_step()

@@ -155,7 +155,7 @@ def test_dropout_rate_independence_and_scale(probability: float) -> None:
 def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     model = build_model(small(), seed=0)
     tokens = torch.randint(0, 500, (3, 17), generator=torch.Generator().manual_seed(0))
-    objective, sequence_loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(3))
+    objective, sequence_loss, _ = model(tokens[:, :-1], tokens[:, 1:], torch.arange(3))
     logits, _ = model.logits(tokens[:, :-1])
     by_hand = -logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
     torch.testing.assert_close(sequence_loss.double(), by_hand, rtol=1e-6, atol=1e-6)

@@ -47,7 +47,7 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
         memory.assign(torch.arange(4), 4)
     for step in range(2):
         tokens = torch.randint(0, 50, (4, config.sequence_length + 1), generator=generator)
-        objective, _ = model(tokens[:, :-1], tokens[:, 1:], torch.arange(4) + 4 * step)
+        objective, _, _ = model(tokens[:, :-1], tokens[:, 1:], torch.arange(4) + 4 * step)
         objective.backward()
         for name, statistics in routing_statistics(model):
             found[f"load {name} {step}"] = statistics.load.clone()
@@ -110,7 +110,7 @@ def kept_bytes(config: ModelConfig, recompute: Any) -> int:
         memory.assign(torch.arange(4), 4)
     tokens = torch.randint(0, 50, (4, config.sequence_length), generator=torch.Generator().manual_seed(0))
     with _Storages() as storages:
-        objective, _ = model(tokens, tokens, torch.arange(4))
+        objective, _, _ = model(tokens, tokens, torch.arange(4))
     found = storages.num_bytes()
     objective.backward()
     return found

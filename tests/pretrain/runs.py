@@ -196,7 +196,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             losses = []
             for micro_step in range(stream.micro_steps):
                 batch = stream.batch(step * config.batch.global_sequences, micro_step, torch.device("cpu"))
-                objective, sequence_loss = network(*batch.model_inputs())
+                objective, sequence_loss, _ = network(*batch.model_inputs())
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))
             for _, statistics in routing_statistics(network):
