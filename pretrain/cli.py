@@ -174,7 +174,8 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
 
 
 def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:
-    """Prints the derived values, each with its formula."""
+    """Prints the derived values, each with its formula, and what the data are too small for."""
+    from pretrain.data_warnings import data_warnings
     from pretrain.derived import derived_values
 
     if config.description:
@@ -183,6 +184,8 @@ def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Pat
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
+    for warning in data_warnings(config, sources):
+        print(f"warning: {warning}")
     sys.stdout.flush()
 
 

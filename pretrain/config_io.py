@@ -29,7 +29,21 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
     # Types first: a change of type resets its section, which must not discard a key set before it on the line.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         apply_override(tree, override)
+    _correct_description(tree, path, overrides)
     return parse_config(tree)
+
+
+DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parallel", "evaluate", "deepspeed")
+"""Sections that a description may speak of."""
+
+
+def _correct_description(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> None:
+    """What a file says of itself does not hold for what `--set` makes of it: then its name and those keys stand for it,
+    in the saved configuration too."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    changed = [key for key in dict.fromkeys(keys) if key.partition(".")[0] in DESCRIBED]
+    if changed and "description" in tree and "description" not in keys:
+        tree["description"] = f"{path.name} with other values of {', '.join(changed)}"
 
 
 def _read_json(path: Path, option: str) -> Any:

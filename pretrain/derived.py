@@ -13,6 +13,7 @@ from pretrain.config import Config
 from pretrain.data import num_windows
 from pretrain.layout import group_ranks, groups_text, mesh, stage_text
 from pretrain.mixture import MixtureSchedule
+from pretrain.model_text import model_family, model_text
 from pretrain.schedule import warmup_steps
 from pretrain.sources import Sources
 
@@ -49,6 +50,7 @@ def derived_values(config: Config, data_size: int, sources: Sources, run_dir: st
     values = [
         DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
         DerivedValue("data", str(sources.sources[0].manifest.folder), f"data.manifest, digest {sources.digest[:12]}"),
+        DerivedValue("model", model_family(model), model_text(model)),
         DerivedValue("parameters, total", f"{count.total:,}", "counted on the meta device"),
         DerivedValue("parameters, active", f"{count.active:,}", "expert tensors count k / E, all others whole"),
         DerivedValue("data-parallel size", f"{data_size}", "ranks / (tensor x pipeline)"),

@@ -1,0 +1,86 @@
+"""What a run says of itself at its start: the model that is trained, and what the data are too small for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import print_derived
+from pretrain.config_io import load_config, to_json
+from pretrain.data_warnings import data_warnings
+from pretrain.model_text import model_family, model_text
+from pretrain.sources import Sources
+from tests.corpus import VOCAB_SIZE
+from tests.pretrain.runs import MOA, small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "configs" / "switchall_tiny.json"
+
+
+def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model.attention.type=dense", "train.steps=7", "monitor.print_every_steps=1"]
+    config = load_config(TINY, [*overrides, f"data.manifest={prepared}"])
+    print_derived(config, 1, Sources.load(config), "run")
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == "switchall_tiny.json with other values of model.attention.type, train.steps, data.manifest"
+    (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
+    assert row.startswith("sigma-MoE") and "dense attention: 8 heads of 64; sigma-MoE: 4 of 16 experts of 64" in row
+    assert to_json(config)["description"] == first
+
+
+def test_a_description_stays_where_nothing_that_it_speaks_of_changed() -> None:
+    plain = load_config(TINY)
+    assert load_config(TINY, ["monitor.tensorboard=false", "checkpoint.keep_last=2"]).description == plain.description
+    assert load_config(TINY, ["train.seed=3", "description=mine"]).description == "mine"
+
+
+@pytest.mark.parametrize(
+    "overrides, family, text",
+    [
+        ((), "SwitchAll", "2 x (SwitchHead: 2 heads of 6, 2 of 3 experts; sigma-MoE: 2 of 5 experts of 7), d_model 24"),
+        ((MOA,), "MoA with sigma-MoE", "MoA: 2 of 5 heads of 6"),
+        (('model.feedforward={"type": "swiglu", "hidden_size": 22}',), "SwitchHead", "SwiGLU feed-forward: 22"),
+        (("model.position.type=xl",), "SwitchAll", "Transformer-XL positions, 16 tokens of context and 16 of memory"),
+        (
+            (
+                'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}',
+                'model.feedforward={"type": "dense", "hidden_size": 22}',
+            ),
+            "dense",
+            "dense feed-forward: 22",
+        ),
+    ],
+)
+def test_models_in_a_line(prepared: Path, overrides: tuple[str, ...], family: str, text: str) -> None:
+    model = small_config(prepared, *overrides).model
+    assert model_family(model) == family
+    assert text in model_text(model)
+
+
+def test_more_than_four_epochs_are_warned_of_with_the_tokens_needed(prepared: Path) -> None:
+    # 82,094 tokens are 5,130 windows of 16; 8 sequences a step read them 4 times in 2,565 steps.
+    assert not data_warnings(small_config(prepared, "train.steps=2565"), Sources.load(small_config(prepared)))
+    config = small_config(prepared, "train.steps=5130")
+    (warning,) = data_warnings(config, Sources.load(config))
+    assert warning.startswith("data.manifest: the run reads the 82,080 tokens of ") and " 8.0 times" in warning
+    assert "prepare 164,160 tokens, or set train.steps to at most 2565" in warning
+
+
+def test_vocabulary_that_is_never_trained_is_warned_of(prepared: Path) -> None:
+    fits = small_config(prepared, f"model.vocab_size={VOCAB_SIZE + 112}")  # the next multiple of 128
+    assert not data_warnings(fits, Sources.load(fits))
+    config = small_config(prepared, "model.vocab_size=2000")
+    (warning,) = data_warnings(config, Sources.load(config))
+    assert "1,600 of 2,000 rows are no piece of the tokenizer" in warning
+    assert "cost 76,800 parameters; set it to 400, or to 512" in warning  # 2 x 1600 x d_model 24
+
+
+def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # H_400 = 6.5699...: 26,280 tokens for the rarest of 400 pieces to be met 10 times.
+    config = small_config(prepared)
+    sources = Sources.load(config)
+    monkeypatch.setattr(type(sources.sources[0].manifest), "num_tokens", lambda self, split: 26_279)
+    (warning,) = data_warnings(config, sources)
+    assert warning.startswith("data.manifest: in its 26,279 tokens the rarest of the tokenizer's 400 pieces are met")
+    assert "prepare 26,280 tokens" in warning
