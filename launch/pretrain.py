@@ -7,9 +7,11 @@ from pathlib import Path
 # Python puts this file's folder first, where `import pretrain` would find this very file instead of the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain import console  # noqa: E402
 from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
 
 if __name__ == "__main__":
+    console.protect()
     stop = Stop()
     if not {"--dry-run", "--help", "-h"} & set(sys.argv):
         stop.install(launched=is_launched())  # before the slow imports

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pretrain.strict_json import dumps
+
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes JSON beside `path`, flushes it to the disk and renames it into place. NaN and infinity are refused."""
+    """Writes JSON beside `path`, flushes it to the disk and renames it into place. NaN and infinities become null."""
+    replace_file(path, [dumps(value, indent=indent).encode() + b"\n"])
+
+
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes `parts` beside `path`, flushes them to the disk and renames them into place."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=indent, allow_nan=False)
-        file.write("\n")
+    with open(partial, "wb") as file:
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -200,11 +200,17 @@ class MonitorConfig(Section):
     """What is written while training."""
 
     print_every_steps: PositiveInt = Field(10, json_schema_extra=FREE)
-    """Steps between lines on the terminal; metrics.jsonl gets every step."""
+    """Steps between lines on the terminal, whose values are means of these steps; metrics.jsonl gets every step."""
     tensorboard: bool = Field(True, json_schema_extra=FREE)
     """Write TensorBoard scalars to RUN_DIR/tensorboard."""
     tensorboard_every_steps: PositiveInt = Field(1, json_schema_extra=FREE)
     """Steps between TensorBoard scalars."""
+    collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, json_schema_extra=FREE)
+    """A router counts as collapsed in a step in which the k busiest of its E experts got more than this share of its
+    choices (k: those that a token chooses; k / E is even)."""
+    collapse_after_steps: NonNegativeInt = Field(500, json_schema_extra=FREE)
+    """Steps in a row after which a collapsed router is told of, by a line and an event; again after twice, four times,
+    ... as many. 0: never."""
 
 
 class KernelsConfig(Section):

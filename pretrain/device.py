@@ -7,6 +7,7 @@ compares the two.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import threading
@@ -171,6 +172,19 @@ def synchronize(device: torch.device) -> None:
     """Waits for queued kernels, so that a wall-clock time means something."""
     if device.type == "cuda":  # GPU-ONLY synchronize
         torch.cuda.synchronize(device)
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Memory of this process now and at its peak: allocated tensors on a GPU, resident pages on a CPU. Waits for no
+    kernel."""
+    if device.type == "cuda":  # GPU-ONLY memory-bytes
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), peak
+    except OSError:  # not Linux
+        return peak, peak
 
 
 def host_buffer(num_bytes: int) -> torch.Tensor:

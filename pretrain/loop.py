@@ -137,10 +137,14 @@ def begin(
     trainer = build_trainer(config, sources, parallel, device, start.checkpoint, progress=start.progress, phases=phases)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
     settings, step = config.resilience, start.progress.step
-    monitor = None
-    if parallel.is_first:
+
+    def prepare() -> Monitor | None:
+        if not parallel.is_first:
+            return None
         prepare_folder(folder, trainer, start.checkpoint, start.passed_over, start.changes, last)
-        monitor = Monitor(config, folder, first_step=step, last_step=last)
+        return Monitor(config, folder, first_step=step, last_step=last)
+
+    monitor = agreed(prepare)
     replicas = None
     if settings.replica_check_every_steps and dist.get_world_size() > 1:
         replicas = ReplicaCheck(trainer.engine, parallel, control.group)
@@ -284,9 +288,9 @@ class Course:
 
     def _validation_is_missing(self) -> bool:
         """Whether the step that this course starts after was to be validated and a stop came in between."""
-        if self.progress.step >= self.last:
-            return True
         due = self.progress.step > 0 and self._is_due(self.trainer.config.evaluate.every_steps)
+        if any(key.startswith("evaluate.") and key != "evaluate.every_steps" for key in self.start.changes):
+            return due  # by other settings than the checkpoint's
         return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
 
     def _validate(self) -> None:
@@ -301,12 +305,16 @@ class Course:
         trainer.phases.enter("checkpoint")
         if self.monitor is not None:
             self.monitor.flush()
-        folder.make_durable()
 
         def report(outcome: Outcome) -> None:
             times = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds}
             if outcome.error is None:
                 folder.event("checkpoint", step=outcome.step, path=outcome.path.name, bytes=outcome.bytes, **times)
+                print(
+                    f"checkpoint saved: {outcome.path} ({outcome.bytes / 2**20:,.1f} MiB in {outcome.seconds:.1f} s, "
+                    f"training stood still for {outcome.stall_seconds:.1f} s)",
+                    flush=True,
+                )
             else:
                 folder.event("checkpoint_failed", step=outcome.step, reason=outcome.error, **times)
                 print(f"checkpoint of step {outcome.step} failed: {outcome.error}", file=sys.stderr, flush=True)
@@ -327,6 +335,7 @@ class Course:
                 keep_every_steps=settings.keep_every_steps,
                 keep_best=settings.keep_best,
             ),
+            before=folder.make_durable,
             report=report,
         )
 
@@ -338,4 +347,4 @@ class Course:
         """Frees the engine, so that another can be built."""
         self.trainer.close()
         if self.monitor is not None:
-            self.monitor.close()
+            self.monitor.flush()

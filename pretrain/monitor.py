@@ -8,86 +8,124 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.board import Board
 from pretrain.config import Config
+from pretrain.router_load import CollapseWatch, advice, collapse_event, load_text
 from pretrain.run_folder import RunFolder
+
+GIB = 1 << 30
 
 
 class Monitor:
     """Writes one line per step to metrics.jsonl, scalars to TensorBoard, and a terse line to the terminal."""
 
     def __init__(self, config: Config, folder: RunFolder, *, first_step: int, last_step: int) -> None:
-        self._config = config.monitor
+        """Raises UserError if RUN_DIR/tensorboard cannot be a folder."""
+        self._config, self._model = config.monitor, config.model
         self._folder = folder
         self._first, self._last = first_step, last_step
         self._start = time.monotonic()
-        self._board: Any = None
-        if config.monitor.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what a killed run wrote after its last checkpoint.
-            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step + 1)
+        self._interval = Interval()
+        self._collapse = CollapseWatch(config.monitor, config.model)
+        self._board = Board(folder.path / "tensorboard", first_step=first_step) if config.monitor.tensorboard else None
 
     def step(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
         """Records optimizer step values["step"] (from 1); a None is a value that this step does not have."""
         step = int(values["step"])
         self._folder.metrics(values)
         if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
-            for key, value in {**values, "perplexity": _perplexity(values["loss"])}.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(f"train/{key}", value, step)
+            points = {f"train/{key}": value for key, value in values.items() if key != "step"}
+            points["train/perplexity"] = None if values["loss"] is None else perplexity(values["loss"])
             for name, counts in load.items():
                 share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0) * counts.shape[-1]
-                self._board.add_scalar(f"expert_load_max/{name}", float(share.max()), step)
-        is_due = step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last)
-        if is_due or values["grad_norm"] is None:
+                points[f"expert_load_max/{name}"] = float(share.max())
+            self._board.add(step, points)
+        self._interval.add(values, load)
+        if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
             print(self._line(step, values), flush=True)
+            self._interval = Interval()
+        elif values["grad_norm"] is None:
+            loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
+            print(f"step {step:>{len(str(self._last))}}/{self._last}  {loss}, update skipped", flush=True)
+        due = self._collapse.step(load)
+        if due:
+            more = f" and {len(due) - 3} more" if len(due) > 3 else ""
+            print(
+                f"warning: step {step}: routers that have collapsed, with the share of the choices that so few experts "
+                f"get as a token chooses: {', '.join(map(str, due[:3]))}{more}; {advice(self._model, due)} "
+                f"(monitor.collapse_after_steps)",
+                flush=True,
+            )
+            self._folder.event("router_collapsed", step=step, routers=collapse_event(due))
 
-    def validation(self, step: int, values: dict[str, float], *, split: str) -> None:
-        """Records a validation on `split` after optimizer step `step`."""
+    def validation(self, step: int, values: dict[str, Any], *, split: str) -> None:
+        """Records a validation on `split` after optimizer step `step`; a None is a value that is not finite."""
         self._folder.event("validation", step=step, split=split, **values)
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"validation/{key}", value, step)
-        bits = f"  bits per byte {values['bits_per_byte']:.4f}" if "bits_per_byte" in values else ""
-        print(
-            f"validation after step {step}{'' if split == 'validation' else f' on the {split} split'}: "
-            f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}{bits}",
-            flush=True,
-        )
+            self._board.add(step, {f"validation/{key}": value for key, value in values.items()})
+        what = "loss not finite"
+        if values["loss"] is not None:
+            what = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}"
+        if values.get("bits_per_byte") is not None:
+            what += f"  bits per byte {values['bits_per_byte']:.4f}"
+        where = "" if split == "validation" else f" on the {split} split"
+        print(f"validation after step {step}{where}: {what}", flush=True)
 
     def flush(self) -> None:
         """Brings TensorBoard's file to the disk; call where the run may be continued from."""
         if self._board is not None:
             self._board.flush()
 
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
     def _line(self, step: int, values: dict[str, Any]) -> str:
-        done = step - self._first
-        remaining = (time.monotonic() - self._start) / done * (self._last - step)
-        width = len(str(self._last))
-        loss = "loss not finite"
-        if values["loss"] is not None:
-            loss = f"loss {values['loss']:.4f}  ppl {perplexity(values['loss']):.4g}"
-        norm = "skipped" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
-        line = (
-            f"step {step:>{width}}/{self._last}  {loss}  "
-            f"grad {norm}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s"
-        )
-        if "feedforward_load_max" in values:
-            line += f"  load {values['feedforward_load_max']:.2f}x"
-        return line + f"  ETA {clock(remaining)}"
+        """Of the steps since the line before, with the newest step's learning rate and memory."""
+        interval, elapsed = self._interval, time.monotonic() - self._start
+        remaining = elapsed / (step - self._first) * (self._last - step)
+        loss, norm = interval.mean("loss"), interval.mean("grad_norm")
+        parts = [
+            f"step {step:>{len(str(self._last))}}/{self._last}",
+            "loss not finite" if loss is None else f"loss {loss:.4f}  ppl {perplexity(loss):.4g}",
+            "grad skipped" if norm is None else f"grad {norm:.3f}",
+            f"lr {values['lr']:.2e}",
+            f"{interval.tokens_per_second:,.0f} tok/s",
+            load_text(interval.load, self._model),
+            f"mem {values['memory_bytes'] / GIB:.1f}/{values['memory_peak_bytes'] / GIB:.1f} GiB",
+            f"elapsed {clock(elapsed)}  ETA {clock(remaining)}",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+class Interval:
+    """The steps between two lines on the terminal."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+        self._tokens = self._seconds = 0.0
+        self.load: dict[str, Tensor] = {}
+        """Choices per expert of every router, summed over the steps."""
+
+    def add(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
+        for key, found in self._values.items():
+            if values[key] is not None:
+                found.append(values[key])
+        self._tokens += values["tokens_per_second"] * values["step_seconds"]
+        self._seconds += values["step_seconds"]
+        for name, counts in load.items():
+            self.load[name] = self.load[name] + counts if name in self.load else counts
+
+    def mean(self, key: str) -> float | None:
+        """Of `loss` or `grad_norm`, over the steps that have it; None if none has."""
+        found = self._values[key]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the steps over their seconds."""
+        return self._tokens / self._seconds
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else perplexity(loss)
 
 
 def clock(seconds: float) -> str:

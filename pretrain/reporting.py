@@ -11,19 +11,23 @@ import torch.distributed as dist
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint
 from pretrain.config_io import to_json
+from pretrain.device import memory_bytes
+from pretrain.errors import UserError
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.monitor import Monitor
 from pretrain.progress import Progress
 from pretrain.resume import environment_changes
+from pretrain.router_load import load_summary
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
-from pretrain.step_sums import load_summary
+from pretrain.strict_json import without_nan
 from pretrain.trainer import StepResult, Trainer
 
 
 def step_values(trainer: Trainer, result: StepResult, progress: Progress, seconds: float) -> dict[str, float | None]:
     """One line of metrics.jsonl. None: a loss that is not a number, the norm of a skipped update."""
     config, sums = trainer.config, result.sums
+    memory, memory_peak = memory_bytes(trainer.device)
     values: dict[str, float | None] = {
         "step": progress.step,
         "loss": finite(sums.loss),
@@ -35,7 +39,9 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
         "step_seconds": seconds,
         "data_wait_seconds": trainer.prefetcher.wait_seconds,
         "epoch": trainer.stream.epoch(progress.consumed_sequences),
-        **load_summary(sums.load),
+        "memory_bytes": memory,
+        "memory_peak_bytes": memory_peak,
+        **load_summary(sums.load, config.model),
     }
     names = [source.name for source in trainer.sources.sources]
     if len(names) > 1:
@@ -58,7 +64,7 @@ def run_validation(
 ) -> float | None:
     """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens.
     Collective, as `stopping` is, which is asked before every batch. Returns the loss on every rank; None without a
-    validation split, or if it was to stop."""
+    validation split, if it was to stop, or where the loss is not finite."""
     if trainer.validation is None:
         return None
     trainer.phases.enter("validation")
@@ -72,13 +78,13 @@ def run_validation(
         before_batch=lambda: _goes_on(trainer, stopping),
     )
     if values is None or monitor is None:
-        return None if values is None else values["loss"]
+        return None if values is None else finite(values["loss"])
     if is_last:
         windows = evaluation_windows(trainer.validation, trainer.config)
         values["unigram_perplexity"] = unigram_perplexity(trainer.validation, windows)
     split = trainer.config.evaluate.split
-    monitor.validation(step, values, split=split)
-    if is_last:
+    monitor.validation(step, without_nan(values), split=split)
+    if is_last and math.isfinite(values["loss"]):
         below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
         bits = f" ({values['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in values else ""
         print(
@@ -87,7 +93,7 @@ def run_validation(
             f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})",
             flush=True,
         )
-    return values["loss"]
+    return finite(values["loss"])
 
 
 def _goes_on(trainer: Trainer, stopping: Callable[[], bool]) -> bool:
@@ -103,7 +109,22 @@ def prepare_folder(
     changes: dict[str, tuple[Any, Any]],
     last: int,
 ) -> None:
-    """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins."""
+    """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins. Raises
+    UserError where the disk refuses."""
+    try:
+        _prepare_folder(folder, trainer, resumed, passed_over, changes, last)
+    except OSError as error:
+        raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
+
+
+def _prepare_folder(
+    folder: RunFolder,
+    trainer: Trainer,
+    resumed: Checkpoint | None,
+    passed_over: list[str],
+    changes: dict[str, tuple[Any, Any]],
+    last: int,
+) -> None:
     step = resumed.progress.step if resumed else 0
     for reason in passed_over:
         print(f"passed over a damaged checkpoint: {reason}", flush=True)

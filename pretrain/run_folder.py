@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
-import os
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from pretrain import console
 from pretrain.atomic import write_json
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
+from pretrain.line_log import LineLog, is_event, is_step
 from pretrain.resilience.lock import FolderLock
 
 
 class RunFolder:
-    """Creates the folder and appends to its logs; every line is flushed, so a killed run loses none."""
+    """Creates the folder and appends to its logs; every line is written at once, so a killed run loses none. What a
+    full disk refuses is written later, see line_log.py."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         """`writes` is true on one rank, which creates the folder and appends; on the others every call is a no-op.
-        Raises UserError if the folder cannot be written."""
+        Raises UserError if the folder cannot be written, or holds what is in the way."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.lock: FolderLock | None = None
         self._has_ended = False
         self._writes = writes
+        self._metrics = LineLog(path / "metrics.jsonl", is_step)
+        self._events = LineLog(path / "events.jsonl", is_event)
         if not writes:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = FolderLock(path)
             self._remove_leftovers()
-            self._append("events.jsonl", {"event": "opened", "time": time.time(), "process": self.lock.owner})
-        except OSError as error:
+            damaged = {log.path.name: log.repair() for log in (self._metrics, self._events)}
+            self.event("opened", process=self.lock.owner)
+            self._events.flush()
+        except (UserError, OSError) as error:
             if self.lock is not None:
                 self.lock.release()
-            raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--run-dir: {error.filename or path} cannot be written: {error.strerror}") from None
+        for name, count in damaged.items():
+            if count:
+                print(f"warning: {path / name}: {count} damaged lines were moved to {name}.damaged", file=sys.stderr)
+                self.event("damaged_lines", file=name, lines=count)
         for owner in self.lock.taken_over:
             self.event("lock_taken_over", owner=owner)
+        console.on_problem(self._stream_failed)
+
+    def _stream_failed(self, stream: str, reason: str) -> None:
+        self.event("output_lost", stream=stream, reason=reason)
 
     def _remove_leftovers(self) -> None:
         """What a start that was killed did not clean up. A report of a hang is kept, under a name with its time."""
@@ -58,34 +73,37 @@ class RunFolder:
         if not self._writes or code is ExitCode.FOLDER_LOST or self._has_ended:
             return
         self._has_ended = True
+        console.forget(self._stream_failed)
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         try:
+            self._events.flush()
             write_json(self.path / "outcome.json", outcome)
+        except OSError as error:  # how the run ended does not change because nobody can read it there
+            print(f"warning: {self.path}: cannot be written at the end: {error.strerror}", file=sys.stderr, flush=True)
         finally:
             if self.lock is not None:
                 self.lock.release()
 
     def losses(self, last_step: int, count: int) -> list[float]:
         """The last `count` finite losses up to step `last_step`, from metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        if not self._writes or not path.exists():
-            return []
         found: collections.deque[float] = collections.deque(maxlen=count)
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
-                    values = json.loads(line)
-                    if values["step"] <= last_step and values["loss"] is not None:
-                        found.append(values["loss"])
+        if self._writes:
+            for row in self._metrics.rows():
+                if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
+                    found.append(row["loss"])
         return list(found)
 
     def was_validated(self, step: int) -> bool:
-        """Whether events.jsonl holds a validation after `step`."""
-        path = self.path / "events.jsonl"
-        if not self._writes or not path.exists():
-            return False
-        with open(path, encoding="utf-8") as file:
-            return any('"validation"' in line and f'"step": {step},' in line for line in file)
+        """Whether events.jsonl holds a validation after `step`, of the course of the run that stands: one that started
+        before that step computes it again."""
+        found = False
+        for row in self._events.rows() if self._writes else ():
+            if row["event"] in ("started", "validation") and isinstance(row.get("step"), int):
+                if row["event"] == "validation":
+                    found = found or row["step"] == step
+                elif row["step"] < step:
+                    found = False
+        return found
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""
@@ -93,48 +111,28 @@ class RunFolder:
 
     def event(self, kind: str, **values: Any) -> None:
         """One line of events.jsonl: what happened, when (seconds since the epoch)."""
-        self._append("events.jsonl", {"event": kind, "time": time.time(), **values})
+        if self._writes:
+            self._events.append({"event": kind, "time": time.time(), **values})
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl: exactly one per optimizer step, floats with full precision."""
-        self._append("metrics.jsonl", values)
+        if self._writes:
+            self._metrics.append(values)
 
     def make_durable(self) -> None:
-        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it after a power loss."""
-        path = self.path / "metrics.jsonl"
-        if self._writes and path.exists():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, after a power loss and on a
+        full disk alike. Raises OSError."""
+        if self._writes:
+            self._metrics.make_durable()
 
     def rewind_metrics(self, step: int) -> None:
-        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. A torn last line (the
-        machine stopped while writing) is dropped."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
+        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Raises OSError, and then
+        nothing is lost."""
+        self._metrics.flush()
+        superseded = [row for row in self._metrics.rows() if row["step"] > step]
+        if not superseded:
             return
-        kept: list[tuple[str, dict[str, Any]]] = []
-        superseded: list[tuple[str, dict[str, Any]]] = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            (kept if values["step"] <= step else superseded).append((line, values))
-        for _, values in superseded:
-            self.event("superseded_metrics", metrics=values)
-        partial = path.with_name("metrics.jsonl.partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line, _ in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
-    def _append(self, name: str, values: dict[str, Any]) -> None:
-        if not self._writes:
-            return
-        line = json.dumps(values, allow_nan=False) + "\n"
-        try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:  # a full disk
-            raise UserError(f"--run-dir: {self.path / name} cannot be written: {error.strerror}") from None
+        for row in superseded:
+            self.event("superseded_metrics", metrics=row)
+        self._events.make_durable()
+        self._metrics.keep(lambda row: row["step"] <= step)

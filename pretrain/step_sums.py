@@ -95,17 +95,3 @@ def _add_up(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
     dist.all_reduce(flat, group=group)
     for target, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         target.copy_(summed)
-
-
-def load_summary(load: dict[str, Tensor]) -> dict[str, float]:
-    """Balance of experts, per kind of router, over layers: the busiest expert's load in units of the mean load
-    (1 is even), and the share of experts that no token chose."""
-    summary: dict[str, float] = {}
-    for kind in ("attention", "feedforward"):
-        counts = [c.view(-1, c.shape[-1]) for name, c in load.items() if f".{kind}." in name]
-        if counts:
-            rows = torch.cat(counts)
-            mean = rows.mean(-1, keepdim=True).clamp_min(1e-9)
-            summary[f"{kind}_load_max"] = float((rows / mean).max())
-            summary[f"{kind}_experts_unused"] = float((rows == 0).double().mean())
-    return summary

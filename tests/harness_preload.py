@@ -8,6 +8,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402, F401
-import torch.utils.tensorboard  # noqa: E402, F401
 
 import pretrain.loop  # noqa: E402, F401

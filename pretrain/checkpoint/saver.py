@@ -91,11 +91,13 @@ class Saver:
         *,
         extra: dict[str, Any],
         retention: Retention,
+        before: Callable[[], None] = lambda: None,
         report: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
         """Saves the state as it is now to folder/step-N; `extra`, with `loss` and `validation_loss` (or None) of the
-        step, joins state.json. Waits for a save under way before. What was just saved is not saved again. `report` is
-        called on rank 0 when the save ended, by whatever thread. Raises UserError (PeerFailed on the others) as the
+        step, joins state.json. Waits for a save under way before. What was just saved is not saved again. On rank 0, by
+        whatever thread, `before` is called first, and an OSError of it is a failure to save; `report` is called when
+        the save ended. Raises UserError (PeerFailed on the others) as the
         module says."""
         started = time.perf_counter()
         self.wait()
@@ -104,7 +106,7 @@ class Saver:
         self._saved = progress
         state = owned_state(self._engine, self._parallel)
         description = {**self._constants, **described(self._engine, progress), **extra}
-        writer = self._writer = Writer(folder / f"step-{progress.step:08d}", description)
+        writer = self._writer = Writer(folder / f"step-{progress.step:08d}", description, before)
 
         def work(state: State, stall_seconds: float | None) -> None:
             error = self._write(state, writer)
@@ -114,10 +116,7 @@ class Saver:
                     _remove_old(folder, retention)
                 seconds = time.perf_counter() - started
                 stall = seconds if stall_seconds is None else stall_seconds
-                try:
-                    report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
-                except UserError as problem:  # a log on the same full disk: the other ranks know nothing of it
-                    print(f"warning: {problem}", file=sys.stderr, flush=True)
+                report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
 
         if self._asynchronous:
             state = self._copied(state)

@@ -130,9 +130,10 @@ def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserErro
 class Writer(StorageWriter):
     """Writes one checkpoint: a safetensors file per rank, then, on the coordinator, the JSON and the commit."""
 
-    def __init__(self, final: Path, state: dict[str, Any]) -> None:
-        """`final`: the folder's name once it is complete. `state`: the content of state.json, but for the files."""
-        self.final, self._state = final, state
+    def __init__(self, final: Path, state: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
+        """`final`: the folder's name once it is complete. `state`: the content of state.json, but for the files.
+        `before` is called on the coordinator before anything is written; an OSError of it ends the save."""
+        self.final, self._state, self._before = final, state, before
         self.partial = final.with_name(final.name + ".partial")
         self.bytes = 0
         """Of all files, on the coordinator, once committed."""
@@ -157,6 +158,10 @@ class Writer(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator, before any rank writes."""
+        try:
+            self._before()
+        except OSError as error:
+            raise UserError(f"{error.filename or 'a log'}, which a checkpoint needs: {error.strerror}") from None
         try:
             remove_partials(self.final.parent)
             self.partial.mkdir(parents=True)

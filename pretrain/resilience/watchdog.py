@@ -23,6 +23,7 @@ from pretrain.exit_codes import ExitCode
 from pretrain.resilience.lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
 from pretrain.resilience.phases import Phases, Record, read
 from pretrain.resilience.signals import Stop
+from pretrain.strict_json import dumps
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, in a C-level handler that needs no interpreter lock."""
@@ -103,7 +104,11 @@ class Watchdog:
                 except LockLost as error:
                     self._stop.leave(ExitCode.FOLDER_LOST, f"error: {error}; this one stops writing")
             if self._timeout and not self._phases.is_patient and now - self._phases.since > self._timeout:
-                self._report()
+                try:
+                    self._report()
+                except OSError as error:  # a full disk: the hang must end all the same
+                    where = f"{error.filename or self._hang} cannot be written: {error.strerror}"
+                    self._stop.leave(ExitCode.HUNG, f"error: rank {self._rank}: hang in {self._phases.record}; {where}")
 
     def _report(self) -> None:
         """Says what this rank waits for and, unless it goes on meanwhile, ends it."""
@@ -156,9 +161,13 @@ class Watchdog:
         return words
 
     def _publish(self, text: str, path: Path) -> None:
-        os.write(2, f"error: {text}\n".encode())
-        with open(self._run_dir / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
+        with contextlib.suppress(OSError):  # nobody may be listening, and the hang must end all the same
+            os.write(2, f"error: {text}\n".encode())
+        with (
+            contextlib.suppress(OSError),
+            open(self._run_dir / "events.jsonl", "a", encoding="utf-8") as file,
+        ):
+            file.write(dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
         partial = path.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.rename(path)

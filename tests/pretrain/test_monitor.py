@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,10 +20,17 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
 from pretrain.data import WindowReader
 from pretrain.evaluate import unigram_perplexity
 from pretrain.monitor import clock, perplexity
-from pretrain.step_sums import load_summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import metrics, train_runs
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+METRICS_TABLE = "\n".join(
+    row.split("|")[1]
+    for row in PAGE.partition("## What a run writes")[2].partition("\n## ")[0].splitlines()
+    if row.startswith("| `")
+)
+"""First column of the table of keys."""
 
 
 def test_unigram_perplexity_is_that_of_the_token_frequencies(prepared: Path) -> None:
@@ -33,19 +41,6 @@ def test_unigram_perplexity_is_that_of_the_token_frequencies(prepared: Path) -> 
     counts = Counter(targets)
     cross_entropy = -sum(math.log(counts[t] / len(targets)) for t in targets) / len(targets)
     assert unigram_perplexity(reader, windows) == pytest.approx(math.exp(cross_entropy))
-
-
-def test_load_summary_by_hand() -> None:
-    load = {
-        "blocks.0.feedforward.statistics": torch.tensor([6.0, 2.0, 0.0, 0.0]),
-        "blocks.0.attention.value_statistics": torch.tensor([[3.0, 1.0], [2.0, 2.0]]),
-    }
-    assert load_summary(load) == {
-        "attention_load_max": 1.5,
-        "attention_experts_unused": 0.0,
-        "feedforward_load_max": 3.0,
-        "feedforward_experts_unused": 0.5,
-    }
 
 
 def test_clock_and_perplexity() -> None:
@@ -77,11 +72,18 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
                 "lr",
                 "tokens_per_second",
                 "auxiliary_loss",
+                "memory_bytes",
+                "memory_peak_bytes",
                 "feedforward_load_max",
+                "feedforward_unused_experts",
                 "attention_load_max",
+                "attention_busiest_share",
                 "routing_negative_entropy",
             } <= row.keys()
             assert -math.log(5) <= row["routing_negative_entropy"] <= 0
+            documented = set(re.findall(r"`([a-z_/A-Z]+)`", METRICS_TABLE))
+            assert row.keys() <= documented, row.keys() - documented
+            assert documented - row.keys() == {"loss_scale", "epoch/NAME"}
         board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
         tags = set(board.Tags()["scalars"])
         assert {

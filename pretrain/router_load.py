@@ -1,0 +1,151 @@
+"""How evenly routers use their experts: values for metrics.jsonl and the terminal, and a watch for collapse.
+
+A router is one row of counts: a sigma-MoE layer has one, a MoA layer one, a SwitchHead layer one per head and selector.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig
+from pretrain.config import MonitorConfig
+
+ATTENTION, FEEDFORWARD = "attention", "feedforward"
+SHORT = {ATTENTION: "attn", FEEDFORWARD: "ffn"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the routers of one kind choose from."""
+
+    num_experts: int
+    active: int
+    """Experts per token (k)."""
+
+    @property
+    def load_limit(self) -> float:
+        """E / k: the load of an expert that every token chooses, in units of the mean load."""
+        return self.num_experts / self.active
+
+
+def choices(model: ModelConfig) -> dict[str, Choice]:
+    """By kind of layer; dense layers have none."""
+    found = {}
+    attention, feedforward = model.attention, model.feedforward
+    if not isinstance(attention, DenseAttentionConfig):
+        active = attention.num_heads if isinstance(attention, MoAConfig) else attention.active_experts
+        found[ATTENTION] = Choice(attention.num_experts, active)
+    if isinstance(feedforward, SigmaMoEConfig):
+        found[FEEDFORWARD] = Choice(feedforward.num_experts, feedforward.active_experts)
+    return found
+
+
+def routers(load: dict[str, Tensor], kind: str) -> tuple[list[tuple[str, int | None]], Tensor]:
+    """Layer with selector, and head if there are several, of every router of a kind; their counts [routers, E] fp64."""
+    names: list[tuple[str, int | None]] = []
+    rows = []
+    for name, counts in load.items():
+        if f".{kind}." in name:
+            heads = counts.view(-1, counts.shape[-1])
+            short = re.sub(r"[._]?statistics$", "", name)
+            names += [(short, head if counts.ndim > 1 else None) for head in range(len(heads))]
+            rows.append(heads)
+    return names, torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.float64)
+
+
+def busiest_share(rows: Tensor, active: int) -> Tensor:
+    """[routers, E] -> [routers]: the share of the choices that go to the k busiest experts; k / E is even, 1 is
+    collapse."""
+    return rows.topk(active, dim=-1).values.sum(-1) / rows.sum(-1).clamp_min(1.0)
+
+
+def load_summary(load: dict[str, Tensor], model: ModelConfig) -> dict[str, float]:
+    """Per kind of layer, over its routers: `load_max`, the busiest expert's load in units of the mean load (1 is even,
+    E / k the most); `busiest_share` of the worst router; `unused_experts`, the number that no token chose, and
+    `unused_share`, their share of all experts."""
+    summary: dict[str, float] = {}
+    for kind, choice in choices(model).items():
+        _, rows = routers(load, kind)
+        if not len(rows):
+            continue
+        mean = rows.mean(-1, keepdim=True).clamp_min(1e-9)
+        unused = int((rows == 0).sum())
+        summary[f"{kind}_load_max"] = float((rows / mean).max())
+        summary[f"{kind}_busiest_share"] = float(busiest_share(rows, choice.active).max())
+        summary[f"{kind}_unused_experts"] = unused
+        summary[f"{kind}_unused_share"] = unused / rows.numel()
+    return summary
+
+
+def load_text(load: dict[str, Tensor], model: ModelConfig) -> str:
+    """For the terminal: `attn 1.96/2  ffn 2.19/4, 3 unused`. Empty for a dense model."""
+    values, parts = load_summary(load, model), []
+    for kind, choice in choices(model).items():
+        if f"{kind}_load_max" in values:
+            unused = values[f"{kind}_unused_experts"]
+            text = f"{SHORT[kind]} {values[f'{kind}_load_max']:.2f}/{choice.load_limit:.3g}"
+            parts.append(text + (f", {unused:.0f} unused" if unused else ""))
+    return "  ".join(parts)
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """A router that has been collapsed for long."""
+
+    router: str
+    """E.g. `blocks.3.feedforward`, `blocks.0.attention.value`."""
+    head: int | None
+    share: float
+    """Of the choices that its k busiest experts got in the last step."""
+    steps: int
+    """In a row."""
+
+    def __str__(self) -> str:
+        head = "" if self.head is None else f" head {self.head}"
+        return f"{self.router}{head} ({self.share:.1%} for {self.steps} steps)"
+
+
+class CollapseWatch:
+    """Counts, per router, the steps in a row for which it was collapsed: its k busiest experts got more than
+    monitor.collapse_share of the choices. Told of after monitor.collapse_after_steps, then each time the streak has
+    doubled."""
+
+    def __init__(self, config: MonitorConfig, model: ModelConfig) -> None:
+        self._share, self._after = config.collapse_share, config.collapse_after_steps
+        # A router that chooses all its experts cannot collapse.
+        self._choices = {kind: c for kind, c in choices(model).items() if c.active < c.num_experts}
+        self._streaks: dict[str, Tensor] = {}
+
+    def step(self, load: dict[str, Tensor]) -> list[Collapsed]:
+        """Takes the counts of a step; what is to be told now."""
+        due: list[Collapsed] = []
+        for kind, choice in self._choices.items() if self._after else ():
+            names, rows = routers(load, kind)
+            share = busiest_share(rows, choice.active)
+            streak = self._streaks.get(kind, torch.zeros(len(rows), dtype=torch.int64))
+            streak = self._streaks[kind] = torch.where(share > self._share, streak + 1, 0)
+            for i in torch.nonzero(streak >= self._after).flatten().tolist():
+                multiple, rest = divmod(int(streak[i]), self._after)
+                if rest == 0 and multiple & (multiple - 1) == 0:
+                    router, head = names[i]
+                    due.append(Collapsed(router, head, float(share[i]), int(streak[i])))
+        return due
+
+
+def advice(model: ModelConfig, due: list[Collapsed]) -> str:
+    """What a user can change, by the kind of the first router."""
+    if f".{FEEDFORWARD}" in due[0].router:
+        return "raise model.feedforward.entropy_weight or lower optimizer.learning_rate"
+    if isinstance(model.attention, MoAConfig):
+        return "raise model.attention.switch_loss_weight or lower optimizer.learning_rate"
+    return "raise model.attention.expert_dropout or lower optimizer.learning_rate"
+
+
+def collapse_event(due: list[Collapsed]) -> list[dict[str, Any]]:
+    """For events.jsonl."""
+    return [{"router": c.router, "head": c.head, "busiest_share": c.share, "steps": c.steps} for c in due]

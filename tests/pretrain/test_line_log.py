@@ -1,0 +1,161 @@
+"""metrics.jsonl and events.jsonl: damaged lines, full disks, and JSON that every reader takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.atomic import write_json
+from pretrain.board import Board
+from pretrain.errors import UserError
+from pretrain.exit_codes import ExitCode
+from pretrain.line_log import LineLog, is_event, is_step
+from pretrain.run_folder import RunFolder
+from pretrain.strict_json import dumps
+
+GARBAGE = [b'{"a": blah\n', b"17\n", b'{"loss": 3.0}\n', b'{"step": true}\n', b"\xff\xfe\0\n", b"[" * 100_000 + b"\n"]
+ROWS = [{"step": step, "loss": 0.1 * step} for step in (1, 2, 3)]
+
+
+def strict(text: str) -> object:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """Files of this process may not grow beyond `num_bytes`: a write is cut there, and the next one refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    value = {"a": [math.nan, 1.5, (math.inf, "x")], "b": {"c": -math.inf, "d": None, "e": True}}
+    expected = {"a": [None, 1.5, [None, "x"]], "b": {"c": None, "d": None, "e": True}}
+    assert strict(dumps(value)) == expected
+    write_json(tmp_path / "x.json", value)
+    assert strict((tmp_path / "x.json").read_text()) == expected
+    assert dumps(ROWS[0]) == json.dumps(ROWS[0])
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_line_is_moved_aside_and_a_torn_end_is_dropped(tmp_path: Path, garbage: bytes) -> None:
+    path, rows = tmp_path / "metrics.jsonl", [json.dumps(row).encode() + b"\n" for row in ROWS]
+    path.write_bytes(rows[0] + garbage + b"\n" + rows[1] + rows[2] + b'{"step": 4, "lo')
+    log = LineLog(path, is_step)
+    assert list(log.rows()) == ROWS
+    assert log.repair() == 1
+    assert path.read_bytes() == b"".join(rows)
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == garbage
+    assert log.repair() == 0
+    log.append({"step": 4})
+    assert [row["step"] for row in log.rows()] == [1, 2, 3, 4]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    log = LineLog(path, is_step)
+    assert log.repair() == 0
+    log.append({"step": 4})
+    assert [row["step"] for row in log.rows()] == [1, 2, 3, 4]
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = LineLog(tmp_path / "metrics.jsonl", is_step)
+    log.append(ROWS[0])
+    before = log.path.read_bytes()
+    with disk_of(len(before) + 10):
+        log.append(ROWS[1])
+        log.append(ROWS[2])
+        assert log.path.read_bytes() == before
+        with pytest.raises(OSError):
+            log.make_durable()
+    log.append({"step": 4, "loss": math.nan})
+    assert list(log.rows()) == [*ROWS, {"step": 4, "loss": None}]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "cannot be written (File too large)" in said[0] and "no line is missing" in said[1]
+
+
+def test_a_run_folder_repairs_its_logs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, row in (("metrics.jsonl", ROWS[0]), ("events.jsonl", {"event": "opened"})):
+        (tmp_path / name).write_text(f"nonsense\n{json.dumps(row)}\n17\n")
+    folder = RunFolder(tmp_path, writes=True)
+    assert folder.losses(5, 10) == [0.1]
+    found = [row for row in LineLog(tmp_path / "events.jsonl", is_event).rows() if row["event"] == "damaged_lines"]
+    assert [(row["file"], row["lines"]) for row in found] == [("metrics.jsonl", 2), ("events.jsonl", 2)]
+    assert capsys.readouterr().err.count("2 damaged lines were moved to") == 2
+    folder.end(ExitCode.FINISHED, "finished")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "checkpoints", "outcome.json"])
+def test_what_is_in_the_way_is_named(tmp_path: Path, name: str) -> None:
+    if name == "checkpoints":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"--run-dir: .*{name}"):
+        RunFolder(tmp_path, writes=True)
+    assert not list(tmp_path.glob("lock-*"))
+
+
+def test_a_file_in_the_place_of_the_boards_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match=r"monitor\.tensorboard: .*tensorboard is to be a folder"):
+        Board(tmp_path / "tensorboard", first_step=0)
+
+
+def test_the_end_of_a_run_on_a_full_disk_is_still_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    with disk_of(0):
+        folder.event("finished", step=3)
+        folder.end(ExitCode.DIVERGED, "step 3: loss nan")
+    assert not list(tmp_path.glob("lock-*"))
+    assert "cannot be written at the end" in capsys.readouterr().err
+
+
+def test_a_validation_counts_for_the_course_that_stands(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    folder.event("started", step=0)
+    folder.event("validation", step=6, loss=math.nan)
+    assert folder.was_validated(6) and not folder.was_validated(5)
+    folder.event("started", step=6)
+    assert folder.was_validated(6)
+    folder.event("started", step=3)  # went back
+    assert not folder.was_validated(6)
+    folder.end(ExitCode.FINISHED, "finished")
+
+
+def test_the_board_keeps_points_for_a_full_disk_and_hides_superseded_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = Board(tmp_path, first_step=0)
+    board.add(1, {"a": 1.0, "b": None})
+    board.flush()
+    with disk_of(board.path.stat().st_size + 5):
+        board.add(2, {"a": 2.0})
+        board.flush()
+    board.add(3, {"a": 3.0})
+    board.flush()
+    later = Board(tmp_path, first_step=2)
+    assert not later.path.exists(), "a start that writes no point leaves no file"
+    later.add(3, {"a": 30.0})
+    later.flush()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(point.step, point.value) for point in read.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert read.Tags()["scalars"] == ["a"]
+    assert capsys.readouterr().err.count("cannot be written") == 1
