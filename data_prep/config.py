@@ -154,9 +154,10 @@ class DataConfig(Section):
     """Source format of the raw files. auto looks at the first bytes of each file (Parquet, a webdataset tar) and at the
     keys of its first line, and takes anything else with a text for jsonl; c4, pes2o and jsonl skip that look and ask
     only for a text in each line, see `text_key`. parquet: the column `text_key`. webdataset: tars of .txt or .json
-    members. text: plain UTF-8 text, see `text_documents`. wikitext: wiki.train.raw as `input`, wiki.valid.raw as
-    `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file as `input`, see
-    `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the file."""
+    members. text: plain UTF-8 text, see `text_documents`. wikitext: wiki.train.raw (or wiki.train.tokens) as `input`,
+    wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file
+    as `input`, see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
+    file."""
     text_key: str = Field(default="text", min_length=1)
     """Where the text of a JSON record or a row of Parquet is; dotted for a key inside another: a.b is
     `{"a": {"b": "..."}}`."""

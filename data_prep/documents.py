@@ -39,7 +39,11 @@ _NAMES = {"parquet": "Parquet file", "webdataset": "tar archive"}
 # What `position` counts.
 UNITS = ("line", "byte", "row", "sample")
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
-WIKITEXT_MEMBERS = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
+# Files of a split in the archives of Wikitext: as written, and with rare words as <unk>.
+WIKITEXT_MEMBERS = {
+    split: (f"wiki.{name}.raw", f"wiki.{name}.tokens")
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
+}
 ENWIK8_SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
 # Where the files of a corpus come from, for messages.
 ORIGINS = {
@@ -87,7 +91,7 @@ class RawFile:
         """Every record in order; memory is that of the longest one allowed. `on_bytes` is told how many stored bytes
         were consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, at the end
         for one without a document, and DataError if it is missing or not of its format."""
-        member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": "enwik8"}.get(self.format)
+        member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": ("enwik8",)}.get(self.format)
         reported = 0
         with unpacked(self.path, member=member) as content:
             try:

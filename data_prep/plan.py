@@ -116,6 +116,8 @@ class Plan:
 def make_plan(config: DataConfig) -> Plan:
     """Finds the files of a config. Raises DataError with the key and the pattern that found nothing."""
     origin = ORIGINS.get(config.format)
+    if origin and config.input[0].endswith(".tokens"):
+        origin = origin.replace("-raw-", "-")  # the archive of the files with <unk>
     patterns = {"input": config.input, "validation_input": config.validation_input, "test_input": config.test_input}
     found = {key: _find(key, value, origin=origin) for key, value in patterns.items()}
     matched = len(found["input"])

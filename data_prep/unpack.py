@@ -182,9 +182,9 @@ class Unpacked:
 
 
 @contextlib.contextmanager
-def unpacked(path: InputFile, *, member: str | None) -> Iterator[Unpacked]:
-    """Opens a file by what its first bytes say it is. `member`: name, without folders, of the file inside a
-    zip. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
+def unpacked(path: InputFile, *, member: tuple[str, ...] | None) -> Iterator[Unpacked]:
+    """Opens a file by what its first bytes say it is. `member`: names, without folders, that the one file inside a
+    zip may have. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
     unreadable, and UnreachableError, which is one, where that may pass."""
     try:
         with path.open("rb") as stored:
@@ -232,16 +232,18 @@ def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream, 
     return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish, is_packed=is_packed)
 
 
-def _find_member(archive: zipfile.ZipFile, path: InputFile, member: str | None) -> zipfile.ZipInfo:
+def _find_member(archive: zipfile.ZipFile, path: InputFile, member: tuple[str, ...] | None) -> zipfile.ZipInfo:
     if member is None:
         raise DataError(f"{path} is a zip archive, which only the formats wikitext and enwik8 read; unpack it")
-    found = [info for info in archive.infolist() if PurePosixPath(info.filename).name == member and not info.is_dir()]
+    found = [info for info in archive.infolist() if PurePosixPath(info.filename).name in member and not info.is_dir()]
     if len(found) != 1:
-        raise DataError(f"{path} holds {len(found)} files named {member}, expected 1; fetch the original archive again")
+        names = " or ".join(member)
+        raise DataError(f"{path} holds {len(found)} files named {names}, expected 1; fetch the original archive again")
+    name = PurePosixPath(found[0].filename).name
     if found[0].flag_bits & 1:
-        raise DataError(f"{path}: {member} is encrypted; fetch the original archive again")
+        raise DataError(f"{path}: {name} is encrypted; fetch the original archive again")
     if found[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{path}: {member} is packed in an uncommon way; unpack it and give its path instead")
+        raise DataError(f"{path}: {name} is packed in an uncommon way; unpack it and give its path instead")
     return found[0]
 
 

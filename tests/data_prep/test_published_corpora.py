@@ -4,6 +4,7 @@ out with SentencePiece alone, in order; what it loses is lost, and nothing else.
 import gzip
 import json
 import random
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,10 +35,12 @@ def texts(count: int, *, seed: int) -> list[str]:
     return found
 
 
-def run(config: str, output: Path, *overrides: str) -> Manifest:
+def run(config: str, output: Path, *overrides: str, steps: Sequence[str] = ("run",)) -> Manifest:
+    """Does `steps` with a shipped config."""
     keys = [f"output={output}", "workers=1", "shard.tokens_per_shard=4000", "shard.tokens_per_member=1000", *overrides]
     path = ROOT / "configs" / "data" / "paper" / f"{config}.json"
-    assert main(["run", "--config", str(path), *(part for key in keys for part in ("--set", key))]) == 0
+    for step in steps:
+        assert main([step, "--config", str(path), *(part for key in keys for part in ("--set", key))]) == 0
     return Manifest.load(output)
 
 
@@ -47,7 +50,9 @@ def ids_of(manifest: Manifest, split: SplitName) -> list[int]:
 
 
 def same_bytes(one: Path, other: Path) -> bool:
-    names = [sorted(path.name for path in folder.glob("[!.]*") if path.name != "run.json") for folder in (one, other)]
+    """All that is published, but for run.json, which says when."""
+    published = [[p for p in folder.glob("[!.]*") if p.is_file() and p.name != "run.json"] for folder in (one, other)]
+    names = [sorted(path.name for path in paths) for paths in published]
     return names[0] == names[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0])
 
 
@@ -139,6 +144,19 @@ def test_wikitext_tokens(tmp_path: Path) -> None:
     assert manifest.totals["train"].documents == 30, "articles, for show and stats"
     run("wikitext103", tmp_path / "again", *overrides, "workers=2")
     assert same_bytes(tmp_path / "out", tmp_path / "again")
+    with zipfile.ZipFile(tmp_path / "wikitext-103-v1.zip", "w") as archive:
+        for name in names.values():
+            archive.write(tmp_path / name, f"wikitext-103/{name}")
+    keys = [f"{key}={tmp_path / 'wikitext-103-v1.zip'}" for key in ("input", "validation_input", "test_input")]
+    packed = run("wikitext103", tmp_path / "packed", *keys, f"tokenizer.vocab_size={PIECES}")
+    assert all(ids_of(packed, split) == ids_of(manifest, split) for split in names)
+
+
+def test_the_archive_that_holds_the_tokens_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "data" / "paper" / "wikitext103.json"
+    for key, archive in ((f"input={tmp_path}/wiki.train.tokens", "103-v1"), (f"input={tmp_path}/a.raw", "103-raw-v1")):
+        assert main(["run", "--config", str(path), "--set", key, "--set", f"output={tmp_path / 'out'}"]) != 0
+        assert f"fetch https://wikitext.smerity.com/wikitext-{archive}.zip" in capsys.readouterr().err
 
 
 def test_enwik8_symbols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +177,10 @@ def test_enwik8_symbols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "<page>" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert f"{len(symbols)} symbols" in capsys.readouterr().out
-    run("enwik8", tmp_path / "again", *overrides, f"tokenizer.vocab_size={len(symbols)}", "workers=2")
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    assert "`0x74`" in (tmp_path / "out" / "report" / "report.md").read_text(), "the byte t, not its number"
+    steps = ("tokenizer", "encode", "shard")  # as array tasks on a cluster do them
+    run("enwik8", tmp_path / "again", *overrides, f"tokenizer.vocab_size={len(symbols)}", steps=steps)
     assert same_bytes(tmp_path / "out", tmp_path / "again")
 
 
