@@ -17,23 +17,23 @@ from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs
 
 
-def prepare_bytes(folder: Path) -> Path:
-    """A small file in the format of Enwik8, prepared; returns the folder of the manifest."""
+def prepare_bytes(folder: Path, type: str = "bytes") -> Path:
+    """A small file in the format of Enwik8, prepared as bytes or symbols; returns the folder of the manifest."""
     draw = random.Random(5)
     words = [draw.choice(["the ", "größe ", "[[link]] ", "&amp; ", "\n"]) for _ in range(4000)]
     data = "".join(words).encode()[:12_000]
     (folder / "enwik8").write_bytes(data)
     config = {
         "input": str(folder / "enwik8"),
-        "output": str(folder / "bytes"),
+        "output": str(folder / type),
         "format": "enwik8",
         "split_bytes": [10_000, 1_000, 1_000],
         "workers": 1,
-        "tokenizer": {"type": "bytes"},
+        "tokenizer": {"type": type},
     }
     (folder / "data.json").write_text(json.dumps(config))
     assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
-    return folder / "bytes"
+    return folder / type
 
 
 def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
@@ -48,7 +48,9 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     keys = ("train.steps=2", "monitor.tensorboard=true")
     config = small_config(prepare_bytes(tmp_path), "model.vocab_size=256", *keys)
     pieces = small_config(prepared, *keys)
-    run_ranks(train_and_keep_output, 1, [(config, tmp_path / "run"), (pieces, tmp_path / "pieces")], tmp_path / "out")
+    symbols = small_config(prepare_bytes(tmp_path, "symbols"), "model.vocab_size=64", *keys)
+    runs = [(config, tmp_path / "run"), (pieces, tmp_path / "pieces"), (symbols, tmp_path / "symbols")]
+    run_ranks(train_and_keep_output, 1, runs, tmp_path / "out")
     printed = (tmp_path / "out").read_text().splitlines()
 
     def validation(run: str) -> dict[str, float]:
@@ -58,6 +60,8 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     values = validation("run")
     assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2), rel=1e-12)
     assert "bits_per_byte" not in validation("pieces")
+    of_symbols = validation("symbols")  # a symbol is a byte, whatever its number
+    assert of_symbols["bits_per_byte"] == pytest.approx(of_symbols["loss"] / math.log(2), rel=1e-12)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     (scalar,) = board.Scalars("validation/bits_per_byte")
     assert scalar.step == 2 and scalar.value == pytest.approx(values["bits_per_byte"], rel=1e-6)
@@ -65,4 +69,4 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     assert line.startswith("validation after step 2: loss")
     (last,) = [line for line in printed if f"({values['bits_per_byte']:.4f} bits per byte)" in line]
     assert last.startswith("validation perplexity")
-    assert sum("bits per byte" in line for line in printed) == 2
+    assert sum("bits per byte" in line for line in printed) == 4
