@@ -59,8 +59,7 @@ def check_same(what: str, value: str) -> None:
 def check_shared(folder: Path) -> None:
     """Collective: raises UserError (agreed) unless every rank sees the folder that rank 0 writes."""
     token = [f".seen-by-rank-0-{secrets.token_hex(8)}"]
-    if dist.get_rank() == 0:
-        (folder / token[0]).touch()
+    agreed(lambda: _touch(folder / token[0]) if dist.get_rank() == 0 else None)
     dist.broadcast_object_list(token, src=0)
     visible = (folder / token[0]).exists()
     try:
@@ -75,3 +74,10 @@ def check_shared(folder: Path) -> None:
     finally:
         if dist.get_rank() == 0:
             (folder / token[0]).unlink()
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--run-dir: {path.parent} cannot be written: {error.strerror}") from None

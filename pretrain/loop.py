@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
             step = course.progress.step
             if rollback is None:
                 break
-            if parallel.is_first:
-                record(run_dir, rollback)
+            agreed(partial(record, run_dir, rollback, writes=parallel.is_first))
         phases.enter("ending")
         code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
         if parallel.is_first:

@@ -52,9 +52,10 @@ class Phases:
         self.since = time.monotonic()
 
     def keep_in(self, path: Path) -> None:
-        """From now on the phase can be read from `path` by `read`."""
+        """From now on the phase can be read from `path` by `read`. Raises OSError where the disk has no room for it."""
         with open(path, "w+b") as file:
-            file.truncate(_RECORD.size)
+            file.write(bytes(_RECORD.size))  # a mapped page without a place on the disk would be a SIGBUS
+            file.flush()
             self._map = mmap.mmap(file.fileno(), _RECORD.size)
         self._write()
 

@@ -46,11 +46,17 @@ def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
     return [rollback for rollback in found if rollback.branch_start == branch_start]
 
 
-def record(run_dir: Path, rollback: Rollback) -> None:
-    """Adds one, durably, before anything is undone."""
+def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
+    """Adds one, durably, before anything is undone; nothing on ranks that do not write. Raises UserError if the disk
+    refuses."""
+    if not writes:
+        return
     path = run_dir / "rollbacks.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_json(path, [*rows, asdict(rollback)])
+    try:
+        write_json(path, [*rows, asdict(rollback)])
+    except OSError as error:
+        raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
 
 
 def serving(paths: list[Path], rollback: Rollback) -> list[Path]:

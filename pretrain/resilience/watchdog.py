@@ -62,7 +62,8 @@ class Watchdog:
         self._grace = min(30.0, max(2.0, hang_timeout_seconds / 4))
         """How long reports are waited for: ranks begin to wait within a step of each other."""
         self._folder.mkdir(exist_ok=True)
-        phases.keep_in(self._folder / f"rank-{rank:05d}.phase")
+        with contextlib.suppress(OSError):  # a full disk: the last words of this rank are missed, no more
+            phases.keep_in(self._folder / f"rank-{rank:05d}.phase")
         self._stacks = open(self._folder / f"rank-{rank:05d}.stacks", "w")  # noqa: SIM115 (for faulthandler)
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
         self._ended = threading.Event()

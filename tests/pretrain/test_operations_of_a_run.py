@@ -1,0 +1,118 @@
+"""Whole runs on two ranks that meet a full disk, diverge with validation on, or are started again when finished."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from pretrain import line_log
+from pretrain.agreement import PeerFailed
+from pretrain.checkpoint import list_checkpoints
+from pretrain.config import Config
+from pretrain.trainer import Trainer
+from tests.harness import run_ranks
+from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
+from tests.pretrain.runs import small_config
+from tests.pretrain.test_checkpoint import metrics
+from tests.pretrain.test_line_log import strict
+
+
+def nothing(trainer: Trainer) -> None:
+    """No fault."""
+
+
+def full_disk(trainer: Trainer, first: int, last: int) -> None:
+    """On rank 0 the disk takes no line of metrics.jsonl from step `first` until step `last` begins."""
+    if dist.get_rank() > 0:
+        return
+    append, now = line_log.append_whole, [0]
+    before_steps(trainer, lambda step: now.__setitem__(0, step))
+
+    def refused(path: Path, data: bytes) -> None:
+        if path.name == "metrics.jsonl" and first <= now[0] < last:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        append(path, data)
+
+    line_log.append_whole = refused
+
+
+def run_all(rank: int, cases: list[tuple[Config, Path, Any]]) -> list[str]:
+    found = []
+    original = line_log.append_whole
+    for config, run_dir, fault in cases:
+        try:
+            found.append(train_with(rank, config, run_dir, *fault))
+        except PeerFailed:
+            found.append("another rank said why")
+        line_log.append_whole = original
+    return found
+
+
+@pytest.fixture(scope="module")
+def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """How the runs below ended on both ranks; one launch for all."""
+    folder = tmp_path_factory.mktemp("runs")
+    keys = ("train.steps=8", "checkpoint.every_steps=2", "evaluate.sequences=8", "monitor.tensorboard=true")
+    config = small_config(prepared, *keys)
+    wild = small_config(
+        prepared, *keys, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "evaluate.every_steps=2",
+        "train.steps=30",
+    )  # fmt: skip
+    cases = [
+        (config, folder / "cleared", (full_disk, 3, 6)),
+        (config, folder / "full", (full_disk, 3, 99)),
+        (config, folder / "full", (nothing,)),
+        (config, folder / "full", (nothing,)),
+        (wild, folder / "wild", (nothing,)),
+    ]
+    by_rank = run_ranks(run_all, 2, cases)
+    return folder, [list(ending) for ending in zip(*by_rank, strict=True)]
+
+
+def test_a_disk_that_is_cleared_costs_no_line(endings: tuple[Path, list[list[str]]]) -> None:
+    folder, ends = endings
+    assert ends[0] == ["FINISHED", "FINISHED"]
+    assert [row["step"] for row in metrics(folder / "cleared")] == list(range(1, 9))
+    # The checkpoint of step 4 would have been ahead of metrics.jsonl; that of step 6 came after the disk was cleared.
+    (failed,) = events(folder / "cleared", "checkpoint_failed")
+    assert failed["step"] == 4 and "metrics.jsonl, which a checkpoint needs: No space left" in failed["reason"]
+    assert [event["step"] for event in events(folder / "cleared", "checkpoint")] == [2, 6, 8]
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_the_next_start_has_every_line(
+    endings: tuple[Path, list[list[str]]],
+) -> None:
+    folder, ends = endings
+    assert ends[1][0].startswith("REFUSED: checkpoint.every_steps: rank 0 could not save")
+    assert ends[1][1] == "another rank said why"
+    assert ends[2] == ["FINISHED", "FINISHED"]
+    assert [row["step"] for row in metrics(folder / "full")] == list(range(1, 9))
+    assert metrics(folder / "full")[-1]["loss"] == metrics(folder / "cleared")[-1]["loss"]
+    assert len(list_checkpoints(folder / "full" / "checkpoints")) == 3
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(endings: tuple[Path, list[list[str]]]) -> None:
+    folder, ends = endings
+    assert ends[3] == ["FINISHED", "FINISHED"]
+    assert len(events(folder / "full", "started")) == 3
+    assert [event["step"] for event in events(folder / "full", "validation")] == [8]
+    # One file of points of each start that made steps.
+    assert len(list((folder / "full" / "tensorboard").iterdir())) == 2
+
+
+def test_a_run_that_diverges_with_validation_on_says_so(endings: tuple[Path, list[list[str]]]) -> None:
+    folder, ends = endings
+    assert all(end.startswith("DIVERGED: step ") for end in ends[4])
+    assert outcome(folder / "wild")["exit_code"] == 3
+    validations = events(folder / "wild", "validation")
+    assert validations and validations[-1]["loss"] is None and validations[-1]["perplexity"] is None
+    for path in (folder / "wild").rglob("*.json*"):
+        for text in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            strict(text)
+    newest = list_checkpoints(folder / "wild" / "checkpoints")[-1]
+    assert json.loads((newest / "state.json").read_text())["validation_loss"] is None
