@@ -14,12 +14,28 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
 
 
-def start(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def start(
+    *arguments: str, cwd: Path, timeout: float = 120, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     """Runs an entry point as a user would: no variable of the test session, another working directory."""
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH")}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=clean,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
+
+
+def broken_pipe() -> int:
+    """A descriptor whose reader has left, as behind `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "launch").glob("[!_]*.py")))
@@ -114,9 +130,15 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "run",
     ]
     script = str(ROOT / "launch" / "pretrain.py")
-    done = start(script, *arguments, "--set", "train.stop_after_steps=2", cwd=tmp_path)
+    nobody_reads = broken_pipe()
+    done = start(script, *arguments, "--set", "train.stop_after_steps=2", cwd=tmp_path, stdout=nobody_reads)
+    os.close(nobody_reads)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: stdout cannot be written (Broken pipe)") and done.stderr.count("\n") == 1
     run_dir = tmp_path / "run"
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (lost,) = [event for event in events if event["event"] == "output_lost"]
+    assert (lost["stream"], lost["reason"]) == ("stdout", "Broken pipe")
     assert {p.name for p in run_dir.iterdir()} == {
         "config.json",
         "metrics.jsonl",
@@ -125,6 +147,10 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "checkpoints",
         "tensorboard",
     }
+    full = os.open("/dev/full", os.O_WRONLY)
+    refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path, stdout=full, stderr=full)
+    os.close(full)
+    assert refused.returncode == 2, "Python would give 120 for what it could not flush, or 1 for the traceback"
     refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: optimizer.eps: was 1e-08")
     done = start(script, *arguments, cwd=tmp_path)
