@@ -112,12 +112,13 @@ def _report(name: str, reason: str) -> None:
     if name in _problems:
         return
     _problems[name] = reason
-    print(
-        f"warning: {name} cannot be written ({reason}); the run goes on without it, RUN_DIR/metrics.jsonl and "
-        f"RUN_DIR/events.jsonl have what it says",
-        file=sys.stderr,
-        flush=True,
-    )
+    if name != "stderr":
+        print(
+            f"warning: {name} cannot be written ({reason}); the run goes on without it, RUN_DIR/metrics.jsonl and "
+            f"RUN_DIR/events.jsonl have what it says",
+            file=sys.stderr,
+            flush=True,
+        )
     for listener in list(_listeners):
         with contextlib.suppress(Exception):
             listener(name, reason)

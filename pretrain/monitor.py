@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.board import Board
 from pretrain.config import Config
-from pretrain.router_load import CollapseWatch, advice, collapse_event, load_text
+from pretrain.router_load import CollapseWatch, advice, collapse_event, load_max, load_text
 from pretrain.run_folder import RunFolder
 
 GIB = 1 << 30
@@ -37,8 +37,7 @@ class Monitor:
             points = {f"train/{key}": value for key, value in values.items() if key != "step"}
             points["train/perplexity"] = None if values["loss"] is None else perplexity(values["loss"])
             for name, counts in load.items():
-                share = counts / counts.sum(-1, keepdim=True).clamp_min(1.0) * counts.shape[-1]
-                points[f"expert_load_max/{name}"] = float(share.max())
+                points[f"expert_load_max/{name}"] = load_max(counts)
             self._board.add(step, points)
         self._interval.add(values, load)
         if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):

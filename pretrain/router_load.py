@@ -45,17 +45,26 @@ def choices(model: ModelConfig) -> dict[str, Choice]:
     return found
 
 
-def routers(load: dict[str, Tensor], kind: str) -> tuple[list[tuple[str, int | None]], Tensor]:
-    """Layer with selector, and head if there are several, of every router of a kind; their counts [routers, E] fp64."""
+def rows_of(load: dict[str, Tensor], kind: str) -> Tensor:
+    """Counts of every router of a kind, [routers, E] fp64."""
+    rows = [counts.view(-1, counts.shape[-1]) for name, counts in load.items() if f".{kind}." in name]
+    return torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.float64)
+
+
+def names_of(load: dict[str, Tensor], kind: str) -> list[tuple[str, int | None]]:
+    """For each row of `rows_of`: layer with selector, and head where there are several."""
     names: list[tuple[str, int | None]] = []
-    rows = []
     for name, counts in load.items():
         if f".{kind}." in name:
-            heads = counts.view(-1, counts.shape[-1])
             short = re.sub(r"[._]?statistics$", "", name)
-            names += [(short, head if counts.ndim > 1 else None) for head in range(len(heads))]
-            rows.append(heads)
-    return names, torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.float64)
+            names += [(short, head if counts.ndim > 1 else None) for head in range(counts[..., 0].numel())]
+    return names
+
+
+def load_max(counts: Tensor) -> float:
+    """[..., E] -> the load of the busiest expert, in units of the mean load of its router; the worst router's."""
+    rows = counts.numpy()
+    return float((rows.max(-1) / rows.sum(-1).clip(1.0)).max()) * rows.shape[-1]
 
 
 def busiest_share(rows: Tensor, active: int) -> Tensor:
@@ -70,12 +79,11 @@ def load_summary(load: dict[str, Tensor], model: ModelConfig) -> dict[str, float
     `unused_share`, their share of all experts."""
     summary: dict[str, float] = {}
     for kind, choice in choices(model).items():
-        _, rows = routers(load, kind)
+        rows = rows_of(load, kind)
         if not len(rows):
             continue
-        mean = rows.mean(-1, keepdim=True).clamp_min(1e-9)
         unused = int((rows == 0).sum())
-        summary[f"{kind}_load_max"] = float((rows / mean).max())
+        summary[f"{kind}_load_max"] = load_max(rows)
         summary[f"{kind}_busiest_share"] = float(busiest_share(rows, choice.active).max())
         summary[f"{kind}_unused_experts"] = unused
         summary[f"{kind}_unused_share"] = unused / rows.numel()
@@ -125,16 +133,18 @@ class CollapseWatch:
         """Takes the counts of a step; what is to be told now."""
         due: list[Collapsed] = []
         for kind, choice in self._choices.items() if self._after else ():
-            names, rows = routers(load, kind)
+            rows = rows_of(load, kind)
             share = busiest_share(rows, choice.active)
             streak = self._streaks.get(kind, torch.zeros(len(rows), dtype=torch.int64))
             streak = self._streaks[kind] = torch.where(share > self._share, streak + 1, 0)
-            for i in torch.nonzero(streak >= self._after).flatten().tolist():
-                multiple, rest = divmod(int(streak[i]), self._after)
-                if rest == 0 and multiple & (multiple - 1) == 0:
-                    router, head = names[i]
-                    due.append(Collapsed(router, head, float(share[i]), int(streak[i])))
+            told = [i for i, steps in enumerate(streak.tolist()) if self._is_told(steps)]
+            names = names_of(load, kind) if told else []
+            due += [Collapsed(*names[i], float(share[i]), int(streak[i])) for i in told]
         return due
+
+    def _is_told(self, steps: int) -> bool:
+        multiple, rest = divmod(steps, self._after)
+        return multiple > 0 and rest == 0 and multiple & (multiple - 1) == 0
 
 
 def advice(model: ModelConfig, due: list[Collapsed]) -> str:
