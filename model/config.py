@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+# Far above every published model, and such that no tensor of a model has 2**63 bytes.
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Experts = Annotated[int, Field(ge=1, le=2**16)]
+Heads = Annotated[int, Field(ge=1, le=2**12)]
+HeadDim = Annotated[int, Field(ge=1, le=2**12)]
+HeadExperts = Annotated[int, Field(ge=1, le=2**12)]
 
 
 class Section(BaseModel):
@@ -51,7 +57,7 @@ class XLConfig(Section):
 
     type: Literal["xl"] = "xl"
     """Kind of position information."""
-    memory_chunks: Annotated[int, Field(ge=0)] = 1
+    memory_chunks: Annotated[int, Field(ge=0, le=2**10)] = 1
     """Chunks of sequence_length tokens before the current one that keys and values also come from (C - 1), without a
     gradient. 1 or more trains on contiguous streams of text; 0 is relative positions alone."""
 
@@ -64,13 +70,13 @@ class SwitchHeadConfig(Section):
 
     type: Literal["switchhead"] = "switchhead"
     """Kind of attention."""
-    num_heads: PositiveInt = 4
+    num_heads: Heads = 4
     """Attention matrices computed per layer (H)."""
-    head_dim: PositiveInt = 64
+    head_dim: HeadDim = 64
     """Width of a query, key and value vector (h)."""
-    num_experts: PositiveInt = 4
+    num_experts: HeadExperts = 4
     """Value experts and output experts of each head (E). 1 is a dense head with a sigmoid gate."""
-    active_experts: PositiveInt = 2
+    active_experts: HeadExperts = 2
     """Experts chosen per token and head, separately for values and for outputs (k)."""
     expert_projections: tuple[Projection, ...] = Field(default=("value", "output"), min_length=1, strict=False)
     """Projections that consist of experts; the others are dense. Value and output is the paper's choice."""
@@ -107,9 +113,9 @@ class DenseAttentionConfig(Section):
 
     type: Literal["dense"] = "dense"
     """Kind of attention."""
-    num_heads: PositiveInt = 8
+    num_heads: Heads = 8
     """Attention heads per layer (H)."""
-    head_dim: PositiveInt = 64
+    head_dim: HeadDim = 64
     """Width of a query, key and value vector (h)."""
 
 
@@ -121,11 +127,11 @@ class MoAConfig(Section):
 
     type: Literal["moa"] = "moa"
     """Kind of attention."""
-    num_heads: PositiveInt = 4
+    num_heads: Heads = 4
     """Experts chosen per token (k): the attention matrices computed."""
-    head_dim: PositiveInt = 64
+    head_dim: HeadDim = 64
     """Width of a query, key and value vector (h)."""
-    num_experts: PositiveInt = 8
+    num_experts: HeadExperts = 8
     """Query and output experts (E)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax` over all experts, the chosen probabilities used as they are (competitive, needs the losses below), or
@@ -163,11 +169,11 @@ class SigmaMoEConfig(Section):
 
     type: Literal["sigma_moe"] = "sigma_moe"
     """Kind of feed-forward layer."""
-    num_experts: PositiveInt = 16
+    num_experts: Experts = 16
     """Experts per layer (N_E)."""
-    expert_size: PositiveInt = 128
+    expert_size: Width = 128
     """Hidden width of one expert (G)."""
-    active_experts: PositiveInt = 4
+    active_experts: Experts = 4
     """Experts chosen per token (k)."""
     expert_dropout: Probability = 0.0
     """Probability that an expert's score becomes 0 for a token, for choosing and for weighting."""
@@ -188,7 +194,7 @@ class DenseFeedForwardConfig(Section):
 
     type: Literal["dense"] = "dense"
     """Kind of feed-forward layer."""
-    hidden_size: PositiveInt = 512
+    hidden_size: Width = 512
     """Width of the hidden layer (d_ff)."""
 
 
@@ -197,7 +203,7 @@ class SwiGLUConfig(Section):
 
     type: Literal["swiglu"] = "swiglu"
     """Kind of feed-forward layer."""
-    hidden_size: PositiveInt = 512
+    hidden_size: Width = 512
     """Width of the hidden layer (d_ff). 2/3 of a ReLU layer's width has as many parameters."""
 
 
@@ -209,13 +215,13 @@ FeedForwardConfig = Annotated[SigmaMoEConfig | DenseFeedForwardConfig | SwiGLUCo
 class ModelConfig(Section):
     """The language model: embedding, pre-LN blocks of attention and feed-forward, final LayerNorm, output layer."""
 
-    d_model: PositiveInt
-    """Width of the residual stream (d)."""
-    num_layers: PositiveInt
+    d_model: Annotated[int, Field(ge=2, le=2**20)]
+    """Width of the residual stream (d); at least 2, for the LayerNorm of a single number is a constant."""
+    num_layers: Annotated[int, Field(ge=1, le=1024)]
     """Blocks (L)."""
-    vocab_size: Annotated[int, Field(ge=2)]
+    vocab_size: Annotated[int, Field(ge=2, le=2**24)]
     """Rows of the embedding and of the output layer: the tokenizer's size, or more (rounded up, the rest unused)."""
-    sequence_length: PositiveInt
+    sequence_length: Annotated[int, Field(ge=1, le=2**24)]
     """Tokens of context in training and evaluation (T)."""
     attention: AttentionConfig = SwitchHeadConfig()
     """Attention layer: `type` is switchhead, dense or moa."""

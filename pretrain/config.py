@@ -15,7 +15,7 @@ from model.config import ModelConfig, PositiveInt, Section
 FREE: dict[str, Any] = {"on_resume": "free"}
 """`json_schema_extra` of fields that may change on resume."""
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class DataSource(Section):
@@ -64,7 +64,7 @@ class DataConfig(Section):
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""
-    cache_bytes: PositiveInt = Field(100_000_000_000, json_schema_extra=FREE)
+    cache_bytes: Annotated[int, Field(ge=1, lt=2**63)] = Field(100_000_000_000, json_schema_extra=FREE)
     """Size of the shards in cache_dir above which those used longest ago are removed; other files there stay."""
 
 
@@ -117,7 +117,7 @@ class TrainConfig(Section):
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes a forward
     pass more. The numbers are the same."""
-    threads: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
 
 
@@ -169,17 +169,17 @@ class CheckpointConfig(Section):
 class ResilienceConfig(Section):
     """What a run does about faults."""
 
-    hang_timeout_seconds: Annotated[float, Field(ge=0.0)] = Field(540.0, json_schema_extra=FREE)
+    hang_timeout_seconds: Annotated[float, Field(ge=0.0, le=7 * 86400.0)] = Field(540.0, json_schema_extra=FREE)
     """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for so long has hung: the run
     names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Longer than the longest
-    phase, shorter than NCCL's own limit (600). 0: off."""
+    phase, shorter than NCCL's own limit (600). At least 1, at most a week; 0: off."""
     max_skipped_updates: PositiveInt = Field(10, json_schema_extra=FREE)
     """An update whose loss or gradient is not finite is skipped on all ranks; the run ends with code 3 once so many in
     a row were. (Overflows that fp16 loss scaling handles do not count.)"""
     spike_threshold: Annotated[float, Field(ge=0.0)] = Field(10.0, json_schema_extra=FREE)
     """A loss is a spike if it exceeds the median of the last spike_window_steps losses by more than so many of their
     standard deviations (1.4826 x median absolute deviation, at least 1% of the median). 0: off."""
-    spike_window_steps: Annotated[int, Field(ge=8)] = Field(128, json_schema_extra=FREE)
+    spike_window_steps: Annotated[int, Field(ge=8, lt=2**31)] = Field(128, json_schema_extra=FREE)
     """Steps that a loss is compared with; nothing is a spike before a quarter of them were seen."""
     spike_action: Literal["warn", "rollback"] = Field("warn", json_schema_extra=FREE)
     """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and

@@ -53,6 +53,11 @@ def check_rules(config: Config) -> None:
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
             f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
+    if 0 < config.resilience.hang_timeout_seconds < 1:
+        raise ConfigError(
+            f"resilience.hang_timeout_seconds: {config.resilience.hang_timeout_seconds:g} s is shorter than any step; "
+            f"set it to at least 1 (540 is the default), or to 0 to turn it off"
+        )
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
     _check_allow_changes(config)
@@ -70,7 +75,7 @@ def _check_tensor(config: Config) -> None:
     common = math.gcd(*divided.values())
     for key, value in divided.items():
         if value % tensor:
-            fits = max(size for size in range(1, tensor + 1) if common % size == 0)
+            fits = _largest_divisor(common, tensor)
             raise ConfigError(
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
                 f"to {-(-value // tensor) * tensor}"
@@ -298,7 +303,8 @@ def choose_backends(config: Config, device_type: str) -> Backends:
 
 def _largest_divisor(value: int, limit: int) -> int:
     """The largest divisor of `value` that is at most `limit`."""
-    return max(size for size in range(1, limit + 1) if value % size == 0)
+    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
+    return max(size for size in (*small, *(value // size for size in small)) if size <= limit)
 
 
 def _nearest_multiple(value: int, divisor: int) -> int:
