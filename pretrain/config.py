@@ -94,19 +94,42 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the steps: linear warm-up, then a cosine."""
+    """Learning rate over the steps: a linear warm-up, then a shape. A run of shape constant, inverse_sqrt or wsd can be
+    extended: on resume these keys and train.steps may change where the steps so far keep the rates that they had."""
 
+    shape: Literal["cosine", "published", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """cosine, linear: from the peak to final_ratio of it in the steps after the warm-up. published: the paper's, a
+    cosine of train.steps steps that begins after the warm-up and is cut at train.steps. constant: the peak. wsd
+    (warm-up, stable, decay): the peak, and down to final_ratio of it in the last decay_steps. inverse_sqrt: the peak x
+    sqrt((warmup_steps + 1) / (step + 1)), step counted from 0."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up; clipped to train.steps - 1 (with one line saying so)."""
+    """Steps of linear warm-up. With cosine, linear and published clipped to train.steps - 1 (with one line saying so);
+    with the others a shorter run ends inside the warm-up."""
     final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Learning rate after the last step, as a share of the peak."""
+    """Learning rate after the last step (published: after the whole cosine), as a share of the peak."""
+    decay_steps: PositiveInt | None = None
+    """Steps of wsd's decay, the last ones of train.steps; 10% to 20% of them is usual (arXiv 2405.18392)."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """How wsd decays, p being the share of decay_steps done: 1 - p, or 1 - sqrt(p)."""
+
+    @model_validator(mode="after")
+    def _used(self) -> ScheduleConfig:
+        if self.shape == "wsd" and self.decay_steps is None:
+            raise ValueError("shape = wsd needs schedule.decay_steps; set it to 10% to 20% of train.steps")
+        if self.shape != "wsd" and (self.decay_steps is not None or self.decay != "linear"):
+            key = "decay" if self.decay_steps is None else "decay_steps"
+            raise ValueError(f"schedule.{key} belongs to shape = wsd, not {self.shape}; remove it or set shape to wsd")
+        if self.shape in ("constant", "inverse_sqrt") and self.final_ratio:
+            raise ValueError(f"schedule.final_ratio has no meaning with shape = {self.shape}; remove it")
+        return self
 
 
 class TrainConfig(Section):
     """Length, precision and randomness of the run."""
 
     steps: PositiveInt = 100_000
-    """Optimizer steps of the whole run; the length of the schedule."""
+    """Optimizer steps of the whole run; the length of the schedule. With schedule.shape constant, inverse_sqrt, or wsd
+    before its decay, it may change on resume."""
     stop_after_steps: PositiveInt | None = Field(None, json_schema_extra=FREE)
     """Absolute step after which this start stops (checkpointed), without changing the schedule; null: train.steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

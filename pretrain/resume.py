@@ -13,9 +13,13 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
-from pretrain.config import FREE, Config
+from pretrain.config import FREE, Config, ScheduleConfig
 from pretrain.config_io import fields, flatten, to_json
 from pretrain.errors import UserError
+from pretrain.schedule import SPANNING, keeps_the_past
+
+SCHEDULE = {"schedule", "train.steps"}
+"""What decides learning rates, beside their peak; see schedule.keeps_the_past for when it may change."""
 
 
 def candidates(config: Config, run_dir: Path) -> list[Path]:
@@ -78,8 +82,11 @@ def _starts_at(path: Path) -> str | None:
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
     then, now = flatten(checkpoint.state["config"]), flatten(to_json(config))
-    for key in (now.keys() - then.keys()) & _defaults().keys():
-        then[key] = _defaults()[key]  # the key is younger than the checkpoint
+    for key in now.keys() - then.keys():  # younger than the checkpoint, or of another kind of layer
+        kind = then.get(f"{key.rpartition('.')[0]}.type")
+        for owner, default in _defaults().get(key, []):
+            if owner in (None, kind):
+                then[key] = default
     changes = {
         key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
     }
@@ -87,20 +94,22 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
     data_changed = checkpoint.state["manifest_digest"] != manifest_digest
     if data_changed:
         changes[f"{data_key} (digest)"] = (checkpoint.state["manifest_digest"][:12], manifest_digest[:12])
-    free = free_keys()
-    refused = [
-        key for key in changes if not _is_under(key, free) and not _is_under(key, config.checkpoint.allow_changes)
-    ]
+    allowed = free_keys() | set(config.checkpoint.allow_changes)
+    if any(_is_under(key, SCHEDULE) for key in changes) and _keeps_learning_rates(config, checkpoint):
+        allowed |= SCHEDULE
+    refused = [key for key in changes if not _is_under(key, allowed)]
     if data_changed and _is_under(data_key, config.checkpoint.allow_changes):
         refused.remove(f"{data_key} (digest)")
     if refused:
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
         names = dict.fromkeys([*config.checkpoint.allow_changes, *map(_allowing, refused)])
+        why = f" ({_why_not_extended(config)})" if _is_under(key, SCHEDULE) else ""
+        one = len(refused) == 1
         raise UserError(
             f"{key}: was {changes[key][0]!r} in {checkpoint.path}, is {changes[key][1]!r} now{more}; a resumed run "
-            f"keeps {'it: restore the old value' if len(refused) == 1 else 'them: restore the old values'}, choose "
-            f"another --run-dir, or allow {'the change' if len(refused) == 1 else 'all changes'} with "
+            f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'}, choose another "
+            f"--run-dir, or allow {'the change' if one else 'all changes'} with "
             f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"
         )
     return changes
@@ -115,20 +124,41 @@ def _allowing(change: str) -> str:
     return name
 
 
+def _keeps_learning_rates(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether the steps before `checkpoint` had the learning rates that `config` gives them, at one peak."""
+    saved = checkpoint.state["config"]
+    try:
+        schedule = ScheduleConfig.model_validate(saved["schedule"])
+    except ValueError:  # of a version with other keys
+        return False
+    then, now = (schedule, saved["train"]["steps"]), (config.schedule, config.train.steps)
+    return keeps_the_past(then, now, checkpoint.progress.step)
+
+
+def _why_not_extended(config: Config) -> str:
+    if config.schedule.shape in SPANNING:
+        return f"schedule.shape = {config.schedule.shape} spans the whole run; constant, inverse_sqrt and wsd do not"
+    return (
+        "the steps so far would have had other learning rates; a checkpoint from before wsd's decay can be extended, "
+        "with checkpoint.resume=PATH"
+    )
+
+
 def free_keys() -> set[str]:
     """Dotted keys that may change on resume: layout, machine, logging and stop settings."""
     return {key for key, section, name in fields() if section.model_fields[name].json_schema_extra == FREE}
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    """{dotted key: default} of keys that belong to one section only, as plain JSON types."""
-    owners: dict[str, list[Any]] = {}
+def _defaults() -> dict[str, list[tuple[str | None, Any]]]:
+    """{dotted key: [(`type` of a section that has it, or None if it is the only one, default as plain JSON)]}."""
+    owners: dict[str, list[tuple[str | None, Any]]] = {}
     for key, section, name in fields():
         field = section.model_fields[name]
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        owners.setdefault(key, []).append(list(default) if isinstance(default, tuple) else default)
-    return {key: defaults[0] for key, defaults in owners.items() if len(defaults) == 1}
+        kind = section.model_fields["type"].default if "type" in section.model_fields else None
+        owners.setdefault(key, []).append((kind, list(default) if isinstance(default, tuple) else default))
+    return {key: [(None, found[0][1])] if len(found) == 1 else found for key, found in owners.items()}
 
 
 def newest_committed(paths: list[Path]) -> Checkpoint | None:

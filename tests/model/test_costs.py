@@ -185,10 +185,11 @@ def test_training_settings_are_those_of_the_paper(name: str) -> None:
     small_clip = model.d_model == 412 and "switchall" not in name
     assert optimizer.clip_norm == (0.1 if small_clip else 0.25)
     assert model.dropout == (0.2 if large else 0.1)
-    assert (config.schedule.warmup_steps, config.schedule.final_ratio) == (4000 if large else 0, 0.0)
+    schedule = config.schedule
+    assert (schedule.shape, schedule.warmup_steps, schedule.final_ratio) == ("published", 4000 if large else 0, 0.0)
     assert config.batch.global_sequences == (32 if "enwik8" in name else 64)
     assert model.vocab_size == (205 if "enwik8" in name else 8000)
-    assert model.init_scale == "paper" and config.train.steps == 100_000
+    assert (model.initialization, model.init_scale, config.train.steps) == ("published", "paper", 100_000)
     assert model.memory_length == (0 if "rope" in name else model.sequence_length)
     if model.feedforward.type == "sigma_moe":
         assert model.feedforward.entropy_scope == "micro_batch"

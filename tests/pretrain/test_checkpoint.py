@@ -206,6 +206,39 @@ def test_a_changed_setting_is_refused_by_name_unless_allowed(
     assert key in changed_settings(allowed, checkpoint, digest)
 
 
+def test_a_run_whose_past_does_not_depend_on_its_length_is_extended(prepared: Path, tmp_path: Path) -> None:
+    """2 of 2 steps at a constant rate, then on to 4 with a decay at the end: bit by bit the run of 4 from the start."""
+    common = ("evaluate.sequences=0", "schedule.warmup_steps=0")
+    constant, extended = (*common, "schedule.shape=constant"), (*common, "schedule.shape=wsd", "schedule.decay_steps=2")
+    through = (small_config(prepared, *extended, "train.steps=4"), tmp_path / "through")
+    run_ranks(train_runs, 1, [through, (small_config(prepared, *constant, "train.steps=2"), tmp_path / "extended")])
+    run_ranks(train_runs, 1, [(small_config(prepared, *extended, "train.steps=4"), tmp_path / "extended")])
+    assert curve(tmp_path / "extended") == curve(tmp_path / "through")
+    assert [row["lr"] for row in metrics(tmp_path / "extended")] == [0.004, 0.004, 0.004, 0.002]
+    with pytest.raises(RankFailed, match=r"train\.steps: was 4 .* before wsd's decay"):
+        run_ranks(train_runs, 1, [(small_config(prepared, *extended, "train.steps=9"), tmp_path / "extended")])
+
+
+def test_a_key_younger_than_the_checkpoint_has_its_default(stopped_run: Path, prepared: Path, tmp_path: Path) -> None:
+    """Also where several kinds of a section have it, each with its own default."""
+    from pretrain.resume import changed_settings
+
+    folder = tmp_path / "step-00000002"
+    shutil.copytree(list_checkpoints(stopped_run / "checkpoints")[-1], folder)
+    young = {"model": ["initialization"], "schedule": ["shape", "decay_steps", "decay"]}
+
+    def forget(state: dict[str, Any]) -> None:
+        for section, keys in young.items():
+            for key in keys:
+                del state["config"][section][key]
+        del state["config"]["model"]["attention"]["expert_dropout"]  # moa has it too
+
+    rewrite_state(folder, forget)
+    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0")
+    changes = changed_settings(config, Checkpoint.open(folder), Manifest.load(prepared).digest)
+    assert set(changes) == {"train.stop_after_steps"}
+
+
 def test_layout_machine_logging_and_stop_settings_may_change(stopped_run: Path, prepared: Path) -> None:
     from pretrain.resume import changed_settings
 

@@ -1,0 +1,158 @@
+"""The published initial weights: which parameters have which distribution, and the same values in every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.kernels.choice import Backends
+from model.initialization import initial_value
+from model.language_model import build_model
+from model.memory import layer_memories
+from model.parallel.context import ParallelContext
+from model.parallel.sharding import sharded_dim
+from pretrain.config_io import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 4}
+ATTENTIONS = {
+    "switchhead": SWITCHHEAD,
+    "dense": {"type": "dense", "num_heads": 4, "head_dim": 16},
+    "moa": {"type": "moa", "num_heads": 2, "head_dim": 24, "num_experts": 4},
+}
+FEEDFORWARDS = {
+    "sigma_moe": {"type": "sigma_moe", "num_experts": 8, "expert_size": 20, "active_experts": 2},
+    "dense": {"type": "dense", "hidden_size": 96},
+    "swiglu": {"type": "swiglu", "hidden_size": 96},
+}
+
+
+def small(attention: str, feedforward: str, **changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "d_model": 64,
+            "num_layers": 2,
+            "vocab_size": 500,
+            "sequence_length": 8,
+            "attention": ATTENTIONS[attention],
+            "feedforward": FEEDFORWARDS[feedforward],
+            "position": {"type": "xl"},
+            "initialization": "published",
+            **changes,
+        }
+    )
+
+
+def parameters(config: ModelConfig, parallel: ParallelContext | None = None) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in build_model(config, parallel, seed=3).named_parameters()}
+
+
+def distance(values: Tensor, expected: Tensor) -> float:
+    """Kolmogorov and Smirnov's: the largest gap between the two samples' distribution functions."""
+    ordered = expected.flatten().sort().values
+    n, place = values.numel(), torch.searchsorted(ordered, values.flatten().sort().values.contiguous())
+    return float((torch.arange(n) / n - place / ordered.numel()).abs().max())
+
+
+def test_output_layer_is_pytorchs_default() -> None:
+    config = small("switchhead", "dense", d_model=48, vocab_size=4000)
+    found, torchs = parameters(config), nn.Linear(48, 4000)
+    bound = 1 / math.sqrt(48)
+    for name in ("weight", "bias"):
+        value, expected = found[f"head.{name}"], getattr(torchs, name).detach()
+        assert 0.999 * bound < float(value.abs().max()) <= bound
+        assert distance(value, expected) < 1.63 * math.sqrt(2 / value.numel())  # of equal distributions 99% are below
+        assert float(value.std()) == pytest.approx(1 / math.sqrt(3 * 48), rel=0.03)
+
+
+def test_dense_weights_are_the_authors_truncated_normal() -> None:
+    """torch's trunc_normal_ with its own bounds, then scaled to the standard deviation, as in the authors' code."""
+    found = parameters(small("dense", "dense", d_model=64))
+    s = math.sqrt(2 / 2)
+    fan_in = {"feedforward.up": 64, "feedforward.down": 96, "attention.output": 64}
+    fan_in |= {f"attention.{name}": 64 for name in ("query", "key", "value", "position")}
+    for name, width in fan_in.items():
+        value, std = found[f"blocks.1.{name}.weight"], s / math.sqrt(width)
+        expected = nn.init.trunc_normal_(torch.empty(200_000), generator=torch.Generator().manual_seed(1))
+        expected *= std / expected.std()
+        assert float(value.std()) == pytest.approx(std, rel=1e-6), name
+        assert distance(value, expected) < 1.63 / math.sqrt(value.numel()) + 0.004, name
+        # The tails end at 2 / 0.88 standard deviations: of 4,096 untruncated values 67 would lie beyond 2.4.
+        assert 2.2 * std < float(value.abs().max()) < 2.4 * std, name
+
+
+@pytest.mark.parametrize(
+    "attention, feedforward, others",
+    [
+        ("switchhead", "sigma_moe", set()),
+        ("switchhead", "dense", {"feedforward.up.weight", "feedforward.down.weight"}),
+        ("switchhead", "swiglu", {f"feedforward.{name}.weight" for name in ("up", "gate", "down")}),
+        ("moa", "dense", {"feedforward.up.weight", "feedforward.down.weight"}),
+        (
+            "dense",
+            "sigma_moe",
+            {f"attention.{name}.weight" for name in ("query", "key", "value", "output", "position")},
+        ),
+    ],
+)
+def test_only_the_output_layer_and_dense_layers_differ(attention: str, feedforward: str, others: set[str]) -> None:
+    """Everything else keeps its bits: SwitchHead's and MoA's dense projections are untruncated in the authors' code."""
+    published = parameters(small(attention, feedforward))
+    ours = parameters(small(attention, feedforward, initialization="normal"))
+    differ = {name for name in published if not torch.equal(published[name], ours[name])}
+    assert differ == {"head.weight", "head.bias"} | {f"blocks.{i}.{name}" for i in range(2) for name in others}
+
+
+def test_a_tied_output_layer_keeps_the_embedding_and_its_own_bias() -> None:
+    config = small("switchhead", "dense", tied_embedding=True)
+    found, shape = parameters(config), torch.Size((500, 64))
+    normal = initial_value("embedding.weight", shape, small("switchhead", "dense", initialization="normal"), seed=3)
+    assert torch.equal(found["embedding.weight"], normal) and "head.weight" not in found
+    assert float(found["head.bias"].abs().max()) > 0.12
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("feedforward", FEEDFORWARDS)
+def test_tensor_parallel_ranks_hold_slices_of_the_same_weights(attention: str, feedforward: str) -> None:
+    """The scaling by a tensor's own deviation is over the whole tensor, not over a rank's part."""
+    config = small(attention, feedforward)
+    whole = parameters(config)
+    ranks = [
+        parameters(config, dataclasses.replace(ParallelContext(), tensor_size=2, tensor_rank=r, tensor_group=object()))
+        for r in range(2)
+    ]
+    divided = 0
+    for name, value in whole.items():
+        dim = sharded_dim(name, config)
+        parts = [rank[name] for rank in ranks]
+        assert torch.equal(value, parts[0] if dim is None else torch.cat(parts, dim)), name
+        divided += dim is not None
+    assert divided >= 4
+
+
+@pytest.mark.slow
+def test_the_first_step_of_the_published_47m_switchhead() -> None:
+    """The published run of C4 begins with loss 9.12 and gradient norm 9.2; with initialization = normal it would be
+    9.59 and 16.0. One batch of 64 x 256, as published, of generated text: pieces whose frequencies follow Zipf's law.
+
+    ln 8000 + 1/2 of the logits' variance is 8.99 + 1/6, or + 1/5 with the dropout before the output layer."""
+    config = load_config(ROOT / "configs" / "paper" / "c4_switchhead_47m.json").model
+    model = build_model(config, backends=Backends.choose("cpu", config, device_type="cpu", dtype=torch.float32), seed=0)
+    frequencies = 1 / torch.arange(1, 8001).double()
+    generator, losses = torch.Generator().manual_seed(0), []
+    tokens = torch.multinomial(frequencies, 64 * 257, replacement=True, generator=generator).view(64, 257)
+    for _, memory in layer_memories(model):
+        memory.assign(torch.arange(64), 64)
+    for index in torch.arange(64).split(4):
+        objective, sequence_loss = model(tokens[index, :-1], tokens[index, 1:], index)
+        (objective / 16).backward()
+        losses.append(float(sequence_loss.mean()))
+    assert sum(losses) / 16 == pytest.approx(9.12, abs=0.12)
+    assert float(nn.utils.get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(9.2, abs=1.5)
