@@ -46,6 +46,9 @@ class RopeConfig(Section):
     """Share of head_dim that is rotated: int(fraction * head_dim), rounded down to even (41 -> 20, 76 -> 38)."""
     base: Annotated[float, Field(gt=1.0)] = 10000.0
     """Base of the geometric progression of wavelengths, in tokens."""
+    memory_chunks: Annotated[int, Field(ge=0)] = 0
+    """Chunks of sequence_length tokens before the current one that keys and values also come from, as with `type` xl;
+    positions count from the first token of the memory."""
 
 
 class XLConfig(Section):
@@ -244,5 +247,5 @@ class ModelConfig(Section):
 
     @property
     def memory_length(self) -> int:
-        """Tokens of memory before a chunk: (C - 1) T with Transformer-XL positions, else 0."""
-        return self.position.memory_chunks * self.sequence_length if isinstance(self.position, XLConfig) else 0
+        """Tokens of memory before a chunk: (C - 1) T."""
+        return self.position.memory_chunks * self.sequence_length

@@ -29,13 +29,19 @@ class Documents(NamedTuple):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, shared: bool = False) -> Tensor:
-    """Fused attention of q [B, H, T, h] over k and v [B, H, T, h] ([B, 1, T, h] if `shared` by the heads), inside each
-    document. Without `documents` the mask is not made: the fastest kernels know causality."""
-    if documents is None:
+    """Fused attention of q [B, H, T, h], the last T tokens of a context of L = M + T, over k and v [B, H, L, h] ([B, 1,
+    L, h] if `shared` by the heads); inside each document, and then without memory (M = 0). Without either the mask is
+    not made: the fastest kernels know causality."""
+    T, L = q.shape[2], k.shape[2]
+    if documents is not None:
+        assert L == T, "documents of a memory are not known; refused by the configuration"
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask, enable_gqa=shared)
+    if L == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask, enable_gqa=shared)
+    seen = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=shared)
 
 
-def rope_positions(documents: Documents | None, T: int, device: torch.device) -> Tensor:
-    """Positions for rope_tables: [T], or [B, T] where documents begin again at 0."""
-    return torch.arange(T, device=device) if documents is None else documents.positions
+def rope_positions(documents: Documents | None, L: int, device: torch.device) -> Tensor:
+    """Positions of a context for rope_tables: [L], or [B, L] where documents begin again at 0."""
+    return torch.arange(L, device=device) if documents is None else documents.positions

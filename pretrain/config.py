@@ -44,7 +44,7 @@ class DataConfig(Section):
     order: Literal["shuffled", "streams"] | None = None
     """shuffled: every window once an epoch, in an order that train.seed decides. streams: the split is cut into
     batch.global_sequences contiguous streams, and a step reads the next window of each, without shuffling: what
-    Transformer-XL memory needs, and how every published run read its text. null: streams with memory, else shuffled."""
+    memory needs, and how every published run read its text. null: streams with memory, else shuffled."""
     max_tokens: PositiveInt | None = None
     """Only so many tokens of the train split are used, from its start; data with fewer are refused. The published runs
     used global_sequences x sequence_length x (steps + 100) of C4 and peS2o, which decides where their streams begin.
@@ -262,9 +262,8 @@ class EvaluateConfig(Section):
     the first ones of the split, in streams of equal length, as published: up to streams - 1 windows at the end are left
     out, also for models without memory."""
     streams: PositiveInt = Field(64, json_schema_extra=FREE)
-    """With Transformer-XL memory: parallel streams that the windows are divided into, each read in order with memory
-    carried along (the paper's validation), fewer where they would be of one window; other models take every window
-    by itself."""
+    """With memory: parallel streams that the windows are divided into, each read in order with memory carried along
+    (the paper's validation), fewer where they would be of one window; other models take every window by itself."""
 
 
 class Config(Section):

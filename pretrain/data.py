@@ -150,7 +150,7 @@ class TrainingStream:
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
     The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
     schedule of the weights decides which one a position reads, and each has epochs of its own. With data.order streams,
-    as with Transformer-XL memory, the split is instead cut into G contiguous streams of W windows; a step takes the
+    as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the
     next window of each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin
     again, with empty memory. The last windows of the split, fewer than G, have no place in a stream.
 

@@ -178,7 +178,7 @@ def _check_expert(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    """Mixtures need a short schedule and names; Transformer-XL memory needs contiguous text."""
+    """Mixtures need a short schedule and names; memory needs contiguous text."""
     data = config.data
     names = source_names(config)
     repeated = next((name for name in names if names.count(name) > 1), None)
@@ -205,6 +205,11 @@ def _check_data(config: Config) -> None:
             "data.document_mask: Transformer-XL positions and memory reach across documents on purpose; set it to "
             "false, or model.position.type to rope"
         )
+    if data.document_mask and config.model.memory_length:
+        raise ConfigError(
+            f"data.document_mask: memory reaches across documents on purpose; set it to false, or "
+            f"model.position.memory_chunks to 0 (it is {config.model.position.memory_chunks})"
+        )
     if data.document_mask and config.parallel.pipeline > 1:
         raise ConfigError(
             f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
@@ -224,7 +229,7 @@ def _check_order(config: Config) -> None:
     if not config.reads_streams:
         return
     has_memory = config.model.memory_length > 0
-    reason = "Transformer-XL memory reads contiguous streams" if has_memory else "data.order is streams"
+    reason = "memory reads contiguous streams" if has_memory else "data.order is streams"
     otherwise = "model.position.memory_chunks to 0" if has_memory else "data.order to shuffled"
     if data.order == "shuffled":
         raise ConfigError(f"data.order: {reason}, nothing is shuffled; set it to streams, or {otherwise}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, rope_tables
+from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
@@ -53,8 +53,9 @@ class DenseAttention(nn.Module):
             scale = enter_shards(self.scale, self.parallel.tensor_group)
             attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
-            cos, sin = rope_tables(rope_positions(documents, T, context.device), h, self.position_config)
-            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
+            q, k = apply_rope(q, *last_rows(tables, T)), apply_rope(k, *tables)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)
         y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)
         return y, y.new_zeros((), dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, rope_tables
+from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.balance import balance_losses
 from model.config import MoAConfig, ModelConfig, XLConfig
@@ -94,8 +94,9 @@ class MoAAttention(nn.Module):
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
             return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
-        cos, sin = rope_tables(rope_positions(documents, q.shape[1], q.device), q.shape[3], self.position_config)
-        q, key, value = (t.transpose(1, 2) for t in (apply_rope(q, cos, sin), apply_rope(key, cos, sin), value))
+        tables = rope_tables(rope_positions(documents, key.shape[1], q.device), q.shape[3], self.position_config)
+        q, key = apply_rope(q, *last_rows(tables, q.shape[1])), apply_rope(key, *tables)
+        q, key, value = (t.transpose(1, 2) for t in (q, key, value))
         # One key and value head for k query heads, without copies of it.
         attended = causal_attention(q, key, value, documents, shared=True)
         return attended.transpose(1, 2)

@@ -24,6 +24,12 @@ def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[T
     return angles.cos(), angles.sin()
 
 
+def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:
+    """Of the tables of a context the rows of its last T tokens, the chunk."""
+    cos, sin = (table[..., table.shape[-3] - T :, :, :] for table in tables)
+    return cos, sin
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first n dimensions of `x` [B, T, H, h]: dimension i pairs with i + n / 2 (not with i + 1).
 

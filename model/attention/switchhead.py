@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.joint_linear import joint_linear
-from model.attention.rope import apply_rope, rope_tables
+from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
@@ -107,11 +107,11 @@ class SwitchHeadAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
-            cos, sin = rope_tables(rope_positions(documents, T, context.device), h, self.position_config)
+            tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
             if is_joint:
-                q, k = apply_rope(joint, cos, sin).split(H, dim=2)
+                q, k = apply_rope(joint, *tables).split(H, dim=2)
             else:
-                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                q, k = apply_rope(q, *last_rows(tables, T)), apply_rope(k, *tables)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)

@@ -200,8 +200,7 @@ def _empty_memory(saved: Any, memory: LayerMemory, config: ModelConfig, parallel
     if saved.size[0] != memory.num_streams:
         raise UserError(
             f"batch.global_sequences: the checkpoint holds the memory of {saved.size[0]} streams of text, this run "
-            f"reads {memory.num_streams}; set batch.global_sequences to {saved.size[0]}, as Transformer-XL memory "
-            f"needs it"
+            f"reads {memory.num_streams}; set batch.global_sequences to {saved.size[0]}, as memory needs it"
         )
     tokens = saved.size[1] // parallel.token_shards
     return torch.empty(len(memory.streams), tokens, config.d_model, dtype=saved.properties.dtype)

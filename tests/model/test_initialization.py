@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.choice import Backends
 from model.initialization import initial_value
+from model.kernels.choice import Backends
 from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext

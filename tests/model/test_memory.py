@@ -17,7 +17,7 @@ ATTENTIONS = {
 }
 
 
-def build(attention: str, T: int, memory_chunks: int) -> LanguageModel:
+def build(attention: str, T: int, memory_chunks: int, position: str = "xl") -> LanguageModel:
     config = ModelConfig.model_validate(
         {
             "d_model": 18,
@@ -25,7 +25,7 @@ def build(attention: str, T: int, memory_chunks: int) -> LanguageModel:
             "vocab_size": 40,
             "sequence_length": T,
             "attention": ATTENTIONS[attention],
-            "position": {"type": "xl", "memory_chunks": memory_chunks},
+            "position": {"type": position, "memory_chunks": memory_chunks},
             "feedforward": {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2},
         }
     )
@@ -33,12 +33,13 @@ def build(attention: str, T: int, memory_chunks: int) -> LanguageModel:
     return build_model(config, backends=backends, seed=1).eval()
 
 
+@pytest.mark.parametrize("position", ["xl", "rope"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_chunks_with_memory_equal_one_long_attention(attention: str) -> None:
+def test_chunks_with_memory_equal_one_long_attention(attention: str, position: str) -> None:
     """Three layers, two chunks of memory: the third chunk sees all tokens before it, as a sequence three times as long
     does without memory (the weights do not depend on the length)."""
     T, B = 6, 2
-    chunked, long = build(attention, T, 2), build(attention, 3 * T, 0)
+    chunked, long = build(attention, T, 2, position), build(attention, 3 * T, 0, position)
     tokens = torch.randint(40, (B, 3 * T), generator=torch.Generator().manual_seed(0))
     index = torch.arange(B)
     for _, memory in layer_memories(chunked):

@@ -20,6 +20,7 @@ SWITCHHEAD = (*SIZES, "model.attention.num_heads=4")
 MODELS = {
     "switchall": SWITCHHEAD,
     "switchall xl": (*SWITCHHEAD, "model.position.type=xl"),
+    "switchall rope with memory": (*SWITCHHEAD, 'model.position={"type": "rope", "memory_chunks": 1}'),
     "dense": (
         *SIZES,
         'model.attention={"type": "dense", "num_heads": 4, "head_dim": 5}',

@@ -21,11 +21,17 @@ from tests.pretrain.test_layouts import assert_same
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_path: Path, ranks: int) -> None:
-    layouts = [("fp32", 0, "dense"), ("fp32", 2, "switchhead"), ("bf16", 1, "switchhead")]
+    xl, rope = ("model.position.type=xl",), ('model.position={"type": "rope", "memory_chunks": 1}',)
+    layouts = [
+        ("fp32", 0, "dense", xl),
+        ("fp32", 2, "switchhead", xl),
+        ("fp32", 1, "switchhead", rope),
+        ("bf16", 1, "switchhead", xl),
+    ]
     runs = []
-    for precision, zero, attention in layouts:
+    for precision, zero, attention, position in layouts:
         keys = (
-            "model.position.type=xl",
+            *position,
             f"model.attention.type={attention}",
             "model.attention.head_dim=6",
             "model.attention.num_heads=2",
@@ -41,7 +47,7 @@ def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_pat
         runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
         runs.append((small_config(prepared, *keys), folder / "resumed"))
     run_ranks(train_runs, ranks, runs)
-    for precision, zero, _ in layouts:
+    for precision, zero, _, _ in layouts:
         folder = tmp_path / f"{precision}-{zero}"
         assert_bit_identical(folder / "resumed", folder / "unbroken")
         held = whole_tensors(list_checkpoints(folder / "resumed" / "checkpoints")[-1])["memory/blocks.1"]

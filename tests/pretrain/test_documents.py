@@ -131,6 +131,8 @@ def test_recomputing_gives_the_same_gradients(folder: Path, mode: str) -> None:
 def test_where_it_is_impossible_it_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.document_mask: Transformer-XL"):
         small_config(folder, MASK, "model.position.type=xl")
+    with pytest.raises(ConfigError, match=r"data\.document_mask: memory reaches .*memory_chunks to 0"):
+        small_config(folder, MASK, 'model.position={"type": "rope", "memory_chunks": 1}')
     with pytest.raises(ConfigError, match=r"data\.document_mask: .*parallel\.pipeline to 1"):
         small_config(folder, MASK, "parallel.pipeline=2")
 

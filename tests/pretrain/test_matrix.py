@@ -64,6 +64,7 @@ LAYOUTS = [
 FAST = [
     ("switchall", True, [Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)]),
     ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=1)]),
+    ("switchall rope with memory", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="full", micro=2)]),
     ("moa", False, [Layout(pipeline=4, micro=1), Layout(pipeline=2, data=2, expert=2, micro=1, recompute="full")]),
     (
         "dense",
