@@ -37,6 +37,7 @@ SEEDS = {
     ("switchall", True): 14,
     ("switchall xl", False): 61,
     ("switchall xl", True): 4,
+    ("switchall rope with memory", False): 2,
     ("moa", False): 4,
     ("moa", True): 2,
 }
