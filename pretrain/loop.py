@@ -24,7 +24,7 @@ from pretrain.engine import parallel_context
 from pretrain.exit_codes import ExitCode
 from pretrain.monitor import Monitor
 from pretrain.progress import Progress
-from pretrain.reporting import finite, prepare_folder, run_validation, step_values
+from pretrain.reporting import prepare_folder, run_validation, step_values
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
 from pretrain.resilience.phases import Phases
@@ -35,6 +35,7 @@ from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
 from pretrain.run_folder import RunFolder
 from pretrain.sources import Sources
+from pretrain.strict_json import finite
 from pretrain.trainer import StepResult, Trainer, build_trainer
 
 

@@ -12,6 +12,7 @@ from pretrain.board import Board
 from pretrain.config import Config
 from pretrain.router_load import CollapseWatch, advice, collapse_event, load_max, load_text
 from pretrain.run_folder import RunFolder
+from pretrain.strict_json import finite
 
 GIB = 1 << 30
 
@@ -35,7 +36,7 @@ class Monitor:
         self._folder.metrics(values)
         if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
             points = {f"train/{key}": value for key, value in values.items() if key != "step"}
-            points["train/perplexity"] = None if values["loss"] is None else perplexity(values["loss"])
+            points["train/perplexity"] = None if values["loss"] is None else finite(perplexity(values["loss"]))
             for name, counts in load.items():
                 points[f"expert_load_max/{name}"] = load_max(counts)
             self._board.add(step, points)

@@ -20,7 +20,7 @@ from pretrain.resume import environment_changes
 from pretrain.router_load import load_summary
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import learning_rate
-from pretrain.strict_json import without_nan
+from pretrain.strict_json import finite, without_nan
 from pretrain.trainer import StepResult, Trainer
 
 
@@ -52,11 +52,6 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
     if trainer.engine.fp16_enabled():
         values["loss_scale"] = float(trainer.engine.optimizer.loss_scale)
     return values
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 def run_validation(

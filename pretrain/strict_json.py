@@ -15,10 +15,15 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
         return json.dumps(without_nan(value), indent=indent, allow_nan=False)
 
 
+def finite(value: float) -> float | None:
+    """`value`, None if it is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def without_nan(value: Any) -> Any:
     """`value` with None for every float that is not finite, inside lists, tuples and dicts too."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return finite(value)
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

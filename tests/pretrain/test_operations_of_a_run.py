@@ -69,7 +69,12 @@ def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         (config, folder / "full", (nothing,)),
         (config, folder / "full", (nothing,)),
         (wild, folder / "wild", (nothing,)),
+        (config, folder / "board", (nothing,)),
+        (config, folder / "log", (nothing,)),
     ]
+    (folder / "board").mkdir()
+    (folder / "board" / "tensorboard").write_text("not a folder")
+    (folder / "log" / "metrics.jsonl").mkdir(parents=True)
     by_rank = run_ranks(run_all, 2, cases)
     return folder, [list(ending) for ending in zip(*by_rank, strict=True)]
 
@@ -104,6 +109,19 @@ def test_a_finished_run_that_is_started_again_does_nothing(endings: tuple[Path, 
     assert [event["step"] for event in events(folder / "full", "validation")] == [8, 8]
     # One file of points of each start that made steps.
     assert len(list((folder / "full" / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "place, name, key",
+    [(5, "board/tensorboard", "monitor.tensorboard"), (6, "log/metrics.jsonl", "--run-dir")],
+)
+def test_what_is_in_the_way_ends_every_rank_with_one_sentence(
+    endings: tuple[Path, list[list[str]]], place: int, name: str, key: str
+) -> None:
+    folder, ends = endings
+    assert ends[place][0].startswith(f"REFUSED: {key}: {folder / name} is ")
+    assert ends[place][1] == "another rank said why"
+    assert not list((folder / name).parent.glob("lock-*"))
 
 
 def test_a_run_that_diverges_with_validation_on_says_so(endings: tuple[Path, list[list[str]]]) -> None:
