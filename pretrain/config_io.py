@@ -40,8 +40,8 @@ DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parall
 def _correct_description(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> None:
     """What a file says of itself does not hold for what `--set` makes of it: then its name and those keys stand for it,
     in the saved configuration too."""
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    changed = [key for key in dict.fromkeys(keys) if key.partition(".")[0] in DESCRIBED]
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    changed = sorted(key for key in keys if key.partition(".")[0] in DESCRIBED)
     if changed and "description" in tree and "description" not in keys:
         tree["description"] = f"{path.name} with other values of {', '.join(changed)}"
 

@@ -55,8 +55,9 @@ def test_every_command_exists() -> None:
 def test_every_option_key_file_and_target_exists() -> None:
     options = {option for build in PARSERS.values() for action in build()._actions for option in action.option_strings}
     sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type"}
-    for option in set(re.findall(r"`(--[a-z-]+)", TEXT)):
-        assert option in options | sbatch, option
+    deepspeed = {"--log_level"}
+    for option in set(re.findall(r"`(--[a-z_-]+)", TEXT)):
+        assert option in options | sbatch | deepspeed, option
     keys = {key for key, _, _ in fields()}
     sections = {key.partition(".")[0] for key in keys}
     for key in set(re.findall(r"`([a-z]+\.[a-z_]+)(?:=[a-z]+)?`", TEXT)):

@@ -23,7 +23,7 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     config = load_config(TINY, [*overrides, f"data.manifest={prepared}"])
     print_derived(config, 1, Sources.load(config), "run")
     first, *rows = capsys.readouterr().out.splitlines()
-    assert first == "switchall_tiny.json with other values of model.attention.type, train.steps, data.manifest"
+    assert first == "switchall_tiny.json with other values of data.manifest, model.attention.type, train.steps"
     (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
     assert row.startswith("sigma-MoE") and "dense attention: 8 heads of 64; sigma-MoE: 4 of 16 experts of 64" in row
     assert to_json(config)["description"] == first
