@@ -27,14 +27,15 @@ def _epochs(config: Config, sources: Sources) -> list[str]:
     counts = MixtureSchedule([source.weight for source in sources.sources]).counts(batch * config.train.steps)
     found = []
     for source, count in zip(sources.sources, counts, strict=True):
-        size = num_windows(source.manifest, "train", T)
+        size = num_windows(source.manifest, "train", T, max_tokens=config.data.max_tokens)
         if count > MAX_EPOCHS * size:
             steps = MAX_EPOCHS * size * config.train.steps // count
             less = f", or set train.steps to at most {steps}" if steps else ""
+            first, raised = ("first ", " and raise data.max_tokens") if config.data.max_tokens else ("", "")
             found.append(
-                f"{source.key}: the run reads the {size * T:,} tokens of {source.manifest.folder} {count / size:.1f} "
-                f"times, and text that is read more than {MAX_EPOCHS} times teaches less than new text: prepare "
-                f"{math.ceil(count / MAX_EPOCHS) * T:,} tokens{less}"
+                f"{source.key}: the run reads the {first}{size * T:,} tokens of {source.manifest.folder} "
+                f"{count / size:.1f} times, and text that is read more than {MAX_EPOCHS} times teaches less than new "
+                f"text: prepare {math.ceil(count / MAX_EPOCHS) * T:,} tokens{raised}{less}"
             )
     return found
 
@@ -50,9 +51,10 @@ def _vocabulary(config: Config, sources: Sources) -> list[str]:
             f"next multiple of {PADDING}"
         )
     tokens = sum(source.manifest.num_tokens("train") for source in sources.sources)
+    tokens = min(tokens, config.data.max_tokens or tokens)
     # Zipf's law: of V pieces the rarest is one of V (1 + 1/2 + ... + 1/V) tokens.
     needed = math.ceil(SEEN_OFTEN * pieces * sum(1 / rank for rank in range(1, pieces + 1)))
-    if sources.tokenizer.kind != "bytes" and tokens < needed:
+    if not sources.tokenizer.tokens_are_bytes and tokens < needed:
         found.append(
             f"{sources.key}: in its {tokens:,} tokens the rarest of the tokenizer's {pieces:,} pieces are met fewer "
             f"than {SEEN_OFTEN} times, or never (by Zipf's law): prepare {needed:,} tokens, or set a smaller "

@@ -65,6 +65,10 @@ def test_more_than_four_epochs_are_warned_of_with_the_tokens_needed(prepared: Pa
     (warning,) = data_warnings(config, Sources.load(config))
     assert warning.startswith("data.manifest: the run reads the 82,080 tokens of ") and " 8.0 times" in warning
     assert "prepare 164,160 tokens, or set train.steps to at most 2565" in warning
+    few = small_config(prepared, "train.steps=100", "data.max_tokens=1600")  # 800 windows of 100
+    (warning, *_) = data_warnings(few, Sources.load(few))
+    assert warning.startswith("data.manifest: the run reads the first 1,600 tokens of ") and " 8.0 times" in warning
+    assert "prepare 3,200 tokens and raise data.max_tokens, or set train.steps to at most 50" in warning
 
 
 def test_vocabulary_that_is_never_trained_is_warned_of(prepared: Path) -> None:
