@@ -9,13 +9,14 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from data_prep import prepare, report
 from data_prep.config import describe_keys, load_config
-from data_prep.folders import check_folder
+from data_prep.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
+from data_prep.folders import check_folder, is_full, no_room
 from data_prep.locations import without_secrets
 from data_prep.lossy import check_given_model
 from data_prep.output_files import QUARANTINE_FILE, check_output
@@ -56,11 +57,16 @@ def _steps_command(arguments: argparse.Namespace) -> None:
                 prepare.remove_work(plan)  # of a run that was killed when its data were in place already
         return
     check_output(plan, force=arguments.force)
+    check_room(plan)
     command = arguments.command
     if command == "tokenizer" and plan.config.tokenizer.type == "bytes":
         print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
         return
-    with prepare.output_lock(plan.output, shared=part.tasks > 1), worker_pool(plan.workers) as workers:
+    with (
+        _full_disk_named(plan),
+        prepare.output_lock(plan.output, shared=part.tasks > 1),
+        worker_pool(plan.workers) as workers,
+    ):
         pipeline = Pipeline(plan, workers, part, arguments.force)
         _STEPS[command](pipeline)
         if command in ("run", "shard", "tokenizer"):
@@ -76,6 +82,19 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         report.progress(pipeline)
         print(f"\n{command} is done ({took})")
         report.bad_files(pipeline)
+
+
+@contextlib.contextmanager
+def _full_disk_named(plan: Plan) -> Iterator[None]:
+    """An error of a full disk, which names neither disk nor bytes, as a PassingError that does."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        needed = max(1, needed_bytes(plan) - used_bytes(plan.work))
+        sentence = no_room(plan.output, needed, WHAT, about=True)
+        raise PassingError(f"output: {sentence}; make room: the same command goes on where it was") from None
 
 
 def _print_result(pipeline: Pipeline, took: str) -> None:

@@ -82,6 +82,7 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def no_room(folder: Path, needed: int, what: str) -> str:
-    """The sentence of a disk on which `needed` bytes for `what` do not fit, without a fix."""
-    return f"the disk of {folder} has no room for {what}: {needed:,} bytes are needed, {free_bytes(folder):,} are free"
+def no_room(folder: Path, needed: int, what: str, *, about: bool = False) -> str:
+    """The sentence of a disk on which `needed` bytes (or `about` so many) for `what` do not fit, without a fix."""
+    amount = f"{'about ' * about}{needed:,} bytes are needed, {free_bytes(folder):,} are free"
+    return f"the disk of {folder} has no room for {what}: {amount}"

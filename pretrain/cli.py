@@ -111,6 +111,7 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
     `device` (cuda or cpu) is that of the ranks, None for this host's."""
     from pretrain.device import device_type
+    from pretrain.disk_space import checkpoint_space
     from pretrain.resume import candidates, changed_settings, newest_committed
     from pretrain.sources import open_sources
 
@@ -121,6 +122,7 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     newest = newest_committed(candidates(config, run_dir))
     if newest is not None:
         changed_settings(config, newest, sources.digest)
+    checkpoint_space(config, run_dir).check()
     return sources, data_size
 
 
@@ -177,16 +179,20 @@ def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Pat
     """Prints the derived values, each with its formula, and what the data are too small for."""
     from pretrain.data_warnings import data_warnings
     from pretrain.derived import derived_values
+    from pretrain.disk_space import checkpoint_space
 
     if config.description:
         print(config.description)
-    rows = derived_values(config, data_size, sources, str(run_dir))
+    space = checkpoint_space(config, run_dir)
+    rows = [*derived_values(config, data_size, sources, str(run_dir)), space.row()]
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
     for warning in data_warnings(config, sources):
         print(f"warning: {warning}")
     sys.stdout.flush()
+    if warning := space.warning():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def keys_help() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.config import load_config
+from data_prep.disk_estimate import check_room
 from data_prep.lossy import check_given_model
 from data_prep.output_files import check_output
 from data_prep.plan import Plan, make_plan
@@ -92,6 +93,7 @@ def _check(args: argparse.Namespace) -> Plan:
     # The jobs would refuse these too, after they have waited for their nodes.
     check_given_model(plan)
     check_output(plan, force=args.force)
+    check_room(plan)
     if args.tasks > len(plan.sources):
         raise UserError(
             f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "

@@ -1,0 +1,139 @@
+"""Disks without room: compared with an estimate at the start, and named with folder and bytes when they are full."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import cli, disk_estimate
+from data_prep.cli import main
+from data_prep.config import load_config
+from data_prep.disk_estimate import needed_bytes, used_bytes
+from data_prep.plan import make_plan
+from launch.slurm import preparation
+from tests.data_prep.conftest import Corpus
+from tests.data_prep.raw_corpus import SAMPLE
+from tests.data_prep.test_prepare import one_error, outputs
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def estimate(folder: Path, **body: Any) -> int:
+    path = folder / "estimate.json"
+    path.write_text(json.dumps({"output": str(folder / "out"), **body}))
+    return needed_bytes(make_plan(load_config(path, [])))
+
+
+def test_the_formula(tmp_path: Path) -> None:
+    """By hand, of 1,000,000 stored bytes."""
+    for name in ("plain.jsonl", "packed.json.gz"):
+        (tmp_path / name).write_bytes(bytes(1_000_000))
+    plain, packed = str(tmp_path / "plain.jsonl"), str(tmp_path / "packed.json.gz")
+    assert estimate(tmp_path, input=plain) == 400_000 + 2 * 2 * 250_000
+    assert estimate(tmp_path, input=packed) == 3 * (400_000 + 2 * 2 * 250_000)
+    assert estimate(tmp_path, input=[plain, packed]) == 4 * (400_000 + 2 * 2 * 250_000)
+    assert estimate(tmp_path, input=plain, dedup={}) == 400_000 + 2 * 2 * 250_000 + 250_000
+    assert estimate(tmp_path, input=plain, dedup={"near": False}) == 400_000 + 2 * 2 * 250_000
+    assert estimate(tmp_path, input=plain, tokenizer={"vocab_size": 70_000}) == 400_000 + 2 * 4 * 250_000
+    given = {"model": plain}
+    assert estimate(tmp_path, input=plain, tokenizer=given) == 2 * 2 * 250_000, "ids are made while reading"
+    assert estimate(tmp_path, input=plain, format="enwik8", tokenizer={"type": "bytes"}) == 2 * 2 * 1_000_000
+
+
+def test_the_estimate_is_near_what_real_text_takes(tmp_path: Path) -> None:
+    """Within a half and twice: everything that lies in the output and the work folder at the end."""
+    body = {
+        "input": str(SAMPLE / "c4" / "c4-validation.*.json.gz"),
+        "validation_fraction": 0.1,
+        "keep_work": True,
+        "workers": 1,
+        "tokenizer": {"vocab_size": 2000},
+    }
+    expected = estimate(tmp_path, **body)
+    assert main(["run", "--config", str(tmp_path / "estimate.json")]) == 0
+    assert expected / 2 < used_bytes(tmp_path / "out") < 2 * expected
+
+
+def test_a_disk_below_the_estimate_is_said_at_the_start(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"))
+    needed = needed_bytes(make_plan(load_config(config, [])))
+    free = needed // 4 - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
+    said = (
+        f"output: the disk of {tmp_path}/out has no room for the work folder and the shards: about {needed:,} bytes "
+        "are needed, {free:,} are free; "
+    )
+    assert main(["run", "--config", str(config)]) == 2
+    assert one_error(capsys) == f"error: {said.format(free=free)}make room, or choose another `output`"
+    arguments = ["--config", str(config), "--tasks", "1", "--time", "1:00:00", "--dry-run"]
+    assert preparation.main(arguments) == 2
+    assert said.format(free=free) in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+    free = needed - 1
+    assert main(["ingest", "--config", str(config)]) == 0
+    assert f"warning: {said.format(free=free)}filters may leave less text" in capsys.readouterr().err
+    free = needed - used_bytes(tmp_path / "out" / ".work")  # what is done already needs no room
+    assert main(["run", "--config", str(config)]) == 0
+    assert "has no room" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only a super-user who may mount can have a disk that is full")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount command")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    with gzip.open(SAMPLE / "c4" / "c4-validation.00000-of-00001.json.gz") as stream:
+        lines = stream.read()
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_bytes(lines)
+    body = {"input": str(tmp_path / "*.jsonl"), "workers": workers, "tokenizer": {"vocab_size": 600}}
+    for name, output in (("full", small_disk / "out"), ("roomy", tmp_path / "roomy")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**body, "output": str(output)}))
+    monkeypatch.setattr(cli, "check_room", lambda plan: None)  # which would refuse it at the start
+    assert main(["run", "--config", str(tmp_path / "full.json")]) == 1
+    error = one_error(capsys)
+    assert error.startswith(
+        f"error: output: the disk of {small_disk}/out has no room for the work folder and the shards"
+    )
+    assert "bytes are needed" in error and "are free; make room: the same command goes on where it was" in error
+    assert not (small_disk / "out" / "manifest.json").exists()
+    assert not list((small_disk / "out").rglob("*.tmp")), "nothing half-written"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    monkeypatch.undo()
+    assert main(["run", "--config", str(tmp_path / "full.json")]) == 0
+    assert main(["run", "--config", str(tmp_path / "roomy.json")]) == 0
+    assert outputs(small_disk / "out") == outputs(tmp_path / "roomy")
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(pipeline: object) -> None:
+        raise OSError(5, "Input/output error", "a.zst")
+
+    monkeypatch.setitem(cli._STEPS, "run", broken)
+    config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"))
+    assert main(["run", "--config", str(config)]) == 1
+    assert one_error(capsys) == "error: [Errno 5] Input/output error: 'a.zst'"
+    assert disk_estimate.REFUSED_BELOW == 4, "as the documentation says"

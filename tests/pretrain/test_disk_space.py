@@ -1,0 +1,111 @@
+"""Room for checkpoints: what one takes, equal to what is saved, and what is said where the disk has less."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from model.language_model import build_on_meta
+from pretrain import cli
+from pretrain.checkpoint import list_checkpoints
+from pretrain.config_io import to_json
+from pretrain.disk_space import CheckpointSpace, checkpoint_space
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config
+from tests.pretrain.saved import whole_tensors
+from tests.pretrain.test_checkpoint import train_runs
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_the_size_by_hand(prepared: Path, tmp_path: Path) -> None:
+    plain = small_config(prepared)
+    parameters = sum(parameter.numel() for parameter in build_on_meta(plain.model).parameters())
+    assert checkpoint_space(plain, tmp_path).size == 12 * parameters
+    for precision, width in (("fp32", 4), ("bf16", 2)):
+        config = small_config(prepared, "model.position.type=xl", f"train.precision={precision}")
+        parameters = sum(parameter.numel() for parameter in build_on_meta(config.model).parameters())
+        memory = 8 * 2 * 16 * 24 * width  # streams, layers, tokens, features
+        assert checkpoint_space(config, tmp_path).size == 12 * parameters + memory
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_as_large_as_was_said(prepared: Path, tmp_path: Path) -> None:
+    """Every tensor but the generators' states; the files around them take a few KB. Without and with XL memory."""
+    short = ("train.steps=1", "evaluate.sequences=0")
+    configs = [small_config(prepared, *short), small_config(prepared, *short, "model.position.type=xl")]
+    run_ranks(train_runs, 1, [(config, tmp_path / str(number)) for number, config in enumerate(configs)])
+    for number, config in enumerate(configs):
+        (saved,) = list_checkpoints(tmp_path / str(number) / "checkpoints")
+        tensors = whole_tensors(saved, prefixes=("master/", "exp_avg/", "exp_avg_sq/", "memory/"))
+        assert any(name.startswith("memory/") for name in tensors) == bool(number)
+        size = checkpoint_space(config, tmp_path / "none").size
+        assert size == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        stored = sum(path.stat().st_size for path in saved.iterdir())
+        assert size < stored < size + 100_000
+
+
+@pytest.mark.parametrize(
+    "keys, there, kept, wanted, least",
+    [
+        # 100 steps, saved every 10: 10 checkpoints, of which the last 3 are kept, and one is written meanwhile.
+        (("train.steps=100", "checkpoint.every_steps=10"), 0, 3, 4, 2),
+        (("train.steps=100", "checkpoint.every_steps=10"), 3, 3, 1, 1),
+        (("train.steps=100", "checkpoint.every_steps=10"), 1, 3, 3, 1),
+        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_best=2"), 0, 5, 6, 2),
+        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=20"), 0, 8, 9, 2),
+        (("train.steps=25", "checkpoint.every_steps=10", "checkpoint.keep_last=9"), 0, 3, 4, 2),
+        (("train.steps=5", "checkpoint.every_steps=10"), 0, 1, 2, 2),
+        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_last=1"), 0, 1, 2, 2),
+    ],
+)
+def test_numbers_of_checkpoints(
+    prepared: Path, tmp_path: Path, keys: tuple[str, ...], there: int, kept: int, wanted: int, least: int
+) -> None:
+    for number in range(there):
+        (tmp_path / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
+    space = checkpoint_space(small_config(prepared, *keys), tmp_path)
+    assert (space.kept, space.wanted, space.least) == (kept, wanted * space.size, least * space.size)
+
+
+def test_the_limits_themselves() -> None:
+    space = CheckpointSpace(size=100, kept=3, there=0, free=200, folder=Path("run"))
+    space.check()
+    assert space.warning() == (
+        "the disk of run has no room for the 3 checkpoints that the run keeps and one being written: 400 bytes are "
+        "needed, 200 are free; make room, or lower checkpoint.keep_last, keep_best or raise keep_every_steps"
+    )
+    assert not CheckpointSpace(size=100, kept=3, there=0, free=400, folder=Path("run")).warning()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_about(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:
+    config = small_config(prepared, "checkpoint.every_steps=10")
+    (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
+    size = checkpoint_space(config, tmp_path / "run").size
+    started: list[object] = []
+    monkeypatch.setattr(cli, "run", lambda *_: (started.append(1), 0)[1])
+    arguments = ["--config", str(tmp_path / "c.json"), "--run-dir", str(tmp_path / "run"), *more]
+    for free, code in ((2 * size - 1, 2), (2 * size, 0), (4 * size - 1, 0), (4 * size, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
+        assert cli.main(arguments) == code
+        captured = capsys.readouterr()
+        if code:
+            assert captured.err == (
+                f"error: --run-dir: the disk of {tmp_path}/run has no room for checkpoints of {size:,} bytes: "
+                f"{2 * size:,} bytes are needed, {free:,} are free; make room or choose another --run-dir\n"
+            )
+            assert not (tmp_path / "run").exists() and not started
+        else:
+            assert f"3 of {size:,} bytes" in captured.out and f"{free:,} are free" in captured.out
+            assert (f"{4 * size:,} bytes are needed, {free:,} are free" in captured.err) == (free < 4 * size)
