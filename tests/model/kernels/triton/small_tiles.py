@@ -8,7 +8,7 @@ import pytest
 
 from model.kernels.triton import gated_gemm, sorted_gemm, sorted_slots, switchhead_output, switchhead_value
 from model.kernels.triton.gated_gemm import Tiles
-from model.kernels.triton.interpreter import Launch
+from model.kernels.triton.recording import Launch
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, size: int, depth: int | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.kernels.backend import triton_limit
 from model.kernels.sigma_moe import sigma_moe
 from model.kernels.triton import sigma_moe as kernels
-from model.kernels.triton.interpreter import Launch, recording
+from model.kernels.triton.recording import Launch, recording
 from model.kernels.triton.shipped import SIGMA_MOE
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 

@@ -8,7 +8,7 @@ import torch
 from model.kernels.switchhead_output import switchhead_output
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton import switchhead_output as kernels
-from model.kernels.triton.interpreter import recording
+from model.kernels.triton.recording import recording
 from tests.model.kernels.test_switchhead_output import NAMES, TOLERANCE, error, expectation, inputs, oracle, run
 from tests.model.kernels.triton.small_tiles import gemm_bytes, of_kernels, use_tiles
 
