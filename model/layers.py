@@ -127,16 +127,13 @@ class Block(nn.Module):
                 config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
             )
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
+        # What a forward pass leaves a trace in. Found once, here: torch 2.11 cannot compile vars() of a module.
+        found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
+        self._recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
 
     def forward(self, state: State, documents: Documents | None = None) -> State:
         compute = self._compute if documents is None else partial(self._compute, documents=documents)
-        return recomputed(compute, state, mode=self.recompute, recorders=self._recorders())
-
-    def _recorders(self) -> list[RoutingStatistics | LayerMemory]:
-        """What a forward pass leaves a trace in."""
-        found = [v for part in (self.attention, self.feedforward) for v in vars(part).values()]
-        statistics: list[RoutingStatistics | LayerMemory] = [v for v in found if isinstance(v, RoutingStatistics)]
-        return statistics + ([] if self.memory is None else [self.memory])
+        return recomputed(compute, state, mode=self.recompute, recorders=self._recorders)
 
     def _compute(self, state: State, documents: Documents | None = None) -> State:
         hidden, sequence_index, auxiliary_loss = state
