@@ -1,39 +1,65 @@
-# Everything installs into .venv by itself; `make help` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Everything installs into .venv by itself; `make help` lists the targets. No path is absolute and every program runs as a
+# module: names with spaces or brackets, whose venv has no working console scripts, are as good as others.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
+  command -v "$$python" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RANKS ?= 2
 DEMO_RUN := runs/demo
 
-.PHONY: help install data demo test test-slow test-slurm lint clean
+# CUDA=cpu or CUDA=cu130: that build of torch, from PyTorch's own index. Without it: what pip finds first, on plain PyPI
+# the CUDA 13 build (3 GB to download, 6 GB on the disk).
+CUDA ?=
+ifneq ($(CUDA),)
+ifeq ($(filter $(CUDA),cpu cu130),)
+$(error CUDA=$(CUDA): choose CUDA=cpu or CUDA=cu130)
+endif
+TORCH := torch==$(shell sed -nE 's/^torch==([0-9.]+).*/\1/p' constraints.txt)+$(CUDA)
+INDEX := --extra-index-url https://download.pytorch.org/whl/$(CUDA)
+ifneq ($(CUDA),$(shell cat $(VENV)/.installed 2>/dev/null))
+.PHONY: $(VENV)/.installed
+endif
+else
+TORCH := torch
+endif
+
+.PHONY: help install doctor lock data demo test test-slow test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@# torch first: a resolver that meets deepspeed's plain "torch" would fetch the newest CUDA build (several GB).
-	$(PIP) install --quiet "torch>=2.13,<2.14" -c constraints.txt
-	$(PIP) install --quiet -e ".[dev]" -c constraints.txt
-	@touch $@
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { echo \
+	  "error: Python 3.11, 3.12 or 3.13 is needed; install one, or name it: make install PYTHON=/path/to/python3.12"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@# torch first and alone, so that this line decides which build of it the others find installed.
+	$(PIP) install --progress-bar off "$(TORCH)" -c constraints.txt $(INDEX)
+	$(PIP) install --progress-bar off -e ".[dev]" -c constraints.txt
+	@echo "$(CUDA)" > $@
 
-install: $(VENV)/.installed  ## create .venv and install everything (torch first)
+install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu or CUDA=cu130 chooses the build of torch
+
+doctor:  ## what this machine has, what is missing and how to get it (before or after make install)
+	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; "$${python:-python3}" launch/doctor.py
+
+lock: install  ## write constraints.txt anew, from pyproject.toml and PyPI; pins that still fit stay
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/python -m uv --no-config pip compile --quiet --universal \
+	  --python-version 3.11 --all-extras --no-annotate pyproject.toml --output-file constraints.txt
 
 data: install  ## raw sample -> tokenizer -> shards in data/sample
 	$(BIN)/python -m data_prep run --config configs/data/sample.json
 
 demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> validation perplexity
 	@# A free port: 29500, the launcher's default, may belong to another job of this machine.
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) \
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m deepspeed.launcher.runner --num_gpus $(RANKS) \
 	  --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
 	  launch/pretrain.py \
 	  --config configs/switchall_tiny.json --run-dir $(DEMO_RUN)
 	@echo
-	@echo "Watch it:   $(BIN)/tensorboard --logdir $(DEMO_RUN)/tensorboard"
+	@echo "Watch it:   $(BIN)/python -m tensorboard.main --logdir $(DEMO_RUN)/tensorboard"
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"
 
 FAST := -m "not slow and not slurm"
@@ -51,9 +77,9 @@ test-slurm: install  ## a real two-node SLURM on this host: signals, requeues, l
 	$(BIN)/python -m pytest -v -m slurm tests/slurm
 
 lint: install  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:  ## remove the environment, prepared data and runs of the demo
 	rm -rf $(VENV) data/sample $(DEMO_RUN)

@@ -1,0 +1,239 @@
+"""The project can be installed: dependencies, lock and Makefile, without installing anything.
+
+What is resolved is resolved by metadata alone, from plain PyPI: no option, mirror or wheel of this machine counts.
+tests/test_real_install.py, slow, installs for real.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12", "3.13")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PRODUCT = ("pretrain", "model", "launch", "data_prep")
+IMPORT_NAMES = {"megatron-core": "megatron"}
+NOT_IMPORTED_BY_US = {
+    "tensorboard": "torch.utils.tensorboard imports it (pretrain/monitor.py)",
+    "setuptools": "torch.utils.cpp_extension imports it, with which DeepSpeed builds its operators on a GPU",
+    "aiohttp": "fsspec imports it for http:// and https:// inputs",
+    "megatron": "megatron-core is a reference of the tests until model/parallel is built on it",
+}
+
+
+def environment() -> dict[str, str]:
+    """Without the settings of pip and uv that this machine may have, but for certificates and proxies."""
+    kept = ("PIP_CERT", "UV_CACHE_DIR", "SSL_CERT_FILE")
+    return {k: v for k, v in os.environ.items() if k in kept or not k.startswith(("PIP_", "UV_"))}
+
+
+def compile_requirements(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "uv", "--no-config", "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+    return subprocess.run([*line, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+
+
+CASES = {
+    "no extra": (),
+    "all extras": ("--all-extras",),
+    "all extras beside torch 2.11": ("--all-extras", "--constraints", "{torch_2_11}"),
+    "the lock": ("--all-extras", "--constraints", str(ROOT / "constraints.txt")),
+}
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
+    """(case, Python) -> what uv found, all asked at once. Skips, with the reason, where PyPI cannot be reached."""
+    folder = tmp_path_factory.mktemp("pypi")
+    question, oldest = folder / "requirements.in", folder / "torch.txt"
+    question.write_text("iniconfig\n")
+    oldest.write_text("torch==2.11.*\n")
+    answer = compile_requirements("--refresh", str(question))
+    unreachable = r"(?i)request failed|error sending request|failed to fetch|dns error|timed out|could not connect"
+    if answer.returncode != 0 and re.search(unreachable, answer.stderr):
+        pytest.skip("NOT TESTED: PyPI cannot be reached, so nothing says that the dependencies can be installed")
+    assert answer.returncode == 0, answer.stderr
+
+    def resolve(key: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+        case, python = key
+        options = [option.format(torch_2_11=oldest) for option in CASES[case]]
+        return compile_requirements("pyproject.toml", "--python-version", python, *options)
+
+    keys = [(case, python) for case in CASES for python in PYTHONS]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        return dict(zip(keys, pool.map(resolve, keys), strict=True))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("case", CASES)
+def test_dependencies_resolve(
+    resolved: dict[tuple[str, str], subprocess.CompletedProcess[str]], case: str, python: str
+) -> None:
+    result = resolved[case, python]
+    assert result.returncode == 0, result.stderr
+    found = dict(line.split("==") for line in result.stdout.splitlines())
+    torch, triton = (".".join(found[name].split(".")[:2]) for name in ("torch", "triton"))
+    assert (torch, triton) == (("2.11", "3.6") if "2.11" in case else ("2.13", "3.7"))
+    if case == "the lock":
+        assert found.items() <= pins(python).items(), "a package has no pin: make lock"
+
+
+def pins(python: str) -> dict[str, str]:
+    """Package -> version that constraints.txt gives for a Python on Linux. No package twice."""
+    markers = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux"}
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate(markers):
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==" and pin.name not in found
+            found[canonicalize_name(pin.name)] = specifier.version
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_satisfies_pyproject(python: str) -> None:
+    locked = pins(python)
+    for text in (*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)):
+        requirement = Requirement(text)
+        assert locked.get(canonicalize_name(requirement.name), "none") in requirement.specifier, f"{text}: make lock"
+
+
+def test_what_is_installed_is_declared_for_this_python() -> None:
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in PYTHONS
+    for python in PYTHONS:
+        assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(f"{python}.0")
+    assert not Requirement(f"python{PROJECT['requires-python']}").specifier.contains("3.14.0")
+
+
+def imported_at_run_time(path: Path) -> set[str]:
+    """Top-level names of all imports of a file but those under `if TYPE_CHECKING:` and of files beside it."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return {name for name in found if not path.with_name(f"{name}.py").exists()}
+
+
+@pytest.fixture(scope="module")
+def imported() -> set[str]:
+    """What the product imports and is not its own or Python's."""
+    files = [path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    return set().union(*map(imported_at_run_time, files)) - sys.stdlib_module_names - {*PRODUCT, "benchmarks"}
+
+
+def declared_for_users() -> set[str]:
+    """Names by which the dependencies of the product, extras included, are imported."""
+    texts = [*PROJECT["dependencies"], *(text for name in EXTRAS if name != "dev" for text in EXTRAS[name])]
+    names = {canonicalize_name(Requirement(text).name) for text in texts}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_every_dependency_is_imported_by_the_code_that_it_is_for(imported: set[str]) -> None:
+    unused = declared_for_users() - imported
+    assert unused == set(NOT_IMPORTED_BY_US), "not imported: move it to [dev], or name its reason in this file"
+
+
+def test_every_import_is_a_dependency(imported: set[str]) -> None:
+    """What tests and benchmarks alone import is in [dev]."""
+    # torch brings the triton it works with, pydantic its own core.
+    assert imported - declared_for_users() == {"triton", "pydantic_core"}
+
+
+def test_libraries_import_what_they_are_said_to_import() -> None:
+    """The reasons in NOT_IMPORTED_BY_US hold for the installed versions."""
+    for package, file, name in (
+        ("torch", "utils/tensorboard/writer.py", "tensorboard"),
+        ("torch", "utils/cpp_extension.py", "setuptools"),
+        ("fsspec", "implementations/http.py", "aiohttp"),
+    ):
+        origin = find_spec(package).origin  # type: ignore[union-attr]
+        assert name in imported_at_run_time(Path(str(origin)).parent / file)
+
+
+@pytest.fixture
+def odd_copy(tmp_path: Path) -> Path:
+    """The Makefile and what it reads, in a folder with a space and brackets."""
+    folder = tmp_path / "a dir [work]"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def dry_make(folder: Path, *arguments: str) -> str:
+    """The commands that make would run; continued lines in one."""
+    done = subprocess.run(
+        ["make", "-n", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("build", ["cpu", "cu130"])
+def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str) -> None:
+    pip = ".venv/bin/python -m pip --disable-pip-version-check install --progress-bar off"
+    torch, rest = (line for line in dry_make(odd_copy, "install", f"CUDA={build}").splitlines() if pip in line)
+    index = f"https://download.pytorch.org/whl/{build}"
+    assert torch == f'{pip} "torch=={pins("3.11")["torch"]}+{build}" -c constraints.txt --extra-index-url {index}'
+    assert rest == f'{pip} -e ".[dev]" -c constraints.txt'
+    stamp = odd_copy / ".venv" / ".installed"
+    stamp.parent.mkdir()
+    stamp.write_text(f"{build}\n")
+    assert pip not in dry_make(odd_copy, "install", f"CUDA={build}"), "installed again"
+    assert pip not in dry_make(odd_copy, "install"), "what is installed is good enough"
+    other = {"cpu": "cu130", "cu130": "cpu"}[build]
+    assert f"+{other}" in dry_make(odd_copy, "install", f"CUDA={other}")
+
+
+def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> None:
+    lines = dry_make(odd_copy, "install")
+    assert 'install --progress-bar off "torch" -c constraints.txt' in lines and "download.pytorch.org" not in lines
+    assert "--quiet" not in lines and " -q" not in lines
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["CUDA=12"], "CUDA=12: choose CUDA=cpu or CUDA=cu130"),
+        (["PYTHON=/nowhere/python"], "error: Python 3.11, 3.12 or 3.13 is needed"),
+        (["PYTHON="], "error: Python 3.11, 3.12 or 3.13 is needed"),
+    ],
+)
+def test_make_install_refuses_with_the_fix(odd_copy: Path, arguments: list[str], words: str) -> None:
+    done = subprocess.run(["make", "install", *arguments], cwd=odd_copy, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and words in done.stdout + done.stderr
+    assert not (odd_copy / ".venv").exists()
+
+
+def test_no_console_script_of_the_venv_is_run(odd_copy: Path) -> None:
+    """Their first line is the path of Python, which may hold no space: everything runs as `python -m`."""
+    targets = re.findall(r"(?m)^([a-z-]+):.*##", (ROOT / "Makefile").read_text())
+    assert {"install", "doctor", "demo", "test", "lint"} <= set(targets)
+    text = dry_make(odd_copy, *targets)
+    assert set(re.findall(r"\.venv/bin/([\w.-]+)", text)) == {"python"}
+    commands = {line.split()[0].strip('"') for line in text.splitlines() if line.strip()}
+    assert not commands & {"deepspeed", "tensorboard", "ruff", "mypy", "pytest", "pip", "uv"}
+    assert str(odd_copy) not in text, "an absolute path, which would need quotes"
