@@ -212,7 +212,17 @@ def match(root: Path, pattern: str) -> list[InputFile]:
     pattern = os.path.expanduser(pattern)
     if (root / pattern).exists():
         return [root / pattern]
+    pattern = _with_literal_folders(pattern, lambda folder: (root / folder).is_dir())
     return [root / name for name in sorted(glob.glob(pattern, root_dir=root, recursive=True))]
+
+
+def _with_literal_folders(pattern: str, is_folder: Callable[[str], bool]) -> str:
+    """The glob in which leading folders that exist are meant literally: `a dir [work]/*.gz`."""
+    parts = pattern.split("/")
+    known = 0
+    while known < len(parts) - 1 and is_folder("/".join([*parts[: known + 1], ""])):
+        known += 1
+    return "/".join([*map(glob.escape, parts[:known]), *parts[known:]])
 
 
 def _match_url(file: RemoteFile) -> Iterator[RemoteFile]:
@@ -227,6 +237,8 @@ def _match_url(file: RemoteFile) -> Iterator[RemoteFile]:
         if not file.is_http and filesystem.exists(path):
             found = [path]
         else:
+            if glob.has_magic(path.rpartition("/")[0]):
+                path = _with_literal_folders(path, filesystem.isdir)
             found = sorted(filesystem.glob(path)) if glob.has_magic(path) else []
     except DataError:
         raise

@@ -24,9 +24,10 @@ pytestmark = pytest.mark.slow
 
 
 def command(ranks: int, prepared: Path, run_dir: Path, *overrides: str) -> list[str]:
-    launcher = str(Path(sys.executable).parent / "deepspeed")
     line = [
-        launcher,
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
         "--num_gpus",
         str(ranks),
         "--master_port",
