@@ -45,7 +45,7 @@ class DataConfig(Section):
     """shuffled: every window once an epoch, in an order that train.seed decides. streams: the split is cut into
     batch.global_sequences contiguous streams, and a step reads the next window of each, without shuffling: what
     memory needs, and how every published run read its text. null: streams with memory, else shuffled."""
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     """Only so many tokens of the train split are used, from its start; data with fewer are refused. The published runs
     used global_sequences x sequence_length x (steps + 100) of C4 and peS2o, which decides where their streams begin.
     null: the whole split."""
