@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.convert import convert, progress_bar
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
 
@@ -36,12 +37,19 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder")
     convert = commands.add_parser(
         "convert",
-        help="the fp32 weights as one model.safetensors",
-        description="Writes the fp32 weights, each parameter whole, to OUT/model.safetensors, and the run's "
-        "configuration to OUT/config.json. Needs memory for the largest parameter only.",
+        help="the fp32 weights as one model.safetensors, with the tokenizer",
+        description="Writes the fp32 weights, each parameter whole, to OUT/model.safetensors, beside them the run's "
+        "configuration (config.json), its tokenizer (tokenizer.model) and where the weights come from (weights.json: "
+        "step, tokens read, data set). Needs memory for the largest parameter only. docs/checkpoints.md shows how to "
+        "load them.",
     )
     convert.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder for its newest")
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to write to; must not hold a model yet")
+    convert.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
+    )
     return parser
 
 
@@ -54,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "verify":
             return verify_all(args.folder)
         else:
-            convert(args.folder, args.out)
+            convert(_newest(args.folder), args.out, data=args.data)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
@@ -74,6 +82,16 @@ def _checkpoints_folder(folder: Path) -> Path:
 
 def _is_checkpoint(folder: Path) -> bool:
     return not (folder / "checkpoints").is_dir() and not list_checkpoints(folder)
+
+
+def _newest(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the newest one of the run that it is. Raises UserError."""
+    if _is_checkpoint(folder):
+        return folder
+    paths = list_checkpoints(_checkpoints_folder(folder))
+    if not paths:
+        raise UserError(f"PATH: {folder} holds no checkpoints")
+    return paths[-1]
 
 
 def print_list(folder: Path) -> None:
@@ -126,67 +144,10 @@ def verify_all(folder: Path) -> int:
     for path in paths:
         try:
             checkpoint = Checkpoint.open(path)
-            problem = checkpoint.damaged_file(read=_progress_bar(path.name, checkpoint.bytes))
+            problem = checkpoint.damaged_file(read=progress_bar(path.name, checkpoint.bytes))
         except DamagedCheckpoint as error:
             problem = _reason(error, path)
         if problem:
             code = ExitCode.REFUSED
         print(f"{path.name}: {f'DAMAGED: {problem}' if problem else 'whole, every sha256 matches'}", flush=True)
     return code
-
-
-def _progress_bar(name: str, total: int) -> Callable[[int], None]:
-    """A callback for bytes read; silent where standard error is no terminal."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=None)
-
-    def read(count: int) -> None:
-        bar.update(count)
-        if bar.n >= total:
-            bar.close()
-
-    return read
-
-
-def convert(folder: Path, out: Path) -> None:
-    """Consolidates the fp32 weights of a checkpoint, after checking its files."""
-    import torch
-
-    from pretrain.atomic import write_json
-    from pretrain.checkpoint.fragments import whole
-    from pretrain.checkpoint.state import read
-    from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
-
-    if not _is_checkpoint(folder):
-        paths = list_checkpoints(_checkpoints_folder(folder))
-        if not paths:
-            raise UserError(f"PATH: {folder} holds no checkpoints")
-        folder = paths[-1]
-    checkpoint = Checkpoint.open(folder)
-    target = out / "model.safetensors"
-    if target.exists():
-        raise UserError(f"OUT: {target} exists; name another folder")
-    if problem := checkpoint.damaged_file(read=_progress_bar(folder.name, checkpoint.bytes)):
-        raise DamagedCheckpoint(f"checkpoint {folder}: {problem}")
-    reader = Reader(checkpoint)
-
-    def parameter(name: str, shape: list[int]) -> torch.Tensor:
-        tensor = torch.empty(shape)
-        read(reader, checkpoint, {f"master/{name}": whole(tensor)})
-        return tensor
-
-    out.mkdir(parents=True, exist_ok=True)
-    shapes = checkpoint.state["parameters"]
-    partial = target.with_name(target.name + PARTIAL)
-    entries = [
-        Entry(name, torch.float32, shape, lambda name=name, shape=shape: parameter(name, shape))  # type: ignore[misc]
-        for name, shape in shapes.items()
-    ]
-    try:
-        size = write_safetensors(partial, entries)["bytes"]
-        write_json(out / "config.json", checkpoint.state["config"])
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{target}: {len(shapes)} tensors, {size:,} bytes, of step {checkpoint.progress.step}", flush=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,11 +78,18 @@ def test_verify(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["verify", str(newest.with_name("step-00000002"))]) == 0
 
 
-def test_convert(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 0
     assert "of step 4" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "tokenizer.model", "weights.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    about = json.loads((tmp_path / "out" / "weights.json").read_text())
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert (about["step"], about["tokens"], about["loss"]) == (4, 4 * 8 * 16, metrics(run_dir)[-1]["loss"])
+    assert about["data_digest"] == manifest["digest"]
+    assert about["tokenizer"]["sha256"] == manifest["tokenizer"]["sha256"]
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = whole_tensors(newest, prefixes=("master/",))
     assert {f"master/{name}" for name in found} == expected.keys()
@@ -88,6 +98,81 @@ def test_convert(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 2
     assert "exists; name another folder" in capsys.readouterr().err
     assert main(["convert", str(newest.with_name("step-00000002")), str(tmp_path / "other")]) == 0
+
+
+def test_convert_finds_the_tokenizer_or_says_why_not(
+    run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = tmp_path / "step-00000004"
+    shutil.copytree(list_checkpoints(run_dir / "checkpoints")[-1], newest)
+    gone = str(tmp_path / "gone")
+    rewrite_state(newest, lambda state: state["config"]["data"].update(manifest=gone))
+    assert main(["convert", str(newest), str(tmp_path / "without")]) == 0
+    said = capsys.readouterr().out
+    assert f"no tokenizer was written: data.manifest: there is no {gone}" in said and "name the place" in said
+    names = ["config.json", "model.safetensors", "weights.json"]
+    assert sorted(p.name for p in (tmp_path / "without").iterdir()) == names
+    assert json.loads((tmp_path / "without" / "weights.json").read_text())["tokenizer"] is None
+
+    moved = tmp_path / "moved"
+    shutil.copytree(prepared, moved)
+    assert main(["convert", str(newest), str(tmp_path / "with"), "--data", str(moved)]) == 0
+    model = tmp_path / "with" / "tokenizer.model"
+    assert model.read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    assert f"{model}: the tokenizer" in capsys.readouterr().out
+
+    (moved / "tokenizer.model").write_bytes(b"another")
+    assert main(["convert", str(newest), str(tmp_path / "no"), "--data", str(moved)]) == 2
+    assert "tokenizer.model does not match its manifest" in capsys.readouterr().err
+    rewrite_state(newest, lambda state: state.update(manifest_digest="0" * 64))
+    assert main(["convert", str(newest), str(tmp_path / "no"), "--data", str(prepared)]) == 2
+    assert "is not the data set that the run read" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_convert_leaves_what_it_did_not_write(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is taken is refused; a disk that is full at the end takes away what was written, and only that."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("tokenizer.model", "config.json", "weights.json"):
+        (out / name).write_text("mine")
+        assert main(["convert", str(run_dir), str(out)]) == 2
+        assert f"{name} exists; name another folder" in capsys.readouterr().err
+        assert [(p.name, p.read_text()) for p in out.iterdir()] == [(name, "mine")]
+        (out / name).unlink()
+    (out / "notes").write_text("mine")
+
+    def full(path: Path, entries: list[Any]) -> dict[str, Any]:
+        path.write_bytes(b"torn")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("pretrain.checkpoint.storage.write_safetensors", full)
+    assert main(["convert", str(run_dir), str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("notes", "mine")]
+    assert main(["convert", str(run_dir), str(out / "notes")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_page_shows_how_to_load_the_weights(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
+    [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert "pretrain" not in snippet and "deepspeed" not in snippet
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(run_dir), "weights"]) == 0
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    exec(compile(snippet, str(page), "exec"), names)
+    assert capsys.readouterr().out.startswith("4 ")
+    saved = whole_tensors(list_checkpoints(run_dir / "checkpoints")[-1], prefixes=("master/",))
+    loaded = dict(names["model"].named_parameters())
+    assert {f"master/{name}" for name in loaded} == saved.keys()
+    assert all(torch.equal(value, saved[f"master/{name}"]) for name, value in loaded.items())
+    assert names["logits"].shape[2] == names["config"].vocab_size and torch.isfinite(names["logits"]).all()
 
 
 def test_convert_holds_one_parameter_at_a_time(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

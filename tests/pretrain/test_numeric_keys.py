@@ -135,7 +135,7 @@ def test_the_smallest_models_that_are_legal_train(attention: str, feedforward: s
         for _, memory in layer_memories(model):
             memory.assign(sequences, 2)
         tokens = torch.arange(2 * config.sequence_length).reshape(2, -1) % 16
-        objective, _ = model(tokens, tokens.roll(1, 0), sequences)
+        objective = model(tokens, tokens.roll(1, 0), sequences)[0]
         objective.backward()
         assert torch.isfinite(objective), chosen
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
