@@ -172,9 +172,11 @@ def _names(paths: list[InputFile]) -> dict[InputFile, str]:
         by_name.setdefault(folders[path][-1], []).append(path)
     names: dict[InputFile, str] = {}
     for same in by_name.values():
-        depth, most = 1, max(len(folders[path]) for path in same)
-        while depth < most and len({tuple(folders[path][-depth:]) for path in same}) < len(same):
-            depth += 1
+        told_apart = [
+            len({tuple(folders[path][-depth:]) for path in same})
+            for depth in range(1, max(len(folders[path]) for path in same) + 1)
+        ]
+        depth = 1 + told_apart.index(max(told_apart))
         seen: dict[str, int] = {}
         for path in same:
             name = "/".join(folders[path][-depth:])

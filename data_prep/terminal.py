@@ -3,8 +3,9 @@
 import re
 
 # Of the control characters a newline and a tab are harmless; escape sequences begin with \x1b or, in one character,
-# with \x9b. The others overwrite, ring or change the direction in which text is read.
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# with \x9b. The others overwrite, ring or change the direction in which text is read. Surrogates stand for bytes of a
+# file name that are no UTF-8, and cannot be printed at all.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:

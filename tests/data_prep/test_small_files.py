@@ -1,0 +1,146 @@
+"""Thousands of small files: read together, with the same bytes as one by one, whatever stops the run."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import work
+from data_prep.cli import main
+from data_prep.ingest import BATCH_FILES, cut_batches
+from data_prep.shard_format import Manifest
+from tests.data_prep.raw_corpus import sample_texts
+from tests.data_prep.test_prepare import outputs
+from tests.data_prep.test_stages import Killed
+
+FILES = 80
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Files of one document or two, some of them bad, some duplicates of others, one larger than what waits in
+    memory."""
+    folder = tmp_path_factory.mktemp("small")
+    texts = [text[:900] for text in sample_texts(FILES)]
+    for number, text in enumerate(texts):
+        lines = [json.dumps({"text": text})] + ([json.dumps({"text": texts[number - 3]})] if number % 10 == 4 else [])
+        lines += ["not json"] if number % 20 == 1 else []
+        (folder / f"{number:03d}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "050.jsonl").write_text("<html>no</html>\n")
+    large = [json.dumps({"text": text[:900]}) for text in sample_texts(40, skip=FILES)]
+    (folder / "060.jsonl").write_text("\n".join(large))
+    # Cut after more than waits in memory: what it gave is taken back.
+    cut = gzip.compress("\n".join(large).encode(), mtime=0)[:-9]
+    (folder / "061.jsonl.gz").write_bytes(cut)
+    return folder, {
+        "input": f"{folder}/*.jsonl*",
+        "workers": 1,
+        "filter": {"c4": False, "gopher_quality": False, "gopher_repetition": False, "min_words": 20},
+        "dedup": {},
+        "tokenizer": {"vocab_size": 500},
+        "shard": {"tokens_per_shard": 20000, "tokens_per_member": 2048},
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of some files, parts smaller than a batch, a file that gets parts of its own."""
+    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 16_000)
+    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 7000)
+    monkeypatch.setattr("data_prep.part_cutter.PENDING_BYTES", 20_000)
+
+
+def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> str:
+    folder, body = raw
+    path = folder / f"{output}.json"
+    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
+    return str(path)
+
+
+def test_batches_depend_on_sizes_and_order_alone() -> None:
+    small, large, unknown = ("hash", 100), ("hash", 1 << 20), ("hash", None)
+    assert cut_batches([]) == []
+    assert cut_batches([small, small, large, small, unknown, small, ("validation", 1)]) == [  # type: ignore[list-item]
+        range(0, 1 + 1), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 7),
+    ]  # fmt: skip
+    assert [len(batch) for batch in cut_batches([("hash", 0)] * (BATCH_FILES + 1))] == [BATCH_FILES, 1]
+
+
+def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", "--config", write_config(raw, "together", keep_work=True)]) == 0
+    assert main(["run", "--config", write_config(raw, "two", workers=2)]) == 0
+    together = outputs(raw[0] / "together")
+    assert outputs(raw[0] / "two") == together
+    (ingest,) = (raw[0] / "together" / ".work").glob("ingest-*")
+    batches = [json.loads(path.read_bytes()) for path in ingest.glob("*.json")]
+    assert 5 < len(batches) < 20 and max(len(batch["files"]) for batch in batches) > 10
+    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)
+    assert main(["run", "--config", write_config(raw, "alone")]) == 0
+    assert outputs(raw[0] / "alone") == together
+    records = {record.name: record for record in Manifest.load(raw[0] / "together").provenance.inputs}
+    assert len(records) == FILES + 1
+    assert sum(record.documents for record in records.values()) == sum(
+        totals.documents for totals in Manifest.load(raw[0] / "together").totals.values()
+    )
+    assert (records["050.jsonl"].quarantined, records["050.jsonl"].documents) == ({"no document": 1}, 0)
+    assert (records["061.jsonl.gz"].quarantined, records["061.jsonl.gz"].documents) == ({"damaged file": 1}, 0)
+    assert records["060.jsonl"].documents > 20
+    assert records["004.jsonl"].duplicates == 1 and records["021.jsonl"].quarantined == {"not JSON": 1}
+    quarantine = [json.loads(line) for line in (raw[0] / "together" / "quarantine.jsonl").read_bytes().splitlines()]
+    assert [line["file"] for line in quarantine if line["reason"] == "not JSON"] == [
+        f"{number:03d}.jsonl" for number in range(1, FILES, 20)
+    ]
+
+
+def test_stopped_after_every_few_files_and_continued(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", "--config", write_config(raw, "whole")]) == 0
+    config = write_config(raw, "stopped")
+    real, written = work.os.replace, Counter[str]()
+    budget = 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal budget
+        if ".work" in Path(target).parts:
+            if budget == 0:
+                raise Killed
+            budget -= 1
+        written[Path(target).name] += 1
+        real(source, target)
+
+    monkeypatch.setattr(work.os, "replace", replace)
+    for _attempt in range(100):
+        budget = 40
+        try:
+            assert main(["run", "--config", config]) == 0
+        except Killed:
+            continue
+        break
+    assert _attempt > 2
+    assert outputs(raw[0] / "stopped") == outputs(raw[0] / "whole")
+    assert max(count for name, count in written.items() if name.endswith(".quarantine.jsonl")) == 1
+
+
+def test_a_file_is_taken_back_from_the_parts_that_it_shares(raw: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Damage behind the first documents: none of them stays, and none of the files beside it goes."""
+    body = {**raw[1], "filter": None, "dedup": None, "output": str(tmp_path / "out"), "input": f"{tmp_path}/*.jsonl*"}
+    lines = [json.dumps({"text": f"{name} {number} " + "word " * 20}) for name in "abc" for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:40]))
+    packed = gzip.compress("\n".join(lines[40:80]).encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[:-4])
+    (tmp_path / "c.jsonl").write_text("\n".join(lines[80:]))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**body, "tokenizer": {"vocab_size": 280}, "ingest": {"max_bad_files": 0.5}}))
+    assert main(["run", "--config", str(config)]) == 0
+    inputs = Manifest.load(tmp_path / "out").provenance.inputs
+    assert [(record.name, record.documents) for record in inputs] == [
+        ("a.jsonl", 40),
+        ("b.jsonl.gz", 0),
+        ("c.jsonl", 40),
+    ]
