@@ -230,7 +230,10 @@ def _add_step(command: argparse.ArgumentParser) -> None:
 
 def _add_slice(command: argparse.ArgumentParser) -> None:
     """The arguments of the steps that SLURM array tasks share."""
-    help_text = "take only every N-th raw file, from the K-th (0 to N - 1): one array task; see docs/data.md"
+    help_text = (
+        "take only every N-th raw file (or batch of small ones), from the K-th (0 to N - 1): one array task; see "
+        "docs/data.md"
+    )
     command.add_argument("--task", type=_at_least(0), metavar="K", help=help_text)
     command.add_argument("--tasks", type=_at_least(1), metavar="N", help="number of array tasks")
 
@@ -244,8 +247,8 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data_prep",
-        description="Turns raw C4, peS2o, Wikitext-103, Enwik8 and JSON lines into a SentencePiece model and "
-        "webdataset shards.",
+        description="Turns raw C4, peS2o, Wikitext-103, Enwik8, JSON lines, Parquet, webdataset tars and text into a "
+        "SentencePiece model and webdataset shards.",
         epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
         allow_abbrev=False,
     )

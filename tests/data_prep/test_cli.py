@@ -12,6 +12,7 @@ from data_prep.cli import main
 from data_prep.config import REPOSITORY, known_keys
 from data_prep.shard_format import Manifest
 from data_prep.stats_report import QUANTILES, RATIO_STEP, Lengths, pieces
+from data_prep.terminal import visible
 from data_prep.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus
 
@@ -26,7 +27,16 @@ def test_show_prints_documents_of_both_splits(
     assert corpus.train[4] in out
     config = corpus.write_config(prepared.parent / "config.json", output=str(prepared))
     assert main(["show", "--config", str(config), "--split", "validation"]) == 0
-    assert corpus.validation[0] in capsys.readouterr().out
+    assert visible(corpus.validation[0]) in capsys.readouterr().out
+
+
+def test_show_lets_no_document_steer_the_terminal(
+    corpus: Corpus, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(prepared), "--count", str(len(corpus.train))]) == 0
+    out = capsys.readouterr().out
+    assert all(visible(text) in out for text in corpus.train)
+    assert "\\x00" in out and "\\r" in out and "\x00" not in out and "\r" not in out
 
 
 def test_show_prints_documents_on_any_terminal(corpus: Corpus, prepared: Path) -> None:
