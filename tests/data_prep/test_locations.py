@@ -114,9 +114,11 @@ def test_no_secret_of_a_signed_url_is_written_or_printed(
     assert run(tmp_path, again, keep_work=True, dedup={"near": False}) == 0
     assert "up to date" in capfd.readouterr().out
     monkeypatch.setattr("data_prep.ingest.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(
-        RemoteFile, "open", lambda self, mode: (_ for _ in ()).throw(RuntimeError(f"lost {self.url} of {SECRET[:0]}"))
-    )
+
+    def lose(self: RemoteFile, mode: str) -> None:
+        raise RuntimeError(f"lost {self.url}")
+
+    monkeypatch.setattr(RemoteFile, "open", lose)
     assert run(tmp_path, urls, "output=" + str(tmp_path / "second")) == 1
     out, err = capfd.readouterr()
     assert "RuntimeError: lost http://127" in err and "the file is read again" in err
