@@ -148,12 +148,11 @@ class CollapseWatch:
 
 
 def advice(model: ModelConfig, due: list[Collapsed]) -> str:
-    """What a user can change, by the kind of the first router."""
-    if f".{FEEDFORWARD}" in due[0].router:
-        return "raise model.feedforward.entropy_weight or lower optimizer.learning_rate"
-    if isinstance(model.attention, MoAConfig):
-        return "raise model.attention.switch_loss_weight or lower optimizer.learning_rate"
-    return "raise model.attention.expert_dropout or lower optimizer.learning_rate"
+    """What a user can change about these routers."""
+    attention = "switch_loss_weight" if isinstance(model.attention, MoAConfig) else "expert_dropout"
+    keys = {FEEDFORWARD: "model.feedforward.entropy_weight", ATTENTION: f"model.attention.{attention}"}
+    named = [key for kind, key in keys.items() if any(f".{kind}" in router.router for router in due)]
+    return f"raise {' and '.join(named)}, or lower optimizer.learning_rate"
 
 
 def collapse_event(due: list[Collapsed]) -> list[dict[str, Any]]:

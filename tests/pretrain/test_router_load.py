@@ -112,6 +112,7 @@ def test_a_line_has_the_means_of_its_interval(
     assert lines[1] == "step 3/9  loss not finite, update skipped"
     assert lines[2].startswith("warning: step 3: routers that have collapsed, ")
     assert "blocks.0.attention.output head 0 (100.0% for 2 steps)" in lines[2]
+    assert "raise model.attention.expert_dropout, or lower optimizer.learning_rate" in lines[2]
     # Steps 2 to 4: losses 5 and 4, norms 2 and 4, 384 tokens in 4 s, the last step's rate, counts summed.
     assert lines[3].startswith(
         "step 4/9  loss 4.5000  ppl 90.02  grad 3.000  lr 4.00e-03  96 tok/s  "
