@@ -44,7 +44,7 @@ def _vocabulary(config: Config, sources: Sources) -> list[str]:
     pieces, rows = sources.tokenizer.vocab_size, config.model.vocab_size
     found = []
     if rows - pieces >= PADDING:
-        cost = 2 * (rows - pieces) * config.model.d_model
+        cost = (1 if config.model.tied_embedding else 2) * (rows - pieces) * config.model.d_model
         found.append(
             f"model.vocab_size: {rows - pieces:,} of {rows:,} rows are no piece of the tokenizer: they are never "
             f"trained and cost {cost:,} parameters; set it to {pieces}, or to {-(-pieces // PADDING) * PADDING}, the "

@@ -61,6 +61,22 @@ def test_the_plain_command_compiles_nothing(prepared: Path, tmp_path: Path) -> N
     assert len(metrics(tmp_path / "run")) == 2
 
 
+def test_a_refusal_is_the_last_line_and_with_a_quiet_launcher_the_only_one(prepared: Path, tmp_path: Path) -> None:
+    """On stderr; on stdout DeepSpeed's launcher reports the exit code, unless it is told not to."""
+    line = command(2, prepared, tmp_path / "run", "train.stepz=2")
+    sentence = "error: train.stepz: unknown key; the nearest known key is train.steps\n"
+    loud = _finished(line, tmp_path, environment())
+    assert (loud.returncode, loud.stderr) == (2, sentence)
+    place = line.index("--num_gpus")
+    quiet = [*line[:place], "--log_level", "critical", *line[place:]]
+    done = _finished(quiet, tmp_path, {**environment(), "DS_ACCELERATOR": "cpu"})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+
+
+def _finished(line: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
 def run(*line: str, cwd: Path) -> None:
     done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

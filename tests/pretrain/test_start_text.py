@@ -21,7 +21,7 @@ TINY = ROOT / "configs" / "switchall_tiny.json"
 def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["model.attention.type=dense", "train.steps=7", "monitor.print_every_steps=1"]
     config = load_config(TINY, [*overrides, f"data.manifest={prepared}"])
-    print_derived(config, 1, Sources.load(config), "run")
+    print_derived(config, 1, Sources.load(config), prepared / "run")
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == "switchall_tiny.json with other values of data.manifest, model.attention.type, train.steps"
     (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
