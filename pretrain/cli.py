@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
     """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
     from pretrain.ranks import Ranks
 
-    args = build_parser().parse_args(arguments)
+    args, stop = build_parser().parse_args(arguments), stop or Stop()
     try:
         ranks = Ranks.from_environment()
     except UserError as error:
@@ -99,10 +99,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         sources, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:
             print_derived(config, data_size, sources, run_dir)
-        return run(config, sources, run_dir, ranks, stop or Stop())
+        return run(config, sources, run_dir, ranks, stop)
     except (UserError, DataError) as error:
         # All ranks of a node find the same fault before they have met: one of them says so.
-        if ranks.local_rank == 0:
+        if ranks.local_rank == 0 or stop.step_aside():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
 

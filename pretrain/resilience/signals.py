@@ -43,6 +43,8 @@ PEER_SECONDS = 3.0
 """How long the main thread has to say for itself that another rank has died, before the process is left."""
 LEAVE_SECONDS = 10.0
 """How long leaving at once may take: the file system may be what hangs."""
+ASIDE_SECONDS = 30.0
+"""How long a rank waits for the first one of its node to say what all of them have found."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
 
@@ -100,13 +102,25 @@ class Stop:
             for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
                 signal.signal(number, signal.SIG_IGN)
 
+    def step_aside(self) -> bool:
+        """Called where the first rank of this node refuses the run for the reason that this one has found too, before
+        the ranks have met. Launchers end all other ranks when one has left: who leaves first must be the one that says
+        why, so this waits to be ended, without a word. True if nobody ended it: nobody else may have said it. srun ends
+        nobody."""
+        if not self._installed or is_task_of_many(os.environ):
+            return False
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(ASIDE_SECONDS)
+        return True
+
     def leave(self, code: ExitCode, message: str) -> NoReturn:
-        """Ends the process at once, from any thread."""
+        """Ends the process at once, from any thread; an empty message is not written."""
         late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
         late.daemon = True
         late.start()
         with contextlib.suppress(OSError):
-            os.write(2, f"{message}\n".encode())
+            os.write(2, f"{message}\n".encode() if message else b"")
         for function in self.before_leaving:
             with contextlib.suppress(Exception):
                 function(code, message)
@@ -133,7 +147,9 @@ class Stop:
         if self._reason is None:
             self._reason, self._asked = reason, time.monotonic()
             if self.stage is Stage.JOINING:
-                self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained")
+                # Said once per node; the launcher also ends a rank like this when another one has refused the run.
+                is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
+                self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
         elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
             self.leave(
                 ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once; the last checkpoint stands"

@@ -221,6 +221,6 @@ def test_a_mixture_trains_reports_epochs_and_refuses_other_weights(
         changed_settings(other, checkpoint, Sources.load(other).digest)
     allowed = mixed(folders, (0.6, 0.4), "train.steps=3", 'checkpoint.allow_changes=["data.sources"]')
     assert "data.sources (digest)" in changed_settings(allowed, checkpoint, Sources.load(allowed).digest)
-    print_derived(config, 1, Sources.load(config), "run")
+    print_derived(config, 1, Sources.load(config), tmp_path / "run")
     output = capsys.readouterr().out
     assert "source c4" in output and "7 of 10 sequences" in output and "epochs" in output

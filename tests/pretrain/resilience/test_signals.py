@@ -114,6 +114,23 @@ def run_process(body: str, *, timeout: float = 30.0) -> subprocess.CompletedProc
     )
 
 
+def test_a_rank_that_steps_aside_is_ended_without_a_word_or_speaks_itself() -> None:
+    aside = "signals.ASIDE_SECONDS = {seconds}\nstop.install(launched=False)\nprint('ready', flush=True)\n"
+    wait = "subprocess.Popen(['sh', '-c', f'sleep 0.3; kill {os.getpid()}'])\nprint(stop.step_aside())"
+    done = run_process(aside.format(seconds=20) + wait)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "ready\n", "")
+    alone = run_process(aside.format(seconds=0.1) + "print(stop.step_aside())")
+    assert (alone.returncode, alone.stdout, alone.stderr) == (0, "ready\nTrue\n", "")
+    srun = "os.environ.update(SLURM_PROCID='1', SLURM_STEP_NUM_TASKS='2')\n" + aside.format(seconds=20)
+    assert run_process(srun + "print(stop.step_aside())").stdout == "ready\nFalse\n"
+
+
+def test_only_the_first_rank_of_a_node_says_that_it_was_stopped_before_the_start() -> None:
+    script = "stop.install(launched=False)\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(20)"
+    others = run_process(f"os.environ['LOCAL_RANK'] = '1'\n{script}")
+    assert (others.returncode, others.stderr) == (85, "")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_before_the_ranks_have_met_a_signal_ends_the_process_at_once(name: str) -> None:
     # A shell's background jobs ignore SIGINT, which is inherited and then left alone.
