@@ -54,7 +54,9 @@ data: install  ## raw sample -> tokenizer -> shards in data/sample
 
 demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> validation perplexity
 	@# A free port: 29500, the launcher's default, may belong to another job of this machine.
-	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m deepspeed.launcher.runner --num_gpus $(RANKS) \
+	@# Without its log, whose last line would stand below ours, and without its warning that there is no GPU.
+	command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null || export DS_ACCELERATOR=cpu; \
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m deepspeed.launcher.runner --log_level critical --num_gpus $(RANKS) \
 	  --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
 	  launch/pretrain.py \
 	  --config configs/switchall_tiny.json --run-dir $(DEMO_RUN)
