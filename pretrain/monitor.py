@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.board import Board
 from pretrain.config import Config
-from pretrain.router_load import CollapseWatch, advice, collapse_event, load_max, load_text
+from pretrain.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_max, load_text
 from pretrain.run_folder import RunFolder
 from pretrain.strict_json import finite
 
@@ -47,16 +47,18 @@ class Monitor:
         elif values["grad_norm"] is None:
             loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
             print(f"step {step:>{len(str(self._last))}}/{self._last}  {loss}, update skipped", flush=True)
-        due = self._collapse.step(load)
-        if due:
-            more = f" and {len(due) - 3} more" if len(due) > 3 else ""
-            print(
-                f"warning: step {step}: routers that have collapsed, with the share of the choices that so few experts "
-                f"get as a token chooses: {', '.join(map(str, due[:3]))}{more}; {advice(self._model, due)} "
-                f"(monitor.collapse_after_steps)",
-                flush=True,
-            )
-            self._folder.event("router_collapsed", step=step, routers=collapse_event(due))
+        self._warn_of_collapse(step, self._collapse.step(load))
+
+    def _warn_of_collapse(self, step: int, due: list[Collapsed]) -> None:
+        if not due:
+            return
+        more = f" and {len(due) - 3} more" if len(due) > 3 else ""
+        print(
+            f"warning: step {step}: collapsed routers (share of the choices that the k busiest experts get): "
+            f"{', '.join(map(str, due[:3]))}{more}; {advice(self._model, due)} (monitor.collapse_after_steps)",
+            flush=True,
+        )
+        self._folder.event("router_collapsed", step=step, routers=collapse_event(due))
 
     def validation(self, step: int, values: dict[str, Any], *, split: str) -> None:
         """Records a validation on `split` after optimizer step `step`; a None is a value that is not finite."""

@@ -110,7 +110,7 @@ def test_a_line_has_the_means_of_its_interval(
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/9", "step 3/9", "step 4/9"]
     assert lines[0].startswith("step 1/9  loss 6.0000  ppl 403.4  grad 1.000  lr 1.00e-03  128 tok/s")
     assert lines[1] == "step 3/9  loss not finite, update skipped"
-    assert lines[2].startswith("warning: step 3: routers that have collapsed, ")
+    assert lines[2].startswith("warning: step 3: collapsed routers (share of the choices that")
     assert "blocks.0.attention.output head 0 (100.0% for 2 steps)" in lines[2]
     assert "raise model.attention.expert_dropout, or lower optimizer.learning_rate" in lines[2]
     # Steps 2 to 4: losses 5 and 4, norms 2 and 4, 384 tokens in 4 s, the last step's rate, counts summed.
