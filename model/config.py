@@ -46,7 +46,7 @@ class RopeConfig(Section):
     """Share of head_dim that is rotated: int(fraction * head_dim), rounded down to even (41 -> 20, 76 -> 38)."""
     base: Annotated[float, Field(gt=1.0)] = 10000.0
     """Base of the geometric progression of wavelengths, in tokens."""
-    memory_chunks: Annotated[int, Field(ge=0)] = 0
+    memory_chunks: Annotated[int, Field(ge=0, le=2**10)] = 0
     """Chunks of sequence_length tokens before the current one that keys and values also come from, as with `type` xl;
     positions count from the first token of the memory."""
 
