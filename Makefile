@@ -84,4 +84,6 @@ lint: install  ## ruff and mypy
 	$(BIN)/python -m mypy
 
 clean:  ## remove the environment, prepared data and runs of the demo
-	rm -rf $(VENV) data/sample $(DEMO_RUN)
+	@# Each by the file that only make wrote there: a folder of that name without it is somebody else's.
+	@for made in "$(VENV)/.installed" data/sample/manifest.json "$(DEMO_RUN)/events.jsonl"; do \
+	  if [ -e "$$made" ]; then rm -rf "$$(dirname "$$made")"; fi; done

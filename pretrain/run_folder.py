@@ -16,6 +16,15 @@ from pretrain.exit_codes import ExitCode
 from pretrain.line_log import LineLog, is_event, is_step
 from pretrain.resilience.lock import FolderLock
 
+LEFTOVERS = (
+    ".seen-by-rank-0-*",
+    ".clock-*",
+    *(f"{name}.partial" for name in ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json")),
+    "outcome.json",
+    "ranks/rank-*",
+)
+"""What a start that was killed leaves of its own: nothing that another program may have put here."""
+
 
 class RunFolder:
     """Creates the folder and appends to its logs; every line is written at once, so a killed run loses none. What a
@@ -59,7 +68,7 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """What a start that was killed did not clean up. A report of a hang is kept, under a name with its time."""
-        for pattern in (".seen-by-rank-0-*", ".clock-*", "*.partial", "outcome.json", "ranks/*"):
+        for pattern in LEFTOVERS:
             for path in self.path.glob(pattern):
                 path.unlink()
         hang = self.path / "hang"

@@ -44,7 +44,20 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
         folder = Path("runs") / config.stem
     folder = folder.absolute()
     _check_place(folder)
+    _check_own(folder)
     return folder
+
+
+def _check_own(folder: Path) -> None:
+    """Refuses a folder that is no run and holds a file that a run replaces."""
+    if (folder / "events.jsonl").exists() or any(folder.glob("checkpoints/step-*")):
+        return
+    for name in (SAVED_CONFIG, "metrics.jsonl", "outcome.json"):
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no events.jsonl); move "
+                f"{name} away or choose another --run-dir"
+            )
 
 
 def _check_place(folder: Path) -> None:

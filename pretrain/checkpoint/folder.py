@@ -18,6 +18,7 @@ from pretrain.progress import Progress
 FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.json"
 PARTIAL = ".partial"
+OWN_FILE = re.compile(rf"(rank-\d{{5,}}\.safetensors|tensors\.json|state\.json|commit\.json)({re.escape(PARTIAL)})?")
 
 
 class DamagedCheckpoint(UserError):
@@ -139,7 +140,13 @@ def set_aside(path: Path) -> Path:
 def remove_partials(folder: Path) -> None:
     """Removes what interrupted saves and removals left."""
     for stale in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(stale)
+        if re.fullmatch(rf"step-\d{{8,}}{re.escape(PARTIAL)}", stale.name) and holds_checkpoint_files_alone(stale):
+            shutil.rmtree(stale)
+
+
+def holds_checkpoint_files_alone(path: Path) -> bool:
+    """Whether everything in a folder is what a checkpoint writes there: then a run may remove it."""
+    return path.is_dir() and not path.is_symlink() and all(OWN_FILE.fullmatch(entry.name) for entry in path.iterdir())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +171,12 @@ class Retention:
         return kept
 
     def apply(self, folder: Path) -> None:
-        """Removes the others. What an interrupted removal leaves no longer has the name of a checkpoint."""
+        """Removes the others, but for those in which something else lies too. What an interrupted removal leaves no
+        longer has the name of a checkpoint."""
         paths = list_checkpoints(folder)
         kept = self.kept(paths)
         for path in paths:
-            if path not in kept:
+            if path not in kept and holds_checkpoint_files_alone(path):
                 doomed = path.with_name(path.name + PARTIAL)
                 path.rename(doomed)
                 shutil.rmtree(doomed)
