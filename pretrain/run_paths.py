@@ -9,12 +9,13 @@ from pretrain.errors import ConfigError, UserError
 
 SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
+MARKS = ("checkpoints", "events.jsonl")
+"""What only a run puts into a folder."""
 
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds a run: its configuration and what only a run writes."""
-    marks = ("checkpoints", "events.jsonl")
-    return (folder / SAVED_CONFIG).is_file() and any((folder / mark).exists() for mark in marks)
+    return (folder / SAVED_CONFIG).is_file() and any((folder / mark).exists() for mark in MARKS)
 
 
 def config_file(given: str | Path, option: str = "--config") -> Path:
@@ -50,12 +51,12 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
 
 def _check_own(folder: Path) -> None:
     """Refuses a folder that is no run and holds a file that a run replaces."""
-    if (folder / "events.jsonl").exists() or any(folder.glob("checkpoints/step-*")):
+    if any((folder / mark).exists() for mark in MARKS):
         return
     for name in (SAVED_CONFIG, "metrics.jsonl", "outcome.json"):
         if os.path.lexists(folder / name):
             raise UserError(
-                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no events.jsonl); move "
+                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no {' and no '.join(MARKS)}); move "
                 f"{name} away or choose another --run-dir"
             )
 
