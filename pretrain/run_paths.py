@@ -56,8 +56,8 @@ def _check_own(folder: Path) -> None:
     for name in (SAVED_CONFIG, "metrics.jsonl", "outcome.json"):
         if os.path.lexists(folder / name):
             raise UserError(
-                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no {' and no '.join(MARKS)}); move "
-                f"{name} away or choose another --run-dir"
+                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no {' and no '.join(MARKS)})"
+                f"; move {name} away or choose another --run-dir"
             )
 
 
