@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -197,3 +198,26 @@ def test_a_run_goes_on_under_another_schedule_if_its_past_stays(
 ) -> None:
     made = [(ScheduleConfig.model_validate(schedule), steps) for schedule, steps in (then, now)]
     assert keeps_the_past(made[0], made[1], done) is may
+
+
+PAGE = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_table_of_rates() -> None:
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| (shape \| 0 |`\w+` \| \d)", line)]
+    header, *table = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
+    assert [row[0] for row in table] == list(get_args(ScheduleConfig.model_fields["shape"].annotation))
+    for shape, *cells in table:
+        made = config(100_000, shape=shape, warmup_steps=4000, **({"decay_steps": 20_000} if shape == "wsd" else {}))
+        assert cells == [f"{learning_rate(made, int(step)):.3e}" for step in header[1:]], shape
+
+
+def test_the_pages_commands_are_legal_and_its_runs_can_go_on_so() -> None:
+    commands = re.findall(r"^    deepspeed launch/pretrain\.py ((?:.*\\\n)*.*)", PAGE, re.M)
+    made = [
+        load_config(ROOT / re.findall(r"--config (\S+)", command)[0], re.findall(r"--set (\S+)", command))
+        for command in commands
+    ]
+    begun, longer, decayed = [(c.schedule, c.train.steps) for c in made]
+    assert keeps_the_past(begun, longer, begun[1])
+    assert keeps_the_past(longer, decayed, 50_000) and not keeps_the_past(longer, decayed, 50_002)
