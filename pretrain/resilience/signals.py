@@ -177,7 +177,9 @@ class Stop:
 
 def is_launched() -> bool:
     """Whether a launcher started this process, by the variables that launchers and srun set."""
-    return "CROSS_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1 or is_task_of_many(os.environ)
+    # Not as a number: what is none is refused by ranks.py, in a sentence.
+    is_of_many = os.environ.get("WORLD_SIZE", "1").strip() != "1"
+    return "CROSS_RANK" in os.environ or is_of_many or is_task_of_many(os.environ)
 
 
 def _signal_on_parent_death(number: int) -> None:

@@ -14,6 +14,7 @@ from pretrain.device import Unreachable, device_type, start
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
 from pretrain.ranks import Ranks
+from pretrain.resilience.signals import is_launched
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = {
@@ -75,6 +76,7 @@ def test_bad_variables_are_refused_by_name(
 ) -> None:
     for name, value in changes.items():
         launched.delenv(name) if value is None else launched.setenv(name, value)
+    is_launched()  # the entry point asks first
     assert cli.main(["--config", "never read"]) == ExitCode.REFUSED
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and message.count("\n") == 1, message
