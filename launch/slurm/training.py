@@ -59,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         f"shorter limit); SLURM may be 60 s early",
     )
     parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="instead of training test these nodes for the run, in minutes: collectives, a few steps, save, resume, "
+        "tokens per second, and a verdict (launch/smoke.py); never requeued",
+    )
+    parser.add_argument(
         "--requeues", type=job.at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
     )
     parser.add_argument(
@@ -89,19 +95,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text, end="")
             return 0
         job.write_once(logs, "config", ".json", content)
-        path = job.write_once(logs, "pretrain", ".sbatch", text.encode("utf-8"))
+        path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))
         number = job.submit(path, *([] if args.after is None else job.after(args.after)))
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.REFUSED
-    print(
-        f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}\n"
-        f"  state      squeue --job {number}\n"
-        f"  watch      tail -F {_quoted(logs / f'{number}.log')} {_quoted(logs / f'{number}.rank0.log')}\n"
-        f"  metrics    tensorboard --logdir {_quoted(run_dir / 'tensorboard')}\n"
-        f"  cancel     scancel {number}\n"
-        f"  save, stop scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}"
-    )
+    lines = [
+        f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}",
+        f"  state      squeue --job {number}",
+        f"  watch      tail -F {_quoted(logs / f'{number}.log')} {_quoted(logs / f'{number}.rank0.log')}",
+        f"  cancel     scancel {number}",
+    ]
+    if args.smoke:
+        lines.append(f"  verdict    grep smoke: {_quoted(logs / f'{number}.log')}")
+    else:
+        lines.insert(3, f"  metrics    tensorboard --logdir {_quoted(run_dir / 'tensorboard')}")
+        lines.append(f"  save, stop scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}")
+    print("\n".join(lines))
     return 0
 
 
@@ -155,7 +165,7 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
     limit = job.seconds_of(args.time)
     signal_seconds = args.signal_seconds or max(1, min(SIGNAL_SECONDS, limit // 2))
     options: dict[str, str | None] = {
-        **job.site_options(args, run_dir.name),
+        **job.site_options(args, run_dir.name + "-smoke" * args.smoke),
         "nodes": str(args.nodes),
         "ntasks-per-node": str(_ranks_per_node(args)),
         "time": args.time,
@@ -176,8 +186,9 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             "RUN_DIR": str(run_dir),
             "REPOSITORY": str(job.REPOSITORY),
             "PYTHON": str(_python(args)),
-            "REQUEUES": str(args.requeues),
+            "REQUEUES": "0" if args.smoke else str(args.requeues),
             "FAULTS": str(args.faults),
+            **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },
         setup=args.setup,
         arguments=["--config", str(config), *(part for key in args.overrides for part in ("--set", key))],

@@ -15,6 +15,7 @@ from launch.slurm import preparation, training
 from pretrain import cli
 from pretrain.config_io import fields
 from pretrain.exit_codes import MEANING
+from pretrain.smoke import cli as smoke_cli
 
 checkpoint_cli = pytest.importorskip("pretrain.checkpoint_cli")
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +24,16 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "launch/pretrain.py": cli.build_parser,
     "launch/checkpoint.py": checkpoint_cli.build_parser,
     "launch/slurm/submit.py": training.build_parser,
+    "launch/smoke.py": smoke_cli.build_parser,
     "launch/slurm/submit_data_prep.py": preparation.build_parser,
 }
 
 
 def commands() -> list[list[str]]:
-    """Every `python launch/...` of an indented line or between backticks, continued lines joined."""
+    """Every `python launch/...` or `deepspeed launch/...` of an indented line or between backticks, continued lines
+    joined."""
     joined = re.sub(r"\\\n\s+", "", TEXT)
+    joined = re.sub(r"deepspeed (?:--num_gpus \d+ )?launch/", "python launch/", joined)
     found = re.findall(r"^\s{4,}(python launch/.*)$|`(python launch/[^`]*)`", joined, re.MULTILINE)
     return [
         shlex.split(line or inline, comments=True)[1:]

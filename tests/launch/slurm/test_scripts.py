@@ -26,6 +26,9 @@ with open(f"{{folder}}/{{name}}.calls", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ.get("MASTER_PORT"), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
 if name == "srun":
     checkpoint = os.environ.get("MAKES")
+    if os.environ.get("SAYS"):
+        with open(f"{{os.environ['RUN_DIR']}}/slurm/7.rank0.log", "w") as file:
+            file.write(os.environ["SAYS"])
     if checkpoint:
         os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
     time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
@@ -134,6 +137,17 @@ def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: B
     assert len(bench.requeues()) == 5
     _, output = bench.train(SRUN_CODE="85", FAULTS="1", MAKES="step-00000010")
     assert "not requeued: 4 starts in a row left no newer checkpoint than step-00000010" in output
+
+
+def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(bench: Bench) -> None:
+    rank0 = "smoke: all_reduce 1 GB/s\nsmoke: PASSED: all of it\nfrom a library\n"
+    code, output = bench.train(PROGRAM="smoke.py", SAYS=rank0)
+    assert code == 0 and output.splitlines()[-1].endswith("job 7: smoke: PASSED: all of it (exit code 0)")
+    [(arguments, _, _)] = bench.calls("srun")
+    assert str(job.REPOSITORY / "launch" / "smoke.py") in arguments  # type: ignore[operator]
+    code, output = bench.train(PROGRAM="smoke.py", SAYS="Killed\n", SRUN_CODE="137")
+    assert code == 137 and "smoke: FAILED: no verdict, see " in output.splitlines()[-1]
+    assert not bench.requeues()
 
 
 def test_a_half_written_checkpoint_is_none(bench: Bench) -> None:

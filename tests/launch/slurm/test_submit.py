@@ -168,6 +168,20 @@ def test_training_waits_for_its_data(tmp_path: Path, sbatch: Path, capsys: pytes
     assert "has ended well and is forgotten, leave --after out" in capsys.readouterr().err
 
 
+def test_a_smoke_test_runs_another_program_and_never_again(
+    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(prepared, tmp_path / "run", "--smoke") == 0
+    [[_, path]] = calls(sbatch)
+    text = Path(path).read_text()
+    assert Path(path).name.startswith("smoke-") and "#SBATCH --job-name=run-smoke\n" in text
+    assert "export PROGRAM=smoke.py\n" in text and "export REQUEUES=0\n" in text
+    assert "  verdict    grep smoke: " in capsys.readouterr().out
+    assert submit(prepared, tmp_path / "run") == 0
+    text = Path(calls(sbatch)[1][1]).read_text()
+    assert "export PROGRAM" not in text and "export REQUEUES=100\n" in text
+
+
 def test_data_to_come_must_be_shared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--config", TINY, "--nodes", "2", "--time", "30", "--cpu", "--after", "44", "--dry-run"]
     line += ["--run-dir", str(job.REPOSITORY / "runs" / "one"), "--set", "data.manifest=/tmp/data/to/come"]

@@ -1,0 +1,157 @@
+"""The smoke test: passes where all is well, and names what is not: a collective that lies, a resume that differs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint.folder import digest_entry
+from pretrain.config_io import to_json
+from pretrain.smoke import cli
+from pretrain.smoke.collectives import check_collectives
+from tests.harness import run_ranks
+from tests.launch.test_entry_points import ROOT, start
+from tests.pretrain.runs import small_config
+
+
+def small_file(prepared: Path, folder: Path) -> Path:
+    path = folder / "small.json"
+    config = small_config(prepared, "model.dropout=0.1", "parallel.zero=2", "train.replay_routing=unused here")
+    path.write_text(json.dumps(to_json(config)))
+    return path
+
+
+def smoke(rank: int, config: Path, run_dir: Path, *arguments: str) -> int:
+    line = ["--config", str(config), "--run-dir", str(run_dir), "--steps", "2", "--mebibytes", "1", *arguments]
+    with open(run_dir.parent / f"rank-{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        return cli.main(line)
+
+
+def said(folder: Path) -> list[str]:
+    lines = (folder / "rank-0.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(cli.VERDICT)]
+
+
+def test_two_ranks_pass_and_leave_no_checkpoint(prepared: Path, tmp_path: Path) -> None:
+    config, run_dir = small_file(prepared, tmp_path), tmp_path / "run"
+    (run_dir / "smoke-1").mkdir(parents=True)
+    (run_dir / "smoke-1" / "of an earlier test").touch()
+    assert run_ranks(smoke, 2, config, run_dir) == [0, 0]
+    *measured, verdict = said(tmp_path)
+    assert verdict.startswith("smoke: PASSED: collectives right, all_reduce ") and "2 ranks on 1 nodes" in verdict
+    assert "resume equal in every bit" in verdict and "tokens/s" in verdict
+    names = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "slowest pair"]
+    assert [line.removeprefix("smoke: ").startswith(name) for line, name in zip(measured, names, strict=True)] == [
+        True
+    ] * 5
+    assert not [line for line in (tmp_path / "rank-1.txt").read_text().splitlines() if line.startswith("smoke: ")]
+    assert [len(cli._lines(run_dir / "smoke-2" / name)) for name in ("unbroken", "resumed")] == [4, 2]
+    assert not list(run_dir.rglob("step-*")) and (run_dir / "smoke-1" / "of an earlier test").exists()
+
+
+def lying(rank: int, name: str) -> list[str]:
+    """One collective of rank 1 is off by one element."""
+    call = getattr(dist, name)
+
+    def wrong(*arguments: object, **options: object) -> object:
+        done = call(*arguments, **options)
+        if rank == 1:
+            next(a for a in arguments if isinstance(a, torch.Tensor))[7] += 1
+        return done
+
+    setattr(dist, name, wrong)
+    measured, faults = check_collectives(4096, torch.device("cpu"))
+    setattr(dist, name, call)
+    assert [one.bytes_per_second > 0 for one in measured] == [True] * 5
+    return faults
+
+
+def lying_pair(rank: int) -> list[str]:
+    receive = dist.batch_isend_irecv
+
+    def wrong(operations: list[dist.P2POp]) -> list[object]:
+        works = receive(operations)
+        for work in works:
+            work.wait()
+        if rank == 1:
+            operations[1].tensor[3] = -5.0
+        return []
+
+    dist.batch_isend_irecv = wrong
+    _, faults = check_collectives(4096, torch.device("cpu"))
+    dist.batch_isend_irecv = receive
+    return faults
+
+
+def test_a_collective_that_lies_is_named() -> None:
+    """Element 7 of rank 1: 8 + 7 twice is 15 + 1, and so on; the numbers are worked out by hand."""
+    wanted = {
+        "all_reduce": "all_reduce: rank 1 has 16.0 at 7, 15.0 is right",  # 7 + (7 + 1)
+        "all_gather_into_tensor": "all_gather: rank 1 has 8.0 at 7, 7.0 is right",  # rank 0's 7
+        "reduce_scatter_tensor": "reduce_scatter: rank 1 has 36.0 at 7, 35.0 is right",  # 2 x (519 mod 251) + 1
+        "all_to_all_single": "all_to_all: rank 1 has 18.0 at 7, 17.0 is right",  # rank 0's 519 mod 251
+        "broadcast": "broadcast: rank 1 has 9.0 at 7, 8.0 is right",  # rank 1's 7 + 1
+    }
+    for name, words in wanted.items():
+        assert run_ranks(lying, 2, name) == [[words]] * 2
+    assert run_ranks(lying_pair, 2) == [["point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"]] * 2
+
+
+def test_a_resume_that_differs_is_named(tmp_path: Path) -> None:
+    """Two runs of which the second has another loss in its last step and another bit in its last checkpoint."""
+    for name, last, bits in (("unbroken", 0.25, b"\x00"), ("resumed", 0.2500000001, b"\x01")):
+        folder = tmp_path / name / "checkpoints" / "step-00000004"
+        folder.mkdir(parents=True)
+        lines = [{"step": 3, "loss": 0.5, "grad_norm": 1.0}, {"step": 4, "loss": last, "grad_norm": 1.0}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "rank-00000.safetensors").write_bytes(bits)
+        state = {"format_version": 2, "files": {p.name: digest_entry(p) for p in folder.iterdir()}}
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "commit.json").write_text(json.dumps(digest_entry(folder / "state.json")))
+    assert cli.differences(tmp_path, 2) == [
+        "loss of step 4 is 0.2500000001 after the resume, 0.25 without",
+        "rank-00000.safetensors of step-00000004 holds other bits",
+    ]
+
+
+def test_refusals(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_file(prepared, tmp_path)
+    for arguments, words in (
+        (["--steps", "1"], "error: --steps: 1 is too small; write 2 or more"),
+        (["--set", "train.stepz=1"], "error: train.stepz: unknown key"),
+        (["--set", "data.manifest=nowhere"], "error: data.manifest: there is no"),
+    ):
+        assert cli.main(["--config", str(config), "--run-dir", str(tmp_path / "run"), *arguments]) == 2
+        assert capsys.readouterr().err.startswith(words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_from_another_directory(tmp_path: Path) -> None:
+    done = start(str(ROOT / "launch" / "smoke.py"), "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "smoke: PASSED" in " ".join(done.stdout.split()), done.stderr
+
+
+@pytest.mark.slow
+def test_through_the_launcher(prepared: Path, tmp_path: Path) -> None:
+    """Two ranks of the real launcher on the CPU, with the demo's model."""
+    from tests.launch.test_launcher import command, environment
+
+    line = command(2, prepared, tmp_path / "run")
+    line[line.index(str(ROOT / "launch" / "pretrain.py"))] = str(ROOT / "launch" / "smoke.py")
+    done = subprocess.run(
+        [*line, "--steps", "2", "--mebibytes", "1"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "smoke: PASSED" in done.stdout
