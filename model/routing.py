@@ -5,6 +5,8 @@ Tensor shapes: N tokens, H heads, E experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.distributed.nn.functional import all_reduce as differentiable_all_red
 from model.config import SigmaMoEConfig
 from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from model.choices import Choices
 
 
 class RoutingStatistics:
@@ -39,6 +44,8 @@ class RoutingStatistics:
         """Each tensor-parallel rank counts its own heads, or tokens; a step's sums are also over those ranks."""
         self.is_paused = False
         """Nothing is counted: a forward pass is being repeated (model/recompute.py)."""
+        self.choices: Choices | None = None
+        """Where the router's choices in training are written down, or taken from; None: nowhere."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
         probability_shape, balance_shape = (

@@ -123,6 +123,10 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     if newest is not None:
         changed_settings(config, newest, sources.digest)
     checkpoint_space(config, run_dir).check()
+    if config.train.replay_routing is not None:
+        from pretrain.routing_tape import open_record
+
+        open_record(config, sources)
     return sources, data_size
 
 

@@ -140,6 +140,13 @@ class TrainConfig(Section):
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes a forward
     pass more. The numbers are the same."""
+    record_routing: bool = Field(False, json_schema_extra=FREE)
+    """Write the experts that every router chooses to RUN_DIR/routing, a byte for each choice of each token and step (in
+    switchall_tiny 0.33 MB a step), for train.replay_routing of another run."""
+    replay_routing: str | None = Field(None, json_schema_extra=FREE)
+    """Run folder with record_routing whose choices this run takes instead of its own, to compare the two: logits,
+    scores and gradients are this run's, so that what differs is rounding and not a choice near a tie. metrics.jsonl
+    says how many choices would have been others (routing_flips) and how far from a tie (routing_flip_distance)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
 

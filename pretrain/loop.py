@@ -33,6 +33,7 @@ from pretrain.resilience.rollback import Rollback, read_rollbacks, record, servi
 from pretrain.resilience.signals import Stage, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
+from pretrain.routing_tape import open_tape
 from pretrain.run_folder import RunFolder
 from pretrain.sources import Sources
 from pretrain.strict_json import finite
@@ -138,6 +139,7 @@ def begin(
     trainer = build_trainer(config, sources, parallel, device, start.checkpoint, progress=start.progress, phases=phases)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
     settings, step = config.resilience, start.progress.step
+    trainer.tape = open_tape(config, sources, trainer.engine.module, parallel, folder.path, step, last)
 
     def prepare() -> Monitor | None:
         if not parallel.is_first:

@@ -49,6 +49,8 @@ def step_values(trainer: Trainer, result: StepResult, progress: Progress, second
         values |= {f"epoch/{name}": epoch for name, epoch in zip(names, epochs, strict=True)}
     if sums.negative_entropy is not None:
         values["routing_negative_entropy"] = finite(sums.negative_entropy)
+    if result.flips is not None:
+        values |= result.flips.values()
     if trainer.engine.fp16_enabled():
         values["loss_scale"] = float(trainer.engine.optimizer.loss_scale)
     return values

@@ -26,6 +26,7 @@ def check_rules(config: Config) -> None:
             "set train.recompute to full or none, or parallel.zero to 2"
         )
     check_deepspeed(config)
+    _check_routing_record(config)
     _check_tensor(config)
     _check_pipeline(config)
     _check_offload(config)
@@ -61,6 +62,19 @@ def check_rules(config: Config) -> None:
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
     _check_allow_changes(config)
+
+
+def _check_routing_record(config: Config) -> None:
+    """What is recorded or replayed must exist, and a replay would record what was recorded."""
+    record, replay = config.train.record_routing, config.train.replay_routing
+    for key in ["train.record_routing"] * record + ["train.replay_routing"] * (replay is not None):
+        if config.model.attention.type == "dense" and config.model.feedforward.type != "sigma_moe":
+            raise ConfigError(f"{key}: this model has no routers, all of it is dense; remove the key")
+    if record and replay is not None:
+        raise ConfigError(
+            "train.record_routing: a run with train.replay_routing has the choices of the record that it replays; set "
+            "one of the two"
+        )
 
 
 def _check_tensor(config: Config) -> None:

@@ -23,6 +23,7 @@ from pretrain.engine import GradientNorm, build_engine, set_learning_rate
 from pretrain.prefetch import Prefetcher
 from pretrain.progress import Progress
 from pretrain.resilience.phases import Phases
+from pretrain.routing_tape import Flips, Tape
 from pretrain.rules import choose_backends
 from pretrain.schedule import learning_rate
 from pretrain.sources import Sources
@@ -37,6 +38,8 @@ class StepResult:
     sums: StepSums
     grad_norm: float | None
     """Global gradient norm before clipping; None where the update was skipped, because it or the loss is not finite."""
+    flips: Flips | None = None
+    """With train.replay_routing."""
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Trainer:
     phases: Phases
     parallel: ParallelContext
     device: torch.device
+    tape: Tape | None = None
+    """Records or replays the choices of routers."""
 
     def step(self, progress: Progress) -> StepResult:
         """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
@@ -66,6 +71,9 @@ class Trainer:
                 memory.forget()
         self.phases.enter("reading batches")
         batches = self._read(progress.consumed_sequences)
+        if self.tape is not None:
+            self.phases.enter("reading the recorded choices")
+            self.tape.before_step(progress.step + 1, batches)
         self.phases.enter("forward, backward and update")
         loss_sum, auxiliary_sum = self.run.train(batches)
         grad_norm = self.norm.value()
@@ -74,7 +82,8 @@ class Trainer:
         for memory in memories:
             # Hidden states that gave no finite loss would spoil every step to come.
             memory.advance() if math.isfinite(sums.loss) else memory.forget()
-        return StepResult(sums, grad_norm)
+        flips = self.tape.after_step(progress.step + 1) if self.tape is not None else None
+        return StepResult(sums, grad_norm, flips)
 
     def _read(self, consumed: int) -> list[Batch]:
         """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
@@ -89,6 +98,8 @@ class Trainer:
 
     def close(self) -> None:
         """Gives its memory back; nothing of it works afterwards."""
+        if self.tape is not None and self.parallel.is_first:
+            print(self.tape.summary(), flush=True)
         self.prefetcher.close()
         self.engine.destroy()
         self.engine = self.run = self.norm = self.reduce = self.saver = None  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.balance import balance_losses
+from model.choices import settled
 from model.config import MoAConfig, ModelConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
@@ -111,4 +112,5 @@ class MoAAttention(nn.Module):
                 sequence_index=sequence_index,
                 shape=(sequence_index.shape[0], T, E),
             ).view(-1, 1, E)
-        return route(tokens, self.selector[None], self.config.num_heads, keep=keep, backend=self.backends.route)
+        routing = route(tokens, self.selector[None], self.config.num_heads, keep=keep, backend=self.backends.route)
+        return settled(routing, [self.statistics], sequence_index, keep=keep) if self.training else routing

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from model.attention.joint_linear import joint_linear
 from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
+from model.choices import settled
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
@@ -173,6 +174,9 @@ class SwitchHeadAttention(nn.Module):
         routing = route(
             tokens.reshape(B * L, d), weight, self.config.active_experts, keep=keep, backend=self.backends.route
         )
+        if self.training:
+            routers = [getattr(self, f"{owner}_statistics") for owner in owners]
+            routing = settled(routing, routers, sequence_index, keep=keep, heads=heads)
         found = {}
         parts = zip(owners, *(t.split(H, dim=1) for t in (routing.scores, routing.index)), strict=True)
         for (owner, scores, index), load in zip(parts, routing.load.split(H), strict=True):

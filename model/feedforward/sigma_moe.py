@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model.choices import settled
 from model.config import ModelConfig, SigmaMoEConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
@@ -59,13 +60,14 @@ class SigmaMoE(nn.Module):
     def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Routing, Tensor]:
         """The choices of `x` [B, T, d], without the axis of the single router, and the regulariser."""
         (B, T, d), keep = x.shape, None
+        first = first_token(T, self.parallel) if self.exchanges else 0
         if self.training and self.config.expert_dropout > 0.0:
             keep = keep_mask(
                 probability=self.config.expert_dropout,
                 key=self._dropout_key,
                 sequence_index=sequence_index,
                 shape=(B, T, self.config.num_experts),
-                first_token=first_token(T, self.parallel) if self.exchanges else 0,
+                first_token=first,
             ).view(B * T, 1, -1)
         router = between_regions(self.router, self.parallel) if self.exchanges else self.router
         found = route(
@@ -76,6 +78,8 @@ class SigmaMoE(nn.Module):
             drop_scores=True,
             backend=self.backends.route,
         )
+        if self.training:
+            found = settled(found, [self.statistics], sequence_index, keep=keep, drop_scores=True, first_token=first)
         routing = Routing(*(t.squeeze(dim) for t, dim in zip(found, (1, 1, 1, 0, 0), strict=True)))
         # The regulariser sees the clean logits: expert dropout must not teach the router to look balanced.
         auxiliary_loss = routing.logits.new_zeros(())

@@ -58,7 +58,7 @@ def route_reference(
     x: Tensor, weight: Tensor, k: int, *, keep: Tensor | None = None, drop_scores: bool = False
 ) -> Routing:
     """The specification, in operators that autograd, torch.compile and meta tensors know."""
-    N, (R, E, _) = x.shape[0], weight.shape
+    E = weight.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = torch.einsum("nd,red->nre", x.to(wide), weight.to(wide))
     scores = torch.sigmoid(logits)
@@ -66,9 +66,23 @@ def route_reference(
         scores = scores * keep
     choosing = scores if keep is None or drop_scores else logits.masked_fill(~keep, float("-inf"))
     index = choosing.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    slots = index.transpose(0, 1).reshape(R, N * k)
-    load = torch.zeros(R, E, dtype=torch.int64, device=x.device).scatter_add_(1, slots, torch.ones_like(slots))
-    return Routing(logits, scores.gather(-1, index), index, load, slots.sort(dim=-1, stable=True).indices)
+    return Routing(logits, scores.gather(-1, index), index, *_grouped(index, E))
+
+
+def with_choice(routing: Routing, index: Tensor, *, keep: Tensor | None = None, drop_scores: bool = False) -> Routing:
+    """`routing` with another choice, `index` [N, R, k] int64, whoever made it: the same logits, and the scores, load
+    and order of the experts that it names. `keep` and `drop_scores` are those of `route`. Plain operators."""
+    scores = torch.sigmoid(routing.logits.gather(-1, index))
+    if keep is not None and drop_scores:
+        scores = scores * keep.gather(-1, index)
+    return Routing(routing.logits, scores, index, *_grouped(index, routing.logits.shape[-1]))
+
+
+def _grouped(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`index` [N, R, k] -> load [R, E] and order [R, N*k], both int64."""
+    slots = index.transpose(0, 1).flatten(1)
+    load = slots.new_zeros(slots.shape[0], num_experts).scatter_add_(1, slots, torch.ones_like(slots))
+    return load, slots.sort(dim=-1, stable=True).indices
 
 
 # ---------------------------------------------------------------------------------------------------------------- op

@@ -1,0 +1,137 @@
+"""The choices of routers, written down or taken from a record, so that two runs can be compared to rounding.
+
+A choice is a step function of the logits: where two experts are nearer than rounding, another layout (or kernel, or
+machine) may choose the other one, and one such flip moves a loss by about 1e-5. A run that takes its choices from the
+record of another computes logits, scores and gradients by itself; what remains between the two is rounding, or a bug.
+
+Shapes: B sequences of a forward pass, S of a step, L tokens of a sequence (memory first, where it is routed), H heads
+(1 for a router without), E experts, k choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.kernels.route import Routing, with_choice
+from model.routing import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of a router's choices of a step a forward pass makes."""
+
+    sequence_index: Tensor
+    """[B] int64: position of each sequence in the run."""
+    heads: slice
+    """Of all heads, those of this rank."""
+    first_token: int
+    """Of the first token, in its sequence."""
+
+
+class Choices(Protocol):
+    """What a router asks once it has chosen; attached to its `RoutingStatistics`."""
+
+    replaces: bool
+    """Whether the answer may be another choice than the router's own."""
+
+    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
+        """`own` [B, L, H, k] int64, best first, of `logits` [B, L, H, E] -> the choice that counts, of the same shape.
+        `is_repeated`: a forward pass is computed again (model/recompute.py) and gets the same answer."""
+
+
+def settled(
+    routing: Routing,
+    routers: Sequence[RoutingStatistics],
+    sequence_index: Tensor,
+    *,
+    keep: Tensor | None = None,
+    drop_scores: bool = False,
+    heads: slice = slice(None),
+    first_token: int = 0,
+) -> Routing:
+    """`routing` of B sequences, [B L, R, ...], as the `choices` of its routers, R / len(routers) heads each, will have
+    it; itself where they are None or only record. `keep` and `drop_scores` are those of `route`."""
+    if routers[0].choices is None:
+        return routing
+    place = Place(sequence_index, heads, first_token)
+    own, logits = (t.detach().unflatten(0, (len(sequence_index), -1)) for t in (routing.index, routing.logits))
+    num_heads, chosen = own.shape[2] // len(routers), []
+    with torch.no_grad():
+        for router, part, of_part in zip(routers, own.split(num_heads, 2), logits.split(num_heads, 2), strict=True):
+            assert router.choices is not None
+            chosen.append(router.choices.settle(part, of_part, place, is_repeated=router.is_paused))
+        if not any(router.choices.replaces for router in routers):  # type: ignore[union-attr]
+            # To the bit what an unrecorded run computes, and what tensor-parallel ranks compute that do not record.
+            return routing
+        index = torch.cat(chosen, 2).flatten(0, 1)
+    return with_choice(routing, index, keep=keep, drop_scores=drop_scores)
+
+
+def choice_dtype(num_experts: int) -> torch.dtype:
+    """The narrowest type of an expert's number."""
+    return torch.uint8 if num_experts <= 256 else torch.int16 if num_experts <= 1 << 15 else torch.int32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one forward pass chose."""
+
+    place: Place
+    index: Tensor
+    """[B, L, H, k] of `choice_dtype`."""
+
+
+class Recorder:
+    """Writes one router's choices down, a piece for each forward pass, and leaves them as they are."""
+
+    replaces = False
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+
+    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
+        if not is_repeated:
+            self.pieces.append(Piece(place, own.to(choice_dtype(logits.shape[-1]))))
+        return own
+
+
+class Replayer:
+    """Gives one router the choices of a record, and counts those that it would have made otherwise."""
+
+    replaces = True
+
+    def __init__(self) -> None:
+        self.recorded: Tensor | None = None
+        """[S, L, H, k]: the step's choices of all heads and tokens, in the order of the run's sequences."""
+        self.num_choices = 0
+        self.flips: list[Tensor] = []
+        """Per forward pass since `clear`: [2] fp64, how many choices differ from the record's, and how far apart in
+        their logits the farthest two experts were of which one was chosen here and the other there."""
+
+    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
+        assert self.recorded is not None, "no step was begun"
+        rows = place.sequence_index % self.recorded.shape[0]
+        tokens = slice(place.first_token, place.first_token + own.shape[1])
+        chosen = self.recorded[rows][:, tokens, place.heads].long()
+        assert chosen.shape == own.shape, f"recorded {tuple(chosen.shape)}, chosen {tuple(own.shape)}"
+        if not is_repeated:
+            self.num_choices += own.numel()
+            self.flips.append(_compare(own, chosen, logits))
+        return chosen
+
+    def clear(self) -> None:
+        self.num_choices, self.flips = 0, []
+
+
+def _compare(own: Tensor, chosen: Tensor, logits: Tensor) -> Tensor:
+    """[2] fp64, see `Replayer.flips`. The order of the k choices does not matter, and ties are no distance."""
+    others = (chosen[..., :, None] != own[..., None, :]).all(-1)
+    # The best that only one side has is compared with the worst: what separates them had to be crossed by rounding.
+    distance = logits.gather(-1, own).amin(-1) - logits.gather(-1, chosen).amin(-1)
+    distance = torch.where(others.any(-1), distance, 0.0)
+    return torch.stack([others.sum().double(), distance.max().double()])
