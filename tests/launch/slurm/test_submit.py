@@ -182,11 +182,16 @@ def test_a_smoke_test_runs_another_program_and_never_again(
     assert "export PROGRAM" not in text and "export REQUEUES=100\n" in text
 
 
-def test_data_to_come_must_be_shared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_to_come_must_be_shared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = tmp_path / "local"
+    monkeypatch.setattr(job, "LOCAL_FOLDERS", (str(local),))  # wherever this repository and its Python are
+    monkeypatch.setattr(job, "filesystem_type", lambda path: "ext4")
     line = ["--config", TINY, "--nodes", "2", "--time", "30", "--cpu", "--after", "44", "--dry-run"]
-    line += ["--run-dir", str(job.REPOSITORY / "runs" / "one"), "--set", "data.manifest=/tmp/data/to/come"]
+    line += ["--run-dir", str(job.REPOSITORY / "runs" / "one"), "--set", f"data.manifest={local / 'data'}"]
     assert training.main(line) == 2
-    assert "error: data: /tmp/data/to/come is below /tmp" in capsys.readouterr().err
+    assert f"error: data: {local / 'data'} is below {local}" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_message_says_where_to_go(
