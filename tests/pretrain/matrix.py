@@ -38,6 +38,7 @@ SEEDS = {
     ("switchall xl", False): 61,
     ("switchall xl", True): 4,
     ("switchall rope with memory", False): 2,
+    ("switchall rope with memory", True): 3,
     ("moa", False): 4,
     ("moa", True): 2,
 }
