@@ -1,0 +1,214 @@
+#!/usr/bin/env python
+"""What this machine has for training, what is missing and how to get it: python launch/doctor.py
+
+Uses the standard library alone and guards every import, so it also runs before anything is installed, on any Python
+from 3.11 on. The exit status is 1 if something that training needs is missing.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# Python puts this file's folder first, where `import pretrain` would find launch/pretrain.py instead of the package.
+sys.path[0] = str(ROOT)
+
+PYTHONS = ((3, 11), (3, 14))
+"""The oldest, and the first that is too new (pyproject.toml, requires-python)."""
+MINIMUM_DRIVER = {"13": 580, "12": 525}
+"""Of the NVIDIA driver, per major version of the CUDA that torch was built with (NVIDIA's compatibility table)."""
+GB = 1e9
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    found: str
+    fix: str = ""
+    """How to get what is missing; empty if nothing is."""
+    is_needed: bool = False
+    """Training does not start without it."""
+
+
+def python() -> Iterator[Finding]:
+    version, usable = platform.python_version(), PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]
+    fix = "" if usable else "install Python 3.11, 3.12 or 3.13, then make install PYTHON=/path/to/python3.12"
+    yield Finding("Python", f"{version} ({sys.executable})", fix, True)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    fix = "" if header.exists() else "install Python's headers (Debian: python3-dev)"
+    yield Finding("Python.h", "found" if header.exists() else "none (triton on a GPU compiles with it)", fix)
+
+
+def packages() -> Iterator[Finding]:
+    """The dependencies of pyproject.toml; torch and triton have lines of their own."""
+    for requirement in _dependencies():
+        name = re.split(r"[\s<>=!~\[;]", requirement, maxsplit=1)[0]
+        if name == "torch":
+            continue
+        version = _version(name)
+        if version is None:
+            yield Finding(name, f"none ({requirement})", "make install", True)
+        elif not _fits(requirement, version):
+            yield Finding(name, f"{version} (needed: {requirement})", "make install", True)
+        else:
+            yield Finding(name, version, "", True)
+
+
+def _dependencies() -> list[str]:
+    import tomllib  # new in 3.11: an older Python must get as far as its own line
+
+    dependencies: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return dependencies
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _fits(requirement: str, version: str) -> bool:
+    """Whether the version is one that the requirement asks for; true where the package that can tell is missing."""
+    try:
+        requirements = importlib.import_module("packaging.requirements")
+    except ImportError:
+        return True
+    return bool(requirements.Requirement(requirement).specifier.contains(version, prereleases=True))
+
+
+def torch_and_gpu() -> Iterator[Finding]:
+    """torch and triton as they import, the GPUs and whether the driver and this build of torch go together."""
+    gpus = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines()
+    driver = gpus[0].rsplit(",", 1)[-1].strip() if gpus else ""
+    requirement = next(text for text in _dependencies() if text.startswith("torch"))
+    version, cuda = _version("torch"), None
+    if version is None:
+        yield Finding("torch", f"none ({requirement})", "make install (CUDA=cpu or CUDA=cu130 chooses)", True)
+    else:
+        try:
+            cuda = importlib.import_module("torch").version.cuda
+        except Exception as error:  # a broken build fails in ways of its own: missing libraries, other processors
+            reason = str(error).splitlines()[0] if str(error) else ""
+            yield Finding(
+                "torch", f"{version} does not import: {type(error).__name__}: {reason}", "make clean install", True
+            )
+        else:
+            fix = "" if _fits(requirement, version) else f"make install ({requirement} is needed)"
+            yield Finding("torch", f"{version}, {f'CUDA {cuda}' if cuda else 'CPU build'}", fix, True)
+    triton = _version("triton")
+    fix = (
+        ""
+        if triton
+        else 'a CUDA build of torch brings its own; without a GPU only tests need it: pip install -e ".[dev]"'
+    )
+    yield Finding("triton", triton or "none", fix)
+    if not gpus:
+        yield Finding("GPU", "none: training runs on the CPU")
+        return
+    for line in gpus:
+        yield Finding("GPU", line.rsplit(",", 1)[0])
+    needed = MINIMUM_DRIVER.get((cuda or "").split(".")[0], 0)
+    old = driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < needed
+    fix = f"CUDA {cuda}, which torch was built with, needs driver {needed} or newer: update the driver" if old else ""
+    yield Finding("NVIDIA driver", driver, fix, True)
+    if version is not None and cuda is None:
+        yield Finding("torch for the GPU", "none: a CPU build does not see it", "make install CUDA=cu130")
+
+
+def programs() -> Iterator[Finding]:
+    """Compilers and the programs that launchers call."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    for name, option, purpose, fix in (
+        ("gcc", "-dumpfullversion", "triton on a GPU", "Debian: apt install gcc"),
+        ("g++", "-dumpfullversion", "DeepSpeed's own operators", "Debian: apt install g++"),
+        ("ninja", "--version", "DeepSpeed's own operators", "make install"),
+        ("nvcc", "--version", "DeepSpeed's own operators on a GPU, kernels.backend=cuda", "install the CUDA toolkit"),
+        ("numactl", "--version", "binding ranks to NUMA nodes", "Debian: apt install numactl"),
+        ("pdsh", "-V", "several nodes without SLURM", "Debian: apt install pdsh"),
+    ):
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        path = shutil.which(name, path=places + os.pathsep + os.path.join(home, "bin"))
+        if path is None:
+            yield Finding(name, f"none (for {purpose})", fix)
+        else:
+            versions = re.findall(r"\d+(?:\.\d+)+", _run(path, option))
+            yield Finding(name, f"{versions[-1] if versions else 'found'} ({path})")
+
+
+def machine() -> Iterator[Finding]:
+    """Cores, memory and the two places that fill up. Sizes in units of 1e9 bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("cores", f"{cores} of {os.cpu_count()}, {platform.machine()}")
+    yield Finding("memory", _memory())
+    free = shutil.disk_usage(ROOT).free
+    fix = "" if free > 10 * GB else "free some: .venv takes 2.5 GB with a CPU build of torch, 9 GB with a CUDA build"
+    yield Finding("disk", f"{free / GB:.1f} GB free in {ROOT}", fix)
+    if not os.path.isdir("/dev/shm"):
+        yield Finding("/dev/shm", "none", "mount a tmpfs there: NCCL's ranks of one node talk through it")
+        return
+    shared = shutil.disk_usage("/dev/shm")
+    fix = "" if shared.total >= GB else "NCCL's ranks of one node talk through it; in Docker: --shm-size=8g"
+    yield Finding("/dev/shm", f"{shared.free / GB:.1f} of {shared.total / GB:.1f} GB free", fix)
+
+
+def _memory() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        text = f"{sizes['MemAvailable'] / GB:.1f} of {sizes['MemTotal'] / GB:.1f} GB available"
+    except (OSError, LookupError, ValueError):
+        return "unknown"
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no such limit, or "max"
+        return text
+    return f"{text}, limited to {limit / GB:.1f} GB by its cgroup"
+
+
+def _run(*command: str) -> str:
+    """Standard output and errors of a command; empty if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout + done.stderr
+
+
+def examine() -> list[Finding]:
+    """The whole report."""
+    if sys.version_info[:2] < PYTHONS[0]:  # it cannot read pyproject.toml
+        return [*python(), *programs(), *machine()]
+    return [finding for part in (python, torch_and_gpu, packages, programs, machine) for finding in part()]
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="launch/doctor.py", description=(__doc__ or "").splitlines()[0]).parse_args()
+    findings = examine()
+    width = max(len(finding.name) for finding in findings) + 2
+    for finding in findings:
+        print(f"{finding.name:{width}}{finding.found}")
+    missing = {needed: [f for f in findings if f.fix and f.is_needed == needed] for needed in (True, False)}
+    for needed, heading in ((True, "Missing, and needed:"), (False, "Missing, needed only for what it says:")):
+        if missing[needed]:
+            print(f"\n{heading}")
+            print("\n".join(f"  {f.name:{width}}{f.fix}" for f in missing[needed]))
+    print(
+        "\nSomething that training needs is missing." if missing[True] else "\nEverything that training needs is here."
+    )
+    return 1 if missing[True] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The doctor on machines as they are found: nothing installed, an old driver, the wrong build of torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from launch import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCTOR = ROOT / "launch" / "doctor.py"
+
+
+def report(*options: str, path: str = os.environ["PATH"]) -> tuple[int, str]:
+    line = [sys.executable, *options, str(DOCTOR)]
+    done = subprocess.run(line, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_an_installation_is_complete() -> None:
+    code, text = report()
+    assert code == 0, text
+    assert text.endswith("Everything that training needs is here.\n")
+    for name in ("Python", "torch", "triton", "deepspeed", "GPU", "gcc", "cores", "memory", "disk", "/dev/shm"):
+        assert re.search(rf"(?m)^{name} +\S", text), name
+
+
+def test_without_any_package_it_names_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    code, text = report("-S", path=str(tmp_path))  # no site-packages, no program
+    assert code == 1
+    needed, optional = text.split("Missing, and needed:")[1].split("Missing, needed only for what it says:")
+    for name in ("torch", "deepspeed", "megatron-core", "sentencepiece"):
+        assert re.search(rf"(?m)^  {name} +make install", needed), name
+    for name, fix in (("g\\+\\+", "Debian: apt install"), ("triton", "a CUDA build of torch"), ("numactl", "Debian")):
+        assert re.search(rf"(?m)^  {name} +{fix}", optional), name
+
+
+@pytest.mark.parametrize(
+    "driver, cuda, missing",
+    [
+        ("580.65.06", "13.0", ""),
+        ("550.54.15", "13.0", "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver"),
+        ("550.54.15", "12.6", ""),
+        ("580.65.06", None, "make install CUDA=cu130"),
+    ],
+)
+def test_driver_and_build_of_torch_go_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, cuda: str | None, missing: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, {driver}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = {finding.name: finding for finding in doctor.torch_and_gpu()}
+    assert found["GPU"].found == "NVIDIA H100 80GB HBM3, 81559 MiB" and found["NVIDIA driver"].found == driver
+    assert [finding.fix for finding in found.values() if finding.fix] == ([missing] if missing else [])
+    assert found["NVIDIA driver"].is_needed
+
+
+def test_a_version_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.19.7" if name == "deepspeed" else "1")
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert found["deepspeed"] == ("deepspeed", "0.19.7 (needed: deepspeed==0.19.8)", "make install", True)
+
+
+def test_its_pythons_are_those_of_pyproject() -> None:
+    declared = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
+    for minor in range(8, 20):
+        assert declared.contains(f"3.{minor}.0") == (doctor.PYTHONS[0] <= (3, minor) < doctor.PYTHONS[1])
