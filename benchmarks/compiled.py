@@ -15,7 +15,8 @@ A compilation takes 1 to 6 s, all of them a quarter of an hour on two cores, so 
 they gave, under a hash of all that decides it: source of the kernel and of what it calls, case, architecture and
 Triton's version. A case without an equal record is compiled; --recompile compiles recorded ones too (all, or the first
 GEMM of every module, on the architectures in turn) and fails where the result differs from the record; --update writes
-the records anew.
+the records anew. Under another Triton than that of the records, a record still stands for a case whose source is the
+same; what is compiled must pass, but is not compared with it. There --recompile all and --update compile everything.
 """
 
 from __future__ import annotations
@@ -198,12 +199,10 @@ def load_width(instruction: str) -> int:
     return 4
 
 
-def key(case: CompileCase, architecture: int) -> str:
+def key(case: CompileCase, architecture: int, triton_version: str) -> str:
     """Of everything that decides the result. Unlike Triton's own key it does not know modules and line numbers."""
-    import triton
-
     decides = (
-        triton.__version__,
+        triton_version,
         sorted(_sources(case.kernel, set())),
         sorted(case.signature.items()),
         sorted((name, str(value)) for name, value in case.constexprs.items()),
@@ -242,17 +241,26 @@ def read_records(path: Path) -> dict[str, Compiled]:
     kinds = {field.name: convert[str(field.type)] for field in fields(Compiled)}
     with path.open(newline="") as file:
         return {
-            row.pop("key"): Compiled(**{name: kinds[name](value) for name, value in row.items()})
+            row.pop("key"): Compiled(**{name: kinds[name](value) for name, value in row.items() if name in kinds})
             for row in csv.DictReader(file)
         }
 
 
-def write_records(path: Path, results: dict[str, Compiled]) -> None:
+def recorded_triton(path: Path) -> str | None:
+    """The version of Triton that gave the records, which is one for all; None if there are no records."""
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        return next((row["triton"] for row in csv.DictReader(file)), None)
+
+
+def write_records(path: Path, results: dict[str, Compiled], triton_version: str) -> None:
     names = [field.name for field in fields(Compiled) if field.name != "error"]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["key", *names], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, ["key", "triton", *names], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"key": key, **asdict(result)} for key, result in results.items() if not result.error)
+        good = {key: result for key, result in results.items() if not result.error}
+        writer.writerows({"key": key, "triton": triton_version, **asdict(result)} for key, result in good.items())
 
 
 @dataclass(frozen=True)
@@ -271,14 +279,14 @@ class Job:
         return compile_case(list(cases([self.module]))[self.position], self.architecture)
 
 
-def jobs(modules: Sequence[str]) -> list[Job]:
+def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
     """Equal cases, such as two models whose shapes take one tile, once. ValueError for different ones of one name."""
     found: dict[str, Job] = {}
     names: dict[tuple[str, int], str] = {}
     for module in modules:
         for position, case in enumerate(cases([module])):
             for architecture in TENSOR_CORE:
-                decides = key(case, architecture)
+                decides = key(case, architecture, triton_version)
                 job = Job(module, position, kernel_name(case), case.name, architecture, decides, case.is_gemm)
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
@@ -317,7 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--arch: {sorted(unknown)} is not among {', '.join(map(str, TENSOR_CORE))}")
     modules = options.modules.split(",") if options.modules else kernel_modules()
-    everything = jobs(modules)
+    import triton
+
+    recorded = recorded_triton(options.records) or triton.__version__
+    same_triton = recorded == triton.__version__
+    everything = jobs(modules, triton.__version__ if options.update or options.recompile == "all" else recorded)
     all_jobs = [job for job in everything if job.architecture in architectures and re.search(options.only, job.name)]
     if not all_jobs:
         print("benchmarks.compiled: no case matches", file=sys.stderr)
@@ -330,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     compiled = _run(todo, options.processes)
     results = {job.key: compiled.get(job.key) or records[job.key] for job in all_jobs}
-    differ = [f"{r.name} sm_{r.architecture}" for k, r in compiled.items() if records.get(k, r) != r]
+    differ = [f"{r.name} sm_{r.architecture}" for k, r in compiled.items() if same_triton and records.get(k, r) != r]
     failed = [r for r in results.values() if r.failures()]
     print(table(list(results.values()), markdown=options.markdown))
     print(
@@ -338,6 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"as recorded; {len(failed)} not as they should be",
         file=sys.stderr if options.markdown else sys.stdout,
     )
+    if not same_triton:
+        print(f"the records are Triton {recorded}'s, this is {triton.__version__}", file=sys.stderr)
     if differ:
         print(
             f"benchmarks.compiled: {RECORDS.name} says otherwise of {', '.join(differ)}: --update it", file=sys.stderr
@@ -346,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What was not asked for keeps its record; records of no case are dropped.
         kept = {job.key: results.get(job.key) or records.get(job.key) for job in everything}
         known = {key: result for key, result in kept.items() if result is not None}
-        write_records(options.records, known)
+        write_records(options.records, known, triton.__version__)
         if options.records == RECORDS:
             update_document(DOCUMENT, list(known.values()))
     return 1 if options.check and (failed or (differ and not options.update)) else 0
