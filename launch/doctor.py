@@ -193,20 +193,26 @@ def examine() -> list[Finding]:
     return [finding for part in (python, torch_and_gpu, packages, programs, machine) for finding in part()]
 
 
+def describe(findings: list[Finding], missing: dict[bool, list[Finding]]) -> str:
+    """The report as text: what was found, then what is missing, by whether it is needed."""
+    width = max(len(finding.name) for finding in findings) + 2
+    lines = [f"{finding.name:{width}}{finding.found}" for finding in findings]
+    for needed, heading in ((True, "Missing, and needed:"), (False, "Missing, needed only for what it says:")):
+        if missing[needed]:
+            lines += ["", heading, *(f"  {f.name:{width}}{f.fix}" for f in missing[needed])]
+    end = "Something that training needs is missing." if missing[True] else "Everything that training needs is here."
+    return "\n".join([*lines, "", end])
+
+
 def main() -> int:
     argparse.ArgumentParser(prog="launch/doctor.py", description=(__doc__ or "").splitlines()[0]).parse_args()
     findings = examine()
-    width = max(len(finding.name) for finding in findings) + 2
-    for finding in findings:
-        print(f"{finding.name:{width}}{finding.found}")
     missing = {needed: [f for f in findings if f.fix and f.is_needed == needed] for needed in (True, False)}
-    for needed, heading in ((True, "Missing, and needed:"), (False, "Missing, needed only for what it says:")):
-        if missing[needed]:
-            print(f"\n{heading}")
-            print("\n".join(f"  {f.name:{width}}{f.fix}" for f in missing[needed]))
-    print(
-        "\nSomething that training needs is missing." if missing[True] else "\nEverything that training needs is here."
-    )
+    try:
+        print(describe(findings, missing), flush=True)
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if missing[True] else 0
 
 

@@ -96,7 +96,7 @@ class SwitchHeadAttention(nn.Module):
         selections = self._select(context, T, sequence_index)
         source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
         v = self._project("value", source, selections).view(B, L, H, h)
-        is_joint = L == T and not {"query", "key"} & selections.keys()
+        is_joint = L == T and not ("query" in selections or "key" in selections)
         if is_joint:
             joint = joint_linear(source, self.query.weight, self.key.weight).view(B, T, 2 * H, h)
             q, k = joint.split(H, dim=2)

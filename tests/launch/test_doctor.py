@@ -43,6 +43,15 @@ def test_without_any_package_it_names_what_is_missing_and_how_to_get_it(tmp_path
         assert re.search(rf"(?m)^  {name} +{fix}", optional), name
 
 
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-S", str(DOCTOR)]
+    done = subprocess.run(line, env={"PATH": str(tmp_path)}, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize(
     "driver, cuda, missing",
     [
