@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+LIMIT_SECONDS = 900.0
+"""Only what hangs takes so long: one busy core, as a shared machine may leave, needs ten times what two need."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.harness_preload"])
 
@@ -20,7 +23,9 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not finish in time; holds the first rank's traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 240.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = LIMIT_SECONDS
+) -> list[Any]:
     """Calls `function(rank, *args)` on every rank inside a gloo process group; returns the results in rank order.
 
     `function` and its results must be picklable by reference (module level). Every rank runs with one thread. If one

@@ -15,7 +15,7 @@ TINY = str(ROOT / "configs" / "switchall_tiny.json")
 
 
 def start(
-    *arguments: str, cwd: Path, timeout: float = 120, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+    *arguments: str, cwd: Path, timeout: float = 600, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
     """Runs an entry point as a user would: no variable of the test session, another working directory."""
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH")}

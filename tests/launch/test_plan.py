@@ -79,7 +79,7 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
     finally:

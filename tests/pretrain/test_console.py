@@ -19,7 +19,7 @@ console.protect()
 
 
 def run(body: str, **streams: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-c", HEAD + body], cwd=ROOT, check=False, timeout=60, **streams)  # type: ignore[call-overload]
+    return subprocess.run([sys.executable, "-c", HEAD + body], cwd=ROOT, check=False, timeout=300, **streams)  # type: ignore[call-overload]
 
 
 PRINTS = """
@@ -75,7 +75,7 @@ def test_both_streams_full_and_both_closed(tmp_path: Path, monkeypatch: pytest.M
     # Closed by the shell: the file that is opened next must not get the descriptor that prints go to.
     body = PRINTS + "\nassert open('/dev/null').fileno() > 2"
     line = 'exec "$0" -c "$1" >&- 2>&- <&-'
-    done = subprocess.run(["bash", "-c", line, sys.executable, HEAD + body], cwd=ROOT, check=False, timeout=60)
+    done = subprocess.run(["bash", "-c", line, sys.executable, HEAD + body], cwd=ROOT, check=False, timeout=300)
     assert done.returncode == 5
     assert (tmp_path / "told").read_text() == repr([("stdout", "closed"), ("stderr", "closed")])
 
@@ -103,7 +103,7 @@ sys.exit(4)
     first = process.stdout.read(60_000)  # from now on the reader reads
     process.stdin.close()
     lines = (first + process.stdout.read()).decode().splitlines()
-    assert process.wait(timeout=60) == 4
+    assert process.wait(timeout=300) == 4
     assert lines[-1] == "after the gap" and "bytes could not be written here]" in lines[-2]
     assert lines[0].startswith("00000 ") and len(lines) < 102
 
@@ -115,6 +115,6 @@ def test_what_the_encoding_does_not_have_is_escaped() -> None:
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, b"\\u03c3 \\udc80\n")

@@ -90,5 +90,5 @@ def test_the_check_of_the_matrix_catches(prepared: Path, name: str) -> None:
 
 
 def check(mutate: Callable[[], None], layout: Layout, config: Config, reference: Trace) -> None:
-    trace = run_ranks(mutated_trace, layout.ranks, mutate, config, timeout_seconds=120)[0][0]
+    trace = run_ranks(mutated_trace, layout.ranks, mutate, config, timeout_seconds=600)[0][0]
     assert_same(trace, reference, str(layout))

@@ -78,7 +78,7 @@ class Bench:
 
     def start(self, script: Path, *arguments: str, **more: str) -> tuple[int, str]:
         process = self.open(script, *arguments, **more)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
     def train(self, **more: str) -> tuple[int, str]:
@@ -176,7 +176,7 @@ def test_sigterm_at_the_limit_requeues_and_scancel_does_not(bench: Bench, reason
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # SLURM sends it twice
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 85, output
     assert bench.requeues() == (["7"] if requeued else []), output
 

@@ -68,7 +68,7 @@ def test_a_signal_in_any_phase_stops_all_ranks_and_loses_nothing(
             assert [(e["step"], e["reason"]) for e in stops] == [(steps, f"{number.name} to rank {rank}")], phase
         assert_bit_identical(run_dir, tmp_path / "unbroken")
         validated = [e["step"] for e in events(run_dir, "validation")]
-        assert validated == [2, 4, 5] + [5] * (phase == "ending"), phase  # a finished run validates again
+        assert validated == [2, 4, 5], phase
         assert outcome(run_dir)["exit_code"] == 0
         left = {p.name for p in run_dir.iterdir()} - {"config.json", "metrics.jsonl", "events.jsonl", "outcome.json"}
         assert left == {"checkpoints"}, phase
@@ -85,7 +85,9 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
             seen[0] += name == phase  # noqa: B023
             if name == phase and seen[0] == occurrence and rank == target:  # noqa: B023
                 os.kill(os.getpid(), number)  # noqa: B023
-                time.sleep(0.05)  # the thread hears of it
+                deadline = time.monotonic() + 60
+                while stop.requested is None and stop.stage is not Stage.ENDING and time.monotonic() < deadline:  # noqa: B023
+                    time.sleep(0.01)  # until the thread has heard of it, which takes its time on one busy core
 
         stop = Stop()
         stop.stage = Stage.STARTING
@@ -105,7 +107,7 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
     return results
 
 
-def run_process(body: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+def run_process(body: str, *, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
     """A Python process with a Stop called `stop`."""
     script = "import os, signal, subprocess, sys, time\nimport pretrain.resilience.signals as signals\n"
     script += "from pretrain.resilience.signals import Stage, Stop\nstop = Stop()\n" + textwrap.dedent(body)
