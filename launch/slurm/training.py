@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pretrain.config import Config
 
 SIGNAL_SECONDS = 300
+GPU_REQUEST = re.compile(r"--(gpus(-per-[a-z]+)?=|(gres|tres-per-[a-z]+)=(.*,)?(gres[/:])?gpu\b)")
+"""Options of sbatch that ask for GPUs, as they may stand behind --sbatch."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="start when this job, the last of a data preparation, has ended well; the data are checked then, not now",
     )
     parser.add_argument(
-        "--ranks-per-node", type=job.at_least(1), metavar="N", help="ranks (default: one per GPU, one without GPUs)"
+        "--ranks-per-node", type=job.at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
     )
     parser.add_argument("--cpus-per-rank", type=job.at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
     parser.add_argument(
@@ -124,11 +127,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
     limit = job.seconds_of(args.time)
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
-    if args.gpus_per_node is None and not args.cpu:
-        raise UserError(
-            "--gpus-per-node: is not given, so the run would get no GPU; add --gpus-per-node N, or --cpu if it is to "
-            "train on CPUs"
-        )
+    _check_gpus(args)
     config = load_config(args.config, args.overrides)
     device, num_ranks = "cpu" if args.cpu else "cuda", args.nodes * _ranks_per_node(args)
     if args.after is None:
@@ -151,6 +150,25 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
+
+
+def _check_gpus(args: argparse.Namespace) -> None:
+    """Whether the job gets GPUs or is meant for CPUs, and how many ranks use them."""
+    request = next((option for option in args.sbatch if GPU_REQUEST.match(option)), None)
+    if request is not None and args.cpu:
+        raise UserError(f"--sbatch={request}: asks for GPUs, and --cpu for a run on CPUs; remove one of the two")
+    if args.gpus_per_node is not None or args.cpu:
+        return
+    if request is None:
+        raise UserError(
+            "--gpus-per-node: is not given, so the run would get no GPU; add --gpus-per-node N, or --cpu if it is to "
+            "train on CPUs"
+        )
+    if args.ranks_per_node is None:
+        raise UserError(
+            f"--ranks-per-node: is not given, and --sbatch={request} does not say it; add --ranks-per-node N, one rank "
+            f"for each GPU of a node"
+        )
 
 
 def _future_data(config: Config) -> list[Path]:

@@ -19,7 +19,10 @@ import pytest
 from launch.slurm import job
 
 SCRIPTS = sorted(job.FOLDER.glob("*.sbatch"))
-STUB = """#!{python}
+# sh starts Python, whose path may hold a space, which a first line may not.
+STUB = """#!/bin/sh
+'''exec' '{python}' "$0" "$@"
+' '''
 import json, os, sys, time
 name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
 with open(f"{{folder}}/{{name}}.calls", "a") as file:

@@ -30,7 +30,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     record = tmp_path / "sbatch.calls"
     (folder / "sbatch").write_text(
-        f"#!{sys.executable}\nimport json, sys\n"
+        f"""#!/bin/sh\n'''exec' '{sys.executable}' "$0" "$@"\n' '''\n"""  # its path may hold a space
+        "import json, sys\n"
         f"calls = open({str(record)!r}, 'a+')\ncalls.seek(0)\nnumber = 41 + len(calls.readlines())\n"
         "calls.write(json.dumps(sys.argv[1:]) + '\\n')\nprint(f'{number};cluster')\n"
     )
@@ -87,11 +88,11 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
     prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    assert submit(prepared, run_dir, "--sbatch=--gres=gpu:8") == 0
+    assert submit(prepared, run_dir, "--sbatch=--mail-type=END,FAIL") == 0
     [[parsable, path]] = calls(sbatch)
     assert parsable == "--parsable" and Path(path).parent == run_dir / "slurm"
     text = Path(path).read_text()
-    assert "#SBATCH --gres=gpu:8\n" in text
+    assert "#SBATCH --mail-type=END,FAIL\n" in text
     [copy] = (run_dir / "slurm").glob("config-*.json")
     assert str(copy) in text and copy.read_bytes() == Path(TINY).read_bytes()
     output = capsys.readouterr().out
@@ -144,6 +145,35 @@ def test_without_gpus_a_submission_says_cpu(
             submit(prepared, tmp_path / "run", where=both)
         assert refused.value.code == 2
     assert not sbatch.exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--gres=gpu:4", "--gres=nvme:1,gpu:h100:4", "--gpus=8", "--gpus-per-task=1", "--tres-per-task=cpu:6,gres/gpu:1"],
+)
+def test_gpus_may_be_asked_for_in_sbatchs_own_words(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """The run is then checked for GPUs: fp16, which CPUs refuse, passes."""
+    line = (f"--sbatch={option}", "--set", "train.precision=fp16", "--dry-run")
+    assert submit(prepared, tmp_path / "run", *line, where=("--ranks-per-node", "4")) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH {option}\n" in script and "#SBATCH --ntasks-per-node=4\n" in script
+    for where, words in (
+        ((), f"--ranks-per-node: is not given, and --sbatch={option} does not say it; add --ranks-per-node N"),
+        (("--cpu",), f"--sbatch={option}: asks for GPUs, and --cpu for a run on CPUs; remove one of the two"),
+    ):
+        assert submit(prepared, tmp_path / "run", *line, where=where) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize("option", ["--gres=nvme:1", "--gpu-bind=closest", "--constraint=gpu", "--exclusive"])
+def test_other_options_of_sbatch_ask_for_no_gpu(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert submit(prepared, tmp_path / "run", f"--sbatch={option}", "--dry-run", where=()) == 2
+    assert "--gpus-per-node: is not given, so the run would get no GPU" in capsys.readouterr().err
+    assert submit(prepared, tmp_path / "run", f"--sbatch={option}", "--dry-run") == 0
 
 
 def test_training_waits_for_its_data(tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
