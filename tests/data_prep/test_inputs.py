@@ -114,7 +114,8 @@ NO_DOCUMENT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, data, words", NO_DOCUMENT)
+# Named by place: names of bytes packed by gzip hold the time, and pytest-xdist wants the same ones in every process.
+@pytest.mark.parametrize("name, data, words", NO_DOCUMENT, ids=[f"{n} {case[0]}" for n, case in enumerate(NO_DOCUMENT)])
 def test_a_file_without_a_document_is_named_with_what_it_looks_like(
     tmp_path: Path, name: str, data: bytes, words: str
 ) -> None:
