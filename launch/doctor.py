@@ -27,6 +27,8 @@ PYTHONS = ((3, 11), (3, 14))
 """The oldest, and the first that is too new (pyproject.toml, requires-python)."""
 MINIMUM_DRIVER = {"13": 580, "12": 525}
 """Of the NVIDIA driver, per major version of the CUDA that torch was built with (NVIDIA's compatibility table)."""
+INSTALL = "make -B install"
+"""-B: a bare `make install` does nothing where it has run before, whatever became of the packages since."""
 GB = 1e9
 
 
@@ -58,9 +60,9 @@ def packages() -> Iterator[Finding]:
             continue
         version = _version(name)
         if version is None:
-            yield Finding(name, f"none ({requirement})", "make install", True)
+            yield Finding(name, f"none ({requirement})", INSTALL, True)
         elif not _fits(requirement, version):
-            yield Finding(name, f"{version} (needed: {requirement})", "make install", True)
+            yield Finding(name, f"{version} (needed: {requirement})", INSTALL, True)
         else:
             yield Finding(name, version, "", True)
 
@@ -95,17 +97,17 @@ def torch_and_gpu() -> Iterator[Finding]:
     requirement = next(text for text in _dependencies() if text.startswith("torch"))
     version, cuda = _version("torch"), None
     if version is None:
-        yield Finding("torch", f"none ({requirement})", "make install (CUDA=cpu or CUDA=cu130 chooses)", True)
+        yield Finding("torch", f"none ({requirement})", f"{INSTALL} (CUDA=cpu or CUDA=cu130 chooses)", True)
     else:
         try:
             cuda = importlib.import_module("torch").version.cuda
         except Exception as error:  # a broken build fails in ways of its own: missing libraries, other processors
             reason = str(error).splitlines()[0] if str(error) else ""
-            yield Finding(
-                "torch", f"{version} does not import: {type(error).__name__}: {reason}", "make clean install", True
-            )
+            found = f"{version} does not import: {type(error).__name__}: {reason}"
+            # Not `make clean install`, which would also remove prepared data and the demo's run.
+            yield Finding("torch", found, "rm -r .venv && make install", True)
         else:
-            fix = "" if _fits(requirement, version) else f"make install ({requirement} is needed)"
+            fix = "" if _fits(requirement, version) else f"{INSTALL} ({requirement} is needed)"
             yield Finding("torch", f"{version}, {f'CUDA {cuda}' if cuda else 'CPU build'}", fix, True)
     triton = _version("triton")
     fix = (
@@ -124,7 +126,7 @@ def torch_and_gpu() -> Iterator[Finding]:
     fix = f"CUDA {cuda}, which torch was built with, needs driver {needed} or newer: update the driver" if old else ""
     yield Finding("NVIDIA driver", driver, fix, True)
     if version is not None and cuda is None:
-        yield Finding("torch for the GPU", "none: a CPU build does not see it", "make install CUDA=cu130")
+        yield Finding("torch for the GPU", "none: a CPU build does not see it", f"{INSTALL} CUDA=cu130")
 
 
 def programs() -> Iterator[Finding]:
@@ -133,7 +135,7 @@ def programs() -> Iterator[Finding]:
     for name, option, purpose, fix in (
         ("gcc", "-dumpfullversion", "triton on a GPU", "Debian: apt install gcc"),
         ("g++", "-dumpfullversion", "DeepSpeed's own operators", "Debian: apt install g++"),
-        ("ninja", "--version", "DeepSpeed's own operators", "make install"),
+        ("ninja", "--version", "DeepSpeed's own operators", INSTALL),
         ("nvcc", "--version", "DeepSpeed's own operators on a GPU, kernels.backend=cuda", "install the CUDA toolkit"),
         ("numactl", "--version", "binding ranks to NUMA nodes", "Debian: apt install numactl"),
         ("pdsh", "-V", "several nodes without SLURM", "Debian: apt install pdsh"),

@@ -206,6 +206,7 @@ def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str
     stamp.write_text(f"{build}\n")
     assert pip not in dry_make(odd_copy, "install", f"CUDA={build}"), "installed again"
     assert pip not in dry_make(odd_copy, "install"), "what is installed is good enough"
+    assert pip in dry_make(odd_copy, "-B", "install"), "what `make doctor` advises where a package is missing"
     other = {"cpu": "cu130", "cu130": "cpu"}[build]
     assert f"+{other}" in dry_make(odd_copy, "install", f"CUDA={other}")
 

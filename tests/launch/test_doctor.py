@@ -38,7 +38,7 @@ def test_without_any_package_it_names_what_is_missing_and_how_to_get_it(tmp_path
     assert code == 1
     needed, optional = text.split("Missing, and needed:")[1].split("Missing, needed only for what it says:")
     for name in ("torch", "deepspeed", "megatron-core", "sentencepiece"):
-        assert re.search(rf"(?m)^  {name} +make install", needed), name
+        assert re.search(rf"(?m)^  {name} +make -B install", needed), name
     for name, fix in (("g\\+\\+", "Debian: apt install"), ("triton", "a CUDA build of torch"), ("numactl", "Debian")):
         assert re.search(rf"(?m)^  {name} +{fix}", optional), name
 
@@ -58,7 +58,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         ("580.65.06", "13.0", ""),
         ("550.54.15", "13.0", "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver"),
         ("550.54.15", "12.6", ""),
-        ("580.65.06", None, "make install CUDA=cu130"),
+        ("580.65.06", None, "make -B install CUDA=cu130"),
     ],
 )
 def test_driver_and_build_of_torch_go_together(
@@ -80,7 +80,17 @@ def test_driver_and_build_of_torch_go_together(
 def test_a_version_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "0.19.7" if name == "deepspeed" else "1")
     found = {finding.name: finding for finding in doctor.packages()}
-    assert found["deepspeed"] == ("deepspeed", "0.19.7 (needed: deepspeed==0.19.8)", "make install", True)
+    assert found["deepspeed"] == ("deepspeed", "0.19.7 (needed: deepspeed==0.19.8)", "make -B install", True)
+
+
+def test_a_broken_torch_costs_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make clean` would remove prepared data and a run with it."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    found = next(doctor.torch_and_gpu())
+    assert "does not import: OSError: libcudart.so.13" in found.found
+    assert (found.fix, found.is_needed) == ("rm -r .venv && make install", True)
 
 
 def test_its_pythons_are_those_of_pyproject() -> None:
