@@ -6,7 +6,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RANKS ?= 2
+# Of the demo. Two, so that something is parallel, but where there is one GPU: ranks do not share one.
+RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 DEMO_RUN := runs/demo
 
 # CUDA=cpu or CUDA=cu130: that build of torch, from PyTorch's own index. Without it: what pip finds first, on plain PyPI
@@ -52,7 +53,7 @@ lock: install  ## write constraints.txt anew, from pyproject.toml and PyPI; pins
 data: install  ## raw sample -> tokenizer -> shards in data/sample
 	$(BIN)/python -m data_prep run --config configs/data/sample.json
 
-demo: data  ## raw text -> tokenizer -> shards -> 2-rank DeepSpeed training -> validation perplexity
+demo: data  ## raw text -> tokenizer -> shards -> DeepSpeed training in 2 ranks (RANKS=) -> validation perplexity
 	@# A free port: 29500, the launcher's default, may belong to another job of this machine.
 	@# Without its log, whose last line would stand below ours, and without its warning that there is no GPU.
 	command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null || export DS_ACCELERATOR=cpu; \

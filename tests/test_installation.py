@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -229,6 +230,23 @@ def test_make_install_refuses_with_the_fix(odd_copy: Path, arguments: list[str],
     done = subprocess.run(["make", "install", *arguments], cwd=odd_copy, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and words in done.stdout + done.stderr
     assert not (odd_copy / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    "gpus, arguments, ranks", [(None, [], 2), (0, [], 2), (1, [], 1), (2, [], 2), (8, [], 2), (1, ["RANKS=3"], 3)]
+)
+def test_the_demo_puts_no_two_ranks_on_one_gpu(
+    odd_copy: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, arguments: list[str], ranks: int
+) -> None:
+    """None: no driver, as on a laptop; 0: a driver that sees no GPU."""
+    smi = odd_copy / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    lines = [f"GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n})" for n in range(gpus or 0)] or ["No devices found."]
+    smi.write_text("#!/bin/sh\n" + ("exit 127\n" if gpus is None else f"printf '%s\\n' {shlex.join(lines)}\n"))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("RANKS", raising=False)
+    assert re.findall(r"--num_gpus (\d+)", dry_make(odd_copy, "demo", *arguments)) == [str(ranks)]
 
 
 def test_no_console_script_of_the_venv_is_run(odd_copy: Path) -> None:
