@@ -264,8 +264,14 @@ def _check_value(config: Config, key: str, value: Any) -> None:
 
 
 def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, EXTRA, n=1, cutoff=0.6)
+    """The end of a refusal: the key that was probably meant, also where another key of ours decides it."""
+    sections = {known.rpartition(".")[0] for known in EXTRA} - {""}
+    names = [*sorted(sections), *EXTRA, *OWNED]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if not close:
         leaf = key.rpartition(".")[2]
-        close = [known for known in EXTRA if known.rpartition(".")[2] == leaf][:1]
-    return f"; the nearest known key is deepspeed.{close[0]}" if close else "; remove this key"
+        close = [known for known in names if known.rpartition(".")[2] == leaf][:1]
+    if not close:
+        return "; remove this key"
+    nearest = f"; the nearest known key is deepspeed.{close[0]}"
+    return f"{nearest}, which is decided by {OWNED[close[0]]}; remove this key" if close[0] in OWNED else nearest

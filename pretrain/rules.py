@@ -70,6 +70,10 @@ def _check_routing_record(config: Config) -> None:
     for key in ["train.record_routing"] * record + ["train.replay_routing"] * (replay is not None):
         if config.model.attention.type == "dense" and config.model.feedforward.type != "sigma_moe":
             raise ConfigError(f"{key}: this model has no routers, all of it is dense; remove the key")
+    if replay is not None and not replay.strip():
+        raise ConfigError(
+            "train.replay_routing: is empty; set it to the run folder of a run with train.record_routing, or to null"
+        )
     if record and replay is not None:
         raise ConfigError(
             "train.record_routing: a run with train.replay_routing has the choices of the record that it replays; set "

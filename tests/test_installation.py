@@ -24,7 +24,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PRODUCT = ("pretrain", "model", "launch", "data_prep")
 IMPORT_NAMES = {"megatron-core": "megatron"}
@@ -163,6 +164,12 @@ def test_every_import_is_a_dependency(imported: set[str]) -> None:
     """What tests and benchmarks alone import is in [dev]."""
     # torch brings the triton it works with, pydantic its own core.
     assert imported - declared_for_users() == {"triton", "pydantic_core"}
+
+
+def test_every_package_folder_is_installed() -> None:
+    files = (file for folder in PRODUCT for file in (ROOT / folder).rglob("__init__.py"))
+    found = sorted(".".join(file.parent.relative_to(ROOT).parts) for file in files)
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == found
 
 
 def test_libraries_import_what_they_are_said_to_import() -> None:

@@ -146,7 +146,14 @@ def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value
     [
         ("zero_optimization.overlap_com=true", "the nearest known key is deepspeed.zero_optimization.overlap_comm"),
         ("overlap_comm=true", "the nearest known key is deepspeed.zero_optimization.overlap_comm"),
-        ("flops_profile.enabled=true", "deepspeed.flops_profile: DeepSpeed 0.19.8 has no such key"),
+        ("flops_profile.enabled=true", "no such key; the nearest known key is deepspeed.flops_profiler"),
+        ("zero_optimisation.overlap_comm=true", "no such key; the nearest known key is deepspeed.zero_optimization"),
+        (
+            "gradient_clippping=1",
+            "deepspeed.gradient_clippping: DeepSpeed 0.19.8 has no such key; the nearest known key is "
+            "deepspeed.gradient_clipping, which is decided by optimizer.clip_norm; remove this key",
+        ),
+        ("stage=2", "deepspeed.zero_optimization.stage, which is decided by parallel.zero; remove this key"),
         ("foo=3", "deepspeed.foo: DeepSpeed 0.19.8 has no such key; remove this key"),
         ('zero_optimization.reduce_bucket_size="big"', 'valid integer (given "big"); correct it or remove this key'),
         ("zero_optimization.reduce_bucket_size=0", "greater than 0 (given 0)"),

@@ -231,6 +231,8 @@ def test_flips_of_several_steps_add_up() -> None:
     "overrides, words",
     [
         (["train.record_routing=true", "train.replay_routing=x"], "train.record_routing: a run with"),
+        (["train.replay_routing="], "train.replay_routing: is empty; set it to the run folder of a run with train.rec"),
+        (['train.replay_routing=" "'], "train.replay_routing: is empty"),
         ([*MODELS["dense"], "train.replay_routing=x"], "train.replay_routing: this model has no routers"),
     ],
 )
