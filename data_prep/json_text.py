@@ -13,14 +13,15 @@ KEY_CHARACTERS = 40
 
 
 def json_record(line: bytes) -> dict[str, Any]:
-    """The object of a line; a byte order mark before it is passed over. Raises NoText."""
+    """The object of a line; byte order marks before it are passed over. Raises NoText."""
+    begin = 0
+    while line.startswith(BYTE_ORDER_MARK, begin):
+        begin += len(BYTE_ORDER_MARK)
     try:
-        record = _parsed(line)
+        record = _parsed(line[begin:])
     except UnicodeDecodeError as error:
-        raise NoText("not UTF-8", f"byte {error.start} of the line: {error.reason}") from None
+        raise NoText("not UTF-8", f"byte {begin + error.start} of the line: {error.reason}") from None
     except (ValueError, RecursionError) as error:
-        if line.startswith(BYTE_ORDER_MARK):
-            return json_record(line.removeprefix(BYTE_ORDER_MARK))
         raise NoText("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise NoText("not JSON", f"expected an object, found {type(record).__name__}")

@@ -50,6 +50,14 @@ def test_a_byte_order_mark_costs_no_record(tmp_path: Path, pack: Any) -> None:
     assert read(write(tmp_path / "a", pack(marked))) == (TEXTS, [])
 
 
+def test_any_number_of_byte_order_marks_is_passed_over(tmp_path: Path) -> None:
+    marks = codecs.BOM_UTF8 * 1500
+    lines = [marks + LINES[0], marks + b"no JSON", marks + b'{"text": "\xff"}', *LINES[1:]]
+    texts, rejected = read(write(tmp_path / "a", b"\n".join(lines)))
+    assert (texts, [record.reason for record in rejected]) == (TEXTS, ["not JSON", "not UTF-8"])
+    assert rejected[1].detail == "byte 4510 of the line: invalid start byte"
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text_or_an_article(tmp_path: Path) -> None:
     article = b" = Title = \n text \n"
     path = write(tmp_path / "wiki.train.raw", codecs.BOM_UTF8 + article * 2)
