@@ -27,7 +27,11 @@ _SIGNATURE = re.compile(
     r"|sig|s[vrepst]|sip|spr|srt|sk(oid|tid|t|e|s|v)"  # Azure
     r"|.*token|api_?key|auth(orization)?"
 )
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^\s/@'\"<>]*@)?([^\s?'\"<>]*)(\?[^\s'\"<>]*)?", re.IGNORECASE)
+_ADDRESS = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<login>[^\s/@'\"<>]*@)?(?P<address>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
+    re.IGNORECASE,
+)
+_WEB = ("http://", "https://")
 _FILE_ENDINGS = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".json", ".jsonl", ".txt", ".raw")
 _PASSING_STATUS = (408, 425, 429)
 
@@ -38,7 +42,16 @@ class UnreachableError(PassingError):
 
 def without_secrets(text: str) -> str:
     """A text in which every URL has lost its query and what stands before its host."""
-    return _ADDRESS.sub(lambda found: found[1] + found[2], text)
+    return _ADDRESS.sub(lambda found: found["scheme"] + found["address"], text)
+
+
+def may_hold_secret(text: str) -> bool:
+    """Whether a URL in a text has a password before its host or, on the web, a query, which may be a signature."""
+    for found in _ADDRESS.finditer(text):
+        login, is_web = found["login"] or "", found["scheme"].lower() in _WEB
+        if ":" in login or (is_web and (login or found["query"])):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class RemoteFile:
     def is_http(self) -> bool:
         """Whether a web server has it: then `?` begins a query, there are no folders, and reading is from front to
         back."""
-        return self.url.lower().startswith(("http://", "https://"))
+        return self.url.lower().startswith(_WEB)
 
     @property
     def identity(self) -> str:
@@ -163,7 +176,8 @@ def read_error(file: InputFile, error: Exception) -> DataError:
         return kind(f"cannot read {file}: the server answers {status} ({phrase}){hint}")
     by_http = isinstance(file, RemoteFile) and file.is_http  # there every failure to connect is a FileNotFoundError
     if isinstance(error, FileNotFoundError | PermissionError) and not by_http:
-        return DataError(f"cannot read {file}: {error.strerror or _first_words(error)}")
+        missing = "there is no such file" if isinstance(error, FileNotFoundError) else _first_words(error)
+        return DataError(f"cannot read {file}: {error.strerror or missing}")
     if isinstance(error, OSError) and isinstance(file, Path):
         return DataError(f"cannot read {file}: {error.strerror or _first_words(error)}")
     cause = error.__cause__ if by_http and error.__cause__ else error

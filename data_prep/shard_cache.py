@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data_prep.cache_folder import KEY, CacheFolder, StoredShard, locked, partial
 from data_prep.folders import is_full, no_room
-from data_prep.locations import RemoteFile
+from data_prep.locations import RemoteFile, UnreachableError, read_error, without_secrets
 from data_prep.shard_format import MANIFEST_FILE, DataError, Manifest, ShardEntry, sha256_file
 from data_prep.work import PassingError
 
@@ -50,8 +49,8 @@ class ShardCache:
         largest = max((entry.bytes + entry.index_bytes for entry in entries), default=0)
         if largest > self._limit:
             raise DataError(
-                f"data.cache_bytes: {self._limit} holds not even one shard of {self._url}, the largest has {largest} "
-                f"bytes with its index; set it to several times that"
+                f"data.cache_bytes: {self._limit} holds not even one shard of {without_secrets(self._url)}, the "
+                f"largest has {largest} bytes with its index; set it to several times that"
             )
 
     @contextlib.contextmanager
@@ -84,7 +83,7 @@ class ShardCache:
             if attempt + 1 < ATTEMPTS:
                 time.sleep(0.2 * 4**attempt)
         partial(path).unlink(missing_ok=True)
-        raise DataError(f"cannot fetch {url} ({ATTEMPTS} attempts): {problem}")
+        raise DataError(f"cannot fetch {without_secrets(url)} ({ATTEMPTS} attempts): {problem}")
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
@@ -107,24 +106,25 @@ def _copy(url: str, path: Path, sha256: str) -> str | None:
     except Exception as error:  # every file system of fsspec has errors of its own
         if is_full(error):
             path.unlink(missing_ok=True)
-            room = no_room(path.parent, max(size, written + BLOCK_BYTES), f"a copy of {url}")
+            room = no_room(path.parent, max(size, written + BLOCK_BYTES), f"a copy of {without_secrets(url)}")
             raise PassingError(f"{KEY}: {room}; make room, or name another folder") from None
-        return f"{type(error).__name__}: {error}"
+        return without_secrets(f"{type(error).__name__}: {error}")
     found = sha256_file(path)
     return None if found == sha256 else f"it does not match the manifest: expected sha256 {sha256}, found {found}"
 
 
 def _read_all(url: str) -> bytes:
-    problem: Any = None
+    """The content of a file; what may pass, such as a lost connection, is tried again. Raises DataError."""
+    file = RemoteFile(url)
     for attempt in range(ATTEMPTS):
         try:
-            with RemoteFile(url).open("rb") as stream:
+            with file.open("rb") as stream:
                 return stream.read()
-        except FileNotFoundError:
-            raise DataError(f"data.manifest: there is no {url}") from None
-        except DataError:
-            raise
+        except DataError as error:
+            raise DataError(f"data.manifest: {error}") from None
         except Exception as error:  # every file system of fsspec has errors of its own
-            problem = error
-            time.sleep(0.2 * 4**attempt)
-    raise DataError(f"data.manifest: cannot read {url}: {type(problem).__name__}: {problem}")
+            problem = read_error(file, error)
+        if not isinstance(problem, UnreachableError):
+            raise DataError(f"data.manifest: {problem}")
+        time.sleep(0.2 * 4**attempt)
+    raise DataError(f"data.manifest: {problem} ({ATTEMPTS} attempts)")

@@ -7,6 +7,7 @@ import math
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from data_prep.locations import may_hold_secret, without_secrets
 from data_prep.stage_config import URL
 from pretrain.deepspeed_keys import check_deepspeed
 from pretrain.errors import ConfigError
@@ -209,6 +210,12 @@ def _check_data(config: Config) -> None:
             f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
         )
     for location in [source.manifest for source in data.sources] or [data.manifest]:
+        if URL.match(location) and may_hold_secret(location):
+            raise ConfigError(
+                f"data.{'sources' if data.sources else 'manifest'}: the URL of {without_secrets(location)} has a "
+                f"password or a query, which the files of a run would keep; leave it out and give credentials in the "
+                f"environment or in fsspec's own configuration"
+            )
         if URL.match(location) and data.cache_dir is None:
             raise ConfigError(
                 f"data.cache_dir: {location} is a URL; name a folder on a disk of each node for its shards"

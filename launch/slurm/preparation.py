@@ -10,10 +10,12 @@ from pathlib import Path
 
 from data_prep.config import load_config
 from data_prep.disk_estimate import check_room
+from data_prep.locations import may_hold_secret
 from data_prep.lossy import check_given_model
 from data_prep.output_files import check_output
 from data_prep.plan import Plan, make_plan
 from data_prep.shard_format import DataError
+from data_prep.stage_config import PIPE
 from launch.slurm import job
 from pretrain.errors import UserError
 from pretrain.exit_codes import ExitCode
@@ -89,6 +91,7 @@ def _training(plan: Plan, last_job: str) -> str:
 
 def _check(args: argparse.Namespace) -> Plan:
     job.seconds_of(args.time)
+    _check_secrets(args.overrides)
     plan = make_plan(load_config(args.config, args.overrides))
     # The jobs would refuse these too, after they have waited for their nodes.
     check_given_model(plan)
@@ -105,6 +108,16 @@ def _check(args: argparse.Namespace) -> Plan:
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
     return plan
+
+
+def _check_secrets(overrides: Sequence[str]) -> None:
+    """The job scripts hold the command line, and lie where others may read them."""
+    for override in overrides:
+        if may_hold_secret(override) or PIPE in override:
+            raise UserError(
+                f"--set {override.partition('=')[0]}: a command, and a URL with a password or a query, may hold a "
+                f"secret, and the job scripts would keep it; write it into the file of --config, which is not copied"
+            )
 
 
 def _script(args: argparse.Namespace, plan: Plan, step: str, *, is_array: bool) -> str:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.locations import RemoteFile, UnreachableError, identity, match, size_and_stamp, without_secrets
+from data_prep.locations import (
+    RemoteFile,
+    UnreachableError,
+    identity,
+    match,
+    may_hold_secret,
+    size_and_stamp,
+    without_secrets,
+)
 from data_prep.plan import _names
 from data_prep.shard_format import DataError, Manifest
 from data_prep.terminal import visible
@@ -134,6 +142,9 @@ def test_secrets_and_identities_of_addresses() -> None:
     assert without_secrets(text) == (
         "failed: ClientError(403, url='https://host/a/b.json.gz') and s3://bucket/x but a?b stays"
     )
+    assert may_hold_secret(text) and may_hold_secret("a, http://host/b?c") and may_hold_secret("https://token@host/")
+    harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
+    assert not may_hold_secret(harmless)
     two = [RemoteFile(f"https://host/get?id={number}") for number in (1, 2)]
     assert list(_names(two).values()) == ["get", "get~2"]
     assert identity(two[0]) != identity(two[1])

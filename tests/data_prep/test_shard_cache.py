@@ -106,8 +106,33 @@ def test_a_wrong_or_broken_file_never_stays(remote: Path, tmp_path: Path, monkey
         reader_of(cache).read(0, 10)
     shard.write_bytes(content)
     np.testing.assert_array_equal(reader_of(cache).read(0, 10), EVERYTHING[:10])
-    with pytest.raises(DataError, match="there is no"):
+    with pytest.raises(DataError, match=r"data\.manifest: cannot read file://.*nowhere/manifest\.json: No such file"):
         ShardCache(f"file://{remote}/nowhere", tmp_path / "cache", 10**9)
+    with pytest.raises(DataError, match=r"cannot read memory://nowhere/manifest\.json: there is no such file"):
+        ShardCache("memory://nowhere", tmp_path / "cache", 10**9)
+
+
+def test_a_server_that_is_not_there_is_tried_again_and_no_secret_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="reading from web servers is UNTESTED: aiohttp is not installed")
+    pauses: list[float] = []
+    monkeypatch.setattr(shard_cache.time, "sleep", pauses.append)
+    with pytest.raises(DataError) as caught:
+        ShardCache("http://me:s3cret@127.0.0.1:1/corpus", tmp_path / "cache", 10**9)
+    said = str(caught.value)
+    assert said.startswith("data.manifest: cannot read http://127.0.0.1:1/corpus/manifest.json: ClientConnector")
+    assert said.endswith("(3 attempts)") and "s3cret" not in said and len(pauses) == 3
+
+
+@pytest.mark.parametrize("url", ["https://me:s3cret@host/c4", "https://host/c4?sig=s3cret", "s3://key:s3cret@c4"])
+@pytest.mark.parametrize("key", ["manifest", "sources"])
+def test_a_url_with_a_secret_is_refused(remote: Path, url: str, key: str) -> None:
+    """The files of a run hold the whole configuration."""
+    value = url if key == "manifest" else f'[{{"manifest": "{url}", "weight": 1}}]'
+    with pytest.raises(ConfigError, match=rf"data\.{key}: the URL of .* has a password or a query") as caught:
+        small_config(remote, f"data.{key}={value}")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_what_was_damaged_in_the_cache_is_fetched_again(memory: str, tmp_path: Path) -> None:

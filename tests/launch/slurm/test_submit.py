@@ -330,3 +330,24 @@ def test_the_configuration_of_a_run_submits_that_run(
     assert f"RUN_DIR={run_dir}\n" in capsys.readouterr().out
     assert training.main([*line, "--run-dir", ""]) == 2
     assert capsys.readouterr().err.startswith("error: --run-dir: is empty")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "pipe:curl https://me:s3cret@host/a?sig=s3cret",
+        "https://me:s3cret@host/a.jsonl",
+        '["raw/*.gz", "https://host/a.jsonl?sig=s3cret"]',
+        'pipe:curl -H "Authorization: s3cret" host/a',
+    ],
+)
+def test_no_secret_of_an_override_is_written_to_a_job_script(
+    value: str, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "data.json"
+    config.write_text(json.dumps({"input": "raw/*.gz", "output": str(tmp_path / "out")}))
+    line = ["--config", str(config), "--tasks", "1", "--time", "10", "--allow-local", "--set", f"input={value}"]
+    assert preparation.main(line) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --set input: a command, and a URL with") and "s3cret" not in said
+    assert not sbatch.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["bin", "data.json"]
