@@ -25,7 +25,7 @@ from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan, output_folder
 from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
 from data_prep.stats_report import REPORT_FOLDER, write_report
-from data_prep.terminal import visible
+from data_prep.terminal import spare_stdout, visible
 from data_prep.work import WORK, PassingError
 
 PASSING_ERROR = 1
@@ -40,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USER_ERROR)
 
 
+@spare_stdout()
 def _steps_command(arguments: argparse.Namespace) -> None:
     """`run` and its steps: each does what is not done yet of the steps before it too."""
     plan = _plan(arguments)
@@ -296,6 +297,8 @@ def _one_line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
+    if sys.stdout is None:  # closed by who started this process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # documents hold what the terminal's encoding may not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -1,6 +1,11 @@
-"""Text from elsewhere on a terminal: what would steer the terminal is shown instead."""
+"""Text from elsewhere on a terminal: what would steer the terminal is shown instead. And a stdout that may be full."""
 
+import contextlib
+import os
 import re
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 # Of the control characters a newline and a tab are harmless; escape sequences begin with \x1b or, in one character,
 # with \x9b. The others overwrite, ring or change the direction in which text is read. Surrogates stand for bytes of a
@@ -12,3 +17,44 @@ def visible(text: str) -> str:
     """The text with control characters as escapes (\\x1b, \\r), so that printing it moves, colours and hides
     nothing."""
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class _Spare:
+    """A stdout that takes everything: after the first error the descriptor leads to /dev/null."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if not isinstance(error, BrokenPipeError):  # `run | head`: the reader left, which is no error
+            with contextlib.suppress(OSError):
+                warning = f"warning: stdout cannot be written ({error.strerror}); the command goes on without it"
+                print(warning, file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def spare_stdout() -> Iterator[None]:
+    """For a command whose result is files: prints that stdout refuses are lost, and do not end it."""
+    stream = _Spare(sys.stdout)
+    with contextlib.redirect_stdout(stream):
+        try:
+            yield
+        finally:
+            stream.flush()

@@ -1,6 +1,8 @@
 """The command line as a user sees it: output, one-line errors, exit codes."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +143,36 @@ def test_verify_fails_on_a_damaged_shard(prepared: Path, capsys: pytest.CaptureF
 
 
 def test_the_module_runs_from_a_shell_and_a_closed_pipe_is_no_error(prepared: Path) -> None:
-    show = f"{sys.executable} -m data_prep show {prepared} --count 150 | head -1; exit ${{PIPESTATUS[0]}}"
+    show = f"{shlex.quote(sys.executable)} -m data_prep show {prepared} --count 150 | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", show], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("=== train document 0 of 186")
+
+
+@pytest.mark.parametrize(
+    "stdout, said",
+    [
+        (">/dev/full", "warning: stdout cannot be written (No space left on device); the command goes on without it\n"),
+        (">&-", ""),
+        ("| true; exit ${PIPESTATUS[0]}", ""),
+    ],
+    ids=["full", "closed", "no reader"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_data_are_made_whatever_becomes_of_stdout(tmp_path: Path, stdout: str, said: str, unbuffered: str) -> None:
+    """`reading 1 raw files` is printed before a file is read, the tables after the last is written."""
+    for name in "ab":
+        lines = [f'{{"text": "document {name} {number}"}}\n' for number in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    config = {"input": f"{tmp_path}/*.jsonl", "output": str(out), "workers": 1, "max_input_files": 1}
+    (tmp_path / "c.json").write_text(json.dumps({**config, "tokenizer": {"vocab_size": 280}}))
+    command = f"{shlex.quote(sys.executable)} -m data_prep run --config {tmp_path}/c.json {stdout}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert Manifest.load(out).provenance.inputs
+    lines = [line for line in result.stderr.splitlines(keepends=True) if "stdout" in line or "Error" in line]
+    assert "".join(lines) == said
