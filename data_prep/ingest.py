@@ -31,6 +31,7 @@ DAMAGED, NO_DOCUMENT = "damaged file", "no document"
 BATCH_BYTES = 1 << 18
 BATCH_FILES = 256
 RETRY_SECONDS = (1, 10, 60)  # before each further attempt at a file behind a URL
+BAD_FILES_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,13 +253,24 @@ def _line(name: str, unit: str, rejected: Rejected) -> bytes:
     return (json.dumps(body) + "\n").encode("ascii")
 
 
+def name_bad_files(states: Sequence[FileState]) -> None:
+    """Names on stderr the raw files that were left out whole, BAD_FILES_NAMED at most, and what to do."""
+    bad = [state.damaged for state in states if state.damaged]
+    for damaged in bad[:BAD_FILES_NAMED]:
+        print(visible(f"warning: left out: {damaged}"), file=sys.stderr)
+    if len(bad) > BAD_FILES_NAMED:
+        print(f"warning: {len(bad) - BAD_FILES_NAMED} more raw files were left out whole", file=sys.stderr)
+
+
 def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], config: DataConfig) -> None:
-    """Raises DataError if more is malformed than `ingest` allows, naming the first place and the limit."""
+    """Raises DataError if more is malformed than `ingest` allows, naming the first place and the limit; the bad files
+    are named on stderr before."""
     if not states:
         return
     damaged = [state for state in states if state.damaged]
     limits = config.ingest
     if damaged and (len(damaged) == len(states) or len(damaged) > max(1, limits.max_bad_files * len(states))):
+        name_bad_files(states)
         raise DataError(
             f"{len(damaged)} of {len(states)} raw files are bad (damaged, or without a document), more than "
             f"ingest.max_bad_files {limits.max_bad_files} allows; the first: {damaged[0].damaged}"

@@ -1,20 +1,18 @@
 """What a user sees of prepared data: verification table, statistics, documents."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from data_prep.id_maker import read_symbols
+from data_prep.ingest import name_bad_files
 from data_prep.pipeline import Pipeline
 from data_prep.shard_format import REBUILD, DataError, Manifest
 from data_prep.shard_reader import ShardReader, SplitReader
 from data_prep.stats_report import QUANTILES, READ_TOKENS, Lengths, dropped_rows
 from data_prep.terminal import visible
 from data_prep.tokenizer import TextTokenizer
-
-BAD_FILES_NAMED = 10
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -105,12 +103,8 @@ def progress(pipeline: Pipeline) -> None:
 
 
 def bad_files(pipeline: Pipeline) -> None:
-    """Names on stderr the raw files that were left out whole, BAD_FILES_NAMED at most, and what to do."""
-    bad = [state.damaged for state in pipeline.states(whole=pipeline.slice.tasks == 1) if state.damaged]
-    for damaged in bad[:BAD_FILES_NAMED]:
-        print(visible(f"warning: left out: {damaged}"), file=sys.stderr)
-    if len(bad) > BAD_FILES_NAMED:
-        print(f"warning: {len(bad) - BAD_FILES_NAMED} more raw files were left out whole", file=sys.stderr)
+    """Names on stderr the raw files that were left out whole."""
+    name_bad_files(pipeline.states(whole=pipeline.slice.tasks == 1))
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:

@@ -172,6 +172,22 @@ def test_bad_files_are_named_in_the_last_lines_and_count_as_files(
     assert "2 of 2 raw files are bad (damaged, or without a document)" in one_error(capsys)
 
 
+@pytest.mark.parametrize("bad, named, more", [(5, 5, []), (12, 10, ["warning: 2 more raw files were left out whole"])])
+def test_a_refusal_for_bad_files_names_them_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: int, named: int, more: list[str]
+) -> None:
+    write(tmp_path / "good.jsonl", b"\n".join(LINES))
+    files = [write(tmp_path / f"bad-{number:02d}.jsonl", b"id,text\n1,one\n") for number in range(bad)]
+    body = {"input": f"{tmp_path}/*.jsonl", "output": str(tmp_path / "out"), "workers": 1}
+    assert main(["run", "--config", str(write(tmp_path / "c.json", json.dumps(body).encode()))]) == 2
+    *said, error = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("warning: ")]
+    assert lines[named:] == more
+    for path, line in zip(files, lines[:named], strict=False):
+        assert line.startswith(f"warning: left out: {path} looks like CSV")
+    assert error.startswith(f"error: {bad} of {bad + 1} raw files are bad")
+
+
 def test_the_text_is_where_text_key_says(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"a": {"b": "one"}, "c": 1}\n{"a.b": "two"}\n{"a": "b"}\n')
     texts, (rejected,) = read(path, text_key="a.b")
