@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, PARQUET_MAGIC, foreign, is_tar, no_json_lines
+from data_prep.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, is_parquet, is_tar, no_json_lines
 from data_prep.json_text import json_record, text_in
 from data_prep.locations import InputFile
 from data_prep.parquet_rows import parquet_documents
@@ -114,7 +114,7 @@ class RawFile:
         self._check_documents(head)
 
     def _is_parquet(self, content: Unpacked, head: bytes) -> bool:
-        return head.startswith(PARQUET_MAGIC) and not content.is_packed and self.format in ("auto", "parquet")
+        return is_parquet(head) and not content.is_packed and self.format in ("auto", "parquet")
 
     def _rows(self) -> Iterator[Document | Rejected]:
         self.format = "parquet"
@@ -132,7 +132,7 @@ class RawFile:
         if is_tar(head) and self.format in ("auto", "webdataset"):
             self.format = "webdataset"
             return tar_documents(content, self._split, text_key=self._text_key, max_bytes=self._max_bytes)
-        if (kind := foreign(head)) is not None:
+        if (kind := foreign(head, plain_text=self.format in ("text", "wikitext"))) is not None:
             raise NoDocumentError(f"{self.path} is {kind}")
         if self.format in ("parquet", "webdataset"):
             raise NoDocumentError(f'{self.path} is no {_NAMES[self.format]}; set format to "auto" or to what it is')

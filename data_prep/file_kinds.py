@@ -10,7 +10,9 @@ PARQUET_MAGIC = b"PAR1"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
 # Letters that a text may begin with as well: they count only where what follows is no text.
-_LETTERS = (b"BZh", b"LZIP", b"ORC", b"FEA1", b"Rar!")
+_LETTERS = (b"BZh", b"LZIP", b"ORC", b"FEA1", b"Rar!", PARQUET_MAGIC, b"ARROW1")
+# Formats that may be text throughout: where format says that a file is text, it is believed.
+_TEXT_FORMATS = (b"%PDF-", b"{\\rtf", b"WARC/")
 _UNPACK = "unpack it, or read it as `pipe:{} FILE`"
 _AS_JSON = "write its rows as JSON lines or as Parquet"
 # (offset, bytes there, what the file is, what to do)
@@ -58,13 +60,20 @@ def is_tar(head: bytes) -> bool:
     return head[_TAR_OFFSET:].startswith(_TAR_MAGIC)
 
 
-def foreign(head: bytes) -> str | None:
-    """For content that begins as no text does: "a PDF, which is not read; extract its text first"; else None."""
+def is_parquet(head: bytes) -> bool:
+    """Whether content begins as a Parquet file does: a page header or a footer, which hold zero bytes, follow."""
+    return head.startswith(PARQUET_MAGIC) and not _is_text(head)
+
+
+def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
+    """For content that begins as no text does: "a PDF, which is not read; extract its text first"; else None.
+    `plain_text`: the user says that it is text."""
+    words = (*_LETTERS, *_TEXT_FORMATS) if plain_text else _LETTERS
     for offset, magic, what, fix in _KINDS:
-        if head.startswith(magic, offset) and not (magic in _LETTERS and _is_text(head)):
+        if head.startswith(magic, offset) and not (magic in words and _is_text(head)):
             return f"{what}; {fix}"
     if head and not head.strip(b"\0"):
-        return "nothing but zero bytes at its beginning, as an unfinished copy leaves it; fetch it again"
+        return "filled with zero bytes at its beginning, as an unfinished copy leaves it; fetch it again"
     for encoding, zeros in (("UTF-16LE", head[1:64:2]), ("UTF-16BE", head[0:64:2])):
         if len(zeros) > 3 and not zeros.strip(b"\0"):
             return f"UTF-16 text without a byte order mark, which is not read; convert it: iconv -f {encoding} -t UTF-8"

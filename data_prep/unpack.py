@@ -219,7 +219,7 @@ def _check_suffix(path: InputFile, stored: IO[bytes], magic: bytes) -> None:
         return
     suffix, kind = path.suffix.lower(), foreign(magic + stored.read(HEAD_BYTES))
     if kind is not None:
-        raise NoDocumentError(f"{path} is no {suffix} file but {kind}")
+        raise NoDocumentError(f"{path} is not a {suffix} file: it is {kind}")
     raise DamagedFileError(f"{path} is damaged (not a {suffix} file); fetch it again")
 
 

@@ -109,11 +109,14 @@ NO_DOCUMENT = [
     ("a.arrow", b"ARROW1\0\0" + bytes(100), r"an Arrow or Feather file.*as JSON lines or as Parquet"),
     ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0" + bytes(100), r"an Arrow stream"),
     ("a.pdf", b"%PDF-1.7\n%\xe2\xe3", r"a PDF, which is not read; extract its text first"),
+    ("a.rtf", b"{\\rtf1 words}\n", r"an RTF document, which is not read; extract its text first"),
+    ("a.warc", b"WARC/1.0\r\nWARC-Type: warcinfo\r\n", r"a WARC crawl archive.*extract the text of its pages first"),
+    ("a.txt", b"PAR1 begins a Parquet file.\n", r'holds no JSON lines; if it is plain text set format to "text"'),
     ("a.jsonl", codecs.BOM_UTF16_LE + '{"text": "one"}\n'.encode("utf-16-le"), r"UTF-16 text.*iconv -f UTF-16 -t"),
     ("a.jsonl", '{"text": "one"}\n'.encode("utf-16-be"), r"UTF-16 text without a byte order.*iconv -f UTF-16BE"),
     ("a.jsonl", gzip.compress(gzip.compress(LINES[0])), r"packed with gzip twice; unpack it once"),
-    ("A.JSON.GZ", bytes(5000), r"no \.gz file but nothing but zero bytes at its beginning"),
-    ("a.jsonl", bytes(5000), r"nothing but zero bytes at its beginning, as an unfinished copy leaves it"),
+    ("A.JSON.GZ", bytes(5000), r"is not a \.gz file: it is filled with zero bytes at its beginning"),
+    ("a.jsonl", bytes(5000), r"is filled with zero bytes at its beginning, as an unfinished copy leaves it"),
     ("A.JSONL.ZST", LINES[0], r"damaged \(not a \.zst file\)"),
     ("a.jsonl", b"", r"holds nothing"),
     ("a.jsonl", b"\n\n\n", r"holds only blank lines"),
@@ -132,6 +135,15 @@ def test_a_file_without_a_document_is_named_with_what_it_looks_like(
         list(raw.read())
     assert isinstance(error.value, NoDocumentError) != ("damaged" in words)
     assert str(error.value).startswith(f"{tmp_path / name} ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("letters", ["PAR1", "ARROW1", "ORC", "WARC/1.0", "%PDF-1.7", "{\\rtf1"])
+def test_plain_text_may_begin_with_the_letters_of_another_format(tmp_path: Path, letters: str) -> None:
+    """A file of that format does not pass for text: what follows its letters is none."""
+    text = f"{letters} is how such a file begins.\n"
+    assert read(write(tmp_path / "a.txt", text.encode()), "text") == ([text], [])
+    with pytest.raises(NoDocumentError, match=r"which is not read|a Parquet file"):
+        read(write(tmp_path / "b", letters.encode() + b"\x15\0\x15\xe2\xe3" + bytes(100)), "text")
 
 
 def test_a_file_of_empty_texts_alone_is_no_bad_file(tmp_path: Path) -> None:
