@@ -19,7 +19,7 @@ from data_prep.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
 from data_prep.folders import check_folder, is_full, no_room
 from data_prep.locations import without_secrets
 from data_prep.lossy import check_given_model
-from data_prep.output_files import QUARANTINE_FILE, check_output
+from data_prep.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
 from data_prep.parallel import worker_pool
 from data_prep.pipeline import Pipeline, Slice
 from data_prep.plan import Plan, make_plan, output_folder
@@ -48,6 +48,7 @@ def _steps_command(arguments: argparse.Namespace) -> None:
     if losses := check_given_model(plan):
         print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
     check_folder(plan.output, "output")
+    check_manifest_is_own(plan.output, force=arguments.force)
     if plan.unread:
         files = len(plan.sources), plan.config.max_input_files, plan.unread
         print("reading {} raw files, {} of `input` (max_input_files), not its {} others".format(*files))

@@ -37,6 +37,9 @@ def _parsed(line: bytes) -> object:
         return json.loads(line.decode("utf-8"))
 
 
+KINDS: dict[type, str] = {dict: "an object", list: "a list", bool: "true or false"}
+
+
 def text_in(record: dict[str, Any], key: str) -> bytes:
     """The text of a record at a dotted key, in UTF-8: the key itself or, if there is none, `a` and in it `b` for a.b.
     Raises NoText, with the keys that there are."""
@@ -46,7 +49,12 @@ def text_in(record: dict[str, Any], key: str) -> bytes:
         for part in key.split("."):
             text = text.get(part) if isinstance(text, dict) else None
     if not isinstance(text, str):
-        raise NoText("no text", f"the key `{key}` is missing or not a string; keys found: {named(dotted_keys(record))}")
+        what = f"the key `{key}` is missing"
+        if text is not None:
+            what = f"`{key}` is {KINDS.get(type(text), 'a number')}, not a string"
+        elif key in record:
+            what = f"`{key}` is null, not a string"
+        raise NoText("no text", f"{what}; keys found: {named(dotted_keys(record))}")
     if not text or text.isspace():
         raise NoText("empty", "the text is empty or blank")
     try:

@@ -97,6 +97,23 @@ def check_output(plan: Plan, *, force: bool) -> None:
     _check_foreign(output, present, force=force)
 
 
+def check_manifest_is_own(output: Path, *, force: bool) -> None:
+    """Raises DataError if `output` holds a manifest.json that no preparation wrote, before it is read as one."""
+    path = output / MANIFEST_FILE
+    if force or not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_bytes())
+        is_own = isinstance(content, dict) and {"format_version", "splits"} <= content.keys()
+    except ValueError:
+        is_own = bool(own_files(output) - {MANIFEST_FILE})  # damaged, with run.json beside it
+    if not is_own:
+        raise DataError(
+            f"output: {output} holds {MANIFEST_FILE}, which no preparation made and this one would replace; move it "
+            "away, choose another `output`, or add --force to lose it"
+        )
+
+
 def _check_foreign(output: Path, names: Iterable[str], *, force: bool) -> None:
     """Raises DataError if a file of one of these names is there and is not a preparation's own."""
     folders = sorted(name for name in names if (output / name).is_dir() and not (output / name).is_symlink())

@@ -216,7 +216,11 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
                 )
         matched = [path for path in found if is_file(path)]
         if not matched:
-            what = "is a folder; name its files, for example with a glob" if found else "matches no file"
+            what = "matches no file"
+            if any(isinstance(path, Path) and not path.is_dir() for path in found):
+                what = "is a device or a named pipe; write the command that feeds it as pipe:COMMAND"
+            elif found:
+                what = "is a folder; name its files, for example with a glob"
             fix = f"; fetch {origin} and unpack it there, or name the zip itself" if origin else ""
             folders = " and in ".join(dict.fromkeys([str(Path.cwd()), str(REPOSITORY)]))
             if URL.match(pattern):

@@ -212,8 +212,12 @@ def main() -> int:
     missing = {needed: [f for f in findings if f.fix and f.is_needed == needed] for needed in (True, False)}
     try:
         print(describe(findings, missing), flush=True)
-    except BrokenPipeError:
-        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whose reader, e.g. `head`, has what it wanted
+            print(
+                f"warning: stdout cannot be written ({error.strerror}); the exit code is the verdict", file=sys.stderr
+            )
+        # What is left goes nowhere, or Python reports it again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if missing[True] else 0
 

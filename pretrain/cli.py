@@ -126,7 +126,9 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     if config.train.replay_routing is not None:
         from pretrain.routing_tape import open_record
 
-        open_record(config, sources)
+        first = 0 if newest is None else newest.progress.step
+        last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+        open_record(config, sources).check_steps(range(first + 1, last + 1))
     return sources, data_size
 
 

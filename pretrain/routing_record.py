@@ -37,6 +37,10 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+WINDOW_KEYS = ("max_tokens", "shuffle_block_windows", "shuffle_blocks", "document_mask")
+"""Keys of the data section that decide, beside its order, what a window is and when it comes."""
+
+
 def description(config: Config, digest: str) -> dict[str, Any]:
     """What two runs must have in common for the choices of one to be those of the other. `routers`: per router of the
     whole model [heads, experts, choices]."""
@@ -55,6 +59,9 @@ def description(config: Config, digest: str) -> dict[str, Any]:
         "global_sequences": config.batch.global_sequences,
         "data_digest": digest,
         "seed": config.train.seed,
+        # Which windows a step reads, with digest and seed; the choices of other text would be taken without a word.
+        "data.order": "streams" if config.reads_streams else "shuffled",
+        **{f"data.{name}": getattr(config.data, name) for name in WINDOW_KEYS},
     }
 
 

@@ -11,6 +11,8 @@ SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
 MARKS = ("checkpoints", "events.jsonl")
 """What only a run puts into a folder."""
+FOLDERS = ("checkpoints", "tensorboard", "routing")
+"""What is a folder in a run folder, where it is."""
 
 
 def is_run(folder: Path) -> bool:
@@ -46,6 +48,12 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
     folder = folder.absolute()
     _check_place(folder)
     _check_own(folder)
+    for name in FOLDERS:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(
+                f"--run-dir: {folder / name} is a file where the run needs a folder; move it away or choose another "
+                f"--run-dir"
+            )
     return folder
 
 

@@ -170,6 +170,7 @@ def test_input_mistakes_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"input": "links/*.gz"}, r"input: links/c\.json\.gz is a link to a file that is not there"),
         ({"input": "none/*.gz"}, r"input: 'none/\*\.gz' matches no file"),
         ({"input": "raw"}, "input: 'raw' is a folder; name its files"),
+        ({"input": "/dev/null"}, "input: '/dev/null' is a device or a named pipe; write the command"),
         ({"input": ["raw/a.json.gz", "raw/*.gz"]}, r"a\.json\.gz is matched twice, by `input` and `input`"),
         ({"input": "raw/*", "validation_input": "raw/*"}, "matched twice, by `input` and `validation_input`"),
         ({"input": "raw/*", "tokenizer": {"model": "no.model"}}, r"tokenizer\.model: no file no\.model"),

@@ -64,13 +64,15 @@ def test_a_foreign_file_is_refused_by_name_before_any_work(
     assert content_of(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("content", ["not JSON", '{"name": "a web page"}', "[1]"])
 def test_a_manifest_of_something_else_is_refused(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     put(tmp_path / "out", "manifest.json")
+    (tmp_path / "out" / "manifest.json").write_text(content)
     before = content_of(tmp_path / "out")
     assert main(["run", "--config", str(config)]) == 2
-    assert "manifest.json is not JSON" in one_error(capsys)
+    assert "holds manifest.json, which no preparation made and this one would replace" in one_error(capsys)
     assert content_of(tmp_path / "out") == before
 
 

@@ -161,7 +161,7 @@ def test_the_column_is_that_of_text_key(tmp_path: Path, arrow: Any) -> None:
     assert read(path, text_key="raw") == (["bytes"], [])
     with pytest.raises(NoDocumentError, match=r"no column `text`; set `text_key` to one of: meta\.body, meta\.n, raw"):
         read(path)
-    with pytest.raises(NoDocumentError, match=r"gives no document: the key `n` is missing or not a string"):
+    with pytest.raises(NoDocumentError, match=r"gives no document: `n` is a number, not a string"):
         read(path, text_key="n")
 
 

@@ -43,6 +43,16 @@ def test_without_any_package_it_names_what_is_missing_and_how_to_get_it(tmp_path
         assert re.search(rf"(?m)^  {name} +{fix}", optional), name
 
 
+def test_a_full_disk_below_stdout_is_told_and_the_verdict_stands(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-S", str(DOCTOR)]
+        done = subprocess.run(line, env={"PATH": str(tmp_path)}, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "warning: stdout cannot be written (No space left on device); the exit code is the verdict"
+    ]
+
+
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

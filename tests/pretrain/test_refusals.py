@@ -137,6 +137,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
         "new is a symbolic link to gone, which does not exist; create that folder",
     ),
     "run dir is below a dangling link": (link("new", "gone"), [*CONFIG, "--run-dir", "new/run"], "is a symbolic link"),
+    "a file in the place of tensorboard": (
+        file("run/tensorboard", b"x"),
+        [*CONFIG, "--run-dir", "run"],
+        "run/tensorboard is a file where the run needs a folder; move it away",
+    ),
     # checkpoint.resume
     "resume is empty": (None, [*RESUME, "checkpoint.resume="], "checkpoint.resume: is empty; set it to auto, never or"),
     "resume is a run": (

@@ -181,6 +181,8 @@ def test_a_record_that_does_not_fit_is_refused(prepared: Path, tmp_path: Path) -
         ([f"train.replay_routing={tmp_path}"], "holds no record.json; name the run folder of a run with"),
         ([replay, "batch.global_sequences=4"], f"{fit} does not fit: its global_sequences is 8, this run's 4"),
         ([replay, "train.seed=6"], "does not fit: its seed is 5, this run's 6"),
+        ([replay, "data.order=streams"], "does not fit: its data.order is shuffled, this run's streams"),
+        ([replay, "data.shuffle_block_windows=4"], "does not fit: its data.shuffle_block_windows is 0, this run's 4"),
         ([replay, "model.sequence_length=6"], "does not fit: its sequence_length is 8, this run's 6"),
         (
             [replay, "model.num_layers=3"],
