@@ -27,7 +27,7 @@ from model.kernels.triton.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_RO
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every router of the shipped configurations in bf16; one of SwitchHead and one of sigma-MoE in fp16 and fp32."""
-    moa = [(d, 1, E, k, (0,)) for (d, _), E in MOA.items() for k in MOA_CHOICES]
+    moa = [(d, 1, E, k, (0,)) for (d, _), E in MOA.items() for k in MOA_CHOICES[d]]
     # Which of a routing's results a gradient reaches: scores of SwitchHead, logits of MoA's softmax, sigma-MoE's both.
     for shapes, has_logits, has_scores in (
         (ROUTERS, False, True), (moa, True, False), (SIGMA_MOE_ROUTERS, True, True)

@@ -14,6 +14,10 @@ GATED = {
     (1024, 100): 4,
     (512, 112): 4,
     (412, 64): 5,
+    (412, 126): 5,
+    (412, 171): 5,
+    (1024, 197): 4,
+    (1024, 256): 4,
     (128, 32): 4,
 }
 """SwitchHead with at least half of the experts chosen: (d, h) -> experts of a head."""
@@ -24,7 +28,8 @@ SORTED = {(412, 112): 2, (412, 76): 2, (412, 56): 2, (412, 48): 2}
 MOA = {(1024, 146): 16, (412, 88): 10}
 """Mixture of attention heads: (d, h) -> experts."""
 
-MOA_CHOICES = (2, 4, 6, 8)
+MOA_CHOICES = {412: (2, 4, 6, 8), 1024: (2, 4, 6, 8, 12)}
+"""d_model -> active experts."""
 
 ROUTERS = (
     (1024, 4, 4, 2, (0, 1)),
@@ -51,5 +56,5 @@ SIGMA_MOE = {
 }
 """d_model, experts, expert size, active experts, and tokens of a micro-batch."""
 
-VOCABULARIES = (256, 8000, 32000, 50257)
+VOCABULARIES = (205, 256, 8000, 32000, 50257)
 """And one that is longer than a block and odd."""

@@ -251,8 +251,8 @@ def compile_cases() -> Iterator[CompileCase]:
     )
     block = {"BLOCK_M": SUM_TILE[0], "BLOCK_N": SUM_TILE[1]}
     pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32"}
-    for width in sorted({d for d, _ in (*SORTED, *MOA)}):
-        for k in MOA_CHOICES:
+    for width, choices in MOA_CHOICES.items():
+        for k in choices:
             constants = {"width": width, "K": k, "stride": slot_stride(width)} | block
             yield make_case(f"sorted sum_slots {width} k{k}", sum_slots_kernel, pointers, constants)
     mixtures = [(h, 2, *what) for _, h in SORTED for what in ((True, False), (False, True), (True, True))]

@@ -140,7 +140,8 @@ def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
         return Tiles(
             64, column_tile(h, 64), 16, 8, 2
         )  # no tensor cores: operands live in registers, and 32 of depth with 4 warps spill
-    columns = column_tile(h)
+    # Rows of 126 elements are read 4 bytes at a time, whose addresses leave no registers for 128 columns (sm_80).
+    columns = column_tile(h, 64 if h % 4 else 128)
     return Tiles(128, columns, 32, 8 if columns == 128 else 4, 3)
 
 
