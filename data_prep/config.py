@@ -40,7 +40,8 @@ class TokenizerConfig(Section):
 
     model: str | None = None
     """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other
-    keys of this section but `allow_lossy` are for training; a `vocab_size` that is given must be that of the model."""
+    keys of this section but `allow_lossy`, `separator` and `sentences` are for training; a `vocab_size` that is given
+    must be that of the model."""
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""

@@ -161,7 +161,7 @@ class RawFile:
         if self._documents or (first is not None and self._all_harmless) or self.format == "enwik8":
             return
         if self.format == "text":
-            words = "holds no text" if first is None else f"gives no document: {first.detail}"
+            words = "holds no text" if first is None else f"gives no document: {first.reason} ({first.detail})"
         elif self.format in _NAMES:
             words = "holds no record" if first is None else f"gives no document: {first.detail}"
         elif first is not None and first.reason == "no text":

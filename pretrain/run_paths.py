@@ -30,7 +30,7 @@ def config_file(given: str | Path, option: str = "--config") -> Path:
     if not os.path.isdir(path):  # pathlib's raises for a long name
         return path
     if not is_run(path):
-        raise ConfigError(f"{option}: {path} is a folder and holds no run; name one configuration file, e.g. one in it")
+        raise ConfigError(f"{option}: {path} is a folder and holds no run; name a configuration file or a run folder")
     return path / SAVED_CONFIG
 
 
