@@ -74,7 +74,9 @@ def assert_close(ours: Path, theirs: Path) -> None:
             assert mine[key] == pytest.approx(its[key], rel=1e-5, abs=1e-7), (key, mine["step"])
 
 
-@pytest.mark.parametrize("model", sorted(OF_MODEL))
+@pytest.mark.parametrize(
+    "model", ["switchall", *(pytest.param(model, marks=pytest.mark.slow) for model in ("switchall xl", "moa"))]
+)
 def test_a_replay_takes_the_choices_of_the_record_in_every_layout(prepared: Path, tmp_path: Path, model: str) -> None:
     """Choices that nobody would make prove that they were taken: losses and flips are then the same in all layouts,
     and others than without. Memory, dropouts and the regulariser are on where the model has them."""
