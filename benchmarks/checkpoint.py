@@ -23,12 +23,12 @@ from model.language_model import build_model
 from pretrain import device as devices
 from pretrain.checkpoint import Retention
 from pretrain.checkpoint.saver import Outcome, Saver
-from pretrain.config_io import parse_config
-from pretrain.engine import build_engine, parallel_context
-from pretrain.progress import Progress
-from pretrain.ranks import Ranks
-from pretrain.rules import choose_backends
-from pretrain.zero_state import pieces
+from pretrain.config.loading import parse_config
+from pretrain.config.rules import choose_backends
+from pretrain.data.position import Progress
+from pretrain.engine.build import build_engine, parallel_context
+from pretrain.engine.zero_state import pieces
+from pretrain.parallel.ranks import Ranks
 
 CONFIG = {
     "model": {

@@ -33,7 +33,7 @@ from benchmarks.op_cases import Case, equality_cases, timing_cases
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 from model.kernels.backend import BACKENDS, PREFERENCE, resolve
 from model.kernels.choice import Backends
-from model.kernels.route import route
+from model.kernels.ops.route import route
 from model.language_model import build_model
 
 NO_GPU = 3

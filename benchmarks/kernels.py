@@ -33,10 +33,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from model.kernels.backend import BACKENDS
-from model.kernels.expert_linear import expert_linear, expert_linear_sum
-from model.kernels.linear_cross_entropy import linear_cross_entropy
-from model.kernels.route import route
-from model.kernels.sigma_moe import sigma_moe
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.route import route
+from model.kernels.ops.sigma_moe import sigma_moe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ON_CPU = {op: [name for name in names if name not in ("triton", "cuda")] for op, names in BACKENDS.items()}

@@ -27,8 +27,8 @@ from model.attention.dense import DenseAttention
 from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig
 from model.kernels.choice import Backends
-from model.kernels.switchhead_output import switchhead_output
-from model.kernels.switchhead_value import switchhead_value
+from model.kernels.ops.switchhead_output import switchhead_output
+from model.kernels.ops.switchhead_value import switchhead_value
 
 BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
 # N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.expert_linear import expert_linear, expert_linear_sum
-from model.kernels.linear_cross_entropy import linear_cross_entropy
-from model.kernels.route import route
-from model.kernels.sigma_moe import sigma_moe
-from model.kernels.switchhead_output import switchhead_output
-from model.kernels.switchhead_value import switchhead_value
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.route import route
+from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.switchhead_output import switchhead_output
+from model.kernels.ops.switchhead_value import switchhead_value
 
 
 class Case(NamedTuple):

@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.shard_format import Manifest
-from data_prep.shard_writer import SplitWriter, write_manifest
-from pretrain.config_io import load_config
-from pretrain.data import TrainingStream
-from pretrain.paths import REPOSITORY
-from pretrain.sources import Sources
+from common.paths import REPOSITORY
+from data_prep.shards.format import Manifest
+from data_prep.shards.writer import SplitWriter, write_manifest
+from pretrain.config.loading import load_config
+from pretrain.data.sources import Sources
+from pretrain.data.windows import TrainingStream
 
 T, B = 512, 32
 VOCAB_SIZE = 8000

@@ -80,7 +80,7 @@ class TorchOperators(TorchDispatchMode):
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from model.kernels.triton.recording import is_running
+        from benchmarks.kernel_cases.recording import is_running
 
         result = func(*args, **(kwargs or {}))
         if (
@@ -113,8 +113,8 @@ def routing(layer: Layer, T: int, generator: torch.Generator) -> tuple[Tensor, T
 
 def measure(layer: Layer, T: int, d: int) -> Count:
     """Runs the layer's host functions, forward and backward, under the interpreter's counters."""
+    from benchmarks.kernel_cases.recording import recording
     from model.kernels.triton import sigma_moe, switchhead_output, switchhead_value
-    from model.kernels.triton.recording import recording
 
     generator = torch.Generator().manual_seed(0)
 

@@ -13,20 +13,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep import prepare, report
+from common.errors import DataError
+from common.folders import check_folder, is_full, no_room
+from common.terminal import spare_stdout, visible
 from data_prep.config import describe_keys, load_config
-from data_prep.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
-from data_prep.folders import check_folder, is_full, no_room
-from data_prep.locations import without_secrets
-from data_prep.lossy import check_given_model
-from data_prep.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
-from data_prep.parallel import worker_pool
-from data_prep.pipeline import Pipeline, Slice
-from data_prep.plan import Plan, make_plan, output_folder
-from data_prep.shard_format import SPLITS, TOKENIZER_FILE, DataError, Manifest
-from data_prep.stats_report import REPORT_FOLDER, write_report
-from data_prep.terminal import spare_stdout, visible
-from data_prep.work import WORK, PassingError
+from data_prep.raw.locations import without_secrets
+from data_prep.report import show as report
+from data_prep.report.stats import REPORT_FOLDER, write_report
+from data_prep.run import publish as prepare
+from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
+from data_prep.run.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
+from data_prep.run.pipeline import Pipeline, Slice
+from data_prep.run.plan import Plan, make_plan, output_folder
+from data_prep.shards.format import SPLITS, TOKENIZER_FILE, Manifest
+from data_prep.stages.lossy import check_given_model
+from data_prep.work.folder import WORK, PassingError
+from data_prep.work.parallel import worker_pool
 
 PASSING_ERROR = 1
 USER_ERROR = 2

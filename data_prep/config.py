@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from data_prep.documents import ENWIK8_SPLIT_BYTES, FormatName
-from data_prep.plain_text import TextDocuments
-from data_prep.shard_format import BYTE_VALUES, DataError
+from common.errors import DataError
+from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, FormatName
+from data_prep.raw.plain_text import TextDocuments
+from data_prep.shards.format import BYTE_VALUES
 from data_prep.stage_config import URL, DedupConfig, FilterConfig, IngestConfig, Section, as_list
 
 REPOSITORY = Path(__file__).resolve().parents[1]

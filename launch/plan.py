@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import model.openmp  # noqa: E402, F401  # before anything imports torch
-from pretrain.plan_cli import main  # noqa: E402
+from pretrain.cli.plan import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 # Python puts this file's folder first, where `import pretrain` would find this very file instead of the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain import console  # noqa: E402
+from pretrain.report import console  # noqa: E402
 from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
 
 if __name__ == "__main__":
@@ -17,6 +17,6 @@ if __name__ == "__main__":
         stop.install(launched=is_launched())  # before the slow imports
 
     import model.openmp  # noqa: F401  # before anything imports torch
-    from pretrain.cli import main
+    from pretrain.cli.train import main
 
     sys.exit(main(stop=stop))

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.route import Routing, with_choice
+from model.kernels.ops.route import Routing, with_choice
 from model.routing import RoutingStatistics
 
 

@@ -26,7 +26,7 @@ from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
-from model.kernels.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext

@@ -1,4 +1,4 @@
-"""The entropy regulariser and the load statistics of routers; the selection itself is model/kernels/route.py.
+"""The entropy regulariser and the load statistics of routers; the selection itself is model/kernels/ops/route.py.
 
 Tensor shapes: N tokens, H heads, E experts.
 """

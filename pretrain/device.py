@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import UserError
-from pretrain.ranks import Ranks
+from common.errors import UserError
+from pretrain.parallel.ranks import Ranks
 
 NAME_SECONDS = 60.0
 """How long a name server may take to learn the name of the first node."""

@@ -12,10 +12,10 @@ from torch import nn
 
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
-from pretrain.agreement import agreed
-from pretrain.config import Config
-from pretrain.data import Batch, Windows
-from pretrain.whole import Run
+from pretrain.config.schema import Config
+from pretrain.data.windows import Batch, Windows
+from pretrain.engine.micro_steps import Run
+from pretrain.parallel.agreement import agreed
 
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:

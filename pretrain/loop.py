@@ -13,30 +13,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.strict_json import finite
 from model.parallel.context import ParallelContext
-from pretrain.agreement import agreed, check_same, check_shared
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.saver import Outcome, drained
-from pretrain.config import Config
-from pretrain.config_io import to_json
+from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
 from pretrain.device import synchronize
-from pretrain.engine import parallel_context
-from pretrain.exit_codes import ExitCode
-from pretrain.monitor import Monitor
-from pretrain.progress import Progress
-from pretrain.reporting import prepare_folder, run_validation, step_values
+from pretrain.engine.build import parallel_context
+from pretrain.parallel.agreement import agreed, check_same, check_shared
+from pretrain.phases import Phases
+from pretrain.report.exit_codes import ExitCode
+from pretrain.report.monitor import Monitor
+from pretrain.report.reporting import prepare_folder, run_validation, step_values
+from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
-from pretrain.resilience.phases import Phases
 from pretrain.resilience.replicas import ReplicaCheck
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, serving, with_skips
 from pretrain.resilience.signals import Stage, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
-from pretrain.routing_tape import open_tape
-from pretrain.run_folder import RunFolder
-from pretrain.sources import Sources
-from pretrain.strict_json import finite
+from pretrain.routing.tape import open_tape
 from pretrain.trainer import StepResult, Trainer, build_trainer
 
 

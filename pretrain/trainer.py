@@ -15,20 +15,20 @@ from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
-from pretrain.agreement import agreed
 from pretrain.checkpoint import Checkpoint, Saver
-from pretrain.config import Config
-from pretrain.data import Batch, TrainingStream, Windows
-from pretrain.engine import GradientNorm, build_engine, set_learning_rate
-from pretrain.prefetch import Prefetcher
-from pretrain.progress import Progress
-from pretrain.resilience.phases import Phases
-from pretrain.routing_tape import Flips, Tape
-from pretrain.rules import choose_backends
-from pretrain.schedule import learning_rate
-from pretrain.sources import Sources
-from pretrain.step_sums import StepReducer, StepSums
-from pretrain.whole import Run, WholeRun
+from pretrain.config.rules import choose_backends
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.prefetch import Prefetcher
+from pretrain.data.sources import Sources
+from pretrain.data.windows import Batch, TrainingStream, Windows
+from pretrain.engine.build import GradientNorm, build_engine, set_learning_rate
+from pretrain.engine.micro_steps import Run, WholeRun
+from pretrain.engine.schedule import learning_rate
+from pretrain.engine.step_sums import StepReducer, StepSums
+from pretrain.parallel.agreement import agreed
+from pretrain.phases import Phases
+from pretrain.routing.tape import Flips, Tape
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def build_trainer(
     phases.enter("building the model")
     model: nn.Module
     if parallel.pipeline_size > 1:
-        from pretrain.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
+        from pretrain.engine.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
 
         model = Stage(config, parallel, backends)
     else:

@@ -107,7 +107,7 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
     code = 1
     try:
         from pretrain.device import start, stop
-        from pretrain.ranks import Ranks
+        from pretrain.parallel.ranks import Ranks
 
         start(Ranks.from_environment(), threads=1)
         result = function(rank, *args)

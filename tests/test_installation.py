@@ -30,7 +30,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 PRODUCT = ("pretrain", "model", "launch", "data_prep")
 IMPORT_NAMES = {"megatron-core": "megatron"}
 NOT_IMPORTED_BY_US = {
-    "tensorboard": "torch.utils.tensorboard imports it (pretrain/monitor.py)",
+    "tensorboard": "torch.utils.tensorboard imports it (pretrain/report/monitor.py)",
     "setuptools": "torch.utils.cpp_extension imports it, with which DeepSpeed builds its operators on a GPU",
     "aiohttp": "fsspec imports it for http:// and https:// inputs",
     "megatron": "megatron-core is a reference of the tests until model/parallel is built on it",

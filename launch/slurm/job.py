@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.work import write_atomically
-from pretrain.errors import UserError
+from common.errors import UserError
+from data_prep.work.folder import write_atomically
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent

@@ -8,17 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import DataError, UserError
 from data_prep.config import load_config
-from data_prep.disk_estimate import check_room
-from data_prep.locations import may_hold_secret
-from data_prep.lossy import check_given_model
-from data_prep.output_files import check_output
-from data_prep.plan import Plan, make_plan
-from data_prep.shard_format import DataError
+from data_prep.raw.locations import may_hold_secret
+from data_prep.run.disk_estimate import check_room
+from data_prep.run.output_files import check_output
+from data_prep.run.plan import Plan, make_plan
 from data_prep.stage_config import PIPE
+from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
+from pretrain.report.exit_codes import ExitCode
 
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
 """Steps of data_prep in order, and whether array tasks share them; each does what is missing of those before."""

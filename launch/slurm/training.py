@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.shard_format import DataError
+from common.errors import DataError, UserError
 from data_prep.stage_config import URL
 from launch.slurm import job
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
-from pretrain.run_paths import config_file, run_folder
+from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_paths import config_file, run_folder
 
 if TYPE_CHECKING:
-    from pretrain.config import Config
+    from pretrain.config.schema import Config
 
 SIGNAL_SECONDS = 300
 GPU_REQUEST = re.compile(r"--(gpus(-per-[a-z]+)?=|(gres|tres-per-[a-z]+)=(.*,)?(gres[/:])?gpu\b)")
@@ -120,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, run_dir: Path) -> None:
     """Everything that can be wrong before a node is taken; warnings and derived values go to stderr."""
-    from pretrain.cli import preflight, print_derived
-    from pretrain.config_io import load_config
-    from pretrain.rules import check_device, check_ranks
+    from pretrain.cli.train import preflight, print_derived
+    from pretrain.config.loading import load_config
+    from pretrain.config.rules import check_device, check_ranks
 
     limit = job.seconds_of(args.time)
     if args.signal_seconds is not None and args.signal_seconds >= limit:
@@ -172,8 +171,8 @@ def _check_gpus(args: argparse.Namespace) -> None:
 
 
 def _future_data(config: Config) -> list[Path]:
-    """Where the data sets will be, as pretrain/sources.py looks for them; those behind URLs are left out."""
-    from pretrain.paths import find_input
+    """Where the data sets will be, as pretrain/data/sources.py looks for them; those behind URLs are left out."""
+    from common.paths import find_input
 
     locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
     return [find_input(location).absolute() for location in locations if not URL.match(location)]

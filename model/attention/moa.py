@@ -13,8 +13,8 @@ from model.config import MoAConfig, ModelConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.expert_linear import expert_linear, expert_linear_sum, group_choices
-from model.kernels.route import Routing, route
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum, group_choices
+from model.kernels.ops.route import Routing, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region_twice, leave_region

@@ -13,9 +13,9 @@ from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.route import route
-from model.kernels.switchhead_output import switchhead_output
-from model.kernels.switchhead_value import switchhead_value
+from model.kernels.ops.route import route
+from model.kernels.ops.switchhead_output import switchhead_output
+from model.kernels.ops.switchhead_value import switchhead_value
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
 from model.routing import RoutingStatistics

@@ -9,8 +9,8 @@ from model.choices import settled
 from model.config import ModelConfig, SigmaMoEConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.route import Routing, route
-from model.kernels.sigma_moe import sigma_moe
+from model.kernels.ops.route import Routing, route
+from model.kernels.ops.sigma_moe import sigma_moe
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.exchange import Exchange, collect, spread

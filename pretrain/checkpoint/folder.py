@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.atomic import sha256
-from pretrain.errors import UserError
-from pretrain.progress import Progress
+from common.errors import UserError
+from common.files import sha256
+from pretrain.data.position import Progress
 
 FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.json"

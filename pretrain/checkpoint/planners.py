@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from common.errors import UserError
 from pretrain.checkpoint.fragments import Fragments
-from pretrain.errors import UserError
 
 
 class SavePlanner(DefaultSavePlanner):

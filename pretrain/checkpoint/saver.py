@@ -23,16 +23,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from common.errors import UserError
 from model.parallel.context import ParallelContext
-from pretrain.agreement import PeerFailed
 from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
 from pretrain.checkpoint.fragments import Chunk, Fragments
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.state import State, constants, described, owned_state
 from pretrain.checkpoint.storage import Writer
+from pretrain.data.position import Progress
 from pretrain.device import host_buffer, synchronize
-from pretrain.errors import UserError
-from pretrain.progress import Progress
+from pretrain.parallel.agreement import PeerFailed
 
 THREAD_NAME = "checkpoint"
 FAILURES_IN_A_ROW = 2

@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from common.errors import UserError
+from common.paths import REPOSITORY
 from model.config import ModelConfig
 from model.language_model import build_on_meta, routing_statistics
 from model.memory import LayerMemory, layer_memories
@@ -34,10 +36,8 @@ from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
 from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, whole
 from pretrain.checkpoint.planners import LoadPlanner
 from pretrain.checkpoint.storage import Reader
-from pretrain.errors import UserError
-from pretrain.paths import REPOSITORY
-from pretrain.progress import Progress
-from pretrain.zero_state import optimizer_steps, pieces, set_optimizer_steps
+from pretrain.data.position import Progress
+from pretrain.engine.zero_state import optimizer_steps, pieces, set_optimizer_steps
 
 State = dict[str, Fragments]
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

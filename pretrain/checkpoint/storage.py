@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from pretrain.atomic import sync_directory, write_json
+from common.errors import UserError
+from common.files import sync_directory, write_json
 from pretrain.checkpoint.folder import (
     COMMIT_FILE,
     STATE_FILE,
@@ -42,7 +43,6 @@ from pretrain.checkpoint.folder import (
     remove_partials,
     set_aside,
 )
-from pretrain.errors import UserError
 
 DTYPES = {
     "F64": torch.float64,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.agreement import agreed
+from pretrain.parallel.agreement import agreed
 from pretrain.resilience.signals import Stop
 
 

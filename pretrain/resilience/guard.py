@@ -9,18 +9,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_prep.shard_format import DataError
-from pretrain.agreement import PeerFailed
-from pretrain.config import ResilienceConfig
+from common.errors import DataError, UserError
+from common.run_lock import is_alive, is_same_machine, process_identity
+from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
+from pretrain.parallel.agreement import PeerFailed
+from pretrain.phases import Phases
+from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
-from pretrain.resilience.lock import is_alive, is_same_machine, process_identity
-from pretrain.resilience.phases import Phases
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import Watchdog
-from pretrain.run_folder import RunFolder
 
 COLLECTIVE_SECONDS = 1800.0
 """How long collectives wait where the watchdog is off: torch's own limit for gloo."""

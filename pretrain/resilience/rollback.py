@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.atomic import write_json
+from common.errors import UserError
+from common.files import write_json
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
-from pretrain.errors import UserError
-from pretrain.progress import Progress, Range, merged, positions
+from pretrain.data.position import Progress, Range, merged, positions
 
 
 @dataclass(frozen=True)

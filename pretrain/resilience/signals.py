@@ -26,8 +26,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
-from pretrain.exit_codes import ExitCode
-from pretrain.slurm import is_task_of_many
+from common.slurm import is_task_of_many
+from pretrain.report.exit_codes import ExitCode
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.atomic import write_json
-from pretrain.exit_codes import ExitCode
-from pretrain.resilience.lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
-from pretrain.resilience.phases import Phases, Record, read
+from common.files import write_json
+from common.run_lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
+from common.strict_json import dumps
+from pretrain.phases import Phases, Record, read
+from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import Stop
-from pretrain.strict_json import dumps
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, in a C-level handler that needs no interpreter lock."""

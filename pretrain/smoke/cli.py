@@ -18,20 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.shard_format import DataError
-from pretrain.cli import preflight
-from pretrain.config import Config
-from pretrain.config_io import load_config
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
+from common.errors import DataError, UserError
+from pretrain.cli.train import preflight
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import Stage, Stop
-from pretrain.run_paths import config_file, run_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.ranks import Ranks
-    from pretrain.sources import Sources
+    from pretrain.data.sources import Sources
+    from pretrain.parallel.ranks import Ranks
 
 VERDICT = "smoke: "
 """How every line of it begins; the last one is the verdict."""
@@ -63,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. Returns 0 passed, 1 failed, 2 refused, or the code that training ended with."""
-    from pretrain.ranks import Ranks
+    from pretrain.parallel.ranks import Ranks
 
     args = build_parser().parse_args(arguments)
     is_first = True
@@ -107,7 +106,7 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
 def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Stop, args: argparse.Namespace) -> int:
     """Joins the process group, tests, and gives the verdict; the same code on every rank unless one failed alone."""
     from pretrain import device as devices
-    from pretrain.agreement import PeerFailed
+    from pretrain.parallel.agreement import PeerFailed
     from pretrain.resilience.guard import RunFailed, collective_timeout
 
     started = time.monotonic()
@@ -178,7 +177,7 @@ def _from_first(function: Any) -> Any:
     """What `function` gives on rank 0, on every rank; collective. Raises UserError or PeerFailed."""
     import torch.distributed as dist
 
-    from pretrain.agreement import agreed
+    from pretrain.parallel.agreement import agreed
 
     value = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(value, src=0)

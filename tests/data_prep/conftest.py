@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.shard_format import Manifest
+from data_prep.shards.format import Manifest
 
 VOCABULARY = (
     "the shard holds tokens of many documents and every reader checks its hash before use while experts "

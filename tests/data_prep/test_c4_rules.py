@@ -9,9 +9,9 @@ import random
 
 import pytest
 
-from data_prep.c4_rules import POLICY_PHRASES, clean_page, count_sentences
-from data_prep.filters import Filters
 from data_prep.stage_config import FilterConfig
+from data_prep.stages.c4_rules import POLICY_PHRASES, clean_page, count_sentences
+from data_prep.stages.filters import Filters
 from tests.data_prep.raw_corpus import SAMPLE
 
 C4_ALONE = {"min_words": 0, "max_words": 10**9, "gopher_quality": False, "gopher_repetition": False, "c4_lines": True}

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.terminal import visible
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, known_keys
-from data_prep.shard_format import Manifest
-from data_prep.stats_report import QUANTILES, RATIO_STEP, Lengths, pieces
-from data_prep.terminal import visible
-from data_prep.tokenizer import TextTokenizer
+from data_prep.report.stats import QUANTILES, RATIO_STEP, Lengths, pieces
+from data_prep.shards.format import Manifest
+from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus
 
 
@@ -71,7 +71,7 @@ def test_stats_and_verify_print_tables(prepared: Path, capsys: pytest.CaptureFix
 def test_statistics_are_those_of_the_documents(
     corpus: Corpus, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.stats_report.READ_TOKENS", 999)  # documents go on in the next piece
+    monkeypatch.setattr("data_prep.report.stats.READ_TOKENS", 999)  # documents go on in the next piece
     tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
     for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
         tokens = np.array([len(tokenizer.encode(text)) for text in texts])

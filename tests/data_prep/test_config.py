@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from common.errors import DataError
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
-from data_prep.plan import make_plan
-from data_prep.shard_format import DataError, Manifest
+from data_prep.run.plan import make_plan
+from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import c4_line, write_dump
 
 
@@ -120,7 +121,7 @@ def test_shipped_configs_are_valid_and_write_below_the_repository_root(
 
 def test_inputs_are_found_here_and_then_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_prep.plan.REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr("data_prep.run.plan.REPOSITORY", tmp_path / "repository")
     for name in ("b", "a"):
         write_dump(tmp_path / "repository" / "raw" / f"{name}.json.gz", [c4_line(name)])
     config = load(tmp_path, {"input": "raw/*.json.gz"})

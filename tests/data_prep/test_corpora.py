@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
-from data_prep.documents import RawFile, Rejected, documents, is_article_heading
-from data_prep.plan import make_plan
-from data_prep.shard_format import DataError, Manifest
-from data_prep.shard_reader import SplitReader
-from data_prep.tokenizer import TextTokenizer
+from data_prep.raw.documents import RawFile, Rejected, documents, is_article_heading
+from data_prep.run.plan import make_plan
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import WORDS
 from tests.data_prep.test_prepare import one_error, outputs, run
 
@@ -241,7 +242,7 @@ def test_two_workers_and_small_chunks_give_the_same_bytes_and_a_second_run_nothi
 ) -> None:
     config = request.getfixturevalue(corpus)
     assert run(config) == 0
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 700)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 700)
     two = ("--set", "workers=2", "--set", f"output={tmp_path / 'two'}")
     assert run(config, *two, command="tokenizer") == 0
     assert run(config, *two, command="shard") == 0
@@ -381,7 +382,7 @@ def test_the_shipped_configs_say_where_missing_files_come_from(
     config = load_config(REPOSITORY / "configs" / "data" / f"{name}.json", [])
     assert config.output == str(REPOSITORY / "data" / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_prep.plan.REPOSITORY", tmp_path)
+    monkeypatch.setattr("data_prep.run.plan.REPOSITORY", tmp_path)
     with pytest.raises(
         DataError, match=r"input: 'raw/.*' matches no file .*; fetch https?://\S+zip and unpack it there, or"
     ):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import dedup
-from data_prep import signatures as sign
 from data_prep.cli import main
-from data_prep.dedup import candidate_pairs
-from data_prep.shard_format import Manifest
-from data_prep.signatures import band_shape, shingle_hashes, signatures, similarity
+from data_prep.shards.format import Manifest
+from data_prep.stages import dedup
+from data_prep.stages import signatures as sign
+from data_prep.stages.dedup import candidate_pairs
+from data_prep.stages.signatures import band_shape, shingle_hashes, signatures, similarity
 from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.raw_corpus import SAMPLE
 from tests.data_prep.test_prepare import decoded

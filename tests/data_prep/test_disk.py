@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from data_prep import cli, disk_estimate
+from data_prep import cli
 from data_prep.cli import main
 from data_prep.config import load_config
-from data_prep.disk_estimate import needed_bytes, used_bytes
-from data_prep.plan import make_plan
+from data_prep.run import disk_estimate
+from data_prep.run.disk_estimate import needed_bytes, used_bytes
+from data_prep.run.plan import make_plan
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
 from tests.data_prep.raw_corpus import SAMPLE

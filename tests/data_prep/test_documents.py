@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_prep.documents import Document, RawFile, Rejected, stable_fraction, stable_fractions
-from data_prep.shard_format import DataError
-from data_prep.unpack import DamagedFileError
+from common.errors import DataError
+from data_prep.raw.documents import Document, RawFile, Rejected, stable_fraction, stable_fractions
+from data_prep.raw.unpack import DamagedFileError
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
 
@@ -35,7 +35,7 @@ def read(path: Path, format: Any = "auto", **settings: Any) -> tuple[RawFile, li
 def test_texts_come_back_in_order_with_hash_size_and_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: Any, block_bytes: int
 ) -> None:
-    monkeypatch.setattr("data_prep.unpack.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", block_bytes)
     texts = [f"text {number}\nline two  ü" for number in range(20)]
     path = write_dump(tmp_path / "a.json.gz", [line(text) for text in texts])
     consumed: list[int] = []
@@ -85,7 +85,7 @@ def test_plain_files_concatenated_gzip_zstd_and_blank_lines_are_read(tmp_path: P
 def test_a_malformed_line_is_rejected_with_its_number_and_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, reason: str, detail: str, block_bytes: int
 ) -> None:
-    monkeypatch.setattr("data_prep.unpack.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", block_bytes)
     path = write_dump(tmp_path / "bad.json.gz", [c4_line("good")] * 3 + [b"", bad, c4_line("more")])
     _, texts, (rejected,) = read(path, max_document_bytes=150_000)
     assert texts == ["good"] * 3 + ["more"]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from data_prep import work
 from data_prep.cli import main
 from data_prep.config import REPOSITORY
-from data_prep.parallel import _start_method
-from data_prep.shard_format import Manifest
+from data_prep.shards.format import Manifest
+from data_prep.work import folder as work
+from data_prep.work.parallel import _start_method
 from tests.data_prep.raw_corpus import write_corpus
 from tests.data_prep.test_prepare import outputs
 from tests.data_prep.test_stages import Killed
@@ -52,7 +52,7 @@ def test_the_same_bytes_and_no_text_on_disk(
     made: list[str] = []
     real = work.os.replace
     monkeypatch.setattr(work.os, "replace", lambda a, b: (made.append(Path(b).name), real(a, b))[1])
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 20_000)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 20_000)
     assert main(["run", "--config", str(write_config(raw, "at-once"))]) == 0
     assert outputs(raw[0] / "at-once") == apart
     assert len([name for name in made if name.endswith(".tok")]) > 10 and not [n for n in made if n.endswith(".zst")]
@@ -84,8 +84,8 @@ def test_killed_again_and_again(
             budget -= 1
         real(source, target)
 
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 60_000)
-    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)  # a batch must not need more than 14
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 60_000)
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)  # a batch must not need more than 14
     monkeypatch.setattr(work.os, "replace", replace)
     for _attempt in range(30):
         budget = 14

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.external_sort import ExternalSorter
+from data_prep.stages.external_sort import ExternalSorter
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import DataError
+from common.folders import check_writable_folder
 from data_prep.cli import main
 from data_prep.config import REPOSITORY
-from data_prep.folders import check_writable_folder
-from data_prep.shard_format import DataError, Manifest
+from data_prep.shards.format import Manifest
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
 from tests.data_prep.test_prepare import one_error

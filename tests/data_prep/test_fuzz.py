@@ -8,13 +8,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from common.errors import DataError
 from data_prep.config import DataConfig
-from data_prep.documents import RawFile
-from data_prep.ingest import IngestTask, RawInput, ingest_batch, quarantine_file, read_state
-from data_prep.records import Document, Rejected
-from data_prep.shard_format import DataError, Manifest
-from data_prep.shard_reader import SplitReader
-from data_prep.store import read_documents, read_index
+from data_prep.raw.documents import RawFile
+from data_prep.raw.records import Document, Rejected
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from data_prep.stages.ingest import IngestTask, RawInput, ingest_batch, quarantine_file, read_state
+from data_prep.work.parts import read_documents, read_index
 from tests.data_prep.conftest import c4_line, make_texts, pes2o_line, write_dump
 
 DUMPS, LINES, PREPARED = 1200, 600, 1200  # 6 s in all

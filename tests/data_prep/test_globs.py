@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep import plan
-from data_prep.locations import match
-from data_prep.plan import _find
+from data_prep.raw.locations import match
+from data_prep.run import plan
+from data_prep.run.plan import _find
 
 NAMES = ["part0.gz", "part1.gz", "part2.gz"]
 

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from data_prep.cli import main
-from data_prep.documents import Document, RawFile, Rejected
-from data_prep.unpack import NoDocumentError
+from data_prep.raw.documents import Document, RawFile, Rejected
+from data_prep.raw.unpack import NoDocumentError
 from tests.data_prep.test_prepare import one_error
 
 LINES = [json.dumps({"text": f"document {number}", "id": number}).encode() for number in range(5)]

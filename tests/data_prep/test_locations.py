@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from common.errors import DataError
+from common.terminal import visible
 from data_prep.cli import main
-from data_prep.locations import (
+from data_prep.raw.locations import (
     RemoteFile,
     UnreachableError,
     identity,
@@ -20,10 +22,9 @@ from data_prep.locations import (
     size_and_stamp,
     without_secrets,
 )
-from data_prep.plan import _names
-from data_prep.shard_format import DataError, Manifest
-from data_prep.terminal import visible
-from data_prep.work import PassingError
+from data_prep.run.plan import _names
+from data_prep.shards.format import Manifest
+from data_prep.work.folder import PassingError
 from tests.data_prep.conftest import make_texts
 from tests.data_prep.test_inputs import write
 from tests.data_prep.test_prepare import one_error
@@ -121,7 +122,7 @@ def test_no_secret_of_a_signed_url_is_written_or_printed(
     again = [url.replace("X-Amz-Signature=", "X-Amz-Signature=new") for url in urls]
     assert run(tmp_path, again, keep_work=True, dedup={"near": False}) == 0
     assert "up to date" in capfd.readouterr().out
-    monkeypatch.setattr("data_prep.ingest.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data_prep.stages.ingest.time.sleep", lambda seconds: None)
 
     def lose(self: RemoteFile, mode: str) -> None:
         raise RuntimeError(f"lost {self.url}")

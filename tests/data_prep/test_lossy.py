@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 
 from data_prep.cli import main
-from data_prep.lossy import EXAMPLE, PROBES, describe_losses, losses
-from data_prep.shard_format import Manifest
-from data_prep.shard_reader import SplitReader
-from data_prep.tokenizer import TextTokenizer
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from data_prep.stages.lossy import EXAMPLE, PROBES, describe_losses, losses
+from data_prep.stages.tokenizer import TextTokenizer
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus, make_texts
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from data_prep import output_files, work
 from data_prep.cli import main
-from data_prep.shard_format import Manifest
-from data_prep.stats_report import PLOTS, check_own
+from data_prep.report.stats import PLOTS, check_own
+from data_prep.run import output_files
+from data_prep.shards.format import Manifest
+from data_prep.work import folder as work
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus, c4_line, write_dump
 from tests.data_prep.test_prepare import one_error, outputs

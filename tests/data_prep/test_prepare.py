@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from data_prep import prepare
 from data_prep.cli import main
 from data_prep.config import REPOSITORY
-from data_prep.shard_format import Manifest
-from data_prep.shard_reader import SplitReader
-from data_prep.tokenizer import TextTokenizer
+from data_prep.run import publish as prepare
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus, c4_line, write_dump
 
 
@@ -72,7 +72,7 @@ def test_two_workers_another_folder_and_two_steps_give_the_same_bytes(
     corpus: Corpus, prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with tiny parts, so that both workers are busy and results must be put back in order."""
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 2000)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 2000)
     (tmp_path / "moved").symlink_to(corpus.folder)
     moved = {
         key: [pattern.replace(str(corpus.folder), str(tmp_path / "moved")) for pattern in corpus.config[key]]
@@ -249,7 +249,7 @@ def test_no_train_document_is_an_error(
 
 def test_the_reading_side_imports_neither_torch_nor_webdataset_nor_sentencepiece() -> None:
     code = (
-        "import sys, data_prep.shard_reader; "
+        "import sys, data_prep.shards.reader; "
         "print(sorted({'torch', 'webdataset', 'sentencepiece', 'tqdm', 'pickle5'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

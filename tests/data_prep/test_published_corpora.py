@@ -13,9 +13,9 @@ import sentencepiece
 
 from data_prep.cli import main
 from data_prep.config import TokenizerConfig
-from data_prep.manifest_records import TokenizerEntry
-from data_prep.shard_format import Manifest, SplitName
-from data_prep.shard_reader import SplitReader
+from data_prep.shards.format import Manifest, SplitName
+from data_prep.shards.manifest_records import TokenizerEntry
+from data_prep.shards.reader import SplitReader
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECES = 320

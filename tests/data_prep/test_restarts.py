@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from data_prep import locations, prepare
+from common.errors import DataError
 from data_prep.cli import main
 from data_prep.config import load_config
-from data_prep.parallel import Workers
-from data_prep.pipeline import Pipeline
-from data_prep.plan import make_plan
-from data_prep.shard_format import DataError
+from data_prep.raw import locations
+from data_prep.run import publish as prepare
+from data_prep.run.pipeline import Pipeline
+from data_prep.run.plan import make_plan
+from data_prep.work.parallel import Workers
 from tests.data_prep.raw_corpus import write_corpus
 from tests.data_prep.test_prepare import one_error, outputs
 
@@ -87,7 +88,7 @@ def test_a_broken_connection_is_tried_again_and_then_one_error(
 
     original, failures = locations.RemoteFile.open, iter([True] * 2 + [False] * 1000)
     monkeypatch.setattr(locations.RemoteFile, "open", lambda self, mode: Breaking(original(self, mode)))
-    monkeypatch.setattr("data_prep.ingest.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data_prep.stages.ingest.time.sleep", lambda seconds: None)
     name = "c4-train.00001.json.gz"
     settings = {"validation_input": [], "filter": None, "dedup": None}
     plain = write_config(raw, "plain", input=str(raw[0] / "raw" / name), **settings)
@@ -107,6 +108,6 @@ def _die(task: object) -> None:
 def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_prep.pipeline.ingest_batch", _die)
+    monkeypatch.setattr("data_prep.run.pipeline.ingest_batch", _die)
     assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
     assert "a process died (most often: killed for memory)" in one_error(capsys)

@@ -12,13 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 
-import data_prep.shard_cache as shard_cache
-from data_prep.cache_folder import NAME
-from data_prep.shard_cache import ShardCache
-from data_prep.shard_format import DataError, Manifest
-from data_prep.shard_reader import SplitReader
-from pretrain.errors import ConfigError
-from pretrain.sources import open_sources
+import data_prep.shards.cache as shard_cache
+from common.errors import ConfigError, DataError
+from data_prep.shards.cache import ShardCache
+from data_prep.shards.cache_folder import NAME
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from pretrain.data.sources import open_sources
 from tests.data_prep.test_shards import joined, random_documents, write_data
 from tests.pretrain.runs import small_config
 

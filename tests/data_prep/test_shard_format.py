@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from data_prep.shard_format import DataError, Manifest, dtype_name, manifest_digest
-from data_prep.shard_reader import ShardReader, SplitReader
+from common.errors import DataError
+from data_prep.shards.format import Manifest, dtype_name, manifest_digest
+from data_prep.shards.reader import ShardReader, SplitReader
 
 Edit = Callable[[dict[str, Any]], None]
 

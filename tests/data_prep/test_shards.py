@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.shard_format import DataError, Manifest, ShardIndex, dtype_name
-from data_prep.shard_reader import ShardReader, SplitReader
-from data_prep.shard_writer import SplitWriter, write_manifest
+from common.errors import DataError
+from data_prep.shards.format import Manifest, ShardIndex, dtype_name
+from data_prep.shards.reader import ShardReader, SplitReader
+from data_prep.shards.writer import SplitWriter, write_manifest
 
 EOS = 1
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_prep import work
 from data_prep.cli import main
-from data_prep.ingest import BATCH_FILES, cut_batches
-from data_prep.shard_format import Manifest
+from data_prep.shards.format import Manifest
+from data_prep.stages.ingest import BATCH_FILES, cut_batches
+from data_prep.work import folder as work
 from tests.data_prep.raw_corpus import sample_texts
 from tests.data_prep.test_prepare import outputs
 from tests.data_prep.test_stages import Killed
@@ -48,9 +48,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of some files, parts smaller than a batch, a file that gets parts of its own."""
-    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 16_000)
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 7000)
-    monkeypatch.setattr("data_prep.part_cutter.PENDING_BYTES", 20_000)
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 16_000)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 7000)
+    monkeypatch.setattr("data_prep.stages.part_cutter.PENDING_BYTES", 20_000)
 
 
 def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> str:
@@ -79,7 +79,7 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
     (ingest,) = (raw[0] / "together" / ".work").glob("ingest-*")
     batches = [json.loads(path.read_bytes()) for path in ingest.glob("*.json")]
     assert 5 < len(batches) < 20 and max(len(batch["files"]) for batch in batches) > 10
-    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)
     assert main(["run", "--config", write_config(raw, "alone")]) == 0
     assert outputs(raw[0] / "alone") == together
     records = {record.name: record for record in Manifest.load(raw[0] / "together").provenance.inputs}

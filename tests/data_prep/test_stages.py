@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
-from data_prep import prepare, work
+from common.errors import DataError
 from data_prep.cli import main
 from data_prep.config import REPOSITORY, load_config
-from data_prep.plan import make_plan
-from data_prep.shard_format import DataError, Manifest, manifest_digest
-from data_prep.shard_reader import ShardReader
+from data_prep.run import publish as prepare
+from data_prep.run.plan import make_plan
+from data_prep.shards.format import Manifest, manifest_digest
+from data_prep.shards.reader import ShardReader
+from data_prep.work import folder as work
 from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_corpus
 from tests.data_prep.test_prepare import decoded, one_error, outputs
 
@@ -28,9 +30,9 @@ from tests.data_prep.test_prepare import decoded, one_error, outputs
 DRIVER = """
 import sys
 from data_prep.__main__ import main  # as a user starts it: workers are forked
-import data_prep.ingest
-data_prep.ingest.PART_BYTES = 60_000
-data_prep.ingest.BATCH_BYTES = 0
+import data_prep.stages.ingest
+data_prep.stages.ingest.PART_BYTES = 60_000
+data_prep.stages.ingest.BATCH_BYTES = 0
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -44,16 +46,16 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 60_000)
-    monkeypatch.setattr("data_prep.ingest.BATCH_BYTES", 0)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 60_000)
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
 def clean(raw: tuple[Path, dict[str, Any]]) -> Path:
     """The output of one run that nothing disturbed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.ingest.PART_BYTES", 60_000)
-        patch.setattr("data_prep.ingest.BATCH_BYTES", 0)
+        patch.setattr("data_prep.stages.ingest.PART_BYTES", 60_000)
+        patch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)
         assert main(["run", "--config", str(write_config(raw, "clean"))]) == 0
     return raw[0] / "clean"
 
@@ -135,9 +137,9 @@ def test_two_workers_other_parts_and_single_steps_give_the_same_bytes(
 ) -> None:
     assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
     assert outputs(raw[0] / "two") == outputs(clean)
-    monkeypatch.setattr("data_prep.ingest.PART_BYTES", 1 << 25)
-    monkeypatch.setattr("data_prep.part_cutter.PART_DOCUMENTS", 7)
-    monkeypatch.setattr("data_prep.signatures.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 1 << 25)
+    monkeypatch.setattr("data_prep.stages.part_cutter.PART_DOCUMENTS", 7)
+    monkeypatch.setattr("data_prep.stages.signatures.BATCH_DOCUMENTS", 3)
     steps = write_config(raw, "steps")
     for command in ("ingest", "filter", "dedup", "tokenizer", "encode", "shard"):
         assert main([command, "--config", str(steps)]) == 0

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import zstandard
 
-from data_prep import parquet_rows
+from common.errors import DataError
 from data_prep.cli import main
-from data_prep.documents import Document, RawFile, Rejected
-from data_prep.locations import PipeFile, expand
-from data_prep.shard_format import DataError
-from data_prep.unpack import DamagedFileError, NoDocumentError
-from data_prep.work import PassingError
+from data_prep.raw import parquet_rows
+from data_prep.raw.documents import Document, RawFile, Rejected
+from data_prep.raw.locations import PipeFile, expand
+from data_prep.raw.unpack import DamagedFileError, NoDocumentError
+from data_prep.work.folder import PassingError
 from tests.data_prep.test_inputs import read, write
 from tests.data_prep.test_prepare import outputs
 

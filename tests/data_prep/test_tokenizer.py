@@ -9,11 +9,10 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from common.errors import DataError
 from data_prep.config import TokenizerConfig
-from data_prep.selection import Selection
-from data_prep.shard_format import DataError
-from data_prep.store import PartWriter
-from data_prep.tokenizer import (
+from data_prep.stages.selection import Selection
+from data_prep.stages.tokenizer import (
     MAX_LINE_CHARACTERS,
     SEGMENT_CHARACTERS,
     SampleSource,
@@ -22,6 +21,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
     training_lines,
 )
+from data_prep.work.parts import PartWriter
 from tests.data_prep.conftest import make_texts
 
 

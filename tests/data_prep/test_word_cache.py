@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep import word_cache
 from data_prep.config import TokenizerConfig
-from data_prep.tokenizer import TextTokenizer, train_tokenizer
-from data_prep.word_cache import is_word_by_word
+from data_prep.stages import word_cache
+from data_prep.stages.tokenizer import TextTokenizer, train_tokenizer
+from data_prep.stages.word_cache import is_word_by_word
 from tests.data_prep.conftest import make_texts
 from tests.data_prep.raw_corpus import SAMPLE, sample_texts
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
 from tests.pretrain.runs import plain_trace
 from tests.pretrain.test_checkpoint import assert_bit_identical, metrics
 

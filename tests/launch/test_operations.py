@@ -12,12 +12,12 @@ import pytest
 
 from data_prep.config import known_keys
 from launch.slurm import preparation, training
-from pretrain import cli
-from pretrain.config_io import fields
-from pretrain.exit_codes import MEANING
+from pretrain.cli import train as cli
+from pretrain.config.loading import fields
+from pretrain.report.exit_codes import MEANING
 from pretrain.smoke import cli as smoke_cli
 
-checkpoint_cli = pytest.importorskip("pretrain.checkpoint_cli")
+checkpoint_cli = pytest.importorskip("pretrain.cli.checkpoint")
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard_format import Manifest
-from pretrain.config_io import load_config
+from data_prep.shards.format import Manifest
+from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.json"))
@@ -25,7 +25,7 @@ import json, os, shutil, sys, traceback
 sys.path[0] = sys.argv[1]
 import model.openmp
 import pretrain.loop
-from pretrain.cli import main
+from pretrain.cli.train import main
 for arguments in json.load(sys.stdin):
     child = os.fork()
     if not child:

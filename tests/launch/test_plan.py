@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config_io import load_config
-from pretrain.errors import ConfigError
-from pretrain.plan_costs import model_costs, short, table
-from pretrain.plan_match import Width, match_width, with_width
+from common.errors import ConfigError
+from pretrain.cli.plan_costs import model_costs, short, table
+from pretrain.cli.plan_match import Width, match_width, with_width
+from pretrain.config.loading import load_config
 from tests.launch.test_entry_points import ROOT, start
 
 PLAN = str(ROOT / "launch" / "plan.py")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint.folder import digest_entry
-from pretrain.config_io import to_json
+from pretrain.config.loading import to_json
 from pretrain.smoke import cli
 from pretrain.smoke.collectives import check_collectives
 from tests.harness import run_ranks

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.initialization import initial_value
 from model.kernels.choice import Backends
-from model.kernels.route import Routing
+from model.kernels.ops.route import Routing
 from tests.model import attention_oracle
 
 ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.choices import Place, Recorder, Replayer, choice_dtype, settled
-from model.kernels.route import Routing, route, with_choice
+from model.kernels.ops.route import Routing, route, with_choice
 from model.routing import RoutingStatistics
 
 N, R, E, K, D = 12, 3, 5, 2, 8

@@ -18,8 +18,8 @@ from model.costs import (
 from model.counted_costs import count_macs
 from model.language_model import build_on_meta
 from model.parameters import count_parameters
-from pretrain.config import Config
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))

@@ -18,7 +18,7 @@ from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_dim
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 4}

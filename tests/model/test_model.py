@@ -15,7 +15,7 @@ from model.language_model import build_model, build_on_meta
 from model.layers import Block
 from model.parallel.context import ParallelContext
 from model.parameters import count_parameters
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 
 from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 from model.costs import formula_parameters
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
 PAPER = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from tests.pretrain.runs import small_config
 
 STEPS, GRADIENT_STEPS = 5, (0, 2, 4)

@@ -11,17 +11,17 @@ import torch
 import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
-import model.kernels.route
+import model.kernels.ops.route
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
-from pretrain.config import Config
-from pretrain.config_io import apply_override, parse_config
-from pretrain.data import TrainingStream
-from pretrain.engine import GradientNorm, parallel_context
-from pretrain.progress import Progress
-from pretrain.schedule import learning_rate
-from pretrain.sources import Sources
+from pretrain.config.loading import apply_override, parse_config
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
+from pretrain.data.windows import TrainingStream
+from pretrain.engine.build import GradientNorm, parallel_context
+from pretrain.engine.schedule import learning_rate
 from pretrain.trainer import Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
 
@@ -168,7 +168,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for _, memory in layer_memories(network):
         memory.assign(stream.streams(), config.batch.global_sequences)
-    trace, original = Trace(), model.kernels.route.route
+    trace, original = Trace(), model.kernels.ops.route.route
 
     def measured(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
         routing = original(x, weight, k, **options)

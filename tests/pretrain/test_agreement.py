@@ -6,11 +6,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from data_prep.shard_format import DataError, Manifest
-from pretrain.agreement import PeerFailed, agreed, check_same, check_shared
-from pretrain.config import Config
-from pretrain.errors import UserError
-from pretrain.sources import Sources
+from common.errors import DataError, UserError
+from data_prep.shards.format import Manifest
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from model.language_model import routing_statistics
-from pretrain.config import Config
-from pretrain.engine import parallel_context
-from pretrain.progress import Progress
-from pretrain.sources import Sources
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
 from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main as data_prep
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_prep.shard_format import Manifest
+from common.errors import UserError
+from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.config import Config
-from pretrain.errors import UserError
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
 from pretrain.loop import train
-from pretrain.progress import Progress
-from pretrain.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import MOA, small_config
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -374,18 +374,18 @@ def test_fp16_skips_overflows_and_resumes_with_its_loss_scale(prepared: Path, tm
 def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]]) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    import pretrain.engine
+    import pretrain.engine.build
 
     # DeepSpeed refuses fp16 on a CPU without AVX512-FP16, where torch computes it in software: the same machinery.
     get_accelerator().is_fp16_supported = lambda: True
-    derive = pretrain.engine.deepspeed_json
+    derive = pretrain.engine.build.deepspeed_json
 
     def derive_with_high_scale(config: Config, data_size: int) -> dict[str, Any]:
         tree = derive(config, data_size)
         tree["fp16"].update(initial_scale_power=28, hysteresis=1)
         return tree
 
-    pretrain.engine.deepspeed_json = derive_with_high_scale
+    pretrain.engine.build.deepspeed_json = derive_with_high_scale
     train_runs(rank, runs)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import pretrain.checkpoint.state
 from pretrain.checkpoint import list_checkpoints
-from pretrain.checkpoint_cli import main
+from pretrain.cli.checkpoint import main
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import gradient_error, small_config

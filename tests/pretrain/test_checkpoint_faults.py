@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 import pretrain.checkpoint.storage
-from pretrain.agreement import PeerFailed
+from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
-from pretrain.config import Config
-from pretrain.errors import UserError
+from pretrain.config.schema import Config
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import small_config

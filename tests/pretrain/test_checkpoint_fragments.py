@@ -12,12 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from common.errors import UserError
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, rectangles, whole
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.state import read
 from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
-from pretrain.errors import UserError
 
 SHAPES = [(), (1,), (7,), (1, 5), (3, 4), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 3, 2)]
 
@@ -90,7 +90,7 @@ def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path:
 
 
 def test_files_are_plain_safetensors_with_their_sha256(tmp_path: Path) -> None:
-    from pretrain.atomic import sha256
+    from common.files import sha256
 
     tensors = {
         "odd": torch.arange(5, dtype=torch.uint8),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint import list_checkpoints
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import engine_trace, plain_trace, small_config

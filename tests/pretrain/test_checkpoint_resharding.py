@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
-from pretrain.config import Config
-from pretrain.engine import parallel_context
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
 from pretrain.loop import build_trainer
-from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import plain_trace

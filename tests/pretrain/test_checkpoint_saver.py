@@ -12,11 +12,11 @@ import torch
 
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.storage import Writer
-from pretrain.config import Config
-from pretrain.engine import parallel_context
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
 from pretrain.loop import Trainer, build_trainer
-from pretrain.progress import Progress
-from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import whole_tensors

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import owned_state
-from pretrain.config import Config
-from pretrain.engine import parallel_context
-from pretrain.progress import Progress
-from pretrain.sources import Sources
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
 from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of

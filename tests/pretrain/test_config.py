@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cli import keys_help
-from pretrain.config import Config
-from pretrain.config_io import apply_override, fields, flatten, load_config, parse_config, to_json
-from pretrain.derived import deepspeed_json
-from pretrain.errors import ConfigError
+from common.errors import ConfigError
+from pretrain.cli.train import keys_help
+from pretrain.config.loading import apply_override, fields, flatten, load_config, parse_config, to_json
+from pretrain.config.rules import check_device, check_ranks
+from pretrain.config.schema import Config
+from pretrain.report.derived import deepspeed_json
 from pretrain.resume import free_keys
-from pretrain.rules import check_device, check_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "switchall_tiny.json"

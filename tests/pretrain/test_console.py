@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import os, sys
-from pretrain import console
+from pretrain.report import console
 console.PATIENCE_SECONDS = 0.05
 console.protect()
 """

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format import DataError, Manifest
-from data_prep.shard_reader import SplitReader
-from pretrain.config import Config
-from pretrain.data import TrainingStream, WindowReader
-from pretrain.errors import UserError
-from pretrain.order import permute, window_order
-from pretrain.schedule import learning_rate
-from pretrain.sources import Sources, open_sources
+from common.errors import DataError, UserError
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from pretrain.config.schema import Config
+from pretrain.data.order import permute, window_order
+from pretrain.data.sources import Sources, open_sources
+from pretrain.data.windows import TrainingStream, WindowReader
+from pretrain.engine.schedule import learning_rate
 from tests.pretrain.runs import small_config
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pretrain import deepspeed_keys
-from pretrain.config_io import load_config
-from pretrain.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
-from pretrain.derived import deepspeed_json
-from pretrain.errors import ConfigError
+from common.errors import ConfigError
+from pretrain.config import deepspeed_keys
+from pretrain.config.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
+from pretrain.config.loading import load_config
+from pretrain.report.derived import deepspeed_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 TABLES = (OWNED, NO_EFFECT, EXTRA)
@@ -56,7 +56,7 @@ def test_every_key_that_deepspeed_reads_is_in_a_table() -> None:
     DeepSpeedConfig(Asked(names))
     assert {"zero_optimization", "gradient_clipping", "flops_profiler", "wandb"} <= names  # it listens
     unknown = sorted(name for name in names - set(REMOVED) if not known(name))
-    assert not unknown, f"DeepSpeed reads keys that no table of pretrain/deepspeed_keys.py has: {unknown}"
+    assert not unknown, f"DeepSpeed reads keys that no table of pretrain/config/deepspeed_keys.py has: {unknown}"
 
 
 def test_every_zero_key_is_in_exactly_one_table_with_its_type() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_prep.shard_reader import SplitReader
+from common.errors import ConfigError
+from data_prep.shards.reader import SplitReader
 from model.documents import Documents
 from model.language_model import build_model
-from pretrain.data import TrainingStream
-from pretrain.errors import ConfigError
-from pretrain.sources import Sources
+from pretrain.data.sources import Sources
+from pretrain.data.windows import TrainingStream
 from tests.data_prep.test_shards import joined, random_documents, write_data
 from tests.harness import run_ranks
 from tests.pretrain.runs import MOA, engine_trace, gradient_error, plain_trace, small_config

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pretrain.config import Config
-from pretrain.errors import ConfigError
-from pretrain.mesh import process_groups
-from pretrain.rules import check_ranks, smallest_world
+from common.errors import ConfigError
+from pretrain.config.rules import check_ranks, smallest_world
+from pretrain.config.schema import Config
+from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
 from tests.pretrain.runs import engine_trace, plain_trace, small_config
 from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import Config
-from pretrain.config_io import load_config
-from pretrain.engine import parallel_context
-from pretrain.layout import group_ranks, groups_text, rank_bytes
-from pretrain.paths import REPOSITORY
-from pretrain.sources import Sources
+from common.paths import REPOSITORY
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
+from pretrain.parallel.layout import group_ranks, groups_text, rank_bytes
 from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
@@ -59,7 +59,7 @@ LAYOUTS = [
 
 def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     """Of each engine on this rank: stage, bytes of weights and bytes of master weights and moments after a step."""
-    from pretrain.progress import Progress
+    from pretrain.data.position import Progress
 
     found = []
     for config in configs:

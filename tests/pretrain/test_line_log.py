@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.atomic import write_json
-from pretrain.board import Board
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
-from pretrain.line_log import LineLog, is_event, is_step
-from pretrain.run_folder import RunFolder
-from pretrain.strict_json import dumps
+from common.errors import UserError
+from common.files import write_json
+from common.line_log import LineLog, is_event, is_step
+from common.strict_json import dumps
+from pretrain.report.board import Board
+from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_folder import RunFolder
 
 GARBAGE = [b'{"a": blah\n', b"17\n", b'{"loss": 3.0}\n', b'{"step": true}\n', b"\xff\xfe\0\n", b"[" * 100_000 + b"\n"]
 ROWS = [{"step": step, "loss": 0.1 * step} for step in (1, 2, 3)]

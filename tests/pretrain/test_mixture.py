@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format import DataError
-from pretrain.cli import print_derived
-from pretrain.config import Config
-from pretrain.data import TrainingStream, Windows
-from pretrain.errors import ConfigError, UserError
-from pretrain.mixture import MixtureSchedule, whole_weights
-from pretrain.order import permute_in_blocks, window_order
+from common.errors import ConfigError, DataError, UserError
+from pretrain.cli.train import print_derived
+from pretrain.config.schema import Config
+from pretrain.data.mixture import MixtureSchedule, whole_weights
+from pretrain.data.order import permute_in_blocks, window_order
+from pretrain.data.sources import Sources, open_sources
+from pretrain.data.windows import TrainingStream, Windows
 from pretrain.resume import changed_settings
-from pretrain.sources import Sources, open_sources
 from tests.data_prep.test_shards import random_documents, write_data
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs

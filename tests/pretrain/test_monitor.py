@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format import Manifest
-from data_prep.shard_reader import SplitReader
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
-from pretrain.data import WindowReader
+from pretrain.data.windows import WindowReader
 from pretrain.evaluate import unigram_perplexity
-from pretrain.monitor import clock, perplexity
+from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import metrics, train_runs

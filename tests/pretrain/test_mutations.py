@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, STEPS, Layout, config_of
 from tests.pretrain.runs import Trace, engine_trace, plain_trace
@@ -41,7 +41,7 @@ def auxiliary_loss_per_rank() -> None:
 
 
 def partitioned_pipe() -> None:
-    import pretrain.engine as module
+    import pretrain.engine.build as module
 
     original = module.deepspeed_json
 
@@ -58,7 +58,7 @@ def unsummed_norms() -> None:
 
 
 def unscaled_auxiliary_loss() -> None:
-    import pretrain.pipeline as module
+    import pretrain.engine.pipeline as module
 
     module.PipelineRun._gradient_scale = lambda self: 1.0  # type: ignore[method-assign]
 

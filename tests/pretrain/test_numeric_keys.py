@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import ConfigError, UserError
 from model.language_model import build_model
 from model.memory import layer_memories
-from pretrain import cli
-from pretrain.config_io import fields, load_config
-from pretrain.derived import parameter_count
-from pretrain.errors import ConfigError, UserError
-from pretrain.rules import smallest_world
+from pretrain.cli import train as cli
+from pretrain.config.loading import fields, load_config
+from pretrain.config.rules import smallest_world
+from pretrain.report.derived import parameter_count
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 VALUES = ("0", "1", "-1", str(2**31 - 1), str(10**30), "1e-300", "1e300", "1e400", "NaN")

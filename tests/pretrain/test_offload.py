@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.errors import ConfigError
+from common.errors import ConfigError
 from tests.harness import run_ranks
 from tests.pretrain.runs import engine_trace, plain_trace, small_config
 from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pretrain import line_log
-from pretrain.agreement import PeerFailed
+from common import line_log
 from pretrain.checkpoint import list_checkpoints
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with

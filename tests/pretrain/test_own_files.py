@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import run_paths
+from common.errors import UserError
+from common.paths import REPOSITORY
 from pretrain.checkpoint import Retention, list_checkpoints
 from pretrain.checkpoint.folder import remove_partials
-from pretrain.errors import UserError
-from pretrain.paths import REPOSITORY
-from pretrain.run_folder import RunFolder
+from pretrain.report import run_paths
+from pretrain.report.run_folder import RunFolder
 
 OWN = ("rank-00000.safetensors", "tensors.json", "state.json", "commit.json")
 

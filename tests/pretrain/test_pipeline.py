@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.errors import ConfigError
-from pretrain.stages import layer_costs, stage_bounds
+from common.errors import ConfigError
+from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
 from tests.pretrain.runs import engine_trace, plain_trace, small_config

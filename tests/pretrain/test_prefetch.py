@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.shard_format import DataError
-from pretrain.agreement import PeerFailed
-from pretrain.config import Config
-from pretrain.data import Batch, TrainingStream
+from common.errors import DataError
+from pretrain.config.schema import Config
+from pretrain.data.prefetch import Prefetcher
+from pretrain.data.sources import Sources, open_sources
+from pretrain.data.windows import Batch, TrainingStream
 from pretrain.loop import train
-from pretrain.prefetch import Prefetcher
-from pretrain.sources import Sources, open_sources
+from pretrain.parallel.agreement import PeerFailed
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 

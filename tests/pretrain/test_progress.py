@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pretrain.progress import Progress, Range, merged, positions
+from pretrain.data.position import Progress, Range, merged, positions
 
 
 def test_json_and_files_from_before_there_were_skips() -> None:

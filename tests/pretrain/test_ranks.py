@@ -9,11 +9,12 @@ import threading
 import pytest
 import torch
 
-from pretrain import cli, device
+from common.errors import UserError
+from pretrain import device
+from pretrain.cli import train as cli
 from pretrain.device import Unreachable, device_type, start
-from pretrain.errors import UserError
-from pretrain.exit_codes import ExitCode
-from pretrain.ranks import Ranks
+from pretrain.parallel.ranks import Ranks
+from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import is_launched
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import cli
-from pretrain.config_io import to_json
+from pretrain.cli import train as cli
+from pretrain.config.loading import to_json
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import rewrite_state
@@ -218,7 +218,7 @@ def test_a_run_folder_that_is_not_writable(
 def test_what_may_not_be_written_to_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.run_paths.os.access", lambda path, mode: Path(path) != place / "run")
+    monkeypatch.setattr("pretrain.report.run_paths.os.access", lambda path, mode: Path(path) != place / "run")
     message = refusal([*CONFIG, "--run-dir", "run/new/deep"], capsys, monkeypatch)
     assert message == f"--run-dir: {place}/run is not writable for this user; choose another --run-dir"
 

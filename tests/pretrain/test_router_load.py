@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.monitor import Monitor
-from pretrain.router_load import Collapsed, CollapseWatch, choices, load_summary, load_text
-from pretrain.run_folder import RunFolder
+from pretrain.report.monitor import Monitor
+from pretrain.report.router_load import Collapsed, CollapseWatch, choices, load_summary, load_text
+from pretrain.report.run_folder import RunFolder
 from tests.pretrain.resilience.faults import events
 from tests.pretrain.runs import MOA, small_config
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.config import Config
-from pretrain.config_io import load_config
-from pretrain.errors import ConfigError, UserError
+from common.errors import ConfigError, UserError
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
 from pretrain.loop import train
-from pretrain.routing_tape import Flips
-from pretrain.sources import Sources
+from pretrain.routing.tape import Flips
 from tests.harness import run_ranks
 from tests.pretrain.matrix import MODELS, dropouts
 from tests.pretrain.runs import small_config

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import Config
-from pretrain.errors import ConfigError
+from common.errors import ConfigError
+from pretrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.pretrain.runs import engine_trace, plain_trace
 from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pretrain import slurm
-from pretrain.errors import UserError
-from pretrain.ranks import Ranks
-from pretrain.resilience import lock
+from common import run_lock as lock
+from common import slurm
+from common.errors import UserError
+from pretrain.parallel.ranks import Ranks
 from pretrain.resilience.signals import is_launched
 
 TASK = {

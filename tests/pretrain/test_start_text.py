@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cli import print_derived
-from pretrain.config_io import load_config, to_json
-from pretrain.data_warnings import data_warnings
-from pretrain.model_text import model_family, model_text
-from pretrain.sources import Sources
+from pretrain.cli.train import print_derived
+from pretrain.config.loading import load_config, to_json
+from pretrain.data.sources import Sources
+from pretrain.data.warnings import data_warnings
+from pretrain.report.model_text import model_family, model_text
 from tests.corpus import VOCAB_SIZE
 from tests.pretrain.runs import MOA, small_config
 

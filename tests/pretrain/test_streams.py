@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shard_format import Manifest
+from common.errors import ConfigError, UserError
+from data_prep.shards.format import Manifest
 from model.language_model import build_model
-from pretrain.config import Config
-from pretrain.data import TrainingStream, WindowReader
-from pretrain.engine import GradientNorm, parallel_context
-from pretrain.errors import ConfigError, UserError
+from pretrain.config.schema import Config
+from pretrain.data.sources import open_sources
+from pretrain.data.windows import TrainingStream, WindowReader
+from pretrain.engine.build import GradientNorm, parallel_context
+from pretrain.engine.micro_steps import WholeRun
 from pretrain.evaluate import evaluate, evaluation_windows
-from pretrain.resilience.phases import Phases
-from pretrain.sources import open_sources
-from pretrain.whole import WholeRun
+from pretrain.phases import Phases
 from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.kernels.backend import BACKENDS
-from pretrain.rules import choose_backends
+from pretrain.config.rules import choose_backends
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import engine_trace, gradient_error, plain_trace, small_config

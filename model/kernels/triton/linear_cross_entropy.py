@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import triton_limit
-from model.kernels.linear_cross_entropy import gradient_dtype
+from model.kernels.ops.linear_cross_entropy import gradient_dtype
 from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
 from model.kernels.triton.shipped import VOCABULARIES
 
@@ -138,7 +138,7 @@ def forward_triton(
     *,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `model.kernels.linear_cross_entropy._linear_cross_entropy`; `chunk_bytes` of fp32 logits at a time."""
+    """As `model.kernels.ops.linear_cross_entropy._linear_cross_entropy`; `chunk_bytes` of fp32 logits at a time."""
     reason = triton_limit(hidden.device.type, hidden.dtype)
     if reason is not None:
         raise ValueError(

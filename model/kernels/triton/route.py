@@ -275,7 +275,7 @@ def forward_triton(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`x` [N, d], `weight` [R, E, d], `keep` [N, R, E] bool -> logits, scores, index, load, order as in
-    `model.kernels.route.Routing`."""
+    `model.kernels.ops.route.Routing`."""
     (N, d), (R, E, _) = x.shape, weight.shape
     x, weight = _common(x, weight)
     logits = x.new_empty(N, R, E, dtype=torch.float32)

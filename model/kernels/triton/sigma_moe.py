@@ -107,7 +107,7 @@ def forward_triton(
     down_experts: Tensor,
     first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """As `model.kernels.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
+    """As `model.kernels.ops.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
     [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
     x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     hidden = x.new_empty(order.shape[0], up_experts.shape[2])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import TRITON_DTYPES
-from model.kernels.grouping import TritonStrategy
+from model.kernels.cpu.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
     Tiles,

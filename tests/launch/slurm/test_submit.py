@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from launch.slurm import job, preparation, training
-from pretrain.errors import UserError
 from tests.launch.test_entry_points import start
 
 TINY = str(job.REPOSITORY / "configs" / "switchall_tiny.json")

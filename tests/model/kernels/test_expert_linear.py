@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
-from model.kernels import workers
-from model.kernels.expert_linear import expert_linear, expert_linear_sum, group_choices
+from model.kernels.cpu import workers
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum, group_choices
 
 
 class Shape(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
-from model.kernels import workers
-from model.kernels.route import Routing, counting_sort, route, top_k
+from model.kernels.cpu import workers
+from model.kernels.ops.route import Routing, counting_sort, route, top_k
 from tests.model import oracles
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
-from model.kernels import workers
-from model.kernels.sigma_moe import sigma_moe
+from model.kernels.cpu import workers
+from model.kernels.ops.sigma_moe import sigma_moe
 
 
 class Shape(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.kernels.switchhead_output import switchhead_output
+from model.kernels.ops.switchhead_output import switchhead_output
 
 # N tokens, d, H, h, E, k, routing (random; first: all tokens on experts 0..k-1; single: one token on the last expert)
 SHAPES = [

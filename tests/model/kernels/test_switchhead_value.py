@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.kernels import grouping
-from model.kernels.switchhead_value import switchhead_value
+from model.kernels.cpu import grouping
+from model.kernels.ops.switchhead_value import switchhead_value
 
 # N tokens, d, H, h, E, k, routing (random; first: all tokens on experts 0..k-1; single: one token on the last expert)
 SHAPES = [

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model.kernels import workers
-from model.kernels.workers import run_blocks, run_tasks, scratch
+from model.kernels.cpu import workers
+from model.kernels.cpu.workers import run_blocks, run_tasks, scratch
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.kernels.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.parallel.collectives import gather_tokens, gather_tokens_twice, own_tokens, scatter_tokens
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region

@@ -15,7 +15,7 @@ from model.kernels.choice import Backends
 from model.layers import Embedding, Head
 from model.parallel.context import DIMENSIONS, ParallelContext
 from model.parallel.regions import enter_region, leave_region
-from pretrain.mesh import process_groups
+from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
 
 B, T, D, V, WIDTH = 3, 6, 10, 14, 8

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 import pretrain.loop
+from common.errors import UserError
 from model.layers import Head
-from pretrain.config import Config
-from pretrain.errors import UserError
-from pretrain.progress import Progress
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
 from pretrain.resilience.guard import RunFailed
 from pretrain.resilience.signals import Stop
-from pretrain.sources import Sources
 from pretrain.trainer import StepResult, Trainer
 
 

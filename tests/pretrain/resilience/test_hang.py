@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tests.harness as harness
-from pretrain.resilience.phases import Phases, Record, read
+from pretrain.phases import Phases, Record, read
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import Report, Watchdog, describe
 from pretrain.trainer import Trainer

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.resilience.lock as locks
-from pretrain.errors import UserError
-from pretrain.resilience.lock import FolderLock, LockLost
+import common.run_lock as locks
+from common.errors import UserError
+from common.run_lock import FolderLock, LockLost
 
 _context = multiprocessing.get_context("forkserver")
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from model.language_model import routing_statistics
-from pretrain.config import Config
-from pretrain.engine import parallel_context
-from pretrain.progress import Progress
+from pretrain.config.schema import Config
+from pretrain.data.position import Progress
+from pretrain.data.sources import Sources
+from pretrain.engine.build import parallel_context
 from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
-from pretrain.sources import Sources
 from pretrain.trainer import Trainer, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 import pretrain.loop
-from pretrain.config import Config
-from pretrain.paths import REPOSITORY
-from pretrain.resilience.phases import Phases
+from common.paths import REPOSITORY
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.phases import Phases
 from pretrain.resilience.signals import Stage, Stop
-from pretrain.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, outcome
 from tests.pretrain.runs import small_config

@@ -12,7 +12,7 @@ import torch
 from model.kernels import backend as kernel_backend
 from model.kernels.cuda import build
 from model.kernels.cuda import route as cuda_route
-from model.kernels.route import route
+from model.kernels.ops.route import route
 
 SOURCE = build.FOLDER / "route.cu"
 needs_nvcc = pytest.mark.skipif(

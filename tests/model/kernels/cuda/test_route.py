@@ -17,7 +17,7 @@ from torch import Tensor
 from model.kernels import backend as kernel_backend
 from model.kernels.cuda import build
 from model.kernels.cuda import route as cuda_route
-from model.kernels.route import route
+from model.kernels.ops.route import route
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = build.FOLDER / "route.cu"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from benchmarks.kernel_cases.recording import Launch
 from model.kernels.triton import gated_gemm, sorted_gemm, sorted_slots, switchhead_output, switchhead_value
 from model.kernels.triton.gated_gemm import Tiles
-from model.kernels.triton.recording import Launch
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, size: int, depth: int | None = None) -> None:

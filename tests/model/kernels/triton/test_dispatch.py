@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from model.kernels import route
 from model.kernels.backend import BACKENDS, resolve
 from model.kernels.choice import Backends
+from model.kernels.ops import route
 from model.language_model import LanguageModel
 from tests.pretrain.runs import MOA, small_config
 
@@ -175,7 +175,7 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
 def test_op_bodies_launch_kernels_and_never_wait(
     op: str, dtype: torch.dtype, num_experts: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"model.kernels.{op}")
+    module = importlib.import_module(f"model.kernels.ops.{op}")
     forbid_others(module, monkeypatch)
     visited = set()
     with FakeTensorMode(), torch.no_grad():

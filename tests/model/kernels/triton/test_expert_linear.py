@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.kernel_cases.recording import recording
 from model.kernels.triton import expert_linear as kernels
-from model.kernels.triton.recording import recording
 from tests.model.kernels.test_expert_linear import OPS, SHAPES, TOLERANCE, Case, Shape, assert_equal, make_case, run
 from tests.model.kernels.triton.small_tiles import use_tiles
 

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from benchmarks.kernel_cases.recording import recording
 from model.kernels.triton.interpreter import narrow, repair, widen
-from model.kernels.triton.recording import recording
 
 repair()
 

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.kernels import linear_cross_entropy as op
-from model.kernels.linear_cross_entropy import linear_cross_entropy
+from benchmarks.kernel_cases.recording import Launch, recording
+from model.kernels.ops import linear_cross_entropy as op
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.triton import linear_cross_entropy as kernels
-from model.kernels.triton.recording import Launch, recording
 from model.kernels.triton.shipped import VOCABULARIES
 from model.parallel.context import ParallelContext
 from tests.harness import run_ranks

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.route import Routing, route
+from benchmarks.kernel_cases.recording import Launch, recording
+from model.kernels.ops.route import Routing, route
 from model.kernels.triton import route as kernels
 from model.kernels.triton import route_cases
-from model.kernels.triton.recording import Launch, recording
 from tests.model import oracles
 from tests.model.kernels.test_route import DROPOUT, Case, Shape, error, loop, make_case, run
 

@@ -23,8 +23,8 @@ from model.kernels.triton.gated_gemm import Tiles
 from model.kernels.triton.launch import TYPE_NAMES
 from model.language_model import LanguageModel
 from model.memory import LayerMemory
-from pretrain.config import Config
-from pretrain.config_io import load_config
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
 from tests.model.kernels.triton.test_dispatch import BODIES, _devices, _indexing  # noqa: F401  # fixtures
 
 CONFIGS = Path(__file__).resolve().parents[4] / "configs"
@@ -84,7 +84,7 @@ def op_bodies() -> dict[str, Callable[..., Any]]:
     found = {}
     for module, names in BODIES.items():
         for name in names:
-            definition = getattr(importlib.import_module(f"model.kernels.{module}"), name)
+            definition = getattr(importlib.import_module(f"model.kernels.ops.{module}"), name)
             found[definition._opoverload._opname] = definition._init_fn
     return found
 

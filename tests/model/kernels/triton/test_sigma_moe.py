@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
-from model.kernels.sigma_moe import sigma_moe
+from model.kernels.ops.sigma_moe import sigma_moe
 from model.kernels.triton import sigma_moe as kernels
-from model.kernels.triton.recording import Launch, recording
 from model.kernels.triton.shipped import SIGMA_MOE
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 

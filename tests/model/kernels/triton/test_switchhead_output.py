@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.kernels.switchhead_output import switchhead_output
+from benchmarks.kernel_cases.recording import recording
+from model.kernels.ops.switchhead_output import switchhead_output
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton import switchhead_output as kernels
-from model.kernels.triton.recording import recording
 from tests.model.kernels.test_switchhead_output import NAMES, TOLERANCE, error, expectation, inputs, oracle, run
 from tests.model.kernels.triton.small_tiles import gemm_bytes, of_kernels, use_tiles
 

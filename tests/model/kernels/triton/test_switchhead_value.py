@@ -7,10 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from model.kernels.switchhead_value import switchhead_value
+from benchmarks.kernel_cases.recording import recording
+from model.kernels.ops.switchhead_value import switchhead_value
 from model.kernels.triton import gated_gemm, sorted_slots, switchhead_output
 from model.kernels.triton import switchhead_value as kernels
-from model.kernels.triton.recording import recording
 from tests.model.kernels.test_switchhead_value import NAMES, TOLERANCE, error, expectation, inputs, oracle, run
 from tests.model.kernels.triton.small_tiles import gemm_bytes, of_kernels, use_tiles
 

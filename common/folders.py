@@ -1,0 +1,88 @@
+"""Folders that are to be written: what is wrong with one, in one sentence, before any work; and how much room is left.
+
+Errors are raised as DataError with the key that names the folder.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from common.errors import DataError
+
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+FULL = {errno.ENOSPC, errno.EDQUOT}  # no block, or none of this user's quota, is left
+
+
+def expanded(path: str, key: str) -> Path:
+    """An absolute path, with ~ for the user's home as a shell has it. DataError for a user that does not exist."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise DataError(f"{key}: {path} is in the home of a user that does not exist; name another folder") from None
+
+
+def check_writable_folder(folder: Path, key: str) -> None:
+    """Raises DataError unless the folder is there and may be written, or can be made. `folder` is absolute. Makes
+    nothing."""
+    check_folder(folder, key)
+    check_permission(folder, key)
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raises DataError if something that is no folder stands there or on the way. `folder` is absolute."""
+    for place in (*reversed(folder.parents), folder):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            if place.is_symlink():
+                raise DataError(
+                    f"{key}: {place} is a link to {os.readlink(place)}, which is not there; make that folder, or "
+                    "remove the link"
+                ) from None
+            return
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                reason = "is a link that leads back to itself; remove it"
+            elif error.errno == errno.EACCES:
+                reason = f"is out of reach: no permission to look into {place.parent}; name another folder"
+            else:
+                reason = f"cannot be used: {error.strerror}; name another folder"
+            raise DataError(f"{key}: {place} {reason}") from None
+        if not stat.S_ISDIR(mode):
+            kind = KINDS.get(stat.S_IFMT(mode), "no folder")
+            below = "" if place == folder else f", so there can be no {folder}"
+            raise DataError(f"{key}: {place} is {kind} and not a folder{below}; name another folder")
+
+
+def check_permission(folder: Path, key: str) -> None:
+    """Raises DataError if this user may not write into the folder, or not make it. `folder` is absolute."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        where = "" if existing == folder else f" to make {folder}"
+        raise DataError(f"{key}: no permission to write into {existing}{where}; name another folder")
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where the folder is, or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a quota on it, is full."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def no_room(folder: Path, needed: int, what: str, *, about: bool = False) -> str:
+    """The sentence of a disk on which `needed` bytes (or `about` so many) for `what` do not fit, without a fix."""
+    amount = f"{'about ' * about}{needed:,} bytes are needed, {free_bytes(folder):,} are free"
+    return f"the disk of {folder} has no room for {what}: {amount}"

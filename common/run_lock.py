@@ -1,0 +1,221 @@
+"""One writer per run folder: `lock-N.json` holds host, process and start; its age is the owner's last sign of life.
+
+Taking over goes by number: whoever finds lock N dead creates lock N + 1, and creating is exclusive on every file
+system, so that of two takers one gets it and the other finds a living owner. Ages are differences between times which
+the file server gave, never between the clocks of two machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+BEAT_SECONDS = 10.0
+"""How often the owner touches its lock."""
+DEAD_SECONDS = 60.0
+"""Age at which the lock of another machine, whose processes cannot be looked at, counts as left behind."""
+
+
+KEYS = {"host", "boot", "namespace", "pid", "start", "token"}
+
+
+class LockLost(Exception):
+    """The lock is no longer this process's."""
+
+
+class FolderLock:
+    """The lock of one run folder, held from construction to `release`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written. Waits
+        for up to a minute for the lock that this SLURM job left on another node: a refusal would end the job."""
+        self._folder = folder
+        self._me = {
+            **process_identity(os.getpid()),
+            "token": secrets.token_hex(8),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self._is_released = False
+        self.taken_over: list[str] = []
+        """Owners that were found dead."""
+        while True:
+            found = _locks(folder)
+            for path in found:
+                self._refuse_if_alive(path)
+            self._path = folder / f"lock-{_number(found[-1]) + 1 if found else 1}.json"
+            try:
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                continue  # somebody was faster: look at that one
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self._me))
+            break
+        for path in _locks(folder):
+            if path == self._path:
+                continue
+            try:
+                self._refuse_if_alive(path)
+            except UserError:
+                self.release()  # it came between the two looks
+                raise
+            self.taken_over.append(_name(_read(path) or {}))
+            path.unlink(missing_ok=True)
+
+    @property
+    def owner(self) -> dict[str, Any]:
+        """Host, process number and start of this process."""
+        return {key: self._me[key] for key in ("host", "pid", "start")}
+
+    def beat(self) -> None:
+        """A sign of life. Raises LockLost if another process has taken the folder over."""
+        if self._is_released:
+            return
+        try:
+            own = json.loads(self._path.read_text(encoding="utf-8"))["token"] == self._me["token"]
+            os.utime(self._path)
+        except FileNotFoundError:
+            own = False
+        except (OSError, ValueError, KeyError):
+            return  # the file system does not answer: the next beat will say more
+        if not own:
+            raise LockLost(f"{self._folder}: another process has taken over this run folder")
+
+    def release(self) -> None:
+        """Removes the lock if it is still this process's."""
+        self._is_released = True
+        owner = _read(self._path)
+        if owner is not None and owner.get("token") == self._me["token"]:
+            self._path.unlink(missing_ok=True)
+
+    def _refuse_if_alive(self, path: Path) -> None:
+        owner = _read(path)
+        age = _age(path)
+        if age is None:  # released in between
+            return
+        if owner is None:  # being written this moment, or left torn by a machine that stopped
+            alive, owner = age < BEAT_SECONDS, {}
+        elif is_same_machine(owner, self._me):
+            alive = is_alive(owner)
+        else:
+            alive = age < DEAD_SECONDS
+            if alive and self._is_of_this_job(owner):
+                alive = not self._falls_silent(path)
+        if alive:
+            raise UserError(
+                f"--run-dir: {self._folder} is in use by {_name(owner)}, last sign of life {age:.0f} s ago; stop that "
+                f"run first, or choose another --run-dir (if its machine is gone, wait {DEAD_SECONDS:.0f} s)"
+            )
+
+    def _is_of_this_job(self, owner: dict[str, Any]) -> bool:
+        return self._me["job"] is not None and owner.get("job") == self._me["job"]
+
+    def _falls_silent(self, path: Path) -> bool:
+        """Waits for an earlier start of this SLURM job, on a node that it has lost, to be dead by its lock's age."""
+        for _ in range(int(2 * DEAD_SECONDS) + 1):
+            age = _age(path)
+            if age is None or age >= DEAD_SECONDS:
+                return True
+            time.sleep(1.0)
+        return False
+
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """What tells a process from every other one, on this machine or another."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
+        "namespace": _link("/proc/self/ns/pid"),
+        "pid": pid,
+        "start": process_start(pid),
+    }
+
+
+def is_same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two processes see each other's process numbers."""
+    return all(one[key] == other[key] for key in ("host", "boot", "namespace"))
+
+
+def is_alive(identity: dict[str, Any]) -> bool:
+    """Whether a process of this machine, and not another of the same number, still runs."""
+    return process_start(identity["pid"]) == identity["start"]
+
+
+def process_start(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since boot; None if it does not run, or is a zombie."""
+    if not Path("/proc/self/stat").exists():  # not Linux
+        import psutil
+
+        return int(100 * psutil.Process(pid).create_time()) if psutil.pid_exists(pid) else None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def process_state(pid: int) -> str:
+    """In words, what a process of this machine is doing."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
+    except OSError:
+        return "is gone"
+    words = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "D": "waits for a disk or file system"}
+    return {**words, "Z": "is dead", "X": "is dead"}.get(letter, "runs, but its watchdog does not answer")
+
+
+def _locks(folder: Path) -> list[Path]:
+    found = [p for p in folder.iterdir() if re.fullmatch(r"lock-\d+\.json", p.name)]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("lock-"))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The owner; None if the file is torn or gone."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) and owner.keys() >= KEYS else None
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since the file was touched, by the clock that dates files there; None if it is gone."""
+    probe = path.with_name(f".clock-{secrets.token_hex(8)}")
+    try:
+        probe.touch()
+        return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+    except FileNotFoundError:
+        return None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _name(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}" if owner else "a process that is just starting"
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,80 @@
+"""Ranks from SLURM: srun tells each task its place, but not as the variables that launchers set and torch reads."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+
+from common.errors import UserError
+
+FIRST_PORT, PORTS = 10_000, 20_000
+"""Ports of jobs: below 32768, from where the kernel takes the ports of outgoing connections."""
+
+
+def is_task_of_many(env: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several."""
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of this task of srun.
+
+    Empty outside of srun, in a step of one task, and where another launcher has set WORLD_SIZE. MASTER_ADDR and
+    MASTER_PORT stay as they are if both are set. Raises UserError if the first node's address cannot be found.
+    """
+    if "WORLD_SIZE" in env or not is_task_of_many(env):
+        return {}
+    tasks = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_SIZE": str(tasks[int(env["SLURM_NODEID"])]),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_address(env["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(job_port(env)),
+    }
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's short form of a list, one number per node: "2(x3),1" is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        assert match is not None, f"SLURM_STEP_TASKS_PER_NODE={text}"
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def job_port(env: Mapping[str, str]) -> int:
+    """A port that all tasks derive alike: from job, step and restart, so that neighbours on a node differ."""
+    job, step, restart = (int(env.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return FIRST_PORT + (job * 131 + step * 17 + restart) % PORTS
+
+
+def first_address(nodes: str) -> str:
+    """An address of the first of `nodes` ("node[1-2]"), where rank 0 is: its name if that resolves, else what
+    SLURM itself uses (NodeAddr). Raises UserError."""
+    name = _scontrol("show", "hostnames", nodes).split()[0]
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:
+        pass
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", name))
+    if found is None:
+        raise UserError(f"MASTER_ADDR: the node {name} has no address in DNS or SLURM; export MASTER_ADDR before srun")
+    return found[1]
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
+        raise UserError(
+            f"MASTER_ADDR: scontrol {' '.join(arguments)} failed ({reason}); export MASTER_ADDR, the address of the "
+            f"first node, before srun"
+        ) from None
+    return done.stdout

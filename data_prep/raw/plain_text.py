@@ -1,0 +1,50 @@
+"""Plain text files as documents: a file is one, or what stands between blank lines is."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
+from data_prep.raw.unpack import Unpacked
+from data_prep.shards.format import SplitName
+
+TextDocuments = Literal["file", "blank_lines"]
+
+
+def text_documents(
+    content: Unpacked, split: SplitName, *, by: TextDocuments, max_bytes: int
+) -> Iterator[Document | Rejected]:
+    """Documents with the line where each begins, from 1. Memory: the longest one allowed."""
+    pieces = _whole(content, max_bytes) if by == "file" else _between_blank_lines(content, max_bytes)
+    for number, data in pieces:
+        if len(data) > max_bytes:
+            yield too_long(number, data, max_bytes)
+            continue
+        try:
+            yield Document(number, split, checked_text(data, "the file" if by == "file" else "the document"))
+        except NoText as error:
+            yield Rejected(number, error.reason, error.detail, data[:EXCERPT_BYTES], len(data))
+
+
+def _whole(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    if data := content.read(max_bytes + 1):
+        yield 1, data
+
+
+def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(line, text) of what stands between lines that are blank; of what is longer than `max_bytes`, its beginning."""
+    waiting: list[bytes] = []
+    size = 0
+    number = first = 1
+    for line in content.lines(max_bytes=max_bytes):
+        if line.isspace():
+            if waiting:
+                yield first, b"".join(waiting).rstrip(b"\r\n")
+            waiting, size = [], 0
+        else:
+            first = first if waiting else number
+            if size <= max_bytes:
+                waiting.append(line)
+                size += len(line)
+        number += line.endswith(b"\n")
+    if waiting:
+        yield first, b"".join(waiting).rstrip(b"\r\n")

@@ -1,0 +1,67 @@
+"""What reading a raw file gives: documents, and in their places the records that give none."""
+
+from dataclasses import dataclass
+
+from data_prep.shards.format import SplitName
+
+EXCERPT_BYTES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a raw file."""
+
+    position: int
+    """Where it stands, in the `unit` of its format: its line, row or sample, from 1, or its byte in the unpacked
+    file."""
+    split: SplitName
+    """Where it goes, before `validation_fraction` takes its share of train."""
+    data: bytes
+    """Its text in UTF-8; for enwik8 its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One record of a raw file that gives no document."""
+
+    position: int
+    """As in Document."""
+    reason: str
+    """One of a few words, for counting."""
+    detail: str
+    """What exactly is wrong."""
+    record: bytes
+    """The first bytes of the record."""
+    size: int
+    """Bytes of the record."""
+
+
+class NoText(ValueError):
+    """(reason, detail) of a record that gives no document."""
+
+    @property
+    def reason(self) -> str:
+        reason: str = self.args[0]
+        return reason
+
+    @property
+    def detail(self) -> str:
+        detail: str = self.args[1]
+        return detail
+
+
+def too_long(position: int, record: bytes, max_bytes: int) -> Rejected:
+    """A record that is longer than is allowed, of which `record` is the beginning or all."""
+    detail = f"more than ingest.max_document_bytes {max_bytes}"
+    return Rejected(position, "too long", detail, record[:EXCERPT_BYTES], len(record))
+
+
+def checked_text(data: bytes, what: str) -> bytes:
+    """The bytes, if they are UTF-8 and not blank. `what` they are, for the message. Raises NoText."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NoText("not UTF-8", f"byte {error.start:,} of {what}: {error.reason}") from None
+    if not text or text.isspace():
+        raise NoText("empty", "the text is empty or blank")
+    return data

@@ -1,0 +1,131 @@
+"""What a user sees of prepared data: verification table, statistics, documents."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from common.errors import DataError
+from common.terminal import visible
+from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows
+from data_prep.run.pipeline import Pipeline
+from data_prep.shards.format import REBUILD, Manifest
+from data_prep.shards.reader import ShardReader, SplitReader
+from data_prep.stages.id_maker import read_symbols
+from data_prep.stages.ingest import name_bad_files
+from data_prep.stages.tokenizer import TextTokenizer
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Plain text columns: first column left, others right; integers get thousands separators."""
+    cells = [list(header)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def verify(manifest: Manifest) -> None:
+    """Checks everything, every byte included, and prints one row per shard. Raises DataError at the first
+    mismatch."""
+    started = time.monotonic()
+    manifest.check("full", progress=True)
+    for split in manifest.splits:
+        _check_content(manifest, split)
+    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
+    print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
+    tokenizer = manifest.tokenizer
+    if tokenizer.sha256 is None:
+        print(f"tokenizer: bytes, {tokenizer.vocab_size} values, no model")
+    else:
+        unit = "symbols" if tokenizer.kind == "symbols" else "pieces"
+        print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} {unit}, sha256 {tokenizer.sha256[:12]}, ok")
+    print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
+
+
+def _check_content(manifest: Manifest, split: str) -> None:
+    """What hashes cannot tell: that ids are below the vocabulary's size and that EOS ends documents and is nowhere
+    else. Raises DataError with the shard."""
+    eos = manifest.tokenizer.eos_id
+    for entry in manifest.split(split):
+        reader = ShardReader(manifest, entry, False)
+        ids = 0
+        for start in range(0, reader.num_tokens, READ_TOKENS):
+            tokens = reader.read(start, min(start + READ_TOKENS, reader.num_tokens))
+            ids += int((tokens == eos).sum()) if eos is not None else 0
+            if tokens.max() >= manifest.tokenizer.vocab_size:
+                raise DataError(
+                    f"{entry.file} holds the id {tokens.max()}, the vocabulary {manifest.tokenizer.vocab_size}"
+                )
+        ends = [*(reader.document_starts[1:] - 1).tolist(), reader.num_tokens - 1]
+        ended = eos is None or all(int(reader.read(end, end + 1)[0]) == eos for end in ends)
+        reader.close()
+        if eos is not None and (ids != entry.documents or not ended):
+            raise DataError(
+                f"{entry.file} holds {ids} ends of documents, not one for each of {entry.documents}; {REBUILD}"
+            )
+
+
+def stats(manifest: Manifest) -> None:
+    """Prints totals of each split and the distribution of tokens per document (EOS not counted)."""
+    totals = []
+    lengths = []
+    for split, sums in manifest.totals.items():
+        ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
+        totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
+        if sums.documents:
+            of_split = Lengths.of(manifest, split)
+            lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
+    print(table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
+    print()
+    print("tokens per document")
+    print(table(("split", *QUANTILES, "mean"), lengths))
+
+
+def dropped(manifest: Manifest) -> None:
+    """Prints how many documents each stage left out, by reason; nothing if none."""
+    rows = dropped_rows(manifest)
+    if rows:
+        print()
+        print(table(("left out", "reason", "documents"), rows))
+    if lines := manifest.provenance.dropped.get("lines"):
+        print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
+
+
+def progress(pipeline: Pipeline) -> None:
+    """Prints what the steps so far found in the raw files of this slice."""
+    states = pipeline.states(whole=False)
+    rejected = sum(sum(state.rejected.values()) for state in states)
+    text_bytes = sum(part.bytes for part in pipeline.parts(whole=False))
+    rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
+    print(table(("raw files", "documents", "text bytes", "quarantined"), rows))
+
+
+def bad_files(pipeline: Pipeline) -> None:
+    """Names on stderr the raw files that were left out whole."""
+    name_bad_files(pipeline.states(whole=pipeline.slice.tasks == 1))
+
+
+def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
+    """Prints documents decoded from the shards (bytes that are no UTF-8 as U+FFFD). Raises DataError for an unknown
+    split or number."""
+    manifest.check("size")
+    decode = _decoder(manifest)
+    with SplitReader(manifest, split, verify_on_first_read=True) as reader:
+        for number in range(index, index + count):
+            ids = reader.document(number)
+            print(f"=== {split} document {number} of {reader.num_documents:,}: {len(ids):,} tokens ===")
+            print(visible(decode(ids)))
+
+
+def _decoder(manifest: Manifest) -> Callable[[np.ndarray], str]:
+    """Ids [n] to text, by the tokenizer of the manifest."""
+    if manifest.tokenizer.file is None:
+        return lambda ids: ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    path = manifest.folder / manifest.tokenizer.file
+    if manifest.tokenizer.kind == "symbols":
+        symbols = read_symbols(path)
+        return lambda ids: symbols[ids].tobytes().decode("utf-8", errors="replace")
+    return TextTokenizer.load(path).decode

@@ -1,0 +1,62 @@
+"""How much disk a preparation takes, before it begins: compared with what is free.
+
+bytes = text (stored as zstd) + ids, twice (as made, and in shards) + signatures, with
+
+    text        stored bytes of the raw files, 3 times that where they are packed
+    as zstd     text / 2.5; nothing where ids are made while reading
+    ids         text / 4 tokens (bytes: text) of 2 bytes, above 65,536 pieces of 4
+    signatures  500 bytes a document of 2,000, for near-duplicates
+
+Files behind URLs and commands are not counted. Filters may leave much less: below an estimate there is a warning, and
+only where not even a quarter of it is free the preparation does not begin.
+"""
+
+import sys
+from pathlib import Path
+
+from common.errors import DataError
+from common.folders import free_bytes, no_room
+from data_prep.raw.unpack import PACKED_SUFFIXES
+from data_prep.run.plan import Plan
+
+UNPACKED = 3  # bytes of text for a stored one, of JSON lines in gzip or zstd
+ZSTD = 2.5
+BYTES_PER_TOKEN = 4
+SIGNATURE_BYTES, DOCUMENT_BYTES = 500, 2000
+REFUSED_BELOW = 4
+WHAT = "the work folder and the shards"
+
+
+def needed_bytes(plan: Plan) -> int:
+    """The estimate at the top of this file, for all of a preparation."""
+    config, text = plan.config, 0
+    for source in plan.sources:
+        if isinstance(source.path, Path) and source.path.is_file():
+            packed = source.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet")
+            text += source.path.stat().st_size * (UNPACKED if packed else 1)
+    is_bytes = config.tokenizer.type == "bytes"
+    id_bytes = 4 if config.tokenizer.vocab_size > 65_536 and not is_bytes else 2
+    needed = 2 * id_bytes * text / (1 if is_bytes else BYTES_PER_TOKEN)
+    if not plan.may_encode_while_reading:
+        needed += text / ZSTD
+    if config.dedup is not None and config.dedup.near:
+        needed += text / DOCUMENT_BYTES * SIGNATURE_BYTES
+    return int(needed)
+
+
+def used_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder, 0 if there is none: what a run that was killed has done already."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def check_room(plan: Plan) -> None:
+    """Warns where the disk of `output` has less room than estimated, raises DataError where it has less than a quarter
+    of that."""
+    needed = needed_bytes(plan) - used_bytes(plan.work)
+    free = free_bytes(plan.output)
+    if free >= needed:
+        return
+    sentence = f"output: {no_room(plan.output, needed, WHAT, about=True)}"
+    if free * REFUSED_BELOW < needed:
+        raise DataError(f"{sentence}; make room, or choose another `output`")
+    print(f"warning: {sentence}; filters may leave less text, else it stops there", file=sys.stderr)

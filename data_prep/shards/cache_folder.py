@@ -1,0 +1,174 @@
+"""The folder that a cache of shards may write and clear: its own, below the folder that the user names.
+
+    CACHE_DIR/switchall-cache/OWNER.txt   says whose folder this is; without it nothing here is touched
+    .../lock                              held while room is made
+    .../DIGEST/manifest.json              a data set; the folder is named by the sha256 of this file
+    .../DIGEST/locks/NAME.lock            held while a shard is fetched, or opened, or removed
+    .../DIGEST/train-00000.tar, ...       what that manifest lists
+
+So every file that may be removed is on a list that a hash proves to be the cache's own, and that lies there before the
+first of them. Whatever else is beside them stays, in CACHE_DIR or in here, and does not count towards the limit.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from common.folders import check_writable_folder, free_bytes, no_room
+from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
+from data_prep.work.folder import PassingError, write_atomically
+
+KEY = "data.cache_dir"
+NAME = "switchall-cache"
+MARKER = "OWNER.txt"
+MARKER_TEXT = (
+    "Shards of remote data sets that switchall fetched (data.cache_dir). It removes them when it needs room.\n"
+    "The whole folder may be removed while no run uses it.\n"
+)
+DIGEST = re.compile(r"[0-9a-f]{24}")
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard with its index, whole or being fetched."""
+
+    shard: Path
+    index: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All names under which it may lie there."""
+        return self.shard, self.index, partial(self.shard), partial(self.index)
+
+    def size_and_use(self) -> tuple[int, float]:
+        """Bytes, and when it was last used; (0, 0) if it is not there."""
+        size, used = 0, 0.0
+        for path in self.files:
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile by the process that fetches it
+                status = path.stat()
+                size, used = size + status.st_size, max(used, status.st_mtime)
+        return size, used
+
+    def remove(self) -> None:
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+class CacheFolder:
+    """The cache's own folder below `cache_dir`, made if it is not there. Raises DataError for one that is not ours."""
+
+    def __init__(self, cache_dir: Path, limit_bytes: int) -> None:
+        check_writable_folder(cache_dir, KEY)
+        self.root = cache_dir / NAME
+        self._limit = limit_bytes
+        self._lists: dict[str, list[ShardEntry]] = {}  # by digest: a list never changes
+        check_writable_folder(self.root, KEY)
+        self.root.mkdir(parents=True, exist_ok=True)
+        # The marker is written before anything else, so what another process puts here meanwhile comes after it.
+        others = {path.name for path in self.root.iterdir() if not path.name.startswith(f".{MARKER}.")}
+        if (self.root / MARKER).is_file():
+            return
+        if others:
+            raise DataError(
+                f"{KEY}: {self.root} holds {min(others)} and not the {MARKER} of a cache, so it is left alone; move it "
+                "or name another folder"
+            )
+        write_atomically(self.root / MARKER, MARKER_TEXT.encode())
+
+    def add(self, manifest: bytes) -> Path:
+        """The folder of a data set, with its manifest in it: by its content, so that another version of the data under
+        the same URL gets another folder."""
+        folder = self.root / hashlib.sha256(manifest).hexdigest()[:24]
+        path = folder / MANIFEST_FILE
+        with locked(self.lock(path)):
+            if not path.exists() or path.read_bytes() != manifest:
+                write_atomically(path, manifest)
+        return folder
+
+    def lock(self, file: Path) -> Path:
+        """The lock of a file of a data set."""
+        folder = self.root / file.relative_to(self.root).parts[0]
+        return folder / "locks" / (file.relative_to(folder).as_posix().replace("/", "_") + ".lock")
+
+    def reserve(self, shard: StoredShard, sizes: tuple[int, int]) -> None:
+        """Makes room for a shard and its index and lets them count, at full size but without blocks."""
+        with locked(self.root / "lock"):
+            self._make_room(sum(sizes))
+            for path, size in zip((shard.shard, shard.index), sizes, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial(path).open("wb") as stream:
+                    stream.truncate(size)
+
+    def _make_room(self, needed: int) -> None:
+        """Removes shards, least recently used first, until `needed` bytes fit into the limit and onto the disk; skips
+        what another process holds."""
+        found = [(shard, *shard.size_and_use()) for shard in self._shards()]
+        total = sum(size for _, size, _ in found)
+        for shard, size, _ in sorted(found, key=lambda entry: entry[2]):
+            if total + needed <= self._limit and needed <= free_bytes(self.root):
+                return
+            if size:
+                with locked(self.lock(shard.shard), wait=False) as free:
+                    if free:
+                        shard.remove()
+                        total -= size
+        if total + needed > self._limit:
+            raise DataError(
+                f"data.cache_bytes: {self._limit} are full of shards that other processes are fetching now; set it to "
+                f"at least {total + needed}"
+            )
+        if needed > free_bytes(self.root):
+            raise PassingError(f"{KEY}: {no_room(self.root, needed, 'a shard')}; make room, or name another folder")
+
+    def _shards(self) -> Iterator[StoredShard]:
+        """Every shard that a manifest in here lists, whether it is there or not."""
+        for folder in sorted(self.root.iterdir()):
+            if not DIGEST.fullmatch(folder.name) or folder.is_symlink():
+                continue
+            if folder.name not in self._lists:
+                entries = _listed(folder)
+                if entries is None:
+                    continue
+                self._lists[folder.name] = entries
+            for entry in self._lists[folder.name]:
+                yield StoredShard(folder / entry.file, folder / entry.index_file)
+
+
+def _listed(folder: Path) -> list[ShardEntry] | None:
+    """The shards of a data set, or None unless its manifest is the one that the folder is named by."""
+    try:
+        if hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()[:24] != folder.name:
+            return None
+        return [entry for entries in Manifest.load(folder).splits.values() for entry in entries]
+    except (OSError, DataError):
+        return None
+
+
+def partial(path: Path) -> Path:
+    """The name of a file while it is being fetched."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds an exclusive lock, which ends with the process; without `wait` yields False if another has it. Lock files
+    are never removed: two processes could then lock two files of one name. Raises DataError for a file system without
+    locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise DataError(
+                f"{KEY}: no lock on {path} ({os.strerror(error.errno or 0)}); name a folder on a local disk"
+            ) from None
+        yield True

@@ -1,0 +1,282 @@
+"""The shard format: what data_prep writes and the trainer reads. The only definition of it.
+
+A prepared folder holds
+
+    train-00000.tar              a webdataset tar; its members train-00000-000000.tok.bin, ... are token ids,
+                                 little-endian uint16 (uint32 when vocab_size > 65,536). Every document ends
+                                 with EOS and may span members; a shard starts with a document, ends with EOS.
+                                 Bytes and symbols have no EOS: documents follow one another as in the raw
+                                 file; with tokenizer.separator the pieces of that text are in its place.
+    train-00000.idx.safetensors  int64 member_offset [members]: byte offset of a member's data in the tar,
+                                 int64 member_tokens [members], int64 document_start [documents] in tokens.
+    tokenizer.model              the SentencePiece model that made the ids; for symbols the byte value of each
+                                 id, a byte each; none if the ids are bytes
+    manifest.json                sizes and sha256 of all these, totals, provenance, own digest; written last
+
+All of it is data: JSON, raw integers and safetensors, never pickle. Imports: numpy, safetensors and pydantic.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from pydantic import PrivateAttr, ValidationError, model_validator
+
+from common.errors import DataError
+from data_prep.shards.manifest_records import BYTE_VALUES as BYTE_VALUES
+from data_prep.shards.manifest_records import Provenance, Record, Sha256, ShardEntry, SplitTotals, TokenizerEntry
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.model"
+MEMBER_SUFFIX = ".tok.bin"
+INDEX_SUFFIX = ".idx.safetensors"
+TAR_BLOCK_BYTES = 512
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")  # test only if the corpus has one, the others always
+REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`"
+
+
+def dtype_name(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest dtype that holds ids 0 .. vocab_size - 1: uint16 up to 65,536 pieces, else uint32."""
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
+def sha256_file(path: Path, *, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Hex sha256 of a file, read in 4 MB blocks; `on_bytes` is told the size of each (for a progress bar)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def manifest_digest(body: dict[str, Any]) -> str:
+    """Hex sha256 of the canonical JSON (sorted keys, no spaces, ASCII) of a manifest without its `digest`
+    key."""
+    rest = {key: value for key, value in body.items() if key != "digest"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+class Manifest(Record):
+    """A validated manifest.json; `folder` is where it lies."""
+
+    format_version: int
+    """Version of this layout; a reader refuses any other."""
+    dtype: Literal["uint16", "uint32"]
+    """Token dtype, little-endian."""
+    tokenizer: TokenizerEntry
+    """The tokenizer."""
+    splits: dict[SplitName, tuple[ShardEntry, ...]]
+    """Shards of each split in reading order."""
+    totals: dict[SplitName, SplitTotals]
+    """Sums of each split."""
+    provenance: Provenance
+    """Sources, settings and versions."""
+    digest: Sha256
+    """sha256 of the canonical JSON of everything else: the identity of the data set."""
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _check_sums(self) -> "Manifest":
+        names = [name for entries in self.splits.values() for e in entries for name in (e.file, e.index_file)]
+        if len(set(names)) != len(names):
+            raise ValueError("a shard or index file is listed twice")
+        if set(self.splits) | {"test"} != set(SPLITS) or set(self.totals) != set(self.splits):
+            raise ValueError("splits and totals must have the keys train, validation and, if there is one, test")
+        for split, entries in self.splits.items():
+            sums = (sum(e.documents for e in entries), sum(e.tokens for e in entries))
+            if sums != (self.totals[split].documents, self.totals[split].tokens):
+                raise ValueError(f"totals of split {split!r} are not the sums over its shards")
+        tokenizer = self.tokenizer
+        if self.dtype != dtype_name(tokenizer.vocab_size) or (tokenizer.eos_id or 0) >= tokenizer.vocab_size:
+            raise ValueError("dtype, vocab_size and eos_id contradict each other")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Manifest":
+        """Reads and validates a manifest; `path` is manifest.json or its folder. Raises DataError."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / MANIFEST_FILE
+        try:
+            raw = file.read_bytes()
+        except FileNotFoundError:
+            raise DataError(
+                f"no prepared data: no file {file}; make it with `python -m data_prep run --config CONFIG`"
+            ) from None
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}") from None
+        manifest = cls._parse(file, raw)
+        manifest._folder = file.parent
+        root = file.parent.resolve()
+        for name in [manifest.tokenizer.file or "", *manifest._shard_files(), *manifest._record_files()]:
+            if not (root / name).resolve().is_relative_to(root):
+                raise DataError(
+                    f"{file}: {name} leads out of the manifest's folder (a link?); store the file inside it"
+                )
+        return manifest
+
+    @classmethod
+    def _parse(cls, file: Path, raw: bytes) -> "Manifest":
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file} is not JSON ({error}); {REBUILD}") from None
+        version = body.get("format_version") if isinstance(body, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(f"{file}: format_version is {version!r}, this code reads {FORMAT_VERSION}; {REBUILD}")
+        try:
+            # From what was parsed above and is hashed below, so that no two readings of odd JSON can differ.
+            manifest = cls.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise DataError(f"{file}: {key}: {first['msg']}; {REBUILD}") from None
+        found = manifest_digest(body)
+        if found != manifest.digest:
+            raise DataError(f"{file} was edited: its digest is {manifest.digest}, its content has {found}; {REBUILD}")
+        return manifest
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the manifest and every file it names."""
+        return self._folder
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian numpy dtype of the stored ids."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def split(self, name: str) -> tuple[ShardEntry, ...]:
+        """Shards of a split in order. Raises DataError for a split that is unknown."""
+        for split, entries in self.splits.items():
+            if split == name:
+                return entries
+        raise DataError(f"{self.folder / MANIFEST_FILE} has no split {name!r}; it has {', '.join(self.splits)}")
+
+    def num_tokens(self, split: str) -> int:
+        """Token ids in a split, EOS included."""
+        return sum(entry.tokens for entry in self.split(split))
+
+    def _entries(self) -> list[ShardEntry]:
+        return [entry for entries in self.splits.values() for entry in entries]
+
+    def _shard_files(self) -> list[str]:
+        return [name for entry in self._entries() for name in (entry.file, entry.index_file)]
+
+    def _record_files(self) -> list[str]:
+        return [record.file for record in self.provenance.records]
+
+    def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
+        """Compares the folder with the manifest; raises one DataError that names the file, the difference and
+        the fix.
+
+        Always: every file is there with its size; tokenizer and indexes are hashed and the indexes validated.
+        `full` also hashes every shard (about 1 s per GB); `progress` shows a bar for that.
+        """
+        assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
+        entries = self._entries()
+        if self.tokenizer.file is not None:
+            tokenizer = self.folder / self.tokenizer.file
+            if not tokenizer.is_file():
+                raise DataError(f"missing file {tokenizer}; {REBUILD}")
+            _expect("sha256", tokenizer, self.tokenizer.sha256, sha256_file(tokenizer))
+        for entry in entries:
+            check_size(self.folder / entry.file, entry.bytes)
+        for entry in entries:
+            ShardIndex.load(self, entry)
+        if level == "size":
+            return
+        for record in self.provenance.records:  # not data: training does without them
+            path = self.folder / record.file
+            check_size(path, record.bytes)
+            _expect("sha256", path, record.sha256, sha256_file(path))
+        from data_prep.work.progress import byte_bar  # here, so that the read path does not import tqdm
+
+        total = sum(entry.bytes for entry in entries)
+        with byte_bar(total=total, description="hashing shards", enabled=progress) as bar:
+            for entry in entries:
+                path = self.folder / entry.file
+                _expect("sha256", path, entry.sha256, sha256_file(path, on_bytes=bar.update))
+
+
+def _expect(what: str, path: Path, expected: object, found: object) -> None:
+    if expected != found:
+        raise DataError(f"{path} does not match the manifest: expected {what} {expected}, found {found}; {REBUILD}")
+
+
+def check_size(path: Path, expected_bytes: int) -> None:
+    """Raises DataError unless the file exists with that size."""
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise DataError(f"missing file {path}; {REBUILD}") from None
+    _expect("bytes", path, expected_bytes, found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where members and documents of one shard lie; arrays as described at the top of this file."""
+
+    member_offset: np.ndarray
+    member_tokens: np.ndarray
+    document_start: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """The index file; the same arrays give the same bytes."""
+        return safetensors.numpy.save(
+            {
+                "member_offset": self.member_offset,
+                "member_tokens": self.member_tokens,
+                "document_start": self.document_start,
+            }
+        )
+
+    @classmethod
+    def load(cls, manifest: Manifest, entry: ShardEntry) -> "ShardIndex":
+        """Reads an index, checks its hash, then that it is consistent with the shard. Raises DataError."""
+        path = manifest.folder / entry.index_file
+        check_size(path, entry.index_bytes)
+        raw = path.read_bytes()
+        _expect("sha256", path, entry.index_sha256, hashlib.sha256(raw).hexdigest())
+        try:
+            arrays = safetensors.numpy.load(raw)
+        except safetensors.SafetensorError as error:
+            raise DataError(f"{path} is not a safetensors file ({error}); {REBUILD}") from None
+        names = {"member_offset", "member_tokens", "document_start"}
+        if set(arrays) != names or any(a.dtype != np.int64 or a.ndim != 1 for a in arrays.values()):
+            raise DataError(f"{path}: expected the int64 vectors {', '.join(sorted(names))}; {REBUILD}")
+        index = cls(**arrays)
+        problem = index.problem(entry, manifest.numpy_dtype.itemsize)
+        if problem:
+            raise DataError(f"{path}: {problem}, so it does not describe {entry.file}; {REBUILD}")
+        return index
+
+    def problem(self, entry: ShardEntry, itemsize: int) -> str:
+        """What is inconsistent between this index and its shard; empty if nothing. O(members + documents)."""
+        offset, tokens, document = self.member_offset, self.member_tokens, self.document_start
+        if len(offset) != len(tokens) or len(offset) == 0:
+            return f"{len(offset)} member offsets for {len(tokens)} members"
+        if tokens.min() < 1 or tokens.max() > entry.tokens or int(tokens.sum()) != entry.tokens:
+            return f"members hold {int(tokens.sum())} tokens, the manifest says {entry.tokens}"
+        end = offset + tokens * itemsize
+        # Data starts on a tar block after its own 512-byte header, hence the gap between one member and the
+        # next.
+        gaps = offset - np.concatenate([np.zeros(1, np.int64), end[:-1]])
+        if gaps.min() < TAR_BLOCK_BYTES or (offset % TAR_BLOCK_BYTES).any() or end[-1] > entry.bytes:
+            return f"member offsets overlap, are off the tar blocks or leave the shard of {entry.bytes} bytes"
+        if len(document) != entry.documents:
+            return f"{len(document)} document starts, the manifest says {entry.documents}"
+        if document[0] != 0 or (np.diff(document) < 1).any() or document[-1] >= entry.tokens:
+            return f"document starts must rise from 0 and stay below {entry.tokens}"
+        return ""

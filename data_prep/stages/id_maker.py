@@ -1,0 +1,100 @@
+"""From a document to its ids: by a SentencePiece model, by the values of its bytes, or by the numbers of these."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import DataError
+from data_prep.config import TokenizerConfig
+from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry, sha256_file
+from data_prep.stages.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdRecipe:
+    """How documents become ids; small, so that tasks carry it."""
+
+    model: Path | None
+    """SentencePiece model, or the symbols in the order of their ids; None for bytes."""
+    settings: TokenizerConfig
+
+    def maker(self) -> "IdMaker":
+        """The same object while the recipe and the file stay the same."""
+        return _made(self, 0 if self.model is None else self.model.stat().st_mtime_ns)
+
+    def key(self) -> list[object]:
+        """What decides the ids, for the name of a folder."""
+        ids = self.settings.type if self.model is None else sha256_file(self.model)
+        return [ids, *self.settings.encoding_settings().items()]
+
+    def entry(self) -> TokenizerEntry:
+        """What the manifest says of it."""
+        maker = self.maker()
+        if self.model is None:
+            return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
+        return TokenizerEntry(
+            kind="sentencepiece" if self.settings.has_model else "symbols",
+            file=TOKENIZER_FILE,
+            sha256=sha256_file(self.model),
+            vocab_size=maker.vocab_size,
+            eos_id=maker.eos_id,
+        )
+
+
+class IdMaker:
+    """Makes the ids of documents."""
+
+    def __init__(self, recipe: IdRecipe) -> None:
+        self._settings = recipe.settings
+        self._tokenizer, self._numbers = None, None
+        self.eos_id: int | None = None
+        """Id that is put after each document; None if nothing or a text is."""
+        self.vocab_size = BYTE_VALUES
+        if recipe.model is None:
+            return
+        if recipe.settings.has_model:
+            self._tokenizer = TextTokenizer.load(recipe.model)
+            self.vocab_size = self._tokenizer.vocab_size
+            self.eos_id = self._tokenizer.eos_id if recipe.settings.separator is None else None
+        else:
+            symbols = read_symbols(recipe.model)
+            self.vocab_size = len(symbols)
+            self._numbers = np.zeros(BYTE_VALUES, np.uint8)
+            self._numbers[symbols] = np.arange(len(symbols))
+
+    def ids(self, data: bytes) -> np.ndarray:
+        """Integers [n]: the ids of a document in UTF-8 (or any bytes, without a model), `eos_id` not among them."""
+        if self._tokenizer is None:
+            values = np.frombuffer(data, np.uint8)
+            return values if self._numbers is None else self._numbers[values]
+        text = data.decode("utf-8") + (self._settings.separator or "")
+        by_line = self._settings.sentences == "lines"
+        return self._tokenizer.encode_lines(text) if by_line else self._tokenizer.encode(text)
+
+
+@lru_cache(maxsize=1)  # per process
+def _made(recipe: IdRecipe, stamp: int) -> IdMaker:
+    return IdMaker(recipe)
+
+
+def read_symbols(path: Path) -> np.ndarray:
+    """uint8 [n]: the byte value of each id. Raises DataError for a file that is no rising list of them."""
+    symbols = np.frombuffer(path.read_bytes(), np.uint8)
+    if not 2 <= len(symbols) <= BYTE_VALUES or (np.diff(symbols.astype(np.int64)) < 1).any():
+        raise DataError(f"{path} is no list of rising byte values; prepare the data again")
+    return symbols
+
+
+def symbols_of(counts: np.ndarray, settings: TokenizerConfig) -> bytes:
+    """The file of symbols: the byte values that occur, `counts` int64 [256] of them. Raises DataError."""
+    values = np.flatnonzero(counts).astype(np.uint8)
+    if "vocab_size" in settings.model_fields_set and settings.vocab_size != len(values):
+        raise DataError(
+            f"tokenizer.vocab_size: the raw files hold {len(values)} different bytes, not {settings.vocab_size}; set "
+            f"it to {len(values)}, or fetch the file again"
+        )
+    if len(values) < 2:
+        raise DataError(f"input: the raw files hold {len(values)} different bytes; two are needed to learn anything")
+    return values.tobytes()

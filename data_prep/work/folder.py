@@ -1,0 +1,104 @@
+"""The work folder: finished pieces of every stage, so that a killed run goes on where it was.
+
+A stage keeps its results in OUTPUT/.work/STAGE-FINGERPRINT, one file for each raw file or part. The fingerprint is a
+hash of every setting that changes the results and of the versions of the code that made them, those of the stages
+before included, so a result that is there is valid and another config, or newer code, never meets it. A file gets its
+name when it is complete. So there is nothing to repair after a kill, and any number of processes and SLURM tasks may
+write into the folder at the same time: at worst they make the same bytes twice.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from common.errors import DataError
+
+
+class PassingError(DataError):
+    """Nothing that the user got wrong: the same command may go through later, and goes on where it was."""
+
+
+WORK = ".work"
+STAGE_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}")  # the names that `stage_folder` gives
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content gets the name `path` when the block ends without an error; a reader, or a crash, sees
+    all of it or none. The temporary name is this process's own, on any node."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    stream = temporary.open("wb")
+    try:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
+        os.replace(temporary, path)
+    except BaseException:
+        stream.close()
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees all of it or none: temporary name, fsync, rename."""
+    with replacing(path) as stream:
+        stream.write(content)
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Writes JSON atomically."""
+    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode("ascii"))
+
+
+def read_json(path: Path) -> Any:
+    """JSON that `write_json` left, or None if there is none. Raises DataError if it was damaged since."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError(f"{path} was damaged after it was written; remove {path.parent}") from None
+
+
+def fingerprint(*settings: Any) -> str:
+    """16 hex digits of the sha256 of JSON values."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
+
+
+def stage_folder(work: Path, stage: str, *settings: Any) -> Path:
+    """The folder of a stage with these settings, made if it is not there."""
+    folder = work / f"{stage}-{fingerprint(stage, *settings)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def stage_key(folder: Path) -> str:
+    """What the settings of the next stage must contain: the fingerprint of this one."""
+    return folder.name
+
+
+def decided(path: Path, choice: bool) -> bool:
+    """The choice of the process that asked first; the same for all that ask after it, on any node."""
+    proposal = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    write_json(proposal, choice)
+    with contextlib.suppress(FileExistsError):
+        os.link(proposal, path)
+    proposal.unlink()
+    first: bool = read_json(path)
+    return first
+
+
+def finished(result: T | None, what: str) -> T:
+    """A result that an earlier stage must have left; DataError with what is missing if it is None."""
+    if result is None:
+        raise DataError(f"{what} is not finished; run the stages before with every --task of --tasks first")
+    return result

@@ -1,0 +1,126 @@
+"""Tasks on several processes. A task reads and writes files; what it returns is small."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from data_prep.work.folder import PassingError
+from data_prep.work.one_thread import one_thread
+from data_prep.work.progress import byte_bar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+DIED = "a process died (most often: killed for memory)"
+
+
+def _start_method() -> str:
+    """fork, which spares every worker 0.5 s of imports, if this process has one thread alone; else spawn, because a
+    fork copies locks that the other threads hold."""
+    if sys.platform == "linux":
+        for _ in range(10):  # a thread that has been joined is listed for a moment longer
+            if len(os.listdir("/proc/self/task")) == 1:
+                return "fork"
+            time.sleep(0.001)
+    return "spawn"
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "_start_worker is for child processes"
+
+    def leave_with_parent() -> None:
+        # After kill -9 of the parent a worker would wait for its next task for ever: it holds both ends of the queue.
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+class Workers:
+    """`count` processes, started on first use and kept for the stages that follow; 1 means this process."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+        one_thread()
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], *, sizes: Sequence[int], description: str
+    ) -> list[Result]:
+        """`function` of every task, in the order of the tasks; they run in any order. `sizes`: bytes of each task, for
+        the progress bar and so that the large ones start first. Raises what a task raised first."""
+        results: dict[int, Result] = {}
+        order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
+        with byte_bar(total=sum(sizes), description=description, enabled=bool(tasks)) as bar:
+            completed = self._unordered(function, [tasks[number] for number in order])
+            with contextlib.closing(completed):
+                for position, result in completed:
+                    results[order[position]] = result
+                    bar.update(sizes[order[position]])
+        return [results[number] for number in range(len(tasks))]
+
+    def _unordered(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task]
+    ) -> Generator[tuple[int, Result], None, None]:
+        if self.count == 1 or len(tasks) < 2:
+            yield from ((number, function(task)) for number, task in enumerate(tasks))
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context(_start_method())
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start_worker)
+        waiting: dict[Future[Result], int] = {}
+        todo = iter(enumerate(tasks))
+        try:
+            while True:
+                for number, task in todo:
+                    waiting[self._pool.submit(function, task)] = number
+                    if len(waiting) >= 2 * self.count:
+                        break
+                if not waiting:
+                    return
+                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(done), done.result()
+        except BrokenProcessPool:
+            raise PassingError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def alone(self, function: Callable[[Task], Result], task: Task) -> Result:
+        """`function(task)` while the other processes are ended, in a new one that takes its memory away with it; in
+        this one where it cannot be forked."""
+        self.close()
+        if _start_method() != "fork":
+            return function(task)
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) as pool:
+            try:
+                return pool.submit(function, task).result()
+            except BrokenProcessPool:
+                raise PassingError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
+
+    def close(self) -> None:
+        """Ends the processes; tasks that have not begun are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@contextlib.contextmanager
+def worker_pool(count: int) -> Iterator[Workers]:
+    """Workers that are closed when the block ends."""
+    workers = Workers(count)
+    try:
+        yield workers
+    finally:
+        workers.close()

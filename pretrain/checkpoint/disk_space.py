@@ -1,0 +1,92 @@
+"""Room for a run's checkpoints, compared with the disk before it starts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.folders import free_bytes
+from model.config import ModelConfig
+from pretrain.checkpoint import list_checkpoints
+from pretrain.config.schema import Config
+from pretrain.report.derived import DerivedValue, parameter_count
+
+BYTES_PER_PARAMETER = 12
+"""fp32 weight and two moments of Adam (checkpoint/state.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpace:
+    """What a run's checkpoints take, bytes."""
+
+    size: int
+    """Of one: 12 bytes per parameter, and the memory of all streams."""
+    kept: int
+    """Checkpoints that the run keeps at its end: no more than it saves."""
+    there: int
+    """Checkpoints in the run folder already, which count towards `kept`."""
+    free: int
+    folder: Path
+
+    @property
+    def wanted(self) -> int:
+        """Still to be written: those that are kept, and one that is written before an older one goes."""
+        return max(1, self.kept + 1 - self.there) * self.size
+
+    @property
+    def least(self) -> int:
+        """Below this the run cannot replace its first checkpoint by a second one, or not save at all."""
+        return max(1, min(2, self.kept + 1) - self.there) * self.size
+
+    def row(self) -> DerivedValue:
+        return DerivedValue(
+            "checkpoints",
+            f"{self.kept} of {self.size:,} bytes",
+            f"12 x parameters{' + memory' if self.size % BYTES_PER_PARAMETER else ''}; keep_last, keep_best and "
+            f"keep_every_steps; with one being written {self.wanted:,} bytes more, {self.free:,} are free",
+        )
+
+    def check(self) -> None:
+        """Raises UserError where not even one checkpoint and one that is being written fit."""
+        if self.free < self.least:
+            raise UserError(
+                f"--run-dir: the disk of {self.folder} has no room for checkpoints of {self.size:,} bytes: "
+                f"{self.least:,} bytes are needed, {self.free:,} are free; make room or choose another --run-dir"
+            )
+
+    def warning(self) -> str:
+        """What will not fit later; empty if everything does."""
+        if self.free >= self.wanted:
+            return ""
+        return (
+            f"the disk of {self.folder} has no room for the {self.kept} checkpoints that the run keeps and one being "
+            f"written: {self.wanted:,} bytes are needed, {self.free:,} are free; make room, or lower "
+            "checkpoint.keep_last, keep_best or raise keep_every_steps"
+        )
+
+
+def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
+    """Counts parameters on the meta device, and the checkpoints that are there."""
+    saving, model = config.checkpoint, config.model
+    saved = -(-config.train.steps // saving.every_steps)
+    forever = config.train.steps // saving.keep_every_steps if saving.keep_every_steps else 0
+    return CheckpointSpace(
+        size=BYTES_PER_PARAMETER * _parameters(model) + _memory_bytes(config),
+        kept=min(saved, saving.keep_last + saving.keep_best + forever),
+        there=len(list_checkpoints(run_dir / "checkpoints")),
+        free=free_bytes(run_dir.absolute()),
+        folder=run_dir,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _parameters(model: ModelConfig) -> int:
+    return parameter_count(model).total
+
+
+def _memory_bytes(config: Config) -> int:
+    """Of Transformer-XL's memory: the inputs of the last tokens of every stream, for every layer."""
+    model, width = config.model, 4 if config.train.precision == "fp32" else 2
+    return config.batch.global_sequences * model.num_layers * model.memory_length * model.d_model * width

@@ -1,0 +1,153 @@
+"""Command line of launch/checkpoint.py: what lies in a run folder, whether it is whole, and weights for others."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from pretrain.checkpoint.convert import convert, progress_bar
+from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.report.exit_codes import ExitCode
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/checkpoint.py",
+        description="What lies in a run folder, whether it is whole, and weights for others.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    listing = commands.add_parser(
+        "list",
+        help="the checkpoints of a run: step, time, size, layout, state, losses",
+        description="Prints a line per checkpoint. `whole` means committed and of the right sizes; `verify` reads all.",
+    )
+    listing.add_argument("folder", type=Path, metavar="RUN_DIR", help="run folder, or its checkpoints folder")
+    verify = commands.add_parser(
+        "verify",
+        help="compare every file with its sha256",
+        description="Reads every file of a checkpoint, or of all checkpoints of a run, and compares it with its "
+        "sha256. Exit code 2 if one is not whole.",
+    )
+    verify.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder")
+    convert = commands.add_parser(
+        "convert",
+        help="the fp32 weights as one model.safetensors, with the tokenizer",
+        description="Writes the fp32 weights, each parameter whole, to OUT/model.safetensors, beside them the run's "
+        "configuration (config.json), its tokenizer (tokenizer.model) and where the weights come from (weights.json: "
+        "step, tokens read, data set). Needs memory for the largest parameter only. docs/checkpoints.md shows how to "
+        "load them.",
+    )
+    convert.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder for its newest")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder to write to; must not hold a model yet")
+    convert.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused or damaged."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if args.command == "list":
+            print_list(args.folder)
+        elif args.command == "verify":
+            return verify_all(args.folder)
+        else:
+            convert(_newest(args.folder), args.out, data=args.data)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    return 0
+
+
+def _checkpoints_folder(folder: Path) -> Path:
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return not (folder / "checkpoints").is_dir() and not list_checkpoints(folder)
+
+
+def _newest(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the newest one of the run that it is. Raises UserError."""
+    if _is_checkpoint(folder):
+        return folder
+    paths = list_checkpoints(_checkpoints_folder(folder))
+    if not paths:
+        raise UserError(f"PATH: {folder} holds no checkpoints")
+    return paths[-1]
+
+
+def print_list(folder: Path) -> None:
+    """A line per checkpoint, oldest first, then those that a run no longer uses and the remains of unfinished ones."""
+    if not folder.is_dir():
+        raise UserError(f"RUN_DIR: there is no folder {folder}")
+    place = _checkpoints_folder(folder)
+    paths = list_checkpoints(place)
+    others = sorted(p for p in place.iterdir() if p.is_dir() and re.search(r"step-\d{8,}", p.name) and p not in paths)
+    if not paths and not others:
+        raise UserError(f"RUN_DIR: {place} holds no checkpoints")
+    titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")
+    rows = [titles, *(_row(path) for path in [*paths, *others])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _row(path: Path) -> tuple[str, ...]:
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    if path.name.endswith(PARTIAL):
+        size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
+        return path.name, saved, f"{size:,}", "", "partial: being written, or left by a stopped save", "", ""
+    try:
+        checkpoint = Checkpoint.open(path)
+    except DamagedCheckpoint as error:
+        return path.name, saved, "", "", f"damaged: {_reason(error, path)}", "", ""
+    except UserError as error:
+        return path.name, saved, "", "", _reason(error, path), "", ""
+    state = checkpoint.state
+    names = {"tensor": "TP", "pipeline": "PP", "data": "DP", "expert": "EP"}
+    layout = " ".join(f"{names[key]}{state['layout'][key]}" for key in names) + f" ZeRO-{state['layout']['zero']}"
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state["time"]))
+    losses = (_loss(state["loss"]), _loss(state["validation_loss"]))
+    return path.name, saved, f"{checkpoint.bytes:,}", layout, "whole", *losses
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return str(error).removeprefix(f"checkpoint {path}: ")
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def verify_all(folder: Path) -> int:
+    """Prints a line per checkpoint; the exit code."""
+    paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
+    code = 0
+    for path in paths:
+        try:
+            checkpoint = Checkpoint.open(path)
+            problem = checkpoint.damaged_file(read=progress_bar(path.name, checkpoint.bytes))
+        except DamagedCheckpoint as error:
+            problem = _reason(error, path)
+        if problem:
+            code = ExitCode.REFUSED
+        print(f"{path.name}: {f'DAMAGED: {problem}' if problem else 'whole, every sha256 matches'}", flush=True)
+    return code

@@ -1,0 +1,104 @@
+"""Command line of launch/plan.py: what can be known of a run before it is started, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from pretrain.report.exit_codes import ExitCode
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/plan.py", description="What can be known of a run before it is started, without a GPU."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    costs = commands.add_parser(
+        "costs",
+        help="parameters, multiply-accumulates and memory of models, by the paper's formulas and counted",
+        description="Prints a table of what models cost: parameters, MACs and memory of one attention and one "
+        "feed-forward layer on one sequence, by the paper's formulas and counted from the built model.",
+    )
+    costs.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="run configuration, or a folder of them")
+    costs.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="CONFIG",
+        help="configuration that ratios refer to (default: the first, for those of its sequence length and d_model)",
+    )
+    costs.add_argument("--json", action="store_true", help="print exact numbers as JSON instead of a table")
+    _add_overrides(costs, "of every CONFIG, not of the baseline")
+
+    match = commands.add_parser(
+        "match",
+        help="the width that gives a model as many parameters as its baseline",
+        description="Solves for the attention's head_dim or the dense feed-forward's hidden_size at which CONFIG has "
+        "as many parameters in total as the baseline (rounded to the nearest width), as in the paper's comparisons.",
+    )
+    match.add_argument("config", type=Path, metavar="CONFIG", help="run configuration to be changed")
+    match.add_argument("--like", type=Path, required=True, metavar="BASELINE", help="configuration to equal in size")
+    match.add_argument(
+        "--solve",
+        choices=("head_dim", "hidden_size"),
+        default="hidden_size",
+        help="width to solve for (default: hidden_size)",
+    )
+    _add_overrides(match, "of CONFIG, not of the baseline")
+
+    layout = commands.add_parser(
+        "layout",
+        help="which ranks form which groups, and the bytes of weights and optimizer that each holds",
+        description="Prints the mesh of a run on N ranks: the groups of every dimension, what each pipeline stage "
+        "holds, and the bytes of weights and optimizer states per rank, beside those of one process.",
+    )
+    layout.add_argument("config", type=Path, metavar="CONFIG", help="run configuration")
+    layout.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="number of ranks (default: the smallest, tensor x pipeline x expert)",
+    )
+    _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser, whose: str) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help=f"override one dotted key {whose}; repeatable",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if args.command == "costs":
+            from pretrain.cli.plan_costs import print_costs
+
+            print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
+        elif args.command == "layout":
+            from pretrain.parallel.layout import print_layout
+
+            print_layout(args.config, args.ranks, args.overrides)
+        else:
+            from pretrain.cli.plan_match import print_match
+
+            print_match(args.config, args.like, args.solve, args.overrides)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    return 0

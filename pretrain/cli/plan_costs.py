@@ -1,0 +1,176 @@
+"""`plan.py costs`: a table of what models cost, by the paper's formulas and counted from the built model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import ConfigError
+from model.config import ModelConfig
+from model.costs import (
+    attention_macs,
+    attention_memory,
+    feedforward_macs,
+    feedforward_memory,
+    formula_parameters,
+    training_flops_per_token,
+)
+from model.counted_costs import count_macs
+from pretrain.config.loading import load_config
+
+LEGEND = """\
+MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted.
+published: the convention of the paper's tables. Eq. 13: the paper's equation, SwitchHead's position term times C and no
+selectors. floats: activations, for which there is only one formula for both conventions.
+counted: matrix products of the built model with a full memory. model: all layers and the output layer.
+ratios are of counted MACs to {baseline}{where}.
+FLOPs: of training, per token, 6 x active matmul parameters + attention."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Exact numbers of one configuration; `--json` prints them under these names."""
+
+    config: str
+    parameters: int
+    active_parameters: int
+    attention_macs_published: int
+    attention_macs_equation_13: int
+    attention_macs_counted: int
+    attention_macs_ratio: float | None
+    """To the baseline, or to the first model; null where the first has another sequence length or d_model."""
+    attention_floats: int
+    feedforward_macs_published: int
+    feedforward_macs_counted: int
+    feedforward_floats: int
+    model_macs_counted: int
+    model_macs_ratio: float | None
+    training_flops_per_token: int
+
+
+def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Prints one row per configuration. Raises ConfigError."""
+    files = [file for path in configs for file in config_files(path)]
+    models = {str(file): load_model(file, overrides) for file in files}
+    if baseline is not None:
+        name = f"{baseline} (baseline)" if overrides and str(baseline) in models else str(baseline)
+        models = {name: load_model(baseline, (), option="--baseline")} | models
+    rows = model_costs(models, any_size=baseline is not None)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(table(rows))
+
+
+def config_files(path: Path) -> list[Path]:
+    """`path`, or the JSON files directly in it if it is a folder, sorted."""
+    if not path.exists():
+        raise ConfigError(f"CONFIG: there is no file or folder {path}; configurations are in configs and configs/paper")
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"CONFIG: the folder {path} holds no .json file; name one that does, or a file")
+    return files
+
+
+def load_model(path: Path, overrides: Sequence[str], *, option: str = "CONFIG") -> ModelConfig:
+    """The model section of a configuration file, given as `option`. Raises ConfigError that also names the file."""
+    try:
+        return load_config(path, overrides, option=option).model
+    except ConfigError as error:
+        named = "" if str(error).startswith(f"{option}: ") else f" (in {path})"
+        raise ConfigError(f"{error}{named}") from None
+
+
+def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> list[Costs]:
+    """The costs of each model, ratios to the first: with `any_size` False only where T and d_model are the first's."""
+    counted = {}  # the published models repeat over corpora: each is counted once
+    for model in models.values():
+        if model not in counted:
+            counted[model] = count_macs(model)
+    first = next(iter(models.values()))
+    reference = counted[first]
+    rows = []
+    for name, model in models.items():
+        parameters, macs = formula_parameters(model), counted[model]
+        comparable = any_size or (model.sequence_length, model.d_model) == (first.sequence_length, first.d_model)
+        rows.append(
+            Costs(
+                config=name,
+                parameters=parameters.total,
+                active_parameters=parameters.active,
+                attention_macs_published=attention_macs(model, "published"),
+                attention_macs_equation_13=attention_macs(model, "equation_13"),
+                attention_macs_counted=macs.attention,
+                attention_macs_ratio=macs.attention / reference.attention if comparable else None,
+                attention_floats=attention_memory(model),
+                feedforward_macs_published=feedforward_macs(model),
+                feedforward_macs_counted=macs.feedforward,
+                feedforward_floats=feedforward_memory(model),
+                model_macs_counted=macs.model,
+                model_macs_ratio=macs.model / reference.model if comparable else None,
+                training_flops_per_token=training_flops_per_token(model),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Costs]) -> str:
+    """The rows for a terminal, with a legend."""
+    heads = [
+        ("", "config"),
+        ("params", "total"),
+        ("", "active"),
+        ("attention MACs", "published"),
+        ("", "Eq. 13"),
+        ("", "counted"),
+        ("", "ratio"),
+        ("", "floats"),
+        ("feed-forward MACs", "published"),
+        ("", "counted"),
+        ("", "floats"),
+        ("model MACs", "counted"),
+        ("", "ratio"),
+        ("training", "FLOPs"),
+    ]
+    lines = [[upper for upper, _ in heads], [lower for _, lower in heads]]
+    names = _short_names([row.config for row in rows])
+    for name, row in zip(names, rows, strict=True):
+        lines.append([name, *map(_cell, dataclasses.astuple(row)[1:])])
+    widths = [max(len(line[column]) for line in lines[1:]) for column in range(len(heads))]
+    # A group's title stands over its columns, from the left of the first.
+    starts = [2 * column + sum(widths[:column]) for column in range(len(heads))]
+    upper = ""
+    for start, title in zip(starts, lines[0], strict=True):
+        if title:
+            upper = f"{upper:<{start}}{title}"
+    body = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines[1:]
+    ]
+    gaps = any(row.model_macs_ratio is None for row in rows)
+    where = ", - where T or d_model differ from its (--baseline compares all)" if gaps else ""
+    return "\n".join([upper, *body, "", LEGEND.format(baseline=names[0], where=where)])
+
+
+def _cell(value: int | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else short(value)
+
+
+def short(value: int) -> str:
+    """Four digits with a unit, e.g. 202.5M, 2.358G, 47.26M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 3 - len(str(int(scaled))) + 1)}f}{unit}"
+    return str(value)
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """File names without .json where that is unambiguous."""
+    names = [Path(path).name.removesuffix(".json") for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)

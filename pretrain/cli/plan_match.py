@@ -1,0 +1,76 @@
+"""`plan.py match`: the width that gives a model as many parameters as its baseline, as the paper's comparisons have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.errors import ConfigError
+from model.config import ModelConfig, SigmaMoEConfig
+from model.costs import formula_parameters
+from pretrain.cli.plan_costs import load_model
+
+Width = Literal["head_dim", "hidden_size"]
+WIDTHS: dict[Width, str] = {"head_dim": "model.attention.head_dim", "hidden_size": "model.feedforward.hidden_size"}
+"""What can be solved for, with its dotted key."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The solved width and the parameter totals."""
+
+    key: str
+    before: int
+    value: int
+    total: int
+    """Total parameters with `value`."""
+    target: int
+    """Total parameters of the baseline."""
+
+    @property
+    def override(self) -> str:
+        return f"--set {self.key}={self.value}"
+
+
+def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
+    """The width, rounded to the nearest integer, at which `model` has as many parameters in total as `like`.
+
+    The total is linear in either width: one difference gives it. Raises ConfigError where there is no such width.
+    """
+    section, key = ("attention" if solve == "head_dim" else "feedforward"), WIDTHS[solve]
+    if solve == "hidden_size" and isinstance(model.feedforward, SigmaMoEConfig):
+        raise ConfigError(
+            f"{key}: a sigma_moe feed-forward has no hidden_size; use --solve head_dim, or set model.feedforward.type "
+            f"to dense or swiglu"
+        )
+    before = getattr(getattr(model, section), solve)
+    target = formula_parameters(like).total
+    now = formula_parameters(model).total
+    step = formula_parameters(with_width(model, solve, before + 1)).total - now
+    value = before + round((target - now) / step)
+    if value < 1:
+        fixed = formula_parameters(with_width(model, solve, 1)).total
+        other = "hidden_size" if solve == "head_dim" else "head_dim"
+        raise ConfigError(
+            f"{key}: the baseline has {target:,} parameters, this model {fixed:,} with {solve} = 1 already; "
+            f"make it smaller elsewhere, e.g. with another {other} or fewer experts"
+        )
+    total = formula_parameters(with_width(model, solve, value)).total
+    return Match(key=key, before=before, value=value, total=total, target=target)
+
+
+def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
+    """`model` with another head_dim or hidden_size."""
+    section = "attention" if solve == "head_dim" else "feedforward"
+    return model.model_copy(update={section: getattr(model, section).model_copy(update={solve: value})})
+
+
+def print_match(config: Path, like: Path, solve: Width, overrides: list[str]) -> None:
+    """Solves for the configuration files and prints value, totals and the override to use."""
+    found = match_width(load_model(config, overrides), load_model(like, (), option="--like"), solve)
+    difference = found.total - found.target
+    print(f"{found.key} = {found.value} (was {found.before})")
+    print(f"  {config}: {found.total:,} parameters")
+    print(f"  {like}: {found.target:,} parameters (difference {difference:+,}, {difference / found.target:+.3%})")
+    print(f"use {found.override}")

@@ -1,0 +1,224 @@
+"""Command line of launch/pretrain.py: arguments, help, checks before anything is allocated, dry run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from common.errors import DataError, UserError
+from pretrain.config.deepspeed_keys import EXTRA
+from pretrain.config.loading import fields, load_config, to_json
+from pretrain.config.rules import check_device, check_ranks, smallest_world
+from pretrain.config.schema import FREE, Config
+from pretrain.report.exit_codes import ExitCode, exit_codes_help
+from pretrain.report.run_paths import config_file, run_folder
+from pretrain.resilience.signals import Stage, Stop
+
+if TYPE_CHECKING:
+    from pretrain.data.sources import Sources
+    from pretrain.parallel.ranks import Ranks
+
+USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.py",
+        usage=USAGE,
+        description="Pretrains a SwitchAll, SwitchHead, MoA or dense language model. Without the deepspeed launcher "
+        "(python launch/pretrain.py ...) it trains as one process.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{exit_codes_help()}\n\n{keys_help()}",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the run as JSON, e.g. configs/switchall_tiny.json; a run folder, or its config.json, means that run",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override one dotted key, repeatable: --set train.steps=200 --set model.attention.type=dense "
+        "(values are JSON where they parse as JSON: true, false, null, 1e-4, [1,2])",
+    )
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="run folder (default: runs/NAME, NAME being the config "
+        "file's, or the run that --config names); started again with the same folder, a run continues",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration, data and layout, print the resolved configuration and derived values, and stop",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --dry-run: check the layout for N ranks (default: the product of the parallel sizes)",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
+    from pretrain.parallel.ranks import Ranks
+
+    args, stop = build_parser().parse_args(arguments), stop or Stop()
+    try:
+        ranks = Ranks.from_environment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    try:
+        if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+            raise UserError(
+                "--ranks: goes with --dry-run and is at least 1; --num_gpus of the launcher decides a run's"
+            )
+        path = config_file(args.config)
+        config = load_config(path, args.overrides)
+        run_dir = run_folder(path, args.run_dir)
+        if args.dry_run:
+            dry_run(config, args.ranks or smallest_world(config), run_dir)
+            return 0
+        sources, data_size = preflight(config, ranks.world_size, run_dir)
+        if ranks.rank == 0:
+            print_derived(config, data_size, sources, run_dir)
+        return run(config, sources, run_dir, ranks, stop)
+    except (UserError, DataError) as error:
+        # All ranks of a node find the same fault before they have met: one of them says so.
+        if ranks.local_rank == 0 or stop.step_aside():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+
+
+def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
+    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
+    `device` (cuda or cpu) is that of the ranks, None for this host's."""
+    from pretrain.checkpoint.disk_space import checkpoint_space
+    from pretrain.data.sources import open_sources
+    from pretrain.device import device_type
+    from pretrain.resume import candidates, changed_settings, newest_committed
+
+    data_size = check_ranks(config, world_size)
+    check_device(config, device or device_type())
+    sources = open_sources(config)
+    sources.check("size")
+    newest = newest_committed(candidates(config, run_dir))
+    if newest is not None:
+        changed_settings(config, newest, sources.digest)
+    checkpoint_space(config, run_dir).check()
+    if config.train.replay_routing is not None:
+        from pretrain.routing.tape import open_record
+
+        first = 0 if newest is None else newest.progress.step
+        last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+        open_record(config, sources).check_steps(range(first + 1, last + 1))
+    return sources, data_size
+
+
+def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
+    """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
+    whole checkpoint, and hashes the shards if asked to."""
+    from pretrain.report.derived import parameter_count
+    from pretrain.resume import candidates, newest_valid
+
+    count = parameter_count(config.model)
+    print(json.dumps(to_json(config), indent=1))
+    print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
+    sources, data_size = preflight(config, world_size, run_dir)
+    if config.data.verify == "full":
+        sources.check("full", progress=True)
+    _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
+    for reason in damaged:
+        print(f"would be passed over: {reason}")
+    print_derived(config, data_size, sources, run_dir)
+
+
+def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Stop) -> int:
+    """Joins the process group and trains."""
+    from pretrain import device as devices
+    from pretrain.loop import train
+    from pretrain.parallel.agreement import PeerFailed, agreed
+    from pretrain.resilience.guard import RunFailed, collective_timeout
+
+    try:
+        device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+    except devices.Unreachable as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.PEER_DIED
+    stop.enter(Stage.STARTING)
+    try:
+        if config.data.verify == "full":  # one reader: N ranks would read the data set N times
+            agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
+        return train(config, sources, run_dir, device, stop)
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    except PeerFailed:
+        return ExitCode.REFUSED
+    except RunFailed as error:
+        if ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
+    finally:
+        stop.enter(Stage.ENDING)
+        devices.stop()
+
+
+def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:
+    """Prints the derived values, each with its formula, and what the data are too small for."""
+    from pretrain.checkpoint.disk_space import checkpoint_space
+    from pretrain.data.warnings import data_warnings
+    from pretrain.report.derived import derived_values
+
+    if config.description:
+        print(config.description)
+    space = checkpoint_space(config, run_dir)
+    rows = [*derived_values(config, data_size, sources, str(run_dir)), space.row()]
+    width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
+    for row in rows:
+        print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
+    for warning in data_warnings(config, sources):
+        print(f"warning: {warning}")
+    sys.stdout.flush()
+    if warning := space.warning():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def keys_help() -> str:
+    """Every configuration key with its type, default and docstring."""
+    lines = ["configuration keys (for the file and for --set):", ""]
+    heading: tuple[str, type[BaseModel]] | None = None
+    for dotted, section, name in fields():
+        field = section.model_fields[name]
+        if heading != (heading := (dotted.rpartition(".")[0], section)):
+            lines += ["", f"{heading[0] or 'top level'}: {' '.join((section.__doc__ or '').split())}"]
+        free = "; may change on resume" if field.json_schema_extra == FREE else ""
+        lines.append(f"  {dotted} = {_default(section, field)}{free}")
+        lines += textwrap.wrap(
+            " ".join((field.description or "").split()), 96, initial_indent="      ", subsequent_indent="      "
+        )
+    lines += ["", "keys of the deepspeed section that are passed on:"]
+    lines += textwrap.wrap(", ".join(sorted(EXTRA)), 96, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _default(section: type[BaseModel], field: FieldInfo) -> str:
+    if field.is_required():
+        return "(required)"
+    return json.dumps(field.get_default(call_default_factory=True), default=str)

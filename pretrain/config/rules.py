@@ -1,0 +1,354 @@
+"""Rules that join several settings: all in one place, each message with its key and the nearest legal value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError
+from data_prep.raw.locations import may_hold_secret, without_secrets
+from data_prep.stage_config import URL
+from pretrain.config.deepspeed_keys import check_deepspeed
+from pretrain.data.mixture import LARGEST_PERIOD, whole_weights
+
+if TYPE_CHECKING:
+    from model.kernels.choice import Backends
+    from pretrain.config.schema import Config
+
+
+def check_rules(config: Config) -> None:
+    """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
+    if config.parallel.zero == 3 and config.train.recompute == "selective":
+        raise ConfigError(
+            "train.recompute: selective does not go with parallel.zero = 3 (DeepSpeed gathers parameters inside the "
+            "repeated forward pass, other ones than in the first, and torch's record of kept products does not match); "
+            "set train.recompute to full or none, or parallel.zero to 2"
+        )
+    check_deepspeed(config)
+    _check_routing_record(config)
+    _check_tensor(config)
+    _check_pipeline(config)
+    _check_offload(config)
+    _check_sequence(config)
+    _check_expert(config)
+    _check_data(config)
+    if config.parallel.zero == 0 and config.train.precision != "fp32":
+        raise ConfigError(
+            f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
+            f"but train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
+        )
+    if config.checkpoint.keep_best and config.evaluate.sequences == 0:
+        raise ConfigError(
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is "
+            f"0; set evaluate.sequences to 256, or checkpoint.keep_best to 0"
+        )
+    if config.resilience.spike_action == "rollback" and config.resilience.spike_threshold == 0:
+        raise ConfigError(
+            "resilience.spike_action: rollback never happens, because resilience.spike_threshold is 0 (off); set the "
+            "threshold to 10, or spike_action to warn"
+        )
+    batch = config.batch
+    if batch.global_sequences % batch.micro_sequences:
+        raise ConfigError(
+            f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
+            f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
+        )
+    if 0 < config.resilience.hang_timeout_seconds < 1:
+        raise ConfigError(
+            f"resilience.hang_timeout_seconds: {config.resilience.hang_timeout_seconds:g} s is shorter than any step; "
+            f"set it to at least 1 (540 is the default), or to 0 to turn it off"
+        )
+    if not config.checkpoint.resume.strip():
+        raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
+    _check_allow_changes(config)
+
+
+def _check_routing_record(config: Config) -> None:
+    """What is recorded or replayed must exist, and a replay would record what was recorded."""
+    record, replay = config.train.record_routing, config.train.replay_routing
+    for key in ["train.record_routing"] * record + ["train.replay_routing"] * (replay is not None):
+        if config.model.attention.type == "dense" and config.model.feedforward.type != "sigma_moe":
+            raise ConfigError(f"{key}: this model has no routers, all of it is dense; remove the key")
+    if replay is not None and not replay.strip():
+        raise ConfigError(
+            "train.replay_routing: is empty; set it to the run folder of a run with train.record_routing, or to null"
+        )
+    if record and replay is not None:
+        raise ConfigError(
+            "train.record_routing: a run with train.replay_routing has the choices of the record that it replays; set "
+            "one of the two"
+        )
+
+
+def _check_tensor(config: Config) -> None:
+    """What is divided over tensor-parallel ranks must divide."""
+    tensor, model = config.parallel.tensor, config.model
+    divided = {"model.attention.num_heads": model.attention.num_heads, "model.vocab_size": model.vocab_size}
+    if model.feedforward.type == "sigma_moe":
+        if config.parallel.expert == 1:  # else they are divided over expert-parallel ranks instead
+            divided["model.feedforward.num_experts"] = model.feedforward.num_experts
+    else:
+        divided["model.feedforward.hidden_size"] = model.feedforward.hidden_size
+    common = math.gcd(*divided.values())
+    for key, value in divided.items():
+        if value % tensor:
+            fits = _largest_divisor(common, tensor)
+            raise ConfigError(
+                f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
+                f"to {-(-value // tensor) * tensor}"
+            )
+
+
+def _check_pipeline(config: Config) -> None:
+    """Stages need a block each, and DeepSpeed's pipeline engine needs ZeRO 1."""
+    stages, zero = config.parallel.pipeline, config.parallel.zero
+    if stages == 1:
+        return
+    if zero != 1:
+        reason = (
+            "at stage 0 DeepSpeed clips by the norm of one pipeline stage"
+            if zero == 0
+            else "DeepSpeed's pipeline engine refuses stages 2 and 3: they would move gradients or parameters at "
+            "every micro-step"
+        )
+        raise ConfigError(
+            f"parallel.zero: {zero} does not go with parallel.pipeline = {stages} ({reason}); set parallel.zero to 1, "
+            f"or parallel.pipeline to 1"
+        )
+    if stages > config.model.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline: {stages} stages need a block each, but model.num_layers is {config.model.num_layers}; "
+            f"set parallel.pipeline to at most {config.model.num_layers}"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    """DeepSpeed offloads sharded optimizer states only."""
+    if not config.parallel.offload_optimizer:
+        return
+    if config.parallel.zero == 0:
+        raise ConfigError(
+            "parallel.offload_optimizer: ZeRO 0 keeps the optimizer with the parameters; set parallel.zero to 1, 2 or "
+            "3, or parallel.offload_optimizer to false"
+        )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"parallel.offload_optimizer: does not go with parallel.pipeline = {config.parallel.pipeline}; set "
+            f"parallel.pipeline to 1, or parallel.offload_optimizer to false"
+        )
+
+
+def _check_sequence(config: Config) -> None:
+    """Sequence parallelism divides tokens over the ranks of a tensor-parallel group."""
+    if not config.parallel.sequence:
+        return
+    tensor, length = config.parallel.tensor, config.model.sequence_length
+    if tensor == 1:
+        raise ConfigError(
+            "parallel.sequence: divides the tokens over tensor-parallel ranks, but parallel.tensor is 1; set "
+            "parallel.sequence to false or parallel.tensor to 2"
+        )
+    if length % tensor:
+        raise ConfigError(
+            f"parallel.sequence: parallel.tensor = {tensor} does not divide model.sequence_length = {length}; set "
+            f"parallel.sequence to false or model.sequence_length to {_nearest_multiple(length, tensor)}"
+        )
+
+
+def _check_expert(config: Config) -> None:
+    """Expert parallelism divides the sigma-MoE experts over data-parallel ranks."""
+    expert, feedforward, zero = config.parallel.expert, config.model.feedforward, config.parallel.zero
+    if expert == 1:
+        return
+    if feedforward.type != "sigma_moe":
+        raise ConfigError(
+            f"parallel.expert: {expert} ranks would divide the sigma-MoE experts, but model.feedforward.type is "
+            f"{feedforward.type}; set parallel.expert to 1"
+        )
+    if feedforward.num_experts % expert:
+        raise ConfigError(
+            f"parallel.expert: {expert} does not divide model.feedforward.num_experts = {feedforward.num_experts}; set "
+            f"parallel.expert to {_largest_divisor(feedforward.num_experts, expert)}, or model.feedforward.num_experts "
+            f"to {_nearest_multiple(feedforward.num_experts, expert)}"
+        )
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        raise ConfigError(
+            f"parallel.expert: with parallel.tensor = {config.parallel.tensor} each tensor-parallel rank must have "
+            f"tokens of its own to route, or experts would be taught every token more than once; set parallel.sequence "
+            f"to true or parallel.expert to 1"
+        )
+    if zero not in (1, 2):
+        reason = {
+            0: "without ZeRO DeepSpeed clips the gradients of experts by a norm that is not the global one",
+            3: "DeepSpeed's stage 3 cannot divide parameters that only some data-parallel ranks share",
+        }[zero]
+        raise ConfigError(
+            f"parallel.zero: stage {zero} is impossible with parallel.expert = {expert} ({reason}); set parallel.zero "
+            f"to {1 if zero == 0 else 2} or parallel.expert to 1"
+        )
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if not config.deepspeed.get("zero_optimization", {}).get(key, True):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
+                f"ranks; remove this key or set parallel.expert to 1"
+            )
+
+
+def _check_data(config: Config) -> None:
+    """Mixtures need a short schedule and names; memory needs contiguous text."""
+    data = config.data
+    names = source_names(config)
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"data.sources: two are called {repeated}; give each a `name` of its own")
+    period = sum(whole_weights([source.weight for source in data.sources])) if data.sources else 1
+    if period > LARGEST_PERIOD:
+        raise ConfigError(
+            f"data.sources: in whole numbers the weights add up to {period}, and the schedule has at most "
+            f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
+        )
+    for location in [source.manifest for source in data.sources] or [data.manifest]:
+        if URL.match(location) and may_hold_secret(location):
+            raise ConfigError(
+                f"data.{'sources' if data.sources else 'manifest'}: the URL of {without_secrets(location)} has a "
+                f"password or a query, which the files of a run would keep; leave it out and give credentials in the "
+                f"environment or in fsspec's own configuration"
+            )
+        if URL.match(location) and data.cache_dir is None:
+            raise ConfigError(
+                f"data.cache_dir: {location} is a URL; name a folder on a disk of each node for its shards"
+            )
+        if URL.match(location) and data.verify == "full":
+            raise ConfigError(
+                f"data.verify: full would fetch every shard of {location} at start, and each is hashed when it is "
+                f"fetched; set it to size"
+            )
+    if data.document_mask and config.model.position.type != "rope":
+        raise ConfigError(
+            "data.document_mask: Transformer-XL positions and memory reach across documents on purpose; set it to "
+            "false, or model.position.type to rope"
+        )
+    if data.document_mask and config.model.memory_length:
+        raise ConfigError(
+            f"data.document_mask: memory reaches across documents on purpose; set it to false, or "
+            f"model.position.memory_chunks to 0 (it is {config.model.position.memory_chunks})"
+        )
+    if data.document_mask and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
+            f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
+        )
+    _check_order(config)
+
+
+def _check_order(config: Config) -> None:
+    """Streams are contiguous text of one data set."""
+    data = config.data
+    if data.max_tokens is not None and data.sources:
+        raise ConfigError(
+            "data.max_tokens: limits one data set, not a mixture of data.sources; set it to null and lower the weight "
+            "of a source, or prepare fewer of its raw files"
+        )
+    if not config.reads_streams:
+        return
+    has_memory = config.model.memory_length > 0
+    reason = "memory reads contiguous streams" if has_memory else "data.order is streams"
+    otherwise = "model.position.memory_chunks to 0" if has_memory else "data.order to shuffled"
+    if data.order == "shuffled":
+        raise ConfigError(f"data.order: {reason}, nothing is shuffled; set it to streams, or {otherwise}")
+    if len(data.sources) > 1:
+        raise ConfigError(
+            f"data.sources: {reason}, which are cut from one data set; name one source, or set {otherwise}"
+        )
+    if data.shuffle_block_windows:
+        raise ConfigError(f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or {otherwise}")
+
+
+def source_names(config: Config) -> list[str]:
+    """Names of data.sources: as given, or the folders'."""
+    return [source.name or folder_name(source.manifest) for source in config.data.sources]
+
+
+def folder_name(manifest: str) -> str:
+    """Name of the folder of a manifest, which is given as the folder or as the file in it."""
+    path = PurePosixPath(manifest)
+    return (path.parent if path.suffix == ".json" else path).name
+
+
+def smallest_world(config: Config) -> int:
+    """The fewest ranks that the parallel sizes allow."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.expert
+
+
+def check_ranks(config: Config, world_size: int) -> int:
+    """Whether the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
+            f"start {_nearest_multiple(world_size, model_ranks)} ranks"
+        )
+    data_size, expert = world_size // model_ranks, config.parallel.expert
+    if data_size % expert:
+        raise ConfigError(
+            f"parallel.expert: {expert} does not divide the {data_size} data-parallel ranks (ranks / (tensor x "
+            f"pipeline)); set parallel.expert to {_largest_divisor(data_size, expert)} or start "
+            f"{_nearest_multiple(data_size, expert) * model_ranks} ranks"
+        )
+    sequences = config.batch.micro_sequences * data_size
+    if config.batch.global_sequences % sequences:
+        raise ConfigError(
+            f"batch.global_sequences: {config.batch.global_sequences} is not divisible by batch.micro_sequences x DP = "
+            f"{config.batch.micro_sequences} x {data_size} = {sequences}; set it to "
+            f"{_nearest_multiple(config.batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
+            f"fewer ranks"
+        )
+    return data_size
+
+
+def check_device(config: Config, device_type: str) -> None:
+    """Whether precision and kernels exist on the device (`cuda` or `cpu`). Raises ConfigError."""
+    if config.train.precision == "fp16" and device_type != "cuda":
+        raise ConfigError(
+            "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
+            "overflow at 65504 inside reductions; set train.precision to bf16 or fp32"
+        )
+    choose_backends(config, device_type)
+
+
+def choose_backends(config: Config, device_type: str) -> Backends:
+    """The backend of every op. Raises ConfigError with the reason where kernels.backend is impossible here."""
+    import torch
+
+    from model.kernels.choice import Backends
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    try:
+        return Backends.choose(config.kernels.backend, config.model, device_type=device_type, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(f"kernels.backend: {error}") from None
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    """The largest divisor of `value` that is at most `limit`."""
+    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
+    return max(size for size in (*small, *(value // size for size in small)) if size <= limit)
+
+
+def _nearest_multiple(value: int, divisor: int) -> int:
+    """The positive multiple of `divisor` nearest to `value`."""
+    return max(divisor, round(value / divisor) * divisor)
+
+
+def _check_allow_changes(config: Config) -> None:
+    """Every entry of checkpoint.allow_changes must name a key or a section: a misspelt one would allow nothing."""
+    from pretrain.config.loading import fields
+
+    keys = {key for key, _, _ in fields()}
+    known = keys | {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
+    for entry in config.checkpoint.allow_changes:
+        if entry not in known and not entry.startswith("deepspeed."):
+            close = difflib.get_close_matches(entry, sorted(known), n=1, cutoff=0.0)[0]
+            raise ConfigError(f"checkpoint.allow_changes: {entry!r} is no key; the nearest known key is {close}")

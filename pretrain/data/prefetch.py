@@ -1,0 +1,49 @@
+"""The next step's batches, read by a thread while the step runs."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from pretrain.data.windows import Batch, TrainingStream
+
+CPU = torch.device("cpu")
+
+
+class Prefetcher:
+    """Gives what the stream gives, earlier. One thread does all reading, so readers need no locks; an error of a read
+    is raised by the `take` that asks for its batches, not before. Nothing is kept across a resume: batches are a
+    function of the position."""
+
+    def __init__(self, stream: TrainingStream, device: torch.device, *, global_sequences: int) -> None:
+        self._stream, self._device, self._global = stream, device, global_sequences
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self.wait_seconds = 0.0
+        """How long the last `take` waited on this rank."""
+
+    def take(self, consumed: int) -> list[Batch]:
+        """All micro-batches of the step that starts after `consumed` sequences (token ids: a few megabytes at most),
+        on the device, and begins with those of the step after. Raises DataError."""
+        started = time.perf_counter()
+        if self._next is None or self._next[0] != consumed:
+            self._next = (consumed, self._thread.submit(self._read, consumed))
+        try:
+            batches = self._next[1].result()
+        finally:
+            self._next = None
+            self.wait_seconds = time.perf_counter() - started
+        following = consumed + self._global
+        self._next = (following, self._thread.submit(self._read, following))
+        return [batch.to(self._device) for batch in batches]
+
+    def _read(self, consumed: int) -> list[Batch]:
+        batches = [self._stream.batch(consumed, m, CPU) for m in range(self._stream.micro_steps)]
+        # From pinned memory the copy to the GPU is asynchronous.
+        return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
+
+    def close(self) -> None:
+        """Waits for the read that is under way; drops one that is not."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,63 @@
+"""What the data of a run are too small for: said at the start, with the tokens that would be enough."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config.schema import Config
+from pretrain.data.windows import num_windows
+from pretrain.data.mixture import MixtureSchedule
+from pretrain.data.sources import Sources
+
+MAX_EPOCHS = 4
+"""Text read up to four times teaches about as much as new text (Muennighoff et al., arXiv 2305.16264, section 6)."""
+SEEN_OFTEN = 10
+"""Times that a piece must be met in the data to be learnt at all."""
+PADDING = 128
+"""Vocabularies are rounded up to a multiple of this for the sake of matrix products."""
+
+
+def data_warnings(config: Config, sources: Sources) -> list[str]:
+    """One sentence per thing that is too small or too large, with key and remedy."""
+    return [*_epochs(config, sources), *_vocabulary(config, sources)]
+
+
+def _epochs(config: Config, sources: Sources) -> list[str]:
+    batch, T = config.batch.global_sequences, config.model.sequence_length
+    counts = MixtureSchedule([source.weight for source in sources.sources]).counts(batch * config.train.steps)
+    found = []
+    for source, count in zip(sources.sources, counts, strict=True):
+        size = num_windows(source.manifest, "train", T, max_tokens=config.data.max_tokens)
+        if count > MAX_EPOCHS * size:
+            steps = MAX_EPOCHS * size * config.train.steps // count
+            less = f", or set train.steps to at most {steps}" if steps else ""
+            first, raised = ("first ", " and raise data.max_tokens") if config.data.max_tokens else ("", "")
+            found.append(
+                f"{source.key}: the run reads the {first}{size * T:,} tokens of {source.manifest.folder} "
+                f"{count / size:.1f} times, and text that is read more than {MAX_EPOCHS} times teaches less than new "
+                f"text: prepare {math.ceil(count / MAX_EPOCHS) * T:,} tokens{raised}{less}"
+            )
+    return found
+
+
+def _vocabulary(config: Config, sources: Sources) -> list[str]:
+    pieces, rows = sources.tokenizer.vocab_size, config.model.vocab_size
+    found = []
+    if rows - pieces >= PADDING:
+        cost = (1 if config.model.tied_embedding else 2) * (rows - pieces) * config.model.d_model
+        found.append(
+            f"model.vocab_size: {rows - pieces:,} of {rows:,} rows are no piece of the tokenizer: they are never "
+            f"trained and cost {cost:,} parameters; set it to {pieces}, or to {-(-pieces // PADDING) * PADDING}, the "
+            f"next multiple of {PADDING}"
+        )
+    tokens = sum(source.manifest.num_tokens("train") for source in sources.sources)
+    tokens = min(tokens, config.data.max_tokens or tokens)
+    # Zipf's law: of V pieces the rarest is one of V (1 + 1/2 + ... + 1/V) tokens.
+    needed = math.ceil(SEEN_OFTEN * pieces * sum(1 / rank for rank in range(1, pieces + 1)))
+    if not sources.tokenizer.tokens_are_bytes and tokens < needed:
+        found.append(
+            f"{sources.key}: in its {tokens:,} tokens the rarest of the tokenizer's {pieces:,} pieces are met fewer "
+            f"than {SEEN_OFTEN} times, or never (by Zipf's law): prepare {needed:,} tokens, or set a smaller "
+            f"tokenizer.vocab_size in the preparation"
+        )
+    return found

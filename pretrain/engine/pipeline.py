@@ -1,0 +1,181 @@
+"""Pipeline parallelism: DeepSpeed's PipelineModule and its 1F1B schedule around the layers of the plain model.
+
+Between stages travel the hidden state and the sequences' indices. An auxiliary loss stays on the stage that computes
+it: its gradient is attached to the hidden state that leaves the stage, its value is summed over stages with the step's
+other sums. (Sent along as a second output it would cost a second pass through the whole stage: DeepSpeed 0.19.8 runs
+one backward per output.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from model.initialization import initialize
+from model.kernels.choice import Backends
+from model.layers import Head, LayerFactory, layer_factories
+from model.parallel.context import ParallelContext
+from pretrain.config.schema import Config
+from pretrain.data.windows import Batch
+from pretrain.engine.build import poisoned_unless_finite
+from pretrain.engine.micro_steps import StepLosses
+from pretrain.parallel.groups import process_groups, tied_group
+from pretrain.parallel.stages import stage_bounds
+
+
+class _Layer(LayerSpec):
+    """A layer that only the stage which holds it builds."""
+
+    def __init__(self, build: LayerFactory) -> None:
+        self._factory = build
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self._factory()
+
+
+class Stage(PipelineModule):
+    """The layers of this rank's pipeline stage, under their canonical names, initialised."""
+
+    def __init__(self, config: Config, parallel: ParallelContext, backends: Backends) -> None:
+        factories = layer_factories(
+            config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute
+        )
+        self._layer_names = [name for name, _ in factories]
+        self._bounds = stage_bounds(config)
+        topology = PipeModelDataParallelTopology(
+            num_pp=parallel.pipeline_size, num_mp=parallel.tensor_size, num_dp=parallel.data_size
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; ours is among the derived values
+            super().__init__([_Layer(build) for _, build in factories], topology=topology)
+        groups = process_groups(
+            pipeline=parallel.pipeline_size,
+            data=parallel.data_size,
+            tensor=parallel.tensor_size,
+            expert=parallel.expert_size,
+        )
+        for ours, theirs in (
+            (groups.pipeline, self._grid.pp_group),
+            (groups.data, self._grid.dp_group),
+            (groups.tensor, self._grid.slice_group),
+        ):
+            assert dist.get_process_group_ranks(ours) == sorted(theirs), "DeepSpeed's groups are others than ours"
+        self.config = config.model
+        self.parallel = parallel
+        self.gradient_scale: Callable[[], float] = lambda: 1.0
+        """Factor between the gradient of an auxiliary loss and what the last stage's objective is scaled with: the
+        loss scale divided by the number of micro-steps. Set with the engine."""
+        self.targets: Iterator[Tensor] = iter(())
+        """On the last stage: [B, T] int64 of the micro-steps to come."""
+        self.sequence_losses: list[Tensor] = []
+        """On the last stage, per micro-step: detached mean cross-entropy of each sequence [B] fp32."""
+        self.auxiliary_losses: list[Tensor] = []
+        """Per micro-step: detached sum of this stage's auxiliary losses, fp32 scalar."""
+        self._tied: list[tuple[Tensor, Any]] = []
+        if config.model.tied_embedding:
+            group = tied_group(parallel)
+            if parallel.pipeline_rank == 0:
+                self._tied = [(self.embedding.weight, group)]
+            elif parallel.is_last_stage:
+                self._tied = [(self.head.weight, group)]
+                self.head.weight.ds_pipe_replicated = True  # the gradient norm counts the first stage's copy
+        initialize(self, config.model, parallel, seed=config.train.seed)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Registers layer number `name` under its canonical name, as the plain model does; others as they come."""
+        if not name.isdigit():
+            super().add_module(name, module)
+            return
+        kind, _, index = self._layer_names[int(name)].partition(".")
+        if not index:
+            super().add_module(kind, module)
+            return
+        if kind not in self._modules:
+            super().add_module(kind, nn.ModuleDict())
+        self._modules[kind][index] = module
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """Called by PipelineModule: decides which layers this stage holds."""
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+        """Called by the engine: weights whose gradients are summed over a group of stages."""
+        return self._tied
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
+        """Tokens, or the hidden state of the stage before, with sequence_index [B] -> hidden state and sequence_index;
+        the last stage: the training objective (fp32 scalar) for the next of `targets`."""
+        state: tuple[Tensor, ...] = inputs
+        if self.parallel.pipeline_rank > 0:
+            state = (*inputs, torch.zeros((), dtype=torch.float32, device=inputs[0].device))
+        # All of it inside this forward pass, the loss too: what runs between it and DeepSpeed's backward call loses its
+        # gradients in bf16 (BF16_Optimizer clears them when the backward pass reaches this module's output).
+        for layer in self.forward_funcs:
+            state = layer(state, next(self.targets)) if isinstance(layer, Head) else layer(state)
+        first, second, auxiliary_loss = state
+        if self.training:
+            self.auxiliary_losses.append(auxiliary_loss.detach())
+        if self.parallel.is_last_stage:
+            self.sequence_losses.append(second)
+            objective = first + auxiliary_loss
+            return poisoned_unless_finite(objective, objective, second) if self.training else objective
+        if auxiliary_loss.requires_grad:
+            first = _AttachLoss.apply(first, auxiliary_loss, self.gradient_scale)
+        return first, second
+
+
+class _AttachLoss(torch.autograd.Function):
+    """The hidden state as it is; in the backward pass `loss` gets the gradient `scale()`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Callable[[], float]) -> Tensor:
+        ctx.scale = scale
+        ctx.factor = 1.0 + 0.0 * loss  # NaN if the loss is not finite: see engine.poisoned_unless_finite
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.factor * ctx.scale(), None
+
+
+class PipelineRun:
+    """Steps and evaluation of a model that is divided into stages; see `WholeRun` for the interface."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._stage: Stage = engine.module
+        engine.module.gradient_scale = self._gradient_scale
+
+    def _gradient_scale(self) -> float:
+        scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+        return scale / self._engine.gradient_accumulation_steps()
+
+    def train(self, batches: Sequence[Batch]) -> StepLosses:
+        self._engine.train_batch(self._feed(batches))
+        zero = torch.zeros((), device=batches[0].tokens.device)
+        losses = [loss.mean() for loss in self._stage.sequence_losses]
+        return sum(losses, zero), sum(self._stage.auxiliary_losses, zero)
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        self._engine.eval_batch(
+            self._feed(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+        )
+        self._stage.train()
+        if self._stage.parallel.is_last_stage:
+            return self._stage.sequence_losses
+        return [torch.zeros(b.tokens.shape[0], device=b.tokens.device) for b in batches]
+
+    def _feed(self, batches: Sequence[Batch]) -> Iterator[Any]:
+        """Inputs of the first stage, as the engine reads them; the last stage reads its targets by itself."""
+        self._stage.sequence_losses, self._stage.auxiliary_losses = [], []
+        self._stage.targets = iter([batch.targets for batch in batches])
+        return iter([((batch.tokens, batch.sequence_index), None) for batch in batches])

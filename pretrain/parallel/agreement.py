@@ -1,0 +1,82 @@
+"""Errors of one rank, agreed by all before they reach a collective that would hang or break."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from common.errors import DataError, UserError
+from pretrain.device import on_collective_device
+
+Result = TypeVar("Result")
+
+
+class PeerFailed(Exception):
+    """Another rank met an error that is the user's to fix and says so; this one leaves quietly."""
+
+
+def agreed(function: Callable[[], Result]) -> Result:
+    """Calls `function` on every rank; collective. If it raises UserError or DataError anywhere, the lowest such rank
+    raises it and every other rank raises PeerFailed."""
+    try:
+        result, error = function(), None
+    except (UserError, DataError) as caught:
+        result, error = None, caught
+    agree(error)
+    return result  # type: ignore[return-value]
+
+
+def agree(error: Exception | None) -> None:
+    """Collective: raises on every rank if any of them passes an error, see `agreed`."""
+    failed = on_collective_device(torch.tensor([dist.get_rank() if error is not None else dist.get_world_size()]))
+    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
+    first = int(failed)
+    if first == dist.get_world_size():
+        return
+    if error is not None and first == dist.get_rank():
+        raise error
+    raise PeerFailed
+
+
+def check_same(what: str, value: str) -> None:
+    """Collective: raises UserError (agreed) unless every rank holds the same value."""
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+    agree(
+        UserError(f"{what}: rank 0 has {values[0]}, rank {different} has {values[different]}; give all nodes the same")
+        if different is not None
+        else None
+    )
+
+
+def check_shared(folder: Path) -> None:
+    """Collective: raises UserError (agreed) unless every rank sees the folder that rank 0 writes."""
+    token = [f".seen-by-rank-0-{secrets.token_hex(8)}"]
+    agreed(lambda: _touch(folder / token[0]) if dist.get_rank() == 0 else None)
+    dist.broadcast_object_list(token, src=0)
+    visible = (folder / token[0]).exists()
+    try:
+        agree(
+            None
+            if visible
+            else UserError(
+                f"--run-dir: rank {dist.get_rank()} does not see the folder {folder} of rank 0; name one on a file "
+                f"system that all nodes share"
+            )
+        )
+    finally:
+        if dist.get_rank() == 0:
+            (folder / token[0]).unlink()
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--run-dir: {path.parent} cannot be written: {error.strerror}") from None

@@ -1,0 +1,91 @@
+"""What DeepSpeed (0.19.8) must know of parameters that only some data-parallel ranks share: the sigma-MoE experts.
+
+DeepSpeed looks for its own MoE module in the model, for attributes of the parameters and for marks on the optimizer's
+groups. The model knows nothing of DeepSpeed, so all of that is put on here, from outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from model.config import ModelConfig, SigmaMoEConfig
+from model.parallel.context import ParallelContext
+from model.parallel.sharding import sharded_axis
+from pretrain.parallel.groups import process_groups
+
+MARKER = "deepspeed_experts"
+"""Name of the module without parameters by which DeepSpeed finds that there are experts."""
+
+
+def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelContext) -> None:
+    """Before deepspeed.initialize: marks the parameters that are divided over `parallel.expert_group`, none without
+    one. Their gradients are then summed over the ranks that hold the same experts, and divided by the data-parallel
+    size like all others: a rank's experts see the tokens of its whole expert-parallel group."""
+    if parallel.expert_group is None:
+        return
+    from deepspeed.moe.layer import MoE
+
+    assert isinstance(config.feedforward, SigmaMoEConfig)
+    size, num_experts = parallel.expert_size, config.feedforward.num_experts
+    name = f"ep_size_{size}"  # DeepSpeed reads the size out of the name
+    for parameter_name, parameter in model.named_parameters():
+        if sharded_axis(parameter_name, config, expert_size=size) == "expert":
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+            # ZeRO divides them over tensor-parallel ranks too, so that every rank's share counts in the norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    class Marker(MoE):
+        """Is found by its type; computes nothing, so DeepSpeed's own constructor is not called."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts, self.num_local_experts = num_experts, num_experts // size
+            self.ep_size = size
+            self.expert_group_name = name
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """Called by the engine, which looks its groups up by name afterwards: they are ours."""
+            _register_groups(name, parallel)
+
+    model.add_module(MARKER, Marker())
+
+
+def separate_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimizer groups in which experts are apart and marked, as ZeRO wants them; the same groups without experts.
+
+    DeepSpeed's function for this leaves an empty group, at which ZeRO fails, where the first expert tensor of a group
+    has more than 178,956,971 elements.
+    """
+    separated = []
+    for group in groups:
+        for wanted in (False, True):
+            params = [p for p in group["params"] if getattr(p, "allreduce", True) is not wanted]
+            mark = {"moe": True, "name": params[0].group_name} if wanted and params else {}
+            if params:
+                separated.append({**group, "params": params, **mark})
+    return separated
+
+
+def _register_groups(name: str, parallel: ParallelContext) -> None:
+    """Gives DeepSpeed the groups of our mesh; those that it would make hold the same ranks (a test compares them)."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    ours = process_groups(
+        pipeline=parallel.pipeline_size,
+        data=parallel.data_size,
+        tensor=parallel.tensor_size,
+        expert=parallel.expert_size,
+    )
+    assert dist.get_process_group_ranks(ours.expert) == dist.get_process_group_ranks(parallel.expert_group)
+    for groups_by_name, ranks_by_name, group in (
+        (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, parallel.expert_group),
+        (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, ours.expert_replicas),
+    ):
+        groups_by_name.clear()  # of an engine before this one, in another layout
+        ranks_by_name.clear()
+        groups_by_name[name] = group
+        ranks_by_name[name] = dist.get_process_group_ranks(group)

@@ -1,0 +1,82 @@
+"""Scalars for TensorBoard: RUN_DIR/tensorboard, written in the calling thread.
+
+torch's SummaryWriter writes in a thread of its own, which a full disk ends with a traceback; every later call raises.
+Here the disk is met at `flush`, and what it refuses waits.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from common.errors import UserError
+from common.line_log import append_whole
+
+FLUSH_SECONDS = 30.0
+"""Longest time that a point waits for the file, as long as steps come."""
+PENDING_BYTES = 1 << 26
+"""More than this is not kept for a disk that refuses it."""
+
+
+class Board:
+    """Appends to an event file of its own, which begins with the first point."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """`first_step`: points of later steps that an earlier start wrote are hidden; they are computed again. Raises
+        UserError if the folder cannot be made."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"monitor.tensorboard: {folder} is to be a folder ({error.strerror}); move what is there away, or set "
+                f"monitor.tensorboard to false"
+            ) from None
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"{name}.{first_step}"
+        self._pending = bytearray()
+        self._records = RecordWriter(self)
+        self._flushed = time.monotonic()
+        self._has_failed = False
+        self._head = [
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first_step + 1, session_log=SessionLog(status=SessionLog.START)),
+        ]
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Points of one step by tag; None is no point."""
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
+        for part in (*self._head, event):
+            self._records.write(part.SerializeToString())
+        self._head = []
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def write(self, data: bytes) -> None:
+        """Called by RecordWriter."""
+        self._pending += data
+
+    def flush(self) -> None:
+        """Brings the points to the file. What a full disk refuses is kept for the next time; once it is more than
+        PENDING_BYTES it is lost: metrics.jsonl has all of it."""
+        self._flushed = time.monotonic()
+        if not self._pending:
+            return
+        try:
+            append_whole(self.path, bytes(self._pending))
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                reason = error.strerror or repr(error)
+                print(f"warning: {self.path} cannot be written ({reason})", file=sys.stderr, flush=True)
+            if len(self._pending) <= PENDING_BYTES:
+                return
+        self._pending.clear()

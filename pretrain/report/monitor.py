@@ -1,0 +1,137 @@
+"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, see step_sums.py for the values."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from torch import Tensor
+
+from common.strict_json import finite
+from pretrain.config.schema import Config
+from pretrain.report.board import Board
+from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_max, load_text
+from pretrain.report.run_folder import RunFolder
+
+GIB = 1 << 30
+
+
+class Monitor:
+    """Writes one line per step to metrics.jsonl, scalars to TensorBoard, and a terse line to the terminal."""
+
+    def __init__(self, config: Config, folder: RunFolder, *, first_step: int, last_step: int) -> None:
+        """Raises UserError if RUN_DIR/tensorboard cannot be a folder."""
+        self._config, self._model = config.monitor, config.model
+        self._folder = folder
+        self._first, self._last = first_step, last_step
+        self._start = time.monotonic()
+        self._interval = Interval()
+        self._collapse = CollapseWatch(config.monitor, config.model)
+        self._board = Board(folder.path / "tensorboard", first_step=first_step) if config.monitor.tensorboard else None
+
+    def step(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
+        """Records optimizer step values["step"] (from 1); a None is a value that this step does not have."""
+        step = int(values["step"])
+        self._folder.metrics(values)
+        if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
+            points = {f"train/{key}": value for key, value in values.items() if key != "step"}
+            points["train/perplexity"] = None if values["loss"] is None else finite(perplexity(values["loss"]))
+            for name, counts in load.items():
+                points[f"expert_load_max/{name}"] = load_max(counts)
+            self._board.add(step, points)
+        self._interval.add(values, load)
+        if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
+            print(self._line(step, values), flush=True)
+            self._interval = Interval()
+        elif values["grad_norm"] is None:
+            loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
+            print(f"step {step:>{len(str(self._last))}}/{self._last}  {loss}, update skipped", flush=True)
+        self._warn_of_collapse(step, self._collapse.step(load))
+
+    def _warn_of_collapse(self, step: int, due: list[Collapsed]) -> None:
+        if not due:
+            return
+        more = f" and {len(due) - 3} more" if len(due) > 3 else ""
+        print(
+            f"warning: step {step}: collapsed routers (share of the choices that the k busiest experts get): "
+            f"{', '.join(map(str, due[:3]))}{more}; {advice(self._model, due)} (monitor.collapse_after_steps)",
+            flush=True,
+        )
+        self._folder.event("router_collapsed", step=step, routers=collapse_event(due))
+
+    def validation(self, step: int, values: dict[str, Any], *, split: str) -> None:
+        """Records a validation on `split` after optimizer step `step`; a None is a value that is not finite."""
+        self._folder.event("validation", step=step, split=split, **values)
+        if self._board is not None:
+            self._board.add(step, {f"validation/{key}": value for key, value in values.items()})
+        what = "loss not finite"
+        if values["loss"] is not None:
+            what = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}"
+        if values.get("bits_per_byte") is not None:
+            what += f"  bits per byte {values['bits_per_byte']:.4f}"
+        where = "" if split == "validation" else f" on the {split} split"
+        print(f"validation after step {step}{where}: {what}", flush=True)
+
+    def flush(self) -> None:
+        """Brings TensorBoard's file to the disk; call where the run may be continued from."""
+        if self._board is not None:
+            self._board.flush()
+
+    def _line(self, step: int, values: dict[str, Any]) -> str:
+        """Of the steps since the line before, with the newest step's learning rate and memory."""
+        interval, elapsed = self._interval, time.monotonic() - self._start
+        remaining = elapsed / (step - self._first) * (self._last - step)
+        loss, norm = interval.mean("loss"), interval.mean("grad_norm")
+        parts = [
+            f"step {step:>{len(str(self._last))}}/{self._last}",
+            "loss not finite" if loss is None else f"loss {loss:.4f}  ppl {perplexity(loss):.4g}",
+            "grad skipped" if norm is None else f"grad {norm:.3f}",
+            f"lr {values['lr']:.2e}",
+            f"{interval.tokens_per_second:,.0f} tok/s",
+            load_text(interval.load, self._model),
+            f"mem {values['memory_bytes'] / GIB:.1f}/{values['memory_peak_bytes'] / GIB:.1f} GiB",
+            f"elapsed {clock(elapsed)}  ETA {clock(remaining)}",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+class Interval:
+    """The steps between two lines on the terminal."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+        self._tokens = self._seconds = 0.0
+        self.load: dict[str, Tensor] = {}
+        """Choices per expert of every router, summed over the steps."""
+
+    def add(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
+        for key, found in self._values.items():
+            if values[key] is not None:
+                found.append(values[key])
+        self._tokens += values["tokens_per_second"] * values["step_seconds"]
+        self._seconds += values["step_seconds"]
+        for name, counts in load.items():
+            self.load[name] = self.load[name] + counts if name in self.load else counts
+
+    def mean(self, key: str) -> float | None:
+        """Of `loss` or `grad_norm`, over the steps that have it; None if none has."""
+        found = self._values[key]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the steps over their seconds."""
+        return self._tokens / self._seconds
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

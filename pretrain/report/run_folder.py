@@ -1,0 +1,147 @@
+"""The run folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/. Written by rank 0 only."""
+
+from __future__ import annotations
+
+import collections
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_json
+from common.line_log import LineLog, is_event, is_step
+from common.run_lock import FolderLock
+from pretrain.report import console
+from pretrain.report.exit_codes import ExitCode
+
+LEFTOVERS = (
+    ".seen-by-rank-0-*",
+    ".clock-*",
+    *(f"{name}.partial" for name in ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json")),
+    "outcome.json",
+    "ranks/rank-*",
+)
+"""What a start that was killed leaves of its own: nothing that another program may have put here."""
+
+
+class RunFolder:
+    """Creates the folder and appends to its logs; every line is written at once, so a killed run loses none. What a
+    full disk refuses is written later, see line_log.py."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """`writes` is true on one rank, which creates the folder and appends; on the others every call is a no-op.
+        Raises UserError if the folder cannot be written, or holds what is in the way."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.lock: FolderLock | None = None
+        self._has_ended = False
+        self._writes = writes
+        self._metrics = LineLog(path / "metrics.jsonl", is_step)
+        self._events = LineLog(path / "events.jsonl", is_event)
+        if not writes:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = FolderLock(path)
+            self._remove_leftovers()
+            damaged = {log.path.name: log.repair() for log in (self._metrics, self._events)}
+            self.event("opened", process=self.lock.owner)
+            self._events.flush()
+        except (UserError, OSError) as error:
+            if self.lock is not None:
+                self.lock.release()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--run-dir: {error.filename or path} cannot be written: {error.strerror}") from None
+        for name, count in damaged.items():
+            if count:
+                print(f"warning: {path / name}: {count} damaged lines were moved to {name}.damaged", file=sys.stderr)
+                self.event("damaged_lines", file=name, lines=count)
+        for owner in self.lock.taken_over:
+            self.event("lock_taken_over", owner=owner)
+        console.on_problem(self._stream_failed)
+
+    def _stream_failed(self, stream: str, reason: str) -> None:
+        self.event("output_lost", stream=stream, reason=reason)
+
+    def _remove_leftovers(self) -> None:
+        """What a start that was killed did not clean up. A report of a hang is kept, under a name with its time."""
+        for pattern in LEFTOVERS:
+            for path in self.path.glob(pattern):
+                path.unlink()
+        hang = self.path / "hang"
+        if hang.exists():
+            when = time.strftime("%Y%m%dT%H%M%S", time.localtime(hang.stat().st_mtime))
+            hang.rename(self.path / f"hang-{when}-{secrets.token_hex(2)}")
+
+    def end(self, code: ExitCode, reason: str, *, step: int | None = None) -> None:
+        """outcome.json: how this start ended, also for scripts whose launcher lost the exit code. Gives the folder
+        free. May be called from another thread, and more than once: the first counts."""
+        if not self._writes or code is ExitCode.FOLDER_LOST or self._has_ended:
+            return
+        self._has_ended = True
+        console.forget(self._stream_failed)
+        outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
+        try:
+            self._events.flush()
+            write_json(self.path / "outcome.json", outcome)
+        except OSError as error:  # how the run ended does not change because nobody can read it there
+            print(f"warning: {self.path}: cannot be written at the end: {error.strerror}", file=sys.stderr, flush=True)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def losses(self, last_step: int, count: int) -> list[float]:
+        """The last `count` finite losses up to step `last_step`, from metrics.jsonl."""
+        found: collections.deque[float] = collections.deque(maxlen=count)
+        if self._writes:
+            for row in self._metrics.rows():
+                if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
+                    found.append(row["loss"])
+        return list(found)
+
+    def was_validated(self, step: int) -> bool:
+        """Whether events.jsonl holds a validation after `step`, of the course of the run that stands: one that started
+        before that step computes it again."""
+        found = False
+        for row in self._events.rows() if self._writes else ():
+            if row["event"] in ("started", "validation") and isinstance(row.get("step"), int):
+                if row["event"] == "validation":
+                    found = found or row["step"] == step
+                elif row["step"] < step:
+                    found = False
+        return found
+
+    def write_config(self, tree: dict[str, Any]) -> None:
+        """config.json: the resolved configuration of the newest start."""
+        write_json(self.path / "config.json", tree)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """One line of events.jsonl: what happened, when (seconds since the epoch)."""
+        if self._writes:
+            self._events.append({"event": kind, "time": time.time(), **values})
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl: exactly one per optimizer step, floats with full precision."""
+        if self._writes:
+            self._metrics.append(values)
+
+    def make_durable(self) -> None:
+        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, after a power loss and on a
+        full disk alike. Raises OSError."""
+        if self._writes:
+            self._metrics.make_durable()
+
+    def rewind_metrics(self, step: int) -> None:
+        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Raises OSError, and then
+        nothing is lost."""
+        self._metrics.flush()
+        superseded = [row for row in self._metrics.rows() if row["step"] > step]
+        if not superseded:
+            return
+        for row in superseded:
+            self.event("superseded_metrics", metrics=row)
+        self._events.make_durable()
+        self._metrics.keep(lambda row: row["step"] <= step)

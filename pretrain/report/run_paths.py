@@ -1,0 +1,85 @@
+"""What --config and --run-dir mean: a configuration file or a run that is there already, and the folder of the run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common.errors import ConfigError, UserError
+
+SAVED_CONFIG = "config.json"
+"""Name of the resolved configuration in a run folder."""
+MARKS = ("checkpoints", "events.jsonl")
+"""What only a run puts into a folder."""
+FOLDERS = ("checkpoints", "tensorboard", "routing")
+"""What is a folder in a run folder, where it is."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds a run: its configuration and what only a run writes."""
+    return (folder / SAVED_CONFIG).is_file() and any((folder / mark).exists() for mark in MARKS)
+
+
+def config_file(given: str | Path, option: str = "--config") -> Path:
+    """The configuration file that `given` names; of the folder of a run, that run's. Raises ConfigError."""
+    path = Path(given)
+    if not str(given).strip():
+        raise ConfigError(
+            f"{option}: is empty; name a configuration file (the project's are in configs) or a run folder"
+        )
+    if not os.path.isdir(path):  # pathlib's raises for a long name
+        return path
+    if not is_run(path):
+        raise ConfigError(f"{option}: {path} is a folder and holds no run; name a configuration file or a run folder")
+    return path / SAVED_CONFIG
+
+
+def run_folder(config: Path, given: str | Path | None) -> Path:
+    """The run folder: `given` if it is, the run whose own configuration `config` is, or else runs/NAME. Checks that it
+    can be one, without writing. Raises UserError."""
+    if given is not None and not str(given).strip():
+        raise UserError("--run-dir: is empty; name a folder, or leave the option out for runs/NAME")
+    if given is not None:
+        folder = Path(given)
+    elif config.name == SAVED_CONFIG and is_run(config.parent):
+        folder = config.parent
+    else:
+        folder = Path("runs") / config.stem
+    folder = folder.absolute()
+    _check_place(folder)
+    _check_own(folder)
+    for name in FOLDERS:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(
+                f"--run-dir: {folder / name} is a file where the run needs a folder; move it away or choose another "
+                f"--run-dir"
+            )
+    return folder
+
+
+def _check_own(folder: Path) -> None:
+    """Refuses a folder that is no run and holds a file that a run replaces."""
+    if any((folder / mark).exists() for mark in MARKS):
+        return
+    for name in (SAVED_CONFIG, "metrics.jsonl", "outcome.json"):
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no {' and no '.join(MARKS)})"
+                f"; move {name} away or choose another --run-dir"
+            )
+
+
+def _check_place(folder: Path) -> None:
+    """Whether `folder` is, or can become, a folder that this user writes to."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.exists():
+        raise UserError(
+            f"--run-dir: {place} is a symbolic link to {os.readlink(place)}, which does not exist; create that folder, "
+            f"or choose another --run-dir"
+        )
+    if not place.is_dir():
+        raise UserError(f"--run-dir: {place} is a file, not a folder; choose another --run-dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--run-dir: {place} is not writable for this user; choose another --run-dir")
