@@ -38,9 +38,12 @@ NOT_IMPORTED_BY_US = {
 
 
 def environment() -> dict[str, str]:
-    """Without the settings of pip and uv that this machine may have, but for certificates and proxies."""
+    """Without the settings of pip and uv that this machine may have, but for certificates and proxies, and without what
+    a `make test VARIABLE=value` around us hands down."""
     kept = ("PIP_CERT", "UV_CACHE_DIR", "SSL_CERT_FILE")
-    return {k: v for k, v in os.environ.items() if k in kept or not k.startswith(("PIP_", "UV_"))}
+    dropped = ("PIP_", "UV_", "MAKE", "MFLAGS")
+    ours = ("CUDA", "PYTHON", "RANKS")
+    return {k: v for k, v in os.environ.items() if k in kept or (k not in ours and not k.startswith(dropped))}
 
 
 def compile_requirements(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -195,9 +198,9 @@ def odd_copy(tmp_path: Path) -> Path:
 
 def dry_make(folder: Path, *arguments: str) -> str:
     """The commands that make would run; continued lines in one."""
-    done = subprocess.run(
-        ["make", "-n", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
+    # Inside `make test` it is a make below a make, which names the folder that it enters.
+    command = ["make", "--no-print-directory", "-n", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.replace("\\\n", " ")
 
@@ -234,7 +237,9 @@ def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> 
     ],
 )
 def test_make_install_refuses_with_the_fix(odd_copy: Path, arguments: list[str], words: str) -> None:
-    done = subprocess.run(["make", "install", *arguments], cwd=odd_copy, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "install", *arguments], cwd=odd_copy, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0 and words in done.stdout + done.stderr
     assert not (odd_copy / ".venv").exists()
 

@@ -83,7 +83,8 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
             assert -math.log(5) <= row["routing_negative_entropy"] <= 0
             documented = set(re.findall(r"`([a-z_/A-Z]+)`", METRICS_TABLE))
             assert row.keys() <= documented, row.keys() - documented
-            assert documented - row.keys() == {"loss_scale", "epoch/NAME"}
+            replayed = {"routing_choices", "routing_flips", "routing_flip_distance"}
+            assert documented - row.keys() == {"loss_scale", "epoch/NAME", *replayed}
         board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
         tags = set(board.Tags()["scalars"])
         assert {
