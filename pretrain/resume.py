@@ -107,7 +107,8 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
         why = f" ({_why_not_extended(config)})" if _is_under(key, SCHEDULE) else ""
         one = len(refused) == 1
         raise UserError(
-            f"{key}: was {changes[key][0]!r} in {checkpoint.path}, is {changes[key][1]!r} now{more}; a resumed run "
+            f"{key}: was {json.dumps(changes[key][0])} in {checkpoint.path}, is {json.dumps(changes[key][1])} now"
+            f"{more}; a resumed run "
             f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'}, choose another "
             f"--run-dir, or allow {'the change' if one else 'all changes'} with "
             f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"

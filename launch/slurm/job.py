@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from data_prep.raw.locations import may_hold_secret
 from data_prep.work.folder import write_atomically
 
 FOLDER = Path(__file__).resolve().parent
@@ -23,6 +24,8 @@ SHARED_TYPES = set(
     wekafs""".split()  # noqa: SIM905
 )
 """File systems that other hosts see (fuse.* too)."""
+SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|access|private|secret)_?key)(_|$)")
+"""Names of variables whose values belong into no file."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 TIME = re.compile(
@@ -264,6 +267,11 @@ def variables(assignments: Sequence[str]) -> dict[str, str]:
         name, equals, value = assignment.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"--env {assignment}: write it as NAME=VALUE")
+        if SECRET_NAME.search(name) or may_hold_secret(value):
+            raise UserError(
+                f"--env {name}: looks like a secret, which the job's script would keep; export {name} in the shell that "
+                f"submits instead (sbatch hands its environment on)"
+            )
         found[name] = value
     return found
 

@@ -125,8 +125,8 @@ class CollapseWatch:
 
     def __init__(self, config: MonitorConfig, model: ModelConfig) -> None:
         self._share, self._after = config.collapse_share, config.collapse_after_steps
-        # A router that chooses all its experts cannot collapse.
-        self._choices = {kind: c for kind, c in choices(model).items() if c.active < c.num_experts}
+        # An even router is not collapsed, and one that chooses all its experts cannot be.
+        self._choices = {kind: c for kind, c in choices(model).items() if c.active / c.num_experts < self._share}
         self._streaks: dict[str, Tensor] = {}
 
     def step(self, load: dict[str, Tensor]) -> list[Collapsed]:

@@ -77,6 +77,13 @@ def test_off_and_routers_that_choose_all_experts_are_silent(prepared: Path) -> N
     assert not CollapseWatch(config.monitor, config.model).step(LOAD)
 
 
+def test_a_share_that_an_even_router_reaches_watches_nothing(prepared: Path) -> None:
+    even = {name: torch.ones_like(counts) for name, counts in LOAD.items()}
+    config = small_config(prepared, "monitor.collapse_after_steps=1", "monitor.collapse_share=0.3")
+    watch = CollapseWatch(config.monitor, config.model)  # 2 of 3 experts in attention, 2 of 5 in the feed-forward
+    assert not watch.step(even) and not watch.step(LOAD)
+
+
 def values(step: int, loss: float | None, norm: float | None, seconds: float) -> dict[str, Any]:
     """A line of metrics.jsonl, of a step of 128 tokens."""
     return {

@@ -109,6 +109,8 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--time", "soon"], "--time soon: write minutes"),
         (["--time", "1", "--signal-seconds", "60"], "--signal-seconds 60: must be below --time (60 s)"),
         (["--env", "1A=b"], "--env 1A=b: write it as NAME=VALUE"),
+        (["--env", "HF_TOKEN=hf_x"], "--env HF_TOKEN: looks like a secret"),
+        (["--env", "PROXY=http://me:word@proxy"], "--env PROXY: looks like a secret"),
         (["--sbatch", "gres=gpu:8"], "--sbatch gres=gpu:8: write a long option"),
         (["--job-name", "a\n#SBATCH --uid=0"], "cannot stand in a job script"),
         (["--set", "description=a\nb"], "cannot stand in a job script"),
@@ -121,6 +123,7 @@ def test_refusals(
     assert submit(prepared, tmp_path / "run", "--dry-run", *arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and words in error
+    assert "hf_x" not in error and "word@" not in error
     assert not (tmp_path / "run").exists()
 
 
