@@ -269,8 +269,8 @@ def variables(assignments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--env {assignment}: write it as NAME=VALUE")
         if SECRET_NAME.search(name) or may_hold_secret(value):
             raise UserError(
-                f"--env {name}: looks like a secret, which the job's script would keep; export {name} in the shell that "
-                f"submits instead (sbatch hands its environment on)"
+                f"--env {name}: looks like a secret, which the job's script would keep; export {name} in the shell "
+                f"that submits instead (sbatch hands its environment on)"
             )
         found[name] = value
     return found
