@@ -237,7 +237,7 @@ class MonitorConfig(Section):
     """Steps between TensorBoard scalars."""
     collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, json_schema_extra=FREE)
     """A router counts as collapsed in a step in which the k busiest of its E experts got more than this share of its
-    choices (k: those that a token chooses). k / E is even; a router with k / E of at least this share is not watched."""
+    choices (k: those that a token chooses). k / E is even; a router with k / E from this share on is not watched."""
     collapse_after_steps: NonNegativeInt = Field(200, json_schema_extra=FREE)
     """Steps in a row after which a collapsed router is told of, by a line and an event; again after twice, four times,
     ... as many. 0: never."""
