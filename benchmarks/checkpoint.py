@@ -25,7 +25,7 @@ from pretrain.checkpoint import Retention
 from pretrain.checkpoint.saver import Outcome, Saver
 from pretrain.config.loading import parse_config
 from pretrain.config.rules import choose_backends
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.engine.build import build_engine, parallel_context
 from pretrain.engine.zero_state import pieces
 from pretrain.parallel.ranks import Ranks

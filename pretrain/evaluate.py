@@ -14,7 +14,7 @@ from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch, Windows
-from pretrain.engine.micro_steps import Run
+from pretrain.engine.micro_steps import Executor
 from pretrain.parallel.agreement import agreed
 
 
@@ -43,7 +43,7 @@ def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
-    run: Run,
+    executor: Executor,
     reader: Windows,
     config: Config,
     parallel: ParallelContext,
@@ -78,7 +78,7 @@ def evaluate(
             for first in range(0, len(step_batches), at_once):
                 if not before_batch():
                     return None
-                losses += run.evaluate([batch.to(device) for batch in step_batches[first : first + at_once]])
+                losses += executor.evaluate([batch.to(device) for batch in step_batches[first : first + at_once]])
             for place, sequence_loss in zip(places, losses, strict=True):
                 counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])

@@ -19,7 +19,7 @@ from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.saver import Outcome, drained
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.device import synchronize
 from pretrain.engine.build import parallel_context
@@ -33,7 +33,7 @@ from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
 from pretrain.resilience.replicas import ReplicaCheck
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, serving, with_skips
-from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
 from pretrain.routing.tape import open_tape
@@ -41,14 +41,14 @@ from pretrain.trainer import StepResult, Trainer, build_trainer
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a course of the run begins, the same on every rank."""
+class StartPoint:
+    """Where a segment of the run begins, the same on every rank."""
 
     checkpoint: Checkpoint | None
     progress: Progress
     rollbacks: list[Rollback]
     """Those that led here, and earlier ones."""
-    passed_over: list[str]
+    damaged: list[str]
     """Why newer checkpoints were."""
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's: key -> (then, now)."""
@@ -61,7 +61,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
     (the last checkpoint stands)."""
     stop, phases = stop or Stop(), Phases()
-    stop.enter(Stage.STARTING)
+    stop.enter(ProcessState.STARTING)
     parallel = parallel_context(config)
     check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
@@ -75,11 +75,11 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
             if control.stopping():
                 stopped: str | None = control.stop_reason()
                 break
-            course = begin(config, sources, parallel, device, folder, control, phases, start)
-            stop.enter(Stage.TRAINING)
-            rollback, stopped = course.run()
-            course.close()
-            step = course.progress.step
+            segment = build_segment(config, sources, parallel, device, folder, control, phases, start)
+            stop.enter(ProcessState.TRAINING)
+            rollback, stopped = segment.run()
+            segment.close()
+            step = segment.progress.step
             if rollback is None:
                 break
             agreed(partial(record, run_dir, rollback, writes=parallel.is_first))
@@ -88,7 +88,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
         if parallel.is_first:
             report_end(folder, config, step, stopped)
         folder.end(code, stopped or "finished", step=step)
-        stop.enter(Stage.ENDING)
+        stop.enter(ProcessState.ENDING)
         dist.barrier()
     return code
 
@@ -105,16 +105,18 @@ def report_end(folder: RunFolder, config: Config, step: int, stopped: str | None
     print(f"stopped by {stopped} {what}; the same command continues; run folder {folder.path}", flush=True)
 
 
-def find_start(config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None) -> Start:
+def find_start(
+    config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None
+) -> StartPoint:
     """The checkpoint to continue from, if any, or to go back to. Collective; rank 0's listing of the folder counts.
     Raises UserError or PeerFailed on every rank."""
     paths: list[Path] = control.from_first_rank(lambda: _paths(config, run_dir, rollback))
-    resumed, passed_over = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
+    resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
     changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
     branch = branch_start(config, resumed)
     rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
     progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks)
-    return Start(resumed, progress, rollbacks, passed_over, changes)
+    return StartPoint(resumed, progress, rollbacks, damaged, changes)
 
 
 def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
@@ -125,7 +127,7 @@ def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Pat
     return serving(candidates(config, run_dir), rollback)
 
 
-def begin(
+def build_segment(
     config: Config,
     sources: Sources,
     parallel: ParallelContext,
@@ -133,8 +135,8 @@ def begin(
     folder: RunFolder,
     control: Control,
     phases: Phases,
-    start: Start,
-) -> Course:
+    start: StartPoint,
+) -> Segment:
     """Builds everything for the steps after `start`. Collective."""
     trainer = build_trainer(config, sources, parallel, device, start.checkpoint, progress=start.progress, phases=phases)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
@@ -144,7 +146,7 @@ def begin(
     def prepare() -> Monitor | None:
         if not parallel.is_first:
             return None
-        prepare_folder(folder, trainer, start.checkpoint, start.passed_over, start.changes, last)
+        prepare_folder(folder, trainer, start.checkpoint, start.damaged, start.changes, last)
         return Monitor(config, folder, first_step=step, last_step=last)
 
     monitor = agreed(prepare)
@@ -154,11 +156,11 @@ def begin(
     # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
     window = settings.spike_window_steps
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
-    return Course(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last)
+    return Segment(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last)
 
 
 @dataclass
-class Course:
+class Segment:
     """The steps from one start on: to the end, to a stop, or to a rollback."""
 
     trainer: Trainer
@@ -167,7 +169,7 @@ class Course:
     control: Control
     replicas: ReplicaCheck | None
     spikes: SpikeDetector
-    start: Start
+    start: StartPoint
     progress: Progress
     last: int
     _loss: float | None = None
@@ -290,7 +292,7 @@ class Course:
         return rollback
 
     def _validation_is_missing(self) -> bool:
-        """Whether the step that this course starts after was to be validated and a stop came in between."""
+        """Whether the step that this segment starts after was to be validated and a stop came in between."""
         due = self.progress.step > 0 and self._is_due(self.trainer.config.evaluate.every_steps)
         if any(key.startswith("evaluate.") and key != "evaluate.every_steps" for key in self.start.changes):
             return due  # by other settings than the checkpoint's

@@ -18,12 +18,12 @@ from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, Saver
 from pretrain.config.rules import choose_backends
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
 from pretrain.data.prefetch import Prefetcher
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch, TrainingStream, Windows
 from pretrain.engine.build import GradientNorm, build_engine, set_learning_rate
-from pretrain.engine.micro_steps import Run, WholeRun
+from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.schedule import learning_rate
 from pretrain.engine.step_sums import StepReducer, StepSums
 from pretrain.parallel.agreement import agreed
@@ -48,7 +48,7 @@ class Trainer:
 
     config: Config
     engine: Any
-    run: Run
+    executor: Executor
     norm: GradientNorm
     reduce: StepReducer
     sources: Sources
@@ -75,7 +75,7 @@ class Trainer:
             self.phases.enter("reading the recorded choices")
             self.tape.before_step(progress.step + 1, batches)
         self.phases.enter("forward, backward and update")
-        loss_sum, auxiliary_sum = self.run.train(batches)
+        loss_sum, auxiliary_sum = self.executor.train(batches)
         grad_norm = self.norm.value()
         self.phases.enter("adding up over ranks")
         sums = self.reduce(loss_sum, auxiliary_sum, len(batches), keep_statistics=grad_norm is not None)
@@ -128,9 +128,12 @@ def build_trainer(
     phases.enter("building the model")
     model: nn.Module
     if parallel.pipeline_size > 1:
-        from pretrain.engine.pipeline import PipelineRun, Stage  # imports DeepSpeed, which the device module prepares
+        from pretrain.engine.pipeline import (  # imports DeepSpeed, which the device module prepares
+            PipelineExecutor,
+            PipelineStage,
+        )
 
-        model = Stage(config, parallel, backends)
+        model = PipelineStage(config, parallel, backends)
     else:
         model = build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
     if resumed is not None:
@@ -139,7 +142,7 @@ def build_trainer(
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
     norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
-    run: Run = PipelineRun(engine) if parallel.pipeline_size > 1 else WholeRun(engine, norm, phases)
+    executor: Executor = PipelineExecutor(engine) if parallel.pipeline_size > 1 else PlainExecutor(engine, norm, phases)
 
     train_reader = sources.reader("train", config)
     stream = TrainingStream(
@@ -167,7 +170,7 @@ def build_trainer(
     return Trainer(
         config=config,
         engine=engine,
-        run=run,
+        executor=executor,
         norm=norm,
         reduce=reduce,
         sources=sources,

@@ -100,14 +100,14 @@ def _write_weights(checkpoint: Checkpoint, path: Path) -> int:
     import torch
 
     from pretrain.checkpoint import state
-    from pretrain.checkpoint.fragments import whole
+    from pretrain.checkpoint.fragments import single_fragment
     from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
 
     reader = Reader(checkpoint)
 
     def parameter(name: str, shape: list[int]) -> torch.Tensor:
         tensor = torch.empty(shape)
-        state.read(reader, checkpoint, {f"master/{name}": whole(tensor)})
+        state.read(reader, checkpoint, {f"master/{name}": single_fragment(tensor)})
         return tensor
 
     entries = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import sha256
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.json"

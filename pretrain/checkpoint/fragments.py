@@ -97,7 +97,7 @@ class Fragments:
         return self.chunks[index.offset]
 
 
-def whole(values: Tensor) -> Fragments:
+def single_fragment(values: Tensor) -> Fragments:
     """A tensor that one rank holds alone."""
     return Fragments(values.shape, [Chunk((0,) * values.ndim, values)])
 

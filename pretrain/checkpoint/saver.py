@@ -30,7 +30,7 @@ from pretrain.checkpoint.fragments import Chunk, Fragments
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.state import State, constants, described, owned_state
 from pretrain.checkpoint.storage import Writer
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.device import host_buffer, synchronize
 from pretrain.parallel.agreement import PeerFailed
 

@@ -33,10 +33,10 @@ from model.memory import LayerMemory, layer_memories
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import full_shape, owner_of, shard_place, sharded_dim
 from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
-from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, whole
+from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, single_fragment
 from pretrain.checkpoint.planners import LoadPlanner
 from pretrain.checkpoint.storage import Reader
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.engine.zero_state import optimizer_steps, pieces, set_optimizer_steps
 
 State = dict[str, Fragments]
@@ -47,7 +47,7 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     """What no other rank saves: of what tensor-parallel ranks share, the first one's. Views of the engine's memory."""
     config: ModelConfig = engine.module.config
     is_first_part = parallel.tensor_rank == 0
-    state = {_rng_key(dist.get_rank()): whole(torch.get_rng_state())}
+    state = {_rng_key(dist.get_rank()): single_fragment(torch.get_rng_state())}
     shapes = dict(_local_shapes(engine.module))
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
         if is_first_part or sharded_dim(piece.name, config) is not None:
@@ -62,7 +62,7 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     if parallel.data_rank == 0 and is_first_part:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
-                state[_routing_key(name, key)] = whole(value)
+                state[_routing_key(name, key)] = single_fragment(value)
     return state
 
 
@@ -115,7 +115,7 @@ def load_training_state(
             fragments = _fragments(value, piece.start, piece.name, shapes[piece.name], config, parallel)
             state[_saved_as(reader, kind, piece.name, config)] = fragments
     for name, statistics in routing_statistics(engine.module):
-        state |= {_routing_key(name, key): whole(value) for key, value in statistics.state().items()}
+        state |= {_routing_key(name, key): single_fragment(value) for key, value in statistics.state().items()}
     memories: list[tuple[LayerMemory, Tensor]] = []
     for name, memory in layer_memories(engine.module) if with_memory else ():
         if (there := saved.get(f"memory/{name}")) is not None:
@@ -127,7 +127,7 @@ def load_training_state(
     generator = torch.get_rng_state()
     has_generator = sum(name.startswith("rng/") for name in saved) == dist.get_world_size()
     if has_generator:
-        state[_rng_key(dist.get_rank())] = whole(generator)
+        state[_rng_key(dist.get_rank())] = single_fragment(generator)
 
     read(reader, checkpoint, state)
 

@@ -20,7 +20,7 @@ from pretrain.config.rules import check_device, check_ranks, smallest_world
 from pretrain.config.schema import FREE, Config
 from pretrain.report.exit_codes import ExitCode, exit_codes_help
 from pretrain.report.run_paths import config_file, run_folder
-from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
     from pretrain.data.sources import Sources
@@ -161,7 +161,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.PEER_DIED
-    stop.enter(Stage.STARTING)
+    stop.enter(ProcessState.STARTING)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times
             agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
@@ -176,7 +176,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code
     finally:
-        stop.enter(Stage.ENDING)
+        stop.enter(ProcessState.ENDING)
         devices.stop()
 
 

@@ -19,7 +19,7 @@ from data_prep.shards.reader import Hold, SplitReader
 from pretrain.config.schema import Config
 from pretrain.data.mixture import MixtureSchedule, whole_weights
 from pretrain.data.order import window_order
-from pretrain.data.position import Range, positions
+from pretrain.data.progress import Range, data_positions
 
 
 @dataclass(frozen=True)
@@ -178,21 +178,21 @@ class TrainingStream:
         self._chunks = reader.num_windows // self._global if config.reads_streams else 0
         self.micro_steps = self._global // (self._micro * data_size)
 
-    def positions(self, consumed: int, micro_step: int) -> np.ndarray:
+    def own_positions(self, consumed: int, micro_step: int) -> np.ndarray:
         """Positions in the run [micro_sequences] int64 of this rank's sequences."""
         first = consumed + (micro_step * self._size + self._rank) * self._micro
-        return positions(np.arange(first, first + self._micro, dtype=np.int64), self._skipped)
+        return data_positions(np.arange(first, first + self._micro, dtype=np.int64), self._skipped)
 
     def range_of(self, consumed: int, sequences: int) -> Range:
         """The positions that `sequences` sequences after `consumed` others span; in streams those of whole steps."""
-        first, last = positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
+        first, last = data_positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
         unit = self._global if self._chunks else 1
         return first // unit * unit, (last // unit + 1) * unit
 
     def batch(self, consumed: int, micro_step: int, device: torch.device) -> Batch:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
         Raises DataError if a shard does not match its sha256."""
-        positions = self.positions(consumed, micro_step)
+        positions = self.own_positions(consumed, micro_step)
         windows = self.windows(positions)
         tokens, targets = self._reader.read(windows)
         documents = self._reader.documents(windows) if self._document_mask else None
@@ -234,14 +234,14 @@ class TrainingStream:
 
     def streams(self) -> Tensor:
         """The streams [n] int64 that this rank reads in every step, by micro-step."""
-        own = np.concatenate([self.positions(0, m) for m in range(self.micro_steps)])
+        own = np.concatenate([self.own_positions(0, m) for m in range(self.micro_steps)])
         return torch.from_numpy(own % self._global)
 
     def begins(self, consumed: int) -> bool:
         """Whether the step after `consumed` sequences reads the first window of every stream, or one after a gap."""
         if not self._chunks:
             return False
-        before, first = positions(np.array([max(0, consumed - 1), consumed]), self._skipped).tolist()
+        before, first = data_positions(np.array([max(0, consumed - 1), consumed]), self._skipped).tolist()
         return first // self._global % self._chunks == 0 or first != before + 1
 
     def epoch(self, consumed: int) -> float:
@@ -250,7 +250,7 @@ class TrainingStream:
         return self._position(consumed) / (self._chunks * self._global or self._reader.num_windows)
 
     def _position(self, consumed: int) -> int:
-        return int(positions(np.array([consumed]), self._skipped)[0])
+        return int(data_positions(np.array([consumed]), self._skipped)[0])
 
     def source_epochs(self, consumed: int) -> list[float]:
         """Passes over each source after `consumed` sequences."""

@@ -16,7 +16,7 @@ StepLosses = tuple[Tensor, Tensor]
 """Sums over micro-steps of this rank's mean cross-entropy and of its auxiliary losses: fp32 scalars."""
 
 
-class Run(Protocol):
+class Executor(Protocol):
     """What differs between a whole model and a pipeline."""
 
     def train(self, batches: Sequence[Batch]) -> StepLosses:
@@ -28,7 +28,7 @@ class Run(Protocol):
         is not the last. Collective."""
 
 
-class WholeRun:
+class PlainExecutor:
     """The micro-steps one after the other."""
 
     def __init__(self, engine: Any, norm: GradientNorm, phases: Phases) -> None:

@@ -41,7 +41,7 @@ class _Layer(LayerSpec):
         return self._factory()
 
 
-class Stage(PipelineModule):
+class PipelineStage(PipelineModule):
     """The layers of this rank's pipeline stage, under their canonical names, initialised."""
 
     def __init__(self, config: Config, parallel: ParallelContext, backends: Backends) -> None:
@@ -147,12 +147,12 @@ class _AttachLoss(torch.autograd.Function):
         return grad, ctx.factor * ctx.scale(), None
 
 
-class PipelineRun:
-    """Steps and evaluation of a model that is divided into stages; see `WholeRun` for the interface."""
+class PipelineExecutor:
+    """Steps and evaluation of a model that is divided into stages; see `Executor` for the interface."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._stage: Stage = engine.module
+        self._stage: PipelineStage = engine.module
         engine.module.gradient_scale = self._gradient_scale
 
     def _gradient_scale(self) -> float:

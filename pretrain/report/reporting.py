@@ -13,7 +13,7 @@ from common.strict_json import finite, without_nan
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint
 from pretrain.config.loading import to_json
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
 from pretrain.engine.schedule import learning_rate
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
@@ -67,7 +67,7 @@ def run_validation(
     trainer.phases.enter("validation")
     values = evaluate(
         trainer.engine.module,
-        trainer.run,
+        trainer.executor,
         trainer.validation,
         trainer.config,
         trainer.parallel,
@@ -102,14 +102,14 @@ def prepare_folder(
     folder: RunFolder,
     trainer: Trainer,
     resumed: Checkpoint | None,
-    passed_over: list[str],
+    damaged: list[str],
     changes: dict[str, tuple[Any, Any]],
     last: int,
 ) -> None:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins. Raises
     UserError where the disk refuses."""
     try:
-        _prepare_folder(folder, trainer, resumed, passed_over, changes, last)
+        _prepare_folder(folder, trainer, resumed, damaged, changes, last)
     except OSError as error:
         raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
 
@@ -118,12 +118,12 @@ def _prepare_folder(
     folder: RunFolder,
     trainer: Trainer,
     resumed: Checkpoint | None,
-    passed_over: list[str],
+    damaged: list[str],
     changes: dict[str, tuple[Any, Any]],
     last: int,
 ) -> None:
     step = resumed.progress.step if resumed else 0
-    for reason in passed_over:
+    for reason in damaged:
         print(f"passed over a damaged checkpoint: {reason}", flush=True)
         folder.event("checkpoint_passed_over", reason=reason)
     for path in checkpoints.set_aside_newer(folder.checkpoints, step):

@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
-from pretrain.data.position import Progress, Range, merged, positions
+from pretrain.data.progress import Progress, Range, data_positions, merged
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _step(path: Path) -> int:
 def with_skips(progress: Progress, rollbacks: list[Rollback]) -> Progress:
     """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out. Ranges behind it are the
     checkpoint's own: they say how it came to be."""
-    next_position = int(positions(np.array([progress.consumed_sequences]), progress.skipped_ranges)[0])
+    next_position = int(data_positions(np.array([progress.consumed_sequences]), progress.skipped_ranges)[0])
     ahead = tuple(r.skipped for r in rollbacks if r.skipped is not None and r.skipped[0] >= next_position)
     return Progress(
         progress.step, progress.consumed_sequences, merged((*progress.skipped_ranges, *ahead)), progress.skipped_updates

@@ -49,7 +49,7 @@ LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
 
 
-class Stage(Enum):
+class ProcessState(Enum):
     """How far a process is, as far as a stop is concerned."""
 
     JOINING = "before the ranks have met"
@@ -62,7 +62,7 @@ class Stop:
     """A request to stop, as this rank knows it. Without `install` nothing ever asks for one."""
 
     def __init__(self) -> None:
-        self.stage = Stage.JOINING
+        self.state = ProcessState.JOINING
         self.before_leaving: list[Callable[[ExitCode, str], None]] = []
         """Called with code and message when the process is left at once (not by SIGKILL)."""
         self.peer_is_dead: Callable[[], bool] = lambda: False
@@ -95,10 +95,10 @@ class Stop:
         self._installed = True
         threading.Thread(target=self._serve, args=(read,), name="signals", daemon=True).start()
 
-    def enter(self, stage: Stage) -> None:
+    def enter(self, state: ProcessState) -> None:
         """Called by the main thread as it goes on."""
-        self.stage = stage
-        if stage is Stage.ENDING and self._installed:
+        self.state = state
+        if state is ProcessState.ENDING and self._installed:
             for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
                 signal.signal(number, signal.SIG_IGN)
 
@@ -138,15 +138,15 @@ class Stop:
             self._look_at_launcher()
             self._look_at_peers()
             late = self._reason is not None and time.monotonic() - self._asked > START_UP_SECONDS
-            if self.stage is Stage.STARTING and late:
+            if self.state is ProcessState.STARTING and late:
                 self.leave(ExitCode.STOPPED, f"{self._reason} during start-up: nothing was trained")
 
     def _ask(self, reason: str) -> None:
-        if self.stage is Stage.ENDING:
+        if self.state is ProcessState.ENDING:
             return
         if self._reason is None:
             self._reason, self._asked = reason, time.monotonic()
-            if self.stage is Stage.JOINING:
+            if self.state is ProcessState.JOINING:
                 # Said once per node; the launcher also ends a rank like this when another one has refused the run.
                 is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
                 self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
@@ -168,10 +168,10 @@ class Stop:
 
     def _look_at_peers(self) -> None:
         """Who asks the dead for agreement waits for ever, and DeepSpeed's launcher waits 30 s for each such rank."""
-        if self._reason is None or self.stage is Stage.ENDING or not self.peer_is_dead():
+        if self._reason is None or self.state is ProcessState.ENDING or not self.peer_is_dead():
             return
         time.sleep(PEER_SECONDS)
-        if self.stage is not Stage.ENDING:
+        if self.state is not ProcessState.ENDING:
             self.leave(ExitCode.PEER_DIED, "another rank of this machine has died; the last checkpoint stands")
 
 

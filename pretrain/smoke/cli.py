@@ -24,7 +24,7 @@ from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
-from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
     except devices.Unreachable as error:
         print(f"{VERDICT}FAILED: {error}", flush=True)
         return ExitCode.PEER_DIED
-    stop.enter(Stage.STARTING)
+    stop.enter(ProcessState.STARTING)
     speaks, code = ranks.rank == 0, ExitCode.UNFORESEEN
     try:
         code, words = _test(config, sources, run_dir, device, stop, args)
@@ -127,7 +127,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
         traceback.print_exc()
         speaks, words = True, f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
-        stop.enter(Stage.ENDING)
+        stop.enter(ProcessState.ENDING)
         devices.stop()
     if speaks:
         where = "" if ranks.rank == 0 else f"rank {ranks.rank} "

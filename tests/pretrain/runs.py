@@ -17,7 +17,7 @@ from model.memory import layer_memories
 from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
 from pretrain.config.loading import apply_override, parse_config
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from pretrain.engine.build import GradientNorm, parallel_context

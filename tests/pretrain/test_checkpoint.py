@@ -15,7 +15,7 @@ from common.errors import UserError
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.loop import train
 from tests.harness import RankFailed, run_ranks

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
-from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, rectangles, whole
+from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, rectangles, single_fragment
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.state import read
 from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
@@ -54,14 +54,14 @@ def test_another_cut_reads_the_same_elements(tmp_path: Path, dim: int, parts: in
                 flat[start:stop], start, local_shape=shard.shape, shape=full.shape, dim=dim, offset=offset
             )
             chunks += [Chunk(tuple(place), values) for place, values in piece.chunks.items()]
-    checkpoint = save(tmp_path, {"x": Fragments(full.shape, chunks), "scalar": whole(torch.tensor(3.5))})
+    checkpoint = save(tmp_path, {"x": Fragments(full.shape, chunks), "scalar": single_fragment(torch.tensor(3.5))})
     for other, pieces in ((0, 1), (1, 4), (2, 3)):
         for part, shard in enumerate(full.chunk(pieces, other)):
             target = torch.zeros(shard.numel(), dtype=dtype)[2:-1]
             where = {"dim": other, "offset": part * shard.shape[other]}
             piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)  # type: ignore[arg-type]
             scalar = torch.tensor(0.0)
-            read(Reader(checkpoint), checkpoint, {"x": piece, "scalar": whole(scalar)})
+            read(Reader(checkpoint), checkpoint, {"x": piece, "scalar": single_fragment(scalar)})
             assert torch.equal(target, shard.reshape(-1)[2:-1]) and scalar == 3.5
 
 
@@ -69,9 +69,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, {"x": Fragments((4,), [Chunk((0,), torch.ones(3))])})
     state: dict[str, Any]
     for state, words in [
-        ({"x": whole(torch.empty(4))}, r"x is incomplete \(3 of 4 elements\)"),
-        ({"x": whole(torch.empty(5))}, r"x has shape \[4\], the model's is \[5\]"),
-        ({"y": whole(torch.empty(4))}, "holds no y"),
+        ({"x": single_fragment(torch.empty(4))}, r"x is incomplete \(3 of 4 elements\)"),
+        ({"x": single_fragment(torch.empty(5))}, r"x has shape \[4\], the model's is \[5\]"),
+        ({"y": single_fragment(torch.empty(4))}, "holds no y"),
     ]:
         with pytest.raises(UserError, match=words):
             read(Reader(checkpoint), checkpoint, state)

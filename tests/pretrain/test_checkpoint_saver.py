@@ -13,7 +13,7 @@ import torch
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.engine.build import parallel_context
 from pretrain.loop import Trainer, build_trainer

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import owned_state
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.engine.build import parallel_context
 from pretrain.trainer import build_trainer

@@ -76,8 +76,8 @@ def test_the_global_batch_is_the_same_for_every_split(prepared: Path) -> None:
 
 def test_micro_step_and_rank_take_the_documented_block(prepared: Path) -> None:
     stream = stream_of(prepared, rank=1, size=2, micro=2)
-    assert stream.positions(consumed=40, micro_step=1).tolist() == [46, 47]
-    assert stream.positions(consumed=41, micro_step=0).tolist() == [43, 44]
+    assert stream.own_positions(consumed=40, micro_step=1).tolist() == [46, 47]
+    assert stream.own_positions(consumed=41, micro_step=0).tolist() == [43, 44]
 
 
 def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: Path) -> None:

@@ -59,7 +59,7 @@ LAYOUTS = [
 
 def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     """Of each engine on this rank: stage, bytes of weights and bytes of master weights and moments after a step."""
-    from pretrain.data.position import Progress
+    from pretrain.data.progress import Progress
 
     found = []
     for config in configs:

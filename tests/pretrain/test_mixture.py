@@ -104,7 +104,7 @@ def test_the_sequence_of_windows_is_the_same_however_the_run_is_cut(folders: lis
 
     def step(consumed: int, size: int, micro: int) -> list[int]:
         streams = [made[size, micro, rank] for rank in range(size)]
-        order = [s.windows(s.positions(consumed, m)) for m in range(streams[0].micro_steps) for s in streams]
+        order = [s.windows(s.own_positions(consumed, m)) for m in range(streams[0].micro_steps) for s in streams]
         return np.concatenate(order).tolist()
 
     made = {}

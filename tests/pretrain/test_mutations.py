@@ -60,7 +60,7 @@ def unsummed_norms() -> None:
 def unscaled_auxiliary_loss() -> None:
     import pretrain.engine.pipeline as module
 
-    module.PipelineRun._gradient_scale = lambda self: 1.0  # type: ignore[method-assign]
+    module.PipelineExecutor._gradient_scale = lambda self: 1.0  # type: ignore[method-assign]
 
 
 def mutated_trace(rank: int, mutate: Callable[[], None] | None, config: Config) -> list[Trace]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pretrain.data.position import Progress, Range, merged, positions
+from pretrain.data.progress import Progress, Range, data_positions, merged
 
 
 def test_json_and_files_from_before_there_were_skips() -> None:
@@ -20,8 +20,8 @@ def test_json_and_files_from_before_there_were_skips() -> None:
 def test_positions_leave_out_the_skipped_ranges(skipped: tuple[Range, ...]) -> None:
     left_out = {position for first, end in skipped for position in range(first, end)}
     expected = [position for position in range(100) if position not in left_out][:20]
-    assert positions(np.arange(20), skipped).tolist() == expected
-    assert positions(np.arange(7, 20), skipped).tolist() == expected[7:]
+    assert data_positions(np.arange(20), skipped).tolist() == expected
+    assert data_positions(np.arange(7, 20), skipped).tolist() == expected[7:]
 
 
 def test_merged_ranges_are_sorted_and_apart() -> None:

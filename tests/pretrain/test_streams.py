@@ -17,7 +17,7 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import open_sources
 from pretrain.data.windows import TrainingStream, WindowReader
 from pretrain.engine.build import GradientNorm, parallel_context
-from pretrain.engine.micro_steps import WholeRun
+from pretrain.engine.micro_steps import PlainExecutor
 from pretrain.evaluate import evaluate, evaluation_windows
 from pretrain.phases import Phases
 from tests.corpus import prepare_corpus
@@ -212,7 +212,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
     for config in configs:
         network, parallel = build_model(config.model, seed=0), parallel_context(config)
         engine = _Engine(network)
-        run = WholeRun(engine, GradientNorm(engine, 0.0, parallel), Phases())
+        run = PlainExecutor(engine, GradientNorm(engine, 0.0, parallel), Phases())
         reader = reader_of(config, config.evaluate.split)
         found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
     return found

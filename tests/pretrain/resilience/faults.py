@@ -15,7 +15,7 @@ import pretrain.loop
 from common.errors import UserError
 from model.layers import Head
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.resilience.guard import RunFailed
 from pretrain.resilience.signals import Stop

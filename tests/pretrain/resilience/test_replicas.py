@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.engine.build import parallel_context
 from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum

@@ -19,7 +19,7 @@ from common.paths import REPOSITORY
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.phases import Phases
-from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, outcome
 from tests.pretrain.runs import small_config
@@ -86,11 +86,11 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
             if name == phase and seen[0] == occurrence and rank == target:  # noqa: B023
                 os.kill(os.getpid(), number)  # noqa: B023
                 deadline = time.monotonic() + 60
-                while stop.requested is None and stop.stage is not Stage.ENDING and time.monotonic() < deadline:  # noqa: B023
+                while stop.requested is None and stop.state is not ProcessState.ENDING and time.monotonic() < deadline:  # noqa: B023
                     time.sleep(0.01)  # until the thread has heard of it, which takes its time on one busy core
 
         stop = Stop()
-        stop.stage = Stage.STARTING
+        stop.state = ProcessState.STARTING
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the case before left it ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop.install(launched=False)
@@ -110,7 +110,7 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
 def run_process(body: str, *, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
     """A Python process with a Stop called `stop`."""
     script = "import os, signal, subprocess, sys, time\nimport pretrain.resilience.signals as signals\n"
-    script += "from pretrain.resilience.signals import Stage, Stop\nstop = Stop()\n" + textwrap.dedent(body)
+    script += "from pretrain.resilience.signals import ProcessState, Stop\nstop = Stop()\n" + textwrap.dedent(body)
     return subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -146,7 +146,7 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
     done = run_process(
         """
         signals.SECOND_SIGNAL_SECONDS = 1.0
-        stop.stage = Stage.TRAINING
+        stop.state = ProcessState.TRAINING
         stop.install(launched=False)
         stop.before_leaving.append(lambda code, message: print("left with", int(code), flush=True))
         read, write = os.pipe()
@@ -172,7 +172,7 @@ def test_a_stop_that_finds_no_safe_moment_during_start_up_leaves_in_time() -> No
     done = run_process(
         """
         signals.START_UP_SECONDS = 1.0
-        stop.stage = Stage.STARTING
+        stop.state = ProcessState.STARTING
         stop.install(launched=False)
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(20)
@@ -185,7 +185,7 @@ def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
     done = run_process(
         """
         signals.PEER_SECONDS = 0.2
-        stop.stage = Stage.TRAINING
+        stop.state = ProcessState.TRAINING
         stop.install(launched=False)
         stop.peer_is_dead = lambda: True
         time.sleep(1.5)  # its own error may come first; the launcher's SIGTERM says that it is over
@@ -199,9 +199,9 @@ def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
 RANK = """
 import os, time
 os.environ["WORLD_SIZE"] = "2"
-from pretrain.resilience.signals import Stage, Stop
+from pretrain.resilience.signals import ProcessState, Stop
 stop = Stop()
-stop.stage = Stage.TRAINING
+stop.state = ProcessState.TRAINING
 stop.install(launched=True)
 open({ready!r}, "w").write(str(os.getpid()))
 while stop.requested is None:

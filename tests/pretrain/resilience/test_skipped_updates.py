@@ -10,7 +10,7 @@ import torch
 
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.engine.build import parallel_context
 from pretrain.engine.zero_state import optimizer_steps, pieces

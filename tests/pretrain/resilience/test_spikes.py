@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.data.position import Progress
+from pretrain.data.progress import Progress
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer

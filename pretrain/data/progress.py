@@ -57,7 +57,7 @@ class Progress:
         )
 
 
-def positions(consumed: np.ndarray, skipped: tuple[Range, ...]) -> np.ndarray:
+def data_positions(consumed: np.ndarray, skipped: tuple[Range, ...]) -> np.ndarray:
     """[n] int64 -> [n] int64: the position in the data order of the sequence that is read after `consumed` others."""
     if not skipped:
         return consumed
