@@ -2,7 +2,7 @@
 
     python -m benchmarks.compiled [--check] [--update] [--recompile all|sample] [--only REGEX] [--markdown]
 
-Covers every `compile_cases()` of every module in model/kernels/triton and reads from metadata and machine code (SASS):
+Covers every `compile_cases()` of benchmarks/kernel_cases and reads from metadata and machine code (SASS):
 registers, stack, shared memory, tensor-core instructions, width of global loads, atomics on floats. With --check the
 exit status is 1 unless every case
 - has no stack (a stack means spilled registers or indexed local arrays),
@@ -43,9 +43,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.compiled_tables import table, update_document
 
 if TYPE_CHECKING:
-    from model.kernels.triton.launch import CompileCase
+    from benchmarks.kernel_cases.case import CompileCase
 
-PACKAGE = "model.kernels.triton"
+PACKAGE = "benchmarks.kernel_cases"
 RECORDS = Path(__file__).with_name("compiled.csv")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 """--update writes the summary between its two comments."""
@@ -116,7 +116,7 @@ def cases(modules: Sequence[str]) -> Iterator[CompileCase]:
         yield from importlib.import_module(name).compile_cases()
 
 
-def kernel_modules() -> list[str]:
+def case_modules() -> list[str]:
     package = importlib.import_module(PACKAGE)
     names = [f"{PACKAGE}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if hasattr(importlib.import_module(name), "compile_cases")]
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(architectures) - set(TENSOR_CORE)
     if unknown:
         parser.error(f"--arch: {sorted(unknown)} is not among {', '.join(map(str, TENSOR_CORE))}")
-    modules = options.modules.split(",") if options.modules else kernel_modules()
+    modules = options.modules.split(",") if options.modules else case_modules()
     import triton
 
     recorded = recorded_triton(options.records) or triton.__version__

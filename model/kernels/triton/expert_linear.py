@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from model.kernels.triton.gated_gemm import check_dtypes
-from model.kernels.triton.launch import CompileCase, on_its_device
-from model.kernels.triton.shipped import MOA
-from model.kernels.triton.sorted_gemm import Rows, project, projection_cases, weight_gradient
+from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.sorted_gemm import Rows, project, weight_gradient
 from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
@@ -62,10 +59,3 @@ def backward_sum_triton(
     grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), a.view(N * k, 1, h))
     grad_experts = weight_gradient(wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True)
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts[0]
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """MoA's projections; the order is the router's. Of its choices, 2 to 8, addresses alone know: 6 are compiled."""
-    for (d, h), E in MOA.items():
-        wide, narrow = (d, 0, d, 6), (h, 0, h, 1)
-        yield from projection_cases(f"expert_linear {d}x{h}", 6, E, wide, narrow, value_is_gated=False, order="i64")

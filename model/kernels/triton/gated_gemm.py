@@ -14,9 +14,7 @@ Shape legend: N tokens, d d_model (wide), H heads, h head_dim (narrow), E expert
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import TRITON_DTYPES
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
-from model.kernels.triton.shipped import GATED
 
 
 class Tiles(NamedTuple):
@@ -210,65 +206,3 @@ def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *
         wide, narrow, gates, grad, N, d, h, H, E, narrow_first, rows, columns, depth, num_warps=warps, num_stages=stages
     )
     return grad
-
-
-# ----------------------------------------------------------------------------------------------------- ahead of time
-
-
-def row_load(*widths: int) -> int:
-    """Widest load that rows of these widths allow in half precision: rows of 412 and of 76 elements start at multiples
-    of 8 bytes, of 146 at multiples of 4."""
-    return min(math.gcd(16, 2 * width) for width in widths)
-
-
-def make_case(
-    name: str,
-    kernel: Any,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    tiles: Tiles | None = None,
-    *,
-    load_bytes: int = 16,
-    num_warps: int = 4,
-    tensor_cores: bool = True,
-) -> CompileCase:
-    """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
-    are those of a GEMM, with `tensor_cores` in half precision."""
-    stages = 3
-    if tiles is not None:
-        constants = constants | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
-        num_warps, stages = tiles.warps, tiles.stages
-    kinds = {n: f"*{kind}" for n, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature={n: kinds.get(n, "i32") for n in kernel.arg_names},
-        constexprs=constants,
-        num_warps=num_warps,
-        num_stages=stages,
-        load_bytes=load_bytes,
-        is_gemm=tiles is not None and tensor_cores,
-        divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
-    )
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Gates of 2, 3 and 4 choices, and the gradient of the experts of both projections."""
-    for k in (2, 3, 4):
-        constants = {"K": k, "PADDED_K": triton.next_power_of_2(k), "BLOCK": GATE_BLOCK}
-        load = 16 if k % 2 == 0 else 4  # rows of three are no vectors, and of an int64 only the low half is wanted
-        pointers = {"index": "i64", "scores": "fp32", "gates": "fp32"}
-        yield make_case(f"gated dense_gates k{k}", dense_gates_kernel, pointers, constants, load_bytes=load)
-        pointers = {"index": "i64", "partial": "fp32", "grad_scores": "fp32"}
-        yield make_case(f"gated gate_gradient k{k}", gate_gradient_kernel, pointers, constants, load_bytes=load)
-    for dtype in TRITON_DTYPES:
-        kind = TYPE_NAMES[dtype]
-        pointers = {"wide": kind, "narrow": kind, "gates": "fp32", "grad_experts": kind}
-        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
-            for what, narrow_first in (("value", False), ("output", True)):
-                constants = {"d": d, "h": h, "NARROW_FIRST": narrow_first}
-                name = f"gated {what} grad_experts {d}x{h} {kind}"
-                yield make_case(
-                    name, gated_weight_gradient_kernel, pointers, constants, gradient_tiles(h, dtype),
-                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
-                )  # fmt: skip

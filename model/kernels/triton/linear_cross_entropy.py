@@ -17,8 +17,6 @@ With a vocabulary shard per rank: statistics, two small collectives, gradient. N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 import triton
@@ -27,8 +25,7 @@ from torch import Tensor
 
 from model.kernels.backend import triton_limit
 from model.kernels.ops.linear_cross_entropy import gradient_dtype
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
-from model.kernels.triton.shipped import VOCABULARIES
+from model.kernels.triton.launch import on_its_device
 
 LONGEST_BLOCK = 32768
 """Classes that one program holds: 32 fp32 registers in each of 1024 threads."""
@@ -242,36 +239,3 @@ def blocks(num_classes: int, *, holds_row: bool) -> tuple[int, int, int]:
         return stride, WALKING_BLOCK, 8
     block = max(128, block)
     return stride, block, min(32, max(min(4, block // 128), block // 1024))  # 4 numbers a thread, 16 bytes, or more
-
-
-# --------------------------------------------------------------------------------------------------- ahead of time
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The three launches at every vocabulary, in bf16, and one in fp16 and fp32."""
-    for num_classes in VOCABULARIES:
-        for what in ("loss and gradient", "loss", "statistics", "gradient"):
-            yield _case(what, num_classes, torch.bfloat16)
-    for dtype in (torch.float16, torch.float32):
-        yield _case("loss and gradient", 32000, dtype)
-
-
-def _case(what: str, num_classes: int, dtype: torch.dtype) -> CompileCase:
-    absent = {
-        "loss and gradient": ("combined_ptr", "statistics_ptr"),
-        "loss": ("combined_ptr", "statistics_ptr", "gradient_ptr"),
-        "statistics": ("combined_ptr", "token_loss_ptr", "gradient_ptr"),
-        "gradient": ("statistics_ptr", "token_loss_ptr"),
-    }[what]
-    stride, block, warps = blocks(num_classes, holds_row=what == "loss and gradient")
-    constants = dict.fromkeys(absent) | {"NUM_CLASSES": num_classes, "ROW_STRIDE": stride, "BLOCK": block}
-    half = f"*{TYPE_NAMES[dtype]}"
-    kinds = {"bias_ptr": half, "gradient_ptr": half, "targets_ptr": "*i64", "num_rows": "i32"}
-    kinds |= dict.fromkeys(("ignore_index", "first_class"), "i32") | dict.fromkeys(constants, "constexpr")
-    return CompileCase(
-        name=f"linear_cross_entropy {what} {num_classes} {TYPE_NAMES[dtype]}",
-        kernel=softmax_kernel,
-        signature={name: kinds.get(name, "*fp32") for name in softmax_kernel.arg_names},
-        constexprs=constants,
-        num_warps=warps,
-    )

@@ -8,16 +8,13 @@ atomically.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.triton.gated_gemm import make_case, padded_experts, row_load
-from model.kernels.triton.launch import CompileCase, on_its_device
-from model.kernels.triton.shipped import MOA, MOA_CHOICES, SORTED
+from model.kernels.triton.gated_gemm import padded_experts
+from model.kernels.triton.launch import on_its_device
 
 SORT_TILE = 1 << 14
 """Counters of one program of the sort, slots x experts: 64 a thread."""
@@ -238,26 +235,3 @@ def mix_slots(
             num_warps=4,
         )
     return mixed, grad_scores
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The sort for 2 of 5 experts; sums, and mixtures of SwitchHead's and of MoA's slots."""
-    padded = padded_experts(5)
-    constants = {"K": 2, "PADDED_K": 2, "PADDED_E": padded, "TOKENS": SORT_TILE // (2 * padded)}
-    pointers = dict.fromkeys(("counts", "order", "load"), "i32") | {"index": "i64"}
-    yield make_case("sorted count_slots", count_slots_kernel, pointers, constants, num_warps=8)
-    yield make_case(
-        "sorted place_slots", place_slots_kernel, pointers, constants | {"COUNTS": COUNT_BLOCK}, num_warps=8
-    )
-    block = {"BLOCK_M": SUM_TILE[0], "BLOCK_N": SUM_TILE[1]}
-    pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32"}
-    for width, choices in MOA_CHOICES.items():
-        for k in choices:
-            constants = {"width": width, "K": k, "stride": slot_stride(width)} | block
-            yield make_case(f"sorted sum_slots {width} k{k}", sum_slots_kernel, pointers, constants)
-    mixtures = [(h, 2, *what) for _, h in SORTED for what in ((True, False), (False, True), (True, True))]
-    for width, k, mix, dot in (*mixtures, *((h, 1, True, True) for _, h in MOA)):
-        constants = {"width": width, "K": k, "MIX": mix, "DOT": dot} | block
-        name = f"sorted mix_slots {width} k{k}{' mix' * mix}{' dot' * dot}"
-        kinds = pointers | {"grad_scores": "fp32" if dot else "bf16"}  # without, its argument is `mixed`
-        yield make_case(name, mix_slots_kernel, kinds, constants, load_bytes=row_load(width))

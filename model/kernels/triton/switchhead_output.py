@@ -6,14 +6,11 @@ slot writes its wide row, and a second kernel sums those of a token over heads a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.backend import TRITON_DTYPES
 from model.kernels.cpu.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
@@ -22,13 +19,10 @@ from model.kernels.triton.gated_gemm import (
     column_tile,
     dense_gates,
     gather_gate_gradient,
-    make_case,
-    row_load,
     scale_rows,
     weight_gradient,
 )
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
-from model.kernels.triton.shipped import GATED
+from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
@@ -213,22 +207,3 @@ def backward_triton(
     )
     grad_experts = weight_gradient(grad, a, gates, experts, narrow_first=True)
     return grad_a, gather_gate_gradient(partial, index, scores.dtype), grad_experts
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The gate-scaled kernels."""
-    for dtype in TRITON_DTYPES:
-        kind = TYPE_NAMES[dtype]
-        pointers = dict.fromkeys(("a", "experts", "grad", "y", "grad_a"), kind) | {
-            "gates": "fp32",
-            "grad_gates": "fp32",
-        }
-        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
-            for what, kernel, tiles in (
-                ("forward", output_forward_kernel, forward_tiles(h, dtype)),
-                ("backward", output_backward_kernel, backward_tiles(h, dtype)),
-            ):
-                yield make_case(
-                    f"switchhead_output {what} {d}x{h} {kind}", kernel, pointers, {"d": d, "h": h}, tiles,
-                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
-                )  # fmt: skip

@@ -6,14 +6,11 @@ slot writes its narrow product, from which the sum over k and the gates' gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.backend import TRITON_DTYPES
 from model.kernels.cpu.grouping import TritonStrategy
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
@@ -22,14 +19,11 @@ from model.kernels.triton.gated_gemm import (
     column_tile,
     dense_gates,
     gather_gate_gradient,
-    make_case,
-    row_load,
     scale_rows,
     unrolled_experts,
     weight_gradient,
 )
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase, on_its_device
-from model.kernels.triton.shipped import GATED
+from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
 from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
 
@@ -228,24 +222,3 @@ def backward_triton(
     )
     grad_experts = weight_gradient(x, grad, gates, experts, narrow_first=False)
     return grad_x, gather_gate_gradient(partial, index, scores.dtype), grad_experts
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The gate-scaled kernels."""
-    for dtype in TRITON_DTYPES:
-        kind = TYPE_NAMES[dtype]
-        pointers = dict.fromkeys(("x", "experts", "grad", "v", "grad_x"), kind) | {
-            "gates": "fp32",
-            "grad_gates": "fp32",
-        }
-        for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
-            E, name = GATED[d, h], f"{d}x{h} {kind}"
-            forward = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
-            for what, kernel, constants, tiles in (
-                (f"forward E{E}", value_forward_kernel, forward, forward_tiles(h, dtype)),
-                ("backward", value_backward_kernel, {"d": d, "h": h}, backward_tiles(h, dtype)),
-            ):
-                yield make_case(
-                    f"switchhead_value {what} {name}", kernel, pointers, constants, tiles,
-                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
-                )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from model.kernels.triton.launch import CompileCase
+from benchmarks.kernel_cases.case import CompileCase
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks import compiled
+from benchmarks.kernel_cases.case import TYPE_NAMES
 from model.kernels.choice import Backends
 from model.kernels.triton import linear_cross_entropy, switchhead_value
 from model.kernels.triton.gated_gemm import Tiles
-from model.kernels.triton.launch import TYPE_NAMES
 from model.language_model import LanguageModel
 from model.memory import LayerMemory
 from pretrain.config.loading import load_config
@@ -119,7 +120,7 @@ def launch(kernel: str, constants: dict[str, Any], dtypes: dict[str, str], warps
 
 
 def compiled_launches() -> set[Launch]:
-    cases = compiled.cases(compiled.kernel_modules())
+    cases = compiled.cases(compiled.case_modules())
     return {
         launch(
             case.kernel.fn.__name__,
@@ -168,3 +169,14 @@ def test_a_kernel_that_is_not_compiled_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(switchhead_value, "forward_tiles", lambda *_: Tiles(64, 32, 32, 4, 3))
     absent = launches_of({("switchhead_value", call)}, monkeypatch) - known
     assert [kernel for kernel, *_ in absent] == ["value_forward_kernel"]
+
+
+def test_every_kernel_has_a_case() -> None:
+    """Also those that no shipped configuration launches; cases of one name are one case."""
+    package = importlib.import_module("model.kernels.triton")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    cases = list(compiled.cases(compiled.case_modules()))
+    assert {case.kernel.fn.__name__ for case in cases} == kernels and len(kernels) >= 20
+    different = {(case.name, case.kernel.fn.__name__, str(case.constexprs), str(case.signature)) for case in cases}
+    assert len({case.name for case in cases}) == len(different) >= 250

@@ -7,8 +7,6 @@ import torch
 
 from benchmarks.kernel_cases.recording import recording
 from model.kernels.ops.switchhead_output import switchhead_output
-from model.kernels.triton import sorted_gemm
-from model.kernels.triton import switchhead_output as kernels
 from tests.model.kernels.test_switchhead_output import NAMES, TOLERANCE, error, expectation, inputs, oracle, run
 from tests.model.kernels.triton.small_tiles import gemm_bytes, of_kernels, use_tiles
 
@@ -222,10 +220,3 @@ def test_sorted_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flops <= 1.3 * useful
     assert requested <= 1.5 * (gemm_bytes(64, 2, (d, h, N * H * k)) + 2 * E * d * h)
     assert of_kernels(launches, "sum_slots_kernel")[0] == 2 * (N * H * k + N) * d
-
-
-def test_compile_cases_are_complete() -> None:
-    cases = [case for module in (kernels, sorted_gemm) for case in module.compile_cases()]
-    assert len({case.name for case in cases}) == len(cases)
-    names = {case.kernel.fn.__name__ for case in cases}
-    assert names == {n for m in (kernels, sorted_gemm) for n in vars(m) if n.endswith("_kernel")}

@@ -237,14 +237,6 @@ def test_sorted_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested <= 1.5 * (gemm_bytes(64, 2, (d, h, N * H * k)) + 2 * E * d * h)
 
 
-def test_compile_cases_are_complete() -> None:
-    cases = [case for module in (kernels, gated_gemm, sorted_slots) for case in module.compile_cases()]
-    assert len({case.name for case in cases}) == len(cases)
-    names = {case.kernel.fn.__name__ for case in cases}
-    defined = {n for m in (kernels, gated_gemm, sorted_slots) for n in vars(m) if n.endswith("_kernel")}
-    assert names == defined
-
-
 @pytest.mark.parametrize("module", [kernels, switchhead_output], ids=["value", "output"])
 def test_gradients_of_gates_beyond_2_to_the_31(module: ModuleType) -> None:
     """What the column tiles saw of them, [tiles, H, E, N], is the one tensor that many tokens make that long. As bytes,

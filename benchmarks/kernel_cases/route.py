@@ -1,4 +1,4 @@
-"""The cases of model/kernels/triton/route.py that benchmarks/compiled.py compiles."""
+"""The cases of model/kernels/triton/route.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import triton
 
-from model.kernels.triton.launch import TYPE_NAMES, CompileCase
+from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase
+from benchmarks.kernel_cases.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_ROUTERS
 from model.kernels.triton.route import (
     ADD_UP,
     COUNTS,
@@ -22,7 +23,6 @@ from model.kernels.triton.route import (
     place_kernel,
     precision,
 )
-from model.kernels.triton.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_ROUTERS
 
 
 def compile_cases() -> Iterator[CompileCase]:

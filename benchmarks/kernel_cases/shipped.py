@@ -1,4 +1,4 @@
-"""Shapes of the ops in the shipped configurations (configs/): what `compile_cases()` of the kernels compile.
+"""Shapes of the ops in the shipped configurations (configs/): what benchmarks/kernel_cases compiles.
 
 tests/model/kernels/triton/test_shipped.py holds these tables against what the configurations launch. Of d_model d and
 head_dim h the kernels make constants, so that every pair is machine code of its own.

@@ -1,0 +1,101 @@
+"""One kernel in one shipped configuration, as benchmarks/compiled.py compiles it without a GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from model.kernels.triton.gated_gemm import Tiles
+
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+"""Triton's names of dtypes in a signature; a pointer has a star before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileCase:
+    """One kernel with one shipped configuration at realistic widths: what benchmarks/compiled.py compiles and gates.
+
+    `kernel` is the @triton.jit function. `signature` gives every argument a type by name: "*bf16", "i32", "fp32", or
+    "constexpr" for those in `constexprs`. Pointers and the integers in `divisible` are multiples of 16, as at run time
+    for realistic widths: without it there are no 16-byte loads.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    load_bytes: int = 16
+    """The widest global load that the layout of the tensors allows. Below 16 only with the reason beside it."""
+    is_gemm: bool = False
+    """Must contain the tensor-core instructions of the architecture."""
+    divisible: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        names = list(self.kernel.arg_names)
+        if list(self.signature) != names:
+            raise ValueError(
+                f"{self.name}: the signature has {list(self.signature)}, the kernel's arguments are {names}"
+            )
+        wrong = {n for n, kind in self.signature.items() if (kind == "constexpr") != (n in self.constexprs)}
+        if wrong:
+            raise ValueError(
+                f"{self.name}: {sorted(wrong)} must be constexpr in the signature and have a value, or neither"
+            )
+
+    @property
+    def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """The `attrs` of triton's ASTSource."""
+        return {
+            (position,): [["tt.divisibility", 16]]
+            for position, (name, kind) in enumerate(self.signature.items())
+            if kind.startswith("*") or name in self.divisible
+        }
+
+
+def row_load(*widths: int) -> int:
+    """Widest load that rows of these widths allow in half precision: rows of 412 and of 76 elements start at multiples
+    of 8 bytes, of 146 at multiples of 4."""
+    return min(math.gcd(16, 2 * width) for width in widths)
+
+
+def make_case(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    tiles: Tiles | None = None,
+    *,
+    load_bytes: int = 16,
+    num_warps: int = 4,
+    tensor_cores: bool = True,
+) -> CompileCase:
+    """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
+    are those of a GEMM, with `tensor_cores` in half precision."""
+    stages = 3
+    if tiles is not None:
+        constants = constants | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
+        num_warps, stages = tiles.warps, tiles.stages
+    kinds = {n: f"*{kind}" for n, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature={n: kinds.get(n, "i32") for n in kernel.arg_names},
+        constexprs=constants,
+        num_warps=num_warps,
+        num_stages=stages,
+        load_bytes=load_bytes,
+        is_gemm=tiles is not None and tensor_cores,
+        divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
+    )
