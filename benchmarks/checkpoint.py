@@ -26,8 +26,9 @@ from pretrain.checkpoint.saver import Outcome, Saver
 from pretrain.config.loading import parse_config
 from pretrain.config.rules import choose_backends
 from pretrain.data.progress import Progress
-from pretrain.engine.build import build_engine, parallel_context
+from pretrain.engine.build import build_engine
 from pretrain.engine.zero_state import pieces
+from pretrain.parallel.context import parallel_context
 from pretrain.parallel.ranks import Ranks
 
 CONFIG = {

@@ -22,8 +22,8 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.device import synchronize
-from pretrain.engine.build import parallel_context
 from pretrain.parallel.agreement import agreed, check_same, check_shared
+from pretrain.parallel.context import parallel_context
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.monitor import Monitor

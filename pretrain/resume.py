@@ -15,8 +15,8 @@ from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
 from pretrain.config.loading import fields, flatten, to_json
+from pretrain.config.schedule import SPANNING, keeps_the_past
 from pretrain.config.schema import FREE, Config, ScheduleConfig
-from pretrain.engine.schedule import SPANNING, keeps_the_past
 
 SCHEDULE = {"schedule", "train.steps"}
 """What decides learning rates, beside their peak; see schedule.keeps_the_past for when it may change."""

@@ -17,14 +17,16 @@ from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, Saver
 from pretrain.config.rules import choose_backends
+from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.prefetch import Prefetcher
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch, TrainingStream, Windows
-from pretrain.engine.build import GradientNorm, build_engine, set_learning_rate
+from pretrain.engine.build import build_engine
+from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import Executor, PlainExecutor
-from pretrain.engine.schedule import learning_rate
+from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepSums
 from pretrain.parallel.agreement import agreed
 from pretrain.phases import Phases
@@ -49,7 +51,6 @@ class Trainer:
     config: Config
     engine: Any
     executor: Executor
-    norm: GradientNorm
     reduce: StepReducer
     sources: Sources
     stream: TrainingStream
@@ -74,16 +75,14 @@ class Trainer:
         if self.tape is not None:
             self.phases.enter("reading the recorded choices")
             self.tape.before_step(progress.step + 1, batches)
-        self.phases.enter("forward, backward and update")
-        loss_sum, auxiliary_sum = self.executor.train(batches)
-        grad_norm = self.norm.value()
+        output = self.executor.train(batches, self.phases)
         self.phases.enter("adding up over ranks")
-        sums = self.reduce(loss_sum, auxiliary_sum, len(batches), keep_statistics=grad_norm is not None)
+        sums = self.reduce(output, len(batches))
         for memory in memories:
             # Hidden states that gave no finite loss would spoil every step to come.
             memory.advance() if math.isfinite(sums.loss) else memory.forget()
         flips = self.tape.after_step(progress.step + 1) if self.tape is not None else None
-        return StepResult(sums, grad_norm, flips)
+        return StepResult(sums, output.grad_norm, flips)
 
     def _read(self, consumed: int) -> list[Batch]:
         """All micro-batches of a step. Taken before the first collective, so that a damaged shard is one rank's message
@@ -102,7 +101,7 @@ class Trainer:
             print(self.tape.summary(), flush=True)
         self.prefetcher.close()
         self.engine.destroy()
-        self.engine = self.run = self.norm = self.reduce = self.saver = None  # type: ignore[assignment]
+        self.engine = self.executor = self.reduce = self.saver = None  # type: ignore[assignment]
         gc.collect()
 
 
@@ -128,10 +127,8 @@ def build_trainer(
     phases.enter("building the model")
     model: nn.Module
     if parallel.pipeline_size > 1:
-        from pretrain.engine.pipeline import (  # imports DeepSpeed, which the device module prepares
-            PipelineExecutor,
-            PipelineStage,
-        )
+        # Imports DeepSpeed, which pretrain/device.py must prepare before.
+        from pretrain.engine.pipeline import PipelineExecutor, PipelineStage
 
         model = PipelineStage(config, parallel, backends)
     else:
@@ -141,8 +138,11 @@ def build_trainer(
         agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
-    norm = GradientNorm(engine, config.optimizer.clip_norm, parallel)
-    executor: Executor = PipelineExecutor(engine) if parallel.pipeline_size > 1 else PlainExecutor(engine, norm, phases)
+    executor: Executor
+    if parallel.pipeline_size > 1:
+        executor = PipelineExecutor(engine)
+    else:
+        executor = PlainExecutor(engine, GradientNorm(engine, config.optimizer.clip_norm, parallel))
 
     train_reader = sources.reader("train", config)
     stream = TrainingStream(
@@ -171,7 +171,6 @@ def build_trainer(
         config=config,
         engine=engine,
         executor=executor,
-        norm=norm,
         reduce=reduce,
         sources=sources,
         stream=stream,

@@ -1,27 +1,40 @@
-"""Steps and evaluation of a model that one rank (or one tensor-parallel group) holds whole."""
+"""How the micro-steps of one optimizer step are executed, by a model in one piece or (pipeline.py) in stages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.data.windows import Batch
-from pretrain.engine.build import GradientNorm, poisoned_unless_finite
+from pretrain.engine.gradient_norm import GradientNorm, poisoned_unless_finite
 from pretrain.phases import Phases
 
-StepLosses = tuple[Tensor, Tensor]
-"""Sums over micro-steps of this rank's mean cross-entropy and of its auxiliary losses: fp32 scalars."""
+
+class StepOutput(NamedTuple):
+    """What the micro-steps of one optimizer step give on this rank."""
+
+    loss_sum: Tensor
+    """Mean cross-entropy of each micro-step's sequences, summed over micro-steps: fp32 scalar. 0 on a pipeline stage
+    that is not the last."""
+    auxiliary_sum: Tensor
+    """Auxiliary losses of this rank's layers, summed over micro-steps: fp32 scalar."""
+    grad_norm: float | None
+    """Global gradient norm before clipping, the same on every rank; None if the update was skipped, because norm or
+    loss is not finite."""
 
 
 class Executor(Protocol):
-    """What differs between a whole model and a pipeline."""
+    """What differs between a model in one piece and a pipeline."""
 
-    def train(self, batches: Sequence[Batch]) -> StepLosses:
-        """All micro-steps and the optimizer step, clipped. Collective. On a stage that is not the last, the
-        cross-entropy's sum is 0."""
+    @property
+    def module(self) -> nn.Module:
+        """What this rank holds of the model."""
+
+    def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
+        """All micro-steps, clipping and the optimizer step. Collective."""
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Mean cross-entropy of each sequence, [B] fp32 per batch, without dropout and gradients; zeros on a stage that
@@ -29,25 +42,29 @@ class Executor(Protocol):
 
 
 class PlainExecutor:
-    """The micro-steps one after the other."""
+    """One micro-step after the other, by a model that this rank (or its tensor-parallel group) holds in one piece."""
 
-    def __init__(self, engine: Any, norm: GradientNorm, phases: Phases) -> None:
-        self._engine, self._norm, self._phases = engine, norm, phases
+    def __init__(self, engine: Any, norm: GradientNorm) -> None:
+        self._engine, self._norm = engine, norm
 
-    def train(self, batches: Sequence[Batch]) -> StepLosses:
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
-            self._phases.enter("forward")
+            phases.enter("forward")
             objective, sequence_loss, auxiliary_loss = self._engine(*batch.model_inputs())
-            self._phases.enter("backward")
-            self._engine.backward(poisoned_unless_finite(objective, objective, sequence_loss))
+            phases.enter("backward")
+            self._engine.backward(poisoned_unless_finite(objective, sequence_loss))
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + auxiliary_loss
             if batch is batches[-1]:
-                self._phases.enter("update")
+                phases.enter("update")
                 self._norm.before_step()
             self._engine.step()
-        return loss_sum, auxiliary_sum
+        return StepOutput(loss_sum, auxiliary_sum, self._norm.value())
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         self._engine.eval()

@@ -25,10 +25,11 @@ from model.layers import Head, LayerFactory, layer_factories
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
-from pretrain.engine.build import poisoned_unless_finite
-from pretrain.engine.micro_steps import StepLosses
+from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
+from pretrain.engine.micro_steps import StepOutput
 from pretrain.parallel.groups import process_groups, tied_group
 from pretrain.parallel.stages import stage_bounds
+from pretrain.phases import Phases
 
 
 class _Layer(LayerSpec):
@@ -127,7 +128,7 @@ class PipelineStage(PipelineModule):
         if self.parallel.is_last_stage:
             self.sequence_losses.append(second)
             objective = first + auxiliary_loss
-            return poisoned_unless_finite(objective, objective, second) if self.training else objective
+            return poisoned_unless_finite(objective, second) if self.training else objective
         if auxiliary_loss.requires_grad:
             first = _AttachLoss.apply(first, auxiliary_loss, self.gradient_scale)
         return first, second
@@ -139,7 +140,7 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Callable[[], float]) -> Tensor:
         ctx.scale = scale
-        ctx.factor = 1.0 + 0.0 * loss  # NaN if the loss is not finite: see engine.poisoned_unless_finite
+        ctx.factor = 1.0 + 0.0 * loss  # NaN if the loss is not finite: see gradient_norm.poisoned_unless_finite
         return hidden.view_as(hidden)
 
     @staticmethod
@@ -159,11 +160,16 @@ class PipelineExecutor:
         scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
         return scale / self._engine.gradient_accumulation_steps()
 
-    def train(self, batches: Sequence[Batch]) -> StepLosses:
+    @property
+    def module(self) -> nn.Module:
+        return self._stage
+
+    def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
+        phases.enter("forward, backward and update")
         self._engine.train_batch(self._feed(batches))
         zero = torch.zeros((), device=batches[0].tokens.device)
         losses = [loss.mean() for loss in self._stage.sequence_losses]
-        return sum(losses, zero), sum(self._stage.auxiliary_losses, zero)
+        return StepOutput(sum(losses, zero), sum(self._stage.auxiliary_losses, zero), deepspeed_norm(self._engine))
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         self._engine.eval_batch(

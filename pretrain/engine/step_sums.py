@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.routing import negative_entropy
+from pretrain.engine.micro_steps import StepOutput
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,11 @@ class StepReducer:
             dist.all_gather_object(stages, own, group=parallel.pipeline_group)
         self._shapes = {name: shape for stage in stages for name, shape in stage.items()}
 
-    def __call__(
-        self, loss_sum: Tensor, auxiliary_sum: Tensor, micro_steps: int, *, keep_statistics: bool = True
-    ) -> StepSums:
-        """Closes the step of every router. Collective; one reduction over data-parallel ranks and one per other
-        dimension in use.
-
-        `loss_sum`, `auxiliary_sum`: this rank's sums over its micro-steps, scalars; a stage that does not compute the
-        loss gives 0. Without `keep_statistics` (the update was skipped) the routing distribution of the step before
-        stays.
-        """
+    def __call__(self, output: StepOutput, num_micro_steps: int) -> StepSums:
+        """Closes the step of every router: if its update was skipped, the routing distribution of the step before
+        stays. Collective; one reduction over data-parallel ranks and one per other dimension in use."""
         parallel, routers = self._parallel, self._routers.values()
+        loss_sum, auxiliary_sum, grad_norm = output
         wrong = (~torch.isfinite(loss_sum + auxiliary_sum)).double().view(1)
         tensors = [loss_sum.double().view(1), auxiliary_sum.double().view(1), wrong]
         tensors += [t.view(-1) for statistics in routers for t in statistics.accumulators()]
@@ -62,12 +57,12 @@ class StepReducer:
 
         load = {name: statistics.load.clone() for name, statistics in self._routers.items()}
         for statistics in routers:
-            statistics.finish_step(keep=keep_statistics)
+            statistics.finish_step(keep=grad_norm is not None)
         tracking = [s for s in routers if s.tracks_probability]
         scalars = torch.stack(
             [
-                tensors[0][0] / (micro_steps * parallel.data_size) + torch.where(wrong[0] > 0, torch.nan, 0.0),
-                tensors[1][0] / (micro_steps * parallel.data_size),
+                tensors[0][0] / (num_micro_steps * parallel.data_size) + torch.where(wrong[0] > 0, torch.nan, 0.0),
+                tensors[1][0] / (num_micro_steps * parallel.data_size),
                 sum((negative_entropy(s.probability) for s in tracking), tensors[0].new_zeros(())),
                 tensors[0].new_tensor(float(len(tracking))),
             ]

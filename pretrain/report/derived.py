@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from model.attention.rope import rotated_width
 from model.config import ModelConfig, RopeConfig, SigmaMoEConfig
 from model.language_model import build_on_meta
 from model.parameters import ParameterCount, count_parameters
+from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
 from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.sources import Sources
 from pretrain.data.windows import num_windows
-from pretrain.engine.schedule import warmup_steps
 from pretrain.parallel.layout import group_ranks, groups_text, mesh, stage_text
 from pretrain.report.model_text import model_family, model_text
 
@@ -150,45 +149,3 @@ def _mixture_values(config: Config, sources: Sources, sizes: list[int]) -> list[
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Total and active parameters, counted on the built model without storage."""
     return count_parameters(build_on_meta(model), model)
-
-
-def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""
-    batch = config.batch
-    derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": batch.micro_sequences,
-        "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
-        # At stage 0 we clip ourselves, by a norm summed in fp64 as in the other stages (engine.GradientNorm).
-        "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,
-        "zero_optimization": {"stage": config.parallel.zero},
-        # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-    if config.parallel.pipeline > 1:
-        # Divided over tensor-parallel ranks in transit they would be wrong under sequence parallelism, silently.
-        derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    if config.parallel.offload_optimizer:
-        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW; DeepSpeed's own compiles for 180 s
-    if config.train.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
-        # Micro-steps and ranks are summed in fp32: bf16 sums lose the contribution of late micro-steps.
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
-        derived["communication_data_type"] = "fp32"
-    if config.train.precision == "fp16":
-        derived["fp16"] = {"enabled": True, "loss_scale": 0}
-        derived["communication_data_type"] = "fp32"
-    return _merge(derived, config.deepspeed)
-
-
-def _merge(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`extra` below `ours`, objects merged key by key; rules.py has refused contradictions."""
-    merged = dict(ours)
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged

@@ -13,9 +13,9 @@ from common.strict_json import finite, without_nan
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint
 from pretrain.config.loading import to_json
+from pretrain.config.schedule import learning_rate
 from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
-from pretrain.engine.schedule import learning_rate
 from pretrain.evaluate import evaluate, evaluation_windows, unigram_perplexity
 from pretrain.report.monitor import Monitor
 from pretrain.report.router_load import load_summary

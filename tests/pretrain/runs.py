@@ -16,12 +16,13 @@ from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
 from pretrain.config.loading import apply_override, parse_config
+from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
-from pretrain.engine.build import GradientNorm, parallel_context
-from pretrain.engine.schedule import learning_rate
+from pretrain.engine.gradient_norm import GradientNorm
+from pretrain.parallel.context import parallel_context
 from pretrain.trainer import Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
 

@@ -12,8 +12,8 @@ import torch
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
 from pretrain.loop import build_trainer
+from pretrain.parallel.context import parallel_context
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import plain_trace

@@ -15,8 +15,8 @@ from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
 from pretrain.loop import Trainer, build_trainer
+from pretrain.parallel.context import parallel_context
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import whole_tensors

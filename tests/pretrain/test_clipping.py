@@ -16,7 +16,7 @@ from pretrain.checkpoint import owned_state
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
+from pretrain.parallel.context import parallel_context
 from pretrain.trainer import build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of

@@ -12,7 +12,7 @@ from pretrain.cli.train import keys_help
 from pretrain.config.loading import apply_override, fields, flatten, load_config, parse_config, to_json
 from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
-from pretrain.report.derived import deepspeed_json
+from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.resume import free_keys
 
 ROOT = Path(__file__).resolve().parents[2]

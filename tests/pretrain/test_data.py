@@ -13,11 +13,11 @@ import torch
 from common.errors import DataError, UserError
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
+from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.order import permute, window_order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, WindowReader
-from pretrain.engine.schedule import learning_rate
 from tests.pretrain.runs import small_config
 
 CPU = torch.device("cpu")

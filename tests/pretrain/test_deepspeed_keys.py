@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from pretrain.config import deepspeed_keys
 from pretrain.config.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
 from pretrain.config.loading import load_config
-from pretrain.report.derived import deepspeed_json
+from pretrain.engine.deepspeed_json import deepspeed_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 TABLES = (OWNED, NO_EFFECT, EXTRA)
@@ -98,6 +98,29 @@ def test_what_deepspeed_removed_is_refused() -> None:
     for key in removed:
         with pytest.raises(ConfigError, match=f"deepspeed.{key}: "):
             load_config(TINY, [f'deepspeed.{key}={{"enabled":true}}'])
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_every_key_that_we_set_is_refused_by_name() -> None:
+    """deepspeed_json writes `x.y`: then `x.y` or `x` is in OWNED, or a user's value would silently win over ours."""
+    overrides = (
+        ["parallel.zero=0"],
+        ["train.precision=bf16", "parallel.offload_optimizer=true"],
+        ["train.precision=fp16"],
+        ["parallel.pipeline=2"],
+    )
+    written = {key for case in overrides for key in leaves(deepspeed_json(load_config(TINY, case), 1))}
+    assert {"bf16.enabled", "fp16.enabled", "pipeline.pipe_partitioned", "zero_optimization.stage"} <= written
+    for key in written:
+        names = key.split(".")
+        assert any(".".join(names[: depth + 1]) in OWNED for depth in range(len(names))), key
 
 
 VALUES = {bool: True, deepspeed_keys.Names: ["all_reduce"], str: "text", deepspeed_keys.Level: "info"}

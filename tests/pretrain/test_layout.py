@@ -13,7 +13,7 @@ from common.paths import REPOSITORY
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
+from pretrain.parallel.context import parallel_context
 from pretrain.parallel.layout import group_ranks, groups_text, rank_bytes
 from pretrain.trainer import build_trainer
 from tests.harness import run_ranks

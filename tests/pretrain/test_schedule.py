@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler
 
 from common.errors import ConfigError
 from pretrain.config.loading import load_config, parse_config
+from pretrain.config.schedule import keeps_the_past, learning_rate
 from pretrain.config.schema import Config, ScheduleConfig
-from pretrain.engine.schedule import keeps_the_past, learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}

@@ -16,10 +16,10 @@ from model.language_model import build_model
 from pretrain.config.schema import Config
 from pretrain.data.sources import open_sources
 from pretrain.data.windows import TrainingStream, WindowReader
-from pretrain.engine.build import GradientNorm, parallel_context
+from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import PlainExecutor
 from pretrain.evaluate import evaluate, evaluation_windows
-from pretrain.phases import Phases
+from pretrain.parallel.context import parallel_context
 from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
@@ -212,7 +212,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
     for config in configs:
         network, parallel = build_model(config.model, seed=0), parallel_context(config)
         engine = _Engine(network)
-        run = PlainExecutor(engine, GradientNorm(engine, 0.0, parallel), Phases())
+        run = PlainExecutor(engine, GradientNorm(engine, 0.0, parallel))
         reader = reader_of(config, config.evaluate.split)
         found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
     return found

@@ -11,7 +11,7 @@ from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
+from pretrain.parallel.context import parallel_context
 from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
 from pretrain.trainer import Trainer, build_trainer
 from tests.harness import run_ranks

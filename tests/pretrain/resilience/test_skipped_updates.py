@@ -12,8 +12,8 @@ from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
-from pretrain.engine.build import parallel_context
 from pretrain.engine.zero_state import optimizer_steps, pieces
+from pretrain.parallel.context import parallel_context
 from pretrain.trainer import Trainer, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import (

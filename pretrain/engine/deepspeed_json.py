@@ -1,0 +1,49 @@
+"""DeepSpeed's own configuration, derived from ours. Every key that is set here is in deepspeed_keys.OWNED."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.config.schema import Config
+
+
+def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""
+    batch = config.batch
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch.micro_sequences,
+        "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
+        # At stage 0 we clip ourselves, by a norm summed in fp64 as in the other stages (gradient_norm.py).
+        "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,
+        "zero_optimization": {"stage": config.parallel.zero},
+        # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if config.parallel.pipeline > 1:
+        # Divided over tensor-parallel ranks in transit they would be wrong under sequence parallelism, silently.
+        derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    if config.parallel.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW; DeepSpeed's own compiles for 180 s
+    if config.train.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+        # Micro-steps and ranks are summed in fp32: bf16 sums lose the contribution of late micro-steps.
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
+    if config.train.precision == "fp16":
+        derived["fp16"] = {"enabled": True, "loss_scale": 0}
+        derived["communication_data_type"] = "fp32"
+    return _merge(derived, config.deepspeed)
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`extra` below `ours`, objects merged key by key; rules.py has refused contradictions."""
+    merged = dict(ours)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,41 @@
+"""The optimizer: which parameters decay, AdamW, and the learning rate of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.config.schema import Config
+from pretrain.parallel.experts import separate_experts
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Matrices and expert tensors are decayed; LayerNorms, biases (XL's u and v are matrices) and scales are not."""
+    decay = config.optimizer.weight_decay
+    if decay == 0.0:
+        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    decayed = {name: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if decayed[name] is wanted], "weight_decay": rate}
+        for wanted, rate in ((True, decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """torch's AdamW over the model's parameters, with the groups that decay and expert parallelism ask for; the
+    learning rate of a step is set before each step."""
+    return torch.optim.AdamW(
+        separate_experts(parameter_groups(model, config)),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Sets the rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
