@@ -106,10 +106,13 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
     )
     code = 1
     try:
+        import torch.distributed
+
         from pretrain.device import start, stop
         from pretrain.parallel.ranks import Ranks
 
         start(Ranks.from_environment(), threads=1)
+        torch.distributed.barrier()  # a function that ends at once must not take rank 0's store from those still joining
         result = function(rank, *args)
         stop()
         _send(sender, (True, result))

@@ -1,12 +1,34 @@
-"""What the fork server imports once; every rank starts with these modules loaded."""
+"""What the fork server imports once; every rank starts with these modules loaded.
 
+DeepSpeed imports most of the rest when the first engine of a process is built: its optimizer Muon is compiled by
+torch.compile, whose import takes longer than most of our tests compute, and every rank would pay for it. No module
+listed here may start a thread, because a process that forks must have one alone; tests/test_harness.py looks.
+"""
+
+import gc
 import os
 import warnings
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Otherwise torch's inductor starts processes that compile as soon as it is imported.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import deepspeed  # noqa: E402, F401
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402, F401
+import deepspeed.runtime.pipe.engine  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
+import numpy.ma  # noqa: E402, F401
+import pytest  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
+import torch._inductor.compile_fx  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
 
+import pretrain.cli.train  # noqa: E402, F401
+import pretrain.engine.pipeline  # noqa: E402, F401
 import pretrain.loop  # noqa: E402, F401
+import tests.pretrain.runs  # noqa: E402, F401
+
+# A collection in a rank would write to, and so copy, the pages of all these objects.
+gc.collect()
+gc.freeze()
