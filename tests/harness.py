@@ -112,7 +112,7 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
         from pretrain.parallel.ranks import Ranks
 
         start(Ranks.from_environment(), threads=1)
-        torch.distributed.barrier()  # a function that ends at once must not take rank 0's store from those still joining
+        torch.distributed.barrier()  # rank 0 holds the store: if it ended at once, others could not join
         result = function(rank, *args)
         stop()
         _send(sender, (True, result))

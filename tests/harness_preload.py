@@ -15,17 +15,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Otherwise torch's inductor starts processes that compile as soon as it is imported.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import deepspeed.module_inject.auto_ep_layer  # noqa: E402, F401
-import deepspeed.runtime.pipe.engine  # noqa: E402, F401
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402
+import deepspeed.runtime.pipe.engine  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import numpy.ma  # noqa: E402, F401
 import pytest  # noqa: E402, F401
-import torch._dynamo  # noqa: E402, F401
-import torch._inductor.compile_fx  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch._inductor.compile_fx  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import pretrain.cli.train  # noqa: E402, F401
-import pretrain.engine.pipeline  # noqa: E402, F401
+import pretrain.cli.train  # noqa: E402
+import pretrain.engine.pipeline  # noqa: E402
 import pretrain.loop  # noqa: E402, F401
 import tests.pretrain.runs  # noqa: E402, F401
 
