@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.kernels.ops.switchhead_output import switchhead_output
 from model.kernels.ops.switchhead_value import switchhead_value
+from model.parallel.context import ParallelContext
 
 BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
 # N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.
@@ -110,10 +111,11 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     )
     dense = ModelConfig.model_validate(base | {"attention": {"type": "dense", "num_heads": 16, "head_dim": 64}})
     fast = Backends(route="cpu", switchhead_value="cpu", switchhead_output="cpu")
+    place: dict[str, Any] = {"parallel": ParallelContext(), "name": "attention", "seed": 0}
     found: dict[str, nn.Module] = {
-        "dense": DenseAttention(dense),
-        "switchhead": SwitchHeadAttention(switch, backends=fast, name="attention", seed=0),
-        "switchhead masked einsum": SwitchHeadAttention(switch, backends=Backends(), name="attention", seed=0),
+        "dense": DenseAttention(dense, **place, backends=fast),
+        "switchhead": SwitchHeadAttention(switch, **place, backends=fast),
+        "switchhead masked einsum": SwitchHeadAttention(switch, **place, backends=Backends()),
     }
     for layer in found.values():
         for parameter in layer.parameters():

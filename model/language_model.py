@@ -13,6 +13,7 @@ from model.initialization import initialize
 from model.kernels.choice import Backends
 from model.layers import State, layer_factories
 from model.parallel.context import ParallelContext
+from model.parameters import check_declarations
 from model.recompute import Recompute
 from model.routing import RoutingStatistics
 
@@ -32,9 +33,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        factories = layer_factories(
-            config, parallel or ParallelContext(), backends or Backends(), seed=seed, recompute=recompute
-        )
+        parallel = parallel or ParallelContext()
+        factories = layer_factories(config, parallel, backends or Backends(), seed=seed, recompute=recompute)
         layers = {name: build() for name, build in factories}
         self.embedding = layers["embedding"]
         self.blocks = nn.ModuleList(layers[f"blocks.{index}"] for index in range(config.num_layers))
@@ -42,6 +42,7 @@ class LanguageModel(nn.Module):
         self.head = layers["head"]
         if config.tied_embedding:
             self.head.weight = self.embedding.weight
+        check_declarations(self, config, parallel, layers=layers)
 
     def logits(
         self, tokens: Tensor, sequence_index: Tensor | None = None, documents: Tensor | None = None

@@ -9,6 +9,7 @@ A layer maps a state to a state. The state is a plain tuple of tensors, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import DenseAttentionConfig, DenseFeedForwardConfig, MoAConfig, ModelConfig, SwiGLUConfig
+from model.config import (
+    DenseAttentionConfig,
+    DenseFeedForwardConfig,
+    MoAConfig,
+    ModelConfig,
+    Section,
+    SigmaMoEConfig,
+    SwiGLUConfig,
+    SwitchHeadConfig,
+)
+from model.distributions import Constant, Distribution, Normal, Uniform
 from model.documents import Documents
 from model.dropout import dropout, site_key
 from model.feedforward.dense import DenseFeedForward
@@ -31,10 +42,23 @@ from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
 from model.parallel.regions import between_regions, enter_region, first_token, leave_region
+from model.parameter_spec import ParameterSpec, Specs, prefixed
 from model.recompute import Recompute, recomputed
 from model.routing import RoutingStatistics
 
 State = tuple[Tensor, Tensor, Tensor]
+
+ATTENTIONS: dict[type[Section], type[SwitchHeadAttention | DenseAttention | MoAAttention]] = {
+    SwitchHeadConfig: SwitchHeadAttention,
+    DenseAttentionConfig: DenseAttention,
+    MoAConfig: MoAAttention,
+}
+FEEDFORWARDS: dict[type[Section], type[SigmaMoE | DenseFeedForward | SwiGLU]] = {
+    SigmaMoEConfig: SigmaMoE,
+    DenseFeedForwardConfig: DenseFeedForward,
+    SwiGLUConfig: SwiGLU,
+}
+"""The layer that each configuration builds. All have the same constructor, and declare their parameters."""
 
 
 class Dropout(nn.Module):
@@ -56,6 +80,14 @@ class Dropout(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Normalises every token by itself, so with sequence parallelism those of this rank."""
 
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        shape, one, zero = (config.d_model,), Constant(1.0), Constant(0.0)
+        return {
+            "weight": ParameterSpec(shape=shape, divided=None, experts=None, decayed=False, initial=one),
+            "bias": ParameterSpec(shape=shape, divided=None, experts=None, decayed=False, initial=zero),
+        }
+
     def __init__(self, d_model: int, *, parallel: ParallelContext) -> None:
         super().__init__(d_model)
         self.parallel = parallel
@@ -67,6 +99,12 @@ class LayerNorm(nn.LayerNorm):
 
 class Embedding(nn.Module):
     """Token embedding, without a sqrt(d) factor, and dropout."""
+
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Classes are divided."""
+        shape, initial = (config.vocab_size, config.d_model), Normal(1.0 / math.sqrt(config.d_model))
+        return {"weight": ParameterSpec(shape=shape, divided=0, experts=None, decayed=True, initial=initial)}
 
     def __init__(self, config: ModelConfig, *, parallel: ParallelContext, seed: int) -> None:
         super().__init__()
@@ -89,6 +127,18 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Pre-LN block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        norm = LayerNorm.parameter_specs(config)
+        return prefixed(
+            {
+                "attention_norm": norm,
+                "attention": ATTENTIONS[type(config.attention)].parameter_specs(config),
+                "feedforward_norm": norm,
+                "feedforward": FEEDFORWARDS[type(config.feedforward)].parameter_specs(config),
+            }
+        )
+
     def __init__(
         self,
         config: ModelConfig,
@@ -103,29 +153,15 @@ class Block(nn.Module):
         name = f"blocks.{index}"
         self.recompute: Recompute = recompute
         self.attention_norm = LayerNorm(config.d_model, parallel=parallel)
-        self.attention: SwitchHeadAttention | DenseAttention | MoAAttention
-        if isinstance(config.attention, DenseAttentionConfig):
-            self.attention = DenseAttention(config, parallel)
-        elif isinstance(config.attention, MoAConfig):
-            self.attention = MoAAttention(
-                config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
-            )
-        else:
-            self.attention = SwitchHeadAttention(
-                config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed
-            )
+        attention = ATTENTIONS[type(config.attention)]
+        self.attention = attention(config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed)
         self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed, parallel=parallel)
         self.memory = LayerMemory(config.memory_length // parallel.token_shards) if config.memory_length else None
         self.feedforward_norm = LayerNorm(config.d_model, parallel=parallel)
-        self.feedforward: SigmaMoE | DenseFeedForward | SwiGLU
-        if isinstance(config.feedforward, DenseFeedForwardConfig):
-            self.feedforward = DenseFeedForward(config, name=f"{name}.feedforward", seed=seed, parallel=parallel)
-        elif isinstance(config.feedforward, SwiGLUConfig):
-            self.feedforward = SwiGLU(config, name=f"{name}.feedforward", seed=seed, parallel=parallel)
-        else:
-            self.feedforward = SigmaMoE(
-                config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
-            )
+        feedforward = FEEDFORWARDS[type(config.feedforward)]
+        self.feedforward = feedforward(
+            config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
+        )
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
         # What a forward pass leaves a trace in. Found once, here: torch 2.11 cannot compile vars() of a module.
         found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
@@ -160,6 +196,19 @@ class Head(nn.Linear):
     """Dropout and the output layer, with a bias, untied or with the embedding's weight. Gives the loss without ever
     holding all logits."""
 
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Classes are divided. A tied weight has the embedding's initial values, see model.parameters.owner_of."""
+        V, d = config.vocab_size, config.d_model
+        weight: Distribution = Normal(1.0 / math.sqrt(d))
+        bias: Distribution = Constant(0.0)
+        if config.initialization == "published":
+            weight = bias = Uniform(1.0 / math.sqrt(d))  # as in torch.nn.Linear: standard deviation 1 / sqrt(3 d)
+        return {
+            "weight": ParameterSpec(shape=(V, d), divided=0, experts=None, decayed=True, initial=weight),
+            "bias": ParameterSpec(shape=(V,), divided=0, experts=None, decayed=False, initial=bias),
+        }
+
     def __init__(self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, seed: int) -> None:
         super().__init__(config.d_model, parallel.share(config.vocab_size))
         self.parallel = parallel
@@ -186,6 +235,17 @@ class Head(nn.Linear):
 
 
 LayerFactory = Callable[[], nn.Module]
+
+
+def layer_specs(config: ModelConfig) -> dict[str, Specs]:
+    """What each layer of the model declares, by the layer's canonical name, in order."""
+    block = Block.parameter_specs(config)
+    return {
+        "embedding": Embedding.parameter_specs(config),
+        **{f"blocks.{index}": block for index in range(config.num_layers)},
+        "final_norm": FinalNorm.parameter_specs(config),
+        "head": Head.parameter_specs(config),
+    }
 
 
 def layer_factories(

@@ -263,7 +263,10 @@ class Segment:
         reason = f"replicas differ after step {self.progress.step}: {'; '.join(different[:3])}{more}"
         self.folder.event("replicas_differ", step=self.progress.step, tensors=different[:100])
         if settings.replica_action == "stop":
-            raise ReplicasDiffer(f"{reason}. The last checkpoint was saved before; check the memory of those machines")
+            raise ReplicasDiffer(
+                f"{reason}. The last checkpoint was saved before; check the memory of those machines or, if other "
+                "machines end in the same way, the layer of that parameter: its gradient must be the same on all"
+            )
         return self._go_back(reason, ReplicasDiffer)
 
     def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:

@@ -8,22 +8,50 @@ from torch import Tensor, nn
 from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
+from model.distributions import Constant, dense_layer_weight
 from model.documents import Documents, causal_attention, rope_positions
+from model.kernels.choice import Backends
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
+from model.parameter_spec import ParameterSpec, Specs
 
 
 class DenseAttention(nn.Module):
     """Causal multi-head attention, no biases in the projections. With XL positions: biases u and v on the queries
     (initially 0) and a learned scale of the logits (initially 1 / sqrt(head_dim)), as in the paper's baseline."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext | None = None) -> None:
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        assert isinstance(config.attention, DenseAttentionConfig)
+        d, H, h = config.d_model, config.attention.num_heads, config.attention.head_dim
+        weight = dense_layer_weight(config, d)
+        heads = ParameterSpec(shape=(H * h, d), divided=0, experts=None, decayed=True, initial=weight)
+        output = dense_layer_weight(config, H * h)
+        specs = {
+            **{f"{name}.weight": heads for name in ("query", "key", "value")},
+            "output.weight": ParameterSpec(shape=(d, H * h), divided=1, experts=None, decayed=True, initial=output),
+        }
+        if isinstance(config.position, XLConfig):
+            bias = ParameterSpec(shape=(H, h), divided=0, experts=None, decayed=False, initial=Constant(0.0))
+            scale = Constant(h**-0.5)
+            specs |= {
+                "position.weight": heads,
+                "content_bias": bias,
+                "position_bias": bias,
+                "scale": ParameterSpec(shape=(1,), divided=None, experts=None, decayed=False, initial=scale),
+            }
+        return specs
+
+    def __init__(
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
+    ) -> None:
+        """Of what every layer is given, `backends`, `name` and `seed` are unused: nothing is routed or random here."""
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention
         self.position_config = config.position
-        self.parallel = parallel or ParallelContext()
+        self.parallel = parallel
         self.num_heads = self.parallel.share(self.config.num_heads)
         H, h = self.num_heads, self.config.head_dim
         self.query = nn.Linear(config.d_model, H * h, bias=False)

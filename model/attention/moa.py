@@ -10,6 +10,7 @@ from model.attention.xl import relative_attention
 from model.balance import balance_losses
 from model.choices import settled
 from model.config import MoAConfig, ModelConfig, XLConfig
+from model.distributions import Constant, Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
@@ -18,6 +19,7 @@ from model.kernels.ops.route import Routing, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region_twice, leave_region
+from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics
 
 
@@ -32,6 +34,33 @@ class MoAAttention(nn.Module):
     """
 
     position: nn.Linear
+
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """All replicated: tensor-parallel ranks divide the chosen experts of each token."""
+        assert isinstance(config.attention, MoAConfig)
+        attention, d, h = config.attention, config.d_model, config.attention.head_dim
+        k, E, weight = attention.num_heads, attention.num_experts, Normal(block_std(config, d))
+        experts, output = Experts(active=k, total=E, exchanged=False), Normal(block_std(config, k * h))
+        shared = ParameterSpec(shape=(h, d), divided=None, experts=None, decayed=True, initial=weight)
+        specs = {
+            "selector": ParameterSpec(shape=(E, d), divided=None, experts=None, decayed=True, initial=weight),
+            "query_experts": ParameterSpec(
+                shape=(E, d, h), divided=None, experts=experts, decayed=True, initial=weight
+            ),
+            "output_experts": ParameterSpec(
+                shape=(E, h, d), divided=None, experts=experts, decayed=True, initial=output
+            ),
+            "key.weight": shared,
+            "value.weight": shared,
+        }
+        if isinstance(config.position, XLConfig):
+            scale = Constant(h**-0.5)
+            specs |= {
+                "position.weight": shared,
+                "scale": ParameterSpec(shape=(1,), divided=None, experts=None, decayed=False, initial=scale),
+            }
+        return specs
 
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int

@@ -10,6 +10,7 @@ from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.choices import settled
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
+from model.distributions import Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
@@ -18,6 +19,7 @@ from model.kernels.ops.switchhead_output import switchhead_output
 from model.kernels.ops.switchhead_value import switchhead_value
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
+from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics
 
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
@@ -43,21 +45,54 @@ class SwitchHeadAttention(nn.Module):
     output_experts: Tensor
     position: nn.Linear
 
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Heads are divided."""
+        assert isinstance(config.attention, SwitchHeadConfig)
+        attention, d = config.attention, config.d_model
+        H, h, E = attention.num_heads, attention.head_dim, attention.num_experts
+        experts = Experts(active=attention.active_experts, total=E, exchanged=False)
+        equal_norms = (0, 1) if attention.normalized_init else ()
+        from_tokens, from_heads = block_std(config, d), block_std(config, H * h)
+        specs = {}
+        for projection in PROJECTIONS:
+            is_output = projection == "output"
+            std = from_heads if is_output else from_tokens
+            if projection in attention.expert_projections:
+                specs[f"{projection}_experts"] = ParameterSpec(
+                    shape=(H, E, h, d) if is_output else (H, E, d, h),
+                    divided=0,
+                    experts=experts,
+                    decayed=True,
+                    initial=Normal(std, equal_norms),
+                )
+                # Several projections may share a selector.
+                specs[f"{attention.selector_of(projection)}_selector"] = ParameterSpec(
+                    shape=(H, E, d), divided=0, experts=None, decayed=True, initial=Normal(from_tokens)
+                )
+            else:
+                specs[f"{projection}.weight"] = ParameterSpec(
+                    shape=(d, H * h) if is_output else (H * h, d),
+                    divided=1 if is_output else 0,
+                    experts=None,
+                    decayed=True,
+                    initial=Normal(std),
+                )
+        if isinstance(config.position, XLConfig):
+            specs["position.weight"] = ParameterSpec(
+                shape=(H * h, d), divided=0, experts=None, decayed=True, initial=Normal(from_tokens)
+            )
+        return specs
+
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        backends: Backends,
-        name: str,
-        seed: int,
-        parallel: ParallelContext | None = None,
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
         super().__init__()
         assert isinstance(config.attention, SwitchHeadConfig)
         self.config = config.attention
         self.position_config = config.position
         self.backends = backends
-        self.parallel = parallel or ParallelContext()
+        self.parallel = parallel
         self.num_heads = self.parallel.share(self.config.num_heads)
         H, h, E, d = self.num_heads, self.config.head_dim, self.config.num_experts, config.d_model
         for projection in PROJECTIONS:

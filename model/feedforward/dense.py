@@ -6,18 +6,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenseFeedForwardConfig, ModelConfig
+from model.distributions import Constant, dense_layer_weight
 from model.dropout import dropout, site_key
+from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
 from model.parallel.regions import between_regions, enter_region, leave_region
+from model.parameter_spec import ParameterSpec, Specs
 
 
 class DenseFeedForward(nn.Module):
     """y = ReLU(x W_1 + b_1) W_2 + b_2 with dropout on the hidden layer. [B, T, d] -> [B, T, d]."""
 
-    def __init__(self, config: ModelConfig, *, name: str, seed: int, parallel: ParallelContext | None = None) -> None:
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Hidden columns are divided."""
+        assert isinstance(config.feedforward, DenseFeedForwardConfig)
+        d, width = config.d_model, config.feedforward.hidden_size
+        up, down, zero = dense_layer_weight(config, d), dense_layer_weight(config, width), Constant(0.0)
+        return {
+            "up.weight": ParameterSpec(shape=(width, d), divided=0, experts=None, decayed=True, initial=up),
+            "up.bias": ParameterSpec(shape=(width,), divided=0, experts=None, decayed=False, initial=zero),
+            "down.weight": ParameterSpec(shape=(d, width), divided=1, experts=None, decayed=True, initial=down),
+            "down.bias": ParameterSpec(shape=(d,), divided=None, experts=None, decayed=False, initial=zero),
+        }
+
+    def __init__(
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
+    ) -> None:
+        """`backends` is unused: nothing is routed here."""
         super().__init__()
         assert isinstance(config.feedforward, DenseFeedForwardConfig)
-        self.parallel = parallel or ParallelContext()
+        self.parallel = parallel
         self.hidden_size = config.feedforward.hidden_size
         self.up = nn.Linear(config.d_model, self.parallel.share(self.hidden_size))
         self.down = nn.Linear(self.parallel.share(self.hidden_size), config.d_model)

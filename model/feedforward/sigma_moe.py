@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model.choices import settled
 from model.config import ModelConfig, SigmaMoEConfig
+from model.distributions import Normal, block_std
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.route import Routing, route
@@ -15,11 +16,28 @@ from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.exchange import Exchange, collect, spread
 from model.parallel.regions import between_regions, enter_region_twice, first_token, leave_region
+from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics, entropy_regularizer
 
 
 class SigmaMoE(nn.Module):
     """y = sum over the k chosen experts e of s_e ReLU(x W_1[e]) W_2[e], s = sigmoid(x W_S). Dropless."""
+
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Experts are divided, by expert-parallel ranks where there are any. Every rank routes."""
+        assert isinstance(config.feedforward, SigmaMoEConfig)
+        d, E, G = config.d_model, config.feedforward.num_experts, config.feedforward.expert_size
+        experts = Experts(active=config.feedforward.active_experts, total=E, exchanged=True)
+        from_tokens = block_std(config, d)
+        router = Normal(from_tokens, equal_norms=(-1,))
+        # As of the dense layer of the same width, N_E G.
+        up, down = Normal(from_tokens), Normal(block_std(config, E * G))
+        return {
+            "router": ParameterSpec(shape=(E, d), divided=None, experts=None, decayed=True, initial=router),
+            "up_experts": ParameterSpec(shape=(E, d, G), divided=0, experts=experts, decayed=True, initial=up),
+            "down_experts": ParameterSpec(shape=(E, G, d), divided=0, experts=experts, decayed=True, initial=down),
+        }
 
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int

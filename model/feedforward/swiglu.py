@@ -6,18 +6,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, SwiGLUConfig
+from model.distributions import dense_layer_weight
 from model.dropout import dropout, site_key
+from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
+from model.parameter_spec import ParameterSpec, Specs
 
 
 class SwiGLU(nn.Module):
     """y = (SiLU(x W_gate) * x W_up) W_down with dropout on the hidden layer, no biases. [B, T, d] -> [B, T, d]."""
 
-    def __init__(self, config: ModelConfig, *, name: str, seed: int, parallel: ParallelContext | None = None) -> None:
+    @staticmethod
+    def parameter_specs(config: ModelConfig) -> Specs:
+        """Hidden columns are divided."""
+        assert isinstance(config.feedforward, SwiGLUConfig)
+        d, width = config.d_model, config.feedforward.hidden_size
+        up, down = dense_layer_weight(config, d), dense_layer_weight(config, width)
+        return {
+            "gate.weight": ParameterSpec(shape=(width, d), divided=0, experts=None, decayed=True, initial=up),
+            "up.weight": ParameterSpec(shape=(width, d), divided=0, experts=None, decayed=True, initial=up),
+            "down.weight": ParameterSpec(shape=(d, width), divided=1, experts=None, decayed=True, initial=down),
+        }
+
+    def __init__(
+        self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
+    ) -> None:
+        """`backends` is unused: nothing is routed here."""
         super().__init__()
         assert isinstance(config.feedforward, SwiGLUConfig)
-        self.parallel = parallel or ParallelContext()
+        self.parallel = parallel
         self.hidden_size = config.feedforward.hidden_size
         width = self.parallel.share(self.hidden_size)
         self.gate = nn.Linear(config.d_model, width, bias=False)

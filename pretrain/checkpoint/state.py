@@ -17,7 +17,6 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +27,12 @@ from torch import Tensor
 from common.errors import UserError
 from common.paths import REPOSITORY
 from model.config import ModelConfig
-from model.language_model import build_on_meta, routing_statistics
+from model.language_model import routing_statistics
 from model.memory import LayerMemory, layer_memories
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import full_shape, owner_of, shard_place, sharded_dim
+from model.parallel.sharding import local_shape, shard_place
+from model.parameter_spec import ParameterSpec
+from model.parameters import owner_of, parameter_specs
 from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
 from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, single_fragment
 from pretrain.checkpoint.planners import LoadPlanner
@@ -46,16 +47,14 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 def owned_state(engine: Any, parallel: ParallelContext) -> State:
     """What no other rank saves: of what tensor-parallel ranks share, the first one's. Views of the engine's memory."""
     config: ModelConfig = engine.module.config
+    specs = parameter_specs(config)
     is_first_part = parallel.tensor_rank == 0
     state = {_rng_key(dist.get_rank()): single_fragment(torch.get_rng_state())}
-    shapes = dict(_local_shapes(engine.module))
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
-        if is_first_part or sharded_dim(piece.name, config) is not None:
+        if is_first_part or specs[piece.name].divided is not None:
             for kind, value in {"master": piece.master, **piece.moments}.items():
                 assert value.dtype == torch.float32
-                state[f"{kind}/{piece.name}"] = _fragments(
-                    value, piece.start, piece.name, shapes[piece.name], config, parallel
-                )
+                state[f"{kind}/{piece.name}"] = _fragments(value, piece.start, specs[piece.name], parallel)
     for name, memory in layer_memories(engine.module):
         if memory.kept is not None and (is_first_part or parallel.sequence_parallel):
             state[f"memory/{name}"] = _memory_fragments(memory, memory.kept, config, parallel)
@@ -89,14 +88,15 @@ def described(engine: Any, progress: Progress) -> dict[str, Any]:
 def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights."""
     reader, config = Reader(checkpoint), model.config
+    specs = parameter_specs(config)
     state: State = {}
     for name, parameter in model.named_parameters():
-        shape = full_shape(list(parameter.shape), name, config, parallel)
+        shape = list(specs[name].shape)
         saved = checkpoint.state["parameters"].get(owner_of(name, config))
         if shape != saved:
             raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
         assert parameter.is_contiguous()
-        fragments = _fragments(parameter.detach().view(-1), 0, name, parameter.shape, config, parallel)
+        fragments = _fragments(parameter.detach().view(-1), 0, specs[name], parallel)
         state[_saved_as(reader, "master", name, config)] = fragments
     read(reader, checkpoint, state)
 
@@ -108,11 +108,11 @@ def load_training_state(
     assigned to this rank (not without `with_memory`), loss scale and RNG state. Nothing is communicated."""
     reader, config = Reader(checkpoint), engine.module.config
     saved = reader.read_metadata().state_dict_metadata
-    shapes = dict(_local_shapes(engine.module))
+    specs = parameter_specs(config)
     state: State = {}
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
         for kind, value in {"master": piece.master, **piece.moments}.items():
-            fragments = _fragments(value, piece.start, piece.name, shapes[piece.name], config, parallel)
+            fragments = _fragments(value, piece.start, specs[piece.name], parallel)
             state[_saved_as(reader, kind, piece.name, config)] = fragments
     for name, statistics in routing_statistics(engine.module):
         state |= {_routing_key(name, key): single_fragment(value) for key, value in statistics.state().items()}
@@ -151,24 +151,11 @@ def read(reader: Reader, checkpoint: Checkpoint, state: State) -> None:
             raise error from None
 
 
-def _local_shapes(module: Any) -> Iterator[tuple[str, torch.Size]]:
-    """Shape of this rank's shard of every parameter; ZeRO 3 leaves none on the parameter itself."""
-    for name, parameter in module.named_parameters():
-        yield name, getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _fragments(
-    flat: Tensor, start: int, name: str, local_shape: Any, config: ModelConfig, parallel: ParallelContext
-) -> Fragments:
-    """Elements start .. start + len(flat) of this rank's flattened shard of a parameter."""
-    dim, (part, _) = sharded_dim(name, config), shard_place(name, config, parallel)
+def _fragments(flat: Tensor, start: int, spec: ParameterSpec, parallel: ParallelContext) -> Fragments:
+    """Elements start .. start + len(flat) of this rank's flattened part of a parameter."""
+    dim, (part, _), shape = spec.divided, shard_place(spec, parallel), local_shape(spec, parallel)
     return flat_range(
-        flat,
-        start,
-        local_shape=local_shape,
-        shape=full_shape(list(local_shape), name, config, parallel),
-        dim=dim,
-        offset=0 if dim is None else part * local_shape[dim],
+        flat, start, local_shape=shape, shape=spec.shape, dim=dim, offset=0 if dim is None else part * shape[dim]
     )
 
 
@@ -234,8 +221,8 @@ def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
 
 
 def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Shape of every parameter of the model by canonical name."""
-    return {name: list(p.shape) for name, p in build_on_meta(config).named_parameters()}
+    """Shape of every parameter of the model by canonical name; a tied output layer's is the embedding's."""
+    return {name: list(spec.shape) for name, spec in parameter_specs(config).items() if owner_of(name, config) == name}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import sharded_dim
+from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.engine.optimizer import build_optimizer
@@ -28,9 +28,10 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
 
     groups.mpu = None  # an engine that this process built before may have left its own
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
+    specs = parameter_specs(config.model)
     for name, parameter in model.named_parameters():
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
-        parameter.tensor_model_parallel = sharded_dim(name, config.model) is not None  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = specs[name].divided is not None  # type: ignore[attr-defined]
     declare_experts(model, config.model, parallel)
     optimizer = build_optimizer(model, config)
     # Its bf16 optimizer prints the memory in use, whatever the log level.

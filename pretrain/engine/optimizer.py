@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.parallel.experts import separate_experts
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Matrices and expert tensors are decayed; LayerNorms, biases (XL's u and v are matrices) and scales are not."""
+    """The parameters that are declared as decayed (matrices and experts), and apart from them the others."""
     decay = config.optimizer.weight_decay
     if decay == 0.0:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    decayed = {name: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    specs = parameter_specs(config.model)
     groups = [
-        {"params": [p for name, p in model.named_parameters() if decayed[name] is wanted], "weight_decay": rate}
+        {"params": [p for name, p in model.named_parameters() if specs[name].decayed is wanted], "weight_decay": rate}
         for wanted, rate in ((True, decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]

@@ -23,6 +23,7 @@ from model.initialization import initialize
 from model.kernels.choice import Backends
 from model.layers import Head, LayerFactory, layer_factories
 from model.parallel.context import ParallelContext
+from model.parameters import check_declarations
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
@@ -87,6 +88,8 @@ class PipelineStage(PipelineModule):
             elif parallel.is_last_stage:
                 self._tied = [(self.head.weight, group)]
                 self.head.weight.ds_pipe_replicated = True  # the gradient norm counts the first stage's copy
+        held = self._layer_names[self._bounds[parallel.pipeline_rank] : self._bounds[parallel.pipeline_rank + 1]]
+        check_declarations(self, config.model, parallel, layers=held)
         initialize(self, config.model, parallel, seed=config.train.seed)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:

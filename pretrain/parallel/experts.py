@@ -13,6 +13,7 @@ from torch import nn
 from model.config import ModelConfig, SigmaMoEConfig
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_axis
+from model.parameters import parameter_specs
 from pretrain.parallel.groups import process_groups
 
 MARKER = "deepspeed_experts"
@@ -29,9 +30,9 @@ def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelCon
 
     assert isinstance(config.feedforward, SigmaMoEConfig)
     size, num_experts = parallel.expert_size, config.feedforward.num_experts
-    name = f"ep_size_{size}"  # DeepSpeed reads the size out of the name
+    name, specs = f"ep_size_{size}", parameter_specs(config)  # DeepSpeed reads the size out of the name
     for parameter_name, parameter in model.named_parameters():
-        if sharded_axis(parameter_name, config, expert_size=size) == "expert":
+        if sharded_axis(specs[parameter_name], expert_size=size) == "expert":
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = name  # type: ignore[attr-defined]
             # ZeRO divides them over tensor-parallel ranks too, so that every rank's share counts in the norm.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from model.kernels.choice import Backends
-from model.layers import layer_factories
+from model.layers import layer_specs
 from model.parallel.context import DIMENSIONS, ParallelContext
-from model.parallel.sharding import sharded_axis
+from model.parallel.sharding import local_shape, sharded_axis
+from model.parameter_spec import prefixed
+from model.parameters import owner_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config, ParallelConfig
@@ -77,7 +78,7 @@ class RankBytes:
 
 
 def rank_bytes(config: Config, data_size: int) -> list[RankBytes]:
-    """One entry per pipeline stage: all its ranks hold the same amount. Counted on the built layers, without storage.
+    """One entry per pipeline stage: all its ranks hold the same amount. Counted from what the layers declare.
 
     ZeRO 1 to 3 divide master weights and moments by the ranks that share a parameter: data_size, or for experts under
     expert parallelism data_size x tensor / expert. ZeRO 3 divides the weights too. At ZeRO 0 the fp32 weights are the
@@ -109,14 +110,12 @@ def _elements(config: Config, data_size: int, stage: int) -> dict[Any, int]:
     context = ParallelContext(pipeline_rank=stage, sequence_parallel=parallel.sequence, **divided)
     bounds = stage_bounds(config)
     counts: dict[Any, int] = {}
-    with torch.device("meta"):
-        factories = layer_factories(config.model, context, Backends(), seed=0)[bounds[stage] : bounds[stage + 1]]
-        for prefix, build in factories:
-            for name, parameter in build().named_parameters():
-                if f"{prefix}.{name}" == "head.weight" and config.model.tied_embedding and parallel.pipeline == 1:
-                    continue  # it is the embedding's
-                axis = sharded_axis(f"{prefix}.{name}", config.model, expert_size=parallel.expert)
-                counts[axis] = counts.get(axis, 0) + parameter.numel()
+    layers = list(layer_specs(config.model).items())[bounds[stage] : bounds[stage + 1]]
+    for name, spec in prefixed(dict(layers)).items():
+        if parallel.pipeline == 1 and owner_of(name, config.model) != name:
+            continue  # it is the embedding
+        axis = sharded_axis(spec, expert_size=parallel.expert)
+        counts[axis] = counts.get(axis, 0) + math.prod(local_shape(spec, context))
     return counts
 
 

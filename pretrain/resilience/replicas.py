@@ -13,6 +13,7 @@ from torch import Tensor
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import shard_place
+from model.parameters import parameter_specs
 
 CHUNK = 2**22
 """Elements whose products are formed at once: 64 MiB beside the model."""
@@ -63,10 +64,11 @@ class ReplicaCheck:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank holds, by a name that is the same wherever the same numbers are."""
         module, parallel = self._engine.module, self._parallel
+        specs = parameter_specs(module.config)
         for name, parameter in module.named_parameters():
             if self._engine.zero_optimization_stage() == 3 and not getattr(parameter, "ds_persist", False):
                 continue
-            part, parts = shard_place(name, module.config, parallel)
+            part, parts = shard_place(specs[name], parallel)
             yield name + (f" (part {part + 1} of {parts})" if parts > 1 else ""), parameter.detach()
         for name, statistics in routing_statistics(module):
             for kind, value in statistics.state().items():

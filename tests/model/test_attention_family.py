@@ -17,6 +17,8 @@ from model.dropout import keep_mask, site_key
 from model.initialization import initial_value
 from model.kernels.choice import Backends
 from model.kernels.ops.route import Routing
+from model.parallel.context import ParallelContext
+from model.parameters import parameter_specs
 from tests.model import attention_oracle
 
 ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]
@@ -60,10 +62,11 @@ def model_config(attention: dict[str, object], position: str, d: int, T: int) ->
 
 def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAttention:
     backends = Backends(route=backend, switchhead_value=backend, switchhead_output=backend)
+    place = {"parallel": ParallelContext(), "backends": backends, "name": "blocks.0.attention", "seed": 3}
     if config.attention.type == "dense":
-        layer: SwitchHeadAttention | DenseAttention = DenseAttention(config)
+        layer: SwitchHeadAttention | DenseAttention = DenseAttention(config, **place)
     else:
-        layer = SwitchHeadAttention(config, backends=backends, name="blocks.0.attention", seed=3)
+        layer = SwitchHeadAttention(config, **place)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -243,11 +246,13 @@ def test_relative_shift_against_indices_and_sinusoids_at_a_known_place() -> None
 
 def test_normalized_initial_experts_have_one_norm_and_the_same_deviation() -> None:
     attention = {"type": "switchhead", "num_heads": 2, "head_dim": 8, "num_experts": 3, "normalized_init": True}
-    config = model_config(attention, "rope", 64, 4)
-    name, shape = "blocks.0.attention.value_experts", torch.Size((2, 3, 64, 8))
-    value = initial_value(name, shape, config, seed=0)
+    name = "blocks.0.attention.value_experts"
+    value, plain = (
+        initial_value(name, parameter_specs(model_config(chosen, "rope", 64, 4))[name], seed=0)
+        for chosen in (attention, attention | {"normalized_init": False})
+    )
+    assert value.shape == (2, 3, 64, 8)
     norms = value.norm(dim=(0, 1))
     torch.testing.assert_close(norms, norms.mean().expand_as(norms), rtol=1e-5, atol=0)
-    plain = initial_value(name, shape, model_config(attention | {"normalized_init": False}, "rope", 64, 4), seed=0)
     assert float(value.std()) == pytest.approx(float(plain.std()), rel=1e-5)
     assert float(plain.norm(dim=(0, 1)).std()) > 1e-3

@@ -10,6 +10,8 @@ from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.swiglu import SwiGLU
+from model.kernels.choice import Backends
+from model.parallel.context import ParallelContext
 
 
 def relu_layer(x: Tensor, p: dict[str, Tensor], mask: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def test_forward_and_every_gradient_equal_the_equation(kind: str, dropout: float
         }
     )
     torch.manual_seed(0)
-    layer = layer_class(config, name="blocks.0.feedforward", seed=5)
+    layer = layer_class(config, parallel=ParallelContext(), backends=Backends(), name="blocks.0.feedforward", seed=5)
     x, upstream = torch.randn(B, T, d).requires_grad_(), torch.randn(B, T, d)
     sequence_index = torch.tensor([3, 9])
     y, auxiliary = layer(x, sequence_index)

@@ -17,7 +17,7 @@ from model.kernels.choice import Backends
 from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import sharded_dim
+from model.parameters import parameter_specs
 from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,8 +112,9 @@ def test_only_the_output_layer_and_dense_layers_differ(attention: str, feedforwa
 
 def test_a_tied_output_layer_keeps_the_embedding_and_its_own_bias() -> None:
     config = small("switchhead", "dense", tied_embedding=True)
-    found, shape = parameters(config), torch.Size((500, 64))
-    normal = initial_value("embedding.weight", shape, small("switchhead", "dense", initialization="normal"), seed=3)
+    found = parameters(config)
+    specs = parameter_specs(small("switchhead", "dense", initialization="normal"))
+    normal = initial_value("embedding.weight", specs["embedding.weight"], seed=3)
     assert torch.equal(found["embedding.weight"], normal) and "head.weight" not in found
     assert float(found["head.bias"].abs().max()) > 0.12
 
@@ -123,14 +124,14 @@ def test_a_tied_output_layer_keeps_the_embedding_and_its_own_bias() -> None:
 def test_tensor_parallel_ranks_hold_slices_of_the_same_weights(attention: str, feedforward: str) -> None:
     """The scaling by a tensor's own deviation is over the whole tensor, not over a rank's part."""
     config = small(attention, feedforward)
-    whole = parameters(config)
+    whole, specs = parameters(config), parameter_specs(config)
     ranks = [
         parameters(config, dataclasses.replace(ParallelContext(), tensor_size=2, tensor_rank=r, tensor_group=object()))
         for r in range(2)
     ]
     divided = 0
     for name, value in whole.items():
-        dim = sharded_dim(name, config)
+        dim = specs[name].divided
         parts = [rank[name] for rank in ranks]
         assert torch.equal(value, parts[0] if dim is None else torch.cat(parts, dim)), name
         divided += dim is not None

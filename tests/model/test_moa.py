@@ -357,7 +357,7 @@ def test_initial_values_and_parameter_counts(name: str) -> None:
     shape = SHAPES[name]._replace(d=240, h=36)
     config = model_config(shape)
     layer = MoAAttention(config, parallel=ParallelContext(), backends=Backends(), name="blocks.0.attention", seed=0)
-    holder = torch.nn.ModuleDict({"attention": layer})
+    holder = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"attention": layer})])})
     initialize(holder, config, ParallelContext(), seed=0)
     expected_std = {"output_experts": (3 * 36) ** -0.5}
     for parameter_name, parameter in layer.named_parameters():

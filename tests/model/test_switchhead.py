@@ -11,6 +11,7 @@ from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
+from model.parallel.context import ParallelContext
 from tests.model import oracles
 
 # d, H, h, E, k, T, B, expert dropout, rotated fraction
@@ -50,7 +51,9 @@ def build(
             "position": {"type": "rope", "fraction": fraction},
         }
     )
-    layer = SwitchHeadAttention(config, backends=BACKENDS[backend], name="blocks.0.attention", seed=3)
+    layer = SwitchHeadAttention(
+        config, parallel=ParallelContext(), backends=BACKENDS[backend], name="blocks.0.attention", seed=3
+    )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -147,7 +150,7 @@ def test_dense_attention_equals_softmax_by_hand() -> None:
         }
     )
     torch.manual_seed(0)
-    layer = DenseAttention(config)
+    layer = DenseAttention(config, parallel=ParallelContext(), backends=Backends(), name="attention", seed=0)
     x = torch.randn(1, T, d)
     q, k, v = (F.linear(x[0], m.weight).view(T, H, h).double() for m in (layer.query, layer.key, layer.value))
     rows = []

@@ -14,7 +14,8 @@ import model.feedforward.sigma_moe
 import model.kernels.ops.route
 from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
-from model.parallel.sharding import owner_of, sharded_axis, sharded_dim
+from model.parallel.sharding import sharded_axis
+from model.parameters import owner_of, parameter_specs
 from pretrain.config.loading import apply_override, parse_config
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
@@ -123,13 +124,13 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
     """The gradient of the whole parameter from those of the ranks that it is divided over; of what tensor-parallel
     ranks replicate, checks that they agree bit by bit: otherwise their weights would drift apart."""
-    parallel, config = trainer.parallel, trainer.config.model
-    axis = sharded_axis(name, config, expert_size=parallel.expert_size)
+    parallel, spec = trainer.parallel, parameter_specs(trainer.config.model)[name]
+    axis = sharded_axis(spec, expert_size=parallel.expert_size)
     if axis != "tensor" and parallel.tensor_group is not None:
         replicas = _gathered(part, parallel.tensor_group)
         assert all(torch.equal(other, part) for other in replicas), f"{name}: replicas have different gradients"
     group = {"tensor": parallel.tensor_group, "expert": parallel.expert_group, None: None}[axis]
-    return part.clone() if group is None else torch.cat(_gathered(part, group), sharded_dim(name, config))
+    return part.clone() if group is None else torch.cat(_gathered(part, group), spec.divided)
 
 
 def _gathered(part: torch.Tensor, group: Any) -> list[torch.Tensor]:

@@ -13,6 +13,12 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from model.feedforward.swiglu import SwiGLU
+from model.kernels.choice import Backends
+from model.parameters import DeclarationError
+from pretrain.config.schema import Config
+from pretrain.engine.pipeline import PipelineStage
+from pretrain.parallel.context import parallel_context
 from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
@@ -70,6 +76,28 @@ def test_resume_is_bit_identical_and_moves_between_numbers_of_stages(
         ours, theirs = (validations(tmp_path / run) for run in (name, "one"))
         assert len(ours) == 2
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_every_stage_refuses_a_parameter_that_is_not_declared(prepared: Path) -> None:
+    config = config_of(prepared, "dense", Layout(pipeline=2), 'model.feedforward={"type": "swiglu", "hidden_size": 22}')
+    where = "is not declared; declare it in SwiGLU.parameter_specs (model/feedforward/swiglu.py)"
+    first_blocks = [0, stage_bounds(config)[1] - 1]
+    assert run_ranks(build_undeclared, 2, config) == [
+        f"the parameter blocks.{block}.feedforward.gate.weight {where}" for block in first_blocks
+    ]
+
+
+def build_undeclared(rank: int, config: Config) -> str:
+    """What a stage says of layers that do not declare SwiGLU's gate."""
+    parallel, specs = parallel_context(config), SwiGLU.parameter_specs(config.model)
+    PipelineStage(config, parallel, Backends())
+    del specs["gate.weight"]
+    SwiGLU.parameter_specs = staticmethod(lambda _: specs)  # type: ignore[method-assign]
+    try:
+        PipelineStage(config, parallel, Backends())
+    except DeclarationError as error:
+        return str(error)
+    return "built"
 
 
 def validations(run_dir: Path) -> list[float]:

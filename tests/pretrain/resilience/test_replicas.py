@@ -112,6 +112,7 @@ def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_pa
     stop = small_config(prepared, *keys)
     endings = run_ranks(train_with, 2, stop, tmp_path / "stop", flip_once, 3, tmp_path / "flipped-1")
     assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {NAME}") for ending in endings)
+    assert all("memory of those machines" in ending and "the layer of that parameter" in ending for ending in endings)
     assert outcome(tmp_path / "stop")["exit_code"] == 4
     assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
 
