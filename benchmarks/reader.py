@@ -79,7 +79,7 @@ def ours(folder: Path) -> Batches:
     reader.read(np.arange(reader.num_windows - 1, 0, -(reader.num_windows // 100)))  # hashes every shard
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     for consumed in itertools.count(0, B):
-        batch = stream.batch(consumed, 0, torch.device("cpu"))
+        batch = stream.batch(consumed, 0)
         yield batch.tokens, batch.targets
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from common.strict_json import finite, without_nan
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch, Windows
 from pretrain.engine.micro_steps import Executor
 from pretrain.parallel.agreement import agreed
+from pretrain.report.monitor import Monitor
+from pretrain.trainer import Trainer
 
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
@@ -40,9 +43,28 @@ def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     return np.where(step < lengths, starts + step, -1)
 
 
+class _Dealt(NamedTuple):
+    """The windows of an evaluation as one rank computes them, in blocks of micro_sequences streams."""
+
+    windows: np.ndarray
+    """[steps, num_streams] int64, -1: computed, but not counted."""
+    blocks: list[np.ndarray]
+    """The streams of each of this rank's micro-batches: [micro_sequences] int64, columns of `windows`."""
+
+
+def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> _Dealt:
+    """Streams are dealt to ranks in blocks of `micro`; each rank has as many blocks."""
+    total = windows.shape[1]
+    firsts = range(0, total, micro * parallel.data_size)
+    num_streams = len(firsts) * micro * parallel.data_size
+    return _Dealt(
+        np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1),
+        [first + parallel.data_rank * micro + np.arange(micro) for first in firsts],
+    )
+
+
 @torch.no_grad()
 def evaluate(
-    module: nn.Module,
     executor: Executor,
     reader: Windows,
     config: Config,
@@ -51,38 +73,32 @@ def evaluate(
     *,
     before_batch: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Collective. Streams are dealt to ranks in blocks of micro_sequences; where a stream has ended or a rank has none
-    left, a window is computed that does not count, because under ZeRO 3 every forward pass is collective.
-    `before_batch`, collective too, says whether to go on; if not, the result is None."""
-    windows, micro = evaluation_windows(reader, config), config.batch.micro_sequences
-    steps, total = windows.shape
-    firsts = range(0, total, micro * parallel.data_size)
-    places = [first + parallel.data_rank * micro + np.arange(micro) for first in firsts]
-    streams, num_streams = torch.from_numpy(np.concatenate(places)), len(firsts) * micro * parallel.data_size
-    padded = np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1)
+    """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte. Collective. Where a stream has
+    ended or a rank has none left, a window is computed that does not count, because under ZeRO 3 every forward pass is
+    collective. `before_batch`, collective too, says whether to go on; if not, the result is None."""
+    windows, blocks = _deal(evaluation_windows(reader, config), config.batch.micro_sequences, parallel)
 
-    # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
-    def read(windows: np.ndarray, place: np.ndarray) -> Batch:
+    def read(windows: np.ndarray, block: np.ndarray) -> Batch:
         documents = reader.documents(windows) if config.data.document_mask else None
         # The index names the stream; dropout, which it also seeds, is off.
-        return Batch(*reader.read(windows), torch.from_numpy(place), documents)
+        return Batch(*reader.read(windows), torch.from_numpy(block), documents)
 
-    batches = agreed(
-        lambda: [[read(np.maximum(padded[step, place], 0), place) for place in places] for step in range(steps)]
-    )
+    # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
+    batches = agreed(lambda: [[read(np.maximum(row[block], 0), block) for block in blocks] for row in windows])
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     at_once = 4 * parallel.pipeline_size  # few enough to stop soon, many enough to fill the pipeline
-    with separate_streams(module, streams.to(device), num_streams):
-        for step, step_batches in enumerate(batches):
+    streams = torch.from_numpy(np.concatenate(blocks)).to(device)
+    with separate_streams(executor.module, streams, windows.shape[1]):
+        for row, step_batches in zip(windows, batches, strict=True):
             losses: list[torch.Tensor] = []
             for first in range(0, len(step_batches), at_once):
                 if not before_batch():
                     return None
                 losses += executor.evaluate([batch.to(device) for batch in step_batches[first : first + at_once]])
-            for place, sequence_loss in zip(places, losses, strict=True):
-                counted = torch.from_numpy(padded[step, place] >= 0).to(device) & parallel.is_last_stage
+            for block, sequence_loss in zip(blocks, losses, strict=True):
+                counted = torch.from_numpy(row[block] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
-            for _, memory in layer_memories(module):
+            for _, memory in layer_memories(executor.module):
                 memory.advance()
     for group in (parallel.data_group, parallel.pipeline_group):
         if group is not None:
@@ -92,6 +108,43 @@ def evaluate(
     if reader.tokens_are_bytes:
         values["bits_per_byte"] = loss / math.log(2)
     return values
+
+
+def validate(
+    trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool, stopping: Callable[[], bool]
+) -> float | None:
+    """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens.
+    Collective, as `stopping` is, which is asked before every batch. Returns the loss on every rank; None without a
+    validation split, if it was to stop, or where the loss is not finite."""
+    reader, config, phases = trainer.data.validation, trainer.setup.config, trainer.setup.phases
+    if reader is None:
+        return None
+
+    def goes_on() -> bool:
+        phases.enter("validation")  # every batch is a sign of life
+        return not stopping()
+
+    phases.enter("validation")
+    setup = trainer.setup
+    values = evaluate(trainer.executor, reader, config, setup.parallel, setup.device, before_batch=goes_on)
+    if values is None or monitor is None:
+        return None if values is None else finite(values["loss"])
+    if is_last:
+        values["unigram_perplexity"] = unigram_perplexity(reader, evaluation_windows(reader, config))
+    monitor.validation(step, without_nan(values), split=config.evaluate.split)
+    if is_last and math.isfinite(values["loss"]):
+        print(_last_line(values, config.evaluate.split), flush=True)
+    return finite(values["loss"])
+
+
+def _last_line(values: dict[str, float], split: str) -> str:
+    below = 100 * (1 - values["perplexity"] / values["unigram_perplexity"])
+    bits = f" ({values['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in values else ""
+    return (
+        f"{split} perplexity {values['perplexity']:.2f}{bits}; unigram perplexity of the same "
+        f"{values['tokens']:,.0f} tokens {values['unigram_perplexity']:.2f} "
+        f"({abs(below):.1f}% {'below' if below >= 0 else 'above'})"
+    )
 
 
 def unigram_perplexity(reader: Windows, windows: np.ndarray) -> float:

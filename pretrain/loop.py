@@ -1,57 +1,53 @@
-"""Training, top to bottom: begin somewhere, step, look at what came out, validate, save; go back if it must."""
+"""Training, top to bottom: find a start, step, look at what came out, validate, save; go back if it must."""
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from common.strict_json import finite
-from model.parallel.context import ParallelContext
-from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.checkpoint import Retention, layout
 from pretrain.checkpoint.saver import Outcome, drained
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.device import synchronize
+from pretrain.evaluate import validate
 from pretrain.parallel.agreement import agreed, check_same, check_shared
 from pretrain.parallel.context import parallel_context
-from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.metrics import StepResult, step_values
 from pretrain.report.monitor import Monitor
-from pretrain.report.reporting import prepare_folder, run_validation, step_values
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
 from pretrain.resilience.replicas import ReplicaCheck
-from pretrain.resilience.rollback import Rollback, read_rollbacks, record, serving, with_skips
+from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
-from pretrain.resume import branch_start, candidates, changed_settings, newest_valid
+from pretrain.resume import StartPoint, branch_start, find_start, record_start
 from pretrain.routing.tape import open_tape
-from pretrain.trainer import StepResult, Trainer, build_trainer
+from pretrain.trainer import RunSetup, Trainer, build_trainer
 
 
 @dataclass(frozen=True)
-class StartPoint:
-    """Where a segment of the run begins, the same on every rank."""
+class SegmentEnd:
+    """Where a segment ended, and why; neither reason after the last step."""
 
-    checkpoint: Checkpoint | None
-    progress: Progress
-    rollbacks: list[Rollback]
-    """Those that led here, and earlier ones."""
-    damaged: list[str]
-    """Why newer checkpoints were."""
-    changes: dict[str, tuple[Any, Any]]
-    """Settings that differ from the checkpoint's: key -> (then, now)."""
+    step: int
+    rollback: Rollback | None = None
+    """What must be gone back for."""
+    stopped: str | None = None
+    """What stopped it; a checkpoint was saved by then."""
 
 
 def train(config: Config, sources: Sources, run_dir: Path, device: torch.device, stop: Stop | None = None) -> ExitCode:
@@ -60,41 +56,48 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
 
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
     (the last checkpoint stands)."""
-    stop, phases = stop or Stop(), Phases()
+    stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
-    parallel = parallel_context(config)
+    setup = RunSetup(config, sources, parallel_context(config), device)
     check_same(f"{sources.key} (digest)", sources.digest)
-    folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first))
-    with guarded(config.resilience, folder, stop, phases) as control, drained():
+    folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
+    with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
         rollback: Rollback | None = None
         while True:
-            phases.enter("looking for a checkpoint")
+            setup.phases.enter("looking for a checkpoint")
             start = find_start(config, sources, run_dir, control, rollback)
-            step = start.progress.step
             if control.stopping():
-                stopped: str | None = control.stop_reason()
+                end = SegmentEnd(start.progress.step, stopped=control.stop_reason())
                 break
-            segment = build_segment(config, sources, parallel, device, folder, control, phases, start)
-            stop.enter(ProcessState.TRAINING)
-            rollback, stopped = segment.run()
-            segment.close()
-            step = segment.progress.step
+            end = run_segment(setup, folder, control, stop, start)
+            gc.collect()  # of the segment nothing is referenced any more: its memory goes before another is built
+            rollback = end.rollback
             if rollback is None:
                 break
-            agreed(partial(record, run_dir, rollback, writes=parallel.is_first))
-        phases.enter("ending")
-        code = ExitCode.STOPPED if stopped else ExitCode.FINISHED
-        if parallel.is_first:
-            report_end(folder, config, step, stopped)
-        folder.end(code, stopped or "finished", step=step)
+            agreed(partial(record, run_dir, rollback, writes=setup.parallel.is_first))
+        setup.phases.enter("ending")
+        code = ExitCode.STOPPED if end.stopped else ExitCode.FINISHED
+        if setup.parallel.is_first:
+            report_end(folder, config, end)
+        folder.end(code, end.stopped or "finished", step=end.step)
         stop.enter(ProcessState.ENDING)
         dist.barrier()
     return code
 
 
-def report_end(folder: RunFolder, config: Config, step: int, stopped: str | None) -> None:
+def run_segment(setup: RunSetup, folder: RunFolder, control: Control, stop: Stop, start: StartPoint) -> SegmentEnd:
+    """The steps from `start` on. Collective."""
+    segment = build_segment(setup, folder, control, start)
+    stop.enter(ProcessState.TRAINING)
+    end = segment.run()
+    segment.close()
+    return end
+
+
+def report_end(folder: RunFolder, config: Config, end: SegmentEnd) -> None:
     """Rank 0: the last event and the last line on the terminal."""
+    step, stopped = end.step, end.stopped
     if stopped is None:
         folder.event("finished", step=step)
         early = " (train.stop_after_steps)" if step < config.train.steps else ""
@@ -105,48 +108,19 @@ def report_end(folder: RunFolder, config: Config, step: int, stopped: str | None
     print(f"stopped by {stopped} {what}; the same command continues; run folder {folder.path}", flush=True)
 
 
-def find_start(
-    config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None
-) -> StartPoint:
-    """The checkpoint to continue from, if any, or to go back to. Collective; rank 0's listing of the folder counts.
-    Raises UserError or PeerFailed on every rank."""
-    paths: list[Path] = control.from_first_rank(lambda: _paths(config, run_dir, rollback))
-    resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
-    changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
-    branch = branch_start(config, resumed)
-    rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
-    progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks)
-    return StartPoint(resumed, progress, rollbacks, damaged, changes)
-
-
-def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
-    if rollback is None:
-        return candidates(config, run_dir)
-    if config.checkpoint.resume == "never":  # what this run saved itself
-        return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
-    return serving(candidates(config, run_dir), rollback)
-
-
-def build_segment(
-    config: Config,
-    sources: Sources,
-    parallel: ParallelContext,
-    device: torch.device,
-    folder: RunFolder,
-    control: Control,
-    phases: Phases,
-    start: StartPoint,
-) -> Segment:
+def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
     """Builds everything for the steps after `start`. Collective."""
-    trainer = build_trainer(config, sources, parallel, device, start.checkpoint, progress=start.progress, phases=phases)
+    config, parallel = setup.config, setup.parallel
+    trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
     settings, step = config.resilience, start.progress.step
-    trainer.tape = open_tape(config, sources, trainer.engine.module, parallel, folder.path, step, last)
+    steps = range(step + 1, last + 1)
+    trainer.tape = open_tape(config, setup.sources, trainer.engine.module, parallel, folder.path, steps)
 
     def prepare() -> Monitor | None:
         if not parallel.is_first:
             return None
-        prepare_folder(folder, trainer, start.checkpoint, start.damaged, start.changes, last)
+        record_start(folder, start, config, layout(trainer.engine, parallel), last_step=last)
         return Monitor(config, folder, first_step=step, last_step=last)
 
     monitor = agreed(prepare)
@@ -177,9 +151,13 @@ class Segment:
     _validation_loss: float | None = None
     """Of the model after the last step, where it was validated."""
 
-    def run(self) -> tuple[Rollback | None, str | None]:
-        """What must be gone back for, and what stopped it (saved by then); neither at the last step. Collective."""
-        config, phases = self.trainer.config, self.trainer.phases
+    @property
+    def setup(self) -> RunSetup:
+        return self.trainer.setup
+
+    def run(self) -> SegmentEnd:
+        """All steps, with what comes between them. Collective."""
+        config, phases = self.setup.config, self.setup.phases
         if self._validation_is_missing():
             self._validate()
         stopping = self.control.stopping()
@@ -191,38 +169,39 @@ class Segment:
                 rollback = self._compare_replicas(stopping)
             if rollback is not None:
                 self.trainer.saver.wait()
-                return rollback, None
+                return SegmentEnd(self.progress.step, rollback)
             if not stopping and self._is_due(config.evaluate.every_steps):
                 self._validate()
                 stopping = self.control.stopping()
             if stopping or self._is_due(config.checkpoint.every_steps):
                 self._save()
                 stopping = self.control.stopping()
-        self.trainer.phases.enter("checkpoint")
+        phases.enter("checkpoint")
         self.trainer.saver.finish()
-        return None, self.control.stop_reason() if stopping else None
+        return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
 
     def _timed_step(self) -> StepResult:
         """One step, with its line in metrics.jsonl."""
-        trainer = self.trainer
-        synchronize(trainer.device)
+        config, device = self.setup.config, self.setup.device
+        synchronize(device)
         started = time.perf_counter()
-        result = trainer.step(self.progress)
-        synchronize(trainer.device)
+        result = self.trainer.step(self.progress)
+        synchronize(device)
         seconds = time.perf_counter() - started
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
-        updated = result.grad_norm is not None or (trainer.engine.fp16_enabled() and math.isfinite(result.sums.loss))
-        self.progress = self.progress.after_step(trainer.config.batch.global_sequences, updated=updated)
+        updated = result.grad_norm is not None or (result.loss_scale is not None and math.isfinite(result.sums.loss))
+        self.progress = self.progress.after_step(config.batch.global_sequences, updated=updated)
         self._loss, self._validation_loss = finite(result.sums.loss), None
         if self.monitor is not None:
-            self.monitor.step(step_values(trainer, result, self.progress, seconds), result.sums.load)
+            values = step_values(config, self.trainer.data, result, self.progress, seconds=seconds, device=device)
+            self.monitor.step(values, result.sums.load)
         return result
 
     def _judge(self, result: StepResult) -> tuple[bool, Rollback | None]:
         """What the step says of the run, agreed by all ranks: whether to stop, and what to go back for. Raises
         Diverged."""
-        self.trainer.phases.enter("agreeing on what is next")
-        settings, step, loss = self.trainer.config.resilience, self.progress.step, result.sums.loss
+        self.setup.phases.enter("agreeing on what is next")
+        settings, step, loss = self.setup.config.resilience, self.progress.step, result.sums.loss
         skipped = self.progress.skipped_updates
         spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
         stopping, is_spike, any_skipped, any_updated = self.control.any(
@@ -250,12 +229,12 @@ class Segment:
 
     def _compare_replicas(self, stopping: bool) -> Rollback | None:
         """Every so many steps, and before what is about to be saved. Raises ReplicasDiffer."""
-        settings, saves = self.trainer.config.resilience, self.trainer.config.checkpoint.every_steps
+        settings, saves = self.setup.config.resilience, self.setup.config.checkpoint.every_steps
         if self.replicas is None or not (
             stopping or self._is_due(settings.replica_check_every_steps) or self._is_due(saves)
         ):
             return None
-        self.trainer.phases.enter("comparing replicas")
+        self.setup.phases.enter("comparing replicas")
         different = self.replicas()
         if not different:
             return None
@@ -271,21 +250,21 @@ class Segment:
 
     def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:
         """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
-        were too many; None, which is said, if there is nothing to go back to."""
-        settings, done = self.trainer.config.resilience, len(self.start.rollbacks)
+        were too many before."""
+        settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
             raise failure(
                 f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
             )
-        sequences = self.trainer.config.batch.global_sequences
+        sequences = self.setup.config.batch.global_sequences
         steps = min(steps, self.progress.step, self.progress.consumed_sequences // sequences)
         consumed = self.progress.consumed_sequences - steps * sequences
         rollback = Rollback(
             reason=reason,
             at_step=self.progress.step,
             first_step=self.progress.step - max(1, steps) + 1,
-            skipped=self.trainer.stream.range_of(consumed, steps * sequences) if steps else None,
-            branch_start=branch_start(self.trainer.config, self.start.checkpoint),
+            skipped=self.trainer.data.stream.range_of(consumed, steps * sequences) if steps else None,
+            branch_start=branch_start(self.setup.config, self.start.checkpoint),
         )
         if self.monitor is not None:
             skipped = rollback.skipped
@@ -296,21 +275,21 @@ class Segment:
 
     def _validation_is_missing(self) -> bool:
         """Whether the step that this segment starts after was to be validated and a stop came in between."""
-        due = self.progress.step > 0 and self._is_due(self.trainer.config.evaluate.every_steps)
+        due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
         if any(key.startswith("evaluate.") and key != "evaluate.every_steps" for key in self.start.changes):
             return due  # by other settings than the checkpoint's
         return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
 
     def _validate(self) -> None:
         is_last = self.progress.step >= self.last
-        self._validation_loss = run_validation(
+        self._validation_loss = validate(
             self.trainer, self.monitor, self.progress.step, is_last=is_last, stopping=self.control.stopping
         )
 
     def _save(self) -> None:
         """Writes a checkpoint, or begins to (collective); how it ended is logged, and printed if it failed."""
-        trainer, folder, settings = self.trainer, self.folder, self.trainer.config.checkpoint
-        trainer.phases.enter("checkpoint")
+        trainer, folder, settings = self.trainer, self.folder, self.setup.config.checkpoint
+        self.setup.phases.enter("checkpoint")
         if self.monitor is not None:
             self.monitor.flush()
 
@@ -331,10 +310,10 @@ class Segment:
             folder.checkpoints,
             self.progress,
             extra={
-                "config": to_json(trainer.config),
-                "manifest_digest": trainer.sources.digest,
-                "tokenizer_sha256": trainer.sources.tokenizer.sha256,
-                "branch_start": branch_start(trainer.config, self.start.checkpoint),
+                "config": to_json(self.setup.config),
+                "manifest_digest": self.setup.sources.digest,
+                "tokenizer_sha256": self.setup.sources.tokenizer.sha256,
+                "branch_start": branch_start(self.setup.config, self.start.checkpoint),
                 "loss": self._loss,
                 "validation_loss": self._validation_loss,
             },

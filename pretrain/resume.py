@@ -1,25 +1,27 @@
-"""Whether and where a run continues: which checkpoint, and which settings may differ from it."""
+"""Whether and where a run continues: which checkpoint, and what is recorded of a start."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from common.errors import UserError
-from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
-from pretrain.config.loading import fields, flatten, to_json
-from pretrain.config.schedule import SPANNING, keeps_the_past
-from pretrain.config.schema import FREE, Config, ScheduleConfig
-
-SCHEDULE = {"schedule", "train.steps"}
-"""What decides learning rates, beside their peak; see schedule.keeps_the_past for when it may change."""
+from pretrain.config.loading import to_json
+from pretrain.config.resume_rules import SavedRun, changes_since
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from pretrain.data.sources import Sources
+from pretrain.parallel.agreement import agreed
+from pretrain.report.run_folder import RunFolder
+from pretrain.resilience.control import Control
+from pretrain.resilience.rollback import Rollback, read_rollbacks, serving, with_skips
 
 
 def candidates(config: Config, run_dir: Path) -> list[Path]:
@@ -80,86 +82,11 @@ def _starts_at(path: Path) -> str | None:
 
 
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
-    then, now = flatten(checkpoint.state["config"]), flatten(to_json(config))
-    for key in now.keys() - then.keys():  # younger than the checkpoint, or of another kind of layer
-        kind = then.get(f"{key.rpartition('.')[0]}.type")
-        for owner, default in _defaults().get(key, []):
-            if owner in (None, kind):
-                then[key] = default
-    changes = {
-        key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
-    }
-    data_key = "data.sources" if config.data.sources else "data.manifest"
-    data_changed = checkpoint.state["manifest_digest"] != manifest_digest
-    if data_changed:
-        changes[f"{data_key} (digest)"] = (checkpoint.state["manifest_digest"][:12], manifest_digest[:12])
-    allowed = free_keys() | set(config.checkpoint.allow_changes)
-    if any(_is_under(key, SCHEDULE) for key in changes) and _keeps_learning_rates(config, checkpoint):
-        allowed |= SCHEDULE
-    refused = [key for key in changes if not _is_under(key, allowed)]
-    if data_changed and _is_under(data_key, config.checkpoint.allow_changes):
-        refused.remove(f"{data_key} (digest)")
-    if refused:
-        key = refused[0]
-        more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
-        names = dict.fromkeys([*config.checkpoint.allow_changes, *map(_allowing, refused)])
-        why = f" ({_why_not_extended(config)})" if _is_under(key, SCHEDULE) else ""
-        one = len(refused) == 1
-        raise UserError(
-            f"{key}: was {json.dumps(changes[key][0])} in {checkpoint.path}, is {json.dumps(changes[key][1])} now"
-            f"{more}; a resumed run "
-            f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'}, choose another "
-            f"--run-dir, or allow {'the change' if one else 'all changes'} with "
-            f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"
-        )
-    return changes
-
-
-def _allowing(change: str) -> str:
-    """What allow_changes must list to allow `change`: its key, or the section of a key that this version has not."""
-    name = change.removesuffix(" (digest)")
-    known = [key for key, _, _ in fields()]
-    while "." in name and not name.startswith("deepspeed.") and not any(_is_under(key, [name]) for key in known):
-        name = name.rpartition(".")[0]
-    return name
-
-
-def _keeps_learning_rates(config: Config, checkpoint: Checkpoint) -> bool:
-    """Whether the steps before `checkpoint` had the learning rates that `config` gives them, at one peak."""
-    saved = checkpoint.state["config"]
-    try:
-        schedule = ScheduleConfig.model_validate(saved["schedule"])
-    except ValueError:  # of a version with other keys
-        return False
-    then, now = (schedule, saved["train"]["steps"]), (config.schedule, config.train.steps)
-    return keeps_the_past(then, now, checkpoint.progress.step)
-
-
-def _why_not_extended(config: Config) -> str:
-    if config.schedule.shape in SPANNING:
-        return f"schedule.shape = {config.schedule.shape} spans the whole run; constant, inverse_sqrt and wsd do not"
-    return (
-        "the steps so far would have had other learning rates; a checkpoint from before wsd's decay can be extended, "
-        "with checkpoint.resume=PATH"
-    )
-
-
-def free_keys() -> set[str]:
-    """Dotted keys that may change on resume: layout, machine, logging and stop settings."""
-    return {key for key, section, name in fields() if section.model_fields[name].json_schema_extra == FREE}
-
-
-@functools.cache
-def _defaults() -> dict[str, list[tuple[str | None, Any]]]:
-    """{dotted key: [(`type` of a section that has it, or None if it is the only one, default as plain JSON)]}."""
-    owners: dict[str, list[tuple[str | None, Any]]] = {}
-    for key, section, name in fields():
-        field = section.model_fields[name]
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        kind = section.model_fields["type"].default if "type" in section.model_fields else None
-        owners.setdefault(key, []).append((kind, list(default) if isinstance(default, tuple) else default))
-    return {key: [(None, found[0][1])] if len(found) == 1 else found for key, found in owners.items()}
+    """{dotted key: (then, now)} of every setting that differs from the checkpoint's. Raises UserError if one of them
+    may not change."""
+    state = checkpoint.state
+    saved = SavedRun(str(checkpoint.path), state["config"], state["manifest_digest"], checkpoint.progress.step)
+    return changes_since(saved, config, manifest_digest)
 
 
 def newest_committed(paths: list[Path]) -> Checkpoint | None:
@@ -226,5 +153,69 @@ def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 
 
-def _is_under(key: str, prefixes: Any) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a segment of the run begins, the same on every rank."""
+
+    checkpoint: Checkpoint | None
+    progress: Progress
+    rollbacks: list[Rollback]
+    """Those that led here, and earlier ones."""
+    damaged: list[str]
+    """Of each newer checkpoint that was passed over, why."""
+    changes: dict[str, tuple[Any, Any]]
+    """Settings that differ from the checkpoint's: key -> (then, now)."""
+
+
+def find_start(
+    config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None
+) -> StartPoint:
+    """The checkpoint to continue from, if any, or to go back to. Collective; rank 0's listing of the folder counts.
+    Raises UserError or PeerFailed on every rank."""
+    paths: list[Path] = control.from_first_rank(lambda: _paths(config, run_dir, rollback))
+    resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
+    changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
+    branch = branch_start(config, resumed)
+    rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
+    progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks)
+    return StartPoint(resumed, progress, rollbacks, damaged, changes)
+
+
+def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
+    if rollback is None:
+        return candidates(config, run_dir)
+    if config.checkpoint.resume == "never":  # what this run saved itself
+        return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
+    return serving(candidates(config, run_dir), rollback)
+
+
+def record_start(
+    folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, last_step: int
+) -> None:
+    """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
+    `layout`: see checkpoint.layout. Raises UserError where the disk refuses."""
+    try:
+        _record_start(folder, start, config, layout, last_step)
+    except OSError as error:
+        raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
+
+
+def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], last_step: int) -> None:
+    resumed = start.checkpoint
+    step = resumed.progress.step if resumed else 0
+    for reason in start.damaged:
+        print(f"passed over a damaged checkpoint: {reason}", flush=True)
+        folder.event("checkpoint_passed_over", reason=reason)
+    for path in set_aside_newer(folder.checkpoints, step):
+        print(f"set aside a checkpoint of a later step: {path}", flush=True)
+        folder.event("checkpoint_set_aside", path=path.name)
+    folder.rewind_metrics(step)
+    folder.write_config(to_json(config))
+    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step)
+    if resumed is None:
+        return
+    print(f"resuming from {resumed.path} at step {step}", flush=True)
+    folder.event("resumed", step=step, path=str(resumed.path))
+    for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
+        print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
+        folder.event("changed_setting", key=key, then=then, now=now)

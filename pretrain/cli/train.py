@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from common.errors import DataError, UserError
 from pretrain.config.deepspeed_keys import EXTRA
-from pretrain.config.loading import fields, load_config, to_json
+from pretrain.config.keys import fields
+from pretrain.config.loading import load_config, to_json
 from pretrain.config.rules import check_device, check_ranks, smallest_world
 from pretrain.config.schema import FREE, Config
 from pretrain.report.exit_codes import ExitCode, exit_codes_help

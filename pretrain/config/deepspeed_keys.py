@@ -12,14 +12,12 @@ import difflib
 import importlib.util
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config
+from pretrain.config.schema import Config
 
 OWNED = {
     "train_batch_size": "batch.global_sequences",

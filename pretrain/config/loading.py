@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from common.errors import ConfigError
+from pretrain.config.keys import fields
+from pretrain.config.rules import check_rules
 from pretrain.config.schema import Config
 
 
@@ -99,11 +101,13 @@ def parse_config(tree: dict[str, Any]) -> Config:
     _refuse_unprintable(tree)
     try:
         # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
-        return Config.model_validate_json(json.dumps(tree))
+        config = Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(_describe(problems[0]) + more) from None
+    check_rules(config)
+    return config
 
 
 def _refuse_unprintable(value: Any, key: str = "") -> None:
@@ -122,33 +126,6 @@ def _refuse_unprintable(value: Any, key: str = "") -> None:
 def to_json(config: Config) -> dict[str, Any]:
     """The resolved tree, defaults included, as plain JSON types."""
     return config.model_dump(mode="json")
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as {dotted.key: value}; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
-    """Every leaf field as (dotted key, owning section class, field name), union members in turn."""
-    for name, field in model.model_fields.items():
-        # A list of sections (data.sources) is one value: its entries have no dotted keys of their own.
-        is_list = get_origin(field.annotation) is tuple
-        members = [m for m in (field.annotation, *get_args(field.annotation)) if _is_section(m) and not is_list]
-        if not members:
-            yield f"{prefix}{name}", model, name
-        for member in members:
-            yield from fields(member, f"{prefix}{name}.")
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

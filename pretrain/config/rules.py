@@ -11,11 +11,12 @@ from common.errors import ConfigError
 from data_prep.raw.locations import may_hold_secret, without_secrets
 from data_prep.stage_config import URL
 from pretrain.config.deepspeed_keys import check_deepspeed
-from pretrain.data.mixture import LARGEST_PERIOD, whole_weights
+from pretrain.config.keys import fields
+from pretrain.config.schema import Config
+from pretrain.config.source_weights import LARGEST_PERIOD, whole_weights
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
-    from pretrain.config.schema import Config
 
 
 def check_rules(config: Config) -> None:
@@ -344,8 +345,6 @@ def _nearest_multiple(value: int, divisor: int) -> int:
 
 def _check_allow_changes(config: Config) -> None:
     """Every entry of checkpoint.allow_changes must name a key or a section: a misspelt one would allow nothing."""
-    from pretrain.config.loading import fields
-
     keys = {key for key, _, _ in fields()}
     known = keys | {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
     for entry in config.checkpoint.allow_changes:

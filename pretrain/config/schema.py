@@ -299,10 +299,3 @@ class Config(Section):
     def reads_streams(self) -> bool:
         """Whether training reads contiguous streams: data.order, null resolved."""
         return self.data.order == "streams" or self.model.memory_length > 0
-
-    @model_validator(mode="after")
-    def _rules_across_sections(self) -> Config:
-        from pretrain.config.rules import check_rules
-
-        check_rules(self)
-        return self

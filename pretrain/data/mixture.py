@@ -9,17 +9,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_PERIOD = 10_000
-"""Positions after which a schedule repeats, at most: 0.1 s to compute."""
+from pretrain.config.source_weights import LARGEST_PERIOD
 
 
-def whole_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the ratio of the weights as written in decimal, e.g. [0.7, 0.3] -> [7, 3]."""
-    fractions = [Fraction(str(weight)) for weight in weights]
-    scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    whole = [int(fraction * scale) for fraction in fractions]
-    common = math.gcd(*whole)
-    return [weight // common for weight in whole]
+
 
 
 class MixtureSchedule:

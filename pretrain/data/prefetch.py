@@ -9,8 +9,6 @@ import torch
 
 from pretrain.data.windows import Batch, TrainingStream
 
-CPU = torch.device("cpu")
-
 
 class Prefetcher:
     """Gives what the stream gives, earlier. One thread does all reading, so readers need no locks; an error of a read
@@ -40,7 +38,7 @@ class Prefetcher:
         return [batch.to(self._device) for batch in batches]
 
     def _read(self, consumed: int) -> list[Batch]:
-        batches = [self._stream.batch(consumed, m, CPU) for m in range(self._stream.micro_steps)]
+        batches = [self._stream.batch(consumed, m) for m in range(self._stream.micro_steps)]
         # From pinned memory the copy to the GPU is asynchronous.
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 

@@ -15,7 +15,7 @@ from data_prep.stage_config import URL
 from pretrain.config.schema import Config
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 from common.errors import UserError
-from pretrain.data.mixture import whole_weights
+from pretrain.config.source_weights import whole_weights
 from common.paths import find_input
 from pretrain.config.rules import folder_name, source_names
 

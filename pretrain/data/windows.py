@@ -17,7 +17,8 @@ from torch import Tensor
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import Hold, SplitReader
 from pretrain.config.schema import Config
-from pretrain.data.mixture import MixtureSchedule, whole_weights
+from pretrain.data.mixture import MixtureSchedule
+from pretrain.config.source_weights import whole_weights
 from pretrain.data.order import window_order
 from pretrain.data.progress import Range, data_positions
 
@@ -189,14 +190,14 @@ class TrainingStream:
         unit = self._global if self._chunks else 1
         return first // unit * unit, (last // unit + 1) * unit
 
-    def batch(self, consumed: int, micro_step: int, device: torch.device) -> Batch:
-        """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences.
-        Raises DataError if a shard does not match its sha256."""
+    def batch(self, consumed: int, micro_step: int) -> Batch:
+        """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences,
+        on the CPU. Raises DataError if a shard does not match its sha256."""
         positions = self.own_positions(consumed, micro_step)
         windows = self.windows(positions)
         tokens, targets = self._reader.read(windows)
         documents = self._reader.documents(windows) if self._document_mask else None
-        return Batch(tokens, targets, torch.from_numpy(positions), documents).to(device)
+        return Batch(tokens, targets, torch.from_numpy(positions), documents)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window of each position of the run; both [n] int64, positions rising."""

@@ -23,12 +23,18 @@ class PeerFailed(Exception):
 def agreed(function: Callable[[], Result]) -> Result:
     """Calls `function` on every rank; collective. If it raises UserError or DataError anywhere, the lowest such rank
     raises it and every other rank raises PeerFailed."""
-    try:
-        result, error = function(), None
-    except (UserError, DataError) as caught:
-        result, error = None, caught
+    result, error = attempt(function)
     agree(error)
-    return result  # type: ignore[return-value]
+    return result
+
+
+def attempt(function: Callable[[], Result]) -> tuple[Result, Exception | None]:
+    """What `function` returns, and the UserError or DataError that it raises, for `agree`; not collective. With an
+    error the result is None, and `agree` raises."""
+    try:
+        return function(), None
+    except (UserError, DataError) as error:
+        return None, error  # type: ignore[return-value]
 
 
 def agree(error: Exception | None) -> None:

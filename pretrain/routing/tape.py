@@ -68,18 +68,18 @@ class Tape(Protocol):
 
 
 def open_tape(
-    config: Config, sources: Sources, module: nn.Module, parallel: ParallelContext, run_dir: Path, first: int, last: int
+    config: Config, sources: Sources, module: nn.Module, parallel: ParallelContext, run_dir: Path, steps: range
 ) -> Tape | None:
-    """For the steps after `first` up to `last`; None where nothing is recorded or replayed. Collective; raises
-    UserError or PeerFailed."""
+    """For `steps`, counted from 1; None where nothing is recorded or replayed. Collective; raises UserError or
+    PeerFailed."""
     if config.train.record_routing:
         folder = run_dir / "routing"
         content = description(config, sources.digest)
-        agreed(lambda: begin_record(folder, content, first) if parallel.is_first else None)
+        agreed(lambda: begin_record(folder, content, steps.start - 1) if parallel.is_first else None)
         return Recording(folder, module, parallel)
     if config.train.replay_routing is not None:
         record = agreed(lambda: open_record(config, sources))
-        agreed(lambda: record.check_steps(range(first + 1, last + 1)))
+        agreed(lambda: record.check_steps(steps))
         return Replaying(record, config, module, parallel)
     return None
 

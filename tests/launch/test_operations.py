@@ -13,7 +13,7 @@ import pytest
 from data_prep.config import known_keys
 from launch.slurm import preparation, training
 from pretrain.cli import train as cli
-from pretrain.config.loading import fields
+from pretrain.config.keys import fields
 from pretrain.report.exit_codes import MEANING
 from pretrain.smoke import cli as smoke_cli
 

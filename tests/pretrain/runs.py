@@ -16,6 +16,7 @@ from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import sharded_axis
 from model.parameters import owner_of, parameter_specs
+from pretrain.checkpoint import Checkpoint
 from pretrain.config.loading import apply_override, parse_config
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
@@ -24,7 +25,7 @@ from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.parallel.context import parallel_context
-from pretrain.trainer import Trainer, build_trainer
+from pretrain.trainer import RunSetup, Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
 
 
@@ -65,6 +66,11 @@ MOA = (
 """Override of `small_config`: MoA attention with all of its losses, strong enough to be seen."""
 
 
+def trainer_of(config: Config, resumed: Checkpoint | None = None) -> Trainer:
+    """The real trainer of this rank, on the CPU. Collective."""
+    return build_trainer(RunSetup(config, Sources.load(config), parallel_context(config), torch.device("cpu")), resumed)
+
+
 @dataclass
 class Trace:
     """What a run computed: per step loss and gradient norm; per parameter the gradient of chosen steps; weights."""
@@ -79,7 +85,7 @@ def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: t
     """Runs every configuration on this gloo group, through the real trainer; gradients are copied before clipping."""
     traces = []
     for config in configs:
-        trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
+        trainer = trainer_of(config)
         traces.append(_trace_one(trainer, steps, gradient_steps))
         trainer.engine.destroy()
     return traces if rank == 0 else []
@@ -103,7 +109,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
         capture()
         before_step(norm)
 
-    if trainer.parallel.pipeline_size == 1:
+    if trainer.setup.parallel.pipeline_size == 1:
         GradientNorm.before_step = capture_first  # type: ignore[method-assign]
     else:
         take_step = engine._take_model_step
@@ -114,7 +120,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 
         engine._take_model_step = capture_then_step
     for now in range(steps):
-        result = trainer.step(Progress(now, now * trainer.config.batch.global_sequences))
+        result = trainer.step(Progress(now, now * trainer.setup.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
         trace.grad_norms.append(float("nan") if result.grad_norm is None else result.grad_norm)
     GradientNorm.before_step = before_step  # type: ignore[method-assign]
@@ -124,7 +130,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
     """The gradient of the whole parameter from those of the ranks that it is divided over; of what tensor-parallel
     ranks replicate, checks that they agree bit by bit: otherwise their weights would drift apart."""
-    parallel, spec = trainer.parallel, parameter_specs(trainer.config.model)[name]
+    parallel, spec = trainer.setup.parallel, parameter_specs(trainer.setup.config.model)[name]
     axis = sharded_axis(spec, expert_size=parallel.expert_size)
     if axis != "tensor" and parallel.tensor_group is not None:
         replicas = _gathered(part, parallel.tensor_group)
@@ -141,10 +147,10 @@ def _gathered(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
 
 def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, torch.Tensor]:
     """The gradients of the whole model from those of the pipeline stages; checks that a tied weight's are the same."""
-    group, config = trainer.parallel.pipeline_group, trainer.config.model
+    group, config = trainer.setup.parallel.pipeline_group, trainer.setup.config.model
     if group is None:
         return own
-    stages: list[Any] = [None] * trainer.parallel.pipeline_size
+    stages: list[Any] = [None] * trainer.setup.parallel.pipeline_size
     torch.distributed.all_gather_object(stages, own, group=group)
     found: dict[str, torch.Tensor] = {}
     for stage in stages:
@@ -197,7 +203,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
                     memory.forget()
             losses = []
             for micro_step in range(stream.micro_steps):
-                batch = stream.batch(step * config.batch.global_sequences, micro_step, torch.device("cpu"))
+                batch = stream.batch(step * config.batch.global_sequences, micro_step)
                 objective, sequence_loss, _ = network(*batch.model_inputs())
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))

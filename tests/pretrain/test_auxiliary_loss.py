@@ -13,7 +13,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.parallel.context import parallel_context
-from pretrain.trainer import build_trainer
+from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 
@@ -35,7 +35,7 @@ def compare(rank: int, configs: list[Config]) -> list[list[tuple[float, float]]]
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        trainer = build_trainer(config, Sources.load(config), parallel, torch.device("cpu"), None)
+        trainer = build_trainer(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")), None)
         pairs = []
         for step in range(STEPS):
             routers = [s for _, s in routing_statistics(trainer.engine.module) if s.tracks_probability]

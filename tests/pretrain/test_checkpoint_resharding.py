@@ -11,12 +11,9 @@ import torch
 
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.config.schema import Config
-from pretrain.data.sources import Sources
-from pretrain.loop import build_trainer
-from pretrain.parallel.context import parallel_context
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import plain_trace
+from tests.pretrain.runs import plain_trace, trainer_of
 from tests.pretrain.saved import whole_tensors
 from tests.pretrain.test_checkpoint import COMPARED, metrics, train_runs
 
@@ -35,7 +32,7 @@ SEEDS = {("switchall", True): 3, ("switchall xl", False): 41}
 def load_and_save(rank: int, config: Config, source: Path, target: Path) -> None:
     """A checkpoint as this layout holds it, saved again before any step."""
     checkpoint = Checkpoint.open(source)
-    trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), checkpoint)
+    trainer = trainer_of(config, checkpoint)
     trainer.saver.save(target, checkpoint.progress, extra={}, retention=Retention(keep_last=9))
     trainer.saver.finish()
     trainer.engine.destroy()

@@ -14,11 +14,9 @@ from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.data.sources import Sources
-from pretrain.loop import Trainer, build_trainer
-from pretrain.parallel.context import parallel_context
+from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import small_config, trainer_of
 from tests.pretrain.saved import whole_tensors
 from tests.pretrain.test_checkpoint import train_runs
 
@@ -64,7 +62,7 @@ def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_pa
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
     """Bytes of master weights and moments over all ranks, and the memory that saving them took on this one."""
-    trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
+    trainer = trainer_of(config)
     trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))  # moments are there now
     trainer.saver.finish()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak

@@ -17,7 +17,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.parallel.context import parallel_context
-from pretrain.trainer import build_trainer
+from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.test_matrix import LAYOUTS
@@ -28,7 +28,7 @@ def first_moment_norms(rank: int, configs: list[Config]) -> list[tuple[float, fl
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        trainer = build_trainer(config, Sources.load(config), parallel, torch.device("cpu"), None)
+        trainer = build_trainer(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")), None)
         result = trainer.step(Progress(0, 0))
         copy_of_tied = "exp_avg/head.weight" if config.model.tied_embedding else "none"
         # What a checkpoint saves of this rank: every element of the state comes from exactly one rank.

@@ -9,11 +9,12 @@ import pytest
 
 from common.errors import ConfigError
 from pretrain.cli.train import keys_help
-from pretrain.config.loading import apply_override, fields, flatten, load_config, parse_config, to_json
+from pretrain.config.keys import fields, flatten
+from pretrain.config.loading import apply_override, load_config, parse_config, to_json
+from pretrain.config.resume_rules import free_keys
 from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.resume import free_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "switchall_tiny.json"

@@ -20,8 +20,6 @@ from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, WindowReader
 from tests.pretrain.runs import small_config
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])
 def test_permutation_is_a_bijection(size: int) -> None:
@@ -61,7 +59,7 @@ def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStrea
 
 def global_batch(prepared: Path, step: int, size: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     streams = [stream_of(prepared, rank, size, micro) for rank in range(size)]
-    batches = [s.batch(8 * step, m, CPU) for m in range(streams[0].micro_steps) for s in streams]
+    batches = [s.batch(8 * step, m) for m in range(streams[0].micro_steps) for s in streams]
     return torch.cat([b.tokens for b in batches]), torch.cat([b.sequence_index for b in batches])
 
 
@@ -182,7 +180,7 @@ class _Steps(torch.utils.data.Dataset[torch.Tensor]):
         reader = Sources.load(self.config).reader("train", self.config)
         stream = TrainingStream(reader, self.config, data_rank=self.rank, data_size=self.size)
         consumed = (self.first + step) * self.config.batch.global_sequences
-        parts = [stream.batch(consumed, m, torch.device("cpu")).tokens for m in range(stream.micro_steps)]
+        parts = [stream.batch(consumed, m).tokens for m in range(stream.micro_steps)]
         return torch.stack(parts)  # [micro-steps, micro_sequences, T]
 
 

@@ -55,7 +55,7 @@ def test_the_index_of_documents_follows_eos(folder: Path) -> None:
     tokens, index = reader.read(windows)[0], reader.documents(windows)
     ended = torch.cumsum((tokens == 1).long(), 1)
     assert torch.equal(index, torch.cat([torch.zeros(len(windows), 1, dtype=torch.int64), ended[:, :-1]], 1))
-    batch = TrainingStream(reader, config, data_rank=0, data_size=1).batch(16, 0, torch.device("cpu"))
+    batch = TrainingStream(reader, config, data_rank=0, data_size=1).batch(16, 0)
     assert batch.documents is not None and batch.documents.max() > 0
     with SplitReader(sources.sources[0].manifest, "train", True) as split:
         assert split.document_index(np.array([0]), split.num_tokens).max() == split.num_documents - 1
@@ -119,7 +119,7 @@ def test_layouts_train_with_the_mask_as_one_process(folder: Path, ranks: int, ov
 def test_recomputing_gives_the_same_gradients(folder: Path, mode: str) -> None:
     config = small_config(folder, "evaluate.sequences=0", MASK)
     reader = Sources.load(config).reader("train", config)
-    batch = TrainingStream(reader, config, data_rank=0, data_size=1).batch(0, 0, torch.device("cpu"))
+    batch = TrainingStream(reader, config, data_rank=0, data_size=1).batch(0, 0)
     found = []
     for recompute in ("none", mode):
         network = build_model(config.model, seed=1, recompute=recompute)  # type: ignore[arg-type]

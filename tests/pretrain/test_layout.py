@@ -15,7 +15,7 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.parallel.context import parallel_context
 from pretrain.parallel.layout import group_ranks, groups_text, rank_bytes
-from pretrain.trainer import build_trainer
+from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import small_config
@@ -64,7 +64,7 @@ def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        trainer = build_trainer(config, Sources.load(config), parallel, torch.device("cpu"), None)
+        trainer = build_trainer(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")), None)
         trainer.step(Progress(0, 0))
         engine, zero = trainer.engine, config.parallel.zero
         weights = sum(bytes_of(getattr(p, "ds_tensor", p)) for p in engine.module.parameters())

@@ -14,7 +14,8 @@ import torch
 from common.errors import ConfigError, DataError, UserError
 from pretrain.cli.train import print_derived
 from pretrain.config.schema import Config
-from pretrain.data.mixture import MixtureSchedule, whole_weights
+from pretrain.config.source_weights import whole_weights
+from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.order import permute_in_blocks, window_order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, Windows
@@ -23,7 +24,6 @@ from tests.data_prep.test_shards import random_documents, write_data
 from tests.pretrain.runs import small_config
 from tests.pretrain.test_checkpoint import train_runs
 
-CPU = torch.device("cpu")
 G = 8
 
 
@@ -129,7 +129,7 @@ def test_a_batch_holds_the_tokens_of_its_sources(folders: list[Path]) -> None:
     config = mixed(folders, (0.5, 0.5), "batch.micro_sequences=8")
     stream, _ = stream_of(config)
     alone = [Sources.load(small_config(f)).reader("train", config) for f in folders[:2]]
-    batch = stream.batch(24, 0, CPU)
+    batch = stream.batch(24, 0)
     windows = stream.windows(np.arange(24, 32))
     sizes: Counter[int] = Counter()
     for row, window in enumerate(windows):

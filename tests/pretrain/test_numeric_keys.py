@@ -15,7 +15,8 @@ from common.errors import ConfigError, UserError
 from model.language_model import build_model
 from model.memory import layer_memories
 from pretrain.cli import train as cli
-from pretrain.config.loading import fields, load_config
+from pretrain.config.keys import fields
+from pretrain.config.loading import load_config
 from pretrain.config.rules import smallest_world
 from pretrain.report.derived import parameter_count
 

@@ -41,7 +41,7 @@ def test_it_gives_what_the_stream_gives_also_after_a_jump(prepared: Path) -> Non
     config = small_config(prepared)
     plain, ahead = stream_of(config), Prefetcher(stream_of(config), CPU, global_sequences=8)
     for consumed in (0, 8, 16, 800, 808, 8, 8, 16):
-        assert same(ahead.take(consumed), [plain.batch(consumed, m, CPU) for m in range(plain.micro_steps)])
+        assert same(ahead.take(consumed), [plain.batch(consumed, m) for m in range(plain.micro_steps)])
     ahead.close()
 
 
@@ -54,7 +54,7 @@ class _Recorded:
         self.reads: list[tuple[int, str]] = []
         self.bad = bad
 
-    def batch(self, consumed: int, micro_step: int, device: torch.device) -> Batch:
+    def batch(self, consumed: int, micro_step: int) -> Batch:
         self.reads.append((consumed, threading.current_thread().name))
         if consumed == self.bad:
             self.bad = None

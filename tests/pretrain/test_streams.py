@@ -41,7 +41,7 @@ def test_a_stream_is_contiguous_text_and_begins_again_with_the_others(prepared: 
     for step in range(3):
         for stream in ranks:
             for micro_step in range(stream.micro_steps):
-                batch = stream.batch(step * G, micro_step, torch.device("cpu"))
+                batch = stream.batch(step * G, micro_step)
                 for index, tokens, targets in zip(batch.sequence_index, batch.tokens, batch.targets, strict=True):
                     texts[int(index) % G].append(tokens)
                     assert torch.equal(tokens[1:], targets[:-1])
@@ -214,7 +214,7 @@ def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]
         engine = _Engine(network)
         run = PlainExecutor(engine, GradientNorm(engine, 0.0, parallel))
         reader = reader_of(config, config.evaluate.split)
-        found.append(evaluate(network, run, reader, config, parallel, torch.device("cpu")))
+        found.append(evaluate(run, reader, config, parallel, torch.device("cpu")))
     return found
 
 

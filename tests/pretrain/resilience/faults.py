@@ -42,7 +42,7 @@ def spoil_loss(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
         return (first, losses + math.inf, *rest) if is_wrong() else output
 
     heads = [module for module in trainer.engine.module.modules() if isinstance(module, Head)]
-    target = heads[0] if trainer.parallel.pipeline_size > 1 else trainer.engine.module
+    target = heads[0] if trainer.setup.parallel.pipeline_size > 1 else trainer.engine.module
     target.register_forward_hook(spoil)
 
 

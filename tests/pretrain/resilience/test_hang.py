@@ -44,17 +44,17 @@ def exit_codes(function: object, world_size: int, *args: object, timeout_seconds
 
 def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) -> None:
     """In a phase of a step `rank` is stopped (SIGSTOP), or its main thread sleeps."""
-    enter = trainer.phases.enter
+    enter = trainer.setup.phases.enter
 
     def entered(name: str, **options: bool) -> None:
         enter(name, **options)
-        if name == phase and trainer.phases.step == step and torch.distributed.get_rank() == rank:
+        if name == phase and trainer.setup.phases.step == step and torch.distributed.get_rank() == rank:
             if sleeps:
                 time.sleep(1000)
             else:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    trainer.phases.enter = entered  # type: ignore[method-assign]
+    trainer.setup.phases.enter = entered  # type: ignore[method-assign]
 
 
 def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sleeps: bool) -> list[int | None]:

@@ -10,13 +10,11 @@ import torch.distributed as dist
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.data.sources import Sources
-from pretrain.parallel.context import parallel_context
 from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
-from pretrain.trainer import Trainer, build_trainer
+from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import small_config, trainer_of
 from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
 
 NAME = "blocks.1.feedforward.down_experts"
@@ -79,8 +77,8 @@ def test_a_flipped_bit_is_found_wherever_there_is_a_replica(prepared: Path) -> N
 def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str], list[str], list[str]]]:
     results = []
     for config in configs:
-        trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
-        check = ReplicaCheck(trainer.engine, trainer.parallel, dist.group.WORLD)
+        trainer = trainer_of(config)
+        check = ReplicaCheck(trainer.engine, trainer.setup.parallel, dist.group.WORLD)
         assert check.num_compared > 10
         trainer.step(Progress(0, 0))
         before = check()

@@ -11,10 +11,8 @@ import torch
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.data.sources import Sources
 from pretrain.engine.zero_state import optimizer_steps, pieces
-from pretrain.parallel.context import parallel_context
-from pretrain.trainer import Trainer, build_trainer
+from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import (
     events,
@@ -24,7 +22,7 @@ from tests.pretrain.resilience.faults import (
     spoil_losses_of_steps,
     train_with,
 )
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import small_config, trainer_of
 from tests.pretrain.test_checkpoint import metrics
 
 QUICK = [
@@ -63,7 +61,7 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
     """A good step, one with a wrong gradient and one with a wrong loss on the last rank, a good one."""
     results = []
     for config in configs:
-        trainer = build_trainer(config, Sources.load(config), parallel_context(config), torch.device("cpu"), None)
+        trainer = trainer_of(config)
         now = [0]
         if rank == 1:
             spoil_gradient(trainer, lambda: now[0] == 1)  # noqa: B023
@@ -86,7 +84,7 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of all that a skipped step must leave alone."""
-    engine, parallel = trainer.engine, trainer.parallel
+    engine, parallel = trainer.engine, trainer.setup.parallel
     state = {"optimizer steps": torch.tensor(optimizer_steps(engine))}
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
         for kind, value in {"master": piece.master, **piece.moments}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ SPIKY = (
 
 def spike_on_position(trainer: Trainer, position: int) -> None:
     """The step of 8 sequences that reads `position` of the data order has a loss 50 nats too high."""
-    left_out = {p for first, end in trainer.stream._skipped for p in range(first, end)}
+    left_out = {p for first, end in trainer.data.stream._skipped for p in range(first, end)}
     read = [p for p in range(1000) if p not in left_out]
     spike_in_steps(trainer, (read.index(position) // 8 + 1,) if position in read else ())
 
@@ -146,12 +147,22 @@ def spike_in_steps(trainer: Trainer, steps: tuple[int, ...]) -> None:
     trainer.reduce = spiked  # type: ignore[assignment]
 
 
+_models: list[weakref.ref] = []
+
+
+def spike_in_steps_of_one_model(trainer: Trainer, steps: tuple[int, ...]) -> None:
+    """`spike_in_steps`; and of the models before a rollback none is left, or two would have to fit into memory."""
+    assert not any(model() for model in _models), "the model from before the rollback is still referenced"
+    _models.append(weakref.ref(trainer.engine.module))
+    spike_in_steps(trainer, steps)
+
+
 def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_they_must(
     prepared: Path, tmp_path: Path
 ) -> None:
     """Step 5 spikes whatever it reads; no checkpoint is so old."""
     config = small_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
-    (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps, (5,))
+    (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps_of_one_model, (5,))
     assert ending.startswith("DIVERGED: loss spike") and "2 rollbacks" in ending
     assert [row["skipped"] for row in json.loads((tmp_path / "rollbacks.json").read_text())] == [[24, 40], [40, 56]]
     assert [event["step"] for event in events(tmp_path, "started")] == [0, 0, 0]

@@ -1,0 +1,71 @@
+"""One step as a line of metrics.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.strict_json import finite
+from pretrain.config.schedule import learning_rate
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from pretrain.data.training_data import TrainingData
+from pretrain.device import memory_bytes
+from pretrain.engine.step_sums import StepSums
+from pretrain.report.router_load import load_summary
+from pretrain.routing.tape import Flips
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gives, the same on every rank."""
+
+    sums: StepSums
+    grad_norm: float | None
+    """Global gradient norm before clipping; None where the update was skipped, because it or the loss is not finite."""
+    flips: Flips | None = None
+    """With train.replay_routing."""
+    loss_scale: float | None = None
+    """With fp16: the scale that the next step's loss is multiplied with."""
+
+
+def step_values(
+    config: Config,
+    data: TrainingData,
+    result: StepResult,
+    progress: Progress,
+    *,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, float | None]:
+    """The line of the step that led to `progress` and took `seconds`. None: a loss that is not a number, the norm of a
+    skipped update."""
+    sums, consumed = result.sums, progress.consumed_sequences
+    memory, memory_peak = memory_bytes(device)
+    values: dict[str, float | None] = {
+        "step": progress.step,
+        "loss": finite(sums.loss),
+        "auxiliary_loss": finite(sums.auxiliary_loss),
+        "grad_norm": result.grad_norm,
+        "lr": learning_rate(config, progress.step - 1),
+        "tokens": consumed * config.model.sequence_length,
+        "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
+        "step_seconds": seconds,
+        "data_wait_seconds": data.prefetcher.wait_seconds,
+        "epoch": data.stream.epoch(consumed),
+        "memory_bytes": memory,
+        "memory_peak_bytes": memory_peak,
+        **load_summary(sums.load, config.model),
+    }
+    names = [source.name for source in data.sources.sources]
+    if len(names) > 1:
+        epochs = data.stream.source_epochs(consumed)
+        values |= {f"epoch/{name}": epoch for name, epoch in zip(names, epochs, strict=True)}
+    if sums.negative_entropy is not None:
+        values["routing_negative_entropy"] = finite(sums.negative_entropy)
+    if result.flips is not None:
+        values |= result.flips.values()
+    if result.loss_scale is not None:
+        values["loss_scale"] = result.loss_scale
+    return values
