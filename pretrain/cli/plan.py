@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
         elif args.command == "layout":
-            from pretrain.parallel.layout import print_layout
+            from pretrain.cli.plan_layout import print_layout
 
             print_layout(args.config, args.ranks, args.overrides)
         else:

@@ -110,9 +110,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
     """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
     `device` (cuda or cpu) is that of the ranks, None for this host's."""
-    from pretrain.checkpoint.disk_space import checkpoint_space
     from pretrain.data.sources import open_sources
     from pretrain.device import device_type
+    from pretrain.report.disk_space import checkpoint_space
     from pretrain.resume import candidates, changed_settings, newest_committed
 
     data_size = check_ranks(config, world_size)
@@ -135,7 +135,7 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
 def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
     whole checkpoint, and hashes the shards if asked to."""
-    from pretrain.report.derived import parameter_count
+    from pretrain.report.model_text import parameter_count
     from pretrain.resume import candidates, newest_valid
 
     count = parameter_count(config.model)
@@ -183,9 +183,9 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
 
 def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:
     """Prints the derived values, each with its formula, and what the data are too small for."""
-    from pretrain.checkpoint.disk_space import checkpoint_space
     from pretrain.data.warnings import data_warnings
-    from pretrain.report.derived import derived_values
+    from pretrain.report.disk_space import checkpoint_space
+    from pretrain.report.startup import derived_values
 
     if config.description:
         print(config.description)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pretrain.config.schema import Config, ScheduleConfig
+from pretrain.config.schema import Config, ScheduleConfig
 
 SPANNING = ("cosine", "published", "linear")
 """Shapes over the whole run: with another train.steps every rate after the warm-up is another. The other shapes' rates

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,7 @@ from model.parallel.context import DIMENSIONS, ParallelContext
 from model.parallel.sharding import local_shape, sharded_axis
 from model.parameter_spec import prefixed
 from model.parameters import owner_of
-from pretrain.config.loading import load_config
-from pretrain.config.rules import check_ranks
-from pretrain.config.schema import Config, ParallelConfig
+from pretrain.config.schema import Config
 from pretrain.parallel.stages import stage_bounds
 
 MASTER_AND_MOMENTS = 12
@@ -41,27 +37,6 @@ def group_ranks(config: Config, data_size: int) -> dict[str, np.ndarray]:
         apart = ranks.reshape(pipeline, data // config.parallel.expert, config.parallel.expert, tensor)
         found["expert"] = np.moveaxis(apart, 2, -1).reshape(-1, config.parallel.expert)
     return found
-
-
-def groups_text(groups: np.ndarray, *, most: int = 4) -> str:
-    """`0-1, 2-3, ...`: the first groups, each as a range (with its stride if that is not 1)."""
-    texts = []
-    for group in groups[:most]:
-        stride = int(group[1] - group[0])
-        texts.append(f"{group[0]}-{group[-1]}" + (f" by {stride}" if stride > 1 and len(group) > 2 else ""))
-        if len(group) == 2 and stride > 1:
-            texts[-1] = f"{group[0]},{group[-1]}"
-    return ", ".join(texts) + (f", ... ({len(groups)} groups)" if len(groups) > most else "")
-
-
-def stage_text(config: Config, stage: int) -> str:
-    """What a pipeline stage holds, e.g. `embedding, blocks 0-8`."""
-    bounds, num_layers = stage_bounds(config), config.model.num_layers
-    blocks = [layer - 1 for layer in range(bounds[stage], bounds[stage + 1]) if 1 <= layer <= num_layers]
-    parts = ["embedding"] if stage == 0 else []
-    parts.append(f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}")
-    parts += ["final norm, output layer"] if stage == config.parallel.pipeline - 1 else []
-    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -117,35 +92,3 @@ def _elements(config: Config, data_size: int, stage: int) -> dict[Any, int]:
         axis = sharded_axis(spec, expert_size=parallel.expert)
         counts[axis] = counts.get(axis, 0) + math.prod(local_shape(spec, context))
     return counts
-
-
-def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) -> None:
-    """`plan.py layout`: the mesh of a run, and what every rank holds beside what one process would. Raises
-    ConfigError."""
-    config = load_config(path, overrides)
-    parallel = config.parallel
-    data_size = check_ranks(config, num_ranks or parallel.tensor * parallel.pipeline * parallel.expert)
-    ranks = mesh(config, data_size)
-    print(
-        f"{ranks.size} ranks = pipeline {parallel.pipeline} x data {data_size} x tensor {parallel.tensor}; "
-        f"rank = (pipeline_rank x {data_size} + data_rank) x {parallel.tensor} + tensor_rank"
-    )
-    for name, groups in group_ranks(config, data_size).items():
-        print(f"  {name + ' groups':<16}  {groups_text(groups)}")
-    alone = config.model_copy(update={"parallel": ParallelConfig()})
-    rows = [("all", "one", rank_bytes(alone, 1)[0], "the whole model in one process, ZeRO 1")]
-    for entry in rank_bytes(config, data_size):
-        of_stage = ranks[entry.stage].ravel()
-        rows.append((str(entry.stage), f"{of_stage[0]}-{of_stage[-1]}", entry, stage_text(config, entry.stage)))
-    table = [["stage", "ranks", "parameters", "weights", "optimizer", "both", "holds"]]
-    for stage, which, entry, holds in rows:
-        sizes = (entry.weights, entry.optimizer, entry.weights + entry.optimizer)
-        table.append([stage, which, f"{entry.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes), holds])
-    print("\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments")
-    widths = [max(len(row[column]) for row in table) for column in range(7)]
-    for row in table:
-        padded = [
-            cell.rjust(width) if 2 <= column <= 5 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(padded).rstrip())

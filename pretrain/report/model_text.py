@@ -1,4 +1,4 @@
-"""A model in one line, from its configuration: what is printed at start is what is trained."""
+"""A model in one line and its parameters, from its configuration: what is printed at start is what is trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from model.config import (
     RopeConfig,
     SigmaMoEConfig,
 )
+from model.language_model import build_on_meta
+from model.parameters import ParameterCount, count_parameters
 
 
 def model_family(model: ModelConfig) -> str:
@@ -46,3 +48,8 @@ def model_text(model: ModelConfig) -> str:
         f"{model.num_layers} x ({first}; {second}), d_model {model.d_model}, {position}, "
         f"{model.sequence_length} tokens of context{memory}"
     )
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Total and active parameters, counted on the built model without storage."""
+    return count_parameters(build_on_meta(model), model)

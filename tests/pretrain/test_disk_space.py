@@ -11,9 +11,9 @@ import pytest
 
 from model.language_model import build_on_meta
 from pretrain.checkpoint import list_checkpoints
-from pretrain.checkpoint.disk_space import CheckpointSpace, checkpoint_space
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
+from pretrain.report.disk_space import CheckpointSpace, checkpoint_space
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import whole_tensors

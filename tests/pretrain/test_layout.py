@@ -14,7 +14,8 @@ from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.parallel.context import parallel_context
-from pretrain.parallel.layout import group_ranks, groups_text, rank_bytes
+from pretrain.parallel.layout import group_ranks, rank_bytes
+from pretrain.report.layout_text import groups_text
 from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of

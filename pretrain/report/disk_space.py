@@ -11,7 +11,8 @@ from common.folders import free_bytes
 from model.config import ModelConfig
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
-from pretrain.report.derived import DerivedValue, parameter_count
+from pretrain.report.model_text import parameter_count
+from pretrain.report.startup import DerivedValue
 
 BYTES_PER_PARAMETER = 12
 """fp32 weight and two moments of Adam (checkpoint/state.py)."""

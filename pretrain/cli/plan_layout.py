@@ -1,0 +1,44 @@
+"""`plan.py layout`: which ranks form which groups, and what every rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.config.loading import load_config
+from pretrain.config.rules import check_ranks
+from pretrain.config.schema import ParallelConfig
+from pretrain.parallel.layout import group_ranks, mesh, rank_bytes
+from pretrain.report.layout_text import groups_text, stage_text
+
+
+def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) -> None:
+    """`plan.py layout`: the mesh of a run, and what every rank holds beside what one process would. Raises
+    ConfigError."""
+    config = load_config(path, overrides)
+    parallel = config.parallel
+    data_size = check_ranks(config, num_ranks or parallel.tensor * parallel.pipeline * parallel.expert)
+    ranks = mesh(config, data_size)
+    print(
+        f"{ranks.size} ranks = pipeline {parallel.pipeline} x data {data_size} x tensor {parallel.tensor}; "
+        f"rank = (pipeline_rank x {data_size} + data_rank) x {parallel.tensor} + tensor_rank"
+    )
+    for name, groups in group_ranks(config, data_size).items():
+        print(f"  {name + ' groups':<16}  {groups_text(groups)}")
+    alone = config.model_copy(update={"parallel": ParallelConfig()})
+    rows = [("all", "one", rank_bytes(alone, 1)[0], "the whole model in one process, ZeRO 1")]
+    for entry in rank_bytes(config, data_size):
+        of_stage = ranks[entry.stage].ravel()
+        rows.append((str(entry.stage), f"{of_stage[0]}-{of_stage[-1]}", entry, stage_text(config, entry.stage)))
+    table = [["stage", "ranks", "parameters", "weights", "optimizer", "both", "holds"]]
+    for stage, which, entry, holds in rows:
+        sizes = (entry.weights, entry.optimizer, entry.weights + entry.optimizer)
+        table.append([stage, which, f"{entry.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes), holds])
+    print("\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments")
+    widths = [max(len(row[column]) for row in table) for column in range(7)]
+    for row in table:
+        padded = [
+            cell.rjust(width) if 2 <= column <= 5 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())

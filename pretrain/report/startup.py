@@ -1,0 +1,156 @@
+"""What follows from the configuration: values that are printed once at start, each with its formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.attention.rope import rotated_width
+from model.config import RopeConfig, SigmaMoEConfig
+from pretrain.config.schedule import warmup_steps
+from pretrain.config.schema import Config
+from pretrain.data.mixture import MixtureSchedule
+from pretrain.data.sources import Sources
+from pretrain.data.windows import num_windows
+from pretrain.parallel.layout import group_ranks, mesh
+from pretrain.report.layout_text import groups_text, stage_text
+from pretrain.report.model_text import model_family, model_text, parameter_count
+
+GROUPS = {
+    "pipeline": "ranks that hold the stages of one model",
+    "data": "ranks that hold the same slice of the model",
+    "tensor": "ranks that divide each layer and read the same data",
+    "expert": "data-parallel ranks that divide the experts",
+}
+"""What the ranks of a group share, by dimension."""
+
+
+@dataclass(frozen=True)
+class DerivedValue:
+    name: str
+    value: str
+    formula: str
+
+
+def derived_values(config: Config, data_size: int, sources: Sources, run_dir: str) -> list[DerivedValue]:
+    """Everything that a user would otherwise compute by hand, in the order of the data flow."""
+    most, T = config.data.max_tokens, config.model.sequence_length
+    sizes = [num_windows(s.manifest, "train", T, max_tokens=most) for s in sources.sources]
+    return [
+        DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
+        *_data_values(config, sources, sizes),
+        *_size_values(config, data_size, sum(sizes)),
+        *_layout_values(config, data_size),
+        *_optional_values(config, sum(sizes), sources.tokenizer.vocab_size),
+    ]
+
+
+def _data_values(config: Config, sources: Sources, sizes: list[int]) -> list[DerivedValue]:
+    if len(sizes) == 1:
+        folder = str(sources.sources[0].manifest.folder)
+        return [DerivedValue("data", folder, f"data.manifest, digest {sources.digest[:12]}")]
+    return _mixture_values(config, sources, sizes)
+
+
+def _size_values(config: Config, data_size: int, windows: int) -> list[DerivedValue]:
+    """Of every run. `windows`: of the training split, all sources together."""
+    batch, model, steps = config.batch, config.model, config.train.steps
+    count = parameter_count(model)
+    micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
+    tokens_per_step = batch.global_sequences * model.sequence_length
+    tokens = "train tokens - 1" if config.data.max_tokens is None else "at most data.max_tokens"
+    epochs = batch.global_sequences * steps / windows
+    return [
+        DerivedValue("model", model_family(model), model_text(model)),
+        DerivedValue("parameters, total", f"{count.total:,}", "counted on the meta device"),
+        DerivedValue("parameters, active", f"{count.active:,}", "expert tensors count k / E, all others whole"),
+        DerivedValue("data-parallel size", f"{data_size}", "ranks / (tensor x pipeline)"),
+        DerivedValue("micro-steps", f"{micro_steps}", "global_sequences / (micro_sequences x DP)"),
+        DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
+        DerivedValue("tokens of the run", f"{tokens_per_step * steps:,}", "tokens per step x train.steps"),
+        DerivedValue("windows per epoch", f"{windows:,}", f"({tokens}) // sequence_length"),
+        DerivedValue("epochs", f"{epochs:.2f}", "sequences of the run / windows"),
+    ]
+
+
+def _layout_values(config: Config, data_size: int) -> list[DerivedValue]:
+    """The groups of every dimension that is divided, and the stages of a pipeline."""
+    values = [
+        DerivedValue(f"{name} groups", groups_text(ranks), GROUPS[name])
+        for name, ranks in group_ranks(config, data_size).items()
+    ]
+    for stage in range(config.parallel.pipeline if config.parallel.pipeline > 1 else 0):
+        of_stage = mesh(config, data_size)[stage].ravel()
+        where = f"ranks {of_stage[0]}-{of_stage[-1]}; the longest stage is as short as can be"
+        values.append(DerivedValue(f"stage {stage}", stage_text(config, stage), where))
+    return values
+
+
+def _optional_values(config: Config, windows: int, num_pieces: int) -> list[DerivedValue]:
+    """What only some runs have. `num_pieces`: of the tokenizer."""
+    model, parallel, schedule, G = config.model, config.parallel, config.schedule, config.batch.global_sequences
+    feedforward, position = model.feedforward, model.position
+    experts = feedforward.num_experts if isinstance(feedforward, SigmaMoEConfig) else 0
+    fraction = position.fraction if isinstance(position, RopeConfig) else 0.0
+    rotated, head_dim = rotated_width(model.attention.head_dim, fraction), model.attention.head_dim
+    again = "; memory is empty where they begin again" if model.memory_length else ""
+    rows = (  # whether a run has it, name, value, formula
+        (
+            parallel.sequence,
+            "tokens of a sequence per rank",
+            f"{model.sequence_length // parallel.tensor}",
+            "sequence_length / tensor, between attention and feed-forward (parallel.sequence)",
+        ),
+        (
+            parallel.expert > 1 and experts > 0,
+            "experts per rank",
+            f"{experts // parallel.expert}",
+            "feedforward.num_experts / expert; the same on every expert-th data-parallel rank",
+        ),
+        (
+            isinstance(position, RopeConfig),
+            "rotated dimensions",
+            f"{rotated} of {head_dim}",
+            "position.fraction x head_dim, rounded down to even",
+        ),
+        (
+            model.memory_length > 0,
+            "memory",
+            f"{model.memory_length} tokens",
+            "position.memory_chunks x sequence_length",
+        ),
+        (
+            config.reads_streams,
+            "streams",
+            f"{G} of {windows // G:,} chunks",
+            f"global_sequences; windows per epoch // global_sequences{again}",
+        ),
+        (
+            warmup_steps(config) != schedule.warmup_steps,
+            "warm-up steps",
+            f"{warmup_steps(config)}",
+            f"schedule.warmup_steps = {schedule.warmup_steps} clipped to train.steps - 1",
+        ),
+        (
+            model.vocab_size != num_pieces,
+            "unused vocabulary rows",
+            f"{model.vocab_size - num_pieces}",
+            "model.vocab_size - tokenizer pieces",
+        ),
+    )
+    return [DerivedValue(name, value, formula) for has_it, name, value, formula in rows if has_it]
+
+
+def _mixture_values(config: Config, sources: Sources, sizes: list[int]) -> list[DerivedValue]:
+    """One row per source: where, its share of the sequences, and how often the run reads it."""
+    schedule = MixtureSchedule([source.weight for source in sources.sources])
+    counts = schedule.counts(config.batch.global_sequences * config.train.steps)
+    rows = [DerivedValue("data", f"{len(sizes)} sources", f"data.sources, digest {sources.digest[:12]}")]
+    for source, size, count in zip(sources.sources, sizes, counts, strict=True):
+        rows.append(
+            DerivedValue(
+                f"source {source.name}",
+                f"{source.weight} of {schedule.period} sequences, {count / size:.2f} epochs",
+                f"{source.manifest.folder}: {size:,} windows, digest {source.manifest.digest[:12]}",
+            )
+        )
+    return rows
