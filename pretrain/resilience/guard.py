@@ -19,7 +19,7 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import Watchdog
+from pretrain.resilience.watchdog import Peers, Watchdog
 
 COLLECTIVE_SECONDS = 1800.0
 """How long collectives wait where the watchdog is off: torch's own limit for gloo."""
@@ -62,8 +62,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.path,
         phases,
         stop,
-        rank=dist.get_rank(),
-        identities=identities,
+        Peers(dist.get_rank(), identities),
         hang_timeout_seconds=config.hang_timeout_seconds,
         lock=folder.lock,
     )

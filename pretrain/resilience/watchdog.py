@@ -39,6 +39,16 @@ class Report:
     record: Record
 
 
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a run, as one of them knows them."""
+
+    rank: int
+    """Of this process."""
+    identities: list[dict[str, Any]]
+    """run_lock.process_identity of every rank."""
+
+
 class Watchdog:
     """Watches this rank from construction to `close`."""
 
@@ -47,24 +57,23 @@ class Watchdog:
         run_dir: Path,
         phases: Phases,
         stop: Stop,
+        peers: Peers,
         *,
-        rank: int,
-        identities: list[dict[str, Any]],
         hang_timeout_seconds: float,
         lock: FolderLock | None,
     ) -> None:
-        """`identities`: lock.process_identity of every rank. A timeout of 0 watches nothing but the lock."""
+        """A timeout of 0 watches nothing but the lock."""
         self._folder, self._hang = run_dir / "ranks", run_dir / "hang"
         self._run_dir = run_dir
         self._phases, self._stop, self._lock = phases, stop, lock
-        self._rank, self._identities = rank, identities
+        self._rank, self._identities = peers.rank, peers.identities
         self._timeout = hang_timeout_seconds
         self._grace = min(30.0, max(2.0, hang_timeout_seconds / 4))
         """How long reports are waited for: ranks begin to wait within a step of each other."""
         self._folder.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # a full disk: the last words of this rank are missed, no more
-            phases.keep_in(self._folder / f"rank-{rank:05d}.phase")
-        self._stacks = open(self._folder / f"rank-{rank:05d}.stacks", "w")  # noqa: SIM115 (for faulthandler)
+            phases.keep_in(self._folder / f"rank-{self._rank:05d}.phase")
+        self._stacks = open(self._folder / f"rank-{self._rank:05d}.stacks", "w")  # noqa: SIM115 (for faulthandler)
         faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
         self._ended = threading.Event()
         self._reporting = threading.Event()

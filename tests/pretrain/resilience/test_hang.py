@@ -15,7 +15,7 @@ import torch
 import tests.harness as harness
 from pretrain.phases import Phases, Record, read
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import Report, Watchdog, describe
+from pretrain.resilience.watchdog import Peers, Report, Watchdog, describe
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import events, outcome, train_with
 from tests.pretrain.runs import small_config
@@ -118,7 +118,7 @@ def test_slow_is_not_hung_and_patient_phases_may_take_their_time(tmp_path: Path)
     """A rank that goes on while others are waited for withdraws its report."""
     phases, stop = Phases(), Stop()
     identities = [{"host": "a", "boot": "b", "namespace": "n", "pid": os.getpid(), "start": 1}] * 2
-    watchdog = Watchdog(tmp_path, phases, stop, rank=0, identities=identities, hang_timeout_seconds=0.3, lock=None)
+    watchdog = Watchdog(tmp_path, phases, stop, Peers(0, identities), hang_timeout_seconds=0.3, lock=None)
     phases.enter("patient", patient=True)
     time.sleep(0.8)
     assert not (tmp_path / "hang").exists()
