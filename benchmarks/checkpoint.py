@@ -29,7 +29,7 @@ from pretrain.data.progress import Progress
 from pretrain.engine.build import build_engine
 from pretrain.engine.zero_state import pieces
 from pretrain.parallel.context import parallel_context
-from pretrain.parallel.ranks import Ranks
+from pretrain.ranks import Ranks
 
 CONFIG = {
     "model": {

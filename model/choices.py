@@ -12,36 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.kernels.ops.route import Routing, with_choice
-from model.routing import RoutingStatistics
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which part of a router's choices of a step a forward pass makes."""
-
-    sequence_index: Tensor
-    """[B] int64: position of each sequence in the run."""
-    heads: slice
-    """Of all heads, those of this rank."""
-    first_token: int
-    """Of the first token, in its sequence."""
-
-
-class Choices(Protocol):
-    """What a router asks once it has chosen; attached to its `RoutingStatistics`."""
-
-    replaces: bool
-    """Whether the answer may be another choice than the router's own."""
-
-    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
-        """`own` [B, L, H, k] int64, best first, of `logits` [B, L, H, E] -> the choice that counts, of the same shape.
-        `is_repeated`: a forward pass is computed again (model/recompute.py) and gets the same answer."""
+from model.routing import Place, RoutingStatistics
 
 
 def settled(

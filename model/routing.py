@@ -1,11 +1,14 @@
-"""The entropy regulariser and the load statistics of routers; the selection itself is model/kernels/ops/route.py.
+"""What routers count and are asked: load statistics, the entropy regulariser, and where their choices are recorded.
 
-Tensor shapes: N tokens, H heads, E experts.
+The selection itself is model/kernels/ops/route.py.
+
+Tensor shapes: N tokens, H heads, E experts; B sequences, L tokens of a sequence, k choices.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,8 +19,28 @@ from model.config import SigmaMoEConfig
 from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
-if TYPE_CHECKING:
-    from model.choices import Choices
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of a router's choices of a step a forward pass makes."""
+
+    sequence_index: Tensor
+    """[B] int64: position of each sequence in the run."""
+    heads: slice
+    """Of all heads, those of this rank."""
+    first_token: int
+    """Of the first token, in its sequence."""
+
+
+class Choices(Protocol):
+    """What a router asks once it has chosen; attached to its `RoutingStatistics`."""
+
+    replaces: bool
+    """Whether the answer may be another choice than the router's own."""
+
+    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
+        """`own` [B, L, H, k] int64, best first, of `logits` [B, L, H, E] -> the choice that counts, of the same shape.
+        `is_repeated`: a forward pass is computed again (model/recompute.py) and gets the same answer."""
 
 
 class RoutingStatistics:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from pretrain.parallel.ranks import Ranks
+from pretrain.ranks import Ranks
 
 NAME_SECONDS = 60.0
 """How long a name server may take to learn the name of the first node."""

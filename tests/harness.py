@@ -109,7 +109,7 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
         import torch.distributed
 
         from pretrain.device import start, stop
-        from pretrain.parallel.ranks import Ranks
+        from pretrain.ranks import Ranks
 
         start(Ranks.from_environment(), threads=1)
         torch.distributed.barrier()  # rank 0 holds the store: if it ended at once, others could not join

@@ -25,7 +25,7 @@ from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
     from pretrain.data.sources import Sources
-    from pretrain.parallel.ranks import Ranks
+    from pretrain.ranks import Ranks
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
 
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
-    from pretrain.parallel.ranks import Ranks
+    from pretrain.ranks import Ranks
 
     args, stop = build_parser().parse_args(arguments), stop or Stop()
     try:

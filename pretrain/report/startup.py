@@ -92,7 +92,8 @@ def _optional_values(config: Config, windows: int, num_pieces: int) -> list[Deri
     experts = feedforward.num_experts if isinstance(feedforward, SigmaMoEConfig) else 0
     fraction = position.fraction if isinstance(position, RopeConfig) else 0.0
     rotated, head_dim = rotated_width(model.attention.head_dim, fraction), model.attention.head_dim
-    again = "; memory is empty where they begin again" if model.memory_length else ""
+    memory = model.memory_length
+    again = "; memory is empty where they begin again" if memory else ""
     rows = (  # whether a run has it, name, value, formula
         (
             parallel.sequence,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.data.sources import Sources
-    from pretrain.parallel.ranks import Ranks
+    from pretrain.ranks import Ranks
 
 VERDICT = "smoke: "
 """How every line of it begins; the last one is the verdict."""
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. Returns 0 passed, 1 failed, 2 refused, or the code that training ended with."""
-    from pretrain.parallel.ranks import Ranks
+    from pretrain.ranks import Ranks
 
     args = build_parser().parse_args(arguments)
     is_first = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.choices import Place, Recorder, Replayer, choice_dtype, settled
+from model.choices import Recorder, Replayer, choice_dtype, settled
 from model.kernels.ops.route import Routing, route, with_choice
-from model.routing import RoutingStatistics
+from model.routing import Place, RoutingStatistics
 
 N, R, E, K, D = 12, 3, 5, 2, 8
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from pretrain import device
 from pretrain.cli import train as cli
 from pretrain.device import Unreachable, device_type, start
-from pretrain.parallel.ranks import Ranks
+from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import is_launched
 

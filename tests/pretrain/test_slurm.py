@@ -13,7 +13,7 @@ import pytest
 from common import run_lock as lock
 from common import slurm
 from common.errors import UserError
-from pretrain.parallel.ranks import Ranks
+from pretrain.ranks import Ranks
 from pretrain.resilience.signals import is_launched
 
 TASK = {

@@ -1,0 +1,106 @@
+"""Which room may import which: a file lives in the room of what it knows, and knowledge goes one way.
+
+A room is a folder of a package, or a file beside the folders. A room imports from itself and from what stands before it
+here; imports inside functions and under TYPE_CHECKING count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "common": [],
+    "model": [],
+    "data_prep": [],
+    "pretrain": [
+        "config",
+        "phases",
+        "ranks",
+        "device",
+        "data",
+        "parallel",
+        "engine",
+        "checkpoint",
+        "routing",
+        "report",
+        "resilience",
+        "trainer",
+        "evaluate",
+        "resume",
+        "loop",
+        "cli",
+        "smoke",
+    ],
+    "launch": [],
+}
+"""Package -> its rooms, the lowest first; [] where they may import each other."""
+MAY_IMPORT = {
+    "common": {"common"},
+    "model": {"common", "model"},
+    "data_prep": {"common", "data_prep"},
+    "pretrain": {"common", "model", "data_prep", "pretrain"},
+    "launch": {"common", "model", "data_prep", "pretrain", "launch"},
+}
+"""Package -> packages of the repository that it may import: neither tests nor benchmarks."""
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of every module of the product."""
+    files = [path.relative_to(ROOT) for package in ROOMS for path in (ROOT / package).rglob("*.py")]
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): ROOT / path for path in files}
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+    """Modules of the repository that a file imports; without `everywhere` only those that importing it imports."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if everywhere or not later:
+            waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+
+
+def room(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_room_imports_only_rooms_before_it(package: str) -> None:
+    order, found = ROOMS[package], []
+    for module, path in MODULES.items():
+        if module.split(".")[0] != package:
+            continue
+        for target in imports(path, everywhere=True):
+            other = target.split(".")[0]
+            if other in (*ROOMS, "tests", "benchmarks") and other not in MAY_IMPORT[package]:
+                found.append(f"{module} imports {target}")
+            if other == package and order and room(module):
+                assert {room(module), room(target)} <= {*order, ""}, f"{module} or {target}: give its room a place here"
+                if room(target) and order.index(room(target)) > order.index(room(module)):
+                    found.append(f"{module} imports {target}, a later room")
+    assert not found, "\n".join(found)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name: set(imports(path, everywhere=False)) - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
