@@ -51,14 +51,14 @@ def check_declarations(
         if tuple(parameter.shape) != (share := local_shape(spec, parallel)):
             raise DeclarationError(
                 f"the parameter {name} has shape {list(parameter.shape)} on this rank, but its declaration means "
-                f"{list(share)}: {_division(spec, parallel)}; correct `shape` or `divided` in "
-                f"{_declared_in(model, name)}, or the layer"
+                f"{list(share)}, {_division(spec, parallel)}; correct the layer, or what it declares in "
+                f"{_declared_in(model, name)}"
             )
     for name in expected:
         if name not in built:
             raise DeclarationError(
-                f"the parameter {name} is declared, but its layer does not build it; remove it from "
-                f"{_declared_in(model, name)}"
+                f"the parameter {name} is declared, but its layer does not build it; correct the layer, or what it "
+                f"declares in {_declared_in(model, name)}"
             )
 
 

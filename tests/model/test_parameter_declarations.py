@@ -119,6 +119,7 @@ def altered(name: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, An
 
 
 GATE, UP = "blocks.0.feedforward.gate.weight", "blocks.0.feedforward.up_experts"
+FIX = "correct the layer, or what it declares in"
 IN_SWIGLU = "SwiGLU.parameter_specs (model/feedforward/swiglu.py)"
 MUTATIONS = {
     "not declared": (
@@ -127,29 +128,28 @@ MUTATIONS = {
     ),
     "declared as replicated": (
         SWIGLU, SwiGLU, altered("gate.weight", divided=None), context(tensor=2),
-        f"the parameter {GATE} has shape [6, 10] on this rank, but its declaration means [12, 10]: all of [12, 10] on "
-        f"every rank; correct `shape` or `divided` in {IN_SWIGLU}, or the layer",
+        f"the parameter {GATE} has shape [6, 10] on this rank, but its declaration means [12, 10], all of [12, 10] on "
+        f"every rank; {FIX} {IN_SWIGLU}",
     ),
     "another dimension": (
         SWIGLU, SwiGLU, altered("down.weight", divided=0), context(tensor=2),
         "the parameter blocks.0.feedforward.down.weight has shape [10, 6] on this rank, but its declaration means "
-        f"[5, 12]: [10, 12] with dimension 0 divided by 2; correct `shape` or `divided` in {IN_SWIGLU}, or the layer",
+        f"[5, 12], [10, 12] with dimension 0 divided by 2; {FIX} {IN_SWIGLU}",
     ),
     "another shape": (
         SWIGLU, SwiGLU, altered("gate.weight", shape=(10, 12)), ParallelContext(),
-        f"the parameter {GATE} has shape [12, 10] on this rank, but its declaration means [10, 12]: [10, 12] with "
-        f"dimension 0 divided by 1; correct `shape` or `divided` in {IN_SWIGLU}, or the layer",
+        f"the parameter {GATE} has shape [12, 10] on this rank, but its declaration means [10, 12], [10, 12] with "
+        f"dimension 0 divided by 1; {FIX} {IN_SWIGLU}",
     ),
     "experts not exchanged": (
         SIGMA_MOE, SigmaMoE, altered("up_experts", exchanged=False), context(expert=2),
-        f"the parameter {UP} has shape [4, 10, 5] on this rank, but its declaration means [8, 10, 5]: [8, 10, 5] with "
-        "dimension 0 divided by 1; correct `shape` or `divided` in SigmaMoE.parameter_specs "
-        "(model/feedforward/sigma_moe.py), or the layer",
+        f"the parameter {UP} has shape [4, 10, 5] on this rank, but its declaration means [8, 10, 5], [8, 10, 5] with "
+        f"dimension 0 divided by 1; {FIX} SigmaMoE.parameter_specs (model/feedforward/sigma_moe.py)",
     ),
     "not built": (
         SWIGLU, SwiGLU, lambda specs: specs | {"gate.bias": specs["gate.weight"]}, ParallelContext(),
-        f"the parameter blocks.0.feedforward.gate.bias is declared, but its layer does not build it; remove it from "
-        f"{IN_SWIGLU}",
+        f"the parameter blocks.0.feedforward.gate.bias is declared, but its layer does not build it; "
+        f"{FIX} {IN_SWIGLU}",
     ),
     "norm of a block": (
         SWIGLU, Block, lambda specs: {k: v for k, v in specs.items() if not k.startswith("attention_norm")},
@@ -159,8 +159,8 @@ MUTATIONS = {
     ),
     "output layer": (
         SWIGLU, Head, altered("bias", divided=None), context(tensor=2),
-        "the parameter head.bias has shape [4] on this rank, but its declaration means [8]: all of [8] on every rank; "
-        "correct `shape` or `divided` in Head.parameter_specs (model/layers.py), or the layer",
+        "the parameter head.bias has shape [4] on this rank, but its declaration means [8], all of [8] on every rank; "
+        f"{FIX} Head.parameter_specs (model/layers.py)",
     ),
 }  # fmt: skip
 
