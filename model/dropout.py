@@ -2,7 +2,7 @@
 
 The mask bit of an element depends on (seed, site, global sequence index, token, feature) alone. The global sequence
 index counts every sequence of the run, so it also tells the step. Two layouts, a recomputed block and a resumed run
-therefore draw the same masks (architecture.md, contract 3).
+therefore draw the same masks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""Every file of the repository that a docstring, a comment or a page names is there."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACKED = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+).stdout.splitlines()
+FILES = [name for name in TRACKED if (ROOT / name).is_file()]
+OTHERS = {
+    "data/c4/report/report.md": "what data_prep stats writes",
+    "report.md": "what data_prep stats writes",
+    "text/c4_utils.py": "tensorflow-datasets",
+    "tools/preprocess_data.py": "Megatron-LM",
+    "preprocess_data.py": "Megatron-LM",
+    "tensor_parallel/mappings.py": "megatron-core",
+    "distributed/_checkpointable.py": "torch",
+}
+"""Files that are named and belong to others, or to a run."""
+NAME = re.compile(r"(?<![\w/.{}<*$:-])(?:\.\./)*[\w-][\w./-]*\.(?:py|md)\b(?!\.)")
+
+
+def prose(path: Path) -> str:
+    """A page; of a Python file its docstrings and comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    kept, before = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        statement = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL)
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and statement):
+            kept.append(token.string)
+        if token.type != tokenize.COMMENT:
+            before = token.type
+    return "\n".join(kept)
+
+
+def missing(path: Path) -> Iterator[str]:
+    for name in NAME.findall(prose(path)):
+        places = (ROOT / name, path.parent / name)
+        is_ours = any(place.is_file() for place in places) or any(f"/{file}".endswith(f"/{name}") for file in FILES)
+        if not is_ours and name not in OTHERS:
+            yield name
+
+
+@pytest.mark.parametrize("folder", sorted({name.split("/")[0] for name in FILES if name.endswith((".py", ".md"))}))
+def test_files_that_are_named_exist(folder: str) -> None:
+    found = {
+        f"{name}: {other}"
+        for name in FILES
+        if name.split("/")[0] == folder and name.endswith((".py", ".md"))
+        for other in missing(ROOT / name)
+    }
+    assert not found, "\n".join(sorted(found))
+
+
+@pytest.mark.parametrize("text", ["# see gone.py", "'''As docs/gone.py says.'''", "def f():\n    '''../gone.py'''"])
+def test_a_file_that_is_gone_is_found(tmp_path: Path, text: str) -> None:
+    (tmp_path / "module.py").write_text(f"x = 'other.py'\n{text}\n")
+    assert [name.rpartition("/")[2] for name in missing(tmp_path / "module.py")] == ["gone.py"]
