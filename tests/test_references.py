@@ -71,3 +71,12 @@ def test_files_that_are_named_exist(folder: str) -> None:
 def test_a_file_that_is_gone_is_found(tmp_path: Path, text: str) -> None:
     (tmp_path / "module.py").write_text(f"x = 'other.py'\n{text}\n")
     assert [name.rpartition("/")[2] for name in missing(tmp_path / "module.py")] == ["gone.py"]
+
+
+def test_the_glossary_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([A-Za-z_.]+)` in `([\w./]+)`", text)
+    assert len(named) >= 5
+    for name, file in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert all(re.search(rf"(class|def) {part}\b", source) for part in name.split(".")), f"{name} in {file}"
