@@ -11,6 +11,9 @@ class ConfigError(UserError):
     """The configuration is refused; the message starts with the dotted key."""
 
 
-class DataError(ValueError):
-    """A problem with data or its configuration that the user can mend: one message with what, which file,
-    which fix."""
+class DataError(UserError):
+    """Data, or the configuration that prepares them, are refused; the message names the file or key and the fix."""
+
+
+class PassingError(DataError):
+    """The user did nothing wrong: the same command may succeed later, and it continues where it was."""

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.strict_json import dumps
 
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[^.]+-\d+-[0-9a-f]{8}\.tmp")
+"""Names that `temporary_path` gives: .NAME.HOST-PROCESS-TOKEN.tmp."""
 
-def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes JSON beside `path`, flushes it to the disk and renames it into place. NaN and infinities become null."""
-    replace_file(path, [dumps(value, indent=indent).encode() + b"\n"])
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream, for writing and reading. Its content gets the name `path` when the block ends without an error.
+
+    A reader, or a crash, sees all of the content or none of it: it goes to a temporary name, is flushed to the disk
+    and renamed, and the rename is made durable. Any number of processes, on any nodes, may write the same path.
+    """
+    temporary = temporary_path(path)
+    stream = temporary.open("w+b")
+    try:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
+        os.replace(temporary, path)
+    except BaseException:
+        stream.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file as `replacing` does."""
+    replace_file(path, [content])
 
 
 def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes `parts` beside `path`, flushes them to the disk and renames them into place."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
+    """Writes the parts, one after the other, as `replacing` does."""
+    with replacing(path) as stream:
+        stream.writelines(parts)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Writes JSON and a newline as `replacing` does. NaN and infinities become null."""
+    write_file(path, dumps(value, indent=indent).encode() + b"\n")
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process, on any node, uses."""
+    host = socket.gethostname().replace(".", "_")
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def intended_name(name: str) -> str:
+    """The name that a temporary file, which a killed process left, would have got; any other name as it is."""
+    found = TEMPORARY.fullmatch(name)
+    return found["name"] if found else name
 
 
 def sync_directory(path: Path) -> None:
@@ -34,15 +74,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
-    """Hex digest of a file's bytes; `read`, if given, hears how many more were read."""
-    with open(path, "rb", buffering=0) as file:
-        if read is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-            read(len(block))
-        return digest.hexdigest()

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import DataError
+from common.arguments import at_least, drop_stdout
+from common.errors import DataError, PassingError
 from common.folders import check_folder, is_full, no_room
+from common.splits import SPLITS
 from common.terminal import spare_stdout, visible
+from common.urls import without_secrets
 from data_prep.config import describe_keys, load_config
-from data_prep.raw.locations import without_secrets
 from data_prep.report import show as report
 from data_prep.report.stats import REPORT_FOLDER, write_report
 from data_prep.run import publish as prepare
@@ -25,9 +27,9 @@ from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_byt
 from data_prep.run.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
 from data_prep.run.pipeline import Pipeline, Slice
 from data_prep.run.plan import Plan, make_plan, output_folder
-from data_prep.shards.format import SPLITS, TOKENIZER_FILE, Manifest
+from data_prep.shards.format import TOKENIZER_FILE, Manifest
 from data_prep.stages.lossy import check_given_model
-from data_prep.work.folder import WORK, PassingError
+from data_prep.work.folder import WORK
 from data_prep.work.parallel import worker_pool
 
 PASSING_ERROR = 1
@@ -203,15 +205,6 @@ def _show_command(arguments: argparse.Namespace) -> None:
     report.show(_manifest(arguments), split=arguments.split, index=arguments.index, count=arguments.count)
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-
-    return number
-
-
 def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
     command.add_argument(
         "--config", type=Path, required=required, metavar="FILE", help="JSON config, see configs/data/"
@@ -238,8 +231,8 @@ def _add_slice(command: argparse.ArgumentParser) -> None:
         "take only every N-th raw file (or batch of small ones), from the K-th (0 to N - 1): one array task; see "
         "docs/data.md"
     )
-    command.add_argument("--task", type=_at_least(0), metavar="K", help=help_text)
-    command.add_argument("--tasks", type=_at_least(1), metavar="N", help="number of array tasks")
+    command.add_argument("--task", type=at_least(0), metavar="K", help=help_text)
+    command.add_argument("--tasks", type=at_least(1), metavar="N", help="number of array tasks")
 
 
 def _add_reader(command: argparse.ArgumentParser) -> None:
@@ -287,8 +280,8 @@ def _build_parser() -> argparse.ArgumentParser:
     show = add("show", _show_command, "print documents, decoded from the shards")
     _add_reader(show)
     show.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    show.add_argument("--index", type=_at_least(0), default=0, help="first document, from 0 (default: 0)")
-    show.add_argument("--count", type=_at_least(1), default=1, help="number of documents (default: 1)")
+    show.add_argument("--index", type=at_least(0), default=0, help="first document, from 0 (default: 0)")
+    show.add_argument("--count", type=at_least(1), default=1, help="number of documents (default: 1)")
     return parser
 
 
@@ -311,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_one_line(error), file=sys.stderr)
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except BrokenPipeError:  # `show | head`: the reader left, which is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR

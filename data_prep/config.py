@@ -19,13 +19,12 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic.fields import FieldInfo
 
 from common.errors import DataError
+from common.paths import REPOSITORY
+from common.urls import URL
 from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, FormatName
 from data_prep.raw.plain_text import TextDocuments
 from data_prep.shards.format import BYTE_VALUES
-from data_prep.stage_config import URL, DedupConfig, FilterConfig, IngestConfig, Section, as_list
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
+from data_prep.stage_config import DedupConfig, FilterConfig, IngestConfig, Section, as_list
 
 PathPatterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
 

@@ -1,6 +1,5 @@
 """Settings of the stages before tokenising: what is refused as damaged, what is filtered, what is a duplicate."""
 
-import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -93,7 +92,3 @@ class DedupConfig(Section):
         if not (self.exact or self.near):
             raise ValueError("exact and near are both false, so nothing would be removed; drop the section")
         return self
-
-
-URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-PIPE = "pipe:"  # before a command whose output is read

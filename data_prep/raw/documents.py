@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from common.errors import DataError
+from common.splits import SPLITS, SplitName
 from data_prep.raw.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, is_parquet, is_tar, no_json_lines
 from data_prep.raw.json_text import json_record, text_in
 from data_prep.raw.locations import InputFile
@@ -28,7 +29,6 @@ from data_prep.raw.plain_text import TextDocuments, text_documents
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, too_long
 from data_prep.raw.tar_samples import tar_documents
 from data_prep.raw.unpack import DAMAGE, DamagedFileError, NoDocumentError, Unpacked, unpacked
-from data_prep.shards.format import SPLITS, SplitName
 
 # The keys that every line of a format carries; more keys are allowed (a dump may be annotated).
 FORMAT_KEYS: dict[str, frozenset[str]] = {

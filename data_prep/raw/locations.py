@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import braceexpand
 
-from common.errors import DataError
-from data_prep.stage_config import PIPE, URL
-from data_prep.work.folder import PassingError
+from common.errors import DataError, PassingError
+from common.hashing import sha256_stream
+from common.urls import PIPE, URL, WEB, without_secrets
 
 # Parts of a query that a signed URL gets anew each time: they do not say which file it is.
 _SIGNATURE = re.compile(
@@ -27,31 +27,12 @@ _SIGNATURE = re.compile(
     r"|sig|s[vrepst]|sip|spr|srt|sk(oid|tid|t|e|s|v)"  # Azure
     r"|.*token|api_?key|auth(orization)?"
 )
-_ADDRESS = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<login>[^\s/@'\"<>]*@)?(?P<address>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
-    re.IGNORECASE,
-)
-_WEB = ("http://", "https://")
 _FILE_ENDINGS = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".json", ".jsonl", ".txt", ".raw")
 _PASSING_STATUS = (408, 425, 429)
 
 
 class UnreachableError(PassingError):
     """A file behind a URL that could not be read now; another attempt may succeed."""
-
-
-def without_secrets(text: str) -> str:
-    """A text in which every URL has lost its query and what stands before its host."""
-    return _ADDRESS.sub(lambda found: found["scheme"] + found["address"], text)
-
-
-def may_hold_secret(text: str) -> bool:
-    """Whether a URL in a text has a password before its host or, on the web, a query, which may be a signature."""
-    for found in _ADDRESS.finditer(text):
-        login, is_web = found["login"] or "", found["scheme"].lower() in _WEB
-        if ":" in login or (is_web and (login or found["query"])):
-            return True
-    return False
 
 
 @dataclass(frozen=True)
@@ -74,7 +55,7 @@ class RemoteFile:
     def is_http(self) -> bool:
         """Whether a web server has it: then `?` begins a query, there are no folders, and reading is from front to
         back."""
-        return self.url.lower().startswith(_WEB)
+        return self.url.lower().startswith(WEB)
 
     @property
     def identity(self) -> str:
@@ -294,10 +275,5 @@ def size_and_stamp(file: InputFile) -> tuple[int | None, str]:
 
 def sha256_of(file: InputFile, *, on_bytes: Callable[[int], object] | None = None) -> str:
     """Hex sha256 of a file as stored; `on_bytes` is told the size of each block read."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest()
+        return sha256_stream(stream, on_bytes)

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from common.errors import DataError
+from common.splits import SplitName
 from data_prep.raw.json_text import named, text_in
 from data_prep.raw.locations import InputFile, PipeFile, RemoteFile, read_error
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
-from data_prep.shards.format import SplitName
 
 BATCH_BYTES = 1 << 22  # of text decoded at a time, by the mean of a row group
 BATCH_ROWS = 4096

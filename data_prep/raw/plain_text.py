@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from common.splits import SplitName
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import Unpacked
-from data_prep.shards.format import SplitName
 
 TextDocuments = Literal["file", "blank_lines"]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_prep.shards.format import SplitName
+from common.splits import SplitName
 
 EXCERPT_BYTES = 200
 

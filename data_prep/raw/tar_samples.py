@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+from common.splits import SplitName
 from data_prep.raw.json_text import json_record, named, text_in
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import BLOCK_BYTES, DamagedFileError, Unpacked
-from data_prep.shards.format import SplitName
 
 TEXT_ENDINGS, JSON_ENDING = ("txt", "text"), "json"
 _META = re.compile(r"__[^/]*__($|/)")  # what describes the archive, by webdataset's rule

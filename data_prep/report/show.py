@@ -1,11 +1,12 @@
 """What a user sees of prepared data: verification table, statistics, documents."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from common.errors import DataError
+from common.tables import text_table
 from common.terminal import visible
 from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows
 from data_prep.run.pipeline import Pipeline
@@ -16,17 +17,6 @@ from data_prep.stages.ingest import name_bad_files
 from data_prep.stages.tokenizer import TextTokenizer
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Plain text columns: first column left, others right; integers get thousands separators."""
-    cells = [list(header)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
-
-
 def verify(manifest: Manifest) -> None:
     """Checks everything, every byte included, and prints one row per shard. Raises DataError at the first
     mismatch."""
@@ -35,7 +25,7 @@ def verify(manifest: Manifest) -> None:
     for split in manifest.splits:
         _check_content(manifest, split)
     rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
-    print(table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
+    print(text_table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
     if tokenizer.sha256 is None:
         print(f"tokenizer: bytes, {tokenizer.vocab_size} values, no model")
@@ -78,10 +68,10 @@ def stats(manifest: Manifest) -> None:
         if sums.documents:
             of_split = Lengths.of(manifest, split)
             lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
-    print(table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
+    print(text_table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
     print()
     print("tokens per document")
-    print(table(("split", *QUANTILES, "mean"), lengths))
+    print(text_table(("split", *QUANTILES, "mean"), lengths))
 
 
 def dropped(manifest: Manifest) -> None:
@@ -89,7 +79,7 @@ def dropped(manifest: Manifest) -> None:
     rows = dropped_rows(manifest)
     if rows:
         print()
-        print(table(("left out", "reason", "documents"), rows))
+        print(text_table(("left out", "reason", "documents"), rows))
     if lines := manifest.provenance.dropped.get("lines"):
         print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
 
@@ -100,7 +90,7 @@ def progress(pipeline: Pipeline) -> None:
     rejected = sum(sum(state.rejected.values()) for state in states)
     text_bytes = sum(part.bytes for part in pipeline.parts(whole=False))
     rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
-    print(table(("raw files", "documents", "text bytes", "quarantined"), rows))
+    print(text_table(("raw files", "documents", "text bytes", "quarantined"), rows))
 
 
 def bad_files(pipeline: Pipeline) -> None:

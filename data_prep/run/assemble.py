@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import replacing, write_file
+from common.hashing import sha256_file
+from common.splits import SplitName
 from data_prep.run import publish as prepare
 from data_prep.run.output_files import DUPLICATE_SAMPLES_FILE, FILTER_SAMPLES_FILE, QUARANTINE_FILE, RECORD_FILES
-from data_prep.shards.format import (
-    FORMAT_VERSION,
-    SplitName,
-    TokenizerEntry,
-    dtype_name,
-    sha256_file,
-)
+from data_prep.shards.format import FORMAT_VERSION, TokenizerEntry, dtype_name
 from data_prep.shards.writer import write_manifest
 from data_prep.stages import dedup
 from data_prep.stages.dedup_result import duplicate_verdicts
@@ -23,7 +20,7 @@ from data_prep.stages.filter import filtered_out, summary
 from data_prep.stages.ingest import quarantine_file
 from data_prep.stages.pack import ShardTask, read_entry, split_totals
 from data_prep.stages.selection import Selection
-from data_prep.work.folder import finished, replacing, write_atomically
+from data_prep.work.folder import finished
 from data_prep.work.parts import Part
 
 if TYPE_CHECKING:
@@ -130,4 +127,4 @@ def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import DataError
+from common.files import write_json
 from common.folders import check_folder, check_permission
+from common.hashing import sha256_file
+from common.splits import SPLITS
 from data_prep.run.plan import Plan
-from data_prep.shards.format import INDEX_SUFFIX, MANIFEST_FILE, SPLITS, TOKENIZER_FILE, Manifest, sha256_file
-from data_prep.work.folder import WORK, read_json, write_json
+from data_prep.shards.format import INDEX_SUFFIX, MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from data_prep.work.folder import WORK, read_json
 
 TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
 RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it

@@ -22,12 +22,14 @@ from typing import TypeVar
 import numpy as np
 
 from common.errors import DataError
+from common.files import write_file
+from common.hashing import sha256_file
 from data_prep.raw.locations import identity, size_and_stamp
 from data_prep.run import publish as prepare
 from data_prep.run.assemble import write_data_manifest
 from data_prep.run.output_files import TOKENIZER_RECORD, publish
 from data_prep.run.plan import Plan
-from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, dtype_name, sha256_file
+from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, dtype_name
 from data_prep.stages import dedup
 from data_prep.stages.dedup import Join
 from data_prep.stages.encode import EncodeTask, encode_part, is_encoded
@@ -51,7 +53,7 @@ from data_prep.stages.part_cutter import Encoding
 from data_prep.stages.selection import Selection
 from data_prep.stages.signatures import SignatureTask, is_signed, sign_part
 from data_prep.stages.tokenizer import SampleSource, TextTokenizer, TrainTask, train_on_sample
-from data_prep.work.folder import decided, finished, stage_folder, stage_key, write_atomically
+from data_prep.work.folder import decided, finished, stage_folder, stage_key
 from data_prep.work.parallel import Workers
 from data_prep.work.parts import Part
 
@@ -289,9 +291,9 @@ class Pipeline:
         if not record.exists():
             content = make()
             self._check_model(content)
-            write_atomically(model, content)
+            write_file(model, content)
             body = {"sha256": sha256_file(model), "settings": self.plan.tokenizer_settings()}
-            write_atomically(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
+            write_file(record, (json.dumps(body, indent=2) + "\n").encode("ascii"))
         return model
 
     def _train(self) -> bytes:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, PassingError
 from common.folders import expanded
-from data_prep.config import REPOSITORY, DataConfig
+from common.paths import REPOSITORY
+from common.splits import SPLITS, SplitName
+from common.urls import URL, without_secrets
+from data_prep.config import DataConfig
 from data_prep.raw.documents import ORIGINS, RawFile, SourceSplit
-from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match, without_secrets
-from data_prep.shards.format import SPLITS, SplitName
-from data_prep.stage_config import URL
-from data_prep.work.folder import WORK, PassingError
+from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match
+from data_prep.work.folder import WORK
 
 
 @dataclass(frozen=True, kw_only=True)

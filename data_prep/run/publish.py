@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import DataError
+from common.files import write_json
+from common.hashing import sha256_file
 from data_prep.raw.locations import InputFile, identity, sha256_of, size_and_stamp
 from data_prep.run.output_files import PUBLISHED, RUN_RECORD, TOKENIZER_RECORD, sizes
 from data_prep.run.plan import Plan
-from data_prep.shards.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest, sha256_file
-from data_prep.work.folder import STAGE_FOLDER, fingerprint, read_json, write_json
+from data_prep.shards.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from data_prep.work.folder import STAGE_FOLDER, fingerprint, read_json
 from data_prep.work.progress import byte_bar
 
 # Raise it when the same raw files and config would give other bytes: data made before is then no longer up to

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, PassingError
 from common.folders import is_full, no_room
-from data_prep.raw.locations import RemoteFile, UnreachableError, read_error, without_secrets
+from common.hashing import sha256_file
+from common.urls import without_secrets
+from data_prep.raw.locations import RemoteFile, UnreachableError, read_error
 from data_prep.shards.cache_folder import KEY, CacheFolder, StoredShard, locked, partial
-from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry, sha256_file
-from data_prep.work.folder import PassingError
+from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
 
 ATTEMPTS = 3
 BLOCK_BYTES = 1 << 22

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, PassingError
+from common.files import write_file
 from common.folders import check_writable_folder, free_bytes, no_room
 from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
-from data_prep.work.folder import PassingError, write_atomically
 
 KEY = "data.cache_dir"
 NAME = "switchall-cache"
@@ -79,7 +79,7 @@ class CacheFolder:
                 f"{KEY}: {self.root} holds {min(others)} and not the {MARKER} of a cache, so it is left alone; move it "
                 "or name another folder"
             )
-        write_atomically(self.root / MARKER, MARKER_TEXT.encode())
+        write_file(self.root / MARKER, MARKER_TEXT.encode())
 
     def add(self, manifest: bytes) -> Path:
         """The folder of a data set, with its manifest in it: by its content, so that another version of the data under
@@ -88,7 +88,7 @@ class CacheFolder:
         path = folder / MANIFEST_FILE
         with locked(self.lock(path)):
             if not path.exists() or path.read_bytes() != manifest:
-                write_atomically(path, manifest)
+                write_file(path, manifest)
         return folder
 
     def lock(self, file: Path) -> Path:

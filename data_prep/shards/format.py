@@ -18,7 +18,6 @@ All of it is data: JSON, raw integers and safetensors, never pickle. Imports: nu
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,8 @@ import safetensors.numpy
 from pydantic import PrivateAttr, ValidationError, model_validator
 
 from common.errors import DataError
+from common.hashing import sha256_file, sha256_json
+from common.splits import SPLITS, SplitName
 from data_prep.shards.manifest_records import BYTE_VALUES as BYTE_VALUES
 from data_prep.shards.manifest_records import Provenance, Record, Sha256, ShardEntry, SplitTotals, TokenizerEntry
 
@@ -38,8 +39,6 @@ TOKENIZER_FILE = "tokenizer.model"
 MEMBER_SUFFIX = ".tok.bin"
 INDEX_SUFFIX = ".idx.safetensors"
 TAR_BLOCK_BYTES = 512
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")  # test only if the corpus has one, the others always
 REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`"
 
 
@@ -48,23 +47,11 @@ def dtype_name(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 65536 else "uint32"
 
 
-def sha256_file(path: Path, *, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file, read in 4 MB blocks; `on_bytes` is told the size of each (for a progress bar)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest()
-
-
 def manifest_digest(body: dict[str, Any]) -> str:
     """Hex sha256 of the canonical JSON (sorted keys, no spaces, ASCII) of a manifest without its `digest`
     key."""
     rest = {key: value for key, value in body.items() if key != "digest"}
-    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    return sha256_json(rest)
 
 
 class Manifest(Record):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from common.files import replacing, write_file
 from data_prep.shards.format import (
     INDEX_SUFFIX,
     MANIFEST_FILE,
@@ -23,14 +24,13 @@ from data_prep.shards.format import (
     SplitTotals,
     manifest_digest,
 )
-from data_prep.work.folder import replacing, write_atomically
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> Manifest:
     """Adds the digest to a manifest body (JSON types only), writes it atomically and loads it back,
     validated."""
     body = {**body, "digest": manifest_digest(body)}
-    write_atomically(folder / MANIFEST_FILE, (json.dumps(body, indent=2) + "\n").encode("ascii"))
+    write_file(folder / MANIFEST_FILE, (json.dumps(body, indent=2) + "\n").encode("ascii"))
     return Manifest.load(folder)
 
 
@@ -93,7 +93,7 @@ class ShardWriter:
             member_tokens=np.array(self._member_tokens, np.int64),
             document_start=starts,
         ).to_bytes()
-        write_atomically(self._folder / f"{self._name}{INDEX_SUFFIX}", index)
+        write_file(self._folder / f"{self._name}{INDEX_SUFFIX}", index)
         self._replacing.__exit__(None, None, None)
         return ShardEntry(
             file=f"{self._name}.tar",

@@ -19,12 +19,13 @@ from typing import IO, Any
 import numpy as np
 import safetensors.numpy
 
+from common.files import replacing, write_file, write_json
 from data_prep.stage_config import DedupConfig
 from data_prep.stages.dedup_result import EXACT, NEAR
 from data_prep.stages.external_sort import ExternalSorter
 from data_prep.stages.selection import Selection
 from data_prep.stages.signatures import band_shape, read_band, read_low_bytes, similarity
-from data_prep.work.folder import read_json, replacing, write_atomically, write_json
+from data_prep.work.folder import read_json
 from data_prep.work.parallel import Workers
 from data_prep.work.parts import Part, read_index
 
@@ -116,7 +117,7 @@ def _find_exact(task: Join) -> None:
             _write_rows(stream, rows)
             documents = rows[:, 0].astype(np.int64)
             np.bitwise_or.at(bits, documents >> 3, np.uint8(1) << (documents & 7).astype(np.uint8))
-        write_atomically(task.path("exact.bits"), bits.tobytes())
+        write_file(task.path("exact.bits"), bits.tobytes())
 
 
 def _repeats(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -250,7 +251,7 @@ def _write_verdicts(task: Join) -> None:
             verdicts[rows[low:high, 0].astype(np.int64) - start] = verdict
         if verdicts.any():
             path = task.folder / f"{part.name}.safetensors"
-            write_atomically(path, safetensors.numpy.save({"verdict": verdicts}))
+            write_file(path, safetensors.numpy.save({"verdict": verdicts}))
 
 
 def read_rows(folder: Path, name: str, columns: int) -> np.ndarray:

@@ -8,11 +8,12 @@ import numpy as np
 import safetensors.numpy
 
 from common.errors import DataError
+from common.files import replacing, write_file
+from common.splits import SPLITS, SplitName
 from data_prep.raw.documents import stable_fractions
-from data_prep.shards.format import SPLITS, SplitName, dtype_name
+from data_prep.shards.format import dtype_name
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.stages.selection import Selection
-from data_prep.work.folder import replacing, write_atomically
 from data_prep.work.parts import Part, read_index
 
 FIRST_IDS = 1 << 16
@@ -98,7 +99,7 @@ class PartEncoder:
                 arrays[f"{split}_tokens"] = np.array(ids.tokens, np.int64)
                 arrays[f"{split}_bytes"] = np.array(ids.text_bytes, np.int64)
         arrays["crc32"] = np.array([crc], np.int64)
-        write_atomically(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
+        write_file(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
 
 
 def encode_part(task: EncodeTask) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from common.files import write_file, write_json
 from data_prep.stage_config import FilterConfig
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filters import RULES, Filters
-from data_prep.work.folder import read_json, write_atomically, write_json
+from data_prep.work.folder import read_json
 from data_prep.work.parts import Part, read_documents, read_index
 
 EXCERPT_CHARACTERS = 300
@@ -70,7 +71,7 @@ def filter_part(task: FilterTask) -> None:
                 "excerpt": excerpt[:EXCERPT_CHARACTERS],
             }
             keep_sample(samples.setdefault(rule, []), int(index.hash[number, 0]), line, task.config.samples)
-    write_atomically(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save({"rule": rules}))
+    write_file(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save({"rule": rules}))
     examples = {rule: sorted_samples(kept) for rule, kept in sorted(samples.items())}
     write_json(task.folder / f"{task.part.name}.json", {"counts": counts, "lines": lines, "samples": examples})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import DataError
+from common.files import replacing, write_json
 from common.terminal import visible
 from data_prep.config import DataConfig
 from data_prep.raw.documents import HARMLESS_REASONS, UNITS, RawFile, SourceSplit
@@ -20,7 +21,7 @@ from data_prep.raw.unpack import DamagedFileError, NoDocumentError
 from data_prep.run.plan import Plan
 from data_prep.run.publish import base_versions, versions
 from data_prep.stages.part_cutter import Encoding, PartCutter
-from data_prep.work.folder import fingerprint, read_json, replacing, stage_folder, write_json
+from data_prep.work.folder import fingerprint, read_json, stage_folder
 from data_prep.work.parts import PART_BYTES, Part
 
 # Formats that are one known file or archive each, in order: a damaged one is fetched again, not done without.

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards.format import ShardEntry, SplitName, SplitTotals
+from common.files import write_json
+from common.splits import SplitName
+from data_prep.shards.format import ShardEntry, SplitTotals
 from data_prep.shards.writer import ShardWriter
 from data_prep.stages.encode import encoded_splits, read_tokens
-from data_prep.work.folder import read_json, write_json
+from data_prep.work.folder import read_json
 from data_prep.work.parts import Part
 
 

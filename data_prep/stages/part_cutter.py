@@ -5,9 +5,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.splits import SplitName
 from data_prep.raw.documents import stable_fraction
 from data_prep.raw.records import Document
-from data_prep.shards.format import SplitName
 from data_prep.stages.encode import PartEncoder
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.work.parts import PART_DOCUMENTS, Part, PartWriter

@@ -15,8 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from common.files import replacing, write_file
+from common.hashing import splitmix64
 from data_prep.stages.selection import Selection
-from data_prep.work.folder import replacing, write_atomically
 from data_prep.work.parts import Part
 
 PERMUTATIONS = 256
@@ -70,7 +71,7 @@ def sign_part(task: SignatureTask) -> None:
         "document": np.array(numbers, np.int64),
         "bands": np.concatenate([np.empty((bands, 0), np.uint64), *hashes], axis=1),
     }
-    write_atomically(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save(arrays))
+    write_file(task.folder / f"{task.part.name}.safetensors", safetensors.numpy.save(arrays))
 
 
 def _batches(task: SignatureTask) -> Iterator[list[tuple[int, str]]]:
@@ -114,7 +115,7 @@ def shingle_hashes(words: np.ndarray, counts: np.ndarray, shingle_words: int) ->
         ahead = words[distance:]  # none if all documents together have fewer words than an n-gram
         shifted = np.concatenate([ahead, np.zeros(len(words) - len(ahead), np.uint64)])
         inside = np.arange(len(words)) + distance < np.repeat(stop, counts)
-        rolled = _mixed(rolled + np.where(inside, shifted, np.uint64(0)) + np.uint64(distance + 1))
+        rolled = splitmix64(rolled + np.where(inside, shifted, np.uint64(0)) + np.uint64(distance + 1))
     num_shingles = np.maximum(counts - shingle_words + 1, 1)
     position = np.arange(len(words)) - np.repeat(stop - counts, counts)
     kept = rolled[position < np.repeat(num_shingles, counts)]
@@ -127,17 +128,9 @@ def band_hashes(digests: np.ndarray, bands: int, rows: int) -> np.ndarray:
     for band in range(bands):
         mixed = np.zeros(len(digests), np.uint64)
         for column in range(band * rows, (band + 1) * rows):
-            mixed = _mixed(mixed + digests[:, column].astype(np.uint64))
+            mixed = splitmix64(mixed + digests[:, column].astype(np.uint64))
         hashes[band] = mixed
     return hashes
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64: every output bit depends on every input bit."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from common.errors import DataError
+from common.hashing import GOLDEN_RATIO, mix64
 from data_prep.config import TokenizerConfig
 from data_prep.raw.documents import stable_fractions
 from data_prep.stages.selection import Selection
@@ -272,7 +273,9 @@ def _choose(
         left -= int(index.size[usable].sum())
         parts.append(part)
         sizes.append(np.where(usable, index.size, share + 1))  # too large to be taken
-        priorities.append(np.where(usable, _seeded(index.hash[:, 1], seed), np.iinfo(np.uint64).max))
+        priorities.append(
+            np.where(usable, mix64(index.hash[:, 1] ^ np.uint64(seed * GOLDEN_RATIO % 2**64)), np.iinfo(np.uint64).max)
+        )
     if not parts:
         return
     size = np.concatenate(sizes)
@@ -284,14 +287,6 @@ def _choose(
     for part in parts:
         yield part, chosen[start : start + part.documents]
         start += part.documents
-
-
-def _seeded(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """uint64 [n]: numbers in another order for every seed, by splitmix64."""
-    values = hashes ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,54 +8,19 @@ write into the folder at the same time: at worst they make the same bytes twice.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from common.errors import DataError
-
-
-class PassingError(DataError):
-    """Nothing that the user got wrong: the same command may go through later, and goes on where it was."""
-
+from common.files import temporary_path, write_json
+from common.hashing import sha256_json
 
 WORK = ".work"
 STAGE_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}")  # the names that `stage_folder` gives
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content gets the name `path` when the block ends without an error; a reader, or a crash, sees
-    all of it or none. The temporary name is this process's own, on any node."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    stream = temporary.open("wb")
-    try:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
-        os.replace(temporary, path)
-    except BaseException:
-        stream.close()
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees all of it or none: temporary name, fsync, rename."""
-    with replacing(path) as stream:
-        stream.write(content)
-
-
-def write_json(path: Path, body: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode("ascii"))
 
 
 def read_json(path: Path) -> Any:
@@ -70,8 +35,7 @@ def read_json(path: Path) -> Any:
 
 def fingerprint(*settings: Any) -> str:
     """16 hex digits of the sha256 of JSON values."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
+    return sha256_json(settings)[:16]
 
 
 def stage_folder(work: Path, stage: str, *settings: Any) -> Path:
@@ -88,7 +52,7 @@ def stage_key(folder: Path) -> str:
 
 def decided(path: Path, choice: bool) -> bool:
     """The choice of the process that asked first; the same for all that ask after it, on any node."""
-    proposal = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    proposal = temporary_path(path)
     write_json(proposal, choice)
     with contextlib.suppress(FileExistsError):
         os.link(proposal, path)

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from data_prep.work.folder import PassingError
+from common.errors import PassingError
 from data_prep.work.one_thread import one_thread
 from data_prep.work.progress import byte_bar
 

@@ -18,8 +18,8 @@ import safetensors.numpy
 import zstandard
 
 from common.errors import DataError
-from data_prep.shards.format import SplitName
-from data_prep.work.folder import replacing, write_atomically
+from common.files import replacing, write_file
+from common.splits import SplitName
 
 # 8 s of BPE encoding: small enough to spread 1 GB over 32 processes, large enough that C4 is 25,000 parts.
 PART_BYTES = 1 << 25
@@ -108,7 +108,7 @@ class PartWriter:
             "position": np.array(self._positions, np.int64),
             "hash": np.frombuffer(bytes(self._hashes), ">u8").astype(np.uint64).reshape(-1, 2),
         }
-        write_atomically(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
+        write_file(self._folder / f"{self._name}.safetensors", safetensors.numpy.save(arrays))
         self._replacing.__exit__(None, None, None)
         return Part(name=self._name, documents=self.documents, bytes=self.bytes, split=self.split, files=files)
 

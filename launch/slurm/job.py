@@ -9,16 +9,15 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from data_prep.raw.locations import may_hold_secret
-from data_prep.work.folder import write_atomically
+from common.files import write_file
+from common.urls import may_hold_secret
 
 FOLDER = Path(__file__).resolve().parent
-REPOSITORY = FOLDER.parent.parent
 SHARED_TYPES = set(
     """9p afs beegfs ceph cifs cvmfs fuse gfs2 glusterfs gpfs lustre nfs nfs4 ocfs2 panfs pvfs2 smb3 virtiofs
     wekafs""".split()  # noqa: SIM905
@@ -172,7 +171,7 @@ def write_once(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_atomically(path, content)
+            write_file(path, content)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     return path
@@ -213,15 +212,6 @@ def after(job: int | str) -> list[str]:
     """sbatch's options of a job that starts when another one, an array as a whole, has ended well."""
     # kill-on-invalid-dep: after a job that failed for good it would stay in the queue for ever.
     return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-
-    return number
 
 
 def add_site_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import DataError, UserError
+from common.arguments import at_least
+from common.errors import UserError
+from common.paths import REPOSITORY
+from common.urls import PIPE, may_hold_secret
 from data_prep.config import load_config
-from data_prep.raw.locations import may_hold_secret
 from data_prep.run.disk_estimate import check_room
 from data_prep.run.output_files import check_output
 from data_prep.run.plan import Plan, make_plan
-from data_prep.stage_config import PIPE
 from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
@@ -34,14 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
     )
-    parser.add_argument(
-        "--tasks", type=job.at_least(1), required=True, metavar="N", help="array tasks, at most raw files"
-    )
+    parser.add_argument("--tasks", type=at_least(1), required=True, metavar="N", help="array tasks, at most raw files")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each task, e.g. 4:00:00")
     parser.add_argument(
-        "--cpus-per-task", type=job.at_least(1), default=8, metavar="N", help="CPUs and processes of a task"
+        "--cpus-per-task", type=at_least(1), default=8, metavar="N", help="CPUs and processes of a task"
     )
-    parser.add_argument("--requeues", type=job.at_least(0), default=5, metavar="N", help="restarts of each task")
+    parser.add_argument("--requeues", type=at_least(0), default=5, metavar="N", help="restarts of each task")
     parser.add_argument(
         "--force",
         action="store_true",
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
             numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
-    except (UserError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if numbers:
             print(f"already submitted: {' '.join(numbers)}; cancel with scancel", file=sys.stderr)
@@ -101,7 +100,7 @@ def _check(args: argparse.Namespace) -> Plan:
             f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "
             f"use --tasks {len(plan.sources)}"
         )
-    places = [("output", plan.output), ("--config", args.config), ("the repository", job.REPOSITORY)]
+    places = [("output", plan.output), ("--config", args.config), ("the repository", REPOSITORY)]
     for what, place in places:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
         if warning is not None:
@@ -130,7 +129,7 @@ def _script(args: argparse.Namespace, plan: Plan, step: str, *, is_array: bool) 
     }
     settings = {
         **job.variables(args.env),
-        "REPOSITORY": str(job.REPOSITORY),
+        "REPOSITORY": str(REPOSITORY),
         "PYTHON": job.on_path(args.python or sys.executable),
         "REQUEUES": str(args.requeues),
         **({"TASKS": str(args.tasks)} if is_array else {}),

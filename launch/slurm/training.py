@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import DataError, UserError
-from data_prep.stage_config import URL
+from common.arguments import at_least
+from common.errors import UserError
+from common.paths import REPOSITORY
+from common.urls import URL
 from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
@@ -38,24 +40,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
     )
     parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
-    parser.add_argument("--nodes", type=job.at_least(1), required=True, metavar="N", help="nodes")
+    parser.add_argument("--nodes", type=at_least(1), required=True, metavar="N", help="nodes")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpus-per-node", type=job.at_least(1), metavar="N", help="GPUs of each node")
+    where.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="GPUs of each node")
     where.add_argument("--cpu", action="store_true", help="train on the CPUs of the nodes; without GPUs say so")
     parser.add_argument(
         "--after",
-        type=job.at_least(1),
+        type=at_least(1),
         metavar="JOB",
         help="start when this job, the last of a data preparation, has ended well; the data are checked then, not now",
     )
     parser.add_argument(
-        "--ranks-per-node", type=job.at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
+        "--ranks-per-node", type=at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
     )
-    parser.add_argument("--cpus-per-rank", type=job.at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
+    parser.add_argument("--cpus-per-rank", type=at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
     parser.add_argument(
         "--signal-seconds",
-        type=job.at_least(1),
+        type=at_least(1),
         metavar="N",
         help=f"how long before the limit the ranks are told to save and leave (default: {SIGNAL_SECONDS}, or half of a "
         f"shorter limit); SLURM may be 60 s early",
@@ -67,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
         "tokens per second, and a verdict (launch/smoke.py); never requeued",
     )
     parser.add_argument(
-        "--requeues", type=job.at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
+        "--requeues", type=at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
     )
     parser.add_argument(
         "--faults",
-        type=job.at_least(1),
+        type=at_least(1),
         default=3,
         metavar="N",
         help="give up after so many starts in a row that left no newer checkpoint",
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job.write_once(logs, "config", ".json", content)
         path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))
         number = job.submit(path, *([] if args.after is None else job.after(args.after)))
-    except (UserError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.REFUSED
     lines = [
@@ -143,7 +145,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
             f"checked when the job starts, not now; where they do not fit it ends with exit code 2",
             file=sys.stderr,
         )
-    places = [("--run-dir", run_dir), ("the repository", job.REPOSITORY), ("--python", _python(args))]
+    places = [("--run-dir", run_dir), ("the repository", REPOSITORY), ("--python", _python(args))]
     places += [("data", folder) for folder in data]
     for what, place in places:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
@@ -201,7 +203,7 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
         settings={
             **job.variables(args.env),
             "RUN_DIR": str(run_dir),
-            "REPOSITORY": str(job.REPOSITORY),
+            "REPOSITORY": str(REPOSITORY),
             "PYTHON": str(_python(args)),
             "REQUEUES": "0" if args.smoke else str(args.requeues),
             "FAULTS": str(args.faults),

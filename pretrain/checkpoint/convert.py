@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, UserError
+from common.errors import UserError
 from common.files import replace_file, write_json
-from data_prep.shards.format import Manifest, sha256_file
-from data_prep.stage_config import URL
+from common.hashing import sha256_file
+from common.urls import URL
+from data_prep.shards.format import Manifest
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint
 from pretrain.config.loading import parse_config
 
@@ -73,7 +74,7 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
         entry = manifest.tokenizer
         if entry.file is not None and sha256_file(manifest.folder / entry.file) != entry.sha256:
             raise UserError(f"{manifest.folder / entry.file} does not match its manifest")
-    except (UserError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         if place is not None:
             raise UserError(str(error)) from None
         return None, f"{error}; name the place of the prepared data with --data"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import sha256
+from common.files import intended_name
+from common.hashing import sha256_file
 from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
@@ -86,7 +87,7 @@ class Checkpoint:
         `read` hears of the bytes read."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
-                found = sha256(self.path / name, read)
+                found = sha256_file(self.path / name, read)
             except OSError as error:
                 return _unreadable(error)
             if found != self.state["files"][name]["sha256"]:
@@ -103,7 +104,7 @@ def _unreadable(error: Exception) -> str:
 
 def digest_entry(path: Path) -> dict[str, Any]:
     """{"bytes", "sha256"} of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -146,7 +147,11 @@ def remove_partials(folder: Path) -> None:
 
 def holds_checkpoint_files_alone(path: Path) -> bool:
     """Whether everything in a folder is what a checkpoint writes there: then a run may remove it."""
-    return path.is_dir() and not path.is_symlink() and all(OWN_FILE.fullmatch(entry.name) for entry in path.iterdir())
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(OWN_FILE.fullmatch(intended_name(entry.name)) for entry in path.iterdir())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

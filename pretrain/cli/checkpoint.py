@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import reader_may_leave
 from common.errors import UserError
+from common.tables import text_table
 from pretrain.checkpoint.convert import convert, progress_bar
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.report.exit_codes import ExitCode
@@ -57,16 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused or damaged."""
     args = build_parser().parse_args(arguments)
     try:
-        if args.command == "list":
-            print_list(args.folder)
-        elif args.command == "verify":
-            return verify_all(args.folder)
-        else:
-            convert(_newest(args.folder), args.out, data=args.data)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with reader_may_leave():
+            if args.command == "list":
+                print_list(args.folder)
+            elif args.command == "verify":
+                return verify_all(args.folder)
+            else:
+                convert(_newest(args.folder), args.out, data=args.data)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
@@ -104,10 +102,7 @@ def print_list(folder: Path) -> None:
     if not paths and not others:
         raise UserError(f"RUN_DIR: {place} holds no checkpoints")
     titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")
-    rows = [titles, *(_row(path) for path in [*paths, *others])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(text_table(titles, [_row(path) for path in [*paths, *others]], left=None))
 
 
 def _row(path: Path) -> tuple[str, ...]:

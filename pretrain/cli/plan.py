@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import reader_may_leave
 from common.errors import UserError
 from pretrain.report.exit_codes import ExitCode
 
@@ -82,22 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
     args = build_parser().parse_args(arguments)
     try:
-        if args.command == "costs":
-            from pretrain.cli.plan_costs import print_costs
+        with reader_may_leave():
+            if args.command == "costs":
+                from pretrain.cli.plan_costs import print_costs
 
-            print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
-        elif args.command == "layout":
-            from pretrain.cli.plan_layout import print_layout
+                print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
+            elif args.command == "layout":
+                from pretrain.cli.plan_layout import print_layout
 
-            print_layout(args.config, args.ranks, args.overrides)
-        else:
-            from pretrain.cli.plan_match import print_match
+                print_layout(args.config, args.ranks, args.overrides)
+            else:
+                from pretrain.cli.plan_match import print_match
 
-            print_match(args.config, args.like, args.solve, args.overrides)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader, e.g. `head`, has what it wanted. What is left goes nowhere, or Python reports it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print_match(args.config, args.like, args.solve, args.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED

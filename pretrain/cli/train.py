@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from common.errors import DataError, UserError
+from common.errors import UserError
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.keys import fields
 from pretrain.config.loading import load_config, to_json
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         if ranks.rank == 0:
             print_derived(config, data_size, sources, run_dir)
         return run(config, sources, run_dir, ranks, stop)
-    except (UserError, DataError) as error:
+    except UserError as error:
         # All ranks of a node find the same fault before they have met: one of them says so.
         if ranks.local_rank == 0 or stop.step_aside():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -167,7 +167,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times
             agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
         return train(config, sources, run_dir, device, stop)
-    except (UserError, DataError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
     except PeerFailed:

@@ -8,8 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
-from data_prep.raw.locations import may_hold_secret, without_secrets
-from data_prep.stage_config import URL
+from common.urls import URL, may_hold_secret, without_secrets
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.keys import fields
 from pretrain.config.schema import Config

@@ -12,6 +12,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from common.hashing import mix64, number_of
+
 ROUNDS = 6
 """Rounds of the network. Four already give a pseudorandom permutation (Luby and Rackoff); two more cost 30 ns each."""
 
@@ -43,7 +45,7 @@ def permute_in_blocks(
     does not divide the size joins the last group."""
     block_windows = min(block_windows, size)
     num_blocks, group_windows = size // block_windows, blocks * block_windows
-    first = int.from_bytes(hashlib.sha256(f"{key}/first".encode()).digest()[:8], "little") % size
+    first = number_of(f"{key}/first") % size
     groups, places = np.divmod(index, group_windows)
     windows = np.empty_like(index)
     for group in np.unique(groups).tolist():
@@ -70,15 +72,8 @@ def permute(index: NDArray[np.int64], size: int, *, key: str) -> NDArray[np.int6
     while walking.size:
         left, right = values[walking] >> half, values[walking] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mix64(right + round_key) & mask)
         moved = (left << half) | right
         values[walking] = moved
         walking = walking[moved >= np.uint64(size)]
     return values.astype(np.int64).reshape(np.shape(index))
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64-bit finaliser (splitmix64): every output bit depends on every input bit. Wraps modulo 2^64 by intention."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import Manifest, TokenizerEntry
-from data_prep.stage_config import URL
+from common.urls import URL
 from pretrain.config.schema import Config
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 from common.errors import UserError

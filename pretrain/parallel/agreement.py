@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from common.errors import DataError, UserError
+from common.errors import UserError
 from pretrain.device import on_collective_device
 
 Result = TypeVar("Result")
@@ -21,7 +21,7 @@ class PeerFailed(Exception):
 
 
 def agreed(function: Callable[[], Result]) -> Result:
-    """Calls `function` on every rank; collective. If it raises UserError or DataError anywhere, the lowest such rank
+    """Calls `function` on every rank; collective. If it raises a UserError anywhere, the lowest such rank
     raises it and every other rank raises PeerFailed."""
     result, error = attempt(function)
     agree(error)
@@ -29,11 +29,11 @@ def agreed(function: Callable[[], Result]) -> Result:
 
 
 def attempt(function: Callable[[], Result]) -> tuple[Result, Exception | None]:
-    """What `function` returns, and the UserError or DataError that it raises, for `agree`; not collective. With an
+    """What `function` returns, and the UserError that it raises, for `agree`; not collective. With an
     error the result is None, and `agree` raises."""
     try:
         return function(), None
-    except (UserError, DataError) as error:
+    except UserError as error:
         return None, error  # type: ignore[return-value]
 
 

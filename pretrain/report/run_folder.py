@@ -16,10 +16,12 @@ from common.run_lock import FolderLock
 from pretrain.report import console
 from pretrain.report.exit_codes import ExitCode
 
+REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json")
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
-    *(f"{name}.partial" for name in ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json")),
+    *(f".{name}.*.tmp" for name in REPLACED),
+    *(f"{name}.partial" for name in REPLACED),  # of earlier versions
     "outcome.json",
     "ranks/rank-*",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import DataError, UserError
+from common.errors import UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
@@ -75,7 +75,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     except RunFailed as error:
         folder.end(error.code, str(error))
         raise
-    except (UserError, DataError) as error:
+    except UserError as error:
         folder.end(ExitCode.REFUSED, str(error))
         raise
     except PeerFailed:

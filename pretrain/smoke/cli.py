@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DataError, UserError
+from common.errors import UserError
 from pretrain.cli.train import preflight
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
         sources, _ = preflight(config, ranks.world_size, run_dir / "smoke")
-    except (UserError, DataError) as error:
+    except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
@@ -121,7 +121,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
         code, words = _test(config, sources, run_dir, device, stop, args)
     except PeerFailed:
         words = "FAILED: another rank met an error and says so in its own output"
-    except (UserError, DataError, RunFailed) as error:
+    except (UserError, RunFailed) as error:
         speaks, words = True, f"FAILED: {error}"
     except Exception as error:  # of a collective, for example: the verdict names it, below the traceback
         traceback.print_exc()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import REPOSITORY
+from common.paths import REPOSITORY
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
 SAMPLE = REPOSITORY / "data_prep" / "sample"

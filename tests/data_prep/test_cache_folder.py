@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 import data_prep.shards.cache as shard_cache
-from common.errors import DataError
+from common.errors import DataError, PassingError
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.cache_folder import MARKER, NAME, CacheFolder
 from data_prep.shards.format import Manifest
-from data_prep.work.folder import PassingError
 from tests.data_prep.test_shard_cache import DOCUMENTS, EVERYTHING, reader_of, stored
 from tests.data_prep.test_shards import write_data
 

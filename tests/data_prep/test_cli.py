@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.paths import REPOSITORY
 from common.terminal import visible
 from data_prep.cli import main
-from data_prep.config import REPOSITORY, known_keys
+from data_prep.config import known_keys
 from data_prep.report.stats import QUANTILES, RATIO_STEP, Lengths, pieces
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer

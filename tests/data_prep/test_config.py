@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from common.errors import DataError
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY, DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
+from data_prep.config import DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
 from data_prep.run.plan import make_plan
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import c4_line, write_dump

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY, load_config
+from data_prep.config import load_config
 from data_prep.raw.documents import RawFile, Rejected, documents, is_article_heading
 from data_prep.run.plan import make_plan
 from data_prep.shards.format import Manifest

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY
 from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
 from data_prep.work.parallel import _start_method
@@ -129,7 +129,8 @@ def test_the_command_forks_its_workers(raw: tuple[Path, dict[str, Any]], apart: 
     """As a user starts it; here, among pytest's threads, workers may be spawned."""
     config = str(write_config(raw, "forked", workers=2))
     code = (
-        "import sys\nfrom data_prep import __main__, parallel\nassert parallel._start_method() == 'fork'\n"
+        "import sys\nfrom data_prep import __main__\nfrom data_prep.work import parallel\n"
+        "assert parallel._start_method() == 'fork'\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -11,8 +11,8 @@ import pytest
 
 from common.errors import DataError
 from common.folders import check_writable_folder
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY
 from data_prep.shards.format import Manifest
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 
-from common.errors import DataError
+from common.errors import DataError, PassingError
 from common.terminal import visible
+from common.urls import may_hold_secret, without_secrets
 from data_prep.cli import main
-from data_prep.raw.locations import (
-    RemoteFile,
-    UnreachableError,
-    identity,
-    match,
-    may_hold_secret,
-    size_and_stamp,
-    without_secrets,
-)
+from data_prep.raw.locations import RemoteFile, UnreachableError, identity, match, size_and_stamp
 from data_prep.run.plan import _names
 from data_prep.shards.format import Manifest
-from data_prep.work.folder import PassingError
 from tests.data_prep.conftest import make_texts
 from tests.data_prep.test_inputs import write
 from tests.data_prep.test_prepare import one_error

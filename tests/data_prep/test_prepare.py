@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY
 from data_prep.run import publish as prepare
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from common.errors import DataError
+from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import REPOSITORY, load_config
+from data_prep.config import load_config
 from data_prep.run import publish as prepare
 from data_prep.run.plan import make_plan
 from data_prep.shards.format import Manifest, manifest_digest

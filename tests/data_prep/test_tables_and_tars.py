@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import zstandard
 
-from common.errors import DataError
+from common.errors import DataError, PassingError
 from data_prep.cli import main
 from data_prep.raw import parquet_rows
 from data_prep.raw.documents import Document, RawFile, Rejected
 from data_prep.raw.locations import PipeFile, expand
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
-from data_prep.work.folder import PassingError
 from tests.data_prep.test_inputs import read, write
 from tests.data_prep.test_prepare import outputs
 

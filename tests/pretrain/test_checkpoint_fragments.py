@@ -90,7 +90,7 @@ def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path:
 
 
 def test_files_are_plain_safetensors_with_their_sha256(tmp_path: Path) -> None:
-    from common.files import sha256
+    from common.hashing import sha256_file
 
     tensors = {
         "odd": torch.arange(5, dtype=torch.uint8),
@@ -101,7 +101,7 @@ def test_files_are_plain_safetensors_with_their_sha256(tmp_path: Path) -> None:
     }
     entries = [Entry(name, t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
     written = write_safetensors(tmp_path / "file", entries)
-    assert written == {"bytes": (tmp_path / "file").stat().st_size, "sha256": sha256(tmp_path / "file")}
+    assert written == {"bytes": (tmp_path / "file").stat().st_size, "sha256": sha256_file(tmp_path / "file")}
     found = load_file(tmp_path / "file")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())

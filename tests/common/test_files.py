@@ -1,0 +1,60 @@
+"""Files that are whole or absent, whoever writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.files import intended_name, replace_file, replacing, temporary_path, write_file, write_json
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"loss": float("nan")})
+    assert path.read_bytes() == b'{\n "loss": null\n}\n'
+    replace_file(path, [b"one ", b"two"])
+    with pytest.raises(KeyError):
+        _fail_while_writing(path)
+    assert path.read_bytes() == b"one two" and [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def _fail_while_writing(path: Path) -> None:
+    with replacing(path) as stream:
+        stream.write(b"half of")
+        stream.flush()
+        assert path.read_bytes() == b"one two"
+        raise KeyError
+
+
+def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with replacing(path) as first, replacing(path) as second:
+        first.write(b"first" * 1000)
+        second.write(b"second")
+    assert path.read_bytes() == b"first" * 1000  # the outer block ends last
+
+
+def test_a_stream_can_be_read_back(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as stream:
+        stream.write(b"abc")
+        stream.seek(0)
+        assert stream.read() == b"abc"
+
+
+def test_a_temporary_name_tells_the_name_that_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "node-1.cluster.example")
+    for name in ("state.json", "train-00000.idx.safetensors"):
+        temporary = temporary_path(tmp_path / name)
+        assert temporary.name != name and intended_name(temporary.name) == name
+        assert temporary != temporary_path(tmp_path / name)
+    for foreign in (".state.json.tmp", "state.json", ".a.b-c-0123abcd.tmp"):
+        assert intended_name(foreign) == foreign
+
+
+def test_what_is_written_is_plain_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"text": "é"}, indent=None)
+    assert (tmp_path / "a").read_bytes() == json.dumps({"text": "é"}).encode() + b"\n"
+    write_file(tmp_path / "b", b"\0")
+    assert (tmp_path / "b").read_bytes() == b"\0"
