@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from common.paths import REPOSITORY
 from launch.slurm import job
 
 SCRIPTS = sorted(job.FOLDER.glob("*.sbatch"))
@@ -61,7 +62,7 @@ class Bench:
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "STUBS": str(self.folder),
             "RUN_DIR": str(self.run_dir),
-            "REPOSITORY": str(job.REPOSITORY),
+            "REPOSITORY": str(REPOSITORY),
             "PYTHON": sys.executable,
             "SLURM_JOB_ID": "7",
             "SLURM_NTASKS": "2",
@@ -147,7 +148,7 @@ def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(be
     code, output = bench.train(PROGRAM="smoke.py", SAYS=rank0)
     assert code == 0 and output.splitlines()[-1].endswith("job 7: smoke: PASSED: all of it (exit code 0)")
     [(arguments, _, _)] = bench.calls("srun")
-    assert str(job.REPOSITORY / "launch" / "smoke.py") in arguments  # type: ignore[operator]
+    assert str(REPOSITORY / "launch" / "smoke.py") in arguments  # type: ignore[operator]
     code, output = bench.train(PROGRAM="smoke.py", SAYS="Killed\n", SRUN_CODE="137")
     assert code == 137 and "smoke: FAILED: no verdict, see " in output.splitlines()[-1]
     assert not bench.requeues()

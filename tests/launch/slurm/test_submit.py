@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.paths import REPOSITORY
 from launch.slurm import job, preparation, training
 from tests.launch.test_entry_points import start
 
-TINY = str(job.REPOSITORY / "configs" / "switchall_tiny.json")
+TINY = str(REPOSITORY / "configs" / "switchall_tiny.json")
 
 
 def submit(prepared: Path, run_dir: Path, *arguments: str, where: tuple[str, ...] = ("--cpu",)) -> int:
@@ -222,7 +223,7 @@ def test_data_to_come_must_be_shared_too(
     monkeypatch.setattr(job, "LOCAL_FOLDERS", (str(local),))  # wherever this repository and its Python are
     monkeypatch.setattr(job, "filesystem_type", lambda path: "ext4")
     line = ["--config", TINY, "--nodes", "2", "--time", "30", "--cpu", "--after", "44", "--dry-run"]
-    line += ["--run-dir", str(job.REPOSITORY / "runs" / "one"), "--set", f"data.manifest={local / 'data'}"]
+    line += ["--run-dir", str(REPOSITORY / "runs" / "one"), "--set", f"data.manifest={local / 'data'}"]
     assert training.main(line) == 2
     assert f"error: data: {local / 'data'} is below {local}" in capsys.readouterr().err
 
@@ -311,7 +312,7 @@ def test_data_preparation_is_four_jobs_in_a_row(
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
     chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert chain is not None and (job.REPOSITORY / chain[1]).is_file()
+    assert chain is not None and (REPOSITORY / chain[1]).is_file()
     assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
 
 
