@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.arguments import at_least, drop_stdout
-from common.errors import DataError, PassingError
+from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
 from common.terminal import spare_stdout, visible
@@ -183,7 +183,7 @@ def _verify_command(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
         try:
             plan = _plan(arguments)
-        except DataError as error:
+        except UserError as error:
             print(f"raw files not checked: {error}")
             return
         changed = prepare.difference(plan, Manifest.load(plan.output), hash_all=True)
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.handler(arguments)
         sys.stdout.flush()
-    except DataError as error:
+    except UserError as error:
         print(_one_line(error), file=sys.stderr)
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except BrokenPipeError:  # `show | head`: the reader left, which is no error

@@ -7,18 +7,14 @@ made in the current directory, except that a config from the repository's own `c
 root; an `output` given with `--set` is always relative to the current directory.
 """
 
-import difflib
 import functools
-import json
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, model_validator
 
-from common.errors import DataError
+from common import json_config
+from common.errors import ConfigError
 from common.paths import REPOSITORY
 from common.urls import URL
 from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, FormatName
@@ -184,16 +180,16 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_output(self) -> "DataConfig":
         if URL.match(self.output):
-            raise ValueError(f"output {self.output!r} is a URL; name a local folder and copy it when it is done")
+            raise ValueError(f"output: {self.output!r} is a URL; name a local folder and copy it when it is done")
         return self
 
     @model_validator(mode="after")
     def _check_format_keys(self) -> "DataConfig":
         set_keys = self.model_fields_set
         if "text_key" in set_keys and self.format in ("text", "wikitext", "enwik8"):
-            raise ValueError(f'text_key has no effect with format "{self.format}", which is no JSON; drop it')
+            raise ValueError(f'text_key: has no effect with format "{self.format}", which is no JSON; drop it')
         if "text_documents" in set_keys and self.format != "text":
-            raise ValueError('text_documents has no effect without format "text"; drop it or set the format')
+            raise ValueError('text_documents: has no effect without format "text"; drop it or set the format')
         return self
 
     @model_validator(mode="after")
@@ -201,9 +197,9 @@ class DataConfig(Section):
         if self.format == "enwik8":
             self._check_enwik8()
         elif self.split_bytes is not None:
-            raise ValueError('split_bytes has no effect without format "enwik8"; drop it')
+            raise ValueError('split_bytes: has no effect without format "enwik8"; drop it')
         if self.format == "wikitext" and not self.validation_input:
-            raise ValueError('format "wikitext" comes in splits; set validation_input to its wiki.valid.raw')
+            raise ValueError('format: "wikitext" comes in splits; set validation_input to its wiki.valid.raw')
         if not self.tokenizer.has_model and self.format not in ("enwik8", "wikitext"):
             raise ValueError(
                 f"tokenizer.type: {self.tokenizer.type} have no end-of-document id, which the documents of format "
@@ -213,17 +209,17 @@ class DataConfig(Section):
             if getattr(self, key) is not None and self.format in ("enwik8", "wikitext"):
                 raise ValueError(f'{key}: format "{self.format}" is used whole, in its order; drop the section')
         if self.test_input and not self.validation_input:
-            raise ValueError("test_input needs validation_input; set it too")
+            raise ValueError("test_input: needs validation_input; set it too")
         if self.validation_input and "validation_fraction" in self.model_fields_set:
             raise ValueError(
-                "validation_fraction has no effect with validation_input; drop it or set validation_input=[]"
+                "validation_fraction: has no effect with validation_input; drop it or set validation_input=[]"
             )
         return self
 
     def _check_enwik8(self) -> None:
         for key in ("validation_input", "test_input", "validation_fraction"):
             if key in self.model_fields_set:
-                raise ValueError(f'{key} has no effect with format "enwik8", whose splits are split_bytes; drop it')
+                raise ValueError(f'{key}: has no effect with format "enwik8", whose splits are split_bytes; drop it')
         if self.tokenizer.has_model:
             raise ValueError('tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}')
 
@@ -250,108 +246,26 @@ class DataConfig(Section):
 
 
 def load_config(path: Path, overrides: list[str]) -> DataConfig:
-    """Reads a config file and applies `key=value` overrides. Raises DataError."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except OSError as error:
-        raise DataError(f"cannot read the config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
-    if not isinstance(body, dict):
-        raise DataError(f"{path}: a config is a JSON object, not {type(body).__name__}")
-    if "model" in body and "input" not in body:
-        raise DataError(
-            f"{path}: is the configuration of a run (launch/pretrain.py); those of data are in configs/data"
+    """Reads a config file and applies `key=value` overrides. Raises ConfigError."""
+    tree = json_config.read_tree(path)
+    if "model" in tree and "input" not in tree:
+        raise ConfigError(
+            f"--config: {path} is the configuration of a run (launch/pretrain.py); those of data are in configs/data"
         )
     own = path.resolve().is_relative_to(REPOSITORY / "configs")
-    if own and isinstance(body.get("output"), str):
-        body["output"] = str(REPOSITORY / body["output"])
+    if own and isinstance(tree.get("output"), str):
+        tree["output"] = str(REPOSITORY / tree["output"])
     for override in overrides:
-        _apply(body, override)
-    try:
-        return DataConfig.model_validate_json(json.dumps(body))
-    except ValidationError as error:
-        raise DataError(f"{path}: {_explain(error)}") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} is given twice; keep one")
-    return dict(pairs)
-
-
-def _apply(body: dict[str, Any], override: str) -> None:
-    """Sets one `a.b=value`; the value is JSON if it parses as JSON and a string otherwise."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise DataError(f"--set {override}: write it as key=value, for example shard.tokens_per_member=65536")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    *sections, last = key.split(".")
-    for section in sections:
-        if body.get(section) is None:  # absent, or null: a section that is off
-            body[section] = {}
-        body = body[section]
-        if not isinstance(body, dict):
-            raise DataError(f"--set {override}: {section!r} holds no keys; known keys: {', '.join(known_keys())}")
-    body[last] = value
-
-
-def _fields() -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the config, dotted, with its field: input, ..., tokenizer, tokenizer.model, ..."""
-    for name, field in DataConfig.model_fields.items():
-        yield name, field
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section | None
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from ((f"{name}.{inner}", inner_field) for inner, inner_field in kind.model_fields.items())
+        json_config.apply_override(tree, override)
+    return json_config.validate(DataConfig, tree)
 
 
 def known_keys() -> list[str]:
     """Every key of the config, dotted."""
-    return [key for key, _ in _fields()]
+    return [key.dotted for key in json_config.keys(DataConfig)]
 
 
 @functools.cache
 def describe_keys() -> str:
     """Every key with its default and meaning, for --help."""
-    lines = []
-    for key, field in _fields():
-        if isinstance(field.default, BaseModel):
-            continue
-        default = "required" if field.is_required() else f"default {json.dumps(field.default)}"
-        text = " ".join((field.description or "").split())
-        lines += [
-            f"  {key} ({default})",
-            *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6),
-        ]
-    return "\n".join(lines)
-
-
-def _nearest_key(key: str) -> str | None:
-    """The known key most like an unknown one, by whole name and by last part (a key in the wrong section)."""
-    known = known_keys()
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    last_parts = {name.rpartition(".")[2]: name for name in known}
-    by_last = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
-    return found[0] if found else last_parts[by_last[0]] if by_last else None
-
-
-def _explain(error: ValidationError) -> str:
-    """One message for the first problem; an unknown key comes first, since it often explains the others."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        nearest = _nearest_key(key)
-        hint = f"did you mean {nearest!r}?" if nearest else f"known keys: {', '.join(known_keys())}"
-        return f"unknown key {key!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"key {key!r} is missing; add it"
-    if problem["type"] == "value_error":
-        message = problem["msg"].removeprefix("Value error, ")
-        return f"{key}: {message}" if key else message
-    return f"{key} = {json.dumps(problem['input'])}: {problem['msg']}"
+    return "\n".join(json_config.describe_keys(DataConfig))

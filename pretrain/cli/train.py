@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
 from common.errors import UserError
+from common.json_config import describe_keys
 from pretrain.config.deepspeed_keys import EXTRA
-from pretrain.config.keys import fields
 from pretrain.config.loading import load_config, to_json
 from pretrain.config.rules import check_device, check_ranks, smallest_world
 from pretrain.config.schema import FREE, Config
@@ -204,22 +201,7 @@ def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Pat
 def keys_help() -> str:
     """Every configuration key with its type, default and docstring."""
     lines = ["configuration keys (for the file and for --set):", ""]
-    heading: tuple[str, type[BaseModel]] | None = None
-    for dotted, section, name in fields():
-        field = section.model_fields[name]
-        if heading != (heading := (dotted.rpartition(".")[0], section)):
-            lines += ["", f"{heading[0] or 'top level'}: {' '.join((section.__doc__ or '').split())}"]
-        free = "; may change on resume" if field.json_schema_extra == FREE else ""
-        lines.append(f"  {dotted} = {_default(section, field)}{free}")
-        lines += textwrap.wrap(
-            " ".join((field.description or "").split()), 96, initial_indent="      ", subsequent_indent="      "
-        )
+    lines += describe_keys(Config, lambda field: "; may change on resume" * (field.json_schema_extra == FREE))
     lines += ["", "keys of the deepspeed section that are passed on:"]
     lines += textwrap.wrap(", ".join(sorted(EXTRA)), 96, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
-
-
-def _default(section: type[BaseModel], field: FieldInfo) -> str:
-    if field.is_required():
-        return "(required)"
-    return json.dumps(field.get_default(call_default_factory=True), default=str)

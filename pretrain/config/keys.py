@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel
-
+from common.json_config import Key, keys
 from pretrain.config.schema import Config
 
 
@@ -21,17 +20,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
-    """Every leaf field as (dotted key, owning section class, field name), union members in turn."""
-    for name, field in model.model_fields.items():
-        # A list of sections (data.sources) is one value: its entries have no dotted keys of their own.
-        is_list = get_origin(field.annotation) is tuple
-        members = [m for m in (field.annotation, *get_args(field.annotation)) if _is_section(m) and not is_list]
-        if not members:
-            yield f"{prefix}{name}", model, name
-        for member in members:
-            yield from fields(member, f"{prefix}{name}.")
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def fields() -> Iterator[Key]:
+    """Every leaf key as (dotted key, owning section class, field name), those of each kind of layer in turn."""
+    return keys(Config)

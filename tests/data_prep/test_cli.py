@@ -102,7 +102,7 @@ def test_statistics_are_those_of_the_documents(
         (["verify"], "verify needs either the FOLDER of prepared data or --config CONFIG"),
         (["stats", "nowhere"], "no prepared data"),
         (["run"], "the following arguments are required: --config"),
-        (["run", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
+        (["run", "--config", "nowhere.json"], "--config: there is no file nowhere.json"),
         (["bake"], "invalid choice: 'bake'"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -129,8 +129,8 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     for key in known_keys():
         assert key in out
-    assert "tokenizer.vocab_size (default 8000)" in out
-    assert "input (required)" in out
+    assert "tokenizer.vocab_size = 8000" in out
+    assert "input = (required)" in out
 
 
 def test_verify_fails_on_a_damaged_shard(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

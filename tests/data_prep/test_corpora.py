@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config import load_config
@@ -356,21 +356,21 @@ def test_a_file_without_articles_is_refused(wikitext: Path, tmp_path: Path, caps
     "body, message",
     [
         ({"format": "enwik8"}, 'tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}'),
-        ({"format": "enwik8", "validation_input": "b"}, 'validation_input has no effect with format "enwik8"'),
-        ({"format": "enwik8", "test_input": "b"}, 'test_input has no effect with format "enwik8"'),
-        ({"format": "enwik8", "validation_fraction": 0.1}, 'validation_fraction has no effect with format "enwik8"'),
-        ({"split_bytes": [1, 1, 1]}, 'split_bytes has no effect without format "enwik8"; drop it'),
+        ({"format": "enwik8", "validation_input": "b"}, 'validation_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "test_input": "b"}, 'test_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "validation_fraction": 0.1}, 'validation_fraction: has no effect with format "enwik8"'),
+        ({"split_bytes": [1, 1, 1]}, 'split_bytes: has no effect without format "enwik8"; drop it'),
         ({"format": "enwik8", "split_bytes": [1, 1]}, "split_bytes.2"),
-        ({"format": "enwik8", "split_bytes": [0, 1, 1]}, "split_bytes.0 = 0: Input should be greater than"),
+        ({"format": "enwik8", "split_bytes": [0, 1, 1]}, "split_bytes.0: input should be greater than"),
         ({"format": "wikitext"}, "set validation_input to its wiki.valid.raw"),
         ({"tokenizer": {"type": "bytes"}}, 'which the documents of format "auto" need; use bpe or unigram'),
         ({"tokenizer": {"type": "bytes", "seed": 1}}, "tokenizer: seed has no effect with type bytes"),
         ({"tokenizer": {"type": "bytes", "vocab_size": 300}}, "vocab_size is 256 with type bytes"),
-        ({"test_input": "b"}, "test_input needs validation_input; set it too"),
+        ({"test_input": "b"}, "test_input: needs validation_input; set it too"),
     ],
 )
 def test_every_mistake_in_a_config_is_one_message(tmp_path: Path, body: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ConfigError) as error:
         load_config(write_config(tmp_path, **{"input": "a", **body}), [])
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,0 +1,214 @@
+"""Configurations of both programs: a JSON file, `--set key=value` on top, a pydantic model; and what is wrong, in one
+grammar: `KEY: what is wrong; what would work`. Everything refused is one ConfigError."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from common.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+HELP_WIDTH = 96
+
+
+class Key(NamedTuple):
+    """One key of a configuration."""
+
+    dotted: str
+    """train.steps"""
+    section: type[BaseModel]
+    """The class that the field stands in."""
+    name: str
+    """steps"""
+
+    @property
+    def field(self) -> FieldInfo:
+        return self.section.model_fields[self.name]
+
+
+def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The JSON object in a file; ConfigError names `option` as the argument that `path` came from."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        tree = json.loads(text, object_pairs_hook=_refuse_repeated_keys)
+    except FileNotFoundError:
+        raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
+        raise ConfigError(f"{option}: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{option}: {path} holds {_kind(tree)}; a configuration is a JSON object, {{...}}")
+    return tree
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ConfigError(f"{key}: stands twice in the same JSON object; keep one")
+        tree[key] = value
+    return tree
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = None) -> None:
+    """Applies `dotted.key=value` to `tree` in place. The value is JSON if it parses as JSON, else a string.
+
+    A section that is absent or null begins empty. `tag`: the key that says which kind of section one is; another kind
+    has other keys, so a new value of it clears the section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
+        raise ConfigError(f"{key}: the value of --set cannot be read: {error}") from None
+    *sections, leaf = key.strip().split(".")
+    node = tree
+    for depth, section in enumerate(sections):
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    if leaf == tag and node.get(leaf, value) != value:
+        node.clear()
+    node[leaf] = value
+
+
+def validate(model: type[Model], tree: dict[str, Any]) -> Model:
+    """The checked configuration. Raises ConfigError with the first problem, an unknown key before others, because it
+    often explains them, and how many more there are."""
+    _refuse_unprintable(tree)
+    try:
+        # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
+        return model.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(_describe(model, problems[0]) + more) from None
+
+
+def _refuse_unprintable(value: Any, key: str = "") -> None:
+    """No file system takes a name with NUL, and no encoding half of a surrogate pair: refused here, by key."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _refuse_unprintable(name, key)
+            _refuse_unprintable(entry, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for entry in value:
+            _refuse_unprintable(entry, key)
+    elif isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{key or 'a key'}: {value!a} holds a character that is no text; remove it")
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every leaf key, those of a section that may be one of several kinds kind by kind."""
+    for name, field in model.model_fields.items():
+        # A list of sections is one value: its entries have no dotted keys of their own.
+        is_list = get_origin(field.annotation) is tuple
+        kinds = () if is_list else (field.annotation, *get_args(field.annotation))
+        sections = [kind for kind in kinds if _is_section(kind)]
+        if not sections:
+            yield Key(f"{prefix}{name}", model, name)
+        for section in sections:
+            yield from keys(section, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _describe(model: type[BaseModel], problem: ErrorDetails) -> str:
+    """One line for one pydantic problem: the dotted key, what is wrong, and what would work."""
+    # A tagged union adds the tag as an extra path element: model.attention.switchhead.num_heads.
+    tags = {key.section.model_fields["type"].default for key in keys(model) if _is_tagged(key.section)}
+    key = ".".join(str(part) for part in problem["loc"] if part not in tags)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(model, key)}"
+    if problem["type"] == "missing":
+        return f"{key}: is required and missing"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}.type: there is no {context['tag']!r}; set it to one of {context['expected_tags']}"
+    if cause is not None:  # a rule over several keys names them itself
+        return f"{key}: {cause}" if key else str(cause)
+    given = json.dumps(problem["input"], default=str)
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (given {given})"
+
+
+def _is_tagged(section: type[BaseModel]) -> bool:
+    """Whether a section is one of several kinds, told by its `type`, which has one value."""
+    field = section.model_fields.get("type")
+    return field is not None and len(get_args(field.annotation)) == 1
+
+
+def _suggestion(model: type[BaseModel], key: str) -> str:
+    sections = [known.section for known in keys(model) if known.dotted == key]
+    owners = sorted(section.model_fields["type"].default for section in sections if _is_tagged(section))
+    if owners:
+        section = key.rsplit(".", 1)[0]
+        return f" for this {section}.type; it belongs to {section}.type = {' or '.join(owners)}"
+    nearest = nearest_key(model, key)
+    return f"; the nearest known key is {nearest}" if nearest else "; see --help for all keys"
+
+
+def nearest_key(model: type[BaseModel], key: str) -> str | None:
+    """The known key or section most like an unknown one: by its whole name, else by its last part (a key in the wrong
+    section); None if nothing is like it."""
+    dotted = {known.dotted for known in keys(model)}
+    known = sorted(dotted | {name.rsplit(".", 1)[0] for name in dotted})
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
+    return last_parts[close[0]] if close else None
+
+
+def describe_keys(model: type[BaseModel], note: Callable[[FieldInfo], str] = lambda field: "") -> list[str]:
+    """Lines for --help: each section with its docstring, its keys with default and docstring. `note`: what is put
+    behind the default of a field."""
+    lines: list[str] = []
+    heading: tuple[str, type[BaseModel]] | None = None
+    for key in keys(model):
+        if heading != (heading := (key.dotted.rpartition(".")[0], key.section)):
+            lines += ["", f"{heading[0] or 'top level'}: {' '.join((key.section.__doc__ or '').split())}"]
+        lines.append(f"  {key.dotted} = {_default(key.field)}{note(key.field)}")
+        text = " ".join((key.field.description or "").split())
+        lines += textwrap.wrap(text, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(required)"
+    return json.dumps(field.get_default(call_default_factory=True), default=str)

@@ -1,0 +1,122 @@
+"""Configurations of any program: what is refused, in one grammar, and what --help says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.errors import ConfigError
+from common.json_config import apply_override, describe_keys, keys, nearest_key, read_tree, validate
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Round(Section):
+    """A circle."""
+
+    type: Literal["round"] = "round"
+    radius: float = 1.0
+    """Metres."""
+
+
+class Square(Section):
+    """A square."""
+
+    type: Literal["square"] = "square"
+    side: float = 1.0
+    """Metres."""
+
+
+class Paint(Section):
+    """Its colour."""
+
+    red: int = Field(0, ge=0, le=255)
+    """Red."""
+
+
+class Picture(Section):
+    """A picture."""
+
+    name: str
+    """Its name."""
+    shape: Annotated[Round | Square, Field(discriminator="type")] = Round()
+    paint: Paint | None = None
+    sizes: tuple[int, ...] = ()
+    """Sizes."""
+
+
+def test_keys_are_the_leaves_of_every_kind() -> None:
+    assert [key.dotted for key in keys(Picture)] == [
+        "name", "shape.type", "shape.radius", "shape.type", "shape.side", "paint.red", "sizes",
+    ]  # fmt: skip
+    text = "\n".join(describe_keys(Picture, lambda field: " !" * (field.description == "Red.")))
+    assert "  name = (required)\n      Its name." in text and "shape: A square.\n  shape.type" in text
+    assert "  paint.red = 0 !\n" in text and "  sizes = []" in text
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"name": "a", "nam": 1}, "nam: unknown key; the nearest known key is name"),
+        ({"nam": 1}, "nam: unknown key; the nearest known key is name (and 1 more)"),
+        ({"name": "a", "radius": 1.0}, "radius: unknown key; the nearest known key is shape.radius"),
+        ({"name": "a", "qqq": 1}, "qqq: unknown key; see --help for all keys"),
+        ({}, "name: is required and missing"),
+        ({"name": "a", "shape": {"side": 2.0, "type": "round"}}, "belongs to shape.type = square"),
+        (
+            {"name": "a", "shape": {"type": "oval"}},
+            "shape.type: there is no 'oval'; set it to one of 'round', 'square'",
+        ),
+        ({"name": "a", "paint": {"red": 256}}, "paint.red: input should be less than or equal to 255 (given 256)"),
+        ({"name": "a\0"}, "name: 'a\\x00' holds a character that is no text; remove it"),
+    ],
+)
+def test_a_problem_is_one_sentence_with_the_key(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(Picture, tree)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_make_sections_and_another_kind_clears_one() -> None:
+    tree: dict[str, Any] = {"name": "a", "shape": {"type": "round", "radius": 2.0}, "paint": None}
+    for override in ("shape.radius=3", "paint.red=7", "name=b=c", "sizes=[1,2]"):
+        apply_override(tree, override, tag="type")
+    assert tree == {"name": "b=c", "shape": {"type": "round", "radius": 3}, "paint": {"red": 7}, "sizes": [1, 2]}
+    apply_override(tree, "shape.type=square")
+    assert tree["shape"] == {"type": "square", "radius": 3}
+    apply_override(tree, "shape.type=round", tag="type")
+    assert tree["shape"] == {"type": "round"}
+    for override, message in (("name", "write it as dotted.key=value"), ("name.x=1", "name is a value, not a section")):
+        with pytest.raises(ConfigError, match=message):
+            apply_override(tree, override)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(ConfigError, match=r"^--config: there is no file .*a\.json"):
+        read_tree(path)
+    with pytest.raises(ConfigError, match=r"^--like: .* is a folder; name one configuration file"):
+        read_tree(tmp_path, "--like")
+    for content, message in [
+        (b"{", "is not JSON: line 1: Expecting"),
+        (b"\xff", r"is not UTF-8 text \(byte 0\)"),
+        (b"3", "holds a number; a configuration is a JSON object"),
+        (b'{"a": {"b": 1, "b": 2}}', "^b: stands twice in the same JSON object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            read_tree(path)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode())
+    assert read_tree(path) == {"a": 1}
+
+
+def test_the_nearest_key_may_be_in_another_section() -> None:
+    found = {name: nearest_key(Picture, name) for name in ("pant.red", "red", "shap", "sizes.x", "qqq")}
+    assert found == {"pant.red": "paint.red", "red": "paint.red", "shap": "shape", "sizes.x": "sizes", "qqq": None}
