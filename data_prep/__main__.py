@@ -2,7 +2,7 @@
 
 import sys
 
-from data_prep.work.one_thread import one_thread
+from data_prep.work.parallel import one_thread
 
 one_thread()  # before numpy loads: workers are forked, which needs a process of one thread
 

@@ -19,14 +19,15 @@ from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
 from common.terminal import spare_stdout, visible
 from common.urls import without_secrets
-from data_prep.config import describe_keys, load_config
-from data_prep.report import show as report
+from data_prep.config.loading import describe_keys, load_config
+from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
+from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
-from data_prep.run import publish as prepare
 from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
 from data_prep.run.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
-from data_prep.run.pipeline import Pipeline, Slice
-from data_prep.run.plan import Plan, make_plan, output_folder
+from data_prep.run.pipeline import Pipeline
+from data_prep.run.preparation import Preparation, Slice
+from data_prep.run.publish import check_tokenizer, difference, is_up_to_date, output_lock, remove_work, write_run_record
 from data_prep.shards.format import TOKENIZER_FILE, Manifest
 from data_prep.stages.lossy import check_given_model
 from data_prep.work.folder import WORK
@@ -47,110 +48,78 @@ class _Parser(argparse.ArgumentParser):
 @spare_stdout()
 def _steps_command(arguments: argparse.Namespace) -> None:
     """`run` and its steps: each does what is not done yet of the steps before it too."""
-    plan = _plan(arguments)
+    resolved = _resolved(arguments)
     part = _slice(arguments)
-    if losses := check_given_model(plan):
+    command = "shard" if arguments.command == "run" else arguments.command
+    if losses := check_given_model(resolved):
         print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
-    check_folder(plan.output, "output")
-    check_manifest_is_own(plan.output, force=arguments.force)
-    if plan.unread:
-        files = len(plan.sources), plan.config.max_input_files, plan.unread
+    check_folder(resolved.output, "output")
+    check_manifest_is_own(resolved.output, force=arguments.force)
+    if resolved.unread:
+        files = len(resolved.sources), resolved.config.max_input_files, resolved.unread
         print("reading {} raw files, {} of `input` (max_input_files), not its {} others".format(*files))
-    if prepare.is_up_to_date(plan, force=arguments.force):
-        print(f"up to date: {plan.output}")
-        if arguments.command in ("run", "shard") and any(plan.output.glob(f"{WORK}*")):
-            with contextlib.suppress(DataError), prepare.output_lock(plan.output, shared=False):
-                prepare.remove_work(plan)  # of a run that was killed when its data were in place already
+    if is_up_to_date(resolved, force=arguments.force):
+        print(f"up to date: {resolved.output}")
+        if command == "shard" and any(resolved.output.glob(f"{WORK}*")):
+            with contextlib.suppress(DataError), output_lock(resolved.output, shared=False):
+                remove_work(resolved)  # of a run that was killed when its data were in place already
         return
-    check_output(plan, force=arguments.force)
-    check_room(plan)
-    command = arguments.command
-    if command == "tokenizer" and plan.config.tokenizer.type == "bytes":
+    check_output(resolved, force=arguments.force)
+    check_room(resolved)
+    if command == "tokenizer" and resolved.config.tokenizer.type == "bytes":
         print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
         return
     with (
-        _full_disk_named(plan),
-        prepare.output_lock(plan.output, shared=part.tasks > 1),
-        worker_pool(plan.workers) as workers,
+        _full_disk_named(resolved),
+        output_lock(resolved.output, shared=not part.is_whole),
+        worker_pool(resolved.workers) as workers,
     ):
-        pipeline = Pipeline(plan, workers, part, arguments.force)
-        _STEPS[command](pipeline)
-        if command in ("run", "shard", "tokenizer"):
-            prepare.write_run_record(plan, config_path=arguments.config, seconds=pipeline.seconds)
-        if command in ("run", "shard"):
-            prepare.remove_work(plan)
+        takes_published = arguments.command in ("encode", "shard")
+        if takes_published:
+            check_tokenizer(resolved)
+        preparation = Preparation(resolved, part, takes_published)
+        pipeline = Pipeline(preparation, workers, force=arguments.force)
+        pipeline.run(until=command)
+        if command in ("shard", "tokenizer"):
+            write_run_record(resolved, config_path=arguments.config, seconds=pipeline.seconds)
+        if command == "shard":
+            remove_work(resolved)
     took = ", ".join(f"{step} {value:.1f} s" for step, value in pipeline.seconds.items())
-    if command in ("run", "shard"):
-        _print_result(pipeline, took)
+    if command == "shard":
+        _print_result(preparation, took)
     elif command == "tokenizer":
-        print(f"wrote {plan.output / TOKENIZER_FILE} ({took})")
+        print(f"wrote {resolved.output / TOKENIZER_FILE} ({took})")
     else:
-        report.progress(pipeline)
+        show.found_so_far(preparation)
         print(f"\n{command} is done ({took})")
-        report.bad_files(pipeline)
+        show.bad_files(preparation)
 
 
 @contextlib.contextmanager
-def _full_disk_named(plan: Plan) -> Iterator[None]:
+def _full_disk_named(resolved: ResolvedConfig) -> Iterator[None]:
     """An error of a full disk, which names neither disk nor bytes, as a PassingError that does."""
     try:
         yield
     except OSError as error:
         if not is_full(error):
             raise
-        needed = max(1, needed_bytes(plan) - used_bytes(plan.work))
-        sentence = no_room(plan.output, needed, WHAT, about=True)
+        needed = max(1, needed_bytes(resolved) - used_bytes(resolved.work))
+        sentence = no_room(resolved.output, needed, WHAT, about=True)
         raise PassingError(f"output: {sentence}; make room: the same command goes on where it was") from None
 
 
-def _print_result(pipeline: Pipeline, took: str) -> None:
-    plan = pipeline.plan
-    manifest = Manifest.load(plan.output)
-    report.stats(manifest)
-    report.dropped(manifest)
-    print(f"\nwrote {plan.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
+def _print_result(preparation: Preparation, took: str) -> None:
+    resolved = preparation.resolved
+    manifest = Manifest.load(resolved.output)
+    show.stats(manifest)
+    show.dropped(manifest)
+    print(f"\nwrote {resolved.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
     if not manifest.split("validation"):
         print("warning: no document went to validation; raise validation_fraction to get some", file=sys.stderr)
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
-        print(f"warning: records were quarantined, see {plan.output / QUARANTINE_FILE}", file=sys.stderr)
-    report.bad_files(pipeline)
-
-
-def _encode(pipeline: Pipeline) -> None:
-    if pipeline.slice.tasks == 1:
-        pipeline.dedup()
-    pipeline.encode(prepare.check_tokenizer(pipeline.plan))
-
-
-def _shard(pipeline: Pipeline) -> None:
-    model = prepare.check_tokenizer(pipeline.plan)
-    pipeline.dedup()
-    pipeline.shard(model)
-
-
-def _tokenizer(pipeline: Pipeline) -> None:
-    model = pipeline.tokenizer()
-    assert model is not None, "bytes have no model"
-    pipeline.publish_tokenizer(model)
-
-
-def _dedup(pipeline: Pipeline) -> None:
-    if pipeline.slice.tasks > 1:
-        pipeline.sign()
-    else:
-        pipeline.dedup()
-
-
-_STEPS: dict[str, Callable[[Pipeline], None]] = {
-    "run": lambda pipeline: pipeline.shard(pipeline.tokenizer()),
-    "ingest": Pipeline.ingest,
-    "filter": Pipeline.filter,
-    "dedup": _dedup,
-    "tokenizer": _tokenizer,
-    "encode": _encode,
-    "shard": _shard,
-}
+        print(f"warning: records were quarantined, see {resolved.output / QUARANTINE_FILE}", file=sys.stderr)
+    show.bad_files(preparation)
 
 
 def _slice(arguments: argparse.Namespace) -> Slice:
@@ -166,8 +135,8 @@ def _slice(arguments: argparse.Namespace) -> Slice:
     return Slice(task=task, tasks=tasks)
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
-    return make_plan(load_config(arguments.config, arguments.set))
+def _resolved(arguments: argparse.Namespace) -> ResolvedConfig:
+    return resolve(load_config(arguments.config, arguments.set))
 
 
 def _manifest(arguments: argparse.Namespace) -> Manifest:
@@ -179,30 +148,30 @@ def _manifest(arguments: argparse.Namespace) -> Manifest:
 
 
 def _verify_command(arguments: argparse.Namespace) -> None:
-    report.verify(_manifest(arguments))
+    show.verify(_manifest(arguments))
     if arguments.config is not None:
         try:
-            plan = _plan(arguments)
+            resolved = _resolved(arguments)
         except UserError as error:
             print(f"raw files not checked: {error}")
             return
-        changed = prepare.difference(plan, Manifest.load(plan.output), hash_all=True)
+        changed = difference(resolved, Manifest.load(resolved.output), hash_all=True)
         if changed:
-            raise DataError(f"{plan.output} is not what {arguments.config} makes: {changed}")
-        print(f"raw files and settings of {arguments.config}: ok, {len(plan.sources)} files")
+            raise DataError(f"{resolved.output} is not what {arguments.config} makes: {changed}")
+        print(f"raw files and settings of {arguments.config}: ok, {len(resolved.sources)} files")
 
 
 def _stats_command(arguments: argparse.Namespace) -> None:
     manifest = _manifest(arguments)
-    report.stats(manifest)
-    report.dropped(manifest)
+    show.stats(manifest)
+    show.dropped(manifest)
     manifest.check("size")
     path = write_report(manifest, arguments.out or manifest.folder / REPORT_FOLDER)
     print(f"\nwrote {path} and its plots")
 
 
 def _show_command(arguments: argparse.Namespace) -> None:
-    report.show(_manifest(arguments), split=arguments.split, index=arguments.index, count=arguments.count)
+    show.show(_manifest(arguments), split=arguments.split, index=arguments.index, count=arguments.count)
 
 
 def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:

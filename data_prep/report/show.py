@@ -9,7 +9,7 @@ from common.errors import DataError
 from common.tables import text_table
 from common.terminal import visible
 from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows
-from data_prep.run.pipeline import Pipeline
+from data_prep.run.preparation import Preparation
 from data_prep.shards.format import REBUILD, Manifest
 from data_prep.shards.reader import ShardReader, SplitReader
 from data_prep.stages.id_maker import read_symbols
@@ -84,18 +84,18 @@ def dropped(manifest: Manifest) -> None:
         print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
 
 
-def progress(pipeline: Pipeline) -> None:
+def found_so_far(preparation: Preparation) -> None:
     """Prints what the steps so far found in the raw files of this slice."""
-    states = pipeline.states(whole=False)
+    states = preparation.file_states(whole=False)
     rejected = sum(sum(state.rejected.values()) for state in states)
-    text_bytes = sum(part.bytes for part in pipeline.parts(whole=False))
+    text_bytes = sum(part.bytes for part in preparation.parts(whole=False))
     rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
     print(text_table(("raw files", "documents", "text bytes", "quarantined"), rows))
 
 
-def bad_files(pipeline: Pipeline) -> None:
+def bad_files(preparation: Preparation) -> None:
     """Names on stderr the raw files that were left out whole."""
-    name_bad_files(pipeline.states(whole=pipeline.slice.tasks == 1))
+    name_bad_files(preparation.file_states(whole=preparation.slice.is_whole))
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.folders import free_bytes, no_room
+from data_prep.config.resolved import ResolvedConfig
 from data_prep.raw.unpack import PACKED_SUFFIXES
-from data_prep.run.plan import Plan
 
 UNPACKED = 3  # bytes of text for a stored one, of JSON lines in gzip or zstd
 ZSTD = 2.5
@@ -27,17 +27,17 @@ REFUSED_BELOW = 4
 WHAT = "the work folder and the shards"
 
 
-def needed_bytes(plan: Plan) -> int:
+def needed_bytes(resolved: ResolvedConfig) -> int:
     """The estimate at the top of this file, for all of a preparation."""
-    config, text = plan.config, 0
-    for source in plan.sources:
+    config, text = resolved.config, 0
+    for source in resolved.sources:
         if isinstance(source.path, Path) and source.path.is_file():
             packed = source.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet")
             text += source.path.stat().st_size * (UNPACKED if packed else 1)
     is_bytes = config.tokenizer.type == "bytes"
     id_bytes = 4 if config.tokenizer.vocab_size > 65_536 and not is_bytes else 2
     needed = 2 * id_bytes * text / (1 if is_bytes else BYTES_PER_TOKEN)
-    if not plan.may_encode_while_reading:
+    if not resolved.may_encode_while_reading:
         needed += text / ZSTD
     if config.dedup is not None and config.dedup.near:
         needed += text / DOCUMENT_BYTES * SIGNATURE_BYTES
@@ -49,14 +49,14 @@ def used_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def check_room(plan: Plan) -> None:
+def check_room(resolved: ResolvedConfig) -> None:
     """Warns where the disk of `output` has less room than estimated, raises DataError where it has less than a quarter
     of that."""
-    needed = needed_bytes(plan) - used_bytes(plan.work)
-    free = free_bytes(plan.output)
+    needed = needed_bytes(resolved) - used_bytes(resolved.work)
+    free = free_bytes(resolved.output)
     if free >= needed:
         return
-    sentence = f"output: {no_room(plan.output, needed, WHAT, about=True)}"
+    sentence = f"output: {no_room(resolved.output, needed, WHAT, about=True)}"
     if free * REFUSED_BELOW < needed:
         raise DataError(f"{sentence}; make room, or choose another `output`")
     print(f"warning: {sentence}; filters may leave less text, else it stops there", file=sys.stderr)

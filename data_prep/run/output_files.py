@@ -17,11 +17,11 @@ from common.files import write_json
 from common.folders import check_folder, check_permission
 from common.hashing import sha256_file
 from common.splits import SPLITS
-from data_prep.run.plan import Plan
+from data_prep.config.resolved import ResolvedConfig
 from data_prep.shards.format import INDEX_SUFFIX, MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from data_prep.stages.model_file import TOKENIZER_RECORD
 from data_prep.work.folder import WORK, read_json
 
-TOKENIZER_RECORD = "tokenizer.json"  # beside tokenizer.model: its hash and settings, so that `shard` can trust it
 RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it
 QUARANTINE_FILE = "quarantine.jsonl"
 FILTER_SAMPLES_FILE = "filter_samples.jsonl"
@@ -81,18 +81,18 @@ def _is_own_tokenizer(output: Path) -> bool:
         return False
 
 
-def check_output(plan: Plan, *, force: bool) -> None:
+def check_output(resolved: ResolvedConfig, *, force: bool) -> None:
     """Raises DataError, with names, if the preparation cannot write into `output` or would lose what it did not make.
     Writes nothing."""
-    output = plan.output
+    output = resolved.output
     check_folder(output, "output")
     check_permission(output, "output")
     if not output.is_dir():
         return
-    check_folder(plan.work, "output")
+    check_folder(resolved.work, "output")
     present = {path.name: path for path in output.iterdir() if is_product(path.name)}
     places = {path.resolve(): name for name, path in present.items()}
-    raw = {source.path.resolve() for source in plan.sources if isinstance(source.path, Path)}
+    raw = {source.path.resolve() for source in resolved.sources if isinstance(source.path, Path)}
     lost = sorted(places[path] for path in places.keys() & raw)
     if lost:
         raise DataError(

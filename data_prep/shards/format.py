@@ -188,7 +188,7 @@ class Manifest(Record):
             path = self.folder / record.file
             check_size(path, record.bytes)
             _expect("sha256", path, record.sha256, sha256_file(path))
-        from data_prep.work.progress import byte_bar  # here, so that the read path does not import tqdm
+        from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
 
         total = sum(entry.bytes for entry in entries)
         with byte_bar(total=total, description="hashing shards", enabled=progress) as bar:

@@ -20,10 +20,9 @@ import numpy as np
 import safetensors.numpy
 
 from common.files import replacing, write_file, write_json
-from data_prep.stage_config import DedupConfig
-from data_prep.stages.dedup_result import EXACT, NEAR
+from data_prep.config.schema import DedupConfig
 from data_prep.stages.external_sort import ExternalSorter
-from data_prep.stages.selection import Selection
+from data_prep.stages.selection import EXACT, NEAR, Selection
 from data_prep.stages.signatures import band_shape, read_band, read_low_bytes, similarity
 from data_prep.work.folder import read_json
 from data_prep.work.parallel import Workers
@@ -38,8 +37,8 @@ DONE = "done.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Join:
-    """What is joined and where the results go."""
+class DedupTask:
+    """What is compared, and where the results go."""
 
     config: DedupConfig
     parts: tuple[Part, ...]
@@ -62,20 +61,25 @@ class Join:
         return ExternalSorter(self.folder, name, columns=columns, memory_bytes=self.config.memory_bytes)
 
 
-def is_joined(folder: Path) -> bool:
-    """Whether the stage is complete."""
-    return (folder / DONE).exists()
+def is_deduplicated(task: DedupTask) -> bool:
+    """Whether all duplicates have been found."""
+    return (task.folder / DONE).exists()
 
 
-def counts(folder: Path) -> dict[str, Any]:
+def counts(task: DedupTask) -> dict[str, Any]:
     """Documents dropped as `exact` and `near` duplicates, and how many of the near ones have each similarity, from 0 to
     1 (`near_similarity`)."""
-    found: dict[str, Any] = read_json(folder / DONE)
+    found: dict[str, Any] = read_json(task.folder / DONE)
     return found
 
 
-def join(task: Join, workers: Workers) -> None:
+def find_duplicates(tasks: Iterable[DedupTask], workers: Workers) -> None:
     """Finds all duplicates; goes on where it was."""
+    for task in tasks:
+        _find(task, workers)
+
+
+def _find(task: DedupTask, workers: Workers) -> None:
     if not task.path("exact.rows").exists():
         _find_exact(task)
     near: dict[str, Any] = {"near": 0}
@@ -98,7 +102,7 @@ def _write_rows(stream: IO[bytes], rows: np.ndarray) -> None:
     stream.write(np.ascontiguousarray(rows, np.uint64).tobytes())
 
 
-def _find_exact(task: Join) -> None:
+def _find_exact(task: DedupTask) -> None:
     """exact.rows: uint64 (document, first document with the same text), sorted; exact.bits: one bit a document."""
     bits = np.zeros(int(task.offsets[-1]) // 8 + 1, np.uint8)
     with (
@@ -138,11 +142,11 @@ def _group_starts(differs: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
 
 
-def _band_file(task: Join, band: int) -> Path:
+def _band_file(task: DedupTask, band: int) -> Path:
     return task.path(f"band-{band:03d}.pairs")
 
 
-def _find_candidates(task_and_band: tuple[Join, int]) -> None:
+def _find_candidates(task_and_band: tuple[DedupTask, int]) -> None:
     """band-NNN.pairs: uint64 (later document, earlier document) of one band."""
     task, band = task_and_band
     assert task.signatures is not None, "near-duplicates need signatures"
@@ -173,7 +177,7 @@ def candidate_pairs(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         carried = rows[start[-1] : start[-1] + BUCKET_COMPARISONS]
 
 
-def _find_near(task: Join, bands: int) -> None:
+def _find_near(task: DedupTask, bands: int) -> None:
     """near.rows: uint64 (document, kept document that it resembles, similarity in millionths), sorted; near.json: how
     many."""
     assert task.signatures is not None, "near-duplicates need signatures"
@@ -225,7 +229,7 @@ def _once_each(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             yield unique[start : start + PAIRS_PER_BATCH]
 
 
-def _similarities(task: Join, pairs: np.ndarray) -> np.ndarray:
+def _similarities(task: DedupTask, pairs: np.ndarray) -> np.ndarray:
     """float64 [n]: estimated similarity of pairs uint64 [n, 2] of documents."""
     assert task.signatures is not None, "near-duplicates need signatures"
     documents, inverse = np.unique(pairs, return_inverse=True)
@@ -239,7 +243,7 @@ def _similarities(task: Join, pairs: np.ndarray) -> np.ndarray:
     return similarity(low_bytes[first], low_bytes[second])
 
 
-def _write_verdicts(task: Join) -> None:
+def _write_verdicts(task: DedupTask) -> None:
     """PART.safetensors, uint8 `verdict` [documents], for every part that has duplicates."""
     exact = read_rows(task.folder, "exact.rows", 2)
     near = read_rows(task.folder, "near.rows", 3)
@@ -262,7 +266,7 @@ def read_rows(folder: Path, name: str, columns: int) -> np.ndarray:
     return np.memmap(path, np.uint64, mode="r").reshape(-1, columns)
 
 
-def samples(task: Join) -> list[dict[str, Any]]:
+def samples(task: DedupTask) -> list[dict[str, Any]]:
     """Examples of what was dropped and why: `config.samples` of each kind, spread evenly."""
     lines = []
     for kind, columns in (("exact", 2), ("near", 3)):
@@ -277,7 +281,7 @@ def samples(task: Join) -> list[dict[str, Any]]:
 EXCERPT_CHARACTERS = 200
 
 
-def _excerpt(task: Join, document: int, prefix: str) -> dict[str, Any]:
+def _excerpt(task: DedupTask, document: int, prefix: str) -> dict[str, Any]:
     number = int(np.searchsorted(task.offsets, document, side="right")) - 1
     part, local = task.parts[number], document - int(task.offsets[number])
     position = int(read_index(task.selection.ingest, part.name).position[local])

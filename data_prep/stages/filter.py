@@ -2,6 +2,7 @@
 
 import heapq
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from common.files import write_file, write_json
-from data_prep.stage_config import FilterConfig
+from data_prep.config.schema import FilterConfig
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filters import RULES, Filters
 from data_prep.work.folder import read_json
@@ -109,7 +110,7 @@ class Summary:
     """Examples, rule by rule."""
 
 
-def summary(tasks: list[FilterTask]) -> Summary:
+def summary(tasks: Sequence[FilterTask]) -> Summary:
     """The sums over all parts, and examples among theirs."""
     counts: dict[str, int] = {}
     lines = 0

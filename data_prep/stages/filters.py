@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from common.errors import DataError
-from data_prep.stage_config import FilterConfig
+from data_prep.config.schema import FilterConfig
 from data_prep.stages.c4_rules import Page, clean_page
 
 # (rule, what was measured and the limit), or None for a document that passes.

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.hashing import sha256_file
-from data_prep.config import TokenizerConfig
+from data_prep.config.schema import TokenizerConfig
 from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry
 from data_prep.stages.tokenizer import TextTokenizer
 

@@ -13,13 +13,13 @@ from typing import IO, Any
 from common.errors import DataError
 from common.files import replacing, write_json
 from common.terminal import visible
-from data_prep.config import DataConfig
+from data_prep.config.resolved import ResolvedConfig
+from data_prep.config.schema import DataConfig
+from data_prep.config.versions import base_versions, versions
 from data_prep.raw.documents import HARMLESS_REASONS, UNITS, RawFile, SourceSplit
 from data_prep.raw.locations import InputFile, UnreachableError, identity, sha256_of, size_and_stamp
 from data_prep.raw.records import Document, Rejected
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
-from data_prep.run.plan import Plan
-from data_prep.run.publish import base_versions, versions
 from data_prep.stages.part_cutter import Encoding, PartCutter
 from data_prep.work.folder import fingerprint, read_json, stage_folder
 from data_prep.work.parts import PART_BYTES, Part
@@ -103,17 +103,22 @@ class IngestTask:
         return sum(file.size or 0 for file in self.files)
 
 
-def ingest_folder(plan: Plan, *, encodes: bool) -> Path:
+def ingest_folder(resolved: ResolvedConfig, *, encodes: bool) -> Path:
     """The stage's folder: its settings are the format, the limits that change documents and the versions of the code;
     where no text is stored, also what made the ids."""
-    config = plan.config
+    config = resolved.config
     settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES, base_versions()]
     settings += [config.reading_settings()] if config.reading_settings() else []
     if config.format == "enwik8":
         settings += [list(config.enwik8_split_bytes)]
     if encodes:
-        settings += ["ids", plan.tokenizer_settings(), plan.validation_fraction, versions(plan)["sentencepiece"]]
-    return stage_folder(plan.work, "ingest", *settings)
+        settings += [
+            "ids",
+            resolved.tokenizer_settings(),
+            resolved.validation_fraction,
+            versions(resolved)["sentencepiece"],
+        ]
+    return stage_folder(resolved.work, "ingest", *settings)
 
 
 def cut_batches(sizes: Sequence[tuple[SourceSplit, int | None]]) -> list[range]:
@@ -133,17 +138,17 @@ def cut_batches(sizes: Sequence[tuple[SourceSplit, int | None]]) -> list[range]:
     return batches
 
 
-def ingest_tasks(plan: Plan, encoding: Encoding | None) -> list[IngestTask]:
+def ingest_tasks(resolved: ResolvedConfig, encoding: Encoding | None) -> list[IngestTask]:
     """The batches of raw files, in reading order. Raises DataError for a file that is gone."""
-    folder = ingest_folder(plan, encodes=encoding is not None)
-    stamps = [size_and_stamp(source.path) for source in plan.sources]
+    folder = ingest_folder(resolved, encodes=encoding is not None)
+    stamps = [size_and_stamp(source.path) for source in resolved.sources]
     tasks = []
-    for batch in cut_batches([(source.split, stamps[number][0]) for number, source in enumerate(plan.sources)]):
-        sources = [(plan.sources[number], *stamps[number]) for number in batch]
+    for batch in cut_batches([(source.split, stamps[number][0]) for number, source in enumerate(resolved.sources)]):
+        sources = [(resolved.sources[number], *stamps[number]) for number in batch]
         marks = [(identity(source.path), source.name, size, stamp, source.split) for source, size, stamp in sources]
         tasks.append(
             IngestTask(
-                config=plan.config,
+                config=resolved.config,
                 files=tuple(RawInput(raw=source.path, name=source.name, size=size) for source, size, _ in sources),
                 split=sources[0][0].split,
                 folder=folder,

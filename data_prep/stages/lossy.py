@@ -5,8 +5,8 @@ repeated blanks and rewrites symbols) or have no pieces for bytes, so that chara
 """
 
 from common.errors import DataError
-from data_prep.config import TokenizerConfig
-from data_prep.run.plan import Plan
+from data_prep.config.resolved import ResolvedConfig
+from data_prep.config.schema import TokenizerConfig
 from data_prep.stages.tokenizer import TextTokenizer, normalizer_name
 
 # What text is made of, and an example of it. Rare characters come last: a model may know the others and not these.
@@ -55,14 +55,14 @@ def _visible(text: str) -> str:
     return repr(text).replace("  ", " \\x20")
 
 
-def check_given_model(plan: Plan) -> str:
+def check_given_model(resolved: ResolvedConfig) -> str:
     """What is to be said of a given model that changes text where `tokenizer.allow_lossy` accepts that; empty for any
     other. Raises DataError for a file that is no model, another `vocab_size`, and a loss that is not accepted."""
-    if plan.external_model is None:
+    if resolved.external_model is None:
         return ""
-    settings, content = plan.config.tokenizer, plan.external_model.read_bytes()
-    check_vocab_size(TextTokenizer(content, name=str(plan.external_model)), settings, str(plan.external_model))
-    found = describe_losses(content, f"tokenizer.model {plan.external_model}")
+    settings, content = resolved.config.tokenizer, resolved.external_model.read_bytes()
+    check_vocab_size(TextTokenizer(content, name=str(resolved.external_model)), settings, str(resolved.external_model))
+    found = describe_losses(content, f"tokenizer.model {resolved.external_model}")
     if found and not settings.allow_lossy:
         raise DataError(
             f"{found}; set tokenizer.allow_lossy=true to lose that, or tokenizer.model=null to train a model that "

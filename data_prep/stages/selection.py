@@ -5,11 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
 from data_prep.stages.c4_rules import clean_page
-from data_prep.stages.dedup_result import duplicate_verdicts
 from data_prep.stages.filter import filtered_out
 from data_prep.work.parts import Part, read_documents, read_index
+
+EXACT, NEAR = 1, 2  # what the dedup stage says of a document; 0 keeps it
+
+
+def duplicate_verdicts(folder: Path, part: Part) -> np.ndarray:
+    """uint8 [documents]: 0, EXACT or NEAR."""
+    path = folder / f"{part.name}.safetensors"
+    if not path.exists():  # no file for a part without duplicates
+        return np.zeros(part.documents, np.uint8)
+    verdicts: np.ndarray = safetensors.numpy.load_file(path)["verdict"]
+    return verdicts
 
 
 @dataclass(frozen=True, kw_only=True)

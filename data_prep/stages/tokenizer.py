@@ -20,12 +20,12 @@ import sentencepiece
 
 from common.errors import DataError
 from common.hashing import GOLDEN_RATIO, mix64
-from data_prep.config import TokenizerConfig
+from common.progress_bar import byte_bar, heartbeat
+from data_prep.config.schema import TokenizerConfig
 from data_prep.raw.documents import stable_fractions
 from data_prep.stages.selection import Selection
 from data_prep.stages.word_cache import WordCache, is_word_by_word
 from data_prep.work.parts import Part, read_index
-from data_prep.work.progress import byte_bar, heartbeat
 
 # SentencePiece drops training lines above 4192 bytes; 1024 characters are at most 4096 bytes of UTF-8.
 MAX_LINE_CHARACTERS = 1024

@@ -1,4 +1,8 @@
-"""Tasks on several processes. A task reads and writes files; what it returns is small."""
+"""Tasks on several processes. A task reads and writes files; what it returns is small.
+
+Each process has one thread: the processes are the parallelism, and threads inside them only fight over the same CPUs.
+Nothing imported here loads numpy, so that `one_thread` can be called before it.
+"""
 
 import contextlib
 import multiprocessing
@@ -14,12 +18,18 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from common.errors import PassingError
-from data_prep.work.one_thread import one_thread
-from data_prep.work.progress import byte_bar
+from common.progress_bar import byte_bar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+ONE_THREAD = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 DIED = "a process died (most often: killed for memory)"
+
+
+def one_thread() -> None:
+    """For the libraries of this process that are not loaded yet, and for all of the processes that it starts."""
+    for name in ONE_THREAD:
+        os.environ.setdefault(name, "1")
 
 
 def _start_method() -> str:

@@ -12,10 +12,10 @@ from common.arguments import at_least
 from common.errors import UserError
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
-from data_prep.config import load_config
+from data_prep.config.loading import load_config
+from data_prep.config.resolved import ResolvedConfig, resolve
 from data_prep.run.disk_estimate import check_room
 from data_prep.run.output_files import check_output
-from data_prep.run.plan import Plan, make_plan
 from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not args.dry_run:
             job.need_sbatch()
-        plan = _check(args)
-        logs = plan.output / "slurm"
+        resolved = _check(args)
+        logs = resolved.output / "slurm"
         for step, is_array in STEPS:
-            text = _script(args, plan, step, is_array=is_array)
+            text = _script(args, resolved, step, is_array=is_array)
             if args.dry_run:
                 print(text)
                 continue
@@ -76,36 +76,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"
             f"  state   squeue --job {','.join(numbers)}\n"
             f"  cancel  scancel {' '.join(numbers)}\n"
-            f"  train   {_training(plan, numbers[-1])}"
+            f"  train   {_training(resolved, numbers[-1])}"
         )
     return 0
 
 
-def _training(plan: Plan, last_job: str) -> str:
+def _training(resolved: ResolvedConfig, last_job: str) -> str:
     """The command that trains on the data once they are there."""
-    data = shlex.quote(f"data.manifest={plan.output.absolute()}")
+    data = shlex.quote(f"data.manifest={resolved.output.absolute()}")
     return f"python launch/slurm/submit.py --config FILE --nodes N ... --set {data} --after {last_job}"
 
 
-def _check(args: argparse.Namespace) -> Plan:
+def _check(args: argparse.Namespace) -> ResolvedConfig:
     job.seconds_of(args.time)
     _check_secrets(args.overrides)
-    plan = make_plan(load_config(args.config, args.overrides))
+    resolved = resolve(load_config(args.config, args.overrides))
     # The jobs would refuse these too, after they have waited for their nodes.
-    check_given_model(plan)
-    check_output(plan, force=args.force)
-    check_room(plan)
-    if args.tasks > len(plan.sources):
+    check_given_model(resolved)
+    check_output(resolved, force=args.force)
+    check_room(resolved)
+    if args.tasks > len(resolved.sources):
         raise UserError(
-            f"--tasks {args.tasks}: there are {len(plan.sources)} raw files and a task takes whole ones; "
-            f"use --tasks {len(plan.sources)}"
+            f"--tasks {args.tasks}: there are {len(resolved.sources)} raw files and a task takes whole ones; "
+            f"use --tasks {len(resolved.sources)}"
         )
-    places = [("output", plan.output), ("--config", args.config), ("the repository", REPOSITORY)]
+    places = [("output", resolved.output), ("--config", args.config), ("the repository", REPOSITORY)]
     for what, place in places:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    return plan
+    return resolved
 
 
 def _check_secrets(overrides: Sequence[str]) -> None:
@@ -118,13 +118,13 @@ def _check_secrets(overrides: Sequence[str]) -> None:
             )
 
 
-def _script(args: argparse.Namespace, plan: Plan, step: str, *, is_array: bool) -> str:
+def _script(args: argparse.Namespace, resolved: ResolvedConfig, step: str, *, is_array: bool) -> str:
     options = {
-        **job.site_options(args, f"{plan.output.name}-{step}"),
+        **job.site_options(args, f"{resolved.output.name}-{step}"),
         "cpus-per-task": str(args.cpus_per_task),
         "time": args.time,
         "array": f"0-{args.tasks - 1}" if is_array else None,
-        "output": job.output_pattern(plan.output / "slurm") + ("/%A_%a.log" if is_array else "/%j.log"),
+        "output": job.output_pattern(resolved.output / "slurm") + ("/%A_%a.log" if is_array else "/%j.log"),
         "chdir": str(Path.cwd()),  # relative paths of the configuration
     }
     settings = {

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from data_prep.stage_config import FilterConfig
+from data_prep.config.schema import FilterConfig
 from data_prep.stages.c4_rules import POLICY_PHRASES, clean_page, count_sentences
 from data_prep.stages.filters import Filters
 from tests.data_prep.raw_corpus import SAMPLE

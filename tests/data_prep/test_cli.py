@@ -13,7 +13,7 @@ import pytest
 from common.paths import REPOSITORY
 from common.terminal import visible
 from data_prep.cli import main
-from data_prep.config import known_keys
+from data_prep.config.loading import known_keys
 from data_prep.report.stats import QUANTILES, RATIO_STEP, Lengths, pieces
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer

@@ -9,8 +9,9 @@ import pytest
 from common.errors import ConfigError, DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import DataConfig, ShardConfig, TokenizerConfig, known_keys, load_config
-from data_prep.run.plan import make_plan
+from data_prep.config.loading import known_keys, load_config
+from data_prep.config.resolved import resolve
+from data_prep.config.schema import DataConfig, ShardConfig, TokenizerConfig
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import c4_line, write_dump
 
@@ -129,16 +130,16 @@ def test_shipped_configs_are_valid_and_write_below_the_repository_root(
 
 def test_inputs_are_found_here_and_then_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_prep.run.plan.REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr("data_prep.config.resolved.REPOSITORY", tmp_path / "repository")
     for name in ("b", "a"):
         write_dump(tmp_path / "repository" / "raw" / f"{name}.json.gz", [c4_line(name)])
     config = load(tmp_path, {"input": "raw/*.json.gz"})
-    assert [source.path.name for source in make_plan(config).sources] == ["a.json.gz", "b.json.gz"]
-    assert make_plan(config).sources[0].path.is_relative_to(tmp_path / "repository")
+    assert [source.path.name for source in resolve(config).sources] == ["a.json.gz", "b.json.gz"]
+    assert resolve(config).sources[0].path.is_relative_to(tmp_path / "repository")
     write_dump(tmp_path / "raw" / "c.json.gz", [c4_line("c")])
-    plan = make_plan(config)
-    assert [source.path for source in plan.sources] == [Path("raw/c.json.gz")]
-    assert plan.output == tmp_path / "out"
+    resolved = resolve(config)
+    assert [source.path for source in resolved.sources] == [Path("raw/c.json.gz")]
+    assert resolved.output == tmp_path / "out"
 
 
 def test_files_of_one_name_are_told_apart_and_others_keep_theirs(
@@ -186,4 +187,4 @@ def test_input_mistakes_name_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     for body, message in mistakes:
         with pytest.raises(DataError, match=message):
-            make_plan(load(tmp_path, body))
+            resolve(load(tmp_path, body))

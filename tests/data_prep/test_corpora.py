@@ -12,9 +12,9 @@ import pytest
 from common.errors import ConfigError, DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import load_config
+from data_prep.config.loading import load_config
+from data_prep.config.resolved import resolve
 from data_prep.raw.documents import RawFile, Rejected, documents, is_article_heading
-from data_prep.run.plan import make_plan
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
@@ -383,11 +383,11 @@ def test_the_shipped_configs_say_where_missing_files_come_from(
     config = load_config(REPOSITORY / "configs" / "data" / f"{name}.json", [])
     assert config.output == str(REPOSITORY / "data" / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_prep.run.plan.REPOSITORY", tmp_path)
+    monkeypatch.setattr("data_prep.config.resolved.REPOSITORY", tmp_path)
     with pytest.raises(
         DataError, match=r"input: 'raw/.*' matches no file .*; fetch https?://\S+zip and unpack it there, or"
     ):
-        make_plan(config)
+        resolve(config)
 
 
 def test_a_zip_of_another_format_and_two_enwik8_files_are_refused(enwik8: Path, tmp_path: Path) -> None:
@@ -398,4 +398,4 @@ def test_a_zip_of_another_format_and_two_enwik8_files_are_refused(enwik8: Path, 
         list(RawFile(archive).read())
     make_enwik8(tmp_path / "raw" / "enwik8.copy", 100)
     with pytest.raises(DataError, match="format enwik8 is one file, 2 are matched"):
-        make_plan(load_config(enwik8, [f"input={tmp_path / 'raw' / 'enwik8*'}"]))
+        resolve(load_config(enwik8, [f"input={tmp_path / 'raw' / 'enwik8*'}"]))

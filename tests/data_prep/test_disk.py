@@ -14,10 +14,10 @@ import pytest
 
 from data_prep import cli
 from data_prep.cli import main
-from data_prep.config import load_config
+from data_prep.config.loading import load_config
+from data_prep.config.resolved import resolve
 from data_prep.run import disk_estimate
 from data_prep.run.disk_estimate import needed_bytes, used_bytes
-from data_prep.run.plan import make_plan
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
 from tests.data_prep.raw_corpus import SAMPLE
@@ -29,7 +29,7 @@ Usage = namedtuple("Usage", "total used free")
 def estimate(folder: Path, **body: Any) -> int:
     path = folder / "estimate.json"
     path.write_text(json.dumps({"output": str(folder / "out"), **body}))
-    return needed_bytes(make_plan(load_config(path, [])))
+    return needed_bytes(resolve(load_config(path, [])))
 
 
 def test_the_formula(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_disk_below_the_estimate_is_said_at_the_start(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"))
-    needed = needed_bytes(make_plan(load_config(config, [])))
+    needed = needed_bytes(resolve(load_config(config, [])))
     free = needed // 4 - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
     said = (
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(
     body = {"input": str(tmp_path / "*.jsonl"), "workers": workers, "tokenizer": {"vocab_size": 600}}
     for name, output in (("full", small_disk / "out"), ("roomy", tmp_path / "roomy")):
         (tmp_path / f"{name}.json").write_text(json.dumps({**body, "output": str(output)}))
-    monkeypatch.setattr(cli, "check_room", lambda plan: None)  # which would refuse it at the start
+    monkeypatch.setattr(cli, "check_room", lambda resolved: None)  # which would refuse it at the start
     assert main(["run", "--config", str(tmp_path / "full.json")]) == 1
     error = one_error(capsys)
     assert error.startswith(

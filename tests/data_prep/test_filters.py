@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
+from data_prep.config.schema import FilterConfig
 from data_prep.shards.format import Manifest
-from data_prep.stage_config import FilterConfig
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, _top_ngram, plain_newlines
 from tests.data_prep.conftest import c4_line, write_dump

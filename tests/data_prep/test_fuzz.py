@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.errors import DataError
-from data_prep.config import DataConfig
+from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import RawFile
 from data_prep.raw.records import Document, Rejected
 from data_prep.shards.format import Manifest

@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from data_prep.config import resolved
+from data_prep.config.resolved import _find
 from data_prep.raw.locations import match
-from data_prep.run import plan
-from data_prep.run.plan import _find
 
 NAMES = ["part0.gz", "part1.gz", "part2.gz"]
 
@@ -54,5 +54,5 @@ def test_inputs_of_shipped_configurations_are_found(raw: Path, monkeypatch: pyte
     monkeypatch.chdir(raw.parent)
     assert [Path(str(file)).name for file in _find("input", ("raw/*.gz",), origin=None)] == NAMES
     monkeypatch.chdir("/")
-    monkeypatch.setattr(plan, "REPOSITORY", raw.parent)
+    monkeypatch.setattr(resolved, "REPOSITORY", raw.parent)
     assert _find("input", ("raw/*.gz",), origin=None) == [raw / name for name in NAMES]

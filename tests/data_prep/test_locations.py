@@ -14,8 +14,8 @@ from common.errors import DataError, PassingError
 from common.terminal import visible
 from common.urls import may_hold_secret, without_secrets
 from data_prep.cli import main
+from data_prep.config.resolved import _names
 from data_prep.raw.locations import RemoteFile, UnreachableError, identity, match, size_and_stamp
-from data_prep.run.plan import _names
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import make_texts
 from tests.data_prep.test_inputs import write

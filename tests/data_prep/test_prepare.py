@@ -14,7 +14,8 @@ import pytest
 
 from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.run import publish as prepare
+from data_prep.config import versions
+from data_prep.run import publish
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
@@ -185,7 +186,7 @@ def test_a_crash_while_publishing_leaves_no_manifest(
             moves.append(target)
         real(source, target)
 
-    monkeypatch.setattr(prepare.os, "replace", replace)
+    monkeypatch.setattr(publish.os, "replace", replace)
     assert run(config, "--force") == 1
     assert not (prepared / "manifest.json").exists()
     monkeypatch.undo()
@@ -259,12 +260,12 @@ def test_the_reading_side_imports_neither_torch_nor_webdataset_nor_sentencepiece
 def test_data_of_earlier_code_are_refused_with_what_has_changed(
     config: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_by = int(prepare.PREPARATION_VERSION)
-    assert set(prepare.CHANGES) <= {str(version) for version in range(made_by + 1)}
-    assert str(made_by) in prepare.CHANGES, "a reason for the newest version"
-    monkeypatch.setattr(prepare, "PREPARATION_VERSION", str(made_by + 2))
-    monkeypatch.setitem(prepare.CHANGES, str(made_by + 1), "lines are read backwards")
-    monkeypatch.setitem(prepare.CHANGES, str(made_by + 2), "twice")
+    made_by = int(versions.PREPARATION_VERSION)
+    assert set(versions.CHANGES) <= {str(version) for version in range(made_by + 1)}
+    assert str(made_by) in versions.CHANGES, "a reason for the newest version"
+    monkeypatch.setattr(versions, "PREPARATION_VERSION", str(made_by + 2))
+    monkeypatch.setitem(versions.CHANGES, str(made_by + 1), "lines are read backwards")
+    monkeypatch.setitem(versions.CHANGES, str(made_by + 2), "twice")
     assert run(config) == 2
     expected = f"by data_prep version {made_by}, this is version {made_by + 2} (lines are read backwards; twice);"
     assert expected in one_error(capsys)

@@ -1,5 +1,6 @@
 """What stands between two attempts: other versions of the code, lost connections, killed workers."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ import pytest
 
 from common.errors import DataError
 from data_prep.cli import main
-from data_prep.config import load_config
+from data_prep.config import versions
+from data_prep.config.loading import load_config
+from data_prep.config.resolved import resolve
 from data_prep.raw import locations
-from data_prep.run import publish as prepare
-from data_prep.run.pipeline import Pipeline
-from data_prep.run.plan import make_plan
-from data_prep.work.parallel import Workers
+from data_prep.run.preparation import Preparation
+from data_prep.run.stages import STAGES, spread
+from data_prep.stages.id_maker import IdRecipe
 from tests.data_prep.raw_corpus import write_corpus
 from tests.data_prep.test_prepare import one_error, outputs
 
@@ -41,19 +43,20 @@ def test_work_of_other_versions_is_not_taken_over(
     assert main(["ingest", "--config", str(config)]) == 0
 
     def folders() -> dict[str, str]:
-        stages = Pipeline(make_plan(load_config(config, [])), Workers(1))
+        made = Preparation(resolve(load_config(config, [])))
         model = raw[0] / "raw" / "own.jsonl"  # any file: its hash is the key
-        paths = [stages._filter_folder(), stages._signature_folder(), stages.dedup_folder(), stages.tokenizer_folder()]
-        return {path.name.partition("-")[0]: path.name for path in [*paths, stages._encode_folder(model)]}
+        recipe = IdRecipe(model=model, settings=made.resolved.config.tokenizer)
+        paths = [made.filter_folder(), made.signature_folder(), made.dedup_folder(), made.tokenizer_folder()]
+        return {path.name.partition("-")[0]: path.name for path in [*paths, made._folder_of_ids(recipe)]}
 
-    names, real = folders(), prepare.package_version
+    names, real = folders(), versions.package_version
     for package, stage in (("py3langid", "filter"), ("rensa", "signatures"), ("sentencepiece", "tokenizer")):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "package_version", lambda name, p=package: "0" if name == p else real(name))
+            patch.setattr(versions, "package_version", lambda name, p=package: "0" if name == p else real(name))
             changed = [name for name in names if folders()[name] != names[name]]
         after = {"filter": 0, "signatures": 1, "tokenizer": 3}[stage]
         assert changed == [name for name in list(names)[after:]], "it and what follows from it"
-    monkeypatch.setattr(prepare, "PREPARATION_VERSION", "next")
+    monkeypatch.setattr(versions, "PREPARATION_VERSION", "next")
     with pytest.raises(DataError, match="is not finished"):
         folders()
 
@@ -108,6 +111,8 @@ def _die(task: object) -> None:
 def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_prep.run.pipeline.ingest_batch", _die)
+    ingest, *others = STAGES
+    deadly = dataclasses.replace(ingest, work=spread(_die, "reading", lambda task: task.size))
+    monkeypatch.setattr("data_prep.run.pipeline.STAGES", (deadly, *others))
     assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
     assert "a process died (most often: killed for memory)" in one_error(capsys)

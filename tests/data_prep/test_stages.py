@@ -17,9 +17,9 @@ import pytest
 from common.errors import DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config import load_config
-from data_prep.run import publish as prepare
-from data_prep.run.plan import make_plan
+from data_prep.config.loading import load_config
+from data_prep.config.resolved import resolve
+from data_prep.run import publish
 from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.shards.reader import ShardReader
 from data_prep.work import folder as work
@@ -229,13 +229,13 @@ def test_a_half_removed_work_folder_is_not_taken_for_finished_stages(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "rmtree", remove_a_part)
+        patch.setattr(publish.shutil, "rmtree", remove_a_part)
         with pytest.raises(Killed):
             main(["run", "--config", config])
     assert main(["run", "--config", config]) == 0  # up to date, and cleans up
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == [".lock"]
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "rmtree", remove_a_part)
+        patch.setattr(publish.shutil, "rmtree", remove_a_part)
         with pytest.raises(Killed):
             main(["run", "--config", config, "--force"])
     (out / "manifest.json").unlink()
@@ -319,7 +319,7 @@ def test_urls_are_read_like_files(raw: tuple[Path, dict[str, Any]], clean: Path)
     assert outputs(raw[0] / "remote") == outputs(clean)
     assert main(["run", "--config", str(config)]) == 0
     with pytest.raises(DataError, match="matches no file"):
-        make_plan(load_config(config, ["input=memory://corpus/none*"]))
+        resolve(load_config(config, ["input=memory://corpus/none*"]))
 
 
 def test_the_report_shows_what_is_there_and_what_was_left_out(

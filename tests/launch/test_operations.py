@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import known_keys
+from data_prep.config.loading import known_keys
 from launch.slurm import preparation, training
 from pretrain.cli import train as cli
 from pretrain.config.keys import fields

@@ -5,46 +5,49 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.files import replacing, write_file
 from common.hashing import sha256_file
 from common.splits import SplitName
-from data_prep.run import publish as prepare
+from data_prep.config.versions import versions
 from data_prep.run.output_files import DUPLICATE_SAMPLES_FILE, FILTER_SAMPLES_FILE, QUARANTINE_FILE, RECORD_FILES
-from data_prep.shards.format import FORMAT_VERSION, TokenizerEntry, dtype_name
+from data_prep.run.preparation import Preparation
+from data_prep.shards.format import FORMAT_VERSION, dtype_name
 from data_prep.shards.writer import write_manifest
 from data_prep.stages import dedup
-from data_prep.stages.dedup_result import duplicate_verdicts
-from data_prep.stages.filter import filtered_out, summary
+from data_prep.stages.dedup import DedupTask
+from data_prep.stages.filter import FilterTask, filtered_out, summary
 from data_prep.stages.ingest import quarantine_file
 from data_prep.stages.pack import ShardTask, read_entry, split_totals
-from data_prep.stages.selection import Selection
+from data_prep.stages.selection import Selection, duplicate_verdicts
 from data_prep.work.folder import finished
 from data_prep.work.parts import Part
 
-if TYPE_CHECKING:
-    from data_prep.run.pipeline import Pipeline
-
 
 def write_data_manifest(
-    pipeline: "Pipeline", folder: Path, encoded: Path, tokenizer: TokenizerEntry, tasks: Sequence[ShardTask]
+    preparation: Preparation,
+    shards: Sequence[ShardTask],
+    filtering: Sequence[FilterTask],
+    duplicates: DedupTask | None,
 ) -> None:
-    plan, parts = pipeline.plan, pipeline.parts(whole=True)
-    splits: dict[SplitName, list[dict[str, Any]]] = {split: [] for split in plan.splits}
-    for task in tasks:
+    """Writes manifest.json beside the finished shards, and the records of what was left out. `filtering`: the tasks of
+    all parts, none without filters."""
+    resolved, parts = preparation.resolved, preparation.parts(whole=True)
+    encoded, folder = preparation.encode_folder(), preparation.shard_folder()
+    tokenizer = preparation.recipe.entry()
+    splits: dict[SplitName, list[dict[str, Any]]] = {split: [] for split in resolved.splits}
+    for task in shards:
         entry = finished(read_entry(task), f"shard {task.name}")
         splits[task.split].append(entry.model_dump())
-    inputs, dropped = _inputs_and_dropped(pipeline)
     provenance: dict[str, Any] = {
-        "inputs": inputs,
-        "config": plan.recorded_config(),
-        "versions": prepare.versions(plan),
+        "inputs": _inputs(preparation),
+        "config": resolved.recorded_config(),
+        "versions": versions(resolved),
     }
-    if dropped:
+    if dropped := _dropped(preparation, filtering, duplicates):
         provenance["dropped"] = dropped
-    records = _write_records(pipeline, folder)
-    if records:
+    if records := _write_records(preparation, filtering, duplicates):
         provenance["records"] = records
     write_manifest(
         folder,
@@ -54,18 +57,17 @@ def write_data_manifest(
             # The defaults left out: a SentencePiece manifest is the same as before there were bytes.
             "tokenizer": tokenizer.model_dump(exclude_defaults=True),
             "splits": splits,
-            "totals": {split: split_totals(parts, encoded, split).model_dump() for split in plan.splits},
+            "totals": {split: split_totals(parts, encoded, split).model_dump() for split in resolved.splits},
             "provenance": provenance,
         },
     )
 
 
-def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of the raw files, and how many documents each stage left out, by reason."""
-    config, selection = pipeline.plan.config, pipeline.selection(deduplicated=True)
+def _inputs(preparation: Preparation) -> list[dict[str, Any]]:
+    """The records of the raw files."""
+    selection = preparation.selection(deduplicated=True)
     inputs = []
-    quarantined: dict[str, int] = {}
-    for batch in pipeline.batches(whole=True):
+    for batch in preparation.batch_states(whole=True):
         left_out = _left_out(batch.parts, selection)
         for state in batch.files:
             filtered, duplicates = (counts.get(state.name, 0) for counts in left_out)
@@ -79,17 +81,24 @@ def _inputs_and_dropped(pipeline: "Pipeline") -> tuple[list[dict[str, Any]], dic
             }
             optional = {"quarantined": state.rejected, "filtered": filtered, "duplicates": duplicates}
             inputs.append({**record, **{key: value for key, value in optional.items() if value}})
-            for reason, count in state.rejected.items():
-                quarantined[reason] = quarantined.get(reason, 0) + count
+    return inputs
+
+
+def _dropped(preparation: Preparation, filtering: Sequence[FilterTask], duplicates: DedupTask | None) -> dict[str, Any]:
+    """How many documents each stage left out, by reason."""
+    quarantined: Counter[str] = Counter()
+    for state in preparation.file_states(whole=True):
+        quarantined.update(state.rejected)
     dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
+    config = preparation.resolved.config
     if config.filter is not None:
-        found = summary(pipeline.filter_tasks(whole=True))
+        found = summary(filtering)
         dropped["filtered"] = found.counts
         if config.filter.c4_lines:
             dropped["lines"] = found.lines
-    if config.dedup is not None:
-        dropped["duplicates"] = dedup.counts(pipeline.dedup_folder())
-    return inputs, dropped
+    if duplicates is not None:
+        dropped["duplicates"] = dedup.counts(duplicates)
+    return dropped
 
 
 def _left_out(parts: Sequence[Part], selection: Selection) -> tuple[Counter[str], Counter[str]]:
@@ -105,17 +114,19 @@ def _left_out(parts: Sequence[Part], selection: Selection) -> tuple[Counter[str]
     return filtered, duplicates
 
 
-def _write_records(pipeline: "Pipeline", folder: Path) -> list[dict[str, Any]]:
+def _write_records(
+    preparation: Preparation, filtering: Sequence[FilterTask], duplicates: DedupTask | None
+) -> list[dict[str, Any]]:
     """quarantine.jsonl and the examples; their entries for the manifest."""
-    config = pipeline.plan.config
+    folder = preparation.shard_folder()
     with replacing(folder / QUARANTINE_FILE) as stream:
-        for task in pipeline.tasks(whole=True):
+        for task in preparation.batches(whole=True):
             with quarantine_file(task).open("rb") as source:
                 shutil.copyfileobj(source, stream)
-    if config.filter is not None:
-        _write_lines(folder / FILTER_SAMPLES_FILE, summary(pipeline.filter_tasks(whole=True)).samples)
-    if config.dedup is not None:
-        _write_lines(folder / DUPLICATE_SAMPLES_FILE, dedup.samples(pipeline.join()))
+    if preparation.resolved.config.filter is not None:
+        _write_lines(folder / FILTER_SAMPLES_FILE, summary(filtering).samples)
+    if duplicates is not None:
+        _write_lines(folder / DUPLICATE_SAMPLES_FILE, dedup.samples(duplicates))
     records = []
     for name in RECORD_FILES:
         path = folder / name

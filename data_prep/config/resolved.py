@@ -13,7 +13,7 @@ from common.folders import expanded
 from common.paths import REPOSITORY
 from common.splits import SPLITS, SplitName
 from common.urls import URL, without_secrets
-from data_prep.config import DataConfig
+from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import ORIGINS, RawFile, SourceSplit
 from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match
 from data_prep.work.folder import WORK
@@ -31,7 +31,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ResolvedConfig:
     """A config with every path resolved. Making one reads no data and writes nothing."""
 
     config: DataConfig
@@ -115,7 +115,7 @@ class Plan:
         return settings
 
 
-def make_plan(config: DataConfig) -> Plan:
+def resolve(config: DataConfig) -> ResolvedConfig:
     """Finds the files of a config. Raises DataError with the key and the pattern that found nothing."""
     origin = ORIGINS.get(config.format)
     if origin and config.input[0].endswith(".tokens"):
@@ -135,7 +135,7 @@ def make_plan(config: DataConfig) -> Plan:
         train_split = "position"
     names = _names([path for paths in found.values() for path in paths])
     splits: dict[str, SourceSplit] = {"input": train_split, "validation_input": "validation", "test_input": "test"}
-    return Plan(
+    return ResolvedConfig(
         config=config,
         sources=tuple(
             Source(path=path, split=splits[key], name=names[path]) for key, paths in found.items() for path in paths

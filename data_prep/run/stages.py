@@ -1,0 +1,281 @@
+"""The stages of a preparation: the list STAGES, from raw files to published shards."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.run.manifest import write_data_manifest
+from data_prep.run.preparation import Preparation
+from data_prep.shards.format import dtype_name
+from data_prep.stages.dedup import DedupTask, find_duplicates, is_deduplicated
+from data_prep.stages.encode import EncodeTask, encode_part, is_encoded
+from data_prep.stages.filter import FilterTask, filter_part, is_filtered
+from data_prep.stages.filters import check_languages
+from data_prep.stages.ingest import IngestTask, check_limits, ingest_batch, read_state
+from data_prep.stages.model_file import TOKENIZER_RECORD, ModelTask, has_model, make_models
+from data_prep.stages.pack import ShardTask, cut_shards, read_entry, write_shard
+from data_prep.stages.signatures import SignatureTask, is_signed, sign_part
+from data_prep.stages.tokenizer import SampleSource, TrainTask
+from data_prep.work.folder import stage_folder
+from data_prep.work.parallel import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of a preparation. What is done once stays done: `work` is given the tasks that are not."""
+
+    name: str
+    over: Literal["slice", "all"]
+    """Whether array tasks share its tasks, or one process needs what all of them have left."""
+    tasks: Callable[[Preparation, bool], Sequence[Any]]
+    """Its tasks, those of all slices or of this one alone; none where the config turns the stage off."""
+    is_done: Callable[[Any], bool]
+    """Whether a task's result is in the stage's folder."""
+    work: Callable[[Sequence[Any], Workers], None]
+    """Does tasks."""
+    check: Callable[[Preparation], None] = lambda preparation: None
+    """Raises DataError for what would be refused here, before any stage works for hours."""
+    finish: Callable[[Preparation, Sequence[Any]], None] = lambda preparation, tasks: None
+    """What follows when all tasks are done; it is given all of them."""
+    publishes: Callable[[Preparation], Path] | None = None
+    """Folder of what goes to `output` if this is the last stage of a command."""
+
+
+def spread(
+    function: Callable[[Any], None], description: str, size: Callable[[Any], int]
+) -> Callable[[Sequence[Any], Workers], None]:
+    """Work that calls `function` for each task, on all processes. `size`: bytes of a task."""
+
+    def work(tasks: Sequence[Any], workers: Workers) -> None:
+        workers.run(function, tasks, sizes=[size(task) for task in tasks], description=description)
+
+    return work
+
+
+# ingest: batch of raw files -> parts, quarantine
+
+
+def _batches(preparation: Preparation, whole: bool) -> Sequence[IngestTask]:
+    return preparation.batches(whole=whole)
+
+
+def _check_limits(preparation: Preparation, batches: Sequence[IngestTask]) -> None:
+    if preparation.slice.is_whole:  # shares of the whole; an array task may have a single, damaged file
+        check_limits(batches, preparation.file_states(whole=True), preparation.resolved.config)
+
+
+# filter: part -> verdicts
+
+
+def filter_tasks(preparation: Preparation, whole: bool) -> Sequence[FilterTask]:
+    config = preparation.resolved.config.filter
+    if config is None:
+        return []
+    ingest, folder = preparation.ingest_folder(), preparation.filter_folder()
+    parts = preparation.parts(whole=whole)
+    return [FilterTask(config=config, part=part, ingest=ingest, folder=folder) for part in parts]
+
+
+def _check_languages(preparation: Preparation) -> None:
+    config = preparation.resolved.config.filter
+    if config is not None and any(read_state(task) is None for task in preparation.batches(whole=False)):
+        check_languages(config.language)  # loads a model: not where nothing is to be read
+
+
+# sign: part -> MinHash signatures
+
+
+def _signature_tasks(preparation: Preparation, whole: bool) -> Sequence[SignatureTask]:
+    config = preparation.resolved.config.dedup
+    if config is None or not config.near:
+        return []
+    selection, folder = preparation.selection(deduplicated=False), preparation.signature_folder()
+    return [
+        SignatureTask(
+            part=part,
+            selection=selection,
+            shingle_words=config.shingle_words,
+            threshold=config.threshold,
+            folder=folder,
+        )
+        for part in preparation.parts(whole=whole)
+    ]
+
+
+# dedup: all signatures -> verdicts
+
+
+def dedup_tasks(preparation: Preparation, whole: bool) -> Sequence[DedupTask]:
+    config = preparation.resolved.config.dedup
+    if config is None:
+        return []
+    task = DedupTask(
+        config=config,
+        parts=tuple(preparation.parts(whole=True)),
+        selection=preparation.selection(deduplicated=False),
+        signatures=preparation.signature_folder() if config.near else None,
+        folder=preparation.dedup_folder(),
+    )
+    return [task]
+
+
+# tokenizer: sample of all parts -> model
+
+
+def _model_tasks(preparation: Preparation, whole: bool) -> Sequence[ModelTask]:
+    resolved = preparation.resolved
+    config = resolved.config.tokenizer
+    if preparation.takes_published_model or config.type == "bytes":
+        return []
+    if resolved.external_model is not None:
+        return [preparation.given_model()]
+    parts = preparation.parts(whole=True)
+    preparation.need_train([part.split for part in parts])
+    task = ModelTask(
+        folder=preparation.tokenizer_folder(),
+        config=config,
+        settings=resolved.tokenizer_settings(),
+        given=None,
+        training=_training(preparation),
+        parts=tuple(parts),
+    )
+    return [task]
+
+
+def _training(preparation: Preparation) -> TrainTask:
+    resolved = preparation.resolved
+    sampled = frozenset(source.name for source in resolved.sources[: resolved.config.tokenizer.sample_files])
+    sources = []
+    for batch in preparation.batch_states(whole=True):
+        parts = [part for part in batch.parts if part.split == "train" and sampled & dict(part.files).keys()]
+        sources.append(SampleSource(parts=tuple(parts), files=sampled))
+    return TrainTask(
+        sources=tuple(sources),
+        selection=preparation.selection(deduplicated=True),
+        config=resolved.config.tokenizer,
+        validation_fraction=resolved.validation_fraction,
+    )
+
+
+def _model_to_publish(preparation: Preparation) -> Path:
+    folder = stage_folder(preparation.resolved.work, "publish")
+    _copy_model(preparation, folder)
+    return folder
+
+
+def _copy_model(preparation: Preparation, folder: Path) -> None:
+    if (model := preparation.model) is not None:
+        for path in (model, model.with_name(TOKENIZER_RECORD)):
+            shutil.copyfile(path, folder / path.name)
+
+
+# encode: part -> ids
+
+
+def _encode_tasks(preparation: Preparation, whole: bool) -> Sequence[EncodeTask]:
+    selection, folder, recipe = (
+        preparation.selection(deduplicated=True),
+        preparation.encode_folder(),
+        preparation.recipe,
+    )
+    return [
+        EncodeTask(
+            part=part,
+            selection=selection,
+            recipe=recipe,
+            validation_fraction=preparation.resolved.validation_fraction,
+            folder=folder,
+        )
+        for part in preparation.parts(whole=whole)
+    ]
+
+
+# shard: ids -> shards, manifest
+
+
+def _shard_tasks(preparation: Preparation, whole: bool) -> Sequence[ShardTask]:
+    parts, settings = preparation.parts(whole=True), preparation.resolved.config.shard
+    encoded, folder = preparation.encode_folder(), preparation.shard_folder()
+    dtype = dtype_name(preparation.recipe.entry().vocab_size)
+    tasks = [
+        ShardTask(
+            name=f"{split}-{number:05d}",
+            split=split,
+            pieces=pieces,
+            tokens=tokens,
+            encoded=encoded,
+            folder=folder,
+            dtype=dtype,
+            tokens_per_member=settings.tokens_per_member,
+        )
+        for split in preparation.resolved.splits
+        for number, (pieces, tokens) in enumerate(cut_shards(parts, encoded, split, settings.tokens_per_shard))
+    ]
+    preparation.need_train([task.split for task in tasks])
+    return tasks
+
+
+def _write_manifest(preparation: Preparation, shards: Sequence[ShardTask]) -> None:
+    _copy_model(preparation, preparation.shard_folder())
+    duplicates = next(iter(dedup_tasks(preparation, True)), None)
+    write_data_manifest(preparation, shards, filter_tasks(preparation, True), duplicates)
+
+
+STAGES = (
+    Stage(
+        name="ingest",
+        over="slice",
+        tasks=_batches,
+        is_done=lambda task: read_state(task) is not None,
+        work=spread(ingest_batch, "reading raw files", lambda task: task.size),
+        finish=_check_limits,
+    ),
+    Stage(
+        name="filter",
+        over="slice",
+        check=_check_languages,
+        tasks=filter_tasks,
+        is_done=is_filtered,
+        work=spread(filter_part, "filtering", lambda task: task.part.bytes),
+    ),
+    Stage(
+        name="sign",
+        over="slice",
+        tasks=_signature_tasks,
+        is_done=is_signed,
+        work=spread(sign_part, "signing", lambda task: task.part.bytes),
+    ),
+    Stage(
+        name="dedup",
+        over="all",
+        tasks=dedup_tasks,
+        is_done=is_deduplicated,
+        work=find_duplicates,
+    ),
+    Stage(
+        name="tokenizer",
+        over="all",
+        tasks=_model_tasks,
+        is_done=has_model,
+        work=make_models,
+        publishes=_model_to_publish,
+    ),
+    Stage(
+        name="encode",
+        over="slice",
+        tasks=_encode_tasks,
+        is_done=is_encoded,
+        work=spread(encode_part, "tokenising", lambda task: task.part.bytes),
+    ),
+    Stage(
+        name="shard",
+        over="all",
+        tasks=_shard_tasks,
+        is_done=lambda task: read_entry(task) is not None,
+        work=spread(write_shard, "writing shards", lambda task: task.tokens),
+        finish=_write_manifest,
+        publishes=Preparation.shard_folder,
+    ),
+)
