@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.tables import text_table
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import ParallelConfig
@@ -30,15 +31,10 @@ def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) ->
     for entry in rank_bytes(config, data_size):
         of_stage = ranks[entry.stage].ravel()
         rows.append((str(entry.stage), f"{of_stage[0]}-{of_stage[-1]}", entry, stage_text(config, entry.stage)))
-    table = [["stage", "ranks", "parameters", "weights", "optimizer", "both", "holds"]]
+    header = ("stage", "ranks", "parameters", "weights", "optimizer", "both", "holds")
+    table = []
     for stage, which, entry, holds in rows:
         sizes = (entry.weights, entry.optimizer, entry.weights + entry.optimizer)
-        table.append([stage, which, f"{entry.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes), holds])
+        table.append([stage, which, entry.parameters, *(f"{size / 2**30:.3f}" for size in sizes), holds])
     print("\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments")
-    widths = [max(len(row[column]) for row in table) for column in range(7)]
-    for row in table:
-        padded = [
-            cell.rjust(width) if 2 <= column <= 5 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(padded).rstrip())
+    print(text_table(header, table, left={0, 1, 6}))

@@ -56,5 +56,3 @@ def parse_config(tree: dict[str, Any]) -> Config:
 def to_json(config: Config) -> dict[str, Any]:
     """The resolved tree, defaults included, as plain JSON types."""
     return config.model_dump(mode="json")
-
-
