@@ -147,9 +147,9 @@ class Segment:
     progress: Progress
     last: int
     _loss: float | None = None
-    """Of the last step; None if it is not finite."""
+    """Loss of the last step; None if it is not finite."""
     _validation_loss: float | None = None
-    """Of the model after the last step, where it was validated."""
+    """Loss on the held-out split after the last step, if it was validated."""
 
     @property
     def setup(self) -> RunSetup:

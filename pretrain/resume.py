@@ -160,9 +160,9 @@ class StartPoint:
     checkpoint: Checkpoint | None
     progress: Progress
     rollbacks: list[Rollback]
-    """Those that led here, and earlier ones."""
+    """The rollbacks that led here, and earlier ones."""
     damaged: list[str]
-    """Of each newer checkpoint that was passed over, why."""
+    """Why newer checkpoints were passed over, one reason for each."""
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's: key -> (then, now)."""
 

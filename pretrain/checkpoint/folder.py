@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Of all files but the two that say so."""
+        """Bytes of all files, without the two that name the sizes."""
         return sum(entry["bytes"] for entry in self.state["files"].values())
 
     @classmethod
@@ -84,7 +84,7 @@ class Checkpoint:
         self, *, rank: int = 0, world_size: int = 1, read: Callable[[int], None] | None = None
     ) -> str | None:
         """Checks this rank's share of the sha256 sums; the first file that does not match, with the reason, or None.
-        `read` hears of the bytes read."""
+        `read` is called with the number of bytes after each read."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
                 found = sha256_file(self.path / name, read)
@@ -131,7 +131,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a checkpoint so that it is nobody's to resume from or remove; its new name."""
+    """Renames a checkpoint, so that no run resumes from it or removes it. Returns its new name."""
     number = 1
     while (target := path.with_name(f"superseded-{number}-{path.name}")).exists():
         number += 1
@@ -166,7 +166,7 @@ class Retention:
     """So many with the lowest validation loss, the older of two equal ones."""
 
     def kept(self, paths: list[Path]) -> set[Path]:
-        """Of a run's checkpoints, oldest first. One whose loss cannot be read has none."""
+        """Those of `paths` (oldest first) that are kept. A checkpoint whose loss cannot be read has none."""
         kept = set(paths[-self.keep_last :])
         if self.keep_every_steps:
             kept |= {path for path in paths if step_of(path) % self.keep_every_steps == 0}

@@ -52,7 +52,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     values: Tensor
-    """Of the rectangle's shape; a view into the owner's memory, which a load fills."""
+    """The rectangle's elements, in its shape: a view into the owner's memory, which a load fills."""
 
 
 class Fragments:
@@ -67,7 +67,7 @@ class Fragments:
         assert self.chunks, "fragments of nothing"
 
     def size(self) -> torch.Size:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return self.shape
 
     @property

@@ -49,7 +49,7 @@ class Outcome:
     error: str | None
     """Why it failed, None if it is committed."""
     bytes: int
-    """Of the files."""
+    """Bytes of its files."""
     stall_seconds: float
     """For which training stood still."""
     seconds: float
@@ -79,7 +79,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
         self._errors: list[str] = []
-        """Of the last saves in a row."""
+        """Why the last saves in a row failed."""
         self._saved: Progress | None = None
         if asynchronous:  # touching memory for the first time takes longer than the copy (17 times, measured)
             self._reserve(_layout_in_buffer(owned_state(engine, parallel))[1])

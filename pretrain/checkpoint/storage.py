@@ -1,7 +1,7 @@
 """DCP's storage as safetensors and JSON: what lies on the disk can be read, but never executed.
 
 DCP's own FileSystemReader unpickles `.metadata`. Its HuggingFaceStorageWriter (torch 2.13) writes safetensors, but keys
-a file by tensor name alone: of two rectangles of a tensor that one rank owns the first is lost without a word.
+a file by tensor name alone: if one rank owns two rectangles of a tensor, the first is silently lost.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Writer(StorageWriter):
         self.final, self._state, self._before = final, state, before
         self.partial = final.with_name(final.name + ".partial")
         self.bytes = 0
-        """Of all files, on the coordinator, once committed."""
+        """Bytes of all files; known on the coordinator, once committed."""
         self.written = 0
         """Bytes written by this rank so far: whether a slow disk still takes some."""
 

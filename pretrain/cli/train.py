@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
-    """Entry point of every rank. `stop` hears of signals. Returns an exit code, see exit_codes.py."""
+    """Entry point of every rank. Signals are reported to `stop`. Returns an exit code, see exit_codes.py."""
     from pretrain.ranks import Ranks
 
     args, stop = build_parser().parse_args(arguments), stop or Stop()

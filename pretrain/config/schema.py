@@ -59,8 +59,8 @@ class DataConfig(Section):
     `full`: the sha256 of every shard at start."""
 
     document_mask: bool = False
-    """Documents of a window for themselves: attention does not cross them and positions begin again in each. Needs
-    model.position.type = rope and parallel.pipeline = 1. The mask of each sequence takes sequence_length^2 bytes."""
+    """Documents in a window do not see each other: attention stays inside a document, whose positions start at 0.
+    Needs model.position.type = rope and parallel.pipeline = 1. The mask of a sequence takes sequence_length^2 bytes."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""
@@ -215,7 +215,7 @@ class ResilienceConfig(Section):
     """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and
     never read that data: another course of the run, therefore not the default."""
     spike_skip_steps: PositiveInt = Field(4, json_schema_extra=FREE)
-    """With rollback: the data of so many steps is left out, the spike's own and those before it."""
+    """With spike_action = rollback: how many steps' data are left out, the spike's own and those before it."""
     replica_check_every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between comparisons of the weights that several ranks hold (a checksum of each parameter; one more before
     every checkpoint), against silent corruption. Under ZeRO 3 only routing statistics and the small parameters that it

@@ -25,13 +25,13 @@ class Source:
     """One data set of a run."""
 
     key: str
-    """Of the configuration, for messages."""
+    """Its key in the configuration, for messages."""
     name: str
     manifest: Manifest
     weight: int
     """Turns in a period of the schedule."""
     cache: ShardCache | None = None
-    """Of a data set behind a URL."""
+    """Where its shards are kept, if the data set is behind a URL."""
 
 
 @dataclass(frozen=True)

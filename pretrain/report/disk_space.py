@@ -23,7 +23,7 @@ class CheckpointSpace:
     """What a run's checkpoints take, bytes."""
 
     size: int
-    """Of one: 12 bytes per parameter, and the memory of all streams."""
+    """Bytes of one checkpoint: 12 per parameter, and the memory of all streams."""
     kept: int
     """Checkpoints that the run keeps at its end: no more than it saves."""
     there: int
@@ -88,6 +88,6 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def _memory_bytes(config: Config) -> int:
-    """Of Transformer-XL's memory: the inputs of the last tokens of every stream, for every layer."""
+    """Bytes of Transformer-XL's memory: every layer keeps its inputs of the last tokens of every stream."""
     model, width = config.model, 4 if config.train.precision == "fp32" else 2
     return config.batch.global_sequences * model.num_layers * model.memory_length * model.d_model * width

@@ -79,7 +79,7 @@ class Monitor:
             self._board.flush()
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
-        """Of the steps since the line before, with the newest step's learning rate and memory."""
+        """The line on the terminal: means since the line before; learning rate and memory of the newest step."""
         interval, elapsed = self._interval, time.monotonic() - self._start
         remaining = elapsed / (step - self._first) * (self._last - step)
         loss, norm = interval.mean("loss"), interval.mean("grad_norm")
@@ -115,7 +115,7 @@ class Interval:
             self.load[name] = self.load[name] + counts if name in self.load else counts
 
     def mean(self, key: str) -> float | None:
-        """Of `loss` or `grad_norm`, over the steps that have it; None if none has."""
+        """Mean of `loss` or `grad_norm` over the steps that have it; None if none has."""
         found = self._values[key]
         return sum(found) / len(found) if found else None
 

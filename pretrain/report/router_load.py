@@ -109,7 +109,7 @@ class Collapsed:
     """E.g. `blocks.3.feedforward`, `blocks.0.attention.value`."""
     head: int | None
     share: float
-    """Of the choices that its k busiest experts got in the last step."""
+    """Share of the choices of the last step that its k busiest experts got."""
     steps: int
     """In a row."""
 

@@ -52,7 +52,7 @@ def _data_values(config: Config, sources: Sources, sizes: list[int]) -> list[Der
 
 
 def _size_values(config: Config, data_size: int, windows: int) -> list[DerivedValue]:
-    """Of every run. `windows`: of the training split, all sources together."""
+    """What every run has. `windows`: windows of the training split, all sources together."""
     batch, model, steps = config.batch, config.model, config.train.steps
     count = parameter_count(model)
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)

@@ -24,7 +24,7 @@ class Control:
         return self._stop.requested is not None
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank."""
+        """For each flag: is it set on any rank?"""
         values = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return [bool(value) for value in values.tolist()]

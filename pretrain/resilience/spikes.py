@@ -10,7 +10,7 @@ import numpy as np
 DEVIATION = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 SMALLEST_DEVIATION = 0.01
-"""Of the median: below it losses scatter so little that every change would stand out."""
+"""Smallest deviation that counts, as a share of the median: if losses scatter less, every change would stand out."""
 
 
 class SpikeDetector:

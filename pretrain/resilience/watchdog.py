@@ -44,7 +44,7 @@ class Peers:
     """The processes of a run, as one of them knows them."""
 
     rank: int
-    """Of this process."""
+    """This process's rank."""
     identities: list[dict[str, Any]]
     """run_lock.process_identity of every rank."""
 
@@ -158,7 +158,7 @@ class Watchdog:
         return found
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
-        """Of every silent rank, where it was last and what its process does."""
+        """For every silent rank: where it was last, and what its process does now."""
         words = {}
         for rank in silent:
             identity, record = self._identities[rank], read(self._folder / f"rank-{rank:05d}.phase")

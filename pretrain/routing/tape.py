@@ -97,7 +97,7 @@ class Recording:
 
     def __init__(self, folder: Path, module: nn.Module, parallel: ParallelContext) -> None:
         self._folder, self._steps = folder, 0
-        # Of routers that tensor-parallel ranks run alike the first one writes.
+        # Tensor-parallel ranks run some routers alike; then the first of these ranks writes.
         routers = {n: r for n, r in routing_statistics(module) if r.is_sharded or parallel.tensor_rank == 0}
         self._recorders: dict[str, Recorder] = {}
         for name, router in routers.items():
