@@ -64,7 +64,7 @@ class RawFile:
     `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (settings of a file, each with its default)
         self,
         path: InputFile,
         *,
