@@ -1,4 +1,7 @@
-"""The entry points as a user starts them: from another directory, dry runs, refusals before anything is allocated."""
+"""The entry points as a user starts them: from another directory, dry runs, refusals before anything is allocated.
+
+Every entry point starts once as a process of its own, and launch/pretrain.py also trains, resumes and refuses as one.
+What is only a matter of `main` calls `main`: a process imports torch for seconds before it says anything."""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pretrain.cli.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
@@ -45,43 +50,29 @@ def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
     assert "usage:" in done.stdout
 
 
-def test_dry_run_prints_the_resolved_tree_and_derived_values(prepared: Path, tmp_path: Path) -> None:
-    done = start(
-        str(ROOT / "launch" / "pretrain.py"),
-        "--config",
-        TINY,
-        "--set",
-        f"data.manifest={prepared}",
-        "--dry-run",
-        "--ranks",
-        "8",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    tree, end = json.JSONDecoder().raw_decode(done.stdout)
+def arguments_for(config: str, prepared: Path, *more: str) -> list[str]:
+    """Of launch/pretrain.py, with a file of configs/."""
+    return ["--config", str(ROOT / "configs" / config), "--set", f"data.manifest={prepared}", *more]
+
+
+def test_dry_run_prints_the_resolved_tree_and_derived_values(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments_for("switchall_tiny.json", prepared, "--dry-run", "--ranks", "8")) == 0
+    printed = capsys.readouterr().out
+    tree, end = json.JSONDecoder().raw_decode(printed)
     assert tree["data"]["manifest"] == str(prepared)
-    derived = done.stdout[end:]
     for words in ("parameters, total", "parameters, active", "micro-steps", "unused vocabulary rows"):
-        assert words in derived
+        assert words in printed[end:]
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 
-def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, tmp_path: Path) -> None:
-    done = start(
-        str(ROOT / "launch" / "pretrain.py"),
-        "--config",
-        str(ROOT / "configs" / "switchall_1b.json"),
-        "--set",
-        f"data.manifest={prepared}",
-        "--set",
-        "evaluate.sequences=0",
-        "--dry-run",
-        "--ranks",
-        "64",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1,117,441,280" in done.stdout and "437,964,032" in done.stdout
+def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--set", "evaluate.sequences=0", "--dry-run", "--ranks", "64")
+    assert main(arguments_for("switchall_1b.json", prepared, *more)) == 0
+    printed = capsys.readouterr().out
+    assert "1,117,441,280" in printed and "437,964,032" in printed
 
 
 @pytest.mark.parametrize(
@@ -97,20 +88,18 @@ def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, tmp_path: Path) -
     ],
 )
 def test_refusals_are_one_message_without_traceback(
-    prepared: Path, tmp_path: Path, arguments: list[str], words: str
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
 ) -> None:
-    done = start(
-        str(ROOT / "launch" / "pretrain.py"),
-        "--config",
-        TINY,
-        "--set",
-        f"data.manifest={prepared}",
-        *arguments,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert words in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments_for("switchall_tiny.json", prepared, *arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert words in printed.err
     assert not list(tmp_path.iterdir()), "something was written before the refusal"
 
 
@@ -153,6 +142,7 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
     assert refused.returncode == 2, "Python would give 120 for what it could not flush, or 1 for the traceback"
     refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: optimizer.eps: was 1e-08")
+    assert refused.stderr.count("\n") == 1, refused.stderr
     done = start(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout and "unigram perplexity" in done.stdout

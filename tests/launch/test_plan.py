@@ -1,4 +1,4 @@
-"""launch/plan.py as a user starts it, and the widths that `match` finds against the published ones."""
+"""What launch/plan.py prints and refuses, and the widths that `match` finds against the published ones."""
 
 from __future__ import annotations
 
@@ -6,41 +6,52 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
+from pretrain.cli.plan import main
 from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import Width, match_width, with_width
 from pretrain.config.loading import load_config
-from tests.launch.test_entry_points import ROOT, start
+from tests.launch.test_entry_points import ROOT
 
 PLAN = str(ROOT / "launch" / "plan.py")
 PAPER = ROOT / "configs" / "paper"
 
 
-def test_costs_table_from_another_directory(tmp_path: Path) -> None:
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls `main` in another directory; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> str:
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_costs_table_from_another_directory(plan: Callable[..., str]) -> None:
     files = [str(PAPER / f"c4_{name}_262m.json") for name in ("dense", "switchhead")]
-    done = start(PLAN, "costs", *files, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    dense, switchhead = (line.split() for line in done.stdout.splitlines()[2:4])
+    printed = plan("costs", *files)
+    dense, switchhead = (line.split() for line in printed.splitlines()[2:4])
     assert dense[0] == "c4_dense_262m" and {"262.5M", "5.369G", "1.000"} <= set(dense)
     # published, Eq. 13
     assert switchhead[0] == "c4_switchhead_262m" and switchhead[3:5] == ["2.358G", "2.819G"]
-    assert "ratios are of counted MACs to c4_dense_262m" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 140
+    assert "ratios are of counted MACs to c4_dense_262m" in printed
+    assert max(map(len, printed.splitlines())) <= 140
 
 
-def test_costs_as_json_with_a_baseline_and_a_folder(tmp_path: Path) -> None:
+def test_costs_as_json_with_a_baseline_and_a_folder(tmp_path: Path, plan: Callable[..., str]) -> None:
     folder = tmp_path / "configs"
     folder.mkdir()
     for name in ("wt103_dense_47m", "wt103_switchhead_47m"):
         (folder / f"{name}.json").write_text((PAPER / f"{name}.json").read_text(encoding="utf-8"), encoding="utf-8")
     baseline = str(PAPER / "wt103_dense_2heads_47m.json")
-    done = start(PLAN, "costs", "configs", "--baseline", baseline, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads(plan("costs", "configs", "--baseline", baseline, "--json"))
     assert [Path(row["config"]).stem for row in rows] == [
         "wt103_dense_2heads_47m",
         "wt103_dense_47m",
@@ -51,7 +62,7 @@ def test_costs_as_json_with_a_baseline_and_a_folder(tmp_path: Path) -> None:
     assert rows[2]["attention_macs_ratio"] == rows[2]["attention_macs_counted"] / rows[0]["attention_macs_counted"]
 
 
-def test_ratios_are_between_models_of_one_size(tmp_path: Path) -> None:
+def test_ratios_are_between_models_of_one_size(plan: Callable[..., str]) -> None:
     names = ("c4_dense_262m", "c4_dense_47m", "c4_switchhead_262m", "c4_switchhead_47m")
     models = {name: load_config(PAPER / f"{name}.json").model for name in names}
     rows = model_costs(models, any_size=False)
@@ -64,12 +75,13 @@ def test_ratios_are_between_models_of_one_size(tmp_path: Path) -> None:
     other = {"a": models["c4_dense_47m"], "b": models["c4_dense_47m"].model_copy(update={"sequence_length": 64})}
     assert model_costs(other, any_size=False)[1].model_macs_ratio is None
     files = [str(PAPER / f"{name}.json") for name in names]
-    done = start(PLAN, "costs", *files[1:], "--baseline", files[0], "--json", cwd=tmp_path)
-    assert all(0 < row["model_macs_ratio"] <= 1 for row in json.loads(done.stdout)), done.stderr
+    printed = plan("costs", *files[1:], "--baseline", files[0], "--json")
+    assert all(0 < row["model_macs_ratio"] <= 1 for row in json.loads(printed))
     assert "only one formula for both conventions" in table(rows) and "differ" not in table(rows[:1])
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    """A process of its own: what Python flushes at its end counts too."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -87,13 +99,12 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_match_prints_the_value_the_totals_and_the_override(tmp_path: Path) -> None:
+def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., str]) -> None:
     files = (str(PAPER / "c4_switchhead_47m.json"), "--like", str(PAPER / "c4_dense_47m.json"))
-    done = start(PLAN, "match", *files, "--solve", "head_dim", "--set", "model.attention.head_dim=64", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "model.attention.head_dim = 76 (was 64)" in done.stdout
-    assert "use --set model.attention.head_dim=76" in done.stdout
-    assert "47,247,416 parameters" in done.stdout and "47,260,120 parameters (difference -12,704" in done.stdout
+    printed = plan("match", *files, "--solve", "head_dim", "--set", "model.attention.head_dim=64")
+    assert "model.attention.head_dim = 76 (was 64)" in printed
+    assert "use --set model.attention.head_dim=76" in printed
+    assert "47,247,416 parameters" in printed and "47,260,120 parameters (difference -12,704" in printed
 
 
 @pytest.mark.parametrize(
@@ -112,12 +123,19 @@ def test_match_prints_the_value_the_totals_and_the_override(tmp_path: Path) -> N
         (["match", "TINY", "--like", "TINY"], "model.feedforward.hidden_size: a sigma_moe feed-forward has no"),
     ],
 )
-def test_refusals_are_one_message_without_traceback(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_refusals_are_one_message_without_traceback(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     tiny = str(ROOT / "configs" / "switchall_tiny.json")
-    done = start(PLAN, *(tiny if argument == "TINY" else argument for argument in arguments), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert words in done.stderr
+    assert main([tiny if argument == "TINY" else argument for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert words in printed.err and printed.out == ""
 
 
 PAIRS = [
@@ -168,17 +186,16 @@ def test_match_refuses_where_no_width_is_small_enough(solve: Width, experts: int
         match_width(large, load_config(PAPER / "c4_dense_47m.json").model, solve)
 
 
-def test_layout_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+def test_layout_prints_what_the_documentation_shows(plan: Callable[..., str]) -> None:
     """The command and its output in docs/parallelism.md, line by line."""
     text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
     command, _, after = text.partition("python launch/plan.py layout configs/switchall_1b.json")[2].partition("\n")
     block = after.partition(":\n\n")[2].partition("\n\nThe same groups")[0]
     shown = [line.strip() for line in block.splitlines() if line.strip()]
     assert len(shown) == 9 and shown[0].startswith("8 ranks = pipeline 2")
-    done = start(PLAN, "layout", str(ROOT / "configs" / "switchall_1b.json"), *command.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    printed = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    assert [line for line in printed if line in shown] == shown, done.stdout
+    text = plan("layout", str(ROOT / "configs" / "switchall_1b.json"), *command.split())
+    printed = [line.strip() for line in text.splitlines() if line.strip()]
+    assert [line for line in printed if line in shown] == shown, text
 
 
 def test_numbers_have_four_digits() -> None:

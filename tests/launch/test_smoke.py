@@ -16,7 +16,7 @@ from pretrain.config.loading import to_json
 from pretrain.smoke import cli
 from pretrain.smoke.collectives import check_collectives
 from tests.harness import run_ranks
-from tests.launch.test_entry_points import ROOT, start
+from tests.launch.test_entry_points import ROOT
 from tests.pretrain.runs import small_config
 
 
@@ -132,9 +132,8 @@ def test_refusals(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
-def test_help_from_another_directory(tmp_path: Path) -> None:
-    done = start(str(ROOT / "launch" / "smoke.py"), "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "smoke: PASSED" in " ".join(done.stdout.split()), done.stderr
+def test_help_says_what_a_pass_prints() -> None:
+    assert "smoke: PASSED" in " ".join(cli.build_parser().format_help().split())
 
 
 @pytest.mark.slow
