@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus import prepare_corpus
+pytest.register_assert_rewrite("tests.pretrain.runs")  # whose comparisons should say what differs, as those of tests do
+
+from tests.corpus import prepare_corpus  # noqa: E402
 
 
 @pytest.fixture(scope="session")

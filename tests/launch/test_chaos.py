@@ -19,7 +19,7 @@ import pytest
 
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from tests.launch.test_launcher import _lines, command, environment, run
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics
+from tests.pretrain.runs import assert_bit_identical, metrics
 
 pytestmark = pytest.mark.slow
 STEPS, KILLS, KILLS_DURING_A_SAVE, SECONDS_TO_START = 150, 12, 3, 180

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.launch.test_launcher import command, environment, run
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics
+from tests.pretrain.runs import assert_bit_identical, metrics
 
 pytestmark = pytest.mark.slow
 KEYS = (

@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from pretrain.config.loading import load_config
-from tests.pretrain.runs import plain_trace
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics
+from tests.pretrain.runs import assert_bit_identical, metrics, plain_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "switchall_tiny.json"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 import model.attention.moa
 import model.attention.switchhead
@@ -16,7 +19,7 @@ from model.language_model import build_model, routing_statistics
 from model.memory import layer_memories
 from model.parallel.sharding import sharded_axis
 from model.parameters import owner_of, parameter_specs
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.loading import apply_override, parse_config
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
@@ -24,6 +27,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from pretrain.engine.gradient_norm import GradientNorm
+from pretrain.loop import train
 from pretrain.parallel.context import parallel_context
 from pretrain.trainer import RunSetup, Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
@@ -64,6 +68,10 @@ MOA = (
     '"switch_loss_weight": 0.3, "cv_loss_weight": 0.3}'
 )
 """Override of `small_config`: MoA attention with all of its losses, strong enough to be seen."""
+TOLERANCE = 1e-5
+"""Relative: what rounding in another order of summation may change in a few steps."""
+COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
+"""Of a line of metrics.jsonl: what another layout must give too."""
 
 
 def trainer_of(config: Config, resumed: Checkpoint | None = None) -> Trainer:
@@ -229,3 +237,54 @@ def gradient_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     norm = float(reference.norm())
     error = float((value - reference).norm())
     return error / norm if norm > 1e-8 else error
+
+
+def assert_same(trace: Trace, reference: Trace, label: str) -> None:
+    """Losses and gradient norms of every step, and the gradient of every parameter, to TOLERANCE."""
+    assert reference.smallest_margin > 1e-5, (
+        f"a routing choice is decided by {reference.smallest_margin}: choose a seed"
+    )
+    assert len(trace.losses) == len(reference.losses) > 1
+    for step in range(len(reference.losses)):
+        assert trace.losses[step] == pytest.approx(reference.losses[step], rel=TOLERANCE), (
+            f"{label}: loss of step {step}"
+        )
+        norm, expected = trace.grad_norms[step], reference.grad_norms[step]
+        assert norm == pytest.approx(expected, rel=TOLERANCE), f"{label}: gradient norm of step {step}"
+    for step, gradients in reference.gradients.items():
+        assert gradients.keys() == trace.gradients[step].keys()
+        for name, expected_gradient in gradients.items():
+            error = gradient_error(trace.gradients[step][name], expected_gradient)
+            if expected_gradient.numel() == 1:
+                # The learned scale: one number, a difference of large sums. Measured by the gradient it is part of.
+                error *= float(expected_gradient.abs()) / reference.grad_norms[step]
+            assert error < TOLERANCE, f"{label}: gradient of {name} at step {step} is off by {error:.1e}"
+
+
+def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
+    """Trains each configuration to its end, or to its stop, in the given run folder."""
+    for config, run_dir in runs:
+        train(config, Sources.load(config), run_dir, torch.device("cpu"))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[float, ...]]:
+    return [tuple(line[key] for key in COMPARED) for line in metrics(run_dir)]
+
+
+def state_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    folder = list_checkpoints(run_dir / "checkpoints")[-1]
+    return {f"{file.name}/{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_bit_identical(resumed: Path, unbroken: Path) -> None:
+    assert curve(resumed) == curve(unbroken)
+    ours, theirs = state_tensors(resumed), state_tensors(unbroken)
+    assert ours.keys() == theirs.keys()
+    assert any("master/blocks.1.feedforward." in key for key in ours)
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key

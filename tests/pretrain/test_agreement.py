@@ -12,8 +12,7 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import train_runs
+from tests.pretrain.runs import small_config, train_runs
 
 
 def _outcome_of_training(rank: int, config: Config, run_dir: Path) -> str:

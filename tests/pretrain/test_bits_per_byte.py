@@ -13,8 +13,7 @@ import pytest
 from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import train_runs
+from tests.pretrain.runs import small_config, train_runs
 
 
 def prepare_bytes(folder: Path, type: str = "bytes") -> Path:

@@ -9,50 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from common.errors import UserError
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.data.sources import Sources
-from pretrain.loop import train
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.runs import MOA, small_config
+from tests.pretrain.runs import (
+    COMPARED,
+    MOA,
+    assert_bit_identical,
+    curve,
+    metrics,
+    small_config,
+    state_tensors,
+    train_runs,
+)
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
 DROPOUTS = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
-COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
-
-
-def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
-    """Trains each configuration to its end, or to its stop, in the given run folder."""
-    for config, run_dir in runs:
-        train(config, Sources.load(config), run_dir, torch.device("cpu"))
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(run_dir: Path) -> list[tuple[float, ...]]:
-    return [tuple(line[key] for key in COMPARED) for line in metrics(run_dir)]
-
-
-def state_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint."""
-    folder = list_checkpoints(run_dir / "checkpoints")[-1]
-    return {f"{file.name}/{k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_bit_identical(resumed: Path, unbroken: Path) -> None:
-    assert curve(resumed) == curve(unbroken)
-    ours, theirs = state_tensors(resumed), state_tensors(unbroken)
-    assert ours.keys() == theirs.keys()
-    assert any("master/blocks.1.feedforward." in key for key in ours)
-    for key, value in theirs.items():
-        assert torch.equal(ours[key], value), key
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

@@ -19,9 +19,8 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.cli.checkpoint import main
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import gradient_error, small_config
+from tests.pretrain.runs import gradient_error, metrics, small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
-from tests.pretrain.test_checkpoint import metrics, train_runs
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,18 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.runs import engine_trace, plain_trace, small_config
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    small_config,
+    train_runs,
+)
 from tests.pretrain.saved import whole_tensors
 from tests.pretrain.test_bits_per_byte import train_and_keep_output
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

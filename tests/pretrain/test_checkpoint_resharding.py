@@ -13,9 +13,8 @@ from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import plain_trace, trainer_of
+from tests.pretrain.runs import COMPARED, metrics, plain_trace, train_runs, trainer_of
 from tests.pretrain.saved import whole_tensors
-from tests.pretrain.test_checkpoint import COMPARED, metrics, train_runs
 
 SAVED_AT, STEPS = 3, 8
 EVERYTHING = Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)

@@ -16,9 +16,8 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, trainer_of
+from tests.pretrain.runs import small_config, train_runs, trainer_of
 from tests.pretrain.saved import whole_tensors
-from tests.pretrain.test_checkpoint import train_runs
 
 
 def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[int]:

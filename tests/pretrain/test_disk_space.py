@@ -15,9 +15,8 @@ from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
 from pretrain.report.disk_space import CheckpointSpace, checkpoint_space
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import whole_tensors
-from tests.pretrain.test_checkpoint import train_runs
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -16,10 +16,17 @@ from pretrain.config.rules import check_ranks, smallest_world
 from pretrain.config.schema import Config
 from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
-from tests.pretrain.runs import engine_trace, plain_trace, small_config
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
-from tests.pretrain.test_tensor_parallel import EXPERT_DROPOUT, MODELS, SEEDS
+from tests.pretrain.family import EXPERT_DROPOUT, MODELS, SEEDS
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    small_config,
+    train_runs,
+)
 
 STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")

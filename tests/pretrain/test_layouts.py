@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run_ranks
-from tests.pretrain.runs import MOA, Trace, engine_trace, gradient_error, plain_trace, small_config
+from tests.pretrain.runs import (
+    MOA,
+    TOLERANCE,
+    Trace,
+    assert_same,
+    engine_trace,
+    plain_trace,
+    small_config,
+)
 
 STEPS = 20
 GRADIENT_STEPS = (0, 4, 9)
-TOLERANCE = 1e-5
 
 # ranks: [(ZeRO stage, micro_sequences)]; 8 sequences a step, so 1 to 8 micro-steps.
 LAYOUTS = {
@@ -19,27 +26,6 @@ LAYOUTS = {
     2: [(0, 4), (0, 2), (1, 4), (1, 1), (2, 2), (3, 4), (3, 1)],
     4: [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1), (3, 1), (3, 2)],
 }
-
-
-def assert_same(trace: Trace, reference: Trace, label: str) -> None:
-    assert reference.smallest_margin > 1e-5, (
-        f"a routing choice is decided by {reference.smallest_margin}: choose a seed"
-    )
-    assert len(trace.losses) == len(reference.losses) > 1
-    for step in range(len(reference.losses)):
-        assert trace.losses[step] == pytest.approx(reference.losses[step], rel=TOLERANCE), (
-            f"{label}: loss of step {step}"
-        )
-        norm, expected = trace.grad_norms[step], reference.grad_norms[step]
-        assert norm == pytest.approx(expected, rel=TOLERANCE), f"{label}: gradient norm of step {step}"
-    for step, gradients in reference.gradients.items():
-        assert gradients.keys() == trace.gradients[step].keys()
-        for name, expected_gradient in gradients.items():
-            error = gradient_error(trace.gradients[step][name], expected_gradient)
-            if expected_gradient.numel() == 1:
-                # The learned scale: one number, a difference of large sums. Measured by the gradient it is part of.
-                error *= float(expected_gradient.abs()) / reference.grad_norms[step]
-            assert error < TOLERANCE, f"{label}: gradient of {name} at step {step} is off by {error:.1e}"
 
 
 @pytest.fixture(scope="module")

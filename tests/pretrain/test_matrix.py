@@ -11,8 +11,7 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
-from tests.pretrain.runs import Trace, engine_trace, plain_trace
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.runs import Trace, assert_same, engine_trace, plain_trace
 
 LAYOUTS = [
     # 1 rank

@@ -21,8 +21,7 @@ from pretrain.data.windows import WindowReader
 from pretrain.evaluate import unigram_perplexity
 from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import metrics, train_runs
+from tests.pretrain.runs import metrics, small_config, train_runs
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 METRICS_TABLE = "\n".join(

@@ -18,8 +18,7 @@ import pytest
 from pretrain.config.schema import Config
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, STEPS, Layout, config_of
-from tests.pretrain.runs import Trace, engine_trace, plain_trace
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.runs import Trace, assert_same, engine_trace, plain_trace
 
 
 def unsummed_gates() -> None:

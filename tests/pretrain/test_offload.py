@@ -9,9 +9,16 @@ import pytest
 
 from common.errors import ConfigError
 from tests.harness import run_ranks
-from tests.pretrain.runs import engine_trace, plain_trace, small_config
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    small_config,
+    train_runs,
+)
 
 OFFLOAD = "parallel.offload_optimizer=true"
 

@@ -17,8 +17,7 @@ from pretrain.parallel.agreement import PeerFailed
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import metrics
+from tests.pretrain.runs import metrics, small_config
 from tests.pretrain.test_line_log import strict
 
 

@@ -22,9 +22,16 @@ from pretrain.parallel.context import parallel_context
 from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
-from tests.pretrain.runs import engine_trace, plain_trace, small_config
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    small_config,
+    train_runs,
+)
 
 
 def longest(costs: list[int], bounds: list[int]) -> int:

@@ -13,9 +13,8 @@ import pytest
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state
-from tests.pretrain.test_checkpoint import train_runs
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from pretrain.loop import train
 from pretrain.routing.tape import Flips
 from tests.harness import run_ranks
 from tests.pretrain.matrix import MODELS, dropouts
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import COMPARED, metrics, train_runs
+from tests.pretrain.runs import COMPARED, metrics, small_config, train_runs
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 STEPS = 4

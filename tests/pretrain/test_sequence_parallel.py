@@ -12,10 +12,16 @@ import pytest
 from common.errors import ConfigError
 from pretrain.config.schema import Config
 from tests.harness import run_ranks
-from tests.pretrain.runs import engine_trace, plain_trace
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
-from tests.pretrain.test_tensor_parallel import MODELS, config_of
+from tests.pretrain.family import MODELS, config_of
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    train_runs,
+)
 
 STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")

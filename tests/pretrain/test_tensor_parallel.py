@@ -10,55 +10,19 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from pretrain.config.schema import Config
 from tests.harness import run_ranks
-from tests.pretrain.runs import engine_trace, plain_trace, small_config
-from tests.pretrain.test_checkpoint import COMPARED, assert_bit_identical, metrics, train_runs
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.family import MODELS, config_of
+from tests.pretrain.runs import (
+    COMPARED,
+    assert_bit_identical,
+    assert_same,
+    engine_trace,
+    metrics,
+    plain_trace,
+    train_runs,
+)
 
 STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
-DROPOUT = ("model.dropout=0.1",)
-EXPERT_DROPOUT = (*DROPOUT, "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
-SWITCHALL = ("model.attention.num_heads=4", "model.feedforward.num_experts=6")
-DENSE_FEEDFORWARD = ("model.feedforward.type=dense", "model.feedforward.hidden_size=22")
-MOA = (
-    'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
-    '"switch_loss_weight": 0.02, "cv_loss_weight": 0.01}',
-    *DENSE_FEEDFORWARD,
-)
-MODELS = {
-    "switchall": SWITCHALL,
-    "switchall, every dropout": (*SWITCHALL, *EXPERT_DROPOUT),
-    "switchall, micro_batch scope": (*SWITCHALL, "model.feedforward.entropy_scope=micro_batch"),
-    "switchall xl": (*SWITCHALL, *EXPERT_DROPOUT, "model.position.type=xl"),
-    "switchall rope with memory": (*SWITCHALL, *EXPERT_DROPOUT, 'model.position={"type": "rope", "memory_chunks": 1}'),
-    "all projections experts": (
-        *SWITCHALL,
-        'model.attention.expert_projections=["query", "key", "value", "output"]',
-        "model.feedforward.type=swiglu",
-        "model.feedforward.hidden_size=18",
-        *DROPOUT,
-    ),
-    "dense xl": (
-        'model.attention={"type": "dense", "num_heads": 4, "head_dim": 5}',
-        *DENSE_FEEDFORWARD,
-        *DROPOUT,
-        "model.position.type=xl",
-    ),
-    "moa": MOA,
-    "moa xl": (*MOA, *DROPOUT, "model.attention.expert_dropout=0.2", "model.position.type=xl"),
-}
-SEEDS = {
-    "switchall": 3,
-    "switchall, every dropout": 7,
-    "switchall xl": 2,
-    "moa xl": 1,
-}
-"""Seeds whose smallest top-k margin is clear of 1e-5, where that of 17 is not."""
-
-
-def config_of(prepared: Path, model: str, *overrides: str) -> Config:
-    return small_config(prepared, *MODELS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
 
 
 @pytest.mark.slow  # the fast tier has its layouts in test_matrix.py

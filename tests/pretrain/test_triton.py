@@ -11,8 +11,7 @@ from model.kernels.backend import BACKENDS
 from pretrain.config.rules import choose_backends
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import engine_trace, gradient_error, plain_trace, small_config
-from tests.pretrain.test_layouts import assert_same
+from tests.pretrain.runs import assert_same, engine_trace, gradient_error, plain_trace, small_config
 
 TOLERANCE = 1e-5
 """Relative, fp32: the tolerance of every layout test."""

@@ -14,8 +14,7 @@ from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import small_config, trainer_of
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs, trainer_of
 
 NAME = "blocks.1.feedforward.down_experts"
 SIX = "model.feedforward.num_experts=6"

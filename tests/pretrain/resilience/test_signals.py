@@ -22,8 +22,7 @@ from pretrain.phases import Phases
 from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, outcome
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
 
 KEYS = (
     "train.steps=5",

@@ -22,8 +22,7 @@ from tests.pretrain.resilience.faults import (
     spoil_losses_of_steps,
     train_with,
 )
-from tests.pretrain.runs import small_config, trainer_of
-from tests.pretrain.test_checkpoint import metrics
+from tests.pretrain.runs import metrics, small_config, trainer_of
 
 QUICK = [
     ("train.precision=fp32", "parallel.zero=0"),

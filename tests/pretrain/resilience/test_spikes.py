@@ -18,8 +18,7 @@ from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import small_config
-from tests.pretrain.test_checkpoint import assert_bit_identical, metrics, train_runs
+from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
 
 
 def test_a_spike_stands_out_from_the_median() -> None:
