@@ -1,4 +1,7 @@
-"""Training on SLURM: checks a run on the login node, writes its job script and submits it."""
+"""Training on SLURM: checks a run on the login node, writes its job script and submits it.
+
+What imports torch is imported where it is used: --help and refusals of arguments do without it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from common.arguments import at_least
 from common.errors import UserError
-from common.paths import REPOSITORY
+from common.paths import REPOSITORY, find_input
 from common.urls import URL
 from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
@@ -174,8 +177,6 @@ def _check_gpus(args: argparse.Namespace) -> None:
 
 def _future_data(config: Config) -> list[Path]:
     """Where the data sets will be, as pretrain/data/sources.py looks for them; those behind URLs are left out."""
-    from common.paths import find_input
-
     locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
     return [find_input(location).absolute() for location in locations if not URL.match(location)]
 

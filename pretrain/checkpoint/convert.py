@@ -1,4 +1,7 @@
-"""The weights of a checkpoint for other programs: one safetensors file, with what is needed to use it."""
+"""The weights of a checkpoint for other programs: one safetensors file, with what is needed to use it.
+
+What imports torch is imported where it is used: launch/checkpoint.py lists and verifies without it.
+"""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
 @functools.cache
 def versions() -> dict[str, str | None]:
     """What computes: recorded in every checkpoint, and compared on resume."""
-    import deepspeed
+    import deepspeed  # here: device.start prepares its import
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         with reader_may_leave():
-            if args.command == "costs":
+            if args.command == "costs":  # each imports torch, for which --help and refusals do not wait
                 from pretrain.cli.plan_costs import print_costs
 
                 print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)

@@ -1,4 +1,7 @@
-"""Command line of launch/pretrain.py: arguments, help, checks before anything is allocated, dry run."""
+"""Command line of launch/pretrain.py: arguments, help, checks before anything is allocated, dry run.
+
+What imports torch or DeepSpeed is imported where it is used: it takes seconds, which --help and refusals do without.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.loading import load_config, to_json
 from pretrain.config.rules import check_device, check_ranks, smallest_world
 from pretrain.config.schema import FREE, Config
+from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode, exit_codes_help
 from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
     from pretrain.data.sources import Sources
-    from pretrain.ranks import Ranks
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
 
@@ -74,8 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. Signals are reported to `stop`. Returns an exit code, see exit_codes.py."""
-    from pretrain.ranks import Ranks
-
     args, stop = build_parser().parse_args(arguments), stop or Stop()
     try:
         ranks = Ranks.from_environment()

@@ -320,7 +320,7 @@ def check_device(config: Config, device_type: str) -> None:
 
 def choose_backends(config: Config, device_type: str) -> Backends:
     """The backend of every op. Raises ConfigError with the reason where kernels.backend is impossible here."""
-    import torch
+    import torch  # here, because no other rule needs it: a refusal does not wait for its import
 
     from model.kernels.choice import Backends
 

@@ -23,7 +23,7 @@ from pretrain.parallel.groups import ModelParallelUnit
 def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
     """Hands the initialised model, or pipeline stage, to DeepSpeed. Returns a DeepSpeedEngine (for a stage a
     PipelineEngine) whose module is `model`."""
-    import deepspeed
+    import deepspeed  # here: device.start prepares its import
     from deepspeed.utils import groups, logger
 
     groups.mpu = None  # an engine that this process built before may have left its own

@@ -1,13 +1,15 @@
 """What DeepSpeed (0.19.8) must know of parameters that only some data-parallel ranks share: the sigma-MoE experts.
 
 DeepSpeed looks for its own MoE module in the model, for attributes of the parameters and for marks on the optimizer's
-groups. The model knows nothing of DeepSpeed, so all of that is put on here, from outside.
+groups. The model knows nothing of DeepSpeed, so all of that is put on here, from outside. DeepSpeed is imported inside
+functions, because device.start must prepare its import.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from model.config import ModelConfig, SigmaMoEConfig
@@ -72,7 +74,6 @@ def separate_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _register_groups(name: str, parallel: ParallelContext) -> None:
     """Gives DeepSpeed the groups of our mesh; those that it would make hold the same ranks (a test compares them)."""
-    import torch.distributed as dist
     from deepspeed.utils import groups
 
     ours = process_groups(

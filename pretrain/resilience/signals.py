@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -127,8 +128,6 @@ class Stop:
         os._exit(code)
 
     def _serve(self, pipe: int) -> None:
-        import select
-
         while True:
             ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS)
             numbers = os.read(pipe, 64) if ready else b""

@@ -2,7 +2,7 @@
 
 Collectives between all ranks are checked and timed, a few steps are trained with the run's own configuration, saved,
 and resumed from the middle, which must give the same bits. Everything is written to a new folder RUN_DIR/smoke-N; the
-checkpoints in it are removed again if all is well.
+checkpoints in it are removed again if all is well. What imports torch is imported where it is used, as in cli/train.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from common.errors import UserError
 from pretrain.cli.train import preflight
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
+from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import ProcessState, Stop
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.data.sources import Sources
-    from pretrain.ranks import Ranks
 
 VERDICT = "smoke: "
 """How every line of it begins; the last one is the verdict."""
@@ -62,8 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. Returns 0 passed, 1 failed, 2 refused, or the code that training ended with."""
-    from pretrain.ranks import Ranks
-
     args = build_parser().parse_args(arguments)
     is_first = True
     try:
