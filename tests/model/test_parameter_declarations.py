@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from model.language_model import LanguageModel
 from model.layers import Block, Head
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import local_shape, sharded_axis
+from model.parameter_spec import Experts, Specs
 from model.parameters import DeclarationError, check_declarations, parameter_specs
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -100,22 +102,15 @@ def test_matrices_and_experts_are_decayed_and_norms_biases_and_scales_are_not() 
         assert decayed == {name: not ("norm" in name or name.endswith(("bias", "scale"))) for name in decayed}
 
 
-def redeclare(monkeypatch: pytest.MonkeyPatch, layer: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def redeclare(monkeypatch: pytest.MonkeyPatch, layer: Any, change: Callable[[Specs], Specs]) -> None:
     """Lets `layer` declare `change(its specs)` in the place of its specs."""
     original = layer.parameter_specs
     monkeypatch.setattr(layer, "parameter_specs", staticmethod(lambda config: change(original(config))))
 
 
-def altered(name: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Other values for fields of the declaration `name`; experts.exchanged is `exchanged`."""
-
-    def change(specs: dict[str, Any]) -> dict[str, Any]:
-        values = {**vars(specs[name]), **{k: v for k, v in fields.items() if k != "exchanged"}}
-        if "exchanged" in fields:
-            values["experts"] = type(values["experts"])(**{**vars(values["experts"]), "exchanged": fields["exchanged"]})
-        return {**specs, name: type(specs[name])(**values)}
-
-    return change
+def altered(name: str, **fields: Any) -> Callable[[Specs], Specs]:
+    """Other values for fields of the declaration `name`."""
+    return lambda specs: {**specs, name: dataclasses.replace(specs[name], **fields)}
 
 
 GATE, UP = "blocks.0.feedforward.gate.weight", "blocks.0.feedforward.up_experts"
@@ -142,7 +137,8 @@ MUTATIONS = {
         f"dimension 0 divided by 1; {FIX} {IN_SWIGLU}",
     ),
     "experts not exchanged": (
-        SIGMA_MOE, SigmaMoE, altered("up_experts", exchanged=False), context(expert=2),
+        SIGMA_MOE, SigmaMoE, altered("up_experts", experts=Experts(active=4, total=8, exchanged=False)),
+        context(expert=2),
         f"the parameter {UP} has shape [4, 10, 5] on this rank, but its declaration means [8, 10, 5], [8, 10, 5] with "
         f"dimension 0 divided by 1; {FIX} SigmaMoE.parameter_specs (model/feedforward/sigma_moe.py)",
     ),
