@@ -9,6 +9,7 @@ the medians and, above all, their ratios are what counts. torch.mm runs in the s
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -27,11 +28,12 @@ from model.attention.dense import DenseAttention
 from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig
 from model.kernels.choice import Backends
-from model.kernels.ops.switchhead_output import switchhead_output
-from model.kernels.ops.switchhead_value import switchhead_value
+from model.kernels.ops.route import Choice, group_choices
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value
 from model.parallel.context import ParallelContext
 
-BACKENDS = ("reference", "cpu:all", "cpu:sets", "cpu:experts", "cpu")
+WAYS = (("reference", None), ("cpu", "all"), ("cpu", "sets"), ("cpu", "experts"), ("cpu", None))
+"""Backend and strategy; None: what the shape chooses."""
 # N tokens, d, H, h, E, k: the published 262M model (the target shape), its two sparser relatives, a sparse one.
 SHAPES = {
     "262M": (2048, 1024, 4, 112, 4, 2),
@@ -90,15 +92,14 @@ def bench_ops(dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> tuple[
     add_mm(bench, dtype, N, d, H * h * k)
     scores, index = torch.rand(N, H, E).topk(k, -1)
     scores.requires_grad_()
+    choice = Choice(scores, index, *group_choices(index, E, backend="cpu"))
     wide, narrow = torch.randn(N, d).to(dtype).requires_grad_(), torch.randn(N, H, h).to(dtype).requires_grad_()
     for op, rows, size in ((switchhead_value, wide, (d, h)), (switchhead_output, narrow, (h, d))):
         experts = torch.randn(H, E, *size).to(dtype).requires_grad_()
-        for backend in BACKENDS:
-
-            def forward(op: Any = op, rows: Tensor = rows, experts: Tensor = experts, backend: str = backend) -> Tensor:
-                return op(rows, scores, index, experts, backend)
-
-            bench.add(f"{op.__name__} {backend}", forward, [rows, scores, experts], 2.0 * N * H * k * d * h)
+        for backend, strategy in WAYS:
+            forward = functools.partial(op, rows, choice, experts, backend=backend, strategy=strategy)
+            name = f"{op.__name__} {backend}" + (f" {strategy}" if strategy else "")
+            bench.add(name, forward, [rows, scores, experts], 2.0 * N * H * k * d * h)
     return bench.run(rounds), bench.flops
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
-from model.kernels.ops.route import route
+from model.kernels.ops.route import Choice, group_choices, route
 from model.kernels.ops.sigma_moe import sigma_moe
-from model.kernels.ops.switchhead_output import switchhead_output
-from model.kernels.ops.switchhead_value import switchhead_value
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value
 
 
 class Case(NamedTuple):
@@ -32,9 +31,15 @@ class Case(NamedTuple):
 
 
 def grouped(index: Tensor, num_experts: int) -> dict[str, Tensor]:
-    slots = index.flatten()
-    load, order = slots.bincount(minlength=num_experts), slots.sort(stable=True).indices
-    return {"index": index, "load": load, "order": order}
+    """`index` [N, k], or [N, R, k] of R routers, and how its slots are grouped."""
+    order, load = group_choices(index if index.dim() == 3 else index[:, None], num_experts, backend="reference")
+    if index.dim() == 2:
+        order, load = order[0], load[0]
+    return {"index": index, "order": order, "load": load}
+
+
+def choice(t: dict[str, Tensor]) -> Choice:
+    return Choice(t["scores"], t["index"], t["order"], t["load"])
 
 
 def choices(*rows: int, num_experts: int, k: int) -> Tensor:
@@ -86,22 +91,22 @@ def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
 
 def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        return (switchhead_value(t["x"], t["scores"], t["index"], t["experts"], backend),)
+        return (switchhead_value(t["x"], choice(t), t["experts"], backend=backend),)
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
-    constants = {"index": choices(N, H, num_experts=E, k=k)}
+    constants = grouped(choices(N, H, num_experts=E, k=k), E)
     shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
     return Case("switchhead_value", shape, leaves, constants, compute, 2 * N * H * k * d * h)
 
 
 def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        return (switchhead_output(t["a"], t["scores"], t["index"], t["experts"], backend),)
+        return (switchhead_output(t["a"], choice(t), t["experts"], backend=backend),)
 
     leaves = {"a": normal(N, H, h), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, h, d, scale=h**-0.5)
-    constants = {"index": choices(N, H, num_experts=E, k=k)}
+    constants = grouped(choices(N, H, num_experts=E, k=k), E)
     shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
     return Case("switchhead_output", shape, leaves, constants, compute, 2 * N * H * k * d * h)
 

@@ -31,14 +31,13 @@ def projection_cases(
     narrow: tuple[int, ...],
     *,
     value_is_gated: bool,
-    order: str = "i32",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[CompileCase]:
     """Value and output, forward and backward. `wide` and `narrow`: stride, stride of routers, width and divisor of the
-    rows; `order`: dtype of the order. The wide rows that value's backward pass and output's forward pass write are
+    rows. The wide rows that value's backward pass and output's forward pass write are
     scaled by gates, value's only if it has any (SwitchHead; not expert_linear)."""
     names = ("rows", "weights", "out", "wide", "narrow", "grad_weights")
-    pointers = dict.fromkeys(names, TYPE_NAMES[dtype]) | {"order": order, "load": order}
+    pointers = dict.fromkeys(names, TYPE_NAMES[dtype]) | {"order": "i64", "load": "i64"}
     load, tensor_cores = row_load(wide[2], narrow[2]), dtype != torch.float32
     common: dict[str, Any] = {"k": k, "PADDED_E": padded_experts(E)}
     for what, source, target, transposed, gated in (

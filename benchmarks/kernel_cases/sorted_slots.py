@@ -23,7 +23,7 @@ def compile_cases() -> Iterator[CompileCase]:
     """The sort for 2 of 5 experts; sums, and mixtures of SwitchHead's and of MoA's slots."""
     padded = padded_experts(5)
     constants = {"K": 2, "PADDED_K": 2, "PADDED_E": padded, "TOKENS": SORT_TILE // (2 * padded)}
-    pointers = dict.fromkeys(("counts", "order", "load"), "i32") | {"index": "i64"}
+    pointers = dict.fromkeys(("index", "order", "load"), "i64") | {"counts": "i32"}
     yield make_case("sorted count_slots", count_slots_kernel, pointers, constants, num_warps=8)
     yield make_case(
         "sorted place_slots", place_slots_kernel, pointers, constants | {"COUNTS": COUNT_BLOCK}, num_warps=8

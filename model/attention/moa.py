@@ -14,8 +14,8 @@ from model.distributions import Constant, Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum, group_choices
-from model.kernels.ops.route import Routing, route
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.ops.route import Routing, group_choices, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region_twice, leave_region
@@ -109,7 +109,8 @@ class MoAAttention(nn.Module):
         if group is not None:  # each rank takes some of a token's slots, with all experts
             slots = self.parallel.slice_of(k)
             index, gates, k = index[:, slots].contiguous(), enter_shards(gates, group)[:, slots], self.parallel.share(k)
-            order, load = group_choices(index, self.config.num_experts, backend=self.backends.expert_linear)
+            order, load = group_choices(index[:, None], self.config.num_experts, backend=self.backends.expert_linear)
+            order, load = order[0], load[0]
         backend = self.backends.expert_linear
         query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
         q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, query_experts, backend=backend)

@@ -14,9 +14,8 @@ from model.distributions import Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.ops.route import route
-from model.kernels.ops.switchhead_output import switchhead_output
-from model.kernels.ops.switchhead_value import switchhead_value
+from model.kernels.ops.route import Choice, group_choices, route
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value
 from model.parallel.context import ParallelContext
 from model.parallel.regions import enter_region, leave_region
 from model.parameter_spec import Experts, ParameterSpec, Specs
@@ -25,9 +24,6 @@ from model.routing import RoutingStatistics
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
 SOURCE: tuple[Projection, ...] = ("key", "value")
 """Projections of the context's tokens; query and output are of the chunk's own."""
-
-Selection = tuple[Tensor, Tensor]
-"""Scores (fp32) and indices (int64) [N, H, k] of the chosen experts."""
 
 
 class SwitchHeadAttention(nn.Module):
@@ -153,19 +149,19 @@ class SwitchHeadAttention(nn.Module):
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
         if "output" in selections:
             backend = self.backends.switchhead_output
-            y = switchhead_output(attended, *selections["output"], self.output_experts, backend)
+            y = switchhead_output(attended, selections["output"], self.output_experts, backend=backend)
         else:
             y = self.output(attended.flatten(1))
         return leave_region(y.view(B, T, d), self.parallel), y.new_zeros((), dtype=torch.float32)
 
-    def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Selection]) -> Tensor:
+    def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Choice]) -> Tensor:
         """[N, d] -> [N, H, h] or [N, H h]."""
         if projection not in selections:
             return getattr(self, projection)(tokens)
         experts = getattr(self, f"{projection}_experts")
-        return switchhead_value(tokens, *selections[projection], experts, self.backends.switchhead_value)
+        return switchhead_value(tokens, selections[projection], experts, backend=self.backends.switchhead_value)
 
-    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Selection]:
+    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Choice]:
         """What is chosen for each expert projection: for keys and values at every token of the context, for queries
         and outputs at the chunk's. Selectors that look at the same tokens share one product."""
         sides: dict[bool, list[Projection]] = {True: [], False: []}
@@ -173,24 +169,26 @@ class SwitchHeadAttention(nn.Module):
             of_source = any(self._selector_of.get(p) == owner for p in SOURCE)
             # Without memory both sides are the same tokens.
             sides[of_source or context.shape[1] == T].append(owner)
-        chosen: dict[Projection, Selection] = {}
+        chosen: dict[Projection, Choice] = {}
         for of_context, owners in sides.items():
             if owners:
                 tokens = context if of_context else context[:, context.shape[1] - T :]
                 chosen |= self._route(tokens, owners, sequence_index, T)
         selections = {}
         for projection, owner in self._selector_of.items():
-            scores, index = chosen[owner]
-            if projection not in SOURCE and scores.shape[1] != T:  # a shared selector routed the memory too
-                scores, index = scores[:, -T:], index[:, -T:]
-            selections[projection] = (scores.flatten(0, 1), index.flatten(0, 1))
+            choice, B = chosen[owner], context.shape[0]
+            if projection not in SOURCE and choice.index.shape[0] != B * T:  # a shared selector routed the memory too
+                scores, index = (t.unflatten(0, (B, -1))[:, -T:].flatten(0, 1) for t in (choice.scores, choice.index))
+                backend = self.backends.switchhead_value
+                choice = Choice(scores, index, *group_choices(index, self.config.num_experts, backend=backend))
+            selections[projection] = choice
         return selections
 
     def _route(
         self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int
-    ) -> dict[Projection, Selection]:
-        """Scores and indices [B, L, H, k] of each selector in `owners`, for `tokens` [B, L, d]; counts the choices of
-        the last T tokens, those of memory were counted when they were new."""
+    ) -> dict[Projection, Choice]:
+        """What each selector in `owners` chooses for `tokens` [B, L, d], as N = B L tokens; counts the choices of the
+        last T tokens of each sequence, those of memory were counted when they were new."""
         B, L, d = tokens.shape
         H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
         heads, keep = self.parallel.slice_of(self.config.num_heads), None
@@ -213,12 +211,13 @@ class SwitchHeadAttention(nn.Module):
             routers = [getattr(self, f"{owner}_statistics") for owner in owners]
             routing = settled(routing, routers, sequence_index, keep=keep, heads=heads)
         found = {}
-        parts = zip(owners, *(t.split(H, dim=1) for t in (routing.scores, routing.index)), strict=True)
-        for (owner, scores, index), load in zip(parts, routing.load.split(H), strict=True):
-            found[owner] = (scores.unflatten(0, (B, L)), index.unflatten(0, (B, L)))
+        parts = zip(*(t.split(H, dim) for t, dim in zip(routing.choice, (1, 1, 0, 0), strict=True)), strict=True)
+        for owner, part in zip(owners, parts, strict=True):
+            choice = found[owner] = Choice(*part)
             if self.training:
+                load = choice.load
                 if L > T:
-                    of_chunk = found[owner][1][:, L - T :].permute(2, 0, 1, 3).reshape(H, -1)
+                    of_chunk = choice.index.unflatten(0, (B, L))[:, L - T :].permute(2, 0, 1, 3).reshape(H, -1)
                     load = torch.zeros_like(load).scatter_add_(1, of_chunk, torch.ones_like(of_chunk))
                 getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
         return found

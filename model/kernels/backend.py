@@ -14,10 +14,12 @@ The Triton kernels run on CPU tensors too, slowly, where TRITON_INTERPRET=1 was 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -25,14 +27,38 @@ from model.kernels.cuda import build
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "route": ("reference", "cpu", "triton", "cuda"),
-    "sigma_moe": ("reference", "cpu", "grouped_mm", "triton"),
-    "switchhead_value": ("reference", "cpu", "triton"),
-    "switchhead_output": ("reference", "cpu", "triton"),
-    "expert_linear": ("reference", "cpu", "triton"),
-    "linear_cross_entropy": ("reference", "cpu", "triton"),
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "route": {
+        "cpu": "model.kernels.cpu.route",
+        "triton": "model.kernels.triton.route",
+        "cuda": "model.kernels.cuda.route",
+    },
+    "sigma_moe": {
+        "cpu": "model.kernels.cpu.sigma_moe",
+        "grouped_mm": "model.kernels.grouped_mm.sigma_moe",
+        "triton": "model.kernels.triton.sigma_moe",
+    },
+    "switchhead_value": {
+        "cpu": "model.kernels.cpu.switchhead_value",
+        "triton": "model.kernels.triton.switchhead_value",
+    },
+    "switchhead_output": {
+        "cpu": "model.kernels.cpu.switchhead_output",
+        "triton": "model.kernels.triton.switchhead_output",
+    },
+    "expert_linear": {
+        "cpu": "model.kernels.cpu.expert_linear",
+        "triton": "model.kernels.triton.expert_linear",
+    },
+    "linear_cross_entropy": {
+        "cpu": "model.kernels.cpu.linear_cross_entropy",
+        "triton": "model.kernels.triton.linear_cross_entropy",
+    },
 }
+"""Op -> backend -> the module that computes it, imported at its first call. The module has a function for each body of
+the op's file in model/kernels/ops: `forward` and `backward`, of the same arguments in every backend."""
+
+BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modules in IMPLEMENTATIONS.items()}
 """Every op and the backends that it has."""
 
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +95,19 @@ def resolve(
         )
     _log_choice(op, chosen)
     return chosen
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module in which `backend` computes `op`; ValueError for a backend that the op does not have."""
+    check_backend(op, backend)
+    return importlib.import_module(IMPLEMENTATIONS[op][backend])
+
+
+def check_backend(op: str, backend: str) -> None:
+    """ValueError for a backend that has no module for `op`."""
+    if backend not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"{op} has no backend {backend!r}: there is {', '.join(BACKENDS[op])}")
 
 
 def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
@@ -136,18 +175,3 @@ def _log_choice(op: str, backend: str) -> None:
 @functools.cache
 def _warn_slower(op: str, backend: str, reason: str) -> None:
     logger.warning("kernels: %s takes backend %s, which is slower than triton: %s", op, backend, reason)
-
-
-@functools.cache
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which CPU GEMMs and sums on tensors of `dtype` are computed.
-
-    Half precision is widened to fp32 unless the CPU multiplies bf16 in AMX tiles: without them (Sapphire Rapids with
-    AMX masked, one thread) torch.mm reaches 150 GF/s in fp32 and 79 in bf16, and the sums over k and over tokens are
-    exact to fp32 for free.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return dtype
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return dtype
-    return torch.float32

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.cpu.grouping import Group, Grouping, compute_dtype
+from model.kernels.cpu.grouping import Group, Grouping
 from model.kernels.cpu.workers import run_tasks, scratch
+from model.kernels.dtypes import cpu_gemm_dtype
 
 
 def compute_gates(scores: Tensor, grouping: Grouping, dtype: torch.dtype) -> Tensor:
@@ -55,7 +56,7 @@ class WideRows:
 
     def __init__(self, source: Tensor, grouping: Grouping) -> None:
         self.source, self.grouping = source, grouping
-        dtype = compute_dtype(source.dtype)
+        dtype = cpu_gemm_dtype(source.dtype, accumulates=True)
         shape = (grouping.longest, source.shape[1])
         self.gathered = scratch("gathered wide rows", shape, source.dtype)
         self.block = self.gathered if dtype == source.dtype else scratch("cast wide rows", shape, dtype)

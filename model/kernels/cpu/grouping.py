@@ -10,14 +10,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
 
+from model.kernels.ops.route import Choice
+
 Strategy = Literal["all", "sets", "experts"]
-TritonStrategy = Literal["gated", "sorted"]
 
 MAX_GROUP_ROWS = 512
 """Longer groups are split: a [512, 1024] fp32 block is 2 MB, the second-level cache of one core."""
@@ -58,7 +59,7 @@ class Grouping:
 
     @classmethod
     def restore(cls, saved: tuple[Tensor, Tensor, Tensor], num_experts: int, strategy: Strategy) -> Grouping:
-        """From `saved` of the forward pass: backward neither sorts nor counts again (1 ms an op)."""
+        """From `saved` of the forward pass: backward neither sorts nor counts again."""
         token, place, ends = saved
         N, k = place.shape[0], place.shape[2]
         sets = member_sets(num_experts, k, strategy)
@@ -87,62 +88,6 @@ class Grouping:
         return max((len(group) for groups in self.groups for group in groups), default=0)
 
 
-def choose_strategy(num_tokens: int, num_experts: int, k: int) -> Strategy:
-    """By the shape alone, so that every rank and every repetition takes the same path.
-
-    Useful GFLOP/s, forward + backward of value and output op, fp32, one thread, median of 7 (torch.mm 125-151):
-
-        N     d     H  h    E  k    all   sets  experts
-        2048  1024  4  112  4  2     46     93     88
-        8192  1024  4  112  4  2            83     69
-        2048  1024  4  112  5  3     61     95     89
-        2048   412  2   76  5  3            75     72
-        2048   412  2   76  5  2     30     46     47
-        2048  1024  2  132  8  4     59     54     90    sets of 29 rows
-        8192  1024  2  132  8  4     53     83     86    sets of 117 rows
-         512  1024  4  112  4  2     55     79     87    sets of 85 rows
-         256  1024  4  112  4  2     49     56     83    sets of 43 rows
-        2048   512  2   64 32  4     13            68
-    """
-    if 8 * k > 7 * num_experts:
-        return "all"
-    return "sets" if num_tokens >= 128 * math.comb(num_experts, k) else "experts"
-
-
-def resolve_strategy(backend: str, index_shape: Sequence[int], num_experts: int) -> Strategy:
-    """Strategy of backend `cpu`; tests and benchmarks force one with `cpu:all`, `cpu:sets` or `cpu:experts`."""
-    name, _, forced = backend.partition(":")
-    if name != "cpu" or forced not in ("", *get_args(Strategy)):
-        raise ValueError(f"kernel backend {backend!r} has no SwitchHead projections; use reference, cpu or triton")
-    return cast(Strategy, forced) if forced else choose_strategy(index_shape[0], num_experts, index_shape[2])
-
-
-def triton_strategy(backend: str, k: int, num_experts: int) -> TritonStrategy | None:
-    """Strategy of backend `triton`, None of another one; `triton:gated` and `triton:sorted` force one.
-
-    gated   one GEMM over all experts, rows scaled by their gate or 0: E / k times the flops, and no slot's row exists.
-    sorted  (token, choice) pairs sorted by expert: useful flops only, but wide slot rows are written and summed.
-
-    At k / E = 1/2 gated is ahead of any sorted kernel that sums in a second pass (arithmetic: docs/kernels.md).
-    """
-    name, _, forced = backend.partition(":")
-    if name != "triton":
-        return None
-    if forced not in ("", *get_args(TritonStrategy)):
-        raise ValueError(f"kernel backend {backend!r}: triton has the strategies {', '.join(get_args(TritonStrategy))}")
-    return cast(TritonStrategy, forced) if forced else ("gated" if 2 * k >= num_experts else "sorted")
-
-
-def dense_gates(scores: Tensor, index: Tensor, num_experts: int) -> Tensor:
-    """[N, H, E]: the score of a chosen expert, else 0."""
-    return scores.new_zeros(*scores.shape[:2], num_experts).scatter_add(2, index, scores)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bf16 is multiplied in fp32: without AMX oneDNN's bf16 GEMM reaches 80 GFLOP/s a core and MKL's fp32 GEMM 130."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def member_sets(num_experts: int, k: int, strategy: Strategy) -> list[tuple[int, ...]]:
     """The members of every group, in the order of the rows."""
     if strategy == "all":
@@ -152,31 +97,21 @@ def member_sets(num_experts: int, k: int, strategy: Strategy) -> list[tuple[int,
     return sorted(itertools.combinations(range(num_experts), k), key=lambda members: members[::-1])
 
 
-def fake_grouping(index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of the shapes of `Grouping.saved`."""
-    if backend == "reference":
-        return no_grouping(index)
-    N, H, k = index.shape
-    if on_gpu := triton_strategy(backend, k, num_experts):
-        slots, experts = (N * k, num_experts) if on_gpu == "sorted" else (0, 0)
-        order, load = (index.new_empty(H, size, dtype=torch.int32) for size in (slots, experts))
-        return order, index.new_empty(0), load
-    strategy = resolve_strategy(backend, index.shape, num_experts)
+def saved_shapes(
+    num_tokens: int, num_heads: int, num_experts: int, k: int, strategy: Strategy
+) -> list[tuple[int, ...]]:
+    """Shapes of `Grouping.saved`."""
     num_rows, num_sets = {
-        "all": (N, 1),
-        "sets": (N, math.comb(num_experts, k)),
-        "experts": (N * k, num_experts),
+        "all": (num_tokens, 1),
+        "sets": (num_tokens, math.comb(num_experts, k)),
+        "experts": (num_tokens * k, num_experts),
     }[strategy]
-    return index.new_empty(H, num_rows), index.new_empty(N, H, k), index.new_empty(H, num_sets)
+    return [(num_heads, num_rows), (num_tokens, num_heads, k), (num_heads, num_sets)]
 
 
-def no_grouping(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What an op returns for `Grouping.saved` where the backend groups nothing."""
-    return index.new_empty(0), index.new_empty(0), index.new_empty(0)
-
-
-def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Grouping:
-    """Groups `index` [N, H, k] int64 (distinct experts per token and head). One small host copy: the group sizes."""
+def group_tokens(choice: Choice, num_experts: int, strategy: Strategy) -> Grouping:
+    """Groups the tokens of `choice`. One small host copy: the group sizes."""
+    index = choice.index
     N, H, k = index.shape
     head = torch.arange(H, device=index.device)
     if strategy == "all":
@@ -184,9 +119,8 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
         place = (head[:, None] * N + token[:, None, None]) * num_experts + index
         saved = token.repeat(H, 1), place, index.new_full((H, 1), N)
     elif strategy == "experts":
-        order, row, ends = _sort_rows(index.transpose(0, 1).reshape(H, N * k), num_experts)
-        place = (head[:, None] * (N * k) + row).view(H, N, k).transpose(0, 1).contiguous()
-        saved = order // k, place, ends
+        place = (head[:, None] * (N * k) + _inverse(choice.order)).view(H, N, k).transpose(0, 1).contiguous()
+        saved = choice.order // k, place, choice.load.cumsum(1)
     else:
         choices = index.permute(2, 1, 0).contiguous()  # [k, H, N]
         member = _ranks(choices)
@@ -200,7 +134,7 @@ def group_tokens(index: Tensor, num_experts: int, strategy: Strategy) -> Groupin
 
 
 def _ranks(choices: Tensor) -> Tensor:
-    """How many of the k `choices` [k, ...] are less than each, distinct ones. 8192 times 2 take 0.05 ms, sorted 0.4."""
+    """How many of the k distinct `choices` [k, ...] are less than each: a tenth of the time that sorting takes."""
     ranks = torch.zeros_like(choices)
     for i, j in itertools.combinations(range(len(choices)), 2):
         less = choices[i] < choices[j]
@@ -211,14 +145,18 @@ def _ranks(choices: Tensor) -> Tensor:
 
 def _sort_rows(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable sort of `keys` [H, R] in 0..num_keys: order [H, R], its inverse [H, R], each key's end [H, num_keys]."""
-    # As in model/kernels/ops/route.py: numpy sorts keys of 16 bits by counting.
+    # As in model/kernels/cpu/route.py: numpy sorts keys of 16 bits by counting.
     narrow = keys.to(torch.int16 if num_keys <= 1 << 15 else torch.int64).contiguous()
     order = torch.from_numpy(numpy.argsort(narrow.numpy(), axis=-1, kind="stable"))
-    position = torch.arange(order.shape[1], device=keys.device)
-    inverse = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
     offset = torch.arange(len(keys), device=keys.device)[:, None] * num_keys
     counts = torch.bincount((keys + offset).flatten(), minlength=len(keys) * num_keys)
-    return order, inverse, counts.view(len(keys), num_keys).cumsum(1)
+    return order, _inverse(order), counts.view(len(keys), num_keys).cumsum(1)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """[H, R]: the position of each row in `order` [H, R]."""
+    position = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter_(1, order, position.expand_as(order))
 
 
 def _blocks(start: int, stop: int, experts: tuple[int, ...]) -> list[Group]:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
+from model.kernels.backend import implementation
+from model.kernels.dtypes import gradient_dtype, wide_dtype
 from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
@@ -83,7 +85,7 @@ def linear_cross_entropy_reference(
     first_class: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits at once, in fp32 whatever the storage dtype."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = wide_dtype(hidden.dtype)
     logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if group is None:
         token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
@@ -91,12 +93,19 @@ def linear_cross_entropy_reference(
         maximum = logits.detach().amax(1)
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
         shifted = logits - maximum[:, None]
-        local, here = _local_targets(logits, targets, first_class)
+        local, here = local_targets(logits, targets, first_class)
         target_logit = leave_shards(torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0), group)
         exp_sum = leave_shards(shifted.exp().sum(1), group)
         token_loss = torch.where(targets != ignore_index, exp_sum.log() - target_logit, 0.0)
     num_targets = (targets != ignore_index).sum().clamp_min(1)
     return token_loss.sum() / num_targets, token_loss.detach()
+
+
+def local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
+    """Column of each target, clamped into the shard, and whether the shard has it."""
+    local = targets - first_class
+    here = (local >= 0) & (local < logits.shape[1])
+    return torch.where(here, local, 0), here
 
 
 # ---------------------------------------------------------------------------------------------------------------- op
@@ -119,16 +128,12 @@ def _linear_cross_entropy(
     `gradient_dtype`."""
     group = _resolve_process_group(GroupName(group_name)) if group_name else None
     arguments = (hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
-    if backend == "triton":
-        from model.kernels.triton.linear_cross_entropy import forward_triton
-
-        return forward_triton(*arguments, chunk_bytes=CHUNK_BYTES)
-    return {"cpu": _forward_cpu}[backend](*arguments)
+    return implementation("linear_cross_entropy", backend).forward(*arguments, CHUNK_BYTES)
 
 
 @_linear_cross_entropy.register_fake
 def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group_name, first_class, backend):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = wide_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape[0], dtype=wide),
@@ -138,11 +143,6 @@ def _(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, gro
             weight.shape[:1] if need_weight and bias is not None else (0,), dtype=gradient_dtype(weight.dtype)
         ),
     )
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients between forward and backward pass."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _setup_context(ctx, inputs, output):
@@ -175,90 +175,3 @@ def linear_cross_entropy_flop(
     """One product for the logits and one for each gradient, all in the forward pass."""
     V, d = weight_shape
     return 2 * hidden_shape[0] * V * d * (1 + int(need_hidden) + int(need_weight))
-
-
-# --------------------------------------------------------------------------------------------------------------- CPU
-
-
-def _forward_cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    group: dist.ProcessGroup | None,
-    first_class: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (N, d), V = hidden.shape, weight.shape[0]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    token_loss = hidden.new_zeros(N, dtype=dtype)
-    grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,), dtype=gradient_dtype(hidden.dtype))
-    grad_weight = wide_weight.new_zeros((V, d) if need_weight else (0,))
-    grad_bias = wide_weight.new_zeros(V if need_weight and bias is not None else 0)
-
-    kept = targets != ignore_index
-    inverse_count = 1.0 / max(int(kept.sum()), 1)
-    chunk_size = max(1, min(N, CHUNK_BYTES // (V * dtype.itemsize)))
-    buffer = wide_weight.new_empty(chunk_size, V)
-    for start in range(0, N, chunk_size):
-        chunk = slice(start, min(start + chunk_size, N))
-        rows, keep = hidden[chunk].to(dtype), kept[chunk]
-        logits = buffer[: rows.shape[0]]
-        torch.mm(rows, wide_weight.t(), out=logits)
-        if wide_bias is not None:
-            logits += wide_bias
-        target = torch.where(keep, targets[chunk], 0)
-        maximum, exp_sum, target_logit = shard_statistics(logits, target, first_class=first_class)
-        if group is not None:
-            own = maximum.clone()
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-            rescale = (own - maximum).exp_()
-            logits *= rescale[:, None]
-            sums = torch.stack([exp_sum * rescale, target_logit])
-            dist.all_reduce(sums, group=group)
-            exp_sum, target_logit = sums.unbind()
-        token_loss[chunk] = torch.where(keep, exp_sum.log() + maximum - target_logit, 0.0)
-        if not (need_hidden or need_weight):
-            continue
-        scale = shard_gradient(logits, target, exp_sum, first_class=first_class)
-        scale = torch.where(keep, scale * inverse_count, 0.0)[:, None]
-        if need_hidden:
-            grad_hidden[chunk] = (logits @ wide_weight).mul_(scale)
-        if need_weight:
-            grad_weight.addmm_(logits.t(), rows * scale)
-            if bias is not None:
-                grad_bias += (logits.t() @ scale)[:, 0]
-    loss = token_loss.sum() * inverse_count
-    grad_weight, grad_bias = (grad.to(gradient_dtype(weight.dtype)) for grad in (grad_weight, grad_bias))
-    return loss, token_loss, grad_hidden, grad_weight, grad_bias
-
-
-def shard_statistics(logits: Tensor, targets: Tensor, *, first_class: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a vocabulary shard's `logits` [C, V] (classes from `first_class` on): maximum, sum of exp(logit - maximum) and
-    target logit (0 where another shard has the target), each [C]. Leaves exp(logit - maximum) in `logits`."""
-    maximum = logits.amax(1)
-    local, here = _local_targets(logits, targets, first_class)
-    target_logit = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
-    exp_sum = logits.sub_(maximum[:, None]).exp_().sum(1)
-    return maximum, exp_sum, target_logit
-
-
-def shard_gradient(exponentials: Tensor, targets: Tensor, exp_sum: Tensor, *, first_class: int) -> Tensor:
-    """Turns a shard's exp(logit - maximum) [C, V] into d token_loss / d logit up to a factor per token, and returns the
-    factor [C]: the narrow side of the next products takes it, not the wide one.
-
-    `exp_sum` [C] is the sum over all shards of the same exponentials.
-    """
-    local, here = _local_targets(exponentials, targets, first_class)
-    exponentials.scatter_add_(1, local[:, None], torch.where(here, -exp_sum, 0.0)[:, None])
-    return 1.0 / exp_sum
-
-
-def _local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
-    """Column of each target, clamped into the shard, and whether the shard has it."""
-    local = targets - first_class
-    here = (local >= 0) & (local < logits.shape[1])
-    return torch.where(here, local, 0), here

@@ -14,7 +14,7 @@ from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
 @on_its_device
-def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
+def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
     """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
     check_dtypes(x, experts)
     x, order, load, experts = (t.contiguous() for t in (x, order, load, experts))
@@ -24,7 +24,7 @@ def forward_triton(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: i
 
 
 @on_its_device
-def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and experts for `grad` [N, k, h]."""
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
     k = grad.shape[1]
@@ -36,7 +36,7 @@ def backward_triton(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
 
 
 @on_its_device
-def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
     """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
     check_dtypes(a, experts)
     a, gates, order, load, experts = (t.contiguous() for t in (a, gates, order, load, experts))
@@ -47,7 +47,7 @@ def forward_sum_triton(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, ex
 
 
 @on_its_device
-def backward_sum_triton(
+def sum_backward(
     grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, gates and experts for `grad` [N, d]."""

@@ -33,7 +33,7 @@ def on_its_device(host: Callable[P, R]) -> Callable[P, R]:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         limit = triton_limit(device.type, None)
         if limit is not None:  # else Triton's own words: "0 active drivers"
-            raise RuntimeError(f"{host.__name__} got tensors on {device}: {limit}")
+            raise RuntimeError(f"{host.__module__} got tensors on {device}: {limit}")
         if device.type == "cpu":
             return host(*args, **kwargs)
         with torch.cuda.device(device):  # GPU-ONLY triton-device

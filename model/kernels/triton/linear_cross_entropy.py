@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import triton_limit
-from model.kernels.ops.linear_cross_entropy import gradient_dtype
+from model.kernels.dtypes import gradient_dtype
 from model.kernels.triton.launch import on_its_device
 
 LONGEST_BLOCK = 32768
@@ -122,7 +122,7 @@ def softmax_kernel(
 
 
 @on_its_device
-def forward_triton(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -132,7 +132,6 @@ def forward_triton(
     need_weight: bool,
     group: dist.ProcessGroup | None,
     first_class: int,
-    *,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `model.kernels.ops.linear_cross_entropy._linear_cross_entropy`; `chunk_bytes` of fp32 logits at a time."""

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.sorted_slots import sort_slots
 
 MAX_EXPERTS = 1024
 MAX_COLUMNS = 128
@@ -271,7 +272,7 @@ def add_up_kernel(partial, total, size, num_parts, BLOCK: tl.constexpr):
 
 
 @on_its_device
-def forward_triton(
+def forward(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`x` [N, d], `weight` [R, E, d], `keep` [N, R, E] bool -> logits, scores, index, load, order as in
@@ -301,7 +302,7 @@ def forward_triton(
 
 
 @on_its_device
-def backward_triton(
+def backward(
     grad_logits: Tensor | None, grad_scores: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight. At least one of `grad_logits` [N, R, E] and `grad_scores` [N, R, k] is there."""
@@ -329,6 +330,11 @@ def backward_triton(
         _add_up(of_groups, grad_x)
     _add_up(partial, grad_weight)
     return grad_x, grad_weight
+
+
+def group_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """As `model.kernels.ops.route.group_choices`."""
+    return sort_slots(index, num_experts)
 
 
 def _add_up(parts: Tensor, total: Tensor) -> None:

@@ -96,14 +96,14 @@ def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_m
 
 
 @on_its_device
-def forward_triton(
+def forward(
     x: Tensor,
     scores: Tensor,
     order: Tensor,
     load: Tensor,
     up_experts: Tensor,
     down_experts: Tensor,
-    first_expert: int = 0,
+    first_expert: int,
 ) -> tuple[Tensor, Tensor]:
     """As `model.kernels.ops.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
     [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
@@ -113,7 +113,7 @@ def forward_triton(
 
 
 @on_its_device
-def backward_triton(
+def backward(
     grad: Tensor,
     x: Tensor,
     scores: Tensor,
@@ -122,7 +122,7 @@ def backward_triton(
     up_experts: Tensor,
     down_experts: Tensor,
     hidden: Tensor,
-    first_expert: int = 0,
+    first_expert: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
     types = up_experts.dtype, down_experts.dtype

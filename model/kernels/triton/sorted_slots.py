@@ -1,4 +1,5 @@
-"""The counting sort of slots by expert, and what reads slots back in token order: sums over k, dot products.
+"""The counting sort of slots by expert, where no router gives it; sums over k and dot products, which read slots in
+token order.
 
 A slot n*k + j is the j-th choice of token n; every router (head) has its own N*k slots. Sorted GEMMs
 (model/kernels/triton/sorted_gemm.py) take rows in the order of experts and write them back to their slots, so that
@@ -62,7 +63,7 @@ def place_slots_kernel(
     TOKENS: tl.constexpr,
     COUNTS: tl.constexpr,
 ):
-    """order [R, N*K] int32: the slots by expert, in token order within one; load [R, E] int32. Every program adds up
+    """order [R, N*K]: the slots by expert, in token order within one; load [R, E]. Every program adds up
     the counts of the blocks before its own, in the same order: no atomics, and no launch for the prefix sums."""
     block, router = tl.program_id(0), tl.program_id(1)
     blocks = tl.num_programs(0)
@@ -87,10 +88,10 @@ def place_slots_kernel(
 
 @on_its_device
 def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """`index` [N, R, k] -> order [R, N*k] int32 (a stable counting sort) and load [R, E] int32. Two launches, no host
-    sync."""
+    """`index` [N, R, k] -> order [R, N*k] (a stable counting sort) and load [R, E], both int64 like a router's. Two
+    launches, no host sync."""
     N, R, k = index.shape
-    order, load = (index.new_empty(R, size, dtype=torch.int32) for size in (N * k, num_experts))
+    order, load = (index.new_empty(R, size, dtype=torch.int64) for size in (N * k, num_experts))
     if N == 0:
         return order, load.zero_()
     padded_k, padded_e = triton.next_power_of_2(k), padded_experts(num_experts)
@@ -100,12 +101,6 @@ def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     shape = (N, num_experts, k, padded_k, padded_e, tokens)
     count_slots_kernel[(blocks, R)](index, counts, *shape, num_warps=8)
     place_slots_kernel[(blocks, R)](index, counts, order, load, *shape, COUNT_BLOCK, num_warps=8)
-    return order, load
-
-
-def no_slots(index: Tensor) -> tuple[Tensor, Tensor]:
-    """What an op returns for `sort_slots` where it sorts nothing."""
-    order, load = (index.new_empty(index.shape[1], 0, dtype=torch.int32) for _ in range(2))
     return order, load
 
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.cpu.grouping import TritonStrategy
+from model.kernels.ops.route import Choice
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    Strategy,
     Tiles,
     check_dtypes,
     column_tile,
@@ -24,7 +25,7 @@ from model.kernels.triton.gated_gemm import (
 )
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
-from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
+from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
 @triton.jit
@@ -139,18 +140,16 @@ def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
 
 
 @on_its_device
-def forward_triton(
-    a: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [N, d]; and of `sorted`, else empty: order [H, N k], load [H, E])."""
+def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> tuple[Tensor]:
+    """-> y [N, d]; nothing is saved."""
     check_dtypes(a, experts)
-    a, scores, index, experts = (t.contiguous() for t in (a, scores, index, experts))
+    a, experts = a.contiguous(), experts.contiguous()
+    scores, index, order, load = (t.contiguous() for t in choice)
     (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
-        order, load = sort_slots(index, E)
         narrow, stride = Rows.of_tokens(a, k), slot_stride(d)
         wide = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=False, stride=stride)
-        return sum_slots(wide, N, d), order, load
+        return (sum_slots(wide, N, d),)
     y = a.new_empty(N, d)
     if N > 0:
         gates = dense_gates(scores, index, E)
@@ -158,24 +157,23 @@ def forward_triton(
         output_forward_kernel[(triton.cdiv(N, rows) * triton.cdiv(d, columns),)](
             a, gates, experts, y, N, d, h, H, E, rows, columns, depth, num_warps=warps, num_stages=stages
         )
-    return y, *no_slots(index)
+    return (y,)
 
 
 @on_its_device
-def backward_triton(
+def backward(
     grad: Tensor,
     a: Tensor,
-    scores: Tensor,
-    index: Tensor,
+    choice: Choice,
     experts: Tensor,
-    saved: tuple[Tensor, Tensor],
-    strategy: TritonStrategy,
+    saved: tuple[Tensor, ...],
+    strategy: Strategy,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, scores and experts; `saved` are the order and load of `forward_triton`."""
-    grad, a, scores, index, experts = (t.contiguous() for t in (grad, a, scores, index, experts))
+    """Gradients of a, scores and experts."""
+    grad, a, experts = (t.contiguous() for t in (grad, a, experts))
+    scores, index, order, load = (t.contiguous() for t in choice)
     (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
-        order, load = saved
         wide, narrow = Rows.of_tokens(grad, k), Rows.of_tokens(a, k)
         products = sorted_gemm.project(wide, order, load, experts, None, k, transposed=True)
         grad_a, grad_scores = mix_slots(products, scores, a)

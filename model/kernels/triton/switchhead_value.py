@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.cpu.grouping import TritonStrategy
+from model.kernels.ops.route import Choice
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    Strategy,
     Tiles,
     check_dtypes,
     column_tile,
@@ -25,7 +26,7 @@ from model.kernels.triton.gated_gemm import (
 )
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
-from model.kernels.triton.sorted_slots import mix_slots, no_slots, slot_stride, sort_slots, sum_slots
+from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
 @triton.jit
@@ -151,18 +152,15 @@ MAX_UNROLLED = 5
 
 
 @on_its_device
-def forward_triton(
-    x: Tensor, scores: Tensor, index: Tensor, experts: Tensor, strategy: TritonStrategy
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> v [N, H, h]; and of `sorted`, else empty, x W_V of every slot [H N k, h], order [H, N k] and load
-    [H, E]."""
+def forward(x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor]:
+    """-> v [N, H, h]; and with `sorted`, else empty, x W_V of every slot [H N k, h]."""
     check_dtypes(x, experts)
-    x, scores, index, experts = (t.contiguous() for t in (x, scores, index, experts))
+    x, experts = x.contiguous(), experts.contiguous()
+    scores, index, order, load = (t.contiguous() for t in choice)
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
-        order, load = sort_slots(index, E)
         products = sorted_gemm.project(Rows.of_tokens(x, k), order, load, experts, None, k, transposed=False)
-        return mix_slots(products, scores)[0], products.flatten(0, 1), order, load
+        return mix_slots(products, scores)[0], products.flatten(0, 1)
     v = x.new_empty(N, H, h)
     if N > 0:
         gates = dense_gates(scores, index, E)
@@ -171,24 +169,24 @@ def forward_triton(
         value_forward_kernel[(triton.cdiv(N, rows) * H * triton.cdiv(h, columns),)](
             x, gates, experts, v, N, d, h, H, E, unrolled, rows, columns, depth, num_warps=warps, num_stages=stages
         )
-    return v, x.new_empty(0, h), *no_slots(index)
+    return v, x.new_empty(0, h)
 
 
 @on_its_device
-def backward_triton(
+def backward(
     grad: Tensor,
     x: Tensor,
-    scores: Tensor,
-    index: Tensor,
+    choice: Choice,
     experts: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor],
-    strategy: TritonStrategy,
+    saved: tuple[Tensor, ...],
+    strategy: Strategy,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scores and experts; `saved` are the products, order and load of `forward_triton`."""
-    grad, x, scores, index, experts = (t.contiguous() for t in (grad, x, scores, index, experts))
+    """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
+    grad, x, experts = (t.contiguous() for t in (grad, x, experts))
+    scores, index, order, load = (t.contiguous() for t in choice)
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
-        products, order, load = saved
+        products = saved[0]
         narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
         _, grad_scores = mix_slots(products.view(H, N * k, h), scores, grad, mix=False)
         stride = slot_stride(d)

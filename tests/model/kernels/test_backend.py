@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels import backend
+from model.kernels.dtypes import cpu_gemm_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +144,26 @@ def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_half_precision_is_widened_without_amx() -> None:
-    assert backend.gemm_dtype(torch.float64) == torch.float64
-    assert backend.gemm_dtype(torch.float16) == torch.float32
+    """And with them where many products are added up in one buffer."""
+    assert cpu_gemm_dtype(torch.float64) == torch.float64
+    assert cpu_gemm_dtype(torch.float16) == torch.float32
     expected = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    assert backend.gemm_dtype(torch.bfloat16) == expected
+    assert cpu_gemm_dtype(torch.bfloat16) == expected
+    assert cpu_gemm_dtype(torch.bfloat16, accumulates=True) == torch.float32
+
+
+def test_every_module_of_the_table_computes_its_op() -> None:
+    """The table names files: all of them exist and have the same functions for every backend of an op."""
+    for op, modules in backend.IMPLEMENTATIONS.items():
+        wanted = {"forward", "sum_forward"} if op == "expert_linear" else {"forward"}
+        if op != "linear_cross_entropy":  # its gradients are computed in the forward pass
+            wanted |= {name.replace("forward", "backward") for name in wanted}
+        for name in modules:
+            module = backend.implementation(op, name)
+            assert {n for n in ("forward", "backward", "sum_forward", "sum_backward") if hasattr(module, n)} == wanted
+            for function in wanted:
+                parameters = [
+                    list(inspect.signature(getattr(backend.implementation(op, other), function)).parameters)
+                    for other in modules
+                ]
+                assert all(names == parameters[0] for names in parameters), (op, function)

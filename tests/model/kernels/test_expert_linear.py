@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
-from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum, group_choices
+from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 
 
 class Shape(NamedTuple):
@@ -234,12 +234,3 @@ def test_flop_counter(op: str, backend: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y.backward(case.grad)
     assert counter.get_total_flops() == 4 * macs
-
-
-@pytest.mark.parametrize("backend", kernel_backend.BACKENDS["expert_linear"])
-@pytest.mark.parametrize("name", ["plain", "one and no token on an expert", "empty"])
-def test_choices_are_grouped_as_by_a_router(name: str, backend: str) -> None:
-    case = make_case("expert_linear", SHAPES[name], torch.float32)
-    order, load = group_choices(case.index, SHAPES[name].E, backend=backend)
-    assert torch.equal(order.long(), case.order)
-    assert torch.equal(load.long(), case.load)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
+from model.kernels.cpu.linear_cross_entropy import shard_gradient, shard_statistics
 from model.kernels.ops import linear_cross_entropy as module
-from model.kernels.ops.linear_cross_entropy import linear_cross_entropy, shard_gradient, shard_statistics
+from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class Shape(NamedTuple):

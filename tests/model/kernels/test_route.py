@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
-from model.kernels.ops.route import Routing, counting_sort, route, top_k
+from model.kernels.cpu.route import counting_sort, top_k
+from model.kernels.ops.route import Routing, route
 from tests.model import oracles
 
 

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from model.kernels.backend import BACKENDS, resolve
+from model.kernels.backend import BACKENDS, IMPLEMENTATIONS, implementation, resolve
 from model.kernels.choice import Backends
 from model.kernels.ops import route
+from model.kernels.ops.switchhead import choose_strategy
 from model.language_model import LanguageModel
 from tests.pretrain.runs import MOA, small_config
 
@@ -28,12 +29,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BODIES = {
     "route": ("_route", "_route_backward"),
     "sigma_moe": ("_sigma_moe", "_sigma_moe_backward"),
-    "switchhead_value": ("_forward", "_backward"),
-    "switchhead_output": ("_forward", "_backward"),
+    "switchhead_value": ("_value", "_value_backward"),
+    "switchhead_output": ("_output", "_output_backward"),
     "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
     "linear_cross_entropy": ("_linear_cross_entropy",),
 }
 """The custom ops of every op's module."""
+
+
+def op_module(op: str) -> Any:
+    """The file of model/kernels/ops that defines `op`."""
+    return importlib.import_module(f"model.kernels.ops.{'switchhead' if op.startswith('switchhead') else op}")
 
 
 def test_every_op_is_covered() -> None:
@@ -117,15 +123,18 @@ def _indexing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "__setitem__", setitem)
 
 
-def forbid_others(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every function of another backend in an op's module fails."""
+def forbid_others(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function of another backend fails, and the reference."""
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("another backend was called")
 
-    others = [n for n in dir(module) if callable(getattr(module, n)) and n.endswith(("_cpu", "reference", "_mm"))]
+    others = [(op_module(op), name) for name in dir(op_module(op)) if name.endswith("reference")]
     assert others
-    for name in others:
+    for backend in IMPLEMENTATIONS[op].keys() - {"triton"}:
+        module = implementation(op, backend)
+        others += [(module, name) for name in dir(module) if name.endswith(("forward", "backward"))]
+    for module, name in others:
         monkeypatch.setattr(module, name, fail)
 
 
@@ -152,13 +161,15 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         yield 0, lambda: (*tensors, "triton")
         yield 1, lambda y, hidden: (new(N, d), *tensors, hidden, "triton")
     elif op == "switchhead_value":
-        tensors = (x, wide(N, H, k), integers(N, H, k), new(H, E, d, h))
-        yield 0, lambda: (*tensors, "triton")
-        yield 1, lambda y, *saved: (new(N, H, h), *tensors, *saved, "triton")
+        tensors = (x, wide(N, H, k), integers(N, H, k), integers(H, N * k), integers(H, E), new(H, E, d, h))
+        way = "triton", choose_strategy("triton", N, E, k)
+        yield 0, lambda: (*tensors, *way)
+        yield 1, lambda y, *saved: (new(N, H, h), *tensors, *saved, *way)
     elif op == "switchhead_output":
-        tensors = (rows, wide(N, H, k), integers(N, H, k), new(H, E, h, d))
-        yield 0, lambda: (*tensors, "triton")
-        yield 1, lambda y, *saved: (new(N, d), *tensors, *saved, "triton")
+        tensors = (rows, wide(N, H, k), integers(N, H, k), integers(H, N * k), integers(H, E), new(H, E, h, d))
+        way = "triton", choose_strategy("triton", N, E, k)
+        yield 0, lambda: (*tensors, *way)
+        yield 1, lambda y, *saved: (new(N, d), *tensors, *saved, *way)
     elif op == "expert_linear":
         into, out_of, narrow, gates = new(E, d, h), new(E, h, d), new(N, k, h), wide(N, k)
         yield 0, lambda: (x, order, load, into, k, "triton")
@@ -175,8 +186,8 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
 def test_op_bodies_launch_kernels_and_never_wait(
     op: str, dtype: torch.dtype, num_experts: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"model.kernels.ops.{op}")
-    forbid_others(module, monkeypatch)
+    module = op_module(op)
+    forbid_others(op, monkeypatch)
     visited = set()
     with FakeTensorMode(), torch.no_grad():
         results: tuple[Any, ...] = ()
@@ -247,5 +258,7 @@ def test_tensors_that_triton_cannot_take_are_refused_with_the_reason(monkeypatch
     x, weight = torch.randn(8, 16), torch.randn(2, 4, 16)
     route.route(x, weight, 2, backend="triton")
     monkeypatch.setattr("model.kernels.backend.interpreting", lambda: False)
-    with pytest.raises(RuntimeError, match=r"forward_triton got tensors on cpu: it runs on CUDA.*TRITON_INTERPRET=1"):
+    with pytest.raises(
+        RuntimeError, match=r"model\.kernels\.triton\.route got tensors on cpu: it runs on CUDA.*TRITON_INTERPRET=1"
+    ):
         route.route(x, weight, 2, backend="triton")

@@ -26,7 +26,7 @@ from model.language_model import LanguageModel
 from model.memory import LayerMemory
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
-from tests.model.kernels.triton.test_dispatch import BODIES, _devices, _indexing  # noqa: F401  # fixtures
+from tests.model.kernels.triton.test_dispatch import BODIES, _devices, _indexing, op_module  # noqa: F401  # fixtures
 
 CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 ADDRESSES_ALONE = {"sorted_project_kernel": ("k", "divide"), "sorted_weight_gradient_kernel": ("k", "wide_divide")}
@@ -83,9 +83,9 @@ def op_calls(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[OpCall]:
 
 def op_bodies() -> dict[str, Callable[..., Any]]:
     found = {}
-    for module, names in BODIES.items():
+    for op, names in BODIES.items():
         for name in names:
-            definition = getattr(importlib.import_module(f"model.kernels.ops.{module}"), name)
+            definition = getattr(op_module(op), name)
             found[definition._opoverload._opname] = definition._init_fn
     return found
 
@@ -162,9 +162,10 @@ def test_what_all_configurations_launch_is_compiled(monkeypatch: pytest.MonkeyPa
 
 def test_a_kernel_that_is_not_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     known = compiled_launches()
-    sizes = {"x": (4, 128), "scores": (4, 4, 2), "index": (4, 4, 2), "experts": (4, 4, 128, 32)}
-    dtypes = {"scores": torch.float32, "index": torch.int64}
-    call = (*((size, dtypes.get(name, torch.bfloat16)) for name, size in sizes.items()), "triton")
+    sizes = {"x": (4, 128), "scores": (4, 4, 2), "index": (4, 4, 2), "order": (4, 8), "load": (4, 4)}
+    sizes |= {"experts": (4, 4, 128, 32)}
+    dtypes = {"scores": torch.float32} | dict.fromkeys(("index", "order", "load"), torch.int64)
+    call = (*((size, dtypes.get(name, torch.bfloat16)) for name, size in sizes.items()), "triton", "gated")
     assert launches_of({("switchhead_value", call)}, monkeypatch) <= known
     monkeypatch.setattr(switchhead_value, "forward_tiles", lambda *_: Tiles(64, 32, 32, 4, 3))
     absent = launches_of({("switchhead_value", call)}, monkeypatch) - known

@@ -185,8 +185,8 @@ def test_swiglu(shape: Shape, dtype: torch.dtype, small_tiles: None) -> None:
     y = (outputs * gates[:, :, None]).sum(1)
     expected = [y.detach(), *torch.autograd.grad(y, wide, case.grad.double())]
     with recording() as launches:
-        actual, hidden = kernels.forward_triton(x, scores, case.order, case.load, up, down)
-        grads = kernels.backward_triton(case.grad, x, scores, case.order, case.load, up, down, hidden)
+        actual, hidden = kernels.forward(x, scores, case.order, case.load, up, down, first_expert=0)
+        grads = kernels.backward(case.grad, x, scores, case.order, case.load, up, down, hidden, first_expert=0)
     assert hidden.shape == (shape.N * shape.k, 2 * shape.G)
     # Two hidden layers are rounded instead of one, and multiplied.
     for what, result, right in zip(("y", *NAMES), (actual, *grads), expected, strict=True):

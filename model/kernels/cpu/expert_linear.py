@@ -1,0 +1,104 @@
+"""expert_linear and expert_linear_sum on CPU.
+
+The slots of one expert are one task: gathered into a tile that stays in cache, multiplied, and written to the slots
+they belong to (disjoint ones: nothing depends on which worker takes which).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels.cpu.sorted_rows import expert_segment, mm_into, sorted_gates, sum_slots
+from model.kernels.cpu.workers import run_tasks, scratch
+from model.kernels.dtypes import cpu_gemm_dtype
+
+
+def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
+    """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
+    (N, d), h = x.shape, experts.shape[2]
+    dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
+    source, y = x.to(dtype), x.new_empty(N * k, h)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
+        torch.index_select(source, 0, tokens[segment], out=wide)
+        torch.mm(wide, experts[expert].to(dtype), out=narrow)
+        y.index_copy_(0, order[segment], narrow.to(y.dtype))
+
+    run_tasks(counts, compute)
+    return y.view(N, k, h)
+
+
+def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and experts for `grad` [N, k, h]."""
+    (_, k, h), d = grad.shape, x.shape[1]
+    dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
+    source, narrow_source = x.to(dtype), grad.reshape(-1, h).to(dtype)
+    rows, grad_experts = scratch("rows", (order.shape[0], d), dtype), experts.new_empty(experts.shape)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
+        torch.index_select(source, 0, tokens[segment], out=wide)
+        torch.index_select(narrow_source, 0, order[segment], out=narrow)
+        mm_into(grad_experts[expert], wide.t(), narrow)
+        torch.mm(narrow, experts[expert].to(dtype).t(), out=rows[segment])
+
+    run_tasks(counts, compute)
+    _clear_unused(grad_experts, counts)
+    return sum_slots(rows, order, k, x), grad_experts
+
+
+def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
+    (N, k, h), d = a.shape, experts.shape[2]
+    dtype, counts = cpu_gemm_dtype(a.dtype), load.tolist()
+    source, gate_column = a.reshape(N * k, h).to(dtype), sorted_gates(gates, order, dtype)
+    rows = scratch("rows", (N * k, d), dtype)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        narrow = scratch("narrow", (counts[expert], h), dtype)
+        torch.index_select(source, 0, order[segment], out=narrow)
+        # The gate multiplies the narrow side: the same product, fewer bytes.
+        torch.mm(narrow.mul_(gate_column[segment]), experts[expert].to(dtype), out=rows[segment])
+
+    run_tasks(counts, compute)
+    return sum_slots(rows, order, k, a.new_empty(N, d))
+
+
+def sum_backward(
+    grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, gates and experts for `grad` [N, d]."""
+    (N, k, h), d, slots = a.shape, experts.shape[2], order.shape[0]
+    dtype, counts, tokens = cpu_gemm_dtype(a.dtype), load.tolist(), order // k
+    source, wide_source = a.reshape(slots, h).to(dtype), grad.to(dtype)
+    gate_column, gate_rows = sorted_gates(gates, order, dtype), a.new_empty(slots, dtype=dtype)
+    grad_a, grad_experts = a.new_empty(slots, h), experts.new_empty(experts.shape)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        wide = scratch("gathered", (counts[expert], d), dtype)
+        narrow, grad_narrow = (scratch(name, (counts[expert], h), dtype) for name in ("narrow", "grad_narrow"))
+        torch.index_select(wide_source, 0, tokens[segment], out=wide)
+        torch.index_select(source, 0, order[segment], out=narrow)
+        torch.mm(wide, experts[expert].to(dtype).t(), out=grad_narrow)
+        torch.linalg.vecdot(grad_narrow, narrow, out=gate_rows[segment])
+        grad_a.index_copy_(0, order[segment], grad_narrow.mul_(gate_column[segment]).to(a.dtype))
+        mm_into(grad_experts[expert], narrow.mul_(gate_column[segment]).t(), wide)
+
+    run_tasks(counts, compute)
+    _clear_unused(grad_experts, counts)
+    grad_gates = gates.new_empty(slots)
+    grad_gates[order] = gate_rows.to(gates.dtype)
+    return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts
+
+
+def _clear_unused(grad_experts: Tensor, counts: list[int]) -> None:
+    """Zero gradient for the experts that no token chose."""
+    for expert, count in enumerate(counts):
+        if count == 0:
+            grad_experts[expert].zero_()

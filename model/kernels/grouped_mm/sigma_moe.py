@@ -1,0 +1,68 @@
+"""sigma-MoE by torch.nn.functional.grouped_mm over rows sorted by expert, on CPU and CUDA."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.backend import grouped_mm_limit
+from model.kernels.cpu.sorted_rows import inverse
+
+
+def forward(
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    first_expert: int,
+) -> tuple[Tensor, Tensor]:
+    """-> output [N, d] and hidden layer, as `model.kernels.ops.sigma_moe`'s op."""
+    assert first_expert == 0, "F.grouped_mm takes the slots of its own experts alone"
+    _check_grouped_mm(x, up_experts)
+    k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
+    gates = scores.flatten()[order, None].to(x.dtype)
+    hidden = F.grouped_mm(x[order // k], up_experts, offs=offsets).relu_()
+    rows = F.grouped_mm(hidden * gates, down_experts, offs=offsets)
+    return _sum_rows(rows, order, scores, x), hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
+    tokens, gates = order // k, scores.flatten()[order, None].to(x.dtype)
+    rows = grad.contiguous()[tokens]
+    grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
+    grad_down = F.grouped_mm((hidden * gates).t(), rows, offs=offsets)
+    grad_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    grad_scores.view(-1)[order] = (grad_gated * hidden).sum(1, dtype=torch.float32).to(scores.dtype)
+    grad_hidden = torch.ops.aten.threshold_backward(grad_gated * gates, hidden, 0)
+    grad_up = F.grouped_mm(x[tokens].t(), grad_hidden, offs=offsets)
+    grad_x = _sum_rows(F.grouped_mm(grad_hidden, up_experts.transpose(1, 2), offs=offsets), order, scores, x)
+    return grad_x, grad_scores, grad_up, grad_down
+
+
+def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:
+    """As `sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
+    if len(order) < scores.numel():
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return rows[inverse(order, scores.numel())].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _check_grouped_mm(x: Tensor, up_experts: Tensor) -> None:
+    reason = grouped_mm_limit(x.device.type, x.dtype, up_experts.shape[1:])
+    if reason is not None:
+        raise ValueError(
+            f"kernels.backend=grouped_mm cannot compute sigma_moe: {reason}. Possible: auto, cpu, reference"
+        )
