@@ -71,7 +71,7 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         return
     with (
         _full_disk_named(resolved),
-        output_lock(resolved.output, shared=not part.is_whole),
+        output_lock(resolved.output, shared=not part.is_all),
         worker_pool(resolved.workers) as workers,
     ):
         takes_published = arguments.command in ("encode", "shard")

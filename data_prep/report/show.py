@@ -21,7 +21,7 @@ def verify(manifest: Manifest) -> None:
     """Checks everything, every byte included, and prints one row per shard. Raises DataError at the first
     mismatch."""
     started = time.monotonic()
-    manifest.check("full", progress=True)
+    manifest.check("full", show_progress=True)
     for split in manifest.splits:
         _check_content(manifest, split)
     rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
@@ -86,16 +86,16 @@ def dropped(manifest: Manifest) -> None:
 
 def found_so_far(preparation: Preparation) -> None:
     """Prints what the steps so far found in the raw files of this slice."""
-    states = preparation.file_states(whole=False)
+    states = preparation.file_states(all_slices=False)
     rejected = sum(sum(state.rejected.values()) for state in states)
-    text_bytes = sum(part.bytes for part in preparation.parts(whole=False))
+    text_bytes = sum(part.bytes for part in preparation.parts(all_slices=False))
     rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
     print(text_table(("raw files", "documents", "text bytes", "quarantined"), rows))
 
 
 def bad_files(preparation: Preparation) -> None:
     """Names on stderr the raw files that were left out whole."""
-    name_bad_files(preparation.file_states(whole=preparation.slice.is_whole))
+    name_bad_files(preparation.file_states(all_slices=preparation.slice.is_all))
 
 
 def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:

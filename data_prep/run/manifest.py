@@ -33,7 +33,7 @@ def write_data_manifest(
 ) -> None:
     """Writes manifest.json beside the finished shards, and the records of what was left out. `filtering`: the tasks of
     all parts, none without filters."""
-    resolved, parts = preparation.resolved, preparation.parts(whole=True)
+    resolved, parts = preparation.resolved, preparation.parts(all_slices=True)
     encoded, folder = preparation.encode_folder(), preparation.shard_folder()
     tokenizer = preparation.recipe.entry()
     splits: dict[SplitName, list[dict[str, Any]]] = {split: [] for split in resolved.splits}
@@ -67,7 +67,7 @@ def _inputs(preparation: Preparation) -> list[dict[str, Any]]:
     """The records of the raw files."""
     selection = preparation.selection(deduplicated=True)
     inputs = []
-    for batch in preparation.batch_states(whole=True):
+    for batch in preparation.batch_states(all_slices=True):
         left_out = _left_out(batch.parts, selection)
         for state in batch.files:
             filtered, duplicates = (counts.get(state.name, 0) for counts in left_out)
@@ -87,7 +87,7 @@ def _inputs(preparation: Preparation) -> list[dict[str, Any]]:
 def _dropped(preparation: Preparation, filtering: Sequence[FilterTask], duplicates: DedupTask | None) -> dict[str, Any]:
     """How many documents each stage left out, by reason."""
     quarantined: Counter[str] = Counter()
-    for state in preparation.file_states(whole=True):
+    for state in preparation.file_states(all_slices=True):
         quarantined.update(state.rejected)
     dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
     config = preparation.resolved.config
@@ -120,7 +120,7 @@ def _write_records(
     """quarantine.jsonl and the examples; their entries for the manifest."""
     folder = preparation.shard_folder()
     with replacing(folder / QUARANTINE_FILE) as stream:
-        for task in preparation.batches(whole=True):
+        for task in preparation.batches(all_slices=True):
             with quarantine_file(task).open("rb") as source:
                 shutil.copyfileobj(source, stream)
     if preparation.resolved.config.filter is not None:

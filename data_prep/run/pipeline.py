@@ -30,7 +30,7 @@ class Pipeline:
     def run(self, until: str) -> None:
         """Does every stage up to the one of this name, and publishes what that one makes."""
         stages = STAGES[: 1 + next(place for place, stage in enumerate(STAGES) if stage.name == until)]
-        before, due = _divided(stages, is_whole=self.preparation.slice.is_whole)
+        before, due = _divided(stages, is_all=self.preparation.slice.is_all)
         for stage in due:
             stage.check(self.preparation)
         for stage in before:
@@ -53,9 +53,9 @@ class Pipeline:
             )
 
 
-def _divided(stages: Sequence[Stage], *, is_whole: bool) -> tuple[Sequence[Stage], Sequence[Stage]]:
+def _divided(stages: Sequence[Stage], *, is_all: bool) -> tuple[Sequence[Stage], Sequence[Stage]]:
     """(stages that must be finished, stages to do): for an array task the last ones over slices are to do."""
-    if is_whole:
+    if is_all:
         return [], stages
     if stages[-1].over == "all":  # what follows when every array task has ended
         stages = stages[:-1]

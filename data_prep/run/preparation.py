@@ -45,14 +45,14 @@ class Slice:
         return position % self.tasks == self.task
 
     @property
-    def is_whole(self) -> bool:
+    def is_all(self) -> bool:
         """Whether this process prepares everything."""
         return self.tasks == 1
 
 
 @dataclass
 class Preparation:
-    """What stages are told. In its methods `whole` asks for everything, not this slice alone."""
+    """What stages are told. In its methods `all_slices` asks for the tasks of all slices, not of this one alone."""
 
     resolved: ResolvedConfig
     slice: Slice = Slice()
@@ -62,24 +62,24 @@ class Preparation:
 
     # What the stages have left.
 
-    def batches(self, *, whole: bool) -> list[IngestTask]:
+    def batches(self, *, all_slices: bool) -> list[IngestTask]:
         """The batches of raw files."""
-        return [task for position, task in enumerate(self._all_batches) if whole or self.slice.holds(position)]
+        return [task for position, task in enumerate(self._all_batches) if all_slices or self.slice.holds(position)]
 
-    def batch_states(self, *, whole: bool) -> list[BatchState]:
+    def batch_states(self, *, all_slices: bool) -> list[BatchState]:
         """What ingest found in the batches. DataError if one is not ingested yet."""
-        for task in self.batches(whole=whole):
+        for task in self.batches(all_slices=all_slices):
             if task.key not in self._states:
                 self._states[task.key] = finished(read_state(task), f"ingest of {task.files[0].raw}")
-        return [self._states[task.key] for task in self.batches(whole=whole)]
+        return [self._states[task.key] for task in self.batches(all_slices=all_slices)]
 
-    def file_states(self, *, whole: bool) -> list[FileState]:
+    def file_states(self, *, all_slices: bool) -> list[FileState]:
         """What ingest found in the raw files."""
-        return [file for batch in self.batch_states(whole=whole) for file in batch.files]
+        return [file for batch in self.batch_states(all_slices=all_slices) for file in batch.files]
 
-    def parts(self, *, whole: bool) -> list[Part]:
+    def parts(self, *, all_slices: bool) -> list[Part]:
         """The parts in reading order."""
-        return [part for batch in self.batch_states(whole=whole) for part in batch.parts]
+        return [part for batch in self.batch_states(all_slices=all_slices) for part in batch.parts]
 
     def selection(self, *, deduplicated: bool) -> Selection:
         """The documents left by the filters, and by removal of duplicates if asked."""
@@ -205,7 +205,7 @@ class Preparation:
         return stage_key(self.dedup_folder()) if self.resolved.config.dedup else self._before_dedup()
 
     def _part_names(self) -> list[str]:
-        return [part.name for part in self.parts(whole=True)]
+        return [part.name for part in self.parts(all_slices=True)]
 
     def _version(self, package: str) -> str | None:
         """Of a package that this config uses: what another version made is made again."""
@@ -215,7 +215,7 @@ class Preparation:
         """Raises DataError, with what may be the reason, unless there is something for the train split."""
         if "train" in splits:
             return
-        reasons = sorted({reason for state in self.file_states(whole=True) for reason in state.rejected})
+        reasons = sorted({reason for state in self.file_states(all_slices=True) for reason in state.rejected})
         raise DataError(
             "the input holds no document for the train split; check `input`, `validation_fraction`, `filter` and the "
             f"raw files (quarantined: {', '.join(reasons) or 'nothing'})"

@@ -57,37 +57,37 @@ def spread(
 # ingest: batch of raw files -> parts, quarantine
 
 
-def _batches(preparation: Preparation, whole: bool) -> Sequence[IngestTask]:
-    return preparation.batches(whole=whole)
+def _batches(preparation: Preparation, all_slices: bool) -> Sequence[IngestTask]:
+    return preparation.batches(all_slices=all_slices)
 
 
 def _check_limits(preparation: Preparation, batches: Sequence[IngestTask]) -> None:
-    if preparation.slice.is_whole:  # shares of the whole; an array task may have a single, damaged file
-        check_limits(batches, preparation.file_states(whole=True), preparation.resolved.config)
+    if preparation.slice.is_all:  # shares of the whole; an array task may have a single, damaged file
+        check_limits(batches, preparation.file_states(all_slices=True), preparation.resolved.config)
 
 
 # filter: part -> verdicts
 
 
-def filter_tasks(preparation: Preparation, whole: bool) -> Sequence[FilterTask]:
+def filter_tasks(preparation: Preparation, all_slices: bool) -> Sequence[FilterTask]:
     config = preparation.resolved.config.filter
     if config is None:
         return []
     ingest, folder = preparation.ingest_folder(), preparation.filter_folder()
-    parts = preparation.parts(whole=whole)
+    parts = preparation.parts(all_slices=all_slices)
     return [FilterTask(config=config, part=part, ingest=ingest, folder=folder) for part in parts]
 
 
 def _check_languages(preparation: Preparation) -> None:
     config = preparation.resolved.config.filter
-    if config is not None and any(read_state(task) is None for task in preparation.batches(whole=False)):
+    if config is not None and any(read_state(task) is None for task in preparation.batches(all_slices=False)):
         check_languages(config.language)  # loads a model: not where nothing is to be read
 
 
 # sign: part -> MinHash signatures
 
 
-def _signature_tasks(preparation: Preparation, whole: bool) -> Sequence[SignatureTask]:
+def _signature_tasks(preparation: Preparation, all_slices: bool) -> Sequence[SignatureTask]:
     config = preparation.resolved.config.dedup
     if config is None or not config.near:
         return []
@@ -100,20 +100,20 @@ def _signature_tasks(preparation: Preparation, whole: bool) -> Sequence[Signatur
             threshold=config.threshold,
             folder=folder,
         )
-        for part in preparation.parts(whole=whole)
+        for part in preparation.parts(all_slices=all_slices)
     ]
 
 
 # dedup: all signatures -> verdicts
 
 
-def dedup_tasks(preparation: Preparation, whole: bool) -> Sequence[DedupTask]:
+def dedup_tasks(preparation: Preparation, all_slices: bool) -> Sequence[DedupTask]:
     config = preparation.resolved.config.dedup
     if config is None:
         return []
     task = DedupTask(
         config=config,
-        parts=tuple(preparation.parts(whole=True)),
+        parts=tuple(preparation.parts(all_slices=True)),
         selection=preparation.selection(deduplicated=False),
         signatures=preparation.signature_folder() if config.near else None,
         folder=preparation.dedup_folder(),
@@ -124,14 +124,14 @@ def dedup_tasks(preparation: Preparation, whole: bool) -> Sequence[DedupTask]:
 # tokenizer: sample of all parts -> model
 
 
-def _model_tasks(preparation: Preparation, whole: bool) -> Sequence[ModelTask]:
+def _model_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ModelTask]:
     resolved = preparation.resolved
     config = resolved.config.tokenizer
     if preparation.takes_published_model or config.type == "bytes":
         return []
     if resolved.external_model is not None:
         return [preparation.given_model()]
-    parts = preparation.parts(whole=True)
+    parts = preparation.parts(all_slices=True)
     preparation.need_train([part.split for part in parts])
     task = ModelTask(
         folder=preparation.tokenizer_folder(),
@@ -148,7 +148,7 @@ def _training(preparation: Preparation) -> TrainTask:
     resolved = preparation.resolved
     sampled = frozenset(source.name for source in resolved.sources[: resolved.config.tokenizer.sample_files])
     sources = []
-    for batch in preparation.batch_states(whole=True):
+    for batch in preparation.batch_states(all_slices=True):
         parts = [part for part in batch.parts if part.split == "train" and sampled & dict(part.files).keys()]
         sources.append(SampleSource(parts=tuple(parts), files=sampled))
     return TrainTask(
@@ -174,7 +174,7 @@ def _copy_model(preparation: Preparation, folder: Path) -> None:
 # encode: part -> ids
 
 
-def _encode_tasks(preparation: Preparation, whole: bool) -> Sequence[EncodeTask]:
+def _encode_tasks(preparation: Preparation, all_slices: bool) -> Sequence[EncodeTask]:
     selection, folder, recipe = (
         preparation.selection(deduplicated=True),
         preparation.encode_folder(),
@@ -188,15 +188,15 @@ def _encode_tasks(preparation: Preparation, whole: bool) -> Sequence[EncodeTask]
             validation_fraction=preparation.resolved.validation_fraction,
             folder=folder,
         )
-        for part in preparation.parts(whole=whole)
+        for part in preparation.parts(all_slices=all_slices)
     ]
 
 
 # shard: ids -> shards, manifest
 
 
-def _shard_tasks(preparation: Preparation, whole: bool) -> Sequence[ShardTask]:
-    parts, settings = preparation.parts(whole=True), preparation.resolved.config.shard
+def _shard_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ShardTask]:
+    parts, settings = preparation.parts(all_slices=True), preparation.resolved.config.shard
     encoded, folder = preparation.encode_folder(), preparation.shard_folder()
     dtype = dtype_name(preparation.recipe.entry().vocab_size)
     tasks = [

@@ -164,12 +164,12 @@ class Manifest(Record):
     def _record_files(self) -> list[str]:
         return [record.file for record in self.provenance.records]
 
-    def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
+    def check(self, level: Literal["size", "full"], show_progress: bool = False) -> None:
         """Compares the folder with the manifest; raises one DataError that names the file, the difference and
         the fix.
 
         Always: every file is there with its size; tokenizer and indexes are hashed and the indexes validated.
-        `full` also hashes every shard (about 1 s per GB); `progress` shows a bar for that.
+        `full` also hashes every shard (about 1 s per GB); `show_progress` shows a bar for that.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
         entries = self._entries()
@@ -191,7 +191,7 @@ class Manifest(Record):
         from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
 
         total = sum(entry.bytes for entry in entries)
-        with byte_bar(total=total, description="hashing shards", enabled=progress) as bar:
+        with byte_bar(total=total, description="hashing shards", enabled=show_progress) as bar:
             for entry in entries:
                 path = self.folder / entry.file
                 _expect("sha256", path, entry.sha256, sha256_file(path, on_bytes=bar.update))

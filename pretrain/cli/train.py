@@ -141,7 +141,7 @@ def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
     sources, data_size = preflight(config, world_size, run_dir)
     if config.data.verify == "full":
-        sources.check("full", progress=True)
+        sources.check("full", show_progress=True)
     _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
     for reason in damaged:
         print(f"would be passed over: {reason}")
@@ -163,7 +163,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     stop.enter(ProcessState.STARTING)
     try:
         if config.data.verify == "full":  # one reader: N ranks would read the data set N times
-            agreed(lambda: sources.check("full", progress=True) if ranks.rank == 0 else None)
+            agreed(lambda: sources.check("full", show_progress=True) if ranks.rank == 0 else None)
         return train(config, sources, run_dir, device, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

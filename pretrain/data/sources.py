@@ -81,11 +81,11 @@ class Sources:
         """The one tokenizer."""
         return self.sources[0].manifest.tokenizer
 
-    def check(self, level: Literal["size", "full"], progress: bool = False) -> None:
+    def check(self, level: Literal["size", "full"], show_progress: bool = False) -> None:
         """`Manifest.check` of each that is not behind a URL; shards of those are checked when they are fetched."""
         for source in self.sources:
             if source.cache is None:
-                source.manifest.check(level, progress)
+                source.manifest.check(level, show_progress)
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
