@@ -41,7 +41,7 @@ from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
-from model.parallel.regions import between_regions, enter_region, first_token, leave_region
+from model.parallel.regions import between_regions, enter_region, first_token
 from model.parameter_spec import ParameterSpec, Specs, prefixed
 from model.recompute import Recompute, recomputed
 from model.routing import RoutingStatistics
@@ -115,12 +115,14 @@ class Embedding(nn.Module):
 
     def forward(self, state: tuple[Tensor, Tensor]) -> State:
         tokens, sequence_index = state
-        if self.parallel.tensor_group is None:
+        group = self.parallel.tensor_group
+        if group is None:
             hidden = nn.functional.embedding(tokens, self.weight)
-        else:  # a class that another rank holds is a row of zeros here
-            here = (tokens >= self.held.start) & (tokens < self.held.stop)
-            rows = nn.functional.embedding(torch.where(here, tokens - self.held.start, 0), self.weight)
-            hidden = leave_region(rows * here[..., None], self.parallel)
+        else:
+            from model.parallel import megatron_core
+
+            first, is_divided = self.held.start, self.parallel.sequence_parallel
+            hidden = megatron_core.embed(tokens, self.weight, first=first, group=group, sequence_parallel=is_divided)
         return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros(()).float()
 
 

@@ -24,6 +24,7 @@ import torch._dynamo  # noqa: E402
 import torch._inductor.compile_fx  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
+import model.parallel.megatron_core  # noqa: E402, F401
 import pretrain.cli.train  # noqa: E402
 import pretrain.engine.pipeline  # noqa: E402
 import pretrain.loop  # noqa: E402, F401

@@ -27,13 +27,12 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-PRODUCT = ("pretrain", "model", "launch", "data_prep")
+PRODUCT = ("common", "pretrain", "model", "launch", "data_prep")
 IMPORT_NAMES = {"megatron-core": "megatron"}
 NOT_IMPORTED_BY_US = {
     "tensorboard": "torch.utils.tensorboard imports it (pretrain/report/monitor.py)",
     "setuptools": "torch.utils.cpp_extension imports it, with which DeepSpeed builds its operators on a GPU",
     "aiohttp": "fsspec imports it for http:// and https:// inputs",
-    "megatron": "megatron-core is a reference of the tests until model/parallel is built on it",
 }
 
 

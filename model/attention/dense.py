@@ -11,9 +11,11 @@ from model.config import DenseAttentionConfig, ModelConfig, XLConfig
 from model.distributions import Constant, dense_layer_weight
 from model.documents import Documents, causal_attention, rope_positions
 from model.kernels.choice import Backends
+from model.linear import region_linear
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
-from model.parallel.regions import enter_region, leave_region
+from model.parallel.overlap import enter_overlapped
+from model.parallel.regions import leave_region
 from model.parameter_spec import ParameterSpec, Specs
 
 
@@ -70,11 +72,12 @@ class DenseAttention(nn.Module):
         """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk
         (with sequence parallelism this rank's tokens of each). `sequence_index` [B] is unused: nothing here is random.
         -> [B, T, d] like the chunk and a zero auxiliary loss (fp32)."""
-        context = enter_region(context, self.parallel, chunk=num_queries)
+        maps = ((layer.weight,) for layer in (self.query, self.key, self.value))
+        context, _, (query, key, value) = enter_overlapped(context, self.parallel, *maps, chunk=num_queries)
         (B, L, _), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
-        q = self.query(context[:, L - T :]).view(B, T, H, h)
-        k, v = (layer(context).view(B, L, H, h) for layer in (self.key, self.value))
+        q = region_linear(context[:, L - T :], query).view(B, T, H, h)
+        k, v = (region_linear(context, late).view(B, L, H, h) for late in (key, value))
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}

@@ -18,7 +18,8 @@ from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.route import Routing, group_choices, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
-from model.parallel.regions import enter_region_twice, leave_region
+from model.parallel.overlap import enter_overlapped
+from model.parallel.regions import leave_region
 from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics
 
@@ -89,13 +90,14 @@ class MoAAttention(nn.Module):
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
         -> [B, T, d] like the chunk and the weighted losses (fp32 scalar)."""
-        divided, context = enter_region_twice(context, self.parallel, chunk=num_queries)
+        group = self.parallel.tensor_group
+        queries = (enter_shards(self.query_experts, group),)
+        divided, context, (late,) = enter_overlapped(context, self.parallel, queries, chunk=num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         k, h = self.config.num_heads, self.config.head_dim
         tokens = context[:, L - T :].reshape(B * T, d)
         routing = self._route(tokens, sequence_index, T)
         logits, index, load, order = routing.logits[:, 0], routing.index[:, 0], routing.load[0], routing.order[0]
-        group = self.parallel.tensor_group
         probability = logits.softmax(-1) if self.config.router == "softmax" else None
         gates = routing.scores[:, 0] if probability is None else probability.gather(1, index)  # [N, k] fp32
         auxiliary_loss = logits.new_zeros((), dtype=torch.float32)
@@ -112,8 +114,8 @@ class MoAAttention(nn.Module):
             order, load = group_choices(index[:, None], self.config.num_experts, backend=self.backends.expert_linear)
             order, load = order[0], load[0]
         backend = self.backends.expert_linear
-        query_experts, output_experts = (enter_shards(w, group) for w in (self.query_experts, self.output_experts))
-        q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, query_experts, backend=backend)
+        output_experts = enter_shards(self.output_experts, group)
+        q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, *late.weights, backend=backend)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
         attended = self._attend(q.view(B, T, k, h), key, value, documents).reshape(B * T, k, h)
         y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.joint_linear import joint_linear
 from model.attention.rope import apply_rope, last_rows, rope_tables
 from model.attention.xl import relative_attention
 from model.choices import settled
@@ -16,8 +15,10 @@ from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.route import Choice, group_choices, route
 from model.kernels.ops.switchhead import switchhead_output, switchhead_value
+from model.linear import region_linear
 from model.parallel.context import ParallelContext
-from model.parallel.regions import enter_region, leave_region
+from model.parallel.overlap import Late, enter_overlapped
+from model.parallel.regions import leave_region
 from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics
 
@@ -121,19 +122,19 @@ class SwitchHeadAttention(nn.Module):
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
         -> [B, T, d] like the chunk and a zero auxiliary loss (fp32 scalar)."""
-        context = enter_region(context, self.parallel, chunk=num_queries)
+        context, late = self._enter(context, num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
         selections = self._select(context, T, sequence_index)
         source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
-        v = self._project("value", source, selections).view(B, L, H, h)
-        is_joint = L == T and not ("query" in selections or "key" in selections)
+        v = self._project("value", source, selections, late).view(B, L, H, h)
+        is_joint = "query and key" in late
         if is_joint:
-            joint = joint_linear(source, self.query.weight, self.key.weight).view(B, T, 2 * H, h)
+            joint = region_linear(source, late["query and key"]).view(B, T, 2 * H, h)
             q, k = joint.split(H, dim=2)
         else:
-            q = self._project("query", chunk, selections).view(B, T, H, h)
-            k = self._project("key", source, selections).view(B, L, H, h)
+            q = self._project("query", chunk, selections, late).view(B, T, H, h)
+            k = self._project("key", source, selections, late).view(B, L, H, h)
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if isinstance(self.position_config, XLConfig):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -154,11 +155,26 @@ class SwitchHeadAttention(nn.Module):
             y = self.output(attended.flatten(1))
         return leave_region(y.view(B, T, d), self.parallel), y.new_zeros((), dtype=torch.float32)
 
-    def _project(self, projection: Projection, tokens: Tensor, selections: dict[Projection, Choice]) -> Tensor:
+    def _enter(self, context: Tensor, num_queries: int) -> tuple[Tensor, dict[str, Late]]:
+        """The context of all ranks, and the weights of each map of it: queries and keys are one where both are dense
+        and there is no memory."""
+        expert = self.config.expert_projections
+        maps: dict[str, tuple[Tensor, ...]] = {}
+        for projection in ("query", "key", "value"):
+            name = f"{projection}_experts" if projection in expert else f"{projection}.weight"
+            maps[projection] = (self.get_parameter(name),)
+        if context.shape[1] == num_queries and not ("query" in expert or "key" in expert):
+            maps["query and key"] = maps.pop("query") + maps.pop("key")
+        context, _, late = enter_overlapped(context, self.parallel, *maps.values(), chunk=num_queries)
+        return context, dict(zip(maps, late, strict=True))
+
+    def _project(
+        self, projection: Projection, tokens: Tensor, selections: dict[Projection, Choice], late: dict[str, Late]
+    ) -> Tensor:
         """[N, d] -> [N, H, h] or [N, H h]."""
         if projection not in selections:
-            return getattr(self, projection)(tokens)
-        experts = getattr(self, f"{projection}_experts")
+            return region_linear(tokens, late[projection])
+        (experts,) = late[projection].weights
         return switchhead_value(tokens, selections[projection], experts, backend=self.backends.switchhead_value)
 
     def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Choice]:

@@ -9,8 +9,9 @@ from model.config import DenseFeedForwardConfig, ModelConfig
 from model.distributions import Constant, dense_layer_weight
 from model.dropout import dropout, site_key
 from model.kernels.choice import Backends
+from model.linear import column_linear
 from model.parallel.context import ParallelContext
-from model.parallel.regions import between_regions, enter_region, leave_region
+from model.parallel.regions import between_regions, leave_region
 from model.parameter_spec import ParameterSpec, Specs
 
 
@@ -45,10 +46,9 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        x = enter_region(x, self.parallel)
         # Biases out of place: what ZeRO 3 puts in the place of F.linear adds them in place to a product that selective
         # recomputation has kept, and they would count twice.
-        hidden = F.relu(F.linear(x, self.up.weight) + self.up.bias)
+        hidden = F.relu(column_linear(x, self.up.weight, self.parallel) + self.up.bias)
         if self.training and self.dropout > 0.0:
             hidden = dropout(
                 hidden,

@@ -15,7 +15,8 @@ from model.kernels.ops.sigma_moe import sigma_moe
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.exchange import Exchange, collect, spread
-from model.parallel.regions import between_regions, enter_region_twice, first_token, leave_region
+from model.parallel.overlap import Late, enter_overlapped
+from model.parallel.regions import between_regions, first_token, leave_region
 from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics, entropy_regularizer
 
@@ -70,9 +71,9 @@ class SigmaMoE(nn.Module):
             routing, auxiliary_loss = self._route(x, sequence_index)
             y = self._exchange(x.reshape(-1, x.shape[2]), routing)
             return y.view_as(x), auxiliary_loss
-        divided, x = enter_region_twice(x, self.parallel)
+        divided, x, (late,) = enter_overlapped(x, self.parallel, (self.up_experts, self.down_experts))
         routing, auxiliary_loss = self._route(x, sequence_index)
-        y = self._divide(divided.reshape(-1, x.shape[2]), routing)
+        y = self._divide(divided.reshape(-1, x.shape[2]), routing, late)
         return leave_region(y.view_as(x), self.parallel), auxiliary_loss
 
     def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Routing, Tensor]:
@@ -109,7 +110,7 @@ class SigmaMoE(nn.Module):
             self.statistics.record(routing.load, routing.logits)
         return routing, auxiliary_loss
 
-    def _divide(self, tokens: Tensor, routing: Routing) -> Tensor:
+    def _divide(self, tokens: Tensor, routing: Routing, late: Late) -> Tensor:
         """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts."""
         group, scores, index = self.parallel.tensor_group, routing.scores, routing.index
         order, load = routing.order, routing.load
@@ -119,10 +120,10 @@ class SigmaMoE(nn.Module):
             held = self.parallel.slice_of(self.config.num_experts)
             index = index - held.start
             if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device
-                return self._experts(tokens, enter_shards(scores, group), index, order, load, held.start)
+                return self._experts(tokens, enter_shards(scores, group), index, order, load, late, held.start)
             first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
             order, load = order[first:last], load[held]
-        return self._experts(tokens, enter_shards(scores, group), index, order, load)
+        return self._experts(tokens, enter_shards(scores, group), index, order, load, late)
 
     def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
         """`tokens` [N, d] of this rank alone -> [N, d], computed where the experts are."""
@@ -133,11 +134,12 @@ class SigmaMoE(nn.Module):
         rows = exchange.there(spread(tokens, order, k))
         gates = exchange.there(routing.scores.flatten().gather(0, order))
         index, load = exchange.row_experts()[:, None], exchange.received_load.sum(0)
-        y = self._experts(rows, gates[:, None], index, exchange.row_order(), load)
+        late = Late((self.up_experts, self.down_experts))
+        y = self._experts(rows, gates[:, None], index, exchange.row_order(), load, late)
         return collect(exchange.back(y), order, k)
 
     def _experts(
-        self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor, first_expert: int = 0
+        self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor, late: Late, first_expert: int = 0
     ) -> Tensor:
-        experts, backend = (self.up_experts, self.down_experts), self.backends.sigma_moe
-        return sigma_moe(x, scores, index, order, load, *experts, backend=backend, first_expert=first_expert)
+        backend, weights = self.backends.sigma_moe, late.weights
+        return sigma_moe(x, scores, index, order, load, *weights, backend=backend, first_expert=first_expert)

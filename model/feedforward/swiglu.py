@@ -9,8 +9,10 @@ from model.config import ModelConfig, SwiGLUConfig
 from model.distributions import dense_layer_weight
 from model.dropout import dropout, site_key
 from model.kernels.choice import Backends
+from model.linear import region_linear
 from model.parallel.context import ParallelContext
-from model.parallel.regions import enter_region, leave_region
+from model.parallel.overlap import enter_overlapped
+from model.parallel.regions import leave_region
 from model.parameter_spec import ParameterSpec, Specs
 
 
@@ -46,8 +48,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        x = enter_region(x, self.parallel)
-        hidden = F.silu(self.gate(x)) * self.up(x)
+        x, _, (gate, up) = enter_overlapped(x, self.parallel, (self.gate.weight,), (self.up.weight,))
+        hidden = F.silu(region_linear(x, gate)) * region_linear(x, up)
         if self.training and self.dropout > 0.0:
             hidden = dropout(
                 hidden,

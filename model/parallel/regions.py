@@ -2,33 +2,26 @@
 regions all hold the same hidden states, or with sequence parallelism T / tensor_size tokens of every sequence each
 (Megatron-LM, arXiv 2205.05198, section 4.2.2).
 
-A region is entered with `enter_region` and left with `leave_region`; without a tensor-parallel group both are nothing.
+A region is entered with `enter_region` or `enter_overlapped` (model/parallel/overlap.py), and left with `leave_region`;
+without a tensor-parallel group all of them are nothing.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from model.parallel.collectives import enter_shards, gather_tokens, gather_tokens_twice, leave_shards, scatter_tokens
+from model.parallel.collectives import enter_shards, gather_tokens, leave_shards, scatter_tokens
 from model.parallel.context import ParallelContext
 
 
-def enter_region(x: Tensor, parallel: ParallelContext, *, chunk: int | None = None) -> Tensor:
-    """`x` [B, L, d], or this rank's tokens of it -> [B, L, d] for work that ranks divide: gradients are summed.
+def enter_region(x: Tensor, parallel: ParallelContext) -> Tensor:
+    """`x` [B, T, d], or this rank's tokens of it -> [B, T, d] for work that ranks divide: gradients are summed.
 
-    With Transformer-XL memory and sequence parallelism `x` is a row of chunks, the rank's `chunk` tokens of each.
+    Where the region's weights get their gradients in the backward pass, `enter_overlapped` hides that sum behind them.
     """
     if parallel.sequence_parallel:
-        return gather_tokens(x, parallel.tensor_group, chunk=chunk)
+        return gather_tokens(x, parallel.tensor_group)
     return enter_shards(x, parallel.tensor_group)
-
-
-def enter_region_twice(x: Tensor, parallel: ParallelContext, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `enter_region`, and once more the same values for work that every rank does alike, such as routing: its
-    gradient is already whole on every rank and counts once. One collective each way serves both."""
-    if parallel.sequence_parallel:
-        return gather_tokens_twice(x, parallel.tensor_group, chunk=chunk)
-    return enter_shards(x, parallel.tensor_group), x
 
 
 def leave_region(y: Tensor, parallel: ParallelContext) -> Tensor:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from model.parallel.context import DIMENSIONS, ParallelContext
-from pretrain.device import device_type
+from model.parallel.context import ParallelContext
 
 
 class Groups(NamedTuple):
@@ -34,16 +31,25 @@ def process_groups(*, pipeline: int, data: int, tensor: int, expert: int = 1) ->
 @functools.cache
 def _process_groups(world: Any, pipeline: int, data: int, tensor: int, expert: int) -> Groups:
     """Made once for a world: a group is never freed."""
+    grid = _grid(pipeline, data, tensor, expert)
+    return Groups(
+        pipeline=grid.create_pg("pp"),
+        data=grid.create_pg(["dp", "ep"]),
+        tensor=grid.create_pg("tp"),
+        expert=grid.create_pg("ep") if expert > 1 else None,
+        expert_replicas=grid.create_pg(["dp", "tp"]) if expert > 1 else None,
+    )
+
+
+def _grid(pipeline: int, data: int, tensor: int, expert: int) -> Any:
+    """megatron-core's grid of all ranks, whose groups are values (its parallel_state holds them in globals). Imported
+    here: a run that is divided over data-parallel ranks alone needs no groups, and it takes seconds."""
+    from model.parallel.megatron_core import HyperCommGrid
+
     assert pipeline * data * tensor == dist.get_world_size() and data % expert == 0
-    mesh = init_device_mesh(device_type(), (pipeline, data, tensor), mesh_dim_names=DIMENSIONS)
-    expert_group = replica_group = None
-    if expert > 1:
-        grid = mesh.mesh.view(pipeline, data // expert, expert, tensor)
-        expert_group, _ = dist.new_subgroups_by_enumeration(grid.transpose(2, 3).reshape(-1, expert).tolist())
-        replicas = grid.permute(0, 2, 3, 1).reshape(pipeline * expert, -1)
-        replica_group, _ = dist.new_subgroups_by_enumeration(replicas.tolist())
-    pipeline_group, data_group, tensor_group = (mesh.get_group(name) for name in DIMENSIONS)
-    return Groups(pipeline_group, data_group, tensor_group, expert_group, replica_group)
+    # The fastest first. The data-parallel ranks of ours are two dimensions here: ep, those that share the experts, and
+    # dp, those that hold the same ones.
+    return HyperCommGrid([tensor, expert, data // expert, pipeline], ["tp", "ep", "dp", "pp"])
 
 
 def tied_group(parallel: ParallelContext) -> Any:
@@ -54,8 +60,8 @@ def tied_group(parallel: ParallelContext) -> Any:
 
 @functools.cache
 def _tied_groups(world: Any, pipeline: int, data: int, tensor: int) -> Any:
-    ranks = torch.arange(pipeline * data * tensor).view(pipeline, -1)
-    group, _ = dist.new_subgroups_by_enumeration(ranks[[0, -1]].t().tolist())
+    pipelines = _grid(pipeline, data, tensor, 1).get_rank_enum("pp")
+    group, _ = dist.new_subgroups_by_enumeration([[ranks[0], ranks[-1]] for ranks in pipelines])
     return group
 
 

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import gradient_dtype, wide_dtype
-from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
@@ -90,13 +89,10 @@ def linear_cross_entropy_reference(
     if group is None:
         token_loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
     else:
-        maximum = logits.detach().amax(1)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-        shifted = logits - maximum[:, None]
-        local, here = local_targets(logits, targets, first_class)
-        target_logit = leave_shards(torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0), group)
-        exp_sum = leave_shards(shifted.exp().sum(1), group)
-        token_loss = torch.where(targets != ignore_index, exp_sum.log() - target_logit, 0.0)
+        from model.parallel import megatron_core
+
+        token_loss = megatron_core.cross_entropy(logits, targets, first=first_class, group=group)
+        token_loss = torch.where(targets != ignore_index, token_loss, 0.0)
     num_targets = (targets != ignore_index).sum().clamp_min(1)
     return token_loss.sum() / num_targets, token_loss.detach()
 

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
-from model.parallel.collectives import gather_tokens, gather_tokens_twice, own_tokens, scatter_tokens
+from model.parallel.collectives import enter_shards, gather_last, gather_tokens, leave_shards, scatter_tokens
 from model.parallel.context import ParallelContext
+from model.parallel.overlap import enter_overlapped, own_tokens
 from model.parallel.regions import enter_region
 from tests.harness import run_ranks
 
@@ -41,28 +42,30 @@ def collectives(rank: int) -> None:
             continue
         group, tokens = dist.group.WORLD, chunks * ranks * chunk
         assert group is not None
+        parallel = ParallelContext(tensor_rank=rank, tensor_size=ranks, tensor_group=group, sequence_parallel=True)
         x = full("x", B, tokens, d)
         weights = [full(f"weight {r}", B, tokens, d) for r in range(ranks)]
         own = rank_tokens(x, rank, ranks, chunk)
         assert torch.equal(own_tokens(x, rank=rank, size=ranks, chunk=chunk), own)
 
         # A rank's gradient is its share of what all ranks computed from its tokens.
-        local = strided(own).requires_grad_()
-        before = local.detach().clone()
-        whole = gather_tokens(local, group, chunk=chunk)
-        assert torch.equal(whole, x)
-        grad = strided(weights[rank])
-        kept = grad.clone()
-        whole.backward(grad)
         expected = rank_tokens(torch.stack(weights).sum(0), rank, ranks, chunk)
-        torch.testing.assert_close(local.grad, expected)
-        assert torch.equal(local, before) and torch.equal(grad, kept), "an input was modified"
+        for is_plain in (False, True) if chunks == 1 else (False,):
+            local = strided(own).requires_grad_()
+            before = local.detach().clone()
+            whole = gather_tokens(local, group) if is_plain else enter_overlapped(local, parallel, chunk=chunk)[0]
+            assert torch.equal(whole, x)
+            grad = strided(weights[rank])
+            kept = grad.clone()
+            whole.backward(grad)
+            torch.testing.assert_close(local.grad, expected)
+            assert torch.equal(local, before) and torch.equal(grad, kept), "an input was modified"
 
         # The second output's gradient, the same on every rank, counts once.
         alike = full("alike", B, tokens, d)
         for uses in ((True, True), (True, False), (False, True)):
             local = strided(own).requires_grad_()
-            outputs = gather_tokens_twice(local, group, chunk=chunk)
+            outputs = enter_overlapped(local, parallel, chunk=chunk)[:2]
             assert all(torch.equal(output, x) for output in outputs)
             factors = (strided(weights[rank]), strided(alike))
             torch.stack(
@@ -80,6 +83,25 @@ def collectives(rank: int) -> None:
         torch.testing.assert_close(kept_tokens, rank_tokens(torch.stack(weights).sum(0), rank, ranks, chunks * chunk))
         kept_tokens.backward(strided(rank_tokens(alike, rank, ranks, chunks * chunk)))
         assert torch.equal(partial.grad, alike) and torch.equal(partial, before)
+        whole_tensors(rank, group, [strided(w) for w in weights], strided(alike))
+
+
+def whole_tensors(rank: int, group: dist.ProcessGroup, parts: list[Tensor], alike: Tensor) -> None:
+    """What is not divided by tokens; nothing that goes in is contiguous, and nothing is modified."""
+    x, grad = alike.requires_grad_(), parts[rank].clone(memory_format=torch.preserve_format)
+    enter_shards(x, group).backward(grad)
+    torch.testing.assert_close(x.grad, torch.stack(parts).sum(0))
+    assert torch.equal(grad, parts[rank])
+    partial = parts[rank].clone(memory_format=torch.preserve_format).requires_grad_()
+    total = leave_shards(partial, group)
+    torch.testing.assert_close(total, torch.stack(parts).sum(0))
+    total.backward(alike.detach())
+    assert torch.equal(partial.grad, alike) and torch.equal(partial, parts[rank])
+    partial.grad = None
+    together = gather_last(partial, group)
+    assert torch.equal(together, torch.cat(parts, -1))
+    together.backward(torch.cat([(i + 1.0) * alike.detach() for i in range(len(parts))], -1))
+    assert torch.equal(partial.grad, (rank + 1.0) * alike)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -91,7 +113,9 @@ def test_tokens_are_gathered_and_scattered(ranks: int) -> None:
 def test_without_a_group_nothing_happens() -> None:
     x = full("x", 2, 3, 4)
     assert gather_tokens(x, None) is x and scatter_tokens(x, None) is x
-    assert all(output is x for output in gather_tokens_twice(x, None))
+    assert enter_shards(x, None) is x and leave_shards(x, None) is x and gather_last(x, None) is x
+    divided, alike, late = enter_overlapped(x, ParallelContext(), (x,))
+    assert divided is x and alike is x and late == [((x,), None)]
 
 
 def cross_entropy_of_shards(rank: int, sequence_parallel: bool) -> None:

@@ -1,8 +1,12 @@
-"""megatron-core as an independent reference: process groups, vocab-parallel embedding and cross-entropy, and column-
-and row-parallel layers with and without sequence parallelism give what ours give, forward and backward."""
+"""megatron-core at our border (model/parallel/megatron_core.py): its modules with their own parameters give what our
+layers give, forward and backward; its silent fault is there and cannot pass; who has no group needs nothing of it."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.layers import Embedding, Head
+from model.parallel.collectives import enter_shards, leave_shards
 from model.parallel.context import DIMENSIONS, ParallelContext
 from model.parallel.regions import enter_region, leave_region
 from pretrain.parallel.groups import process_groups
@@ -132,3 +137,77 @@ def test_groups_are_those_of_parallel_state() -> None:
     for pairs in run_ranks(groups, 8):
         for ours, theirs in pairs:
             assert ours == theirs
+
+
+def sums(rank: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of a value and of a gradient that are not contiguous: megatron-core's result, ours, and the sum over ranks."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    group = dist.group.WORLD
+    x = full(rank, T, D).t()
+    total = (full(0, T, D) + full(1, T, D)).t()
+    theirs = mappings.reduce_from_tensor_model_parallel_region(x.clone(), group=group)
+    found = {"value": (theirs, leave_shards(x, group), total)}
+    grads = []
+    for enter in (mappings.copy_to_tensor_model_parallel_region, enter_shards):
+        leaf = torch.zeros(D, T, requires_grad=True)
+        enter(leaf, group=group).backward(x)
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    found["gradient"] = (grads[0], grads[1], total)
+    return found
+
+
+def test_a_tensor_that_is_not_contiguous_is_summed_by_ours_and_not_by_megatron_core() -> None:
+    for rank, found in enumerate(run_ranks(sums, 2)):
+        for name, (theirs, ours, total) in found.items():
+            assert torch.allclose(ours, total), f"{name} of rank {rank}: the guard does not hold"
+            assert torch.equal(theirs, full(rank, T, D).t()), (
+                f"{name}: megatron-core no longer returns the unsummed tensor: our guard may go"
+            )
+
+
+WITHOUT = """
+import sys
+
+class Blocked:
+    names = {"megatron", "deepspeed", "pydantic"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import importlib, pkgutil
+import model.kernels.backend, model.kernels.cpu, model.kernels.ops
+for package in (model.kernels.cpu, model.kernels.ops):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+Blocked.names = {"megatron"}
+import torch
+from model.config import ModelConfig
+from model.language_model import build_model
+import pretrain.parallel.groups
+config = ModelConfig.model_validate({"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4})
+tokens = torch.arange(8).view(2, 4)
+build_model(config, seed=0)(tokens, tokens, torch.arange(2))[0].backward()
+print("ran without")
+"""
+
+
+def test_kernels_need_torch_alone_and_one_process_needs_nothing_of_megatron_core() -> None:
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "ran without\n", done.stderr
+
+
+def test_no_other_file_imports_it() -> None:
+    root = Path(__file__).resolve().parents[3]
+    found = [
+        str(file.relative_to(root))
+        for folder in ("model", "pretrain", "launch", "data_prep", "common")
+        for file in sorted((root / folder).rglob("*.py"))
+        if re.search(r"^\s*(from|import) megatron\b", file.read_text(), re.MULTILINE)
+    ]
+    assert found == ["model/parallel/megatron_core.py"]

@@ -1,4 +1,4 @@
-"""model/attention/joint_linear.py: one GEMM for several maps equals the maps one by one."""
+"""model/linear.py: one GEMM for several maps equals the maps one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention.joint_linear import joint_linear
+from model.linear import joint_linear
 
 # tokens, d, widths
 SHAPES = [((5,), 7, (3, 4)), ((2, 3), 8, (1, 6, 5)), ((0,), 4, (2, 2)), ((300,), 64, (48, 48))]

@@ -1,0 +1,76 @@
+"""Linear maps without bias: one, or several of the same tokens as one GEMM (SwitchHead's dense queries and keys).
+
+Several: separate weights, one product forward and two backward. The GEMMs are wider, and the gradient of the tokens is
+one sum inside a GEMM, not one per map added up by autograd (docs/kernels.md has times).
+
+`region_linear` is such a map inside a tensor-parallel region: the gradients of its weights are computed while the
+gradient of the region's input is summed over ranks (model/parallel/overlap.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.parallel.context import ParallelContext
+from model.parallel.overlap import Late, Slot, enter_overlapped
+
+
+def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """`x` [..., d] and weights [w_i, d] -> [..., sum of w_i], the maps side by side; differentiable in all."""
+    return _Linear.apply(None, x, *weights)
+
+
+def region_linear(x: Tensor, late: Late) -> Tensor:
+    """`x` [..., d] and `late.weights` [w_i, d] -> [..., sum of w_i], the maps side by side."""
+    if late.slot is None and len(late.weights) == 1:
+        return F.linear(x, late.weights[0])
+    return _Linear.apply(late.slot, x, *late.weights)
+
+
+def column_linear(x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tensor:
+    """The only linear map of a region enters it: `x` [B, T, d], or with sequence parallelism this rank's tokens of it,
+    and this rank's rows `weight` [w, d] -> [B, T, w].
+
+    megatron-core's ColumnParallelLinear has this overlap inside. With sequence parallelism it divides the first
+    dimension, and gathers the tokens once more in the backward pass: there the region is entered by ours
+    (docs/parallelism.md has the measurement).
+    """
+    if parallel.tensor_group is None or parallel.sequence_parallel:
+        x, _, (late,) = enter_overlapped(x, parallel, (weight,))
+        return region_linear(x, late)
+    from model.parallel import megatron_core
+
+    return megatron_core.column_linear(x, weight, parallel.tensor_group)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the weights for backward, not their concatenation: that is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, slot: Slot | None, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.slot = slot
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, _joined(weights))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        widths = [len(weight) for weight in weights]
+        grad_x = grad @ _joined(weights)
+        if ctx.slot is None:
+            return None, grad_x, *_weight_gradients(grad, x, widths)
+        ctx.slot.leave(partial(_weight_gradients, grad, x, widths))
+        return None, grad_x, *[None] * len(weights)
+
+
+def _weight_gradients(grad: Tensor, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    return (grad.flatten(0, -2).t() @ x.flatten(0, -2)).split(widths)
+
+
+def _joined(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
