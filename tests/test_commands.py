@@ -1,0 +1,174 @@
+"""Every command that a page shows can be given: the real parser of its program takes it, and the files, targets and
+configuration keys that it names exist.
+
+A command stands in an indented block, a fenced one or between backticks. HOW says what is done with each program; a
+program that it does not know is a failure: any line of a fenced shell block, and in an indented block what this machine
+could run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data_prep.cli
+import launch.doctor
+import launch.slurm.preparation
+import launch.slurm.training
+import pretrain.cli.checkpoint
+import pretrain.cli.plan
+import pretrain.cli.train
+import pretrain.smoke.cli
+from data_prep.config.loading import load_config as load_data_config
+from pretrain.config.loading import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    page
+    for page in (
+        *ROOT.glob("*.md"),
+        *(page for room in ("docs", "configs", "data_prep", "tests") for page in (ROOT / room).rglob("*.md")),
+    )
+)
+SCRIPTS: dict[str, Callable[..., Any]] = {
+    "launch/pretrain.py": pretrain.cli.train.main,
+    "launch/checkpoint.py": pretrain.cli.checkpoint.main,
+    "launch/plan.py": pretrain.cli.plan.main,
+    "launch/smoke.py": pretrain.smoke.cli.main,
+    "launch/doctor.py": launch.doctor.main,
+    "launch/slurm/submit.py": launch.slurm.training.main,
+    "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,
+}
+HOW = {
+    "python": "parsed: by the program's own parser, stopped before it acts",
+    "python3": "parsed: as python",
+    "deepspeed": "parsed: what follows the launcher's own options, as python",
+    "make": "parsed: the Makefile has the target",
+    "pip": "skipped: tests/test_real_install.py runs what the Makefile installs",
+    "source": "skipped: the shell's own",
+    "for": "skipped: the shell's own",
+    "mkdir": "skipped: fetches packages of Debian",
+    "tensorboard": "skipped: another project's program",
+    "scontrol": "skipped: SLURM's; tests/slurm runs it",
+    "scancel": "skipped: SLURM's; tests/slurm runs it",
+    "srun": "skipped: SLURM's; tests/slurm runs it",
+}
+"""Program -> what this test does with a command of it."""
+
+
+def spoken(page: Path) -> Iterator[str]:
+    """Every command of a page, continued lines joined, without comments."""
+    text = re.sub(r"\\\n\s+", "", page.read_text(encoding="utf-8"))
+    fenced = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+    for language, block in fenced.findall(text):
+        if language in ("sh", "bash", "shell", "console"):
+            yield from (line.removeprefix("$ ") for line in block.splitlines() if line.strip())
+    text = fenced.sub("", text)
+    for block in re.findall(r"(?:^ {4,}\S.*\n?)+", text, re.MULTILINE):
+        lines = [line.strip() for line in block.splitlines()]
+        if program(lines[0]) in HOW or shutil.which(program(lines[0])):
+            yield from lines
+    for inline in re.findall(r"`([^`\n]+)`", text):
+        if program(inline) in HOW and " " in inline.strip():
+            yield inline
+
+
+def words_of(command: str) -> list[str]:
+    """Without variables that are set for it, and up to the first && or pipe."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    for end in ("&&", "|", ";"):
+        words = words[: words.index(end)] if end in words else words
+    return words
+
+
+def program(command: str) -> str:
+    try:
+        words = words_of(command)
+    except ValueError:  # a quote that stands alone: prose
+        return ""
+    return words[0] if words else ""
+
+
+COMMANDS = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in spoken(page)]
+
+
+def test_the_pages_show_every_entry_point() -> None:
+    shown = {word for _, command in COMMANDS for word in words_of(command)}
+    assert set(SCRIPTS) - {"launch/doctor.py"} <= shown  # `make doctor` runs that one
+    assert len(COMMANDS) > 60 and {page for page, _ in COMMANDS} >= {"README.md", "docs/data.md", "docs/checkpoints.md"}
+
+
+class Parsed(Exception):
+    """Thrown by the parser in place of its result, so that the program does nothing."""
+
+
+@pytest.mark.parametrize("page, command", sorted(set(COMMANDS)))
+def test_command(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *words = words_of(command)
+    assert name in HOW, f"{page}: {command}"
+    if HOW[name].startswith("skipped"):
+        return
+    if name == "make":
+        targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+        assert {word for word in words if "=" not in word and not word.startswith("-")} <= set(targets)
+        return
+    if name == "deepspeed":
+        words = words[next((i for i, word in enumerate(words) if word.startswith("launch/")), len(words)) :]
+        if not words:
+            return  # options of the launcher alone
+    parse(words, monkeypatch)
+
+
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`words`: a script or `-m module`, and its arguments."""
+    if words[0] == "-m":
+        _, module, *arguments = words
+        ours = (ROOT / module.partition(".")[0]).is_dir()
+        assert importlib.util.find_spec(module if ours else module.partition(".")[0]) is not None, module
+        if module == "pytest":
+            assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+        if not module.startswith(("data_prep", "benchmarks.")):
+            return
+        if not arguments or "..." in arguments or "--help" in arguments:
+            return  # the page leaves the rest to the reader
+        main = data_prep.cli.main if module == "data_prep" else importlib.import_module(module).main
+    else:
+        script, *arguments = words
+        monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does
+        main = SCRIPTS[script] if script in SCRIPTS else runpy.run_path(str(ROOT / script))["main"]
+    if not arguments or "..." in arguments or "--help" in arguments:
+        return
+    parsed: list[argparse.Namespace] = []
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop_after(parser: argparse.ArgumentParser, *given: Any) -> None:
+        parsed.append(parse_args(parser, *given))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(Parsed):
+        main(arguments) if main.__code__.co_argcount else main()
+    check_config(parsed[0])
+
+
+def check_config(args: argparse.Namespace) -> None:
+    """The configuration exists and takes the overrides."""
+    path, overrides = getattr(args, "config", None), getattr(args, "overrides", [])
+    if path is None or str(path) == "CONFIG":
+        return
+    loads = load_data_config if "configs/data" in str(path) else load_config
+    loads(ROOT / path, list(overrides))
