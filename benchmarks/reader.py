@@ -37,7 +37,8 @@ from torch import Tensor
 
 from common.paths import REPOSITORY
 from data_prep.shards.format import Manifest
-from data_prep.shards.writer import SplitWriter, write_manifest
+from data_prep.shards.manifest_records import ShardEntry
+from data_prep.shards.writer import ShardWriter, write_manifest
 from pretrain.config.loading import load_config
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
@@ -50,23 +51,24 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 def write_corpus(folder: Path, num_tokens: int) -> Manifest:
     """Random ids in documents of 500 on average, as shards of the default sizes, and flat as tokens.bin."""
     rng = np.random.default_rng(0)
-    writer = SplitWriter(
-        folder, "train", dtype=np.dtype("<u2"), eos_id=1, tokens_per_shard=16_777_216, tokens_per_member=131_072
-    )
+    entries: list[ShardEntry] = []
     with (folder / "tokens.bin").open("wb") as flat:
-        written = 0
-        while written < num_tokens:
-            document = rng.integers(2, VOCAB_SIZE, int(rng.integers(100, 900)))
-            writer.add_document(document, text_bytes=4 * len(document))
-            flat.write(np.append(document, 1).astype("<u2").tobytes())
-            written += len(document) + 1
-    entries, totals = writer.finish()
+        while (written := sum(entry.tokens for entry in entries)) < num_tokens:
+            name = f"train-{len(entries):05d}"
+            writer = ShardWriter(folder, name, dtype=np.dtype("<u2"), tokens_per_member=131_072)
+            while writer.tokens < min(16_777_216, num_tokens - written):
+                document = np.append(rng.integers(2, VOCAB_SIZE, int(rng.integers(100, 900))), 1)
+                writer.add_documents(document, np.array([len(document)]))
+                flat.write(document.astype("<u2").tobytes())
+            entries.append(writer.finish())
+    documents, tokens = (sum(getattr(entry, key) for entry in entries) for key in ("documents", "tokens"))
+    totals = {"documents": documents, "tokens": tokens, "text_bytes": 4 * (tokens - documents)}
     body = {
         "format_version": 1,
         "dtype": "uint16",
         "tokenizer": {"file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": VOCAB_SIZE, "eos_id": 1},
         "splits": {"train": [entry.model_dump() for entry in entries], "validation": []},
-        "totals": {"train": totals.model_dump(), "validation": {"documents": 0, "tokens": 0, "text_bytes": 0}},
+        "totals": {"train": totals, "validation": {"documents": 0, "tokens": 0, "text_bytes": 0}},
         "provenance": {"inputs": [], "config": {}, "versions": {}},
     }
     return write_manifest(folder, body)

@@ -14,7 +14,7 @@ from common.paths import REPOSITORY
 from common.splits import SPLITS, SplitName
 from common.urls import URL, without_secrets
 from data_prep.config.schema import DataConfig
-from data_prep.raw.documents import ORIGINS, RawFile, SourceSplit
+from data_prep.raw.documents import ORIGINS, SourceSplit
 from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match
 from data_prep.work.folder import WORK
 
@@ -75,21 +75,6 @@ class ResolvedConfig:
         config = self.config
         given = self.external_model is not None or config.tokenizer.type == "bytes"
         return given and config.filter is None and config.dedup is None and not config.keep_work
-
-    def raw_files(self) -> list[RawFile]:
-        """A fresh reader for every source, in order."""
-        return [
-            RawFile(
-                source.path,
-                format=self.config.format,
-                split=source.split,
-                split_bytes=self.config.enwik8_split_bytes,
-                max_document_bytes=self.config.ingest.max_document_bytes,
-                text_key=self.config.text_key,
-                text_documents=self.config.text_documents,
-            )
-            for source in self.sources
-        ]
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """What decides the tokenizer: the hash of an existing model, or how it is trained."""

@@ -15,7 +15,7 @@ from data_prep.stages.filter import FilterTask, filter_part, is_filtered
 from data_prep.stages.filters import check_languages
 from data_prep.stages.ingest import IngestTask, check_limits, ingest_batch, read_state
 from data_prep.stages.model_file import TOKENIZER_RECORD, ModelTask, has_model, make_models
-from data_prep.stages.pack import ShardTask, cut_shards, read_entry, write_shard
+from data_prep.stages.pack import ShardTask, cut_shards, read_entry, write_shards
 from data_prep.stages.signatures import SignatureTask, is_signed, sign_part
 from data_prep.stages.tokenizer import SampleSource, TrainTask
 from data_prep.work.folder import stage_folder
@@ -274,7 +274,7 @@ STAGES = (
         over="all",
         tasks=_shard_tasks,
         is_done=lambda task: read_entry(task) is not None,
-        work=spread(write_shard, "writing shards", lambda task: task.tokens),
+        work=write_shards,
         finish=_write_manifest,
         publishes=Preparation.shard_folder,
     ),

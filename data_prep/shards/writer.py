@@ -1,11 +1,13 @@
 """Writing shards and manifests. The same tokens and settings give the same bytes, on any machine at any time.
 
-The tar headers are written here and not by webdataset: its default mtime is a float, which adds a 1 KB PAX
-header to every member and a different sha256 to every run.
+webdataset's TarWriter writes the tars, with every field of a header fixed. mtime is the whole number 0, for a float
+would add a PAX header of 1 KB to every member.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.files import replacing, write_file
+from common.hashing import sha256_stream
 from data_prep.shards.format import (
     INDEX_SUFFIX,
     MANIFEST_FILE,
@@ -21,7 +24,6 @@ from data_prep.shards.format import (
     Manifest,
     ShardEntry,
     ShardIndex,
-    SplitTotals,
     manifest_digest,
 )
 
@@ -38,12 +40,14 @@ class ShardWriter:
     """One tar: NAME.tar and its index get their names in `finish`, after which the shard is complete."""
 
     def __init__(self, folder: Path, name: str, *, dtype: np.dtype[Any], tokens_per_member: int) -> None:
+        from webdataset.writer import TarWriter  # here: it imports torch, which readers of shards do without
+
         self._folder = folder
         self._name = name
         self._dtype = dtype.newbyteorder("<")
         self._replacing = replacing(folder / f"{name}.tar")
         self._stream = self._replacing.__enter__()
-        self._hash = hashlib.sha256()
+        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
         self._bytes = 0
         self._member = np.empty(tokens_per_member, self._dtype)
         self._fill = 0  # ids in self._member
@@ -68,25 +72,26 @@ class ShardWriter:
 
     def _write_member(self) -> None:
         data = self._member[: self._fill].tobytes()
-        header = tarfile.TarInfo(f"{self._name}-{len(self._member_tokens):06d}{MEMBER_SUFFIX}")
-        header.size, header.mtime, header.uid, header.gid, header.mode = len(data), 0, 0, 0, 0o644
-        self._append(header.tobuf(tarfile.USTAR_FORMAT))
-        self._member_offset.append(self._bytes)
+        key = f"{self._name}-{len(self._member_tokens):06d}"
+        self._tar.write({"__key__": key, MEMBER_SUFFIX.removeprefix("."): data})
+        self._member_offset.append(self._bytes + TAR_BLOCK_BYTES)  # behind a header of one block
         self._member_tokens.append(self._fill)
-        self._append(data)
-        self._append(b"\0" * (-len(data) % TAR_BLOCK_BYTES))
+        self._bytes += TAR_BLOCK_BYTES + len(data) + -len(data) % TAR_BLOCK_BYTES
         self._fill = 0
 
-    def _append(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._hash.update(data)
-        self._bytes += len(data)
-
     def finish(self) -> ShardEntry:
-        """Ends the tar (two zero blocks) and writes the index first, the tar's name last."""
+        """Ends the tar and writes the index first, the tar's name last."""
         if self._fill:
             self._write_member()
-        self._append(b"\0" * (2 * TAR_BLOCK_BYTES))
+        self._tar.close()
+        self._bytes += 2 * TAR_BLOCK_BYTES
+        written = self._stream.seek(0, os.SEEK_END)
+        assert written == self._bytes + -self._bytes % tarfile.RECORDSIZE, "every header is one block"
+        # Two blocks of zeros end a tar. tarfile fills its last record with more, which shards have never had: without
+        # them they keep the sha256 that they had before TarWriter wrote them.
+        self._stream.truncate(self._bytes)
+        self._stream.seek(0)
+        sha256 = sha256_stream(self._stream)
         starts = np.concatenate([np.empty(0, np.int64), *self._document_start])
         index = ShardIndex(
             member_offset=np.array(self._member_offset, np.int64),
@@ -98,7 +103,7 @@ class ShardWriter:
         return ShardEntry(
             file=f"{self._name}.tar",
             bytes=self._bytes,
-            sha256=self._hash.hexdigest(),
+            sha256=sha256,
             tokens=self.tokens,
             documents=len(starts),
             index_file=f"{self._name}{INDEX_SUFFIX}",
@@ -108,60 +113,6 @@ class ShardWriter:
 
     def discard(self, error: BaseException) -> None:
         """Removes what was written."""
+        with contextlib.suppress(OSError):  # such as the full disk that is the reason
+            self._tar.close()
         self._replacing.__exit__(type(error), error, error.__traceback__)
-
-
-class SplitWriter:
-    """Writes the documents of one split into shards NAME-00000.tar, NAME-00001.tar, ...
-
-    A shard closes after the document that takes it to `tokens_per_shard` or beyond, so documents never span
-    shards. Memory: one member (`tokens_per_member` ids) and the document starts of one shard.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        dtype: np.dtype[Any],
-        eos_id: int | None,
-        tokens_per_shard: int,
-        tokens_per_member: int,
-    ) -> None:
-        self._folder = folder
-        self._split = split
-        self._eos = np.array([] if eos_id is None else [eos_id], dtype)
-        self._tokens_per_shard = tokens_per_shard
-        self._tokens_per_member = tokens_per_member
-        self._shard: ShardWriter | None = None
-        self._entries: list[ShardEntry] = []
-        self._text_bytes = 0
-
-    def add_document(self, tokens: np.ndarray, *, text_bytes: int) -> None:
-        """Appends one document: integer ids [n] without EOS (n may be 0 if there is an EOS to follow);
-        `text_bytes` is the UTF-8 size of its text."""
-        if self._shard is None:
-            name = f"{self._split}-{len(self._entries):05d}"
-            self._shard = ShardWriter(
-                self._folder, name, dtype=self._eos.dtype, tokens_per_member=self._tokens_per_member
-            )
-        ended = np.concatenate([tokens, self._eos], dtype=self._eos.dtype, casting="unsafe")
-        self._shard.add_documents(ended, np.array([len(ended)], np.int64))
-        self._text_bytes += text_bytes
-        if self._shard.tokens >= self._tokens_per_shard:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._entries.append(self._shard.finish())
-            self._shard = None
-
-    def finish(self) -> tuple[list[ShardEntry], SplitTotals]:
-        """Closes the last shard; the entries in order and their sums."""
-        self._close_shard()
-        totals = SplitTotals(
-            documents=sum(entry.documents for entry in self._entries),
-            tokens=sum(entry.tokens for entry in self._entries),
-            text_bytes=self._text_bytes,
-        )
-        return self._entries, totals

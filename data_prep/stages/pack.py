@@ -14,6 +14,7 @@ from data_prep.shards.format import ShardEntry, SplitTotals
 from data_prep.shards.writer import ShardWriter
 from data_prep.stages.encode import encoded_splits, read_tokens
 from data_prep.work.folder import read_json
+from data_prep.work.parallel import Workers
 from data_prep.work.parts import Part
 
 
@@ -99,3 +100,13 @@ def write_shard(task: ShardTask) -> None:
         writer.discard(error)
         raise
     write_json(task.folder / f"{task.name}.json", entry.model_dump(mode="json"))
+
+
+def write_shards(tasks: Sequence[ShardTask], workers: Workers) -> None:
+    """Writes shards on all processes. webdataset, which brings torch with it, is imported before they are forked: once
+    for all of them."""
+    if tasks:
+        import webdataset.writer  # noqa: F401
+
+        workers.close()
+    workers.run(write_shard, tasks, sizes=[task.tokens for task in tasks], description="writing shards")

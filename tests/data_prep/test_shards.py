@@ -1,6 +1,8 @@
 """Writer and reader against independent references: literal bytes, tarfile, webdataset, numpy."""
 
+import gc
 import hashlib
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import webdataset
 from common.errors import DataError
 from data_prep.shards.format import Manifest, ShardIndex, dtype_name
 from data_prep.shards.reader import ShardReader, SplitReader
-from data_prep.shards.writer import SplitWriter, write_manifest
+from data_prep.shards.writer import ShardWriter, write_manifest
+from tests.data_prep.split_writer import SplitWriter
 
 EOS = 1
 
@@ -57,6 +60,42 @@ def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> l
 def joined(documents: list[np.ndarray]) -> np.ndarray:
     """The reference: documents one after the other, each followed by EOS."""
     return np.concatenate([np.append(document, EOS) for document in documents])
+
+
+def test_a_shard_is_what_tarfile_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the standard library's tarfile, told every field: no field comes of the machine, the user or the clock."""
+    tokens = np.arange(1000, 3500)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name, "train-00007", dtype=np.dtype("uint16"), tokens_per_member=999)
+        writer.add_documents(tokens, np.array([2000, 500]))
+        entry = writer.finish()
+        monkeypatch.setattr("time.time", lambda: 1e9 + 0.5)
+        monkeypatch.setattr("os.getuid", lambda: 4242)
+        monkeypatch.setenv("USER", "somebody")
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, start in enumerate(range(0, 2500, 999)):
+            data = tokens[start : start + 999].astype("<u2").tobytes()
+            member = tarfile.TarInfo(f"train-00007-{number:06d}.tok.bin")
+            member.size, member.mode, member.mtime, member.uid, member.gid = len(data), 0o644, 0, 0, 0
+            archive.addfile(member, io.BytesIO(data))
+        end = archive.offset
+    reference = expected.getvalue()
+    assert not reference[end:].strip(b"\0") and len(reference) == tarfile.RECORDSIZE
+    for name in ("one", "two"):
+        assert (tmp_path / name / "train-00007.tar").read_bytes() == reference[: end + 1024]
+        assert [path.name for path in sorted((tmp_path / name).iterdir())] == [entry.index_file, entry.file]
+    assert entry.sha256 == hashlib.sha256(reference[: end + 1024]).hexdigest() and entry.bytes == end + 1024
+
+
+def test_a_shard_that_is_given_up_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    writer = ShardWriter(tmp_path, "train-00000", dtype=np.dtype("uint16"), tokens_per_member=10)
+    writer.add_documents(np.arange(100), np.array([100]))
+    writer.discard(KeyError())
+    del writer
+    gc.collect()
+    assert not list(tmp_path.iterdir()) and not capfd.readouterr().err
 
 
 def test_a_small_shard_byte_for_byte(tmp_path: Path) -> None:
