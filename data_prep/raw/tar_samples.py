@@ -1,7 +1,10 @@
 """webdataset tars as documents: every .txt member is one, and every .json member with a text whose sample has no .txt.
 
-Members are grouped into samples by webdataset's own rules. Nothing else is decoded: a member that is a pickle, or
-anything but text and JSON, is passed over unread, and named if its sample has no text.
+webdataset groups the members into samples (group_by_keys). Its iterator over the members of a tar (tar_file_iterator)
+is not used, for three reasons that a test holds: it takes a tar that was cut between two members for a whole one, it
+reads a member of any size into memory, and what it is told to skip is missing from the sample, so that nothing can be
+said of a sample without text. Nothing is decoded but text and JSON: any other member, a pickle least of all, is passed
+over unread, and named if its sample has no text. Nothing is unpacked to disk.
 """
 
 import re
