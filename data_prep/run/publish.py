@@ -5,7 +5,6 @@ moved there is no manifest at all. So a manifest never describes files that are 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from common.errors import DataError
 from common.files import write_json
 from common.hashing import sha256_file
+from common.locks import NoLocks, file_lock
 from common.progress_bar import byte_bar
 from data_prep.config import versions
 from data_prep.config.resolved import ResolvedConfig
@@ -113,33 +113,15 @@ def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
 @contextlib.contextmanager
 def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
     """Holds the output for this process (or, `shared`, with other array tasks). DataError while another has it."""
-    output.mkdir(parents=True, exist_ok=True)
-    # A file opened for writing, because NFS gives no exclusive lock on anything else. It stays: removing
-    # it would let two processes each lock a file of that name.
-    with (output / LOCK).open("a") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another preparation is writing to {output}; wait for it or choose another `output`"
-            raise DataError(message) from None
-        except OSError as error:  # a file system without locks, such as Lustre mounted without flock
+            held = stack.enter_context(file_lock(output / LOCK, shared=shared, wait=False))
+        except NoLocks as error:
             print(f"warning: no lock on {output} ({error}); run one preparation at a time", file=sys.stderr)
-        # A forked worker gives its copy back: it would hold the lock for a moment after a kill of this process.
-        with _closed_after_fork(lock):
-            yield
-
-
-_held: set[IO[str]] = set()
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _held] and None)
-
-
-@contextlib.contextmanager
-def _closed_after_fork(lock: IO[str]) -> Iterator[None]:
-    _held.add(lock)
-    try:
+        else:
+            if not held:
+                raise DataError(f"another preparation is writing to {output}; wait for it or choose another `output`")
         yield
-    finally:
-        _held.discard(lock)
 
 
 def remove_work(resolved: ResolvedConfig) -> None:

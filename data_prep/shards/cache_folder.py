@@ -11,9 +11,7 @@ first of them. Whatever else is beside them stays, in CACHE_DIR or in here, and 
 """
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 from common.errors import DataError, PassingError
 from common.files import write_file
 from common.folders import check_writable_folder, free_bytes, no_room
+from common.locks import NoLocks, file_lock
 from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
 
 KEY = "data.cache_dir"
@@ -157,18 +156,10 @@ def partial(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds an exclusive lock, which ends with the process; without `wait` yields False if another has it. Lock files
-    are never removed: two processes could then lock two files of one name. Raises DataError for a file system without
-    locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    """Holds a lock of the cache as `file_lock` does. Raises DataError for a file system without locks."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise DataError(
-                f"{KEY}: no lock on {path} ({os.strerror(error.errno or 0)}); name a folder on a local disk"
-            ) from None
-        yield True
+            held = stack.enter_context(file_lock(path, wait=wait))
+        except NoLocks as error:
+            raise DataError(f"{KEY}: no lock on {path} ({error.strerror}); name a folder on a local disk") from None
+        yield held

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from common.errors import ConfigError, UserError
+from common.folders import check_writable_folder
 
 SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
@@ -46,7 +47,7 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
     else:
         folder = Path("runs") / config.stem
     folder = folder.absolute()
-    _check_place(folder)
+    check_writable_folder(folder, "--run-dir")
     _check_own(folder)
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
@@ -67,19 +68,3 @@ def _check_own(folder: Path) -> None:
                 f"--run-dir: {folder} holds {name}, which a run would replace, and no run (no {' and no '.join(MARKS)})"
                 f"; move {name} away or choose another --run-dir"
             )
-
-
-def _check_place(folder: Path) -> None:
-    """Whether `folder` is, or can become, a folder that this user writes to."""
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if not place.exists():
-        raise UserError(
-            f"--run-dir: {place} is a symbolic link to {os.readlink(place)}, which does not exist; create that folder, "
-            f"or choose another --run-dir"
-        )
-    if not place.is_dir():
-        raise UserError(f"--run-dir: {place} is a file, not a folder; choose another --run-dir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--run-dir: {place} is not writable for this user; choose another --run-dir")

@@ -128,14 +128,26 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "set has half a pair": (None, [*CONFIG, "--set", r'description="\ud800"'], "description: '\\ud800' holds a char"),
     # --run-dir
     "run dir is empty": (None, [*CONFIG, "--run-dir", ""], "--run-dir: is empty; name a folder"),
-    "run dir is a file": (None, [*CONFIG, "--run-dir", "small.json"], "is a file, not a folder; choose another"),
-    "run dir is below a file": (None, [*CONFIG, "--run-dir", "small.json/run"], "small.json is a file, not a folder"),
+    "run dir is a file": (
+        None,
+        [*CONFIG, "--run-dir", "small.json"],
+        "small.json is a file and not a folder; name another",
+    ),
+    "run dir is below a file": (
+        None,
+        [*CONFIG, "--run-dir", "small.json/run"],
+        "small.json is a file and not a folder, so",
+    ),
     "run dir is a dangling link": (
         link("new", "gone"),
         [*CONFIG, "--run-dir", "new"],
-        "new is a symbolic link to gone, which does not exist; create that folder",
+        "new is a link to gone, which is not there; make that folder",
     ),
-    "run dir is below a dangling link": (link("new", "gone"), [*CONFIG, "--run-dir", "new/run"], "is a symbolic link"),
+    "run dir is below a dangling link": (
+        link("new", "gone"),
+        [*CONFIG, "--run-dir", "new/run"],
+        "new is a link to gone",
+    ),
     "a file in the place of tensorboard": (
         file("run/tensorboard", b"x"),
         [*CONFIG, "--run-dir", "run"],
@@ -211,15 +223,17 @@ def test_a_run_folder_that_is_not_writable(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "run").chmod(0o500)
-    assert "is not writable for this user" in refusal([*CONFIG, "--run-dir", "run/new"], capsys, monkeypatch)
+    assert "no permission to write into" in refusal([*CONFIG, "--run-dir", "run/new"], capsys, monkeypatch)
 
 
 def test_what_may_not_be_written_to_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.report.run_paths.os.access", lambda path, mode: Path(path) != place / "run")
+    monkeypatch.setattr("common.folders.os.access", lambda path, mode: Path(path) != place / "run")
     message = refusal([*CONFIG, "--run-dir", "run/new/deep"], capsys, monkeypatch)
-    assert message == f"--run-dir: {place}/run is not writable for this user; choose another --run-dir"
+    assert message == (
+        f"--run-dir: no permission to write into {place}/run to make {place}/run/new/deep; name another folder"
+    )
 
 
 def test_one_command_allows_every_changed_key(
