@@ -24,10 +24,16 @@ from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
 from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
 from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
-from data_prep.run.output_files import QUARANTINE_FILE, check_manifest_is_own, check_output
+from data_prep.run.output_files import (
+    QUARANTINE_FILE,
+    check_manifest_is_own,
+    check_output,
+    output_lock,
+    remove_work,
+)
 from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation, Slice
-from data_prep.run.publish import check_tokenizer, difference, is_up_to_date, output_lock, remove_work, write_run_record
+from data_prep.run.up_to_date import check_tokenizer, difference, is_up_to_date, write_run_record
 from data_prep.shards.format import TOKENIZER_FILE, Manifest
 from data_prep.stages.lossy import check_given_model
 from data_prep.work.folder import WORK
@@ -49,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 def _steps_command(arguments: argparse.Namespace) -> None:
     """`run` and its steps: each does what is not done yet of the steps before it too."""
     resolved = _resolved(arguments)
-    part = _slice(arguments)
+    slice = _slice(arguments)
     command = "shard" if arguments.command == "run" else arguments.command
     if losses := check_given_model(resolved):
         print(f"warning: {losses} (tokenizer.allow_lossy)", file=sys.stderr)
@@ -71,13 +77,13 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         return
     with (
         _full_disk_named(resolved),
-        output_lock(resolved.output, shared=not part.is_all),
+        output_lock(resolved.output, shared=not slice.is_all),
         worker_pool(resolved.workers) as workers,
     ):
         takes_published = arguments.command in ("encode", "shard")
         if takes_published:
             check_tokenizer(resolved)
-        preparation = Preparation(resolved, part, takes_published)
+        preparation = Preparation(resolved, slice, takes_published)
         pipeline = Pipeline(preparation, workers, force=arguments.force)
         pipeline.run(until=command)
         if command in ("shard", "tokenizer"):

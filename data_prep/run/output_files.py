@@ -3,24 +3,30 @@
 Its own are those that a manifest or run.json lists (while files are being moved, OUTPUT/.work/published.json), and a
 tokenizer whose record has its hash. Another file of such a name is somebody else's: it is refused by name before any
 work, and goes only with --force; a raw file, never.
+
+Shards are built in the work folder and moved into place with the manifest last; while files are being moved there is no
+manifest at all. So a manifest never describes files that are not there.
 """
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import DataError
 from common.files import write_json
 from common.folders import check_folder, check_permission
 from common.hashing import sha256_file
+from common.locks import NoLocks, file_lock
 from common.splits import SPLITS
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.shards.format import INDEX_SUFFIX, MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from data_prep.stages.model_file import TOKENIZER_RECORD
-from data_prep.work.folder import WORK, read_json
+from data_prep.work.folder import STAGE_FOLDER, WORK, read_json
 
 RUN_RECORD = "run.json"  # when, where and how long; kept out of the manifest, which must not depend on it
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -30,6 +36,9 @@ RECORD_FILES = (QUARANTINE_FILE, FILTER_SAMPLES_FILE, DUPLICATE_SAMPLES_FILE)
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(\.tar|{re.escape(INDEX_SUFFIX)})")
 PUBLISHED = "published.json"
 NAMED_IN_ERRORS = 3
+LOCK = ".lock"
+REMOVED = ".removed"  # in the work folder: stages that are being removed
+REMOVED_WORK = ".work.removed"  # where earlier code moved a work folder that it was removing
 
 
 def is_product(name: str) -> bool:
@@ -153,3 +162,48 @@ def publish(folder: Path, output: Path, *, force: bool) -> None:
     for name in sorted(new, key=lambda name: (name == MANIFEST_FILE, name)):
         os.replace(folder / name, output / name)
     (output / WORK / PUBLISHED).unlink()
+
+
+@contextlib.contextmanager
+def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
+    """Holds the output for this process (or, `shared`, with other array tasks). DataError while another has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(file_lock(output / LOCK, shared=shared, wait=False))
+        except NoLocks as error:
+            print(f"warning: no lock on {output} ({error}); run one preparation at a time", file=sys.stderr)
+        else:
+            if not held:
+                raise DataError(f"another preparation is writing to {output}; wait for it or choose another `output`")
+        yield
+
+
+def remove_work(resolved: ResolvedConfig) -> None:
+    """Removes the stages in the work folder, unless `keep_work`, and what a run that was killed here has left of some;
+    what else lies there stays. They are moved aside first: half of a stage would pass for a finished one."""
+    removed = resolved.work / REMOVED
+    _remove_stages(removed)
+    _remove_stages(resolved.output / REMOVED_WORK)
+    if not resolved.work.is_dir() or resolved.config.keep_work:
+        return
+    removed.mkdir(exist_ok=True)
+    for stage in _stages(resolved.work):
+        os.replace(stage, removed / stage.name)
+    _remove_stages(removed)
+    for path in [resolved.work / PUBLISHED, *resolved.work.glob(f".{PUBLISHED}.*.tmp")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it, or it is a link
+        resolved.work.rmdir()
+
+
+def _stages(folder: Path) -> list[Path]:
+    """The stages' own folders in one."""
+    return [path for path in sorted(folder.iterdir()) if STAGE_FOLDER.fullmatch(path.name) and not path.is_symlink()]
+
+
+def _remove_stages(folder: Path) -> None:
+    """Removes a folder of stages; if something else is in it, the stages alone."""
+    if folder.is_dir():
+        stages = _stages(folder)
+        for doomed in [folder] if len(stages) == len(list(folder.iterdir())) else stages:
+            shutil.rmtree(doomed, ignore_errors=True)

@@ -38,7 +38,7 @@ class Pipeline:
         for stage in due:
             started = time.monotonic()
             if tasks := stage.tasks(self.preparation, False):
-                stage.work([task for task in tasks if not stage.is_done(task)], self._workers)
+                stage.make([task for task in tasks if not stage.is_done(task)], self._workers)
                 stage.finish(self.preparation, tasks)
                 self.seconds[stage.name] = time.monotonic() - started
         if stages[-1].publishes is not None and due and due[-1] is stages[-1]:

@@ -24,7 +24,7 @@ from data_prep.work.parallel import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of a preparation. What is done once stays done: `work` is given the tasks that are not."""
+    """A step of a preparation. What is done once stays done: `make` is given the tasks that are not."""
 
     name: str
     over: Literal["slice", "all"]
@@ -33,10 +33,10 @@ class Stage:
     """Its tasks, those of all slices or of this one alone; none where the config turns the stage off."""
     is_done: Callable[[Any], bool]
     """Whether a task's result is in the stage's folder."""
-    work: Callable[[Sequence[Any], Workers], None]
-    """Does tasks."""
+    make: Callable[[Sequence[Any], Workers], None]
+    """Does tasks: makes their results."""
     check: Callable[[Preparation], None] = lambda preparation: None
-    """Raises DataError for what would be refused here, before any stage works for hours."""
+    """Raises DataError for what would be refused here, before any stage runs for hours."""
     finish: Callable[[Preparation, Sequence[Any]], None] = lambda preparation, tasks: None
     """What follows when all tasks are done; it is given all of them."""
     publishes: Callable[[Preparation], Path] | None = None
@@ -46,12 +46,12 @@ class Stage:
 def spread(
     function: Callable[[Any], None], description: str, size: Callable[[Any], int]
 ) -> Callable[[Sequence[Any], Workers], None]:
-    """Work that calls `function` for each task, on all processes. `size`: bytes of a task."""
+    """The `make` that calls `function` for each task, on all processes. `size`: bytes of a task."""
 
-    def work(tasks: Sequence[Any], workers: Workers) -> None:
+    def make(tasks: Sequence[Any], workers: Workers) -> None:
         workers.run(function, tasks, sizes=[size(task) for task in tasks], description=description)
 
-    return work
+    return make
 
 
 # ingest: batch of raw files -> parts, quarantine
@@ -229,7 +229,7 @@ STAGES = (
         over="slice",
         tasks=_batches,
         is_done=lambda task: read_state(task) is not None,
-        work=spread(ingest_batch, "reading raw files", lambda task: task.size),
+        make=spread(ingest_batch, "reading raw files", lambda task: task.size),
         finish=_check_limits,
     ),
     Stage(
@@ -238,28 +238,28 @@ STAGES = (
         check=_check_languages,
         tasks=filter_tasks,
         is_done=is_filtered,
-        work=spread(filter_part, "filtering", lambda task: task.part.bytes),
+        make=spread(filter_part, "filtering", lambda task: task.part.bytes),
     ),
     Stage(
         name="sign",
         over="slice",
         tasks=_signature_tasks,
         is_done=is_signed,
-        work=spread(sign_part, "signing", lambda task: task.part.bytes),
+        make=spread(sign_part, "signing", lambda task: task.part.bytes),
     ),
     Stage(
         name="dedup",
         over="all",
         tasks=dedup_tasks,
         is_done=is_deduplicated,
-        work=find_duplicates,
+        make=find_duplicates,
     ),
     Stage(
         name="tokenizer",
         over="all",
         tasks=_model_tasks,
         is_done=has_model,
-        work=make_models,
+        make=make_models,
         publishes=_model_to_publish,
     ),
     Stage(
@@ -267,14 +267,14 @@ STAGES = (
         over="slice",
         tasks=_encode_tasks,
         is_done=is_encoded,
-        work=spread(encode_part, "tokenising", lambda task: task.part.bytes),
+        make=spread(encode_part, "tokenising", lambda task: task.part.bytes),
     ),
     Stage(
         name="shard",
         over="all",
         tasks=_shard_tasks,
         is_done=lambda task: read_entry(task) is not None,
-        work=write_shards,
+        make=write_shards,
         finish=_write_manifest,
         publishes=Preparation.shard_folder,
     ),

@@ -15,7 +15,7 @@ import pytest
 from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config import versions
-from data_prep.run import publish
+from data_prep.run import output_files
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
@@ -186,7 +186,7 @@ def test_a_crash_while_publishing_leaves_no_manifest(
             moves.append(target)
         real(source, target)
 
-    monkeypatch.setattr(publish.os, "replace", replace)
+    monkeypatch.setattr(output_files.os, "replace", replace)
     assert run(config, "--force") == 1
     assert not (prepared / "manifest.json").exists()
     monkeypatch.undo()

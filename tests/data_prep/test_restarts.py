@@ -112,7 +112,7 @@ def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ingest, *others = STAGES
-    deadly = dataclasses.replace(ingest, work=spread(_die, "reading", lambda task: task.size))
+    deadly = dataclasses.replace(ingest, make=spread(_die, "reading", lambda task: task.size))
     monkeypatch.setattr("data_prep.run.pipeline.STAGES", (deadly, *others))
     assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
     assert "a process died (most often: killed for memory)" in one_error(capsys)

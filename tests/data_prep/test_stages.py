@@ -19,7 +19,7 @@ from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
-from data_prep.run import publish
+from data_prep.run import output_files
 from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.shards.reader import ShardReader
 from data_prep.work import folder as work
@@ -229,13 +229,13 @@ def test_a_half_removed_work_folder_is_not_taken_for_finished_stages(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.shutil, "rmtree", remove_a_part)
+        patch.setattr(output_files.shutil, "rmtree", remove_a_part)
         with pytest.raises(Killed):
             main(["run", "--config", config])
     assert main(["run", "--config", config]) == 0  # up to date, and cleans up
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == [".lock"]
     with monkeypatch.context() as patch:
-        patch.setattr(publish.shutil, "rmtree", remove_a_part)
+        patch.setattr(output_files.shutil, "rmtree", remove_a_part)
         with pytest.raises(Killed):
             main(["run", "--config", config, "--force"])
     (out / "manifest.json").unlink()

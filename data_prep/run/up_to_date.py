@@ -1,36 +1,22 @@
-"""From the finished stages to prepared data: what is recorded, and whether it is up to date.
+"""Whether the output is what a config makes, and the record of this run that the answer is quick by."""
 
-Shards are built in the work folder and moved into place with the manifest last (`output_files`); while files are being
-moved there is no manifest at all. So a manifest never describes files that are not there.
-"""
-
-import contextlib
 import json
-import os
-import shutil
 import socket
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from common.files import write_json
 from common.hashing import sha256_file
-from common.locks import NoLocks, file_lock
 from common.progress_bar import byte_bar
 from data_prep.config import versions
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.versions import changes_since
 from data_prep.raw.locations import InputFile, identity, sha256_of, size_and_stamp
-from data_prep.run.output_files import PUBLISHED, RUN_RECORD, TOKENIZER_RECORD, sizes
+from data_prep.run.output_files import RUN_RECORD, TOKENIZER_RECORD, sizes
 from data_prep.shards.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest
-from data_prep.work.folder import STAGE_FOLDER, fingerprint, read_json
-
-LOCK = ".lock"
-REMOVED = ".removed"  # in the work folder: stages that are being removed
-REMOVED_WORK = ".work.removed"  # where earlier code moved a work folder that it was removing
+from data_prep.work.folder import fingerprint, read_json
 
 
 def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
@@ -52,7 +38,7 @@ def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
 
 
 def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool = False) -> str:
-    """In what prepared data differs from what the resolved would make; empty if it is up to date. Hashes the raw
+    """In what prepared data differs from what the config makes; empty if it is up to date. Hashes the raw
     files, unless run.json says that they are the same files with the same size and modification time (`hash_all`: in
     any case)."""
     made_by = manifest.provenance.versions.get("data_prep")
@@ -96,7 +82,7 @@ def _marks(file: InputFile) -> list[str]:
 
 
 def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
-    """Whether the output is already what the resolved would make. DataError if it is something else and not
+    """Whether the output is already what the config makes. DataError if it is something else and not
     `force`."""
     if force or not (resolved.output / MANIFEST_FILE).exists():
         return False
@@ -108,51 +94,6 @@ def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
         )
     manifest.check("size")
     return True
-
-
-@contextlib.contextmanager
-def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
-    """Holds the output for this process (or, `shared`, with other array tasks). DataError while another has it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            held = stack.enter_context(file_lock(output / LOCK, shared=shared, wait=False))
-        except NoLocks as error:
-            print(f"warning: no lock on {output} ({error}); run one preparation at a time", file=sys.stderr)
-        else:
-            if not held:
-                raise DataError(f"another preparation is writing to {output}; wait for it or choose another `output`")
-        yield
-
-
-def remove_work(resolved: ResolvedConfig) -> None:
-    """Removes the stages in the work folder, unless `keep_work`, and what a run that was killed here has left of some;
-    what else lies there stays. They are moved aside first: half of a stage would pass for a finished one."""
-    removed = resolved.work / REMOVED
-    _remove_stages(removed)
-    _remove_stages(resolved.output / REMOVED_WORK)
-    if not resolved.work.is_dir() or resolved.config.keep_work:
-        return
-    removed.mkdir(exist_ok=True)
-    for stage in _stages(resolved.work):
-        os.replace(stage, removed / stage.name)
-    _remove_stages(removed)
-    for path in [resolved.work / PUBLISHED, *resolved.work.glob(f".{PUBLISHED}.*.tmp")]:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else is in it, or it is a link
-        resolved.work.rmdir()
-
-
-def _stages(folder: Path) -> list[Path]:
-    """The stages' own folders in one."""
-    return [path for path in sorted(folder.iterdir()) if STAGE_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-
-
-def _remove_stages(folder: Path) -> None:
-    """Removes a folder of stages; if something else is in it, the stages alone."""
-    if folder.is_dir():
-        stages = _stages(folder)
-        for doomed in [folder] if len(stages) == len(list(folder.iterdir())) else stages:
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_run_record(resolved: ResolvedConfig, *, config_path: Path, seconds: dict[str, float]) -> None:
