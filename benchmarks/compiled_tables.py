@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.tables import text_table
+
 if TYPE_CHECKING:
     from benchmarks.compiled import Compiled
 
@@ -42,10 +44,7 @@ def table(results: Sequence[Compiled], *, markdown: bool) -> str:
     if markdown:
         lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return text_table(rows[0], rows[1:], left=None)
 
 
 def summary(results: Sequence[Compiled]) -> str:

@@ -33,7 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from common.paths import REPOSITORY
+from common.tables import text_table
+
 VOCAB_SIZE = 8000
 SAMPLE_BYTES = {"bpe": 10_000_000, "unigram": 2_000_000}  # unigram trains 30 times slower
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -164,9 +166,7 @@ def prepare(work: Path, name: str, paths: list[Path], command: str = "run", **ke
 
 
 def table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))))
+    print(text_table(rows[0], rows[1:]))
 
 
 def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str | None, repeats: int) -> None:

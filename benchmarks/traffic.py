@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.tables import text_table
+
 BYTES, TILE = 2, 64  # bf16
 AUTHORS_PASSES = {
     "gather of the input of the wide-to-narrow product": 1,
@@ -193,11 +195,9 @@ COLUMNS: dict[str, Callable[[Layer, int, int, Count], str]] = {
 
 def table(rows: list[tuple[Layer, int, int, Count]], *, markdown: bool) -> str:
     cells = [list(COLUMNS)] + [[column(*row) for column in COLUMNS.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    ]
-    if markdown:
+    if not markdown:
+        lines = text_table(cells[0], cells[1:], left=None).splitlines()
+    else:
         lines = ["| " + " | ".join(line) + " |" for line in cells]
         lines.insert(1, "|" + "---|" * len(COLUMNS))
     return "\n".join(lines)

@@ -7,18 +7,19 @@ therefore draw the same masks.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
+
+from common.hashing import number_of
 
 _MASK_32 = 0xFFFFFFFF
 
 
 def site_key(seed: int, site: str) -> int:
     """A 63-bit key for one place in the model, e.g. `blocks.3.attention`: stable across runs and Python versions."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:8], "little") >> 1
+    return number_of(f"{seed}/{site}") >> 1
 
 
 def keep_mask(

@@ -6,11 +6,10 @@ of a parameter takes that slice of the same full tensor.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
+from common.hashing import number_of
 from model.config import ModelConfig
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import local_part
@@ -35,5 +34,4 @@ def initial_value(name: str, spec: ParameterSpec, *, seed: int) -> Tensor:
 
 def _generator(name: str, seed: int) -> torch.Generator:
     """Random numbers of the parameter `name` alone."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(number_of(f"{seed}/{name}") >> 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.tables import text_table
 from model.config import ModelConfig
 from model.costs import (
     attention_macs,
@@ -146,13 +147,9 @@ def table(rows: Sequence[Costs]) -> str:
     for start, title in zip(starts, lines[0], strict=True):
         if title:
             upper = f"{upper:<{start}}{title}"
-    body = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines[1:]
-    ]
     gaps = any(row.model_macs_ratio is None for row in rows)
     where = ", - where T or d_model differ from its (--baseline compares all)" if gaps else ""
-    return "\n".join([upper, *body, "", LEGEND.format(baseline=names[0], where=where)])
+    return "\n".join([upper, text_table(lines[1], lines[2:]), "", LEGEND.format(baseline=names[0], where=where)])
 
 
 def _cell(value: int | float | None) -> str:
