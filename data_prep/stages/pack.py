@@ -17,6 +17,9 @@ from data_prep.work.folder import read_json
 from data_prep.work.parallel import Workers
 from data_prep.work.parts import Part
 
+FEW_TOKENS = 1 << 28
+"""Fewer are written by one process: others that import torch would start longer than it writes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -103,10 +106,16 @@ def write_shard(task: ShardTask) -> None:
 
 
 def write_shards(tasks: Sequence[ShardTask], workers: Workers) -> None:
-    """Writes shards on all processes. webdataset, which brings torch with it, is imported before they are forked: once
-    for all of them."""
-    if tasks:
+    """Writes shards on all processes, or, where there is little to write, in this one alone.
+
+    webdataset brings torch: several seconds and 190 MB. So it is imported before the processes are forked, once for all
+    of them; those of the stages before are ended.
+    """
+    sizes = [task.tokens for task in tasks]
+    if sum(sizes) < FEW_TOKENS:
+        workers = Workers(1)
+    elif workers.count > 1:
         import webdataset.writer  # noqa: F401
 
         workers.close()
-    workers.run(write_shard, tasks, sizes=[task.tokens for task in tasks], description="writing shards")
+    workers.run(write_shard, tasks, sizes=sizes, description="writing shards")

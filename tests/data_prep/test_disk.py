@@ -130,10 +130,10 @@ def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(
 def test_an_error_of_another_kind_is_left_as_it_is(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(pipeline: object) -> None:
+    def broken(pipeline: object, until: str) -> None:
         raise OSError(5, "Input/output error", "a.zst")
 
-    monkeypatch.setitem(cli._STEPS, "run", broken)
+    monkeypatch.setattr("data_prep.run.pipeline.Pipeline.run", broken)
     config = corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out"))
     assert main(["run", "--config", str(config)]) == 1
     assert one_error(capsys) == "error: [Errno 5] Input/output error: 'a.zst'"

@@ -130,8 +130,12 @@ def test_the_command_forks_its_workers(raw: tuple[Path, dict[str, Any]], apart: 
     config = str(write_config(raw, "forked", workers=2))
     code = (
         "import sys\nfrom data_prep import __main__\nfrom data_prep.work import parallel\n"
+        "from data_prep.stages import pack\n"
         "assert parallel._start_method() == 'fork'\n"
-        "sys.exit(__main__.main(sys.argv[1:]))"
+        "pack.FEW_TOKENS = 0\n"  # shards too by several processes, with webdataset imported before they are forked
+        "code = __main__.main(sys.argv[1:])\n"
+        "assert 'webdataset' in sys.modules and parallel._start_method() == 'fork'\n"
+        "sys.exit(code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", code, "run", "--config", config], check=True, env=environment, cwd=raw[0])
