@@ -168,7 +168,7 @@ class MoAConfig(Section):
 
 
 class SigmaMoEConfig(Section):
-    """sigma-MoE feed-forward (arXiv 2310.10837): y = sum over the k chosen experts of s_e ReLU(x W_1[e]) W_2[e]."""
+    """sigma-MoE feed-forward (arXiv 2310.10837): y = sum over the k chosen experts of s_e a(x W_1[e]) W_2[e]."""
 
     type: Literal["sigma_moe"] = "sigma_moe"
     """Kind of feed-forward layer."""
@@ -178,6 +178,9 @@ class SigmaMoEConfig(Section):
     """Hidden width of one expert (G)."""
     active_experts: Experts = 4
     """Experts chosen per token (k)."""
+    activation: Literal["relu", "swiglu"] = "relu"
+    """Between an expert's two matrices (a). relu, as published; swiglu: W_1[e] has 2 G columns, g and u, and a(g, u) is
+    SiLU(g) * u (arXiv 2002.05202). 2/3 of a ReLU expert's expert_size has as many parameters."""
     expert_dropout: Probability = 0.0
     """Probability that an expert's score becomes 0 for a token, for choosing and for weighting."""
     entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0
@@ -185,6 +188,11 @@ class SigmaMoEConfig(Section):
     entropy_scope: Literal["global_batch", "micro_batch"] = "global_batch"
     """Batch whose mean p the regulariser uses: `global_batch` takes the previous step's p as a constant coefficient
     (the same in every layout); `micro_batch`, as published, takes p over one micro-step on all data-parallel ranks."""
+
+    @property
+    def up_width(self) -> int:
+        """Columns of an expert's first matrix (W)."""
+        return 2 * self.expert_size if self.activation == "swiglu" else self.expert_size
 
     @model_validator(mode="after")
     def _active_within_experts(self) -> SigmaMoEConfig:

@@ -85,8 +85,8 @@ def feedforward_macs(config: ModelConfig) -> int:
     """MACs of one feed-forward layer on one sequence."""
     d, T, feedforward = config.d_model, config.sequence_length, config.feedforward
     if isinstance(feedforward, SigmaMoEConfig):
-        active_width = feedforward.active_experts * feedforward.expert_size
-        return 2 * T * d * active_width + T * d * feedforward.num_experts
+        active_width = feedforward.active_experts * (feedforward.up_width + feedforward.expert_size)
+        return T * d * active_width + T * d * feedforward.num_experts
     return (3 if isinstance(feedforward, SwiGLUConfig) else 2) * T * d * feedforward.hidden_size
 
 
@@ -95,7 +95,7 @@ def feedforward_memory(config: ModelConfig) -> int:
     attention's, since none is published. Hidden layer, both branches of SwiGLU, the router's scores."""
     T, feedforward = config.sequence_length, config.feedforward
     if isinstance(feedforward, SigmaMoEConfig):
-        return T * (feedforward.active_experts * feedforward.expert_size + feedforward.num_experts)
+        return T * (feedforward.active_experts * feedforward.up_width + feedforward.num_experts)
     return (2 if isinstance(feedforward, SwiGLUConfig) else 1) * T * feedforward.hidden_size
 
 
@@ -172,7 +172,7 @@ def _attention_parameters(config: ModelConfig) -> _Parts:
 def _feedforward_parameters(config: ModelConfig) -> _Parts:
     d, feedforward = config.d_model, config.feedforward
     if isinstance(feedforward, SigmaMoEConfig):
-        expert = 2 * d * feedforward.expert_size
+        expert = d * (feedforward.up_width + feedforward.expert_size)
         return _Parts(
             matrices=feedforward.num_experts * d,
             experts=feedforward.num_experts * expert,

@@ -22,13 +22,14 @@ from model.routing import RoutingStatistics, entropy_regularizer
 
 
 class SigmaMoE(nn.Module):
-    """y = sum over the k chosen experts e of s_e ReLU(x W_1[e]) W_2[e], s = sigmoid(x W_S). Dropless."""
+    """y = sum over the k chosen experts e of s_e a(x W_1[e]) W_2[e], s = sigmoid(x W_S), a ReLU or SwiGLU. Dropless."""
 
     @staticmethod
     def parameter_specs(config: ModelConfig) -> Specs:
         """Experts are divided, by expert-parallel ranks where there are any. Every rank routes."""
         assert isinstance(config.feedforward, SigmaMoEConfig)
         d, E, G = config.d_model, config.feedforward.num_experts, config.feedforward.expert_size
+        W = config.feedforward.up_width
         experts = Experts(active=config.feedforward.active_experts, total=E, exchanged=True)
         from_tokens = block_std(config, d)
         router = Normal(from_tokens, equal_norms=(-1,))
@@ -36,7 +37,7 @@ class SigmaMoE(nn.Module):
         up, down = Normal(from_tokens), Normal(block_std(config, E * G))
         return {
             "router": ParameterSpec(shape=(E, d), divided=None, experts=None, decayed=True, initial=router),
-            "up_experts": ParameterSpec(shape=(E, d, G), divided=0, experts=experts, decayed=True, initial=up),
+            "up_experts": ParameterSpec(shape=(E, d, W), divided=0, experts=experts, decayed=True, initial=up),
             "down_experts": ParameterSpec(shape=(E, G, d), divided=0, experts=experts, decayed=True, initial=down),
         }
 
@@ -55,7 +56,7 @@ class SigmaMoE(nn.Module):
         assert not self.exchanges or parallel.tensor_size == parallel.token_shards, "EP with TP needs sequence parallel"
         held = E // parallel.expert_size if self.exchanges else parallel.share(E)
         self.router = nn.Parameter(torch.empty(E, d))
-        self.up_experts = nn.Parameter(torch.empty(held, d, G))
+        self.up_experts = nn.Parameter(torch.empty(held, d, self.config.up_width))
         self.down_experts = nn.Parameter(torch.empty(held, G, d))
         self.token_group = parallel.tensor_group if self.exchanges else None
         """The ranks over which the tokens of a sequence are divided where they are routed."""

@@ -38,7 +38,8 @@ def model_text(model: ModelConfig) -> str:
         first = f"SwitchHead: {attention.num_heads} heads of {attention.head_dim}, {chosen}"
     if isinstance(feedforward, SigmaMoEConfig):
         chosen = f"{feedforward.active_experts} of {feedforward.num_experts} experts"
-        second = f"sigma-MoE: {chosen} of {feedforward.expert_size}"
+        kind = "" if feedforward.activation == "relu" else " SwiGLU"
+        second = f"sigma-MoE: {chosen} of {feedforward.expert_size}{kind}"
     else:
         kind = "dense" if isinstance(feedforward, DenseFeedForwardConfig) else "SwiGLU"
         second = f"{kind} feed-forward: {feedforward.hidden_size}"

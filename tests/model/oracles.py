@@ -70,14 +70,19 @@ def switchhead(
 
 
 def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -> Tensor:
-    """Tokens x [N, d]. p: router [E, d], up_experts [E, d, G], down_experts [E, G, d]. keep [N, E] bool."""
-    rows = []
+    """Tokens x [N, d]. p: router [E, d], up_experts [E, d, G], with SwiGLU [E, d, 2 G], down_experts [E, G, d]. keep
+    [N, E] bool."""
+    rows, G = [], p["down_experts"].shape[1]
+
+    def activated(hidden: Tensor) -> Tensor:
+        return torch.relu(hidden) if len(hidden) == G else hidden[G:] * hidden[:G] / (1 + torch.exp(-hidden[:G]))
+
     for t in range(x.shape[0]):
         scores = 1 / (1 + torch.exp(-(p["router"] @ x[t])))
         if keep is not None:
             scores = torch.stack([s if bool(keep[t, e]) else s * 0 for e, s in enumerate(scores)])
         chosen = choose([float(s.detach()) for s in scores], k)
-        rows.append(sum(scores[e] * (torch.relu(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
+        rows.append(sum(scores[e] * (activated(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
     return torch.stack(rows)
 
 

@@ -65,6 +65,8 @@ ODD = {
     for position in (None, XL)
     for feedforward in (None, {"type": "dense", "hidden_size": 31}, {"type": "swiglu", "hidden_size": 31})
 }
+SWIGLU_EXPERTS = {"type": "sigma_moe", "num_experts": 7, "expert_size": 13, "active_experts": 3, "activation": "swiglu"}
+ODD["switchhead-rope-sigma_moe swiglu"] = odd(SWITCHHEAD, feedforward=SWIGLU_EXPERTS)
 
 
 # ------------------------------------------------------------------------------------------------------- paper's tables
@@ -359,6 +361,9 @@ def test_feedforward_costs_by_hand() -> None:
     sigma_moe = odd(SWITCHHEAD)
     assert feedforward_macs(sigma_moe) == 2 * 11 * 20 * 13 * 3 + 11 * 20 * 7
     assert feedforward_memory(sigma_moe) == 11 * (3 * 13 + 7)
+    gated = odd(SWITCHHEAD, feedforward=SWIGLU_EXPERTS)
+    assert feedforward_macs(gated) == 3 * 11 * 20 * 13 * 3 + 11 * 20 * 7
+    assert feedforward_memory(gated) == 11 * (2 * 3 * 13 + 7)
     swiglu = odd(DENSE, feedforward={"type": "swiglu", "hidden_size": 31})
     assert (feedforward_macs(swiglu), feedforward_memory(swiglu)) == (3 * 11 * 20 * 31, 2 * 11 * 31)
     dense = odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})

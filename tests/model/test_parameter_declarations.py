@@ -29,6 +29,7 @@ FEEDFORWARDS: list[dict[str, Any]] = [
     {"type": "sigma_moe", "num_experts": 8, "expert_size": 5},
     {"type": "dense", "hidden_size": 12},
     {"type": "swiglu", "hidden_size": 12},
+    {"type": "sigma_moe", "num_experts": 8, "expert_size": 5, "activation": "swiglu"},
 ]
 
 

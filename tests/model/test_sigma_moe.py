@@ -40,6 +40,7 @@ def build(
     gamma: float = 0.0,
     scope: str = "micro_batch",
     backend: str = "reference",
+    activation: str = "relu",
 ) -> SigmaMoE:
     config = ModelConfig.model_validate(
         {
@@ -55,6 +56,7 @@ def build(
                 "expert_dropout": dropout,
                 "entropy_weight": gamma,
                 "entropy_scope": scope,
+                "activation": activation,
             },
         }
     )
@@ -68,13 +70,14 @@ def build(
     return layer
 
 
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("d, E, G, k, B, T, dropout", SHAPES)
 def test_forward_and_every_gradient_equal_the_loop(
-    d: int, E: int, G: int, k: int, B: int, T: int, dropout: float, backend: str
+    d: int, E: int, G: int, k: int, B: int, T: int, dropout: float, backend: str, activation: str
 ) -> None:
     gamma = 0.7
-    layer = build(d, E, G, k, dropout, gamma, backend=backend)
+    layer = build(d, E, G, k, dropout, gamma, backend=backend, activation=activation)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(B, T, d, generator=generator).requires_grad_()
     upstream = torch.randn(B, T, d, generator=generator)

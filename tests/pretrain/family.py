@@ -21,7 +21,12 @@ MODELS = {
     "switchall, every dropout": (*SWITCHALL, *EXPERT_DROPOUT),
     "switchall, micro_batch scope": (*SWITCHALL, "model.feedforward.entropy_scope=micro_batch"),
     "switchall xl": (*SWITCHALL, *EXPERT_DROPOUT, "model.position.type=xl"),
-    "switchall rope with memory": (*SWITCHALL, *EXPERT_DROPOUT, 'model.position={"type": "rope", "memory_chunks": 1}'),
+    "switchall rope with memory": (
+        *SWITCHALL,
+        *EXPERT_DROPOUT,
+        'model.position={"type": "rope", "memory_chunks": 1}',
+        "model.feedforward.activation=swiglu",
+    ),
     "all projections experts": (
         *SWITCHALL,
         'model.attention.expert_projections=["query", "key", "value", "output"]',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
 from model.kernels.cpu.sorted_rows import expert_segment, mm_into, slot_rows, sorted_gates, sum_slots
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
@@ -21,19 +22,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and hidden layer, as `model.kernels.ops.sigma_moe`'s op."""
     assert first_expert == 0, "the CPU takes the slots of its own experts alone"
-    (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
+    (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
+    swiglu, W = is_swiglu(up_experts, down_experts), up_experts.shape[2]
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     source, gates, tokens = x.to(dtype), sorted_gates(scores, order, dtype), order // k
-    rows, hidden = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], G, dtype=dtype)
+    rows, hidden = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], W, dtype=dtype)
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
         gathered = scratch("gathered", (counts[expert], d), dtype)
         gated = scratch("gated", (counts[expert], G), dtype)
         torch.index_select(source, 0, tokens[segment], out=gathered)
-        expert_hidden = torch.mm(gathered, up_experts[expert].to(dtype), out=hidden[segment]).relu_()
+        torch.mm(gathered, up_experts[expert].to(dtype), out=hidden[segment])
         # The gate multiplies the hidden layer, which is narrower than the output: the same product, fewer bytes.
-        torch.mul(expert_hidden, gates[segment], out=gated)
+        torch.mul(activate_kept(hidden[segment], swiglu=swiglu), gates[segment], out=gated)
         torch.mm(gated, down_experts[expert].to(dtype), out=rows[segment])
 
     run_tasks(counts, compute)
@@ -51,7 +53,8 @@ def backward(
     hidden: Tensor,
     first_expert: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, d), G, k = x.shape, up_experts.shape[2], scores.shape[1]
+    (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
+    swiglu, W = is_swiglu(up_experts, down_experts), up_experts.shape[2]
     dtype, counts = hidden.dtype, load.tolist()
     source, grad = x.to(dtype), grad.to(dtype).contiguous()
     gates, tokens = sorted_gates(scores, order, dtype), order // k
@@ -61,16 +64,17 @@ def backward(
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
         expert_hidden, expert_gates = hidden[segment], gates[segment]
+        activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
         gathered = scratch("gathered", (counts[expert], d), dtype)
         gated = scratch("gated", (counts[expert], G), dtype)
-        grad_hidden = scratch("grad_hidden", (counts[expert], G), dtype)
+        grad_activated = scratch("grad_activated", (counts[expert], G), dtype)
+        grad_hidden = scratch("grad_hidden", (counts[expert], W), dtype) if swiglu else grad_activated
         torch.index_select(grad, 0, tokens[segment], out=gathered)
-        torch.mul(expert_hidden, expert_gates, out=gated)
+        torch.mul(activated, expert_gates, out=gated)
         mm_into(grad_down[expert], gated.t(), gathered)
-        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_hidden)
-        torch.linalg.vecdot(grad_hidden, expert_hidden, out=grad_gates[segment])
-        grad_hidden.mul_(expert_gates)
-        torch.ops.aten.threshold_backward.grad_input(grad_hidden, expert_hidden, 0, grad_input=grad_hidden)
+        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_activated)
+        torch.linalg.vecdot(grad_activated, activated, out=grad_gates[segment])
+        activation_gradient(grad_activated.mul_(expert_gates), expert_hidden, swiglu=swiglu, out=grad_hidden)
         torch.index_select(source, 0, tokens[segment], out=gathered)
         mm_into(grad_up[expert], gathered.t(), grad_hidden)
         torch.mm(grad_hidden, up_experts[expert].to(dtype).t(), out=rows[segment])

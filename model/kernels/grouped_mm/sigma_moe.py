@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
 from model.kernels.backend import grouped_mm_limit
 from model.kernels.cpu.sorted_rows import inverse
 
@@ -24,8 +25,9 @@ def forward(
     _check_grouped_mm(x, up_experts)
     k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
     gates = scores.flatten()[order, None].to(x.dtype)
-    hidden = F.grouped_mm(x[order // k], up_experts, offs=offsets).relu_()
-    rows = F.grouped_mm(hidden * gates, down_experts, offs=offsets)
+    hidden = F.grouped_mm(x[order // k], up_experts, offs=offsets)
+    activated = activate_kept(hidden, swiglu=is_swiglu(up_experts, down_experts))
+    rows = F.grouped_mm(activated * gates, down_experts, offs=offsets)
     return _sum_rows(rows, order, scores, x), hidden
 
 
@@ -44,10 +46,12 @@ def backward(
     tokens, gates = order // k, scores.flatten()[order, None].to(x.dtype)
     rows = grad.contiguous()[tokens]
     grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
-    grad_down = F.grouped_mm((hidden * gates).t(), rows, offs=offsets)
+    swiglu = is_swiglu(up_experts, down_experts)
+    activated = activate(hidden, swiglu=True) if swiglu else hidden
+    grad_down = F.grouped_mm((activated * gates).t(), rows, offs=offsets)
     grad_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    grad_scores.view(-1)[order] = (grad_gated * hidden).sum(1, dtype=torch.float32).to(scores.dtype)
-    grad_hidden = torch.ops.aten.threshold_backward(grad_gated * gates, hidden, 0)
+    grad_scores.view(-1)[order] = (grad_gated * activated).sum(1, dtype=torch.float32).to(scores.dtype)
+    grad_hidden = activation_gradient(grad_gated * gates, hidden, swiglu=swiglu)
     grad_up = F.grouped_mm(x[tokens].t(), grad_hidden, offs=offsets)
     grad_x = _sum_rows(F.grouped_mm(grad_hidden, up_experts.transpose(1, 2), offs=offsets), order, scores, x)
     return grad_x, grad_scores, grad_up, grad_down

@@ -2,7 +2,10 @@
 
     y[n] = sum over j of scores[n, j] * ReLU(x[n] W_1[e]) W_2[e],  e = index[n, j]      (arXiv 2310.10837, eq. 10-12)
 
-Shapes: N tokens, d d_model, E experts, G expert width, k experts per token. A slot n*k + j is one (token, choice) pair.
+or with SwiGLU in the place of the ReLU (model/kernels/activation.py).
+
+Shapes: N tokens, d d_model, E experts, G expert width, W columns of W_1 (G, or 2 G with SwiGLU), k experts per token. A
+slot n*k + j is one (token, choice) pair.
 
 Measured (N=4096, d=512, E=16, k=4, G=128, forward + backward, share of torch.mm's rate at 2048^3 in the same run):
 2 threads 59% in fp32, 1 thread 68%; the GEMMs alone reach 95%, gathers take 10%, the sum over k 5%, ReLU and gates 4%.
@@ -14,10 +17,10 @@ one thread in one run: gather into the rows that are summed at the end 66% (this
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from model.kernels.activation import activate, is_swiglu
 from model.kernels.backend import implementation
 from model.kernels.dtypes import cpu_gemm_dtype, wide_dtype
 
@@ -35,7 +38,7 @@ def sigma_moe(
     first_expert: int = 0,
 ) -> Tensor:
     """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
-    `up_experts` [E, d, G], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
+    `up_experts` [E, d, W], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
 
     A tensor-parallel rank that holds some of the experts gives its own: the part of `order` with their slots, their
     `load`, and `index` counted from its first expert; what others chose (below 0, or E and above) adds nothing here.
@@ -59,7 +62,8 @@ def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Te
     num_experts = up_experts.shape[0]
     column = torch.where((index >= 0) & (index < num_experts), index, num_experts)  # one more for absent experts
     gates = scores.new_zeros(x.shape[0], num_experts + 1).scatter_add(1, column, scores)[:, :-1].to(wide)  # [N, E]
-    hidden = F.relu(torch.einsum("nd,edg->neg", x.to(wide), up_experts.to(wide)))
+    products = torch.einsum("nd,edw->new", x.to(wide), up_experts.to(wide))
+    hidden = activate(products, swiglu=is_swiglu(up_experts, down_experts))
     return torch.einsum("neg,egd->nd", hidden * gates[:, :, None], down_experts.to(wide)).to(x.dtype)
 
 
@@ -77,7 +81,8 @@ def _sigma_moe(
     backend: str,
     first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """-> output [N, d] and the hidden layer [N*k, G] (after ReLU, before the gate, grouped by expert) for backward."""
+    """-> output [N, d] and the hidden layer [N*k, W] for backward: grouped by expert, before the gate; after ReLU, but
+    before SwiGLU."""
     module = implementation("sigma_moe", backend)
     return module.forward(x, scores, order, load, up_experts, down_experts, first_expert)
 
@@ -134,16 +139,15 @@ _sigma_moe.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.switchall.sigma_moe)
-def sigma_moe_flop(x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs) -> int:
+def sigma_moe_flop(x_shape, scores_shape, order_shape, load_shape, up_shape, down_shape, *args, **kwargs) -> int:
     """2 flops per multiply-add, two matrices, k experts per token; a rank's share where it was given all slots."""
-    E, d, G = up_shape
-    return 2 * 2 * (order_shape[0] * E // load_shape[0]) * d * G
+    (E, d, W), G = up_shape, down_shape[1]
+    return 2 * (order_shape[0] * E // load_shape[0]) * d * (W + G)
 
 
 @register_flop_formula(torch.ops.switchall.sigma_moe_backward)
 def sigma_moe_backward_flop(
-    grad_shape, x_shape, scores_shape, order_shape, load_shape, up_shape, *args, **kwargs
+    grad_shape, x_shape, scores_shape, order_shape, load_shape, up_shape, down_shape, *args, **kwargs
 ) -> int:
     """Input and weight gradient of both matrices: twice the forward pass."""
-    E, d, G = up_shape
-    return 4 * 2 * (order_shape[0] * E // load_shape[0]) * d * G
+    return 2 * sigma_moe_flop(x_shape, scores_shape, order_shape, load_shape, up_shape, down_shape)

@@ -28,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from model.kernels.activation import is_swiglu
 from model.kernels.backend import triton_limit
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sigma_moe_kernels import (
@@ -105,8 +106,7 @@ def forward(
     down_experts: Tensor,
     first_expert: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `model.kernels.ops.sigma_moe._sigma_moe`. Where `up_experts` [E, d, 2 G] is twice as wide as `down_experts`
-    [E, G, d] is long, the experts are SwiGLU: SiLU(x W_1[:, :G]) * (x W_1[:, G:]), kept before the activation."""
+    """As `model.kernels.ops.sigma_moe._sigma_moe`."""
     x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     hidden = x.new_empty(order.shape[0], up_experts.shape[2])
     return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, first_expert, hidden), hidden
@@ -130,7 +130,7 @@ def backward(
     grad = grad.to(x.dtype).contiguous()
     num_rows, (_, G, _) = order.shape[0], down_experts.shape
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
-    swiglu = up_experts.shape[2] == 2 * G
+    swiglu = is_swiglu(up_experts, down_experts)
     chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
     # No program writes the gate of a slot whose expert is not here.
     new = scores.new_zeros if _some_missing(order, load, scores, down_experts) else scores.new_empty
@@ -174,7 +174,7 @@ def _launch(
     (num_experts, G, _), total = down.shape, load.shape[0]
     if num_rows == 0:
         return torch.zeros_like(source)
-    swiglu = up.shape[2] == 2 * G
+    swiglu = is_swiglu(up, down)
     tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
     chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(order, load, scores, down)
     present = None

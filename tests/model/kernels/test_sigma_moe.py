@@ -22,6 +22,8 @@ class Shape(NamedTuple):
     k: int
     experts: str = "random"
     """random; one: every token chooses expert E - 1 first; single: one expert has one token, another none."""
+    swiglu: bool = False
+    """Instead of ReLU: the first matrix has twice the columns."""
 
 
 SHAPES = {
@@ -35,6 +37,9 @@ SHAPES = {
     "one and no token on an expert": Shape(N=19, d=8, E=6, G=8, k=2, experts="single"),
     "one token": Shape(N=1, d=8, E=4, G=8, k=4),
     "empty": Shape(N=0, d=8, E=4, G=8, k=2),
+    "SwiGLU": Shape(N=33, d=24, E=8, G=16, k=3, swiglu=True),
+    "SwiGLU, odd widths": Shape(N=21, d=13, E=5, G=7, k=2, swiglu=True),
+    "SwiGLU, one and no token on an expert": Shape(N=19, d=8, E=6, G=8, k=2, experts="single", swiglu=True),
 }
 NAMES = ("x", "scores", "up_experts", "down_experts")
 BACKENDS = kernel_backend.BACKENDS["sigma_moe"]
@@ -69,7 +74,7 @@ class Case(NamedTuple):
 
 
 def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | None = None) -> Case:
-    N, d, E, G, k, experts = shape
+    N, d, E, G, k, experts, swiglu = shape
     generator = torch.Generator().manual_seed(N * 7 + d)
 
     def normal(*size: int) -> Tensor:
@@ -85,7 +90,8 @@ def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | N
     index = preference.topk(k).indices
     order = index.flatten().sort(stable=True).indices
     load = index.flatten().bincount(minlength=E)
-    x, up, down = normal(N, d).to(dtype), (normal(E, d, G) / d**0.5).to(dtype), (normal(E, G, d) / G**0.5).to(dtype)
+    W = 2 * G if swiglu else G
+    x, up, down = normal(N, d).to(dtype), (normal(E, d, W) / d**0.5).to(dtype), (normal(E, G, d) / G**0.5).to(dtype)
     scores = normal(N, k).sigmoid().to(scores_dtype or dtype)
     for leaf in (x, scores, up, down):
         leaf.requires_grad_()
@@ -101,7 +107,10 @@ def loop(case: Case) -> list[Tensor]:
     for n, chosen in enumerate(case.index.tolist()):
         row = torch.zeros(x.shape[1], dtype=torch.float64)
         for j, e in enumerate(chosen):
-            row = row + scores[n, j] * (torch.relu(x[n] @ up[e]) @ down[e])
+            hidden, G = x[n] @ up[e], down.shape[1]
+            # SwiGLU written out: the first G columns are the gate's.
+            activated = torch.relu(hidden) if len(hidden) == G else hidden[G:] * hidden[:G] / (1 + (-hidden[:G]).exp())
+            row = row + scores[n, j] * (activated @ down[e])
         rows.append(row)
     y = torch.stack(rows) if rows else (x * 1.0)
     grads = torch.autograd.grad(y, (x, scores, up, down), case.grad.double(), allow_unused=True, materialize_grads=True)
@@ -180,9 +189,11 @@ def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
         assert error(actual, expected) <= 1e-5, what
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_gradcheck(backend: str) -> None:
-    x, scores, index, order, load, up, down, _ = make_case(Shape(N=5, d=4, E=4, G=3, k=2), torch.float64)
+def test_gradcheck(backend: str, swiglu: bool) -> None:
+    shape = Shape(N=5, d=4, E=4, G=3, k=2, swiglu=swiglu)
+    x, scores, index, order, load, up, down, _ = make_case(shape, torch.float64)
     assert torch.autograd.gradcheck(
         lambda x, scores, up, down: sigma_moe(x, scores, index, order, load, up, down, backend=backend),
         (x, scores, up, down),
@@ -229,12 +240,14 @@ def test_meta_tensors(backend: str) -> None:
     assert case.up_experts.grad.shape == case.up_experts.shape
 
 
+@pytest.mark.parametrize("name", ["plain", "SwiGLU"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_flop_counter(backend: str) -> None:
-    """2 N k d G multiply-adds forward and twice that backward; the reference computes every expert (E instead of k)."""
-    shape = SHAPES["plain"]
+def test_flop_counter(backend: str, name: str) -> None:
+    """2 N k d G multiply-adds forward (3 with SwiGLU) and twice that backward; the reference computes every expert (E
+    instead of k)."""
+    shape = SHAPES[name]
     experts = shape.E if backend == "reference" else shape.k
-    macs = 2 * shape.N * experts * shape.d * shape.G
+    macs = (3 if shape.swiglu else 2) * shape.N * experts * shape.d * shape.G
     case = make_case(shape, torch.float32)
     with FlopCounterMode(display=False) as counter:
         y = sigma_moe(*case[:7], backend=backend)
@@ -242,3 +255,10 @@ def test_flop_counter(backend: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y.backward(case.grad)
     assert counter.get_total_flops() == 4 * macs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_widths_are_refused(backend: str) -> None:
+    case = make_case(SHAPES["plain"], torch.float32)
+    with pytest.raises(ValueError, match="up_experts has 16 columns; beside 15 rows of down_experts ReLU has 15"):
+        run(case._replace(down_experts=case.down_experts[:, 1:]), backend)
