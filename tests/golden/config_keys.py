@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from data_prep.config import DataConfig
+from data_prep.config.schema import DataConfig
 from pretrain.config.schema import FREE, Config
 
 FILE = Path(__file__).with_name("config_keys.txt")
