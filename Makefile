@@ -66,12 +66,12 @@ demo: data  ## raw text -> tokenizer -> shards -> DeepSpeed training in 2 ranks 
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"
 
 FAST := -m "not slow and not slurm"
-# Tests of one process each, which share the cores; all others start ranks of their own and take turns.
-ALONE := tests/model tests/data_prep tests/benchmarks
+# Two workers on two cores: a test that starts ranks leaves a core idle while they start, wait for each other or are one.
+# worksteal keeps the tests of a file, which share what they prepare, on one worker as long as both are busy.
+WORKERS := -n 2 --dist worksteal
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest $(FAST) -n 2 $(ALONE)
-	$(BIN)/python -m pytest $(FAST) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(FAST) $(WORKERS)
 
 test-slow: install  ## the slow tests: the real launcher, kill and resume
 	$(BIN)/python -m pytest -m "slow and not slurm"
