@@ -20,61 +20,104 @@ from tests.harness import RankFailed, run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, STEPS, Layout, config_of
 from tests.pretrain.runs import Trace, assert_same, engine_trace, plain_trace
 
+Reached = list[bool]
+"""Not empty once the mutated code was called."""
 
-def unsummed_gates() -> None:
+
+def unsummed_gates() -> Reached:
     import model.feedforward.sigma_moe as module
 
-    module.enter_shards = lambda x, group: x  # type: ignore[assignment]
+    reached: Reached = []
+
+    def entered(x: Any, group: Any) -> Any:
+        reached.append(True)
+        return x
+
+    assert callable(module.enter_shards)
+    module.enter_shards = entered  # type: ignore[assignment]
+    return reached
 
 
-def auxiliary_loss_per_rank() -> None:
+def auxiliary_loss_per_rank() -> Reached:
     import model.feedforward.sigma_moe as module
     from model.parallel.collectives import enter_shards
 
-    original = module.entropy_regularizer
+    original, reached = module.entropy_regularizer, []
 
     def counted_by_every_rank(logits: Any, config: Any, statistics: Any, parallel: Any, **more: Any) -> Any:
+        reached.append(True)
         return original(enter_shards(logits, parallel.tensor_group), config, statistics, parallel, **more)
 
     module.entropy_regularizer = counted_by_every_rank
+    return reached
 
 
-def partitioned_pipe() -> None:
+def partitioned_pipe() -> Reached:
     import pretrain.engine.build as module
 
-    original = module.deepspeed_json
+    original, reached = module.deepspeed_json, []
 
     def with_the_default(config: Config, data_size: int) -> dict[str, Any]:
-        return {**original(config, data_size), "pipeline": {"pipe_partitioned": True, "grad_partitioned": True}}
+        tree = original(config, data_size)
+        assert tree["pipeline"]["pipe_partitioned"] is False, "nothing to mutate: DeepSpeed's default is not overridden"
+        reached.append(True)
+        return {**tree, "pipeline": {"pipe_partitioned": True, "grad_partitioned": True}}
 
     module.deepspeed_json = with_the_default
+    return reached
 
 
-def unsummed_norms() -> None:
+def unsummed_norms() -> Reached:
     import model.layers as module
 
-    module.between_regions = lambda parameter, parallel: parameter  # type: ignore[assignment]
+    reached: Reached = []
+
+    def between(parameter: Any, parallel: Any) -> Any:
+        reached.append(True)
+        return parameter
+
+    assert callable(module.between_regions)
+    module.between_regions = between  # type: ignore[assignment]
+    return reached
 
 
-def unscaled_auxiliary_loss() -> None:
+def unscaled_auxiliary_loss() -> Reached:
     import pretrain.engine.pipeline as module
 
-    module.PipelineExecutor._gradient_scale = lambda self: 1.0  # type: ignore[method-assign]
+    reached: Reached = []
+
+    def scale(run: Any) -> float:
+        reached.append(True)
+        return 1.0
+
+    assert callable(module.PipelineExecutor._gradient_scale)
+    module.PipelineExecutor._gradient_scale = scale  # type: ignore[method-assign]
+    return reached
 
 
-def mutated_trace(rank: int, mutate: Callable[[], None] | None, config: Config) -> list[Trace]:
-    if mutate is not None:
-        mutate()
-    return engine_trace(rank, [config], STEPS, GRADIENT_STEPS)
+def mutated_trace(rank: int, mutate: Callable[[], Reached] | None, config: Config) -> list[Trace]:
+    """The trace of a mutated rank, and the check's failure only if the mutated code was called."""
+    reached = [True] if mutate is None else mutate()
+    try:
+        return engine_trace(rank, [config], STEPS, GRADIENT_STEPS)
+    finally:
+        if not reached:
+            raise RuntimeError("the mutated code was never called") from None  # hides the check's own message
 
 
+REPLICAS_DIFFER = r"blocks\.\d\.[\w.]+: replicas have different gradients"
 CASES = {
-    "unsummed gates": (unsummed_gates, Layout(tensor=2), "replicas have different gradients"),
-    "auxiliary loss per rank": (auxiliary_loss_per_rank, Layout(tensor=2), "gradient norm of step 1"),
-    "partitioned pipe": (partitioned_pipe, Layout(tensor=2, sequence=True, pipeline=2), ""),
-    "unsummed norms": (unsummed_norms, Layout(tensor=2, sequence=True), "replicas have different gradients"),
-    "unscaled auxiliary loss": (unscaled_auxiliary_loss, Layout(pipeline=2), "gradient norm of step 1"),
+    "unsummed gates": (unsummed_gates, Layout(tensor=2), REPLICAS_DIFFER),
+    "auxiliary loss per rank": (auxiliary_loss_per_rank, Layout(tensor=2), r"TP2 .*: gradient norm of step 1"),
+    "partitioned pipe": (
+        partitioned_pipe,
+        Layout(tensor=2, sequence=True, pipeline=2),
+        r"TP2\+SP PP2 .*: loss of step 0",
+    ),
+    "unsummed norms": (unsummed_norms, Layout(tensor=2, sequence=True), REPLICAS_DIFFER),
+    "unscaled auxiliary loss": (unscaled_auxiliary_loss, Layout(pipeline=2), r"PP2 .*: gradient norm of step 1"),
 }
+"""Mutation, layout, and the words of the check that it must fail with: the mutation's own crash has others."""
 
 
 @pytest.mark.slow
@@ -88,6 +131,6 @@ def test_the_check_of_the_matrix_catches(prepared: Path, name: str) -> None:
         check(mutate, layout, config, reference)
 
 
-def check(mutate: Callable[[], None], layout: Layout, config: Config, reference: Trace) -> None:
+def check(mutate: Callable[[], Reached], layout: Layout, config: Config, reference: Trace) -> None:
     trace = run_ranks(mutated_trace, layout.ranks, mutate, config, timeout_seconds=600)[0][0]
     assert_same(trace, reference, str(layout))
