@@ -78,8 +78,9 @@ def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path
 @pytest.mark.parametrize(
     "layouts",
     [
-        pytest.param(((1, 0), (4, 3)), id="some"),
-        pytest.param(((1, 1), (4, 0), (4, 1)), id="others", marks=pytest.mark.slow),
+        pytest.param(((1, 0),), id="some"),
+        # test_checkpoint_resharding.py has a fast one onto more ranks and ZeRO 3.
+        pytest.param(((4, 3), (1, 1), (4, 0), (4, 1)), id="others", marks=pytest.mark.slow),
     ],
 )
 def test_resuming_in_another_layout_gives_the_same_losses(
@@ -366,13 +367,14 @@ def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]])
 
 
 def test_weight_decay_groups_survive_a_resume(prepared: Path, tmp_path: Path) -> None:
-    for zero in (0, 1, 3):
-        keys = ("train.steps=5", "evaluate.sequences=0", "optimizer.weight_decay=0.1", f"parallel.zero={zero}")
-        folder = tmp_path / str(zero)
-        runs = [
+    runs, folders = [], [tmp_path / str(zero) for zero in (0, 1, 3)]
+    for folder in folders:
+        keys = ("train.steps=5", "evaluate.sequences=0", "optimizer.weight_decay=0.1", f"parallel.zero={folder.name}")
+        runs += [
             (small_config(prepared, *keys), folder / "unbroken"),
             (small_config(prepared, *keys, "train.stop_after_steps=2"), folder / "resumed"),
             (small_config(prepared, *keys), folder / "resumed"),
         ]
-        run_ranks(train_runs, 2, runs)
+    run_ranks(train_runs, 2, runs)
+    for folder in folders:
         assert_bit_identical(folder / "resumed", folder / "unbroken")
