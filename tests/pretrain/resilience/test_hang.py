@@ -88,7 +88,7 @@ def test_a_stopped_rank_is_named_and_killed(prepared: Path, tmp_path: Path, stop
     assert events(run_dir, "hang")[0]["message"] == message.strip()
     for rank in range(3):
         stacks = (run_dir / "hang" / f"rank-{rank:05d}.stacks").read_text()
-        assert "Thread" in stacks and "whole.py" in stacks, rank
+        assert "Thread" in stacks and "micro_steps.py" in stacks, rank
     if stopped != 0:
         assert outcome(run_dir)["exit_code"] == 5
 
