@@ -181,7 +181,7 @@ def test_gradcheck(op: str, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *leaves: case(*leaves, backend=backend), case.leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     case = make_case(op, SHAPES["plain"], dtype)

@@ -239,8 +239,8 @@ def test_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("needed", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opcheck(bias: bool, needed: bool, backend: str) -> None:
     case = make_case(Shape(N=20, d=16, V=50, bias=bias), torch.bfloat16)
     for tensor in leaves(case):

@@ -200,7 +200,7 @@ def test_gradcheck(backend: str, swiglu: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "grouped_mm", "triton"])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     shape = Shape(N=3, d=8, E=2, G=8, k=1) if backend == "triton" else SHAPES["plain"]  # it calls the op a dozen times

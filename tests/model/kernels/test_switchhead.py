@@ -226,7 +226,7 @@ def test_gradcheck(op: Op, way: tuple[str, str | None]) -> None:
     assert torch.autograd.gradcheck(lambda a, b, c: function(Case(a, choice._replace(scores=b), c)), leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("way", STRATEGIES, ids=" ".join)
 @both_ops
 def test_opcheck(op: Op, way: tuple[str, str], dtype: torch.dtype) -> None:
