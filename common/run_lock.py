@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.slurm import job_id
 
 BEAT_SECONDS = 10.0
 """How often the owner touches its lock."""
@@ -42,7 +43,7 @@ class FolderLock:
         self._me = {
             **process_identity(os.getpid()),
             "token": secrets.token_hex(8),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job_id(os.environ),
         }
         self._is_released = False
         self.taken_over: list[str] = []

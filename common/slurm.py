@@ -1,4 +1,4 @@
-"""Ranks from SLURM: srun tells each task its place, but not as the variables that launchers set and torch reads."""
+"""What SLURM tells its jobs: ranks from srun, which gives each task its place, but not as the variables that torch reads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from common.errors import UserError
 
 FIRST_PORT, PORTS = 10_000, 20_000
 """Ports of jobs: below 32768, from where the kernel takes the ports of outgoing connections."""
+
+
+def job_id(env: Mapping[str, str]) -> str | None:
+    """The number of the job that this process belongs to, the same after a requeue; None outside of SLURM."""
+    return env.get("SLURM_JOB_ID")
 
 
 def is_task_of_many(env: Mapping[str, str]) -> bool:
