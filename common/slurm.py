@@ -1,4 +1,4 @@
-"""What SLURM tells its jobs: ranks from srun, which gives each task its place, but not as the variables that torch reads."""
+"""What SLURM tells its jobs: a task's place among those of srun, which torch reads from other variables."""
 
 from __future__ import annotations
 
