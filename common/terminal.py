@@ -39,7 +39,7 @@ class _Spare:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        drop_output(self._stream)
         if not isinstance(error, BrokenPipeError):  # `run | head`: the reader left, which is no error
             with contextlib.suppress(OSError):
                 warning = f"warning: stdout cannot be written ({error.strerror}); the command goes on without it"
@@ -58,3 +58,18 @@ def spare_stdout() -> Iterator[None]:
             yield
         finally:
             stream.flush()
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """For a command that prints: it ends well where the reader of its output (`COMMAND | head`) has left."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+
+
+def drop_output(stream: TextIO) -> None:
+    """Sends what is still to be printed nowhere; Python would report it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from common.arguments import at_least, drop_stdout
+from common.arguments import at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
-from common.terminal import spare_stdout, visible
+from common.terminal import drop_output, spare_stdout, visible
 from common.urls import without_secrets
 from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_one_line(error), file=sys.stderr)
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except BrokenPipeError:  # `show | head`: the reader left, which is no error
-        drop_stdout()
+        drop_output(sys.stdout)
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR

@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import reader_may_leave
 from common.errors import UserError
 from common.tables import text_table
+from common.terminal import reader_may_leave
 from pretrain.checkpoint.convert import convert, progress_bar
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.report.exit_codes import ExitCode

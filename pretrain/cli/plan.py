@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import reader_may_leave
 from common.errors import UserError
+from common.terminal import reader_may_leave
 from pretrain.report.exit_codes import ExitCode
 
 

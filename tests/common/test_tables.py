@@ -23,7 +23,7 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from common.arguments import reader_may_leave\n"
+        "from common.terminal import reader_may_leave\n"
         "with reader_may_leave():\n"
         "    for _ in range(100_000): print('line')\n"
     )
