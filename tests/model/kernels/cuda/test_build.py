@@ -20,6 +20,7 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
@@ -40,6 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_the_library_loads_and_says_that_there_is_no_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
