@@ -37,6 +37,12 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """The arguments of a launch that these are."""
+        blocks = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 def check_dtypes(rows: Tensor, experts: Tensor) -> None:
     """ValueError where the kernels cannot multiply `rows` by `experts`."""
@@ -118,7 +124,9 @@ def dense_gates(scores: Tensor, index: Tensor, num_experts: int) -> Tensor:
     gates = scores.new_empty(H, num_experts, N, dtype=torch.float32)
     grid = (triton.cdiv(N, GATE_BLOCK), H)
     padded = triton.next_power_of_2(k)
-    dense_gates_kernel[grid](scores, index, gates, N, num_experts, k, padded, GATE_BLOCK, num_warps=4)
+    dense_gates_kernel[grid](
+        scores=scores, index=index, gates=gates, N=N, E=num_experts, K=k, PADDED_K=padded, BLOCK=GATE_BLOCK, num_warps=4
+    )
     return gates
 
 
@@ -129,7 +137,18 @@ def gather_gate_gradient(partial: Tensor, index: Tensor, dtype: torch.dtype) -> 
     grad_scores = partial.new_empty(N, H, k, dtype=dtype)
     grid = (triton.cdiv(N, GATE_BLOCK), H)
     padded = triton.next_power_of_2(k)
-    gate_gradient_kernel[grid](partial, index, grad_scores, N, num_experts, parts, k, padded, GATE_BLOCK, num_warps=4)
+    gate_gradient_kernel[grid](
+        partial=partial,
+        index=index,
+        grad_scores=grad_scores,
+        N=N,
+        E=num_experts,
+        parts=parts,
+        K=k,
+        PADDED_K=padded,
+        BLOCK=GATE_BLOCK,
+        num_warps=4,
+    )
     return grad_scores
 
 
@@ -204,8 +223,18 @@ def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *
     in the dtype of `like`."""
     (N, H, h), d, E = narrow.shape, wide.shape[1], gates.shape[1]
     grad = torch.empty_like(like, memory_format=torch.contiguous_format)
-    rows, columns, depth, warps, stages = gradient_tiles(h, wide.dtype)
-    gated_weight_gradient_kernel[(E * H * triton.cdiv(h, columns) * triton.cdiv(d, rows),)](
-        wide, narrow, gates, grad, N, d, h, H, E, narrow_first, rows, columns, depth, num_warps=warps, num_stages=stages
+    tiles = gradient_tiles(h, wide.dtype)
+    gated_weight_gradient_kernel[(E * H * triton.cdiv(h, tiles.columns) * triton.cdiv(d, tiles.rows),)](
+        wide=wide,
+        narrow=narrow,
+        gates=gates,
+        grad_experts=grad,
+        N=N,
+        d=d,
+        h=h,
+        H=H,
+        E=E,
+        NARROW_FIRST=narrow_first,
+        **tiles.launch,
     )
     return grad

@@ -225,31 +225,30 @@ def project(
     inner, width = (weights.shape[i] for i in ((3, 2) if transposed else (2, 3)))
     num_slots = order.shape[-1]
     out = rows.tensor.new_empty(R, num_slots, stride or width)
-    rows_tile, columns, depth, warps, stages = project_tiles(width, rows.tensor.dtype)
-    grid = (R * (triton.cdiv(num_slots, rows_tile) + E) * triton.cdiv(width, columns),)
+    tiles = project_tiles(width, rows.tensor.dtype)
+    grid = (R * (triton.cdiv(num_slots, tiles.rows) + E) * triton.cdiv(width, tiles.columns),)
     if num_slots > 0:
         sorted_project_kernel[grid](
-            *rows,
-            rows.tensor if scores is None else scores,
-            k,
-            order,
-            load,
-            weights,
-            out,
-            num_slots,
-            inner,
-            width,
-            out.shape[2],
-            R,
-            E,
-            transposed,
-            scores is not None,
-            padded_experts(E),
-            rows_tile,
-            columns,
-            depth,
-            num_warps=warps,
-            num_stages=stages,
+            rows=rows.tensor,
+            row_stride=rows.stride,
+            router_stride=rows.router_stride,
+            divide=rows.divide,
+            gates=rows.tensor if scores is None else scores,
+            k=k,
+            order=order,
+            load=load,
+            weights=weights,
+            out=out,
+            num_slots=num_slots,
+            inner_width=inner,
+            width=width,
+            out_stride=out.shape[2],
+            routers=R,
+            E=E,
+            TRANSPOSED=transposed,
+            GATED=scores is not None,
+            PADDED_E=padded_experts(E),
+            **tiles.launch,
         )
     return out
 
@@ -269,27 +268,29 @@ def weight_gradient(
     R, E = like.shape[:2]
     d, h = (like.shape[i] for i in ((3, 2) if narrow_first else (2, 3)))
     grad = torch.empty_like(like, memory_format=torch.contiguous_format)
-    rows, columns, depth, warps, stages = gradient_tiles(h, wide.tensor.dtype)
-    sorted_weight_gradient_kernel[(R * E * triton.cdiv(d, rows) * triton.cdiv(h, columns),)](
-        *wide,
-        *narrow,
-        wide.tensor if scores is None else scores,
-        k,
-        order,
-        load,
-        grad,
-        order.shape[-1],
-        d,
-        h,
-        R,
-        E,
-        narrow_first,
-        scores is not None,
-        padded_experts(E),
-        rows,
-        columns,
-        depth,
-        num_warps=warps,
-        num_stages=stages,
+    tiles = gradient_tiles(h, wide.tensor.dtype)
+    sorted_weight_gradient_kernel[(R * E * triton.cdiv(d, tiles.rows) * triton.cdiv(h, tiles.columns),)](
+        wide=wide.tensor,
+        wide_stride=wide.stride,
+        wide_router_stride=wide.router_stride,
+        wide_divide=wide.divide,
+        narrow=narrow.tensor,
+        narrow_stride=narrow.stride,
+        narrow_router_stride=narrow.router_stride,
+        narrow_divide=narrow.divide,
+        gates=wide.tensor if scores is None else scores,
+        k=k,
+        order=order,
+        load=load,
+        grad_weights=grad,
+        num_slots=order.shape[-1],
+        d=d,
+        h=h,
+        routers=R,
+        E=E,
+        NARROW_FIRST=narrow_first,
+        GATED=scores is not None,
+        PADDED_E=padded_experts(E),
+        **tiles.launch,
     )
     return grad

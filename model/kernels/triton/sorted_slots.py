@@ -98,9 +98,11 @@ def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     tokens = max(1, SORT_TILE // (padded_k * padded_e))
     blocks = triton.cdiv(N, tokens)
     counts = index.new_empty(R, blocks, num_experts, dtype=torch.int32)
-    shape = (N, num_experts, k, padded_k, padded_e, tokens)
-    count_slots_kernel[(blocks, R)](index, counts, *shape, num_warps=8)
-    place_slots_kernel[(blocks, R)](index, counts, order, load, *shape, COUNT_BLOCK, num_warps=8)
+    shape = {"N": N, "E": num_experts, "K": k, "PADDED_K": padded_k, "PADDED_E": padded_e, "TOKENS": tokens}
+    count_slots_kernel[(blocks, R)](index=index, counts=counts, **shape, num_warps=8)
+    place_slots_kernel[(blocks, R)](
+        index=index, counts=counts, order=order, load=load, **shape, COUNTS=COUNT_BLOCK, num_warps=8
+    )
     return order, load
 
 
@@ -200,8 +202,18 @@ def sum_slots(rows: Tensor, num_tokens: int, width: int) -> Tensor:
     y = rows.new_empty(num_tokens, width)
     grid = (triton.cdiv(num_tokens, SUM_TILE[0]) * triton.cdiv(width, SUM_TILE[1]),)
     if num_tokens > 0:
-        k = num_slots // num_tokens
-        sum_slots_kernel[grid](rows, y, num_tokens, width, stride, R, k, *SUM_TILE, num_warps=4)
+        sum_slots_kernel[grid](
+            rows=rows,
+            y=y,
+            N=num_tokens,
+            width=width,
+            stride=stride,
+            routers=R,
+            K=num_slots // num_tokens,
+            BLOCK_M=SUM_TILE[0],
+            BLOCK_N=SUM_TILE[1],
+            num_warps=4,
+        )
     return y
 
 
@@ -216,17 +228,18 @@ def mix_slots(
     given = products if rows is None else rows
     if N > 0:
         mix_slots_kernel[(triton.cdiv(N, SUM_TILE[0]), R)](
-            products,
-            scores,
-            given,
-            mixed,
-            grad_scores,
-            N,
-            width,
-            k,
-            mix,
-            rows is not None,
-            *SUM_TILE,
+            products=products,
+            scores=scores,
+            rows=given,
+            mixed=mixed,
+            grad_scores=grad_scores,
+            N=N,
+            width=width,
+            K=k,
+            MIX=mix,
+            DOT=rows is not None,
+            BLOCK_M=SUM_TILE[0],
+            BLOCK_N=SUM_TILE[1],
             num_warps=4,
         )
     return mixed, grad_scores

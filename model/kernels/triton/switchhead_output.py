@@ -153,9 +153,9 @@ def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
     y = a.new_empty(N, d)
     if N > 0:
         gates = dense_gates(scores, index, E)
-        rows, columns, depth, warps, stages = forward_tiles(h, a.dtype)
-        output_forward_kernel[(triton.cdiv(N, rows) * triton.cdiv(d, columns),)](
-            a, gates, experts, y, N, d, h, H, E, rows, columns, depth, num_warps=warps, num_stages=stages
+        tiles = forward_tiles(h, a.dtype)
+        output_forward_kernel[(triton.cdiv(N, tiles.rows) * triton.cdiv(d, tiles.columns),)](
+            a=a, gates=gates, experts=experts, y=y, N=N, d=d, h=h, H=H, E=E, **tiles.launch
         )
     return (y,)
 
@@ -182,26 +182,22 @@ def backward(
     if N == 0:
         return torch.empty_like(a), torch.empty_like(scores), torch.zeros_like(experts)
     gates = dense_gates(scores, index, E)
-    rows, columns, depth, warps, stages = backward_tiles(h, a.dtype)
-    column_tiles = triton.cdiv(h, columns)
+    tiles = backward_tiles(h, a.dtype)
+    column_tiles = triton.cdiv(h, tiles.columns)
     grad_a, partial = torch.empty_like(a), gates.new_empty(column_tiles, H, E, N)
-    output_backward_kernel[(triton.cdiv(N, rows) * H * column_tiles,)](
-        grad,
-        a,
-        gates,
-        experts,
-        grad_a,
-        partial,
-        N,
-        d,
-        h,
-        H,
-        E,
-        rows,
-        columns,
-        depth,
-        num_warps=warps,
-        num_stages=stages,
+    output_backward_kernel[(triton.cdiv(N, tiles.rows) * H * column_tiles,)](
+        grad=grad,
+        a=a,
+        gates=gates,
+        experts=experts,
+        grad_a=grad_a,
+        grad_gates=partial,
+        N=N,
+        d=d,
+        h=h,
+        H=H,
+        E=E,
+        **tiles.launch,
     )
     grad_experts = weight_gradient(grad, a, gates, experts, narrow_first=True)
     return grad_a, gather_gate_gradient(partial, index, scores.dtype), grad_experts

@@ -164,10 +164,19 @@ def forward(x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
     v = x.new_empty(N, H, h)
     if N > 0:
         gates = dense_gates(scores, index, E)
-        rows, columns, depth, warps, stages = forward_tiles(h, x.dtype)
-        unrolled = unrolled_experts(E, MAX_UNROLLED)
-        value_forward_kernel[(triton.cdiv(N, rows) * H * triton.cdiv(h, columns),)](
-            x, gates, experts, v, N, d, h, H, E, unrolled, rows, columns, depth, num_warps=warps, num_stages=stages
+        tiles = forward_tiles(h, x.dtype)
+        value_forward_kernel[(triton.cdiv(N, tiles.rows) * H * triton.cdiv(h, tiles.columns),)](
+            x=x,
+            gates=gates,
+            experts=experts,
+            v=v,
+            N=N,
+            d=d,
+            h=h,
+            H=H,
+            E=E,
+            UNROLL=unrolled_experts(E, MAX_UNROLLED),
+            **tiles.launch,
         )
     return v, x.new_empty(0, h)
 
@@ -197,26 +206,22 @@ def backward(
     if N == 0:
         return torch.empty_like(x), torch.empty_like(scores), torch.zeros_like(experts)
     gates = dense_gates(scores, index, E)
-    rows, columns, depth, warps, stages = backward_tiles(h, x.dtype)
-    column_tiles = triton.cdiv(d, columns)
+    tiles = backward_tiles(h, x.dtype)
+    column_tiles = triton.cdiv(d, tiles.columns)
     grad_x, partial = torch.empty_like(x), gates.new_empty(column_tiles, H, E, N)
-    value_backward_kernel[(triton.cdiv(N, rows) * column_tiles,)](
-        grad,
-        x,
-        gates,
-        experts,
-        grad_x,
-        partial,
-        N,
-        d,
-        h,
-        H,
-        E,
-        rows,
-        columns,
-        depth,
-        num_warps=warps,
-        num_stages=stages,
+    value_backward_kernel[(triton.cdiv(N, tiles.rows) * column_tiles,)](
+        grad=grad,
+        x=x,
+        gates=gates,
+        experts=experts,
+        grad_x=grad_x,
+        grad_gates=partial,
+        N=N,
+        d=d,
+        h=h,
+        H=H,
+        E=E,
+        **tiles.launch,
     )
     grad_experts = weight_gradient(x, grad, gates, experts, narrow_first=False)
     return grad_x, gather_gate_gradient(partial, index, scores.dtype), grad_experts
