@@ -36,9 +36,9 @@ def remote(tmp_path: Path) -> Path:
 @pytest.fixture
 def memory(remote: Path) -> Iterator[str]:
     store = fsspec.filesystem("memory")
-    store.put(str(remote), "/corpus", recursive=True)
-    yield "memory://corpus"
-    store.rm("/corpus", recursive=True)
+    store.put(str(remote), "/shards", recursive=True)
+    yield "memory://shards"
+    store.rm("/shards", recursive=True)
 
 
 def reader_of(cache: ShardCache, **options: int) -> SplitReader:
@@ -121,7 +121,7 @@ def test_a_server_that_is_not_there_is_tried_again_and_no_secret_is_printed(
     with pytest.raises(DataError) as caught:
         ShardCache("http://me:s3cret@127.0.0.1:1/corpus", tmp_path / "cache", 10**9)
     said = str(caught.value)
-    assert said.startswith("data.manifest: cannot read http://127.0.0.1:1/corpus/manifest.json: ClientConnector")
+    assert said.startswith("data.manifest: cannot read http://127.0.0.1:1/shards/manifest.json: ClientConnector")
     assert said.endswith("(3 attempts)") and "s3cret" not in said and len(pauses) == 3
 
 
