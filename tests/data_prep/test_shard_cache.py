@@ -121,7 +121,7 @@ def test_a_server_that_is_not_there_is_tried_again_and_no_secret_is_printed(
     with pytest.raises(DataError) as caught:
         ShardCache("http://me:s3cret@127.0.0.1:1/corpus", tmp_path / "cache", 10**9)
     said = str(caught.value)
-    assert said.startswith("data.manifest: cannot read http://127.0.0.1:1/shards/manifest.json: ClientConnector")
+    assert said.startswith("data.manifest: cannot read http://127.0.0.1:1/corpus/manifest.json: ClientConnector")
     assert said.endswith("(3 attempts)") and "s3cret" not in said and len(pauses) == 3
 
 
@@ -218,7 +218,7 @@ def test_training_windows_come_through_the_cache(remote: Path, memory: str, tmp_
         sources.reader("train", config).read(windows), plain.reader("train", config).read(windows), strict=True
     ):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
-    with pytest.raises(ConfigError, match=r"data\.cache_dir: memory://corpus is a URL"):
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: memory://shards is a URL"):
         small_config(remote, f"data.manifest={memory}")
     with pytest.raises(ConfigError, match=r"data\.verify: full would fetch every shard"):
         small_config(remote, f"data.manifest={memory}", "data.verify=full", *keys)
