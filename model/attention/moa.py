@@ -115,7 +115,8 @@ class MoAAttention(nn.Module):
             order, load = order[0], load[0]
         backend = self.backends.expert_linear
         output_experts = enter_shards(self.output_experts, group)
-        q = expert_linear(divided[:, L - T :].reshape(B * T, d), index, order, load, *late.weights, backend=backend)
+        tokens, (query_experts,) = divided[:, L - T :].reshape(B * T, d), late.weights
+        q = expert_linear(tokens, index, order, load, query_experts, backend=backend, slot=late.slot)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
         attended = self._attend(q.view(B, T, k, h), key, value, documents).reshape(B * T, k, h)
         y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)

@@ -174,8 +174,8 @@ class SwitchHeadAttention(nn.Module):
         """[N, d] -> [N, H, h] or [N, H h]."""
         if projection not in selections:
             return region_linear(tokens, late[projection])
-        (experts,) = late[projection].weights
-        return switchhead_value(tokens, selections[projection], experts, backend=self.backends.switchhead_value)
+        ((experts,), slot), backend = late[projection], self.backends.switchhead_value
+        return switchhead_value(tokens, selections[projection], experts, backend=backend, slot=slot)
 
     def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Choice]:
         """What is chosen for each expert projection: for keys and values at every token of the context, for queries

@@ -142,5 +142,9 @@ class SigmaMoE(nn.Module):
     def _experts(
         self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor, late: Late, first_expert: int = 0
     ) -> Tensor:
-        backend, weights = self.backends.sigma_moe, late.weights
-        return sigma_moe(x, scores, index, order, load, *weights, backend=backend, first_expert=first_expert)
+        return sigma_moe(
+            *(x, scores, index, order, load, *late.weights),
+            backend=self.backends.sigma_moe,
+            first_expert=first_expert,
+            slot=late.slot,
+        )

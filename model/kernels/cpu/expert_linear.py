@@ -51,6 +51,40 @@ def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tens
     return sum_slots(rows, order, k, x), grad_experts
 
 
+# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py).
+
+
+def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    (_, k, h), d = grad.shape, x.shape[1]
+    dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
+    narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
+
+    def compute(expert: int) -> None:
+        segment, narrow = expert_segment(counts, expert), scratch("narrow", (counts[expert], h), dtype)
+        torch.index_select(narrow_source, 0, order[segment], out=narrow)
+        torch.mm(narrow, experts[expert].to(dtype).t(), out=rows[segment])
+
+    run_tasks(counts, compute)
+    return sum_slots(rows, order, k, x)
+
+
+def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    (_, k, h), d = grad.shape, x.shape[1]
+    dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
+    source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
+        torch.index_select(source, 0, tokens[segment], out=wide)
+        torch.index_select(narrow_source, 0, order[segment], out=narrow)
+        mm_into(grad_experts[expert], wide.t(), narrow)
+
+    run_tasks(counts, compute)
+    _clear_unused(grad_experts, counts)
+    return grad_experts
+
+
 def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
     """a [N, k, h], gates [N, k], experts [E, h, d] -> [N, d]: summed over k."""
     (N, k, h), d = a.shape, experts.shape[2]

@@ -80,10 +80,92 @@ def backward(
         torch.mm(grad_hidden, up_experts[expert].to(dtype).t(), out=rows[segment])
 
     run_tasks(counts, compute)
-    for expert, count in enumerate(counts):
-        if count == 0:
-            grad_up[expert].zero_()
-            grad_down[expert].zero_()
+    _clear_unused(counts, grad_up, grad_down)
     grad_scores = scores.new_zeros(N * k)
     grad_scores[order] = grad_gates.to(scores.dtype)
     return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_up, grad_down
+
+
+# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py). In one it is
+# faster: a gathered tile and the hidden layer's gradient serve both while they are in cache (docs/parallelism.md).
+
+
+def input_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x and scores, and that of the hidden layer before its activation [slots, W]."""
+    (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
+    swiglu = is_swiglu(up_experts, down_experts)
+    dtype, counts = hidden.dtype, load.tolist()
+    grad, gates, tokens = grad.to(dtype).contiguous(), sorted_gates(scores, order, dtype), order // k
+    rows, grad_gates = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], dtype=dtype)
+    grad_hidden = torch.empty_like(hidden)
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        gathered = scratch("gathered", (counts[expert], d), dtype)
+        torch.index_select(grad, 0, tokens[segment], out=gathered)
+        grad_rows, expert_hidden = grad_hidden[segment], hidden[segment]
+        activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
+        grad_activated = scratch("grad_activated", (counts[expert], G), dtype) if swiglu else grad_rows
+        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_activated)
+        torch.linalg.vecdot(grad_activated, activated, out=grad_gates[segment])
+        activation_gradient(grad_activated.mul_(gates[segment]), expert_hidden, swiglu=swiglu, out=grad_rows)
+        torch.mm(grad_rows, up_experts[expert].to(dtype).t(), out=rows[segment])
+
+    run_tasks(counts, compute)
+    grad_scores = scores.new_zeros(N * k)
+    grad_scores[order] = grad_gates.to(scores.dtype)
+    return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_hidden
+
+
+def expert_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+    grad_hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of up_experts and down_experts."""
+    d, (_, G, _), k = x.shape[1], down_experts.shape, scores.shape[1]
+    swiglu = is_swiglu(up_experts, down_experts)
+    dtype, counts = hidden.dtype, load.tolist()
+    source, grad = x.to(dtype), grad.to(dtype).contiguous()
+    gates, tokens = sorted_gates(scores, order, dtype), order // k
+    grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
+
+    def compute(expert: int) -> None:
+        segment = expert_segment(counts, expert)
+        gathered = scratch("gathered", (counts[expert], d), dtype)
+        gated = scratch("gated", (counts[expert], G), dtype)
+        torch.index_select(grad, 0, tokens[segment], out=gathered)
+        activated = activate(hidden[segment], swiglu=True) if swiglu else hidden[segment]
+        torch.mul(activated, gates[segment], out=gated)
+        mm_into(grad_down[expert], gated.t(), gathered)
+        torch.index_select(source, 0, tokens[segment], out=gathered)
+        mm_into(grad_up[expert], gathered.t(), grad_hidden[segment])
+
+    run_tasks(counts, compute)
+    _clear_unused(counts, grad_up, grad_down)
+    return grad_up, grad_down
+
+
+def _clear_unused(counts: list[int], *gradients: Tensor) -> None:
+    """Zero gradient for the experts that no token chose."""
+    for expert, count in enumerate(counts):
+        if count == 0:
+            for gradient in gradients:
+                gradient[expert].zero_()

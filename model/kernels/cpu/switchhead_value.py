@@ -85,3 +85,61 @@ def backward(
     over_heads(project, H, len(x))
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
     return add_up(grouping, totals).to(x.dtype), grad_scores, grad_experts
+
+
+# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py).
+
+
+def input_gradients(
+    grad: Tensor, x: Tensor, choice: Choice, experts: Tensor, saved: tuple[Tensor, ...], strategy: Strategy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and scores, and the gates of rows and members."""
+    experts, scores, (products, token, place, ends) = experts.contiguous(), choice.scores, saved
+    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
+    H, d, h = experts.shape[0], experts.shape[2], experts.shape[3]
+    dtype = cpu_gemm_dtype(x.dtype, accumulates=True)
+    gates = compute_gates(scores, grouping, dtype)
+    products = products.view(*gates.shape, h)
+    grad_gates, totals = torch.empty_like(gates), WideSum.parts(grouping, d, dtype)
+
+    def project(part: int, heads: range) -> None:
+        narrow, total = NarrowRows(grad, grouping, gates), WideSum(grouping, totals[part], heads)
+        for head in heads:
+            rows, gated = narrow.read(head)
+            score_gradient(products[head].to(dtype), rows, grad_gates[head])
+            weights = HeadWeights(experts[head].transpose(1, 2), dtype)
+            targets, factors = grouping.split(head, total.rows(head)), grouping.split(head, gated)
+            for group, target, factor in zip(grouping.groups[head], targets, factors, strict=True):
+                total.add(head, group, target, factor, weights.join(group.experts))
+
+    over_heads(project, H, len(x))
+    grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
+    return add_up(grouping, totals).to(x.dtype), grad_scores, gates
+
+
+def expert_gradient(
+    grad: Tensor,
+    x: Tensor,
+    choice: Choice,
+    experts: Tensor,
+    saved: tuple[Tensor, ...],
+    strategy: Strategy,
+    gates: Tensor,
+) -> Tensor:
+    """Gradient of the experts; `gates` are those that `input_gradients` gave."""
+    _, token, place, ends = saved
+    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
+    grad_experts = torch.empty_like(experts, memory_format=torch.contiguous_format)
+
+    def project(part: int, heads: range) -> None:
+        wide, narrow = WideRows(x, grouping), NarrowRows(grad, grouping, gates)
+        for head in heads:
+            _, gated = narrow.read(head)
+            gradient = WeightGradient(grad_experts[head].transpose(1, 2), gates.dtype)
+            tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
+            for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
+                gradient.add(group, factor, wide.read(group, token))
+            gradient.finish()
+
+    over_heads(project, len(experts), len(x))
+    return grad_experts

@@ -42,19 +42,52 @@ def backward(
     hidden: Tensor,
     first_expert: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
-    tokens, gates = order // k, scores.flatten()[order, None].to(x.dtype)
-    rows = grad.contiguous()[tokens]
+    arguments = grad, x, scores, order, load, up_experts, down_experts, hidden, first_expert
+    grad_x, grad_scores, kept = input_gradients(*arguments)
+    return grad_x, grad_scores, *expert_gradients(*arguments, kept)
+
+
+def input_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """-> gradients of x and scores; and, in the order of the slots, that of the hidden layer before its activation, the
+    activated one times its gate and the rows of `grad`."""
+    offsets, gates = load.cumsum(0, dtype=torch.int32), scores.flatten()[order, None].to(x.dtype)
+    rows = grad.contiguous()[order // scores.shape[1]]
     grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
     swiglu = is_swiglu(up_experts, down_experts)
     activated = activate(hidden, swiglu=True) if swiglu else hidden
-    grad_down = F.grouped_mm((activated * gates).t(), rows, offs=offsets)
     grad_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     grad_scores.view(-1)[order] = (grad_gated * activated).sum(1, dtype=torch.float32).to(scores.dtype)
     grad_hidden = activation_gradient(grad_gated * gates, hidden, swiglu=swiglu)
-    grad_up = F.grouped_mm(x[tokens].t(), grad_hidden, offs=offsets)
     grad_x = _sum_rows(F.grouped_mm(grad_hidden, up_experts.transpose(1, 2), offs=offsets), order, scores, x)
-    return grad_x, grad_scores, grad_up, grad_down
+    return grad_x, grad_scores, (grad_hidden, activated * gates, rows)
+
+
+def expert_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+    kept: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of up_experts and down_experts; `kept` is what `input_gradients` gave for them."""
+    (grad_hidden, gated, rows), offsets = kept, load.cumsum(0, dtype=torch.int32)
+    grad_up = F.grouped_mm(x[order // scores.shape[1]].t(), grad_hidden, offs=offsets)
+    return grad_up, F.grouped_mm(gated.t(), rows, offs=offsets)
 
 
 def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:

@@ -20,16 +20,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import wide_dtype
+from model.parallel.overlap import Slot
 
 
-def expert_linear(x: Tensor, index: Tensor, order: Tensor, load: Tensor, experts: Tensor, *, backend: str) -> Tensor:
+def expert_linear(
+    x: Tensor,
+    index: Tensor,
+    order: Tensor,
+    load: Tensor,
+    experts: Tensor,
+    *,
+    backend: str,
+    slot: Slot | None = None,
+) -> Tensor:
     """`x` [N, d], `index` [N, k] int64, `order` [N*k] (slots grouped by expert, in token order) and `load` [E] int64 as
     `model.kernels.ops.route` gives them, `experts` [E, d, h] -> [N, k, h] in the dtype of `x`.
 
-    Differentiable in `x` and `experts`. `backend` is a resolved one (model/kernels/backend.py).
+    Differentiable in `x` and `experts`. `backend` is a resolved one (model/kernels/backend.py). With `slot` the
+    gradient of the experts is left to it (model/parallel/overlap.py), but by the reference, which gives it at once.
     """
     if backend == "reference":
         return expert_linear_reference(x, index, experts)
+    if slot is not None:
+        return _LateExperts.apply(slot, x, order, load, experts, index.shape[1], backend)
     return _expert_linear(x, order, load, experts, index.shape[1], backend)
 
 
@@ -126,6 +139,23 @@ def _sum_autograd(ctx, grad):
 
 _expert_linear.register_autograd(_linear_autograd, setup_context=_setup_context)
 _expert_linear_sum.register_autograd(_sum_autograd, setup_context=_setup_context)
+
+
+class _LateExperts(torch.autograd.Function):
+    """expert_linear, whose backward pass computes the gradient of `x` and leaves that of the experts."""
+
+    @staticmethod
+    def forward(ctx, slot, x, order, load, experts, k, backend):
+        ctx.slot, ctx.module = slot, implementation("expert_linear", backend)
+        ctx.save_for_backward(x, order, load, experts)
+        return torch.ops.switchall.expert_linear(x, order, load, experts, k, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        arguments = grad, *ctx.saved_tensors
+        grad_x = ctx.module.input_gradient(*arguments)
+        ctx.slot.leave(lambda: (ctx.module.expert_gradient(*arguments),))
+        return None, grad_x, *[None] * 5
 
 
 @register_flop_formula(torch.ops.switchall.expert_linear)

@@ -16,6 +16,8 @@ one thread in one run: gather into the rows that are summed at the end 66% (this
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -23,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from model.kernels.activation import activate, is_swiglu
 from model.kernels.backend import implementation
 from model.kernels.dtypes import cpu_gemm_dtype, wide_dtype
+from model.parallel.overlap import Slot
 
 
 def sigma_moe(
@@ -36,6 +39,7 @@ def sigma_moe(
     *,
     backend: str,
     first_expert: int = 0,
+    slot: Slot | None = None,
 ) -> Tensor:
     """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
     `up_experts` [E, d, W], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
@@ -46,10 +50,13 @@ def sigma_moe(
     `first_expert`, and need not wait for it.
 
     Differentiable in `x`, `scores` (any float dtype), `up_experts` and `down_experts`. `order` and `load` are those of
-    `model.kernels.ops.route` for `index`. `backend` is a resolved one (model/kernels/backend.py).
+    `model.kernels.ops.route` for `index`. `backend` is a resolved one (model/kernels/backend.py). With `slot` the
+    gradients of the experts are left to it (model/parallel/overlap.py), but by the reference, which gives them at once.
     """
     if backend == "reference":
         return sigma_moe_reference(x, scores, index, up_experts, down_experts)
+    if slot is not None:
+        return _LateExperts.apply(slot, x, scores, order, load, up_experts, down_experts, backend, first_expert)
     return _sigma_moe(x, scores, order, load, up_experts, down_experts, backend, first_expert)[0]
 
 
@@ -136,6 +143,25 @@ def _autograd(ctx, grad, _):
 
 
 _sigma_moe.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _LateExperts(torch.autograd.Function):
+    """The op, whose backward pass computes the gradients of `x` and `scores` and leaves those of the experts."""
+
+    @staticmethod
+    def forward(ctx, slot, *inputs):
+        *tensors, backend, ctx.first_expert = inputs
+        ctx.slot, ctx.module = slot, implementation("sigma_moe", backend)
+        y, hidden = torch.ops.switchall.sigma_moe(*inputs)
+        ctx.save_for_backward(*tensors, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        arguments = grad, *ctx.saved_tensors, ctx.first_expert
+        grad_x, grad_scores, kept = ctx.module.input_gradients(*arguments)
+        ctx.slot.leave(partial(ctx.module.expert_gradients, *arguments, kept))
+        return None, grad_x, grad_scores, *[None] * 6
 
 
 @register_flop_formula(torch.ops.switchall.sigma_moe)

@@ -21,6 +21,7 @@ from model.kernels.backend import check_backend, implementation
 from model.kernels.cpu.grouping import saved_shapes
 from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.route import Choice
+from model.parallel.overlap import Slot
 
 STRATEGIES = {"cpu": ("all", "sets", "experts"), "triton": ("gated", "sorted")}
 """How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py and
@@ -28,16 +29,25 @@ model/kernels/triton/gated_gemm.py."""
 
 
 def switchhead_value(
-    x: Tensor, choice: Choice, experts: Tensor, *, backend: str, strategy: str | None = None
+    x: Tensor,
+    choice: Choice,
+    experts: Tensor,
+    *,
+    backend: str,
+    strategy: str | None = None,
+    slot: Slot | None = None,
 ) -> Tensor:
     """`x` [N, d], `choice` of N tokens and H routers, `experts` [H, E, d, h] -> [N, H, h] in the dtype of `x`.
 
     Differentiable in `x`, the choice's scores and `experts`. `backend` is a resolved one (model/kernels/backend.py);
-    `strategy` is one of `STRATEGIES` for tests and benchmarks, else chosen by the shapes.
+    `strategy` is one of `STRATEGIES` for tests and benchmarks, else chosen by the shapes. With `slot` the gradient of
+    the experts is left to it (model/parallel/overlap.py), but by the reference, which gives it at once.
     """
     if backend == "reference":
         return switchhead_value_reference(x, choice, experts)
     strategy = _resolve_strategy("switchhead_value", backend, strategy, choice, experts)
+    if slot is not None:
+        return _LateValue.apply(slot, x, *choice, experts, backend, strategy)
     return torch.ops.switchall.switchhead_value(x, *choice, experts, backend, strategy)[0]
 
 
@@ -230,6 +240,26 @@ def _autograd(backward: Any) -> Any:
 for _op, _op_backward in ((_value, _value_backward), (_output, _output_backward)):
     _op_backward.register_fake(_fake_gradients)
     _op.register_autograd(_autograd(_op_backward), setup_context=_setup_context)
+
+
+class _LateValue(torch.autograd.Function):
+    """switchhead_value, whose backward pass computes the gradients of `x` and the scores and leaves the experts'."""
+
+    @staticmethod
+    def forward(ctx: Any, slot: Slot, *inputs: Any) -> Tensor:
+        *tensors, backend, ctx.strategy = inputs
+        ctx.slot, ctx.module = slot, implementation("switchhead_value", backend)
+        v, *saved = torch.ops.switchall.switchhead_value(*inputs)
+        ctx.save_for_backward(*tensors, *saved)
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scores, index, order, load, experts, *saved = ctx.saved_tensors
+        arguments = grad, x, Choice(scores, index, order, load), experts, tuple(saved), ctx.strategy
+        grad_x, grad_scores, kept = ctx.module.input_gradients(*arguments)
+        ctx.slot.leave(lambda: (ctx.module.expert_gradient(*arguments, kept),))
+        return None, grad_x, grad_scores, *[None] * 6
 
 
 @register_flop_formula([torch.ops.switchall.switchhead_value, torch.ops.switchall.switchhead_output])

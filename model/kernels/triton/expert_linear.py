@@ -23,16 +23,27 @@ def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> 
     return y.view(x.shape[0], k, h)
 
 
-@on_its_device
 def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and experts for `grad` [N, k, h]."""
+    arguments = grad.contiguous(), x, order, load, experts
+    return input_gradient(*arguments), expert_gradient(*arguments)
+
+
+@on_its_device
+def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of x."""
+    grad, order, load, experts = (t.contiguous() for t in (grad, order, load, experts))
+    narrow, stride = Rows.of_slots(grad), slot_stride(x.shape[1])
+    slots = project(narrow, order, load, experts[None], None, grad.shape[1], transposed=True, stride=stride)
+    return sum_slots(slots, *x.shape)
+
+
+@on_its_device
+def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of the experts."""
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
-    k = grad.shape[1]
-    narrow, weights = Rows.of_slots(grad), experts[None]
-    stride = slot_stride(x.shape[1])
-    grad_x = sum_slots(project(narrow, order, load, weights, None, k, transposed=True, stride=stride), *x.shape)
-    grad_experts = weight_gradient(Rows.of_tokens(x, k), narrow, order, load, weights, None, k, narrow_first=False)
-    return grad_x, grad_experts[0]
+    k, narrow = grad.shape[1], Rows.of_slots(grad)
+    return weight_gradient(Rows.of_tokens(x, k), narrow, order, load, experts[None], None, k, narrow_first=False)[0]
 
 
 @on_its_device

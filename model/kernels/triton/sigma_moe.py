@@ -112,7 +112,6 @@ def forward(
     return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, first_expert, hidden), hidden
 
 
-@on_its_device
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -125,7 +124,25 @@ def backward(
     first_expert: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
-    types = up_experts.dtype, down_experts.dtype
+    arguments = grad, x, scores, order, load, up_experts, down_experts, hidden, first_expert
+    grad_x, grad_scores, kept = input_gradients(*arguments)
+    return grad_x, grad_scores, *expert_gradients(*arguments, kept)
+
+
+@on_its_device
+def input_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """-> gradients of x and scores; and the gradient of the hidden layer before its activation and the hidden layer
+    times its gate, for `expert_gradients`."""
     x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
     grad = grad.to(x.dtype).contiguous()
     num_rows, (_, G, _) = order.shape[0], down_experts.shape
@@ -138,10 +155,29 @@ def backward(
     outputs = (hidden, grad_hidden, gated, grad_scores)
     grad_x = _launch(backward_kernel, grad, scores, order, load, up_experts, down_experts, first_expert, *outputs)
     grad_scores = grad_scores[..., 0] if chunks == 1 else grad_scores.sum(-1).to(scores.dtype)
+    return grad_x, grad_scores, (grad_hidden, gated)
+
+
+@on_its_device
+def expert_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    order: Tensor,
+    load: Tensor,
+    up_experts: Tensor,
+    down_experts: Tensor,
+    hidden: Tensor,
+    first_expert: int,
+    kept: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of up_experts and down_experts; `kept` is what `input_gradients` gave for them."""
+    x, order, load = (t.contiguous() for t in (x, order, load))
+    (grad_hidden, gated), grad = kept, grad.to(x.dtype).contiguous()
     routing = order, load, scores.shape[1], first_expert, down_experts.shape[0]
-    grad_up = weight_gradient(grad_hidden, x, *routing, width_first=False).to(types[0])
-    grad_down = weight_gradient(gated, grad, *routing, width_first=True).to(types[1])
-    return grad_x, grad_scores, grad_up, grad_down
+    grad_up = weight_gradient(grad_hidden, x, *routing, width_first=False).to(up_experts.dtype)
+    grad_down = weight_gradient(gated, grad, *routing, width_first=True).to(down_experts.dtype)
+    return grad_up, grad_down
 
 
 def _prepare(x: Tensor, *others: Tensor) -> list[Tensor]:

@@ -181,7 +181,6 @@ def forward(x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
     return v, x.new_empty(0, h)
 
 
-@on_its_device
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -191,21 +190,34 @@ def backward(
     strategy: Strategy,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
+    arguments = grad, x, choice, experts, saved, strategy
+    grad_x, grad_scores, gates = input_gradients(*arguments)
+    return grad_x, grad_scores, expert_gradient(*arguments, gates)
+
+
+@on_its_device
+def input_gradients(
+    grad: Tensor,
+    x: Tensor,
+    choice: Choice,
+    experts: Tensor,
+    saved: tuple[Tensor, ...],
+    strategy: Strategy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and scores, and the gates for `expert_gradient`: of slots with `sorted`, else of all experts."""
     grad, x, experts = (t.contiguous() for t in (grad, x, experts))
     scores, index, order, load = (t.contiguous() for t in choice)
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
     if strategy == "sorted":
         products = saved[0]
-        narrow, wide = Rows.of_tokens(grad, k), Rows.of_tokens(x, k)
+        narrow = Rows.of_tokens(grad, k)
         _, grad_scores = mix_slots(products.view(H, N * k, h), scores, grad, mix=False)
         stride = slot_stride(d)
         slots = sorted_gemm.project(narrow, order, load, experts, scores, k, transposed=True, stride=stride)
-        grad_x = sum_slots(slots, N, d)
-        grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=False)
-        return grad_x, grad_scores, grad_experts
-    if N == 0:
-        return torch.empty_like(x), torch.empty_like(scores), torch.zeros_like(experts)
+        return sum_slots(slots, N, d), grad_scores, scores
     gates = dense_gates(scores, index, E)
+    if N == 0:
+        return torch.empty_like(x), torch.empty_like(scores), gates
     tiles = backward_tiles(h, x.dtype)
     column_tiles = triton.cdiv(d, tiles.columns)
     grad_x, partial = torch.empty_like(x), gates.new_empty(column_tiles, H, E, N)
@@ -223,5 +235,25 @@ def backward(
         E=E,
         **tiles.launch,
     )
-    grad_experts = weight_gradient(x, grad, gates, experts, narrow_first=False)
-    return grad_x, gather_gate_gradient(partial, index, scores.dtype), grad_experts
+    return grad_x, gather_gate_gradient(partial, index, scores.dtype), gates
+
+
+@on_its_device
+def expert_gradient(
+    grad: Tensor,
+    x: Tensor,
+    choice: Choice,
+    experts: Tensor,
+    saved: tuple[Tensor, ...],
+    strategy: Strategy,
+    gates: Tensor,
+) -> Tensor:
+    """Gradient of the experts."""
+    grad, x, experts, k = grad.contiguous(), x.contiguous(), experts.contiguous(), choice.index.shape[2]
+    if strategy == "sorted":
+        order, load = choice.order.contiguous(), choice.load.contiguous()
+        wide, narrow = Rows.of_tokens(x, k), Rows.of_tokens(grad, k)
+        return sorted_gemm.weight_gradient(wide, narrow, order, load, experts, gates, k, narrow_first=False)
+    if len(x) == 0:
+        return torch.zeros_like(experts)
+    return weight_gradient(x, grad, gates, experts, narrow_first=False)

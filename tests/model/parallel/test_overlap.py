@@ -21,6 +21,10 @@ from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
+from model.kernels.ops.expert_linear import expert_linear
+from model.kernels.ops.route import route
+from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.switchhead import switchhead_value
 from model.linear import region_linear
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late, Slot, WeightGradients, late_weights
@@ -49,9 +53,11 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 LATE = {
     "dense attention": ("query.weight", "key.weight", "value.weight"),
-    "switchhead": ("query.weight", "key.weight"),
+    "switchhead": ("query.weight", "key.weight", "value_experts"),
+    "moa": (),  # query_experts: each rank computes some slots with all of them, so a sum over ranks follows
     "dense": ("up.weight",),
     "swiglu": ("gate.weight", "up.weight"),
+    "sigma-moe": ("up_experts", "down_experts"),
 }
 """Weights whose gradients arrive while the sum is on its way."""
 
@@ -166,15 +172,60 @@ def gradients(map_: Callable[[Late], Tensor], late: Late, leaves: list[Tensor]) 
     return list(torch.autograd.grad(y, leaves, towards))
 
 
-@pytest.mark.parametrize("widths", [(8,), (8, 3)])
-def test_what_is_left_for_later_has_the_same_values(widths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "joint linear", "switchhead_value", "sigma_moe", "sigma_moe with SwiGLU", "grouped_mm", "expert_linear"],
+)
+def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtype) -> None:
+    """Also for experts that no token chose."""
+    N, d, H, E, k, h = 37, 16, 2, 5, 2, 8
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 7, 16, generator=generator, requires_grad=True)
-    weights = [torch.randn(width, 16, generator=generator, requires_grad=True) for width in widths]
-    at_once = gradients(partial(region_linear, x), Late(tuple(weights)), [x, *weights])
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    x = leaf(N, d)
+    selector = torch.randn(H, E, d, generator=generator) - 5.0 * (torch.arange(E) == 3)[:, None]
+    choice = route(x.detach().abs(), selector.to(dtype), k, backend="cpu").choice
+    assert (choice.load[0] == 0).any(), "every expert was chosen"
+    scores = choice.scores.detach().requires_grad_()
+    choice = choice._replace(scores=scores)
+    first = scores[:, 0].detach().requires_grad_()
+    settings = (choice.index[:, 0], choice.order[0], choice.load[0])
+    weights, inputs, map_ = {
+        "linear": ([leaf(h, d)], [x], lambda late: region_linear(x, late)),
+        "joint linear": ([leaf(h, d), leaf(3, d)], [x], lambda late: region_linear(x, late)),
+        "switchhead_value": (
+            [leaf(H, E, d, h)],
+            [x, scores],
+            lambda late: switchhead_value(x, choice, *late.weights, backend="cpu", slot=late.slot),
+        ),
+        "sigma_moe": (
+            [leaf(E, d, h), leaf(E, h, d)],
+            [x, first],
+            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="cpu", slot=late.slot),
+        ),
+        "sigma_moe with SwiGLU": (
+            [leaf(E, d, 2 * h), leaf(E, h, d)],
+            [x, first],
+            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="cpu", slot=late.slot),
+        ),
+        "grouped_mm": (
+            [leaf(E, d, 2 * h), leaf(E, h, d)],
+            [x, first],
+            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="grouped_mm", slot=late.slot),
+        ),
+        "expert_linear": (
+            [leaf(E, d, h)],
+            [x],
+            lambda late: expert_linear(x, *settings, *late.weights, backend="cpu", slot=late.slot),
+        ),
+    }[name]
+    at_once = gradients(map_, Late(tuple(weights)), [*inputs, *weights])
     late = late_weights(weights)
     assert late.slot is not None
-    for found, expected in zip(gradients(partial(region_linear, x), late, [x, *weights]), at_once, strict=True):
+    for found, expected in zip(gradients(map_, late, [*inputs, *weights]), at_once, strict=True):
         torch.testing.assert_close(found, expected)
     assert late.slot.take() is None, "something was left over"
 
