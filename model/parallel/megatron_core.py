@@ -1,7 +1,7 @@
-"""What this stack takes from megatron-core (0.16.1); no other file imports it, and none imports this one at its top.
+"""What this stack takes from megatron-core (0.16.1). No other file imports that, and none imports this one at its top.
 
-Importing it takes as long as torch itself, and a run without tensor-parallel ranks needs nothing of it: who calls has a
-group, and imports here.
+Importing it takes longer than importing torch, and a run that is divided over data-parallel ranks alone needs nothing
+of it: who calls has a group, and imports this file then.
 
 megatron-core's layers are used as functions, not as modules. Its modules own their weight, initialise it and name it;
 here a parameter has one canonical name and one initial value in every layout, so that checkpoints move between layouts.
@@ -48,6 +48,9 @@ class _TorchWithoutCUDA:
 
 if not torch.cuda.is_available():
     mappings.torch = _TorchWithoutCUDA()
+
+# Its advice on CUDA_DEVICE_MAX_CONNECTIONS is in docs/parallelism.md.
+layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
 
 # ------------------------------------------------------------------------------- entering and leaving divided regions
 
@@ -103,12 +106,9 @@ def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor
     The sum of the gradient of `x` over ranks is begun before the gradient of the weight is computed, and awaited after
     it.
     """
-    with warnings.catch_warnings():
-        # That CUDA_DEVICE_MAX_CONNECTIONS should be 1: docs/parallelism.md says when.
-        warnings.simplefilter("ignore")
-        return layers.linear_with_grad_accumulation_and_async_allreduce(
-            x, weight, None, False, allreduce_dgrad=True, sequence_parallel=False, tp_group=group
-        )
+    return layers.linear_with_grad_accumulation_and_async_allreduce(
+        x, weight, None, False, allreduce_dgrad=True, sequence_parallel=False, tp_group=group
+    )
 
 
 def embed(tokens: Tensor, weight: Tensor, *, first: int, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
