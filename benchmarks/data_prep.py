@@ -216,7 +216,9 @@ def throughput(paths: list[Path], work: Path, datatrove: str | None, dolma: str 
             cost = costs[name][-1]
             print(f"{name}: {cost.cpu_seconds:.2f} CPU s, {cost.seconds:.2f} s", file=sys.stderr, flush=True)
     best = {name: min(found, key=lambda cost: cost.cpu_seconds) for name, found in costs.items()}
-    rows = [("tool", "CPU s", "wall s", "MB/CPU s", "ours, BPE over it", "ours, unigram over it")]
+    rows: list[tuple[str, ...]] = [
+        ("tool", "CPU s", "wall s", "MB/CPU s", "ours, BPE over it", "ours, unigram over it")
+    ]
     bpe, unigram = best["ours, BPE"].cpu_seconds, best["ours, unigram"].cpu_seconds
     for name, cost in best.items():
         ratios = (f"{cost.cpu_seconds / bpe:.2f}", f"{cost.cpu_seconds / unigram:.2f}")
@@ -263,7 +265,8 @@ def _inputs_of_size(paths: list[Path], folder: Path, size: int) -> list[Path]:
     """Files with `size` bytes of text: the documents over and over, from the second time with every 5th word changed,
     so that they stay apart as documents and mostly as near-duplicates too."""
     folder.mkdir()
-    written, round_number, inputs = 0, 0, []
+    written, round_number = 0, 0
+    inputs: list[Path] = []
     while written < size:
         for path in paths:
             if written >= size:

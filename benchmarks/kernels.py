@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core's router compiles a function that needs CUDA
@@ -86,17 +87,18 @@ def sigma_moe_suite(dtype: torch.dtype, quick: bool) -> Suite:
         ("megatron-core SequentialMLP", peers.megatron_sequential_mlp),
     ):
         layer, parameters = build(d, E, G, k, dtype)
-        cases.append(Case(name, lambda layer=layer: layer(x), [x, *parameters]))
+        cases.append(Case(name, partial(layer, x), [x, *parameters]))
     return Suite(f"T={N} d={d} E={E} k={k} expert {G}", 2 * 2 * N * k * d * G, cases)
 
 
 def route_suite(dtype: torch.dtype, quick: bool) -> Suite:
     N, d, R, E, k = (512, 128, 1, 8, 2) if quick else (4096, 512, 1, 16, 4)
     x, weight = _normal(dtype, N, d), _normal(dtype, R, E, d)
-    cases = [
-        Case(f"ours, {backend}", lambda backend=backend: route(x, weight, k, backend=backend).scores, (x, weight))
-        for backend in ON_CPU["route"]
-    ]
+
+    def scores(backend: str) -> Tensor:
+        return route(x, weight, k, backend=backend).scores
+
+    cases = [Case(f"ours, {backend}", partial(scores, backend), (x, weight)) for backend in ON_CPU["route"]]
     return Suite(f"T={N} d={d} R={R} E={E} k={k}", 2 * N * R * E * d, cases)
 
 
@@ -126,7 +128,7 @@ def expert_linear_suite(dtype: torch.dtype, quick: bool) -> Suite:
         return y
 
     inputs = (x, query, output, gates)
-    cases = [Case(f"ours, {b}", lambda b=b: ours(b), inputs) for b in ON_CPU["expert_linear"]]
+    cases = [Case(f"ours, {b}", partial(ours, b), inputs) for b in ON_CPU["expert_linear"]]
     cases += [Case("F.grouped_mm", grouped_mm, inputs), Case("loop over experts", loop, inputs)]
     return Suite(f"T={N} d={d} h={h} E={E} k={k}", 2 * 2 * N * k * d * h, cases)
 
@@ -136,10 +138,14 @@ def linear_cross_entropy_suite(dtype: torch.dtype, quick: bool) -> Suite:
     hidden, weight, bias = _normal(dtype, N, d), _normal(dtype, V, d), _normal(dtype, V)
     targets = torch.randint(0, V, (N,))
     inputs = (hidden, weight, bias)
+
+    def losses(backend: str) -> Tensor:
+        return linear_cross_entropy(hidden, weight, bias, targets, backend=backend)[0]
+
     cases = [
         Case(
             f"ours, {backend}",
-            lambda backend=backend: linear_cross_entropy(hidden, weight, bias, targets, backend=backend)[0],
+            partial(losses, backend),
             inputs,
         )
         for backend in ON_CPU["linear_cross_entropy"]

@@ -75,7 +75,7 @@ def megatron_sequential_mlp(d: int, num_experts: int, expert_size: int, k: int, 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     moe_utils.te_general_gemm = None
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     if not parallel_state.is_initialized():

@@ -20,7 +20,7 @@ import argparse
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -71,7 +71,7 @@ class Count:
     atomics: int = 0
     launches: int = 0
     """Kernels, and torch operators that would launch one."""
-    by_tensor: dict[str, int] | None = None
+    by_tensor: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 class TorchOperators(TorchDispatchMode):
@@ -95,7 +95,6 @@ class TorchOperators(TorchDispatchMode):
             moved = tensor_bytes((*args, result))
             self.count.launches += 1
             self.count.requested += moved
-            assert self.count.by_tensor is not None
             self.count.by_tensor[f"torch.{func._opname}"] += moved
         return result
 
@@ -126,7 +125,7 @@ def measure(layer: Layer, T: int, d: int) -> Count:
 
     H, E, G = layer.heads, layer.num_experts, layer.narrow
     scores, index, order, load = routing(layer, T, generator)
-    x, grad_wide, count = normal(T, d), normal(T, d), Count(by_tensor=defaultdict(int))
+    x, grad_wide, count = normal(T, d), normal(T, d), Count()
     narrow, grad_narrow, into, out_of = normal(T, H, G), normal(T, H, G), normal(H, E, d, G), normal(H, E, G, d)
     with recording(check=False) as launches, TorchOperators(count):
         if H > 1:
@@ -223,7 +222,7 @@ def main() -> None:
     if options.per_tensor:
         for layer, T, _, count in rows:
             print(f"\n{layer.name}, T={T}")
-            for name, size in sorted((count.by_tensor or {}).items(), key=lambda item: -item[1]):
+            for name, size in sorted(count.by_tensor.items(), key=lambda item: -item[1]):
                 print(f"  {size / 1e6:9.2f} MB  {name}")
 
 

@@ -247,7 +247,7 @@ _CARRY = tuple(
 """Operations on pointers; their result points into the same tensor."""
 
 
-def _carrying(method: Callable) -> Callable:
+def _carrying(method: Callable[..., Any]) -> Callable[..., Any]:
     def carrying(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         for arg in args:

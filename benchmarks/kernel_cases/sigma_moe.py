@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -58,7 +59,7 @@ def _cases(
     present: dict[str, None] = {} if total else {"present_ptr": None}
     experts = expert_constants(total - num_experts if total else 0, num_experts, total or num_experts)
 
-    def case(kernel, what: str, constants: dict, tiles: Tiles | None, **special: str) -> CompileCase:
+    def case(kernel: Any, what: str, constants: dict[str, Any], tiles: Tiles | None, **special: str) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
         warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_WARPS, 3)
         return CompileCase(

@@ -170,7 +170,7 @@ class Stop:
         if self._reason is None or self.state is ProcessState.ENDING or not self.peer_is_dead():
             return
         time.sleep(PEER_SECONDS)
-        if self.state is not ProcessState.ENDING:
+        if self.state is not ProcessState.ENDING:  # type: ignore[comparison-overlap]  # another thread sets it
             self.leave(ExitCode.PEER_DIED, "another rank of this machine has died; the last checkpoint stands")
 
 
