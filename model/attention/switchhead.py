@@ -28,12 +28,20 @@ SOURCE: tuple[Projection, ...] = ("key", "value")
 
 
 class SwitchHeadAttention(nn.Module):
-    """H attention matrices; per token and head, k of E experts, sigmoid gated, in each of `expert_projections`.
+    """H attention matrices; for each token and head, k of E experts in each of `expert_projections`.
 
-    v[h] = sum_{e in top-k} s_V[h, e] x W_V[h, e];  y = sum_h sum_{e in top-k} s_O[h, e] a[h] W_O[h, e].
-    The value selector looks at the key's token (memory included), the output selector at the query's token, both
-    through the layer-normed block input; key experts go with values, query experts with outputs (`selection`).
-    Shape legend: B batch, T tokens of the chunk, L = M + T of the context, H heads, h head_dim, E experts, d d_model.
+    With experts in the value and output projections, the default, for head i and the layer-normed block input x [L, d]:
+
+        s_V[l, i] = sigmoid(W_sV[i] x[l])                                         [E], the k largest are chosen
+        v[l, i]   = sum over chosen e: s_V[l, i, e] x[l] W_V[i, e]                W_V [H, E, d, h], v [L, H, h]
+        a[t, i]   = sum over l <= t: softmax_l(q[t, i] . k[l, i] / sqrt(h)) v[l, i]               a [T, H, h]
+        s_O[t, i] = sigmoid(W_sO[i] x[t])                                         [E], the k largest are chosen
+        y[t]      = sum over i and chosen e: s_O[t, i, e] a[t, i] W_O[i, e]       W_O [H, E, h, d], y [T, d]
+
+    The value selector W_sV looks at the key's token (memory included), the output selector W_sO at the query's token.
+    Key experts go with values, query experts with outputs (`selection`). XL adds position terms to the softmax.
+    Shape legend: B batch, T tokens of the chunk, L = M + T of the context (M of memory), H heads, h head_dim,
+    E experts, d d_model.
     """
 
     query: nn.Linear

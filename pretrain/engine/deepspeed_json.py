@@ -39,7 +39,7 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
 
 
 def _merge(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`extra` below `ours`, objects merged key by key; rules.py has refused contradictions."""
+    """`extra` below `ours`, objects merged key by key; deepspeed_keys.py has refused contradictions."""
     merged = dict(ours)
     for key, value in extra.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):

@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 class Monitor:
-    """Writes one line per step to metrics.jsonl, scalars to TensorBoard, and a terse line to the terminal."""
+    """Gives a line per step to the run folder (metrics.jsonl), scalars to TensorBoard, a terse line to the terminal."""
 
     def __init__(self, config: Config, folder: RunFolder, *, first_step: int, last_step: int) -> None:
         """Raises UserError if RUN_DIR/tensorboard cannot be a folder."""
