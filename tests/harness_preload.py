@@ -6,7 +6,9 @@ listed here may start a thread, because a process that forks must have one alone
 """
 
 import gc
+import importlib
 import os
+import pkgutil
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -17,6 +19,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402
 import deepspeed.runtime.pipe.engine  # noqa: E402
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import numpy.ma  # noqa: E402, F401
 import pytest  # noqa: E402, F401
@@ -24,11 +27,15 @@ import torch._dynamo  # noqa: E402
 import torch._inductor.compile_fx  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import model.parallel.megatron_core  # noqa: E402, F401
+import model.kernels.cpu  # noqa: E402
+import model.parallel.megatron_core  # noqa: E402
 import pretrain.cli.train  # noqa: E402
 import pretrain.engine.pipeline  # noqa: E402
 import pretrain.loop  # noqa: E402, F401
 import tests.pretrain.runs  # noqa: E402, F401
+
+for backend in pkgutil.iter_modules(model.kernels.cpu.__path__, "model.kernels.cpu."):
+    importlib.import_module(backend.name)
 
 # A collection in a rank would write to, and so copy, the pages of all these objects.
 gc.collect()
