@@ -25,16 +25,16 @@ from pretrain.ranks import Ranks
 NAME_SECONDS = 60.0
 """How long a name server may take to learn the name of the first node."""
 REMINDER_SECONDS = 15.0
-"""After which a rank says what it waits for: ranks start within seconds of each other, unless one does not come."""
+"""After this time a rank says what it waits for: ranks start within seconds of each other, unless one is missing."""
 
 
 class Unreachable(RuntimeError):
-    """The ranks do not find each other: a fault of nodes or network, which the next start may not meet."""
+    """The ranks cannot reach each other: a fault of a node or of the network, which the next start may not meet."""
 
 
 def device_type() -> str:
-    """What DS_ACCELERATOR says, DeepSpeed's own variable; without it `cuda` if a GPU is usable, else `cpu`. Raises
-    UserError."""
+    """The value of DS_ACCELERATOR, DeepSpeed's own variable; if it is not set, `cuda` if a GPU is usable, else `cpu`.
+    Raises UserError."""
     found, named = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
     if named is None:
         return "cuda" if found else "cpu"
@@ -53,7 +53,7 @@ def device_type() -> str:
 
 def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
-    `timeout_seconds`: after which the ranks no longer wait for each other, here and in collectives. Raises UserError
+    `timeout_seconds`: how long the ranks wait for each other, here and in collectives. Raises UserError
     and Unreachable."""
     device_name = device_type()
     _set_threads(ranks, threads)
@@ -93,7 +93,7 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
 
 
 def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
-    """Joins the process group, and says what is waited for if that takes long."""
+    """Joins the process group, and says what it waits for if that takes long."""
     import deepspeed
 
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -123,14 +123,14 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
 
 
 def _await_name(address: str, ranks: Ranks, seconds: float) -> None:
-    """Waits until a name server knows `address`: those of a cluster may learn the name of a node after it has started.
-    Raises Unreachable."""
+    """Waits until a name server knows `address`: a cluster's name servers may learn a node's name only after it has
+    started. Raises Unreachable."""
     deadline, has_said = time.monotonic() + seconds, False
     while True:
         try:
             socket.getaddrinfo(address, None)
             return
-        except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a name
+        except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a name
             reason = getattr(error, "strerror", None) or str(error)
         if time.monotonic() >= deadline:
             raise Unreachable(
@@ -149,14 +149,14 @@ def _await_name(address: str, ranks: Ranks, seconds: float) -> None:
 
 
 def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where the default group's collectives can take it: NCCL has no CPU tensors."""
+    """The tensor on a device that the default group's collectives accept: NCCL takes no CPU tensors."""
     if dist.get_backend() == "nccl":  # GPU-ONLY collective-device
         return tensor.cuda()
     return tensor
 
 
 def control_group(timeout_seconds: float) -> Any:
-    """All ranks, by collectives of CPU tensors that wait for no kernel; collective."""
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return dist.group.WORLD
@@ -188,10 +188,10 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def host_buffer(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8 in CPU memory that is really there: every page was touched."""
+    """[num_bytes] uint8 in CPU memory that is really allocated: every page was touched."""
     if torch.cuda.is_available():  # GPU-ONLY pinned-buffer
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(num_bytes, dtype=torch.uint8).fill_(1)  # zeros() would wait for the first write
+    return torch.empty(num_bytes, dtype=torch.uint8).fill_(1)  # zeros() would allocate at the first write
 
 
 def _set_threads(ranks: Ranks, threads: int | None) -> None:

@@ -23,10 +23,10 @@ from pretrain.trainer import Trainer
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     """Indices [steps, streams] int64 of the windows that are evaluated, evaluate.sequences of them (or all, if the
-    split has fewer); -1 where a stream has ended. With memory there are evaluate.streams streams, without each window
-    is a stream of its own. Spread, streams begin evenly over the split, because a split holds its sources one after the
-    other, and read on from there; their lengths differ by one at most. From the start, they are cut from the first
-    windows and all of one length, in which the published runs evaluated models without memory too."""
+    split has fewer); -1 where a stream has ended. With memory there are evaluate.streams streams; without memory each
+    window is a stream of its own. Placement spread: streams begin evenly over the split, because a split holds its
+    sources one after the other, and read on from there; their lengths differ by one at most. Placement start: streams
+    of equal length are cut from the first windows, as in the published runs, for models without memory too."""
     settings, has_memory = config.evaluate, config.model.memory_length > 0
     count = min(settings.sequences, reader.num_windows)
     # A stream of one window would never use the memory.
@@ -53,7 +53,7 @@ class _Dealt(NamedTuple):
 
 
 def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> _Dealt:
-    """Streams are dealt to ranks in blocks of `micro`; each rank has as many blocks."""
+    """Deals streams to ranks in blocks of `micro`; every rank gets the same number of blocks."""
     total = windows.shape[1]
     firsts = range(0, total, micro * parallel.data_size)
     num_streams = len(firsts) * micro * parallel.data_size
@@ -73,9 +73,9 @@ def evaluate(
     *,
     before_batch: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte. Collective. Where a stream has
-    ended or a rank has none left, a window is computed that does not count, because under ZeRO 3 every forward pass is
-    collective. `before_batch`, collective too, says whether to go on; if not, the result is None."""
+    """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte. Collective. A rank whose stream
+    has ended, or that has none left, computes a window that does not count, because under ZeRO 3 every forward pass is
+    collective. `before_batch`, which is collective too, says whether to go on; if not, the result is None."""
     windows, blocks = _deal(evaluation_windows(reader, config), config.batch.micro_sequences, parallel)
 
     def read(windows: np.ndarray, block: np.ndarray) -> Batch:
@@ -114,8 +114,8 @@ def validate(
     trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool, stopping: Callable[[], bool]
 ) -> float | None:
     """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens.
-    Collective, as `stopping` is, which is asked before every batch. Returns the loss on every rank; None without a
-    validation split, if it was to stop, or where the loss is not finite."""
+    Collective; before every batch it calls `stopping`, which is collective too. Returns the loss on every rank, or
+    None: without a validation split, after a request to stop, or if the loss is not finite."""
     reader, config, phases = trainer.data.validation, trainer.setup.config, trainer.setup.phases
     if reader is None:
         return None

@@ -1,4 +1,4 @@
-"""Training, top to bottom: find a start, step, look at what came out, validate, save; go back if it must."""
+"""Training, top to bottom: find a start, step, judge the result, validate, save; go back if necessary."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from pretrain.trainer import RunSetup, Trainer, build_trainer
 
 @dataclass(frozen=True)
 class SegmentEnd:
-    """Where a segment ended, and why; neither reason after the last step."""
+    """Where a segment ended, and why; after the last step both reasons are None."""
 
     step: int
     rollback: Rollback | None = None
-    """What must be gone back for."""
+    """The rollback that is needed."""
     stopped: str | None = None
-    """What stopped it; a checkpoint was saved by then."""
+    """What stopped it, after a checkpoint was saved."""
 
 
 def train(config: Config, sources: Sources, run_dir: Path, device: torch.device, stop: Stop | None = None) -> ExitCode:
-    """Runs until train.steps, train.stop_after_steps or a stop that `stop` is asked for, and goes back to a checkpoint
-    where `config.resilience` says so. Collective; the process group must exist.
+    """Runs until train.steps, train.stop_after_steps or a request in `stop`, and goes back to a checkpoint when
+    `config.resilience` says so. Collective; the process group must exist.
 
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
     (the last checkpoint stands)."""
@@ -71,7 +71,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
                 end = SegmentEnd(start.progress.step, stopped=control.stop_reason())
                 break
             end = run_segment(setup, folder, control, stop, start)
-            gc.collect()  # of the segment nothing is referenced any more: its memory goes before another is built
+            gc.collect()  # nothing refers to the segment any more: its memory goes before another is built
             rollback = end.rollback
             if rollback is None:
                 break
@@ -198,7 +198,7 @@ class Segment:
         return result
 
     def _judge(self, result: StepResult) -> tuple[bool, Rollback | None]:
-        """What the step says of the run, agreed by all ranks: whether to stop, and what to go back for. Raises
+        """What follows from the step, agreed by all ranks: whether to stop, and a rollback if one is needed. Raises
         Diverged."""
         self.setup.phases.enter("agreeing on what is next")
         settings, step, loss = self.setup.config.resilience, self.progress.step, result.sums.loss
@@ -228,7 +228,7 @@ class Segment:
         return stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=settings.spike_skip_steps)
 
     def _compare_replicas(self, stopping: bool) -> Rollback | None:
-        """Every so many steps, and before what is about to be saved. Raises ReplicasDiffer."""
+        """Compares replicas after the configured number of steps, and before a save. Raises ReplicasDiffer."""
         settings, saves = self.setup.config.resilience, self.setup.config.checkpoint.every_steps
         if self.replicas is None or not (
             stopping or self._is_due(settings.replica_check_every_steps) or self._is_due(saves)
@@ -274,10 +274,10 @@ class Segment:
         return rollback
 
     def _validation_is_missing(self) -> bool:
-        """Whether the step that this segment starts after was to be validated and a stop came in between."""
+        """Whether a stop prevented the validation that was due after the step that this segment starts from."""
         due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
         if any(key.startswith("evaluate.") and key != "evaluate.every_steps" for key in self.start.changes):
-            return due  # by other settings than the checkpoint's
+            return due  # because settings differ from the checkpoint's
         return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
 
     def _validate(self) -> None:
@@ -287,7 +287,8 @@ class Segment:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint, or begins to (collective); how it ended is logged, and printed if it failed."""
+        """Writes a checkpoint, or begins to write it. Collective. The result is logged, and printed if it is a
+        failure."""
         trainer, folder, settings = self.trainer, self.folder, self.setup.config.checkpoint
         self.setup.phases.enter("checkpoint")
         if self.monitor is not None:

@@ -1,4 +1,4 @@
-"""What this rank is doing, kept where the other ranks of its machine can read it although it no longer answers."""
+"""What this rank is doing, kept where the other ranks of its machine can read it even if it no longer answers."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Phases:
         self._write()
 
     def alive(self) -> None:
-        """The phase goes on and is no hang: something was done in it just now."""
+        """Says that the phase makes progress, so that it is no hang."""
         self.since = time.monotonic()
 
     def keep_in(self, path: Path) -> None:
-        """From now on the phase can be read from `path` by `read`. Raises OSError where the disk has no room for it."""
+        """From now on `read` can read the phase from `path`. Raises OSError where the disk has no room for it."""
         with open(path, "w+b") as file:
             file.write(bytes(_RECORD.size))  # a mapped page without a place on the disk would be a SIGBUS
             file.flush()

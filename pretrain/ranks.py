@@ -51,7 +51,7 @@ class Ranks:
 
 def _number(env: Mapping[str, str], name: str, default: int, *, least: int, most: int | None = None) -> int:
     text = env.get(name, str(default)).strip()
-    # The digits of other scripts are digits to str.isdigit, and to int, but not to torch.
+    # str.isdigit and int accept the digits of other scripts, torch does not.
     value = int(text) if text.isascii() and text.isdigit() else None
     if value is None or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -60,7 +60,7 @@ def _number(env: Mapping[str, str], name: str, default: int, *, least: int, most
 
 
 def _below(env: Mapping[str, str], name: str, of: str, size: int) -> int:
-    """A rank among `size`, which the variable `of` says."""
+    """A rank below `size`, which is the value of the variable `of`."""
     value = _number(env, name, 0, least=0)
     if value >= size:
         raise UserError(

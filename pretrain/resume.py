@@ -105,11 +105,11 @@ def newest_committed(paths: list[Path]) -> Checkpoint | None:
 def newest_valid(
     paths: list[Path], *, rank: int, world_size: int, gather: Callable[[str | None], list[str | None]] | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The first of `paths` whose files match their sha256, and the reasons why others were passed over; collective,
-    unless `gather` gives what all ranks found from what this one did.
+    """The first of `paths` whose files match their sha256, and the reasons why others were passed over. Collective,
+    unless `gather` is given: it turns what this rank found into what all ranks found.
 
-    Raises UserError, on every rank, if there are checkpoints but none is whole: starting again from step 0 is never
-    what a run folder with checkpoints asks for."""
+    Raises UserError, on every rank, if there are checkpoints but none is whole: a run folder with checkpoints never
+    asks for a new start from step 0."""
     reasons: list[str] = []
     for path in paths:
         checkpoint: Checkpoint | None = None
@@ -135,7 +135,7 @@ def _gathered(problem: str | None) -> list[str | None]:
 
 
 def _refuse_without(reasons: list[str]) -> None:
-    """Raises UserError if checkpoints were found and passed over, for these reasons, until none was left."""
+    """Raises UserError with `reasons` if checkpoints were found, but all of them were passed over."""
     if reasons:
         raise UserError(
             f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
@@ -146,7 +146,7 @@ def _refuse_without(reasons: list[str]) -> None:
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (then, now)} of data-parallel size and versions that differ from the checkpoint's. The other sizes are
     keys of the configuration, which `changed_settings` compares."""
-    from pretrain.checkpoint.state import versions  # imports DCP, which a check before the start does without
+    from pretrain.checkpoint.state import versions  # imports DCP, which a check before the start does not need
 
     then = {"data-parallel size": checkpoint.state["layout"].get("data"), **checkpoint.state["versions"]}
     now = {"data-parallel size": engine_layout["data"], **versions()}

@@ -150,11 +150,11 @@ def _executor(setup: RunSetup, engine: Any) -> Executor:
 
 
 def _load_training_state(setup: RunSetup, resumed: Checkpoint, engine: Any) -> None:
-    """Optimizer, routing statistics and, if the data order goes on with the same text, memory."""
+    """Loads optimizer, routing statistics and, if the data order goes on with the same text, memory."""
     config, saved = setup.config, resumed.state["config"]
-    # Memory holds the tokens before the next ones: of other data, or of windows of another length, it is useless.
+    # Memory holds the tokens that precede the next ones, so it is useless after a change of data or sequence length.
     then = saved["model"]["sequence_length"], saved["data"].get("max_tokens"), resumed.state["manifest_digest"]
     same_text = then == (config.model.sequence_length, config.data.max_tokens, setup.sources.digest)
     agreed(lambda: checkpoints.load_training_state(resumed, engine, setup.parallel, with_memory=same_text))
     if config.model.memory_length and not same_text and setup.parallel.is_first:
-        print("memory begins empty: the checkpoint's is of other text", flush=True)
+        print("memory begins empty: the checkpoint's memory is of other text", flush=True)

@@ -1,14 +1,15 @@
 """Checkpoints: written by any layout of ranks, read by any other, whole or not there at all.
 
 A checkpoint is the folder checkpoints/step-NNNNNNNN with
-    rank-RRRRR.safetensors   rectangles of tensors, those that this rank owned (state.py says which tensors there are)
-    tensors.json             shape and dtype of every tensor, and which rectangle of it lies in which file
+    rank-RRRRR.safetensors   the rectangles of tensors that this rank owned (state.py lists the tensors)
+    tensors.json             shape and dtype of every tensor, and the file that holds each of its rectangles
     state.json               everything else, with size and sha256 of the files above
     commit.json              size and sha256 of state.json; written last
 It is written as step-NNNNNNNN.partial and renamed once complete. A folder without commit.json is no checkpoint.
 
-torch.distributed.checkpoint (DCP) plans who writes and who reads what; storage.py stores safetensors and JSON instead
-of its pickles. fragments.py knows rectangles, state.py what is saved, folder.py what lies on the disk, saver.py when.
+torch.distributed.checkpoint (DCP) plans which rank writes and reads what; storage.py stores safetensors and JSON
+instead of DCP's pickles. fragments.py describes rectangles, state.py says what is saved, folder.py knows the folders on
+the disk, saver.py decides when to save.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs DCP is imported when it is used: a dry run does not wait for it (1 s)."""
+    """Imports what needs DCP at its first use, so that a dry run does not wait a second for it."""
     if name == "Saver":
         from pretrain.checkpoint import saver
 

@@ -1,6 +1,6 @@
 """The weights of a checkpoint for other programs: one safetensors file, with what is needed to use it.
 
-What imports torch is imported where it is used: launch/checkpoint.py lists and verifies without it.
+Modules that import torch are imported inside functions, because launch/checkpoint.py lists and verifies without it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MODEL, CONFIG, WEIGHTS = "model.safetensors", "config.json", "weights.json"
 
 
 def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
-    """Writes the fp32 weights of the checkpoint `folder`, after checking its files, to `out`/model.safetensors, and
-    beside them config.json, weights.json and the tokenizer. `data`: where the prepared data are now. Raises UserError;
+    """Checks the files of the checkpoint `folder` and writes its fp32 weights to `out`/model.safetensors, with
+    config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. Raises UserError;
     `out` then holds what it held before."""
     checkpoint = Checkpoint.open(folder)
     manifest, reason = find_data(checkpoint, data)
@@ -43,7 +43,7 @@ def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
         write_json(out / WEIGHTS, _description(checkpoint, manifest))
         write_json(out / CONFIG, checkpoint.state["config"])
         size = _write_weights(checkpoint, out / (MODEL + PARTIAL))
-        os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: where it is, all is
+        os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: if it is there, everything is
     count, step = len(checkpoint.state["parameters"]), checkpoint.progress.step
     print(f"{out / MODEL}: {count} tensors, {size:,} bytes, of step {step}", flush=True)
     if manifest is None:
@@ -54,8 +54,9 @@ def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
 
 
 def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifest | None, str]:
-    """The data set that the run read (one of them; they share a tokenizer) if it is where the checkpoint's
-    configuration, or `place`, says; else None and why not. Raises UserError if `place` holds another one."""
+    """Looks for the data set that the run read (one of them; they share a tokenizer) at the place that the checkpoint's
+    configuration, or `place`, names. Returns None and the reason if it is not there. Raises UserError if `place` holds
+    another data set."""
     from pretrain.data.sources import Sources
 
     try:
@@ -85,7 +86,7 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
 
 
 def _description(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str, Any]:
-    """weights.json: what the weights are of."""
+    """The content of weights.json: where the weights come from."""
     progress, state = checkpoint.progress, checkpoint.state
     entry = manifest.tokenizer if manifest is not None else None
     return {
@@ -100,7 +101,7 @@ def _description(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str,
 
 
 def _write_weights(checkpoint: Checkpoint, path: Path) -> int:
-    """Its size in bytes. Holds one parameter at a time."""
+    """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
     from pretrain.checkpoint import state
@@ -123,7 +124,7 @@ def _write_weights(checkpoint: Checkpoint, path: Path) -> int:
 
 @contextlib.contextmanager
 def _removed_if_it_fails(out: Path) -> Iterator[list[str]]:
-    """Removes the files that the block has listed, and their beginnings, if it ends with an error."""
+    """If the block ends with an error, removes the files that it has listed, finished or not."""
     made: list[str] = []
     try:
         yield made
@@ -135,7 +136,7 @@ def _removed_if_it_fails(out: Path) -> Iterator[list[str]]:
 
 
 def progress_bar(name: str, total: int) -> Callable[[int], None]:
-    """A callback for bytes read; silent where standard error is no terminal."""
+    """A callback that takes the number of bytes read; prints nothing unless standard error is a terminal."""
     from tqdm import tqdm
 
     bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=None)

@@ -23,7 +23,7 @@ OWN_FILE = re.compile(rf"(rank-\d{{5,}}\.safetensors|tensors\.json|state\.json|c
 
 
 class DamagedCheckpoint(UserError):
-    """The folder does not hold what a whole checkpoint does; another one may serve."""
+    """The folder does not hold a whole checkpoint; another checkpoint may be whole."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files, without the two that name the sizes."""
+        """Bytes of all files except the two that list the sizes."""
         return sum(entry["bytes"] for entry in self.state["files"].values())
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Checks the commit marker, parses state.json and checks that the files are there with their sizes.
 
-        Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but of another format."""
+        Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but has another format."""
         try:
             if not path.is_dir():
                 raise UserError(
@@ -55,7 +55,7 @@ class Checkpoint:
             content = (path / STATE_FILE).read_bytes()
             state = json.loads(content)
             version, files = state["format_version"], state["files"]
-            if version != 1:  # of which the rename alone was the commit
+            if version != 1:  # in version 1 the rename alone was the commit
                 marker = json.loads((path / COMMIT_FILE).read_bytes())
                 if (len(content), hashlib.sha256(content).hexdigest()) != (marker["bytes"], marker["sha256"]):
                     raise DamagedCheckpoint(f"checkpoint {path}: {STATE_FILE} does not match {COMMIT_FILE}")
@@ -83,8 +83,8 @@ class Checkpoint:
     def damaged_file(
         self, *, rank: int = 0, world_size: int = 1, read: Callable[[int], None] | None = None
     ) -> str | None:
-        """Checks this rank's share of the sha256 sums; the first file that does not match, with the reason, or None.
-        `read` is called with the number of bytes after each read."""
+        """Checks this rank's share of the sha256 sums. Returns the first file that does not match, with the reason, or
+        None. Calls `read` with the number of bytes after each read."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
                 found = sha256_file(self.path / name, read)
@@ -108,8 +108,9 @@ def digest_entry(path: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN: a copy under another name is the
-    user's, never resumed from by itself and never removed. Raises UserError if the folder cannot be read."""
+    """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN count: a copy under another name
+    belongs to the user, and no run resumes from it by itself or removes it. Raises UserError if the folder cannot be
+    read."""
     try:
         found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
     except FileNotFoundError:
@@ -146,7 +147,7 @@ def remove_partials(folder: Path) -> None:
 
 
 def holds_checkpoint_files_alone(path: Path) -> bool:
-    """Whether everything in a folder is what a checkpoint writes there: then a run may remove it."""
+    """Whether a folder holds only files that a checkpoint writes, so that a run may remove it."""
     return (
         path.is_dir()
         and not path.is_symlink()
@@ -159,14 +160,15 @@ class Retention:
     """Which checkpoints outlive a newer one."""
 
     keep_last: int
-    """The newest so many, at least 1."""
+    """How many of the newest are kept, at least 1."""
     keep_every_steps: int = 0
-    """Steps divisible by this; 0: none for that."""
+    """Checkpoints of steps divisible by this are kept; 0: none for this reason."""
     keep_best: int = 0
-    """So many with the lowest validation loss, the older of two equal ones."""
+    """How many with the lowest validation loss are kept; of two equal ones the older."""
 
     def kept(self, paths: list[Path]) -> set[Path]:
-        """Those of `paths` (oldest first) that are kept. A checkpoint whose loss cannot be read has none."""
+        """Those of `paths` (oldest first) that are kept. A checkpoint whose loss cannot be read counts as one without a
+        loss."""
         kept = set(paths[-self.keep_last :])
         if self.keep_every_steps:
             kept |= {path for path in paths if step_of(path) % self.keep_every_steps == 0}
@@ -176,8 +178,8 @@ class Retention:
         return kept
 
     def apply(self, folder: Path) -> None:
-        """Removes the others, but for those in which something else lies too. What an interrupted removal leaves no
-        longer has the name of a checkpoint."""
+        """Removes the others, except folders that hold other files too. What an interrupted removal leaves no longer
+        has the name of a checkpoint."""
         paths = list_checkpoints(folder)
         kept = self.kept(paths)
         for path in paths:

@@ -1,4 +1,4 @@
-"""Flat pieces of parameters as rectangles of whole tensors, the terms in which DCP thinks.
+"""Flat pieces of parameters, described as rectangles of whole tensors, which is how DCP addresses them.
 
 ZeRO cuts the flattened shard of a parameter anywhere; a tensor- or expert-parallel shard is a slab of the parameter. A
 flat range of a row-major tensor of n dimensions is at most 2 n - 1 rectangles, each of them contiguous in the range: no

@@ -1,9 +1,9 @@
-"""When checkpoints are written: at once, or behind the training that goes on.
+"""When checkpoints are written: at once, or in the background while training goes on.
 
-Asynchronously, `save` copies this rank's state into a host buffer that is kept for the next time, and returns; a thread
-writes, flushes, hashes and commits it. Its collectives have a gloo group of their own: those of training never meet
-them. A save that fails leaves the checkpoints before it as they were; the next save tries again, and two failures in a
-row, or one at the end of the run, end it with the reason.
+In the background, `save` copies this rank's state into a host buffer, which is kept for the next save, and returns; a
+thread writes, flushes, hashes and commits it. Its collectives use a gloo group of their own, so they never meet those
+of training. A save that fails leaves the earlier checkpoints as they were, and the next save tries again. Two failures
+in a row, or one at the end of the run, end the run with the reason.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save; told to `report` on rank 0."""
+    """The result of a save, which `report` gets on rank 0."""
 
     step: int
     path: Path
@@ -51,9 +51,9 @@ class Outcome:
     bytes: int
     """Bytes of its files."""
     stall_seconds: float
-    """For which training stood still."""
+    """How long training stood still."""
     seconds: float
-    """From the call to the commit."""
+    """Time from the call to the commit."""
 
 
 class Saver:
@@ -68,7 +68,7 @@ class Saver:
         asynchronous: bool,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`alive` is called while a save is waited for that goes on, however slowly."""
+        """`alive` is called while training waits for a save that makes progress, however slowly."""
         self._alive = alive
         self._writer: Writer | None = None
         self._engine, self._parallel, self._device = engine, parallel, device
@@ -94,11 +94,10 @@ class Saver:
         before: Callable[[], None] = lambda: None,
         report: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
-        """Saves the state as it is now to folder/step-N; `extra`, with `loss` and `validation_loss` (or None) of the
-        step, joins state.json. Waits for a save under way before. What was just saved is not saved again. On rank 0, by
-        whatever thread, `before` is called first, and an OSError of it is a failure to save; `report` is called when
-        the save ended. Raises UserError (PeerFailed on the others) as the
-        module says."""
+        """Saves the current state to folder/step-N. `extra`, which has the step's `loss` and `validation_loss` (or
+        None), is added to state.json. First waits for a save under way; does not save the same step twice in a row.
+        Rank 0, in any thread, calls `before` first (if that raises OSError, the save has failed) and `report` when the
+        save has ended. Raises UserError (PeerFailed on the other ranks) as the module's docstring says."""
         started = time.perf_counter()
         self.wait()
         if self._saved == progress:
@@ -159,7 +158,7 @@ class Saver:
             self._crash = error
 
     def _write(self, state: State, writer: Writer) -> str | None:
-        """Returns, on every rank alike, why the checkpoint could not be written; None if it is committed."""
+        """Returns, the same on every rank, why the checkpoint could not be written; None if it is committed."""
         try:
             dcp.save(state, storage_writer=writer, planner=SavePlanner(), process_group=self._group)
         except dcp.CheckpointException as failure:
@@ -212,8 +211,8 @@ def _layout_in_buffer(state: State) -> tuple[dict[tuple[str, torch.Size], int], 
 
 @contextlib.contextmanager
 def drained() -> Iterator[None]:
-    """On the way out no save of this process is under way, however its training ended: their collectives need the
-    process group, their files the lock of the run folder. Of a peer that died they hear at once."""
+    """On exit, waits for this process's saves, however training ended: their collectives need the process group, and
+    their files need the lock of the run folder. If another rank has died, a save fails at once."""
     try:
         yield
     finally:
@@ -237,7 +236,7 @@ def _clear(folder: Path) -> None:
 
 
 def _remove_old(folder: Path, retention: Retention) -> None:
-    """An old checkpoint that cannot be removed is no reason to stop."""
+    """Removes what `retention` does not keep. A checkpoint that cannot be removed does not end the run."""
     try:
         retention.apply(folder)
     except OSError as error:

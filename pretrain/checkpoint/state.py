@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run's tensors, under names and shapes that no layout changes.
+"""Which tensors of a run a checkpoint holds, under names and shapes that are the same in every layout.
 
     master/NAME, exp_avg/NAME, exp_avg_sq/NAME   fp32, of the whole parameter. The last of several pipeline stages also
                              saves its copy of a tied embedding, as head.weight: sums in another order may tell it from
@@ -45,7 +45,8 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 
 def owned_state(engine: Any, parallel: ParallelContext) -> State:
-    """What no other rank saves: of what tensor-parallel ranks share, the first one's. Views of the engine's memory."""
+    """The state that this rank alone saves; the first tensor-parallel rank saves what all of them share. Views of the
+    engine's memory."""
     config: ModelConfig = engine.module.config
     specs = parameter_specs(config)
     is_first_part = parallel.tensor_rank == 0
@@ -66,7 +67,7 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
 
 
 def constants(engine: Any, parallel: ParallelContext) -> dict[str, Any]:
-    """What state.json says of every checkpoint of an engine alike."""
+    """The entries of state.json that are the same in every checkpoint of an engine."""
     return {
         "format_version": FORMAT_VERSION,
         "parameters": full_shapes(engine.module.config),
@@ -76,7 +77,7 @@ def constants(engine: Any, parallel: ParallelContext) -> dict[str, Any]:
 
 
 def described(engine: Any, progress: Progress) -> dict[str, Any]:
-    """What state.json says of this moment of a run, beside losses."""
+    """The entries of state.json that describe this moment of a run, without the losses."""
     return {
         "time": time.time(),
         "progress": progress.to_json(),
@@ -104,8 +105,8 @@ def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) 
 def load_training_state(
     checkpoint: Checkpoint, engine: Any, parallel: ParallelContext, *, with_memory: bool = True
 ) -> None:
-    """Restores this rank's masters, moments, step counters, routing statistics, the memory of the streams that were
-    assigned to this rank (not without `with_memory`), loss scale and RNG state. Nothing is communicated."""
+    """Restores this rank's masters, moments, step counters, routing statistics, loss scale and RNG state and, if
+    `with_memory`, the memory of the streams that were assigned to this rank. Nothing is communicated."""
     reader, config = Reader(checkpoint), engine.module.config
     saved = reader.read_metadata().state_dict_metadata
     specs = parameter_specs(config)
@@ -122,8 +123,8 @@ def load_training_state(
             kept = _empty_memory(there, memory, config, parallel)
             state[f"memory/{name}"] = _memory_fragments(memory, kept, config, parallel)
             memories.append((memory, kept))
-    # Nothing in training draws from torch's generator (dropout masks are functions of position); kept so that code
-    # which a user adds resumes as well. Another number of ranks has no counterpart for every rank.
+    # Nothing in training draws from torch's generator (dropout masks are functions of position); its state is kept so
+    # that code which a user adds resumes as well. If the number of ranks has changed, a rank may have no saved state.
     generator = torch.get_rng_state()
     has_generator = sum(name.startswith("rng/") for name in saved) == dist.get_world_size()
     if has_generator:
@@ -166,8 +167,8 @@ def _saved_as(reader: Reader, kind: str, name: str, config: ModelConfig) -> str:
 
 
 def _memory_fragments(memory: LayerMemory, kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Fragments:
-    """`kept` [n, m, d]: rows of neighbouring streams together; under sequence parallelism this rank's tokens of every
-    chunk of sequence_length tokens apart."""
+    """Fragments of `kept` [n, m, d]: neighbouring streams share one. Under sequence parallelism each chunk of
+    sequence_length tokens has its own, with this rank's tokens."""
     ranks = parallel.token_shards
     share = config.sequence_length // ranks if ranks > 1 else kept.shape[1]
     streams, chunks, row = memory.streams.tolist(), [], 0
@@ -210,7 +211,7 @@ def _loss_scaler(engine: Any) -> dict[str, Any] | None:
 
 
 def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
-    """Sizes of the parallel dimensions: for people, and for what is said when they change; loading needs none."""
+    """Sizes of the parallel dimensions, for people and for the message when they change; loading does not need them."""
     return {
         "data": parallel.data_size,
         "tensor": parallel.tensor_size,
@@ -227,7 +228,7 @@ def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """What computes: recorded in every checkpoint, and compared on resume."""
+    """Versions of the software that computes, recorded in every checkpoint and compared on resume."""
     import deepspeed  # here: device.start prepares its import
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -56,7 +56,7 @@ DTYPES = {
 """Names of safetensors (https://github.com/huggingface/safetensors, format)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 1 << 24
-"""Written, hashed and, from a GPU, copied at once: all the memory that writing takes."""
+"""Bytes that are written, hashed and, from a GPU, copied at a time; writing takes no more memory than this."""
 
 
 class Entry(NamedTuple):
@@ -78,7 +78,8 @@ def write_safetensors(
     path: Path, entries: Sequence[Entry], wrote: Callable[[int], None] = lambda num_bytes: None
 ) -> dict[str, Any]:
     """Streams tensors to a file in the format of safetensors and flushes it to the disk. Returns its {"bytes",
-    "sha256"}. `wrote` is told of every block. Raises UserError, with the path and the sizes, where the disk refuses."""
+    "sha256"}. Calls `wrote` with the size of every block. Raises UserError, with the path and the sizes, if the disk
+    refuses."""
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # so that every tensor is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -131,14 +132,14 @@ class Writer(StorageWriter):
     """Writes one checkpoint: a safetensors file per rank, then, on the coordinator, the JSON and the commit."""
 
     def __init__(self, final: Path, state: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
-        """`final`: the folder's name once it is complete. `state`: the content of state.json, but for the files.
-        `before` is called on the coordinator before anything is written; an OSError of it ends the save."""
+        """`final`: the folder's name once it is complete. `state`: the content of state.json without the files.
+        `before` is called on the coordinator before anything is written; if it raises OSError, the save ends."""
         self.final, self._state, self._before = final, state, before
         self.partial = final.with_name(final.name + ".partial")
         self.bytes = 0
         """Bytes of all files; known on the coordinator, once committed."""
         self.written = 0
-        """Bytes written by this rank so far: whether a slow disk still takes some."""
+        """Bytes that this rank has written so far; they show whether a slow disk still makes progress."""
 
     def _wrote(self, num_bytes: int) -> None:
         self.written += num_bytes
@@ -209,7 +210,7 @@ class Writer(StorageWriter):
         write_json(self.partial / STATE_FILE, {**self._state, "files": entries})
         marker = digest_entry(self.partial / STATE_FILE)
         write_json(self.partial / COMMIT_FILE, marker)
-        if self.final.exists():  # of a run that went back to before this step
+        if self.final.exists():  # left by a run that went back to before this step
             set_aside(self.final)
         os.rename(self.partial, self.final)
         sync_directory(self.final.parent)

@@ -1,4 +1,5 @@
-"""Command line of launch/checkpoint.py: what lies in a run folder, whether it is whole, and weights for others."""
+"""Command line of launch/checkpoint.py: lists and verifies a run's checkpoints, and exports weights for other
+programs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from pretrain.report.exit_codes import ExitCode
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/checkpoint.py",
-        description="What lies in a run folder, whether it is whole, and weights for others.",
+        description="Lists and verifies the checkpoints of a run, and exports their weights for other programs.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser(
@@ -83,7 +84,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _newest(folder: Path) -> Path:
-    """The checkpoint that `folder` is, or the newest one of the run that it is. Raises UserError."""
+    """`folder` itself if it is a checkpoint, or the newest checkpoint of the run folder `folder`. Raises UserError."""
     if _is_checkpoint(folder):
         return folder
     paths = list_checkpoints(_checkpoints_folder(folder))
@@ -93,7 +94,8 @@ def _newest(folder: Path) -> Path:
 
 
 def print_list(folder: Path) -> None:
-    """A line per checkpoint, oldest first, then those that a run no longer uses and the remains of unfinished ones."""
+    """Prints a line per checkpoint, oldest first, then those that no run uses any more and the remains of unfinished
+    ones."""
     if not folder.is_dir():
         raise UserError(f"RUN_DIR: there is no folder {folder}")
     place = _checkpoints_folder(folder)
@@ -133,7 +135,7 @@ def _loss(value: float | None) -> str:
 
 
 def verify_all(folder: Path) -> int:
-    """Prints a line per checkpoint; the exit code."""
+    """Prints a line per checkpoint. Returns the exit code."""
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
     code = 0
     for path in paths:

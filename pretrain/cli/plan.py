@@ -1,4 +1,4 @@
-"""Command line of launch/plan.py: what can be known of a run before it is started, without a GPU."""
+"""Command line of launch/plan.py: what can be known about a run before it starts, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.report.exit_codes import ExitCode
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="launch/plan.py", description="What can be known of a run before it is started, without a GPU."
+        prog="launch/plan.py", description="What can be known about a run before it starts, without a GPU."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--baseline",
         type=Path,
         metavar="CONFIG",
-        help="configuration that ratios refer to (default: the first, for those of its sequence length and d_model)",
+        help="configuration that ratios refer to (default: the first, for those with its sequence length and d_model)",
     )
     costs.add_argument("--json", action="store_true", help="print exact numbers as JSON instead of a table")
     _add_overrides(costs, "of every CONFIG, not of the baseline")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         with reader_may_leave():
-            if args.command == "costs":  # each imports torch, for which --help and refusals do not wait
+            if args.command == "costs":  # each imports torch; --help and refusals do not wait for it
                 from pretrain.cli.plan_costs import print_costs
 
                 print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)

@@ -42,7 +42,7 @@ class Costs:
     attention_macs_equation_13: int
     attention_macs_counted: int
     attention_macs_ratio: float | None
-    """To the baseline, or to the first model; null where the first has another sequence length or d_model."""
+    """Relative to the baseline, or to the first model; null if the first has another sequence length or d_model."""
     attention_floats: int
     feedforward_macs_published: int
     feedforward_macs_counted: int
@@ -86,7 +86,8 @@ def load_model(path: Path, overrides: Sequence[str], *, option: str = "CONFIG") 
 
 
 def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> list[Costs]:
-    """The costs of each model, ratios to the first: with `any_size` False only where T and d_model are the first's."""
+    """The costs of each model, with ratios to the first; if `any_size` is False, only for the first one's T and
+    d_model."""
     counted = {}  # the published models repeat over corpora: each is counted once
     for model in models.values():
         if model not in counted:
@@ -141,7 +142,7 @@ def table(rows: Sequence[Costs]) -> str:
     for name, row in zip(names, rows, strict=True):
         lines.append([name, *map(_cell, dataclasses.astuple(row)[1:])])
     widths = [max(len(line[column]) for line in lines[1:]) for column in range(len(heads))]
-    # A group's title stands over its columns, from the left of the first.
+    # A group's title stands above its columns and begins at the left of the first.
     starts = [2 * column + sum(widths[:column]) for column in range(len(heads))]
     upper = ""
     for start, title in zip(starts, lines[0], strict=True):

@@ -14,7 +14,7 @@ from pretrain.report.layout_text import groups_text, stage_text
 
 
 def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) -> None:
-    """`plan.py layout`: the mesh of a run, and what every rank holds beside what one process would. Raises
+    """`plan.py layout`: prints the mesh of a run, and what every rank holds compared with one process. Raises
     ConfigError."""
     config = load_config(path, overrides)
     parallel = config.parallel

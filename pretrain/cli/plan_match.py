@@ -1,4 +1,4 @@
-"""`plan.py match`: the width that gives a model as many parameters as its baseline, as the paper's comparisons have."""
+"""`plan.py match`: the width that gives a model as many parameters as its baseline, as in the paper's comparisons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Match:
 def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
     """The width, rounded to the nearest integer, at which `model` has as many parameters in total as `like`.
 
-    The total is linear in either width: one difference gives it. Raises ConfigError where there is no such width.
+    The total is linear in either width, so one difference gives the width. Raises ConfigError if there is no such
+    width.
     """
     section, key = ("attention" if solve == "head_dim" else "feedforward"), WIDTHS[solve]
     if solve == "hidden_size" and isinstance(model.feedforward, SigmaMoEConfig):

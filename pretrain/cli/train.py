@@ -1,6 +1,7 @@
 """Command line of launch/pretrain.py: arguments, help, checks before anything is allocated, dry run.
 
-What imports torch or DeepSpeed is imported where it is used: it takes seconds, which --help and refusals do without.
+Modules that import torch or DeepSpeed are imported inside functions: they take seconds, and --help and refusals do not
+need them.
 """
 
 from __future__ import annotations
@@ -99,15 +100,15 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             print_derived(config, data_size, sources, run_dir)
         return run(config, sources, run_dir, ranks, stop)
     except UserError as error:
-        # All ranks of a node find the same fault before they have met: one of them says so.
+        # Before the ranks have met, all ranks of a node find the same fault, and one of them reports it.
         if ranks.local_rank == 0 or stop.step_aside():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
 
 
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
-    """Everything that can be refused without a process group or an allocation. Returns the data sets and DP size.
-    `device` (cuda or cpu) is that of the ranks, None for this host's."""
+    """Checks everything that can be refused without a process group or an allocation. Returns the data sets and DP
+    size. `device`: the ranks' (cuda or cpu); None: this host's."""
     from pretrain.data.sources import open_sources
     from pretrain.device import device_type
     from pretrain.report.disk_space import checkpoint_space

@@ -1,4 +1,4 @@
-"""The `deepspeed` section: which keys of DeepSpeed 0.19.8's own configuration have an effect here, and of which type.
+"""The `deepspeed` section: which keys of DeepSpeed 0.19.8's own configuration have an effect here, and their types.
 
 A key is passed on only if it changes what a run of ours does. All others are refused with the reason: decided by
 another key of ours, without an effect here (DeepSpeed's own checkpoints, data loader, inference ...), removed from
@@ -110,7 +110,7 @@ REMOVED = (
 
 
 def _whole(value: Any) -> Any:
-    """5e8, as DeepSpeed's documentation writes sizes, is a whole number."""
+    """Takes 5e8, as DeepSpeed's documentation writes sizes, for a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -177,14 +177,14 @@ EXTRA: dict[str, Extra] = {
 """Keys that are passed on."""
 
 PRINTED = {"memory_breakdown": "", "dump_state": "", "comms_logger.enabled": "verbose"}
-"""Keys whose only effect is lines of DeepSpeed's log, which is off by default: key -> key beside it that they need."""
+"""Keys that only add lines to DeepSpeed's log, which is off by default: key -> the key beside it that it needs."""
 
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 """Sections whose `enabled` needs a package."""
 
 
 def check_deepspeed(config: Config) -> None:
-    """Whether every key of the `deepspeed` section is known, has an effect and is of its type. Raises ConfigError."""
+    """Checks that every key of the `deepspeed` section is known, has an effect and has its type. Raises ConfigError."""
     _check_section(config, "", config.deepspeed)
     zero = config.deepspeed.get("zero_optimization", {})
     for name in STAGE_3_SIZES:
@@ -262,7 +262,7 @@ def _check_value(config: Config, key: str, value: Any) -> None:
 
 
 def _nearest(key: str) -> str:
-    """The end of a refusal: the key that was probably meant, also where another key of ours decides it."""
+    """The end of a refusal, which names the key that was probably meant, even if another key of ours decides it."""
     sections = {known.rpartition(".")[0] for known in EXTRA} - {""}
     names = [*sorted(sections), *EXTRA, *OWNED]
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)

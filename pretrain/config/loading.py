@@ -21,7 +21,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
             f"{option}: {path} prepares data (python -m data_prep run --config {path}); those of runs are in configs "
             "and configs/paper"
         )
-    # Types first: a change of type resets its section, which must not discard a key set before it on the line.
+    # Types first: a new type resets its section, and must not discard a key that stands before it on the line.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         apply_override(tree, override)
     _correct_description(tree, path, overrides)
@@ -29,12 +29,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
 
 
 DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parallel", "evaluate", "deepspeed")
-"""Sections that a description may speak of."""
+"""Sections that a file's description may describe."""
 
 
 def _correct_description(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> None:
-    """What a file says of itself does not hold for what `--set` makes of it: then its name and those keys stand for it,
-    in the saved configuration too."""
+    """If `--set` changes such a section, the file's description is no longer true: the file's name and the changed keys
+    replace it, in the saved configuration too."""
     keys = {override.partition("=")[0].strip() for override in overrides}
     changed = sorted(key for key in keys if key.partition(".")[0] in DESCRIBED)
     if changed and "description" in tree and "description" not in keys:

@@ -14,7 +14,7 @@ from pretrain.config.schedule import SPANNING, keeps_the_past
 from pretrain.config.schema import FREE, Config, ScheduleConfig
 
 SCHEDULE = {"schedule", "train.steps"}
-"""What decides learning rates, beside their peak; see schedule.keeps_the_past for when it may change."""
+"""The settings that decide learning rates, apart from their peak; schedule.keeps_the_past says when they may change."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SavedRun:
 def changes_since(saved: SavedRun, config: Config, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
     then, now = flatten(saved.config), flatten(to_json(config))
-    for key in now.keys() - then.keys():  # younger than the checkpoint, or of another kind of layer
+    for key in now.keys() - then.keys():  # newer than the checkpoint, or of another kind of layer
         kind = then.get(f"{key.rpartition('.')[0]}.type")
         for owner, default in _defaults().get(key, []):
             if owner in (None, kind):
@@ -68,7 +68,8 @@ def changes_since(saved: SavedRun, config: Config, manifest_digest: str) -> dict
 
 
 def _allowing(change: str) -> str:
-    """What allow_changes must list to allow `change`: its key, or the section of a key that this version has not."""
+    """What allow_changes must list to allow `change`: its key, or the section of a key that this version does not
+    have."""
     name = change.removesuffix(" (digest)")
     known = [key for key, _, _ in fields()]
     while "." in name and not name.startswith("deepspeed.") and not any(_is_under(key, [name]) for key in known):
@@ -77,10 +78,10 @@ def _allowing(change: str) -> str:
 
 
 def _keeps_learning_rates(saved: SavedRun, config: Config) -> bool:
-    """Whether the steps before the checkpoint had the learning rates that `config` gives them, at one peak."""
+    """Whether the steps before the checkpoint had the learning rates that `config` gives them for the same peak."""
     try:
         schedule = ScheduleConfig.model_validate(saved.config["schedule"])
-    except ValueError:  # of a version with other keys
+    except ValueError:  # saved by a version with other keys
         return False
     then, now = (schedule, saved.config["train"]["steps"]), (config.schedule, config.train.steps)
     return keeps_the_past(then, now, saved.steps)

@@ -66,7 +66,7 @@ def check_rules(config: Config) -> None:
 
 
 def _check_routing_record(config: Config) -> None:
-    """What is recorded or replayed must exist, and a replay would record what was recorded."""
+    """Recorded or replayed choices must exist, and a replay would only record again what it replays."""
     record, replay = config.train.record_routing, config.train.replay_routing
     for key in ["train.record_routing"] * record + ["train.replay_routing"] * (replay is not None):
         if config.model.attention.type == "dense" and config.model.feedforward.type != "sigma_moe":
@@ -83,7 +83,7 @@ def _check_routing_record(config: Config) -> None:
 
 
 def _check_tensor(config: Config) -> None:
-    """What is divided over tensor-parallel ranks must divide."""
+    """Every size that is divided over tensor-parallel ranks must be a multiple of their number."""
     tensor, model = config.parallel.tensor, config.model
     divided = {"model.attention.num_heads": model.attention.num_heads, "model.vocab_size": model.vocab_size}
     if model.feedforward.type == "sigma_moe":
@@ -102,7 +102,7 @@ def _check_tensor(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
-    """Stages need a block each, and DeepSpeed's pipeline engine needs ZeRO 1."""
+    """Each stage needs a block, and DeepSpeed's pipeline engine needs ZeRO 1."""
     stages, zero = config.parallel.pipeline, config.parallel.zero
     if stages == 1:
         return
@@ -283,7 +283,7 @@ def smallest_world(config: Config) -> int:
 
 
 def check_ranks(config: Config, world_size: int) -> int:
-    """Whether the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
+    """Checks that the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     if world_size % model_ranks:
         raise ConfigError(
@@ -309,7 +309,7 @@ def check_ranks(config: Config, world_size: int) -> int:
 
 
 def check_device(config: Config, device_type: str) -> None:
-    """Whether precision and kernels exist on the device (`cuda` or `cpu`). Raises ConfigError."""
+    """Checks that precision and kernels exist on the device (`cuda` or `cpu`). Raises ConfigError."""
     if config.train.precision == "fp16" and device_type != "cuda":
         raise ConfigError(
             "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
@@ -319,8 +319,8 @@ def check_device(config: Config, device_type: str) -> None:
 
 
 def choose_backends(config: Config, device_type: str) -> Backends:
-    """The backend of every op. Raises ConfigError with the reason where kernels.backend is impossible here."""
-    import torch  # here, because no other rule needs it: a refusal does not wait for its import
+    """The backend of every op. Raises ConfigError with the reason if kernels.backend is impossible here."""
+    import torch  # here: no other rule needs it, so other refusals do not wait for its import
 
     from model.kernels.choice import Backends
 

@@ -7,12 +7,13 @@ import math
 from pretrain.config.schema import Config, ScheduleConfig
 
 SPANNING = ("cosine", "published", "linear")
-"""Shapes over the whole run: with another train.steps every rate after the warm-up is another. The other shapes' rates
-depend on train.steps only from the beginning of wsd's decay on."""
+"""Shapes that span the whole run: if train.steps changes, every rate after the warm-up changes. The rates of the other
+shapes do not depend on train.steps, except in wsd's decay."""
 
 
 def warmup_steps(config: Config) -> int:
-    """schedule.warmup_steps; of a shape over the whole run clipped so that at least one step follows the warm-up."""
+    """schedule.warmup_steps; for a shape that spans the whole run it is clipped, so that at least one step follows the
+    warm-up."""
     return _warmup_steps(config.schedule, config.train.steps)
 
 
@@ -22,8 +23,8 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def keeps_the_past(then: tuple[ScheduleConfig, int], now: tuple[ScheduleConfig, int], done: int) -> bool:
-    """Whether a run of (schedule, train.steps) `then` may go on as `now` after `done` steps: neither shape spans the
-    run, and all rates so far, at one peak, are the same under both."""
+    """Whether a run of (schedule, train.steps) `then` may go on as `now` after `done` steps: true if neither shape
+    spans the run and all rates so far, for the same peak, are the same under both."""
     (schedule_then, steps_then), (schedule_now, steps_now) = then, now
     if done > min(steps_then, steps_now) or schedule_then.shape in SPANNING or schedule_now.shape in SPANNING:
         return False
@@ -37,8 +38,9 @@ def _warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
 
 
 def _rate(schedule: ScheduleConfig, peak: float, steps: int, step: int) -> float:
-    """The warm-up rises from peak / (W + 1) to peak / (W + 1) W, and step W has the peak; as published from peak / W to
-    the peak, which step W has again. What follows ends, at `steps`, after the last step: that one still learns."""
+    """The warm-up of W steps rises from peak / (W + 1) to W peak / (W + 1), and step W has the peak. The published one
+    rises from peak / W to the peak, and step W has the peak again. The curve ends at `steps`, one after the last step,
+    so the last step still learns."""
     warmup, final = _warmup_steps(schedule, steps), schedule.final_ratio
     if schedule.shape == "wsd":
         return min(_warmed(peak, step, warmup), _decayed(schedule, peak, steps, step))
@@ -48,7 +50,7 @@ def _rate(schedule: ScheduleConfig, peak: float, steps: int, step: int) -> float
         return peak
     if schedule.shape == "inverse_sqrt":
         return peak * math.sqrt((warmup + 1) / (step + 1))
-    # The published cosine is as long as the run, from the end of the warm-up on: the run ends before the cosine does.
+    # The published cosine begins after the warm-up and is as long as the run, so the run ends before the cosine does.
     length = steps if schedule.shape == "published" else steps - warmup
     progress = (step - warmup) / length
     if schedule.shape == "linear":

@@ -26,7 +26,7 @@ class DataSource(Section):
     weight: Annotated[float, Field(gt=0.0)]
     """Share of the windows, relative to the other weights."""
     name: str = ""
-    """In metrics and messages; empty: the name of the folder."""
+    """The name in metrics and messages; empty: the folder's."""
 
 
 class DataConfig(Section):
@@ -34,23 +34,23 @@ class DataConfig(Section):
 
     manifest: str = Field("data/sample/manifest.json", json_schema_extra=FREE)
     """manifest.json written by data_prep, or its folder. A relative path is looked for in the current directory, then
-    in the repository. Or the URL of either (s3://bucket/c4; fsspec opens it, its package, such as s3fs, is yours to
-    install), read through cache_dir. It may move between resumes; its digest may not change."""
+    in the repository. Or the URL of either (s3://bucket/c4), read through cache_dir; fsspec opens it, and you install
+    the package that it needs, such as s3fs. It may move between resumes; its digest may not change."""
     sources: tuple[DataSource, ...] = Field((), json_schema_extra=FREE)
     """Several data sets instead of `manifest`, which is then not read: [{"manifest": "data/c4", "weight": 0.7},
-    {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if the folders' are not to be used. Which one a
-    sequence comes from is a fixed schedule of the weights; each is shuffled by itself and has epochs of its own. They
+    {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if it should not have the folder's. A fixed schedule
+    of the weights decides which one a sequence comes from; each is shuffled by itself and has epochs of its own. They
     may move between resumes; contents, order and weights may not change."""
     order: Literal["shuffled", "streams"] | None = None
     """shuffled: every window once an epoch, in an order that train.seed decides. streams: the split is cut into
     batch.global_sequences contiguous streams, and a step reads the next window of each, without shuffling: what
     memory needs, and how every published run read its text. null: streams with memory, else shuffled."""
     max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    """Only so many tokens of the train split are used, from its start; data with fewer are refused. The published runs
+    """Uses only this many tokens from the start of the train split; data with fewer are refused. The published runs
     used global_sequences x sequence_length x (steps + 100) of C4 and peS2o, which decides where their streams begin.
     null: the whole split."""
     shuffle_block_windows: NonNegativeInt = 0
-    """For network file systems: shuffle blocks of so many neighbouring windows, then the windows of some blocks
+    """For network file systems: shuffle blocks of this many neighbouring windows, then the windows of some blocks
     together, so that reads stay local. 0: every window by itself, over the whole split."""
     shuffle_blocks: PositiveInt = 64
     """Blocks whose windows are shuffled together, with shuffle_block_windows > 0."""
@@ -65,7 +65,7 @@ class DataConfig(Section):
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""
     cache_bytes: Annotated[int, Field(ge=1, lt=2**63)] = Field(100_000_000_000, json_schema_extra=FREE)
-    """Size of the shards in cache_dir above which those used longest ago are removed; other files there stay."""
+    """Above this total size, the least recently used shards in cache_dir are removed; other files there stay."""
 
 
 class BatchConfig(Section):
@@ -95,7 +95,7 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     """Learning rate over the steps: a linear warm-up, then a shape. A run of shape constant, inverse_sqrt or wsd can be
-    extended: on resume these keys and train.steps may change where the steps so far keep the rates that they had."""
+    extended: on resume these keys and train.steps may change if the steps so far keep their rates."""
 
     shape: Literal["cosine", "published", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
     """cosine, linear: from the peak to final_ratio of it in the steps after the warm-up. published: the paper's, a
@@ -103,14 +103,14 @@ class ScheduleConfig(Section):
     (warm-up, stable, decay): the peak, and down to final_ratio of it in the last decay_steps. inverse_sqrt: the peak x
     sqrt((warmup_steps + 1) / (step + 1)), step counted from 0."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up. With cosine, linear and published clipped to train.steps - 1 (with one line saying so);
+    """Steps of linear warm-up. With cosine, linear and published it is clipped to train.steps - 1, and a line says so;
     with the others a shorter run ends inside the warm-up."""
     final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Learning rate after the last step (published: after the whole cosine), as a share of the peak."""
     decay_steps: PositiveInt | None = None
     """Steps of wsd's decay, the last ones of train.steps; 10% to 20% of them is usual (arXiv 2405.18392)."""
     decay: Literal["linear", "sqrt"] = "linear"
-    """How wsd decays, p being the share of decay_steps done: 1 - p, or 1 - sqrt(p)."""
+    """How wsd decays, where p is the share of decay_steps done: 1 - p, or 1 - sqrt(p)."""
 
     @model_validator(mode="after")
     def _used(self) -> ScheduleConfig:
@@ -131,22 +131,23 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run; the length of the schedule. With schedule.shape constant, inverse_sqrt, or wsd
     before its decay, it may change on resume."""
     stop_after_steps: PositiveInt | None = Field(None, json_schema_extra=FREE)
-    """Absolute step after which this start stops (checkpointed), without changing the schedule; null: train.steps."""
+    """This start saves a checkpoint and stops after this step of the run; the schedule stays. null: train.steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, data order and dropout masks."""
     recompute: Literal["none", "selective", "full"] = Field("none", json_schema_extra=FREE)
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
-    products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes a forward
-    pass more. The numbers are the same."""
+    products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes one more
+    forward pass. The numbers are the same."""
     record_routing: bool = Field(False, json_schema_extra=FREE)
     """Write the experts that every router chooses to RUN_DIR/routing, a byte for each choice of each token and step (in
     switchall_tiny 0.33 MB a step), for train.replay_routing of another run."""
     replay_routing: str | None = Field(None, json_schema_extra=FREE)
     """Run folder with record_routing whose choices this run takes instead of its own, to compare the two: logits,
-    scores and gradients are this run's, so that what differs is rounding and not a choice near a tie. metrics.jsonl
-    says how many choices would have been others (routing_flips) and how far from a tie (routing_flip_distance)."""
+    scores and gradients are this run's, so the two differ by rounding and not by a choice near a tie. metrics.jsonl
+    says how many choices this run would have made differently (routing_flips) and how far from a tie the farthest was
+    (routing_flip_distance)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
 
@@ -155,18 +156,19 @@ class ParallelConfig(Section):
     """Layout over ranks. Data parallelism is the number of ranks divided by the product of the other sizes."""
 
     tensor: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Tensor-parallel size: heads, experts (or hidden columns) and vocabulary are divided over so many neighbouring
+    """Tensor-parallel size: heads, experts (or hidden columns) and vocabulary are divided over this many neighbouring
     ranks; it must divide each of them. MoA divides a token's active slots instead of heads."""
     pipeline: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Pipeline stages: the blocks are divided over so many groups of ranks, at least one block each, balanced by cost,
-    and micro-steps pass through them one after the other (1F1B). Needs zero = 1."""
+    """Pipeline stages: the blocks are divided over this many groups of ranks, at least one block each, balanced by
+    cost, and micro-steps pass through them one after the other (1F1B). Needs zero = 1."""
     sequence: bool = Field(False, json_schema_extra=FREE)
     """Sequence parallelism inside the tensor-parallel group: between attention and feed-forward each rank holds
-    sequence_length / tensor tokens, which must come out whole. Less memory for the same traffic; needs tensor > 1."""
+    sequence_length / tensor tokens, which must be a whole number. Less memory for the same traffic; needs tensor >
+    1."""
     expert: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Expert-parallel size: sigma-MoE experts are divided over so many neighbouring data-parallel ranks, to which the
-    tokens travel, instead of over tensor-parallel ones. It divides the experts and the data-parallel size; needs ZeRO 1
-    or 2, and with tensor > 1 `sequence`."""
+    """Expert-parallel size: sigma-MoE experts are divided over this many neighbouring data-parallel ranks, to which the
+    tokens travel, instead of over tensor-parallel ones. It must divide the number of experts and the data-parallel
+    size. Needs ZeRO 1 or 2, and `sequence` if tensor > 1."""
     zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = Field(False, json_schema_extra=FREE)
@@ -184,11 +186,12 @@ class CheckpointConfig(Section):
     keep_every_steps: NonNegativeInt = Field(0, json_schema_extra=FREE)
     """Checkpoints of steps divisible by this are kept for ever; 0: none for that reason."""
     keep_best: NonNegativeInt = Field(0, json_schema_extra=FREE)
-    """So many checkpoints with the lowest validation loss are kept, of those saved at a step that was validated (see
+    """Number of checkpoints with the lowest validation loss that are kept, among those of validated steps (see
     evaluate.every_steps)."""
     asynchronous: bool = Field(True, json_schema_extra=FREE)
     """Training stands still only while the state is copied to a buffer in CPU memory (12 bytes per parameter, divided
-    over the ranks); the files are written meanwhile. false: it waits until they are on the disk, without the buffer."""
+    over the ranks); the files are written meanwhile. false: training waits until they are on the disk, and there is no
+    buffer."""
     resume: str = Field("auto", json_schema_extra=FREE)
     """auto: continue from the newest valid checkpoint of the run folder, if any. never: refuse to start where there is
     one. Anything else: path of the checkpoint to continue from."""
@@ -200,22 +203,22 @@ class ResilienceConfig(Section):
     """What a run does about faults."""
 
     hang_timeout_seconds: Annotated[float, Field(ge=0.0, le=7 * 86400.0)] = Field(540.0, json_schema_extra=FREE)
-    """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for so long has hung: the run
-    names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Longer than the longest
-    phase, shorter than NCCL's own limit (600). At least 1, at most a week; 0: off."""
+    """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for this many seconds has
+    hung: the run names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Set it
+    longer than the longest phase and shorter than NCCL's own limit (600). At least 1, at most a week; 0: off."""
     max_skipped_updates: PositiveInt = Field(10, json_schema_extra=FREE)
-    """An update whose loss or gradient is not finite is skipped on all ranks; the run ends with code 3 once so many in
-    a row were. (Overflows that fp16 loss scaling handles do not count.)"""
+    """An update whose loss or gradient is not finite is skipped on all ranks; after this many in a row the run ends
+    with code 3. (Overflows that fp16 loss scaling handles do not count.)"""
     spike_threshold: Annotated[float, Field(ge=0.0)] = Field(10.0, json_schema_extra=FREE)
-    """A loss is a spike if it exceeds the median of the last spike_window_steps losses by more than so many of their
+    """A loss is a spike if it exceeds the median of the last spike_window_steps losses by more than this many of their
     standard deviations (1.4826 x median absolute deviation, at least 1% of the median). 0: off."""
     spike_window_steps: Annotated[int, Field(ge=8, lt=2**31)] = Field(128, json_schema_extra=FREE)
-    """Steps that a loss is compared with; nothing is a spike before a quarter of them were seen."""
+    """Number of earlier steps that a loss is compared with; no loss is a spike before a quarter of them."""
     spike_action: Literal["warn", "rollback"] = Field("warn", json_schema_extra=FREE)
     """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and
-    never read that data: another course of the run, therefore not the default."""
+    never read that data. That changes the course of the run, so it is not the default."""
     spike_skip_steps: PositiveInt = Field(4, json_schema_extra=FREE)
-    """With spike_action = rollback: how many steps' data are left out, the spike's own and those before it."""
+    """With spike_action = rollback: number of steps whose data are left out, the spike's own and those before it."""
     replica_check_every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between comparisons of the weights that several ranks hold (a checksum of each parameter; one more before
     every checkpoint), against silent corruption. Under ZeRO 3 only routing statistics and the small parameters that it
@@ -223,7 +226,8 @@ class ResilienceConfig(Section):
     replica_action: Literal["stop", "rollback"] = Field("stop", json_schema_extra=FREE)
     """If replicas differ. stop: end with code 4. rollback: continue from the newest checkpoint."""
     max_rollbacks: NonNegativeInt = Field(3, json_schema_extra=FREE)
-    """Rollbacks in the life of a run folder; one more ends the run: code 3 after a spike, 4 if replicas differ."""
+    """Rollbacks allowed in the life of a run folder; one more ends the run: code 3 after a spike, 4 if replicas
+    differ."""
 
 
 class MonitorConfig(Section):
@@ -236,11 +240,11 @@ class MonitorConfig(Section):
     tensorboard_every_steps: PositiveInt = Field(1, json_schema_extra=FREE)
     """Steps between TensorBoard scalars."""
     collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, json_schema_extra=FREE)
-    """A router counts as collapsed in a step in which the k busiest of its E experts got more than this share of its
-    choices (k: those that a token chooses). k / E is even; a router with k / E from this share on is not watched."""
+    """A router counts as collapsed in a step if the k busiest of its E experts get more than this share of its choices
+    (a token chooses k). An even router has k / E; a router whose k / E is at least this share is not watched."""
     collapse_after_steps: NonNegativeInt = Field(200, json_schema_extra=FREE)
-    """Steps in a row after which a collapsed router is told of, by a line and an event; again after twice, four times,
-    ... as many. 0: never."""
+    """A router that was collapsed for this many steps in a row is reported by a line and an event, and again after
+    twice, four times, ... as many. 0: never."""
 
 
 class KernelsConfig(Section):
@@ -257,20 +261,22 @@ class EvaluateConfig(Section):
     """Validation on a held-out split."""
 
     split: Literal["validation", "test"] = Field("validation", json_schema_extra=FREE)
-    """The split that is read; `test` needs data that have one. Published figures of Wikitext-103 and Enwik8 are mostly
-    of test: for those alone, since what is chosen by it (checkpoint.keep_best, settings) can no longer be tested."""
+    """The split that is read; `test` needs data that have one. Most published figures for Wikitext-103 and Enwik8 are
+    for test. Use it only for such a comparison: what was chosen by it (checkpoint.keep_best, settings) can no longer be
+    tested on it."""
 
     every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between validations; 0: only after the last step."""
     sequences: NonNegativeInt = Field(256, json_schema_extra=FREE)
-    """Windows of the split used, see `placement` (all, if the split has fewer); 0 turns validation off."""
+    """Number of windows of the split that are used (all, if it has fewer), see `placement`; 0 turns validation off."""
     placement: Literal["spread", "start"] = Field("spread", json_schema_extra=FREE)
     """Where these windows lie. spread: evenly over the split, in streams whose lengths differ by one at most. start:
     the first ones of the split, in streams of equal length, as published: up to streams - 1 windows at the end are left
     out, also for models without memory."""
     streams: PositiveInt = Field(64, json_schema_extra=FREE)
-    """With memory: parallel streams that the windows are divided into, each read in order with memory carried along
-    (the paper's validation), fewer where they would be of one window; other models take every window by itself."""
+    """With memory: number of parallel streams that the windows are divided into, each read in order with memory carried
+    along (the paper's validation); fewer if a stream would have only one window. Other models take every window by
+    itself."""
 
 
 class Config(Section):

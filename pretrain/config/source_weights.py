@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 LARGEST_PERIOD = 10_000
-"""Positions after which a schedule repeats, at most: 0.1 s to compute."""
+"""The longest period of a schedule, in positions; it takes about 0.1 s to compute."""
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:

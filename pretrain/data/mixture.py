@@ -16,11 +16,12 @@ from pretrain.config.source_weights import LARGEST_PERIOD
 
 
 class MixtureSchedule:
-    """Source of every position. After n positions, for every n, source s was chosen n w_s / W times give or take less
-    than 1 (W the sum of the weights w); after each W positions exactly.
+    """Source of every position. After any n positions, source s was chosen n w_s / W times, give or take less than 1
+    (W: the sum of the weights w); after every W positions exactly.
 
     The schedule of W positions is Tijdeman's (The chairman assignment problem, 1980), whose bound is 1 - 1 / (2 k - 2)
-    for k sources: of the sources that may be chosen without running ahead, the one that must be chosen soonest.
+    for k sources: it takes, among the sources that may be chosen without running ahead, the one that must be chosen
+    soonest.
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
@@ -45,7 +46,7 @@ class MixtureSchedule:
 
 
 def _tijdeman(weights: list[int]) -> list[int]:
-    """One period. In units of 1 / (W D), D = 2 k - 2, so that all is whole numbers."""
+    """One period, in units of 1 / (W D) with D = 2 k - 2, so that all numbers are whole."""
     total, D = sum(weights), max(1, 2 * len(weights) - 2)
     per_weight = [math.lcm(*weights) // weight for weight in weights]
     owed = [0] * len(weights)  # D (n w_s - W count_s)

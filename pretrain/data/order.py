@@ -22,7 +22,7 @@ def window_order(
     positions: NDArray[np.int64], num_windows: int, *, seed: int | str, block_windows: int = 0, blocks: int = 1
 ) -> NDArray[np.int64]:
     """Window index for each position; `positions` int64 of any shape, result the same shape, values < num_windows.
-    With `block_windows` > 0 the shuffle is of two levels, see `permute_in_blocks`."""
+    With `block_windows` > 0 the shuffle has two levels, see `permute_in_blocks`."""
     assert num_windows > 0
     epochs, offsets = np.divmod(positions, num_windows)
     windows = np.empty_like(positions)
@@ -41,8 +41,8 @@ def permute_in_blocks(
 ) -> NDArray[np.int64]:
     """A bijection of 0..size-1 whose reads stay local: neighbouring windows form blocks, the blocks are shuffled, and
     the windows of each `blocks` consecutive ones of that order are shuffled together. So at most 2 x `blocks` blocks
-    are read at a time. The cut into blocks begins at another window for every key; what is left over when block_windows
-    does not divide the size joins the last group."""
+    are read at a time. The first block begins at a different window for every key. If block_windows does not divide the
+    size, the remaining windows join the last group."""
     block_windows = min(block_windows, size)
     num_blocks, group_windows = size // block_windows, blocks * block_windows
     first = number_of(f"{key}/first") % size

@@ -11,9 +11,9 @@ from pretrain.data.windows import Batch, TrainingStream
 
 
 class Prefetcher:
-    """Gives what the stream gives, earlier. One thread does all reading, so readers need no locks; an error of a read
-    is raised by the `take` that asks for its batches, not before. Nothing is kept across a resume: batches are a
-    function of the position."""
+    """Gives the stream's batches, and reads them ahead of time. One thread does all reading, so readers need no locks;
+    an error of a read is raised by the `take` that asks for its batches, not before. Nothing is saved for a resume,
+    because batches are a function of the position."""
 
     def __init__(self, stream: TrainingStream, device: torch.device, *, global_sequences: int) -> None:
         self._stream, self._device, self._global = stream, device, global_sequences
@@ -23,8 +23,8 @@ class Prefetcher:
         """How long the last `take` waited on this rank."""
 
     def take(self, consumed: int) -> list[Batch]:
-        """All micro-batches of the step that starts after `consumed` sequences (token ids: a few megabytes at most),
-        on the device, and begins with those of the step after. Raises DataError."""
+        """Returns, on the device, all micro-batches of the step that starts after `consumed` sequences (token ids: a
+        few megabytes at most), and begins to read those of the next step. Raises DataError."""
         started = time.perf_counter()
         if self._next is None or self._next[0] != consumed:
             self._next = (consumed, self._thread.submit(self._read, consumed))
@@ -43,5 +43,5 @@ class Prefetcher:
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def close(self) -> None:
-        """Waits for the read that is under way; drops one that is not."""
+        """Waits for a read that has begun; drops one that has not."""
         self._thread.shutdown(wait=True, cancel_futures=True)

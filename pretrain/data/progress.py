@@ -1,4 +1,4 @@
-"""The position of a run: what, beside tensors, decides its future."""
+"""How far a run is: what decides its future, apart from tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Progress:
     step: int
     """Optimizer steps done, those without an update included."""
     consumed_sequences: int
-    """Sequences read by those steps: the first so many of the data order once `skipped_ranges` are taken out."""
+    """Number of sequences that those steps read: the first ones of the data order without `skipped_ranges`."""
     skipped_ranges: tuple[Range, ...] = ()
     """Positions of the data order that are never read: sorted, disjoint, none empty."""
     skipped_updates: int = 0
@@ -48,7 +48,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Progress:
-        """What `to_json` gave. Files from before there were skips have neither ranges nor a count."""
+        """The inverse of `to_json`. Files from before skips existed have neither ranges nor a count."""
         return cls(
             step=int(tree["step"]),
             consumed_sequences=int(tree["consumed_sequences"]),

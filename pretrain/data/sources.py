@@ -29,7 +29,7 @@ class Source:
     name: str
     manifest: Manifest
     weight: int
-    """Turns in a period of the schedule."""
+    """How often it is chosen in a period of the schedule."""
     cache: ShardCache | None = None
     """Where its shards are kept, if the data set is behind a URL."""
 
@@ -70,7 +70,8 @@ class Sources:
 
     @property
     def digest(self) -> str:
-        """What training reads: the digest of the one manifest; of several, of their digests and weights in order."""
+        """Identifies what training reads: the digest of the only manifest, or of the digests and weights of several, in
+        order."""
         if len(self.sources) == 1:
             return self.sources[0].manifest.digest
         parts = [[source.manifest.digest, source.weight] for source in self.sources]
@@ -82,7 +83,8 @@ class Sources:
         return self.sources[0].manifest.tokenizer
 
     def check(self, level: Literal["size", "full"], show_progress: bool = False) -> None:
-        """`Manifest.check` of each that is not behind a URL; shards of those are checked when they are fetched."""
+        """Calls `Manifest.check` of each data set that is not behind a URL; a shard behind a URL is checked when it is
+        fetched."""
         for source in self.sources:
             if source.cache is None:
                 source.manifest.check(level, show_progress)
@@ -120,7 +122,7 @@ def open_sources(config: Config) -> Sources:
 
 
 def _check_splits(source: Source, config: Config) -> None:
-    """The splits that the run reads are there, each with a window at least."""
+    """Checks that the splits that the run reads exist and have at least one window each."""
     manifest, T, held_out = source.manifest, config.model.sequence_length, config.evaluate.split
     if config.evaluate.sequences and held_out not in manifest.splits:
         raise UserError(
@@ -137,7 +139,7 @@ def _check_splits(source: Source, config: Config) -> None:
 
 
 def _check_train_tokens(manifest: Manifest, config: Config) -> None:
-    """data.max_tokens are there, and a window for each stream."""
+    """Checks that the train split has data.max_tokens tokens and a window for each stream."""
     T, most, streams = config.model.sequence_length, config.data.max_tokens, config.batch.global_sequences
     windows = num_windows(manifest, "train", T, max_tokens=most)
     if most is not None and windows < most // T:
@@ -174,8 +176,8 @@ def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache
 
 
 def _below_data(location: str) -> str:
-    """Where the folder of a manifest is below data/, as its configuration is below configs/data (paper/c4); its name if
-    it is elsewhere."""
+    """The path of a manifest's folder below data/, which is its configuration's path below configs/data (paper/c4);
+    only its name if it is elsewhere."""
     path = PurePosixPath(location)
     folder = path.parent if path.suffix == ".json" else path
     return folder.relative_to("data").as_posix() if folder.parts[:1] == ("data",) else folder.name

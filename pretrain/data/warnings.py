@@ -1,4 +1,4 @@
-"""What the data of a run are too small for: said at the start, with the tokens that would be enough."""
+"""Warnings at start that the data are too small for the run, with the number of tokens that would be enough."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Windows of tokens for training and validation, by position in the run.
 
 A window is sequence_length + 1 consecutive tokens of a split; window w starts at token w x sequence_length, so that
-every token is a target exactly once per epoch, save the first of a split and fewer than sequence_length at its end.
+every token is a target exactly once per epoch, except the first of a split and fewer than sequence_length at its end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Batch:
         return inputs if self.documents is None else (*inputs, self.documents)
 
     def to(self, device: torch.device) -> Batch:
-        """Itself on `device`; asynchronous from pinned memory."""
+        """This batch on `device`; the copy is asynchronous from pinned memory."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
@@ -55,8 +55,8 @@ class Batch:
 
 
 def num_windows(manifest: Manifest, split: str, sequence_length: int, *, max_tokens: int | None = None) -> int:
-    """Windows of sequence_length + 1 tokens in a split; neighbours share one token. With `max_tokens`, those whose
-    inputs are among the first so many."""
+    """Number of windows of sequence_length + 1 tokens in a split; neighbours share one token. With `max_tokens`, only
+    windows whose inputs are among the first max_tokens tokens count."""
     windows = max(0, (manifest.num_tokens(split) - 1) // sequence_length)
     return windows if max_tokens is None else min(windows, max_tokens // sequence_length)
 
@@ -141,7 +141,7 @@ class MixedReader:
 
 
 ORDER_POSITIONS = 4096
-"""Positions whose windows are computed at once: 0.1 us each, but 20 us each for a batch of 32."""
+"""Number of positions whose windows are computed at once: in calls of 32 a position costs 200 times as much."""
 
 
 class TrainingStream:
@@ -149,14 +149,14 @@ class TrainingStream:
 
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
-    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. Of several sources a
+    The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. With several sources, a
     schedule of the weights decides which one a position reads, and each has epochs of its own. With data.order streams,
-    as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the
-    next window of each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin
-    again, with empty memory. The last windows of the split, fewer than G, have no place in a stream.
+    as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the next window of
+    each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty
+    memory. The last windows of the split, fewer than G, have no place in a stream.
 
     Positions in `skipped` are left out: "c consumed sequences" counts the others. In streams these ranges are whole
-    steps, and memory is empty after one, because what it held is not the text before.
+    steps, and memory is empty after a range, because it held text from before the range.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class TrainingStream:
         )
 
     def _order_part(self, part: int) -> np.ndarray:
-        """Windows of ORDER_POSITIONS positions in a row; the two last parts that were asked for are kept."""
+        """Windows of ORDER_POSITIONS positions in a row; the last two parts that were asked for are kept."""
         if part not in self._parts:
             if len(self._parts) == 2:
                 del self._parts[next(iter(self._parts))]
@@ -246,7 +246,7 @@ class TrainingStream:
         return first // self._global % self._chunks == 0 or first != before + 1
 
     def epoch(self, consumed: int) -> float:
-        """Passes over the training split after `consumed` sequences, skipped ones included; of several sources, over
+        """Passes over the training split after `consumed` sequences, skipped ones included; with several sources, over
         all windows together."""
         return self._position(consumed) / (self._chunks * self._global or self._reader.num_windows)
 

@@ -26,7 +26,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     import deepspeed  # here: device.start prepares its import
     from deepspeed.utils import groups, logger
 
-    groups.mpu = None  # an engine that this process built before may have left its own
+    groups.mpu = None  # an earlier engine of this process may have left its own
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
     specs = parameter_specs(config.model)
     for name, parameter in model.named_parameters():

@@ -13,7 +13,8 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_sequences,
         "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
-        # At stage 0 we clip ourselves, by a norm summed in fp64 as in the other stages (gradient_norm.py).
+        # At stage 0 we clip the gradients ourselves, by a norm summed in fp64 as at the other stages
+        # (gradient_norm.py).
         "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,
         "zero_optimization": {"stage": config.parallel.zero},
         # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
@@ -22,7 +23,7 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if config.parallel.pipeline > 1:
-        # Divided over tensor-parallel ranks in transit they would be wrong under sequence parallelism, silently.
+        # Dividing what travels over tensor-parallel ranks would silently give wrong numbers under sequence parallelism.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

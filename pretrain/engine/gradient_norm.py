@@ -1,4 +1,4 @@
-"""The gradient norm that DeepSpeed does not give, and what makes it say that a loss is not finite."""
+"""The gradient norm where DeepSpeed does not give it, and what makes the norm show that a loss is not finite."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def deepspeed_norm(engine: Any) -> float | None:
 class GradientNorm:
     """The global gradient norm before clipping, at every ZeRO stage, and whether it let the update happen.
 
-    A norm that is not finite is so on every rank, and no rank updates: weights, Adam's moments and its step counters
-    stay as they were. DeepSpeed's ZeRO optimizers do that; for ZeRO 0 gradients are dropped, and AdamW leaves a
-    parameter without a gradient alone.
+    If the norm is not finite, it is so on every rank, and no rank updates: weights, Adam's moments and its step
+    counters stay as they were. DeepSpeed's ZeRO optimizers do that themselves. For ZeRO 0 we drop the gradients,
+    because AdamW does not touch a parameter that has none.
 
     DeepSpeed gives the norm for ZeRO 1 to 3, summed in fp64. For ZeRO 0 norm and clipping are ours, between the last
     backward pass (which averages over ranks) and the optimizer step (which clears the gradients), in fp64 as well:
-    torch's fp32 norm of an 8000 x 128 embedding is off by 1.1e-5 on a CPU, of 4 million elements by 7e-5, and clipping
-    scales by it.
+    torch's fp32 norm of an 8000 x 128 embedding is off by 1.1e-5 on a CPU, that of 4 million elements by 7e-5, and
+    clipping scales by the norm.
     """
 
     def __init__(self, engine: Any, clip_norm: float, parallel: ParallelContext) -> None:

@@ -13,7 +13,7 @@ from pretrain.parallel.experts import separate_experts
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """The parameters that are declared as decayed (matrices and experts), and apart from them the others."""
+    """Two groups: the parameters that are declared as decayed (matrices and experts), and the others."""
     decay = config.optimizer.weight_decay
     if decay == 0.0:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]

@@ -1,9 +1,9 @@
 """Pipeline parallelism: DeepSpeed's PipelineModule and its 1F1B schedule around the layers of the plain model.
 
-Between stages travel the hidden state and the sequences' indices. An auxiliary loss stays on the stage that computes
-it: its gradient is attached to the hidden state that leaves the stage, its value is summed over stages with the step's
-other sums. (Sent along as a second output it would cost a second pass through the whole stage: DeepSpeed 0.19.8 runs
-one backward per output.)
+The hidden state and the sequences' indices travel between stages. An auxiliary loss stays on the stage that computes
+it: its gradient is attached to the hidden state that leaves the stage, and its value is summed over stages with the
+step's other sums. (As a second output it would cost a second backward pass through the whole stage: DeepSpeed 0.19.8
+runs one backward per output.)
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PipelineStage(PipelineModule):
             (groups.data, self._grid.dp_group),
             (groups.tensor, self._grid.slice_group),
         ):
-            assert dist.get_process_group_ranks(ours) == sorted(theirs), "DeepSpeed's groups are others than ours"
+            assert dist.get_process_group_ranks(ours) == sorted(theirs), "DeepSpeed's groups differ from ours"
         self.config = config.model
         self.parallel = parallel
         self.gradient_scale: Callable[[], float] = lambda: 1.0
@@ -93,7 +93,8 @@ class PipelineStage(PipelineModule):
         initialize(self, config.model, parallel, seed=config.train.seed)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Registers layer number `name` under its canonical name, as the plain model does; others as they come."""
+        """Registers layer number `name` under its canonical name, as the plain model does; other modules keep their
+        names."""
         if not name.isdigit():
             super().add_module(name, module)
             return
@@ -121,8 +122,8 @@ class PipelineStage(PipelineModule):
         state: tuple[Tensor, ...] = inputs
         if self.parallel.pipeline_rank > 0:
             state = (*inputs, torch.zeros((), dtype=torch.float32, device=inputs[0].device))
-        # All of it inside this forward pass, the loss too: what runs between it and DeepSpeed's backward call loses its
-        # gradients in bf16 (BF16_Optimizer clears them when the backward pass reaches this module's output).
+        # Everything runs inside this forward pass, the loss too: what runs between it and DeepSpeed's backward call
+        # loses its gradients in bf16 (BF16_Optimizer clears them when the backward pass reaches this module's output).
         for layer in self.forward_funcs:
             state = layer(state, next(self.targets)) if isinstance(layer, Head) else layer(state)
         first, second, auxiliary_loss = state

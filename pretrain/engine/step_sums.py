@@ -43,8 +43,8 @@ class StepReducer:
         self._shapes = {name: shape for stage in stages for name, shape in stage.items()}
 
     def __call__(self, output: StepOutput, num_micro_steps: int) -> StepSums:
-        """Closes the step of every router: if its update was skipped, the routing distribution of the step before
-        stays. Collective; one reduction over data-parallel ranks and one per other dimension in use."""
+        """Ends the step of every router; if the update was skipped, the routing distribution of the step before stays.
+        Collective: one reduction over data-parallel ranks and one for each other dimension in use."""
         parallel, routers = self._parallel, self._routers.values()
         loss_sum, auxiliary_sum, grad_norm = output
         wrong = (~torch.isfinite(loss_sum + auxiliary_sum)).double().view(1)

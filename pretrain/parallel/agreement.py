@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class PeerFailed(Exception):
-    """Another rank met an error that is the user's to fix and says so; this one leaves quietly."""
+    """Another rank met an error that the user must fix, and reports it; this rank leaves quietly."""
 
 
 def agreed(function: Callable[[], Result]) -> Result:

@@ -16,7 +16,7 @@ def parallel_context(config: Config) -> ParallelContext:
     tensor, expert = parallel.tensor, parallel.expert
     data = dist.get_world_size() // (parallel.pipeline * tensor)
     data_rank = rank // tensor % data
-    if data == dist.get_world_size() and expert == 1:  # no other groups than the one that is there
+    if data == dist.get_world_size() and expert == 1:  # the group of all ranks is enough
         return ParallelContext(data_rank=rank, data_size=data, data_group=dist.group.WORLD if data > 1 else None)
     groups = process_groups(pipeline=parallel.pipeline, data=data, tensor=tensor, expert=expert)
     return ParallelContext(

@@ -1,7 +1,7 @@
-"""What DeepSpeed (0.19.8) must know of parameters that only some data-parallel ranks share: the sigma-MoE experts.
+"""What DeepSpeed (0.19.8) must know about parameters that only some data-parallel ranks share: the sigma-MoE experts.
 
 DeepSpeed looks for its own MoE module in the model, for attributes of the parameters and for marks on the optimizer's
-groups. The model knows nothing of DeepSpeed, so all of that is put on here, from outside. DeepSpeed is imported inside
+groups. The model knows nothing of DeepSpeed, so this module adds all of that from outside. DeepSpeed is imported inside
 functions, because device.start must prepare its import.
 """
 
@@ -19,13 +19,13 @@ from model.parameters import parameter_specs
 from pretrain.parallel.groups import process_groups
 
 MARKER = "deepspeed_experts"
-"""Name of the module without parameters by which DeepSpeed finds that there are experts."""
+"""Name of a module without parameters, by which DeepSpeed detects that there are experts."""
 
 
 def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelContext) -> None:
-    """Before deepspeed.initialize: marks the parameters that are divided over `parallel.expert_group`, none without
-    one. Their gradients are then summed over the ranks that hold the same experts, and divided by the data-parallel
-    size like all others: a rank's experts see the tokens of its whole expert-parallel group."""
+    """Call it before deepspeed.initialize: marks the parameters that are divided over `parallel.expert_group`, none if
+    there is no such group. Their gradients are then summed over the ranks that hold the same experts, and divided by
+    the data-parallel size like all others: a rank's experts see the tokens of its whole expert-parallel group."""
     if parallel.expert_group is None:
         return
     from deepspeed.moe.layer import MoE
@@ -57,10 +57,11 @@ def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelCon
 
 
 def separate_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Optimizer groups in which experts are apart and marked, as ZeRO wants them; the same groups without experts.
+    """Moves experts into optimizer groups of their own and marks these, as ZeRO wants; without experts returns the same
+    groups.
 
-    DeepSpeed's function for this leaves an empty group, at which ZeRO fails, where the first expert tensor of a group
-    has more than 178,956,971 elements.
+    If the first expert tensor of a group has more than 178,956,971 elements, DeepSpeed's function for this leaves an
+    empty group, and ZeRO fails on it.
     """
     separated = []
     for group in groups:
@@ -87,7 +88,7 @@ def _register_groups(name: str, parallel: ParallelContext) -> None:
         (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, parallel.expert_group),
         (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, ours.expert_replicas),
     ):
-        groups_by_name.clear()  # of an engine before this one, in another layout
+        groups_by_name.clear()  # those of an earlier engine, in another layout
         ranks_by_name.clear()
         groups_by_name[name] = group
         ranks_by_name[name] = dist.get_process_group_ranks(group)

@@ -11,15 +11,15 @@ from model.parallel.context import ParallelContext
 
 
 class Groups(NamedTuple):
-    """This rank's process group in each dimension; groups of one rank exist as well, DeepSpeed wants them (but for
-    experts: None if they are not divided)."""
+    """This rank's process group in each dimension. Groups of one rank exist too, because DeepSpeed wants them; the
+    expert group is None if experts are not divided."""
 
     pipeline: Any
     data: Any
     tensor: Any
     expert: Any
     expert_replicas: Any
-    """The ranks that hold the same experts, tensor-parallel ones included: they sum the gradients of those."""
+    """The ranks that hold the same experts, tensor-parallel ones included: they sum the gradients of these experts."""
 
 
 def process_groups(*, pipeline: int, data: int, tensor: int, expert: int = 1) -> Groups:
@@ -43,12 +43,12 @@ def _process_groups(world: Any, pipeline: int, data: int, tensor: int, expert: i
 
 def _grid(pipeline: int, data: int, tensor: int, expert: int) -> Any:
     """megatron-core's grid of all ranks, whose groups are values (its parallel_state holds them in globals). Imported
-    here: a run that is divided over data-parallel ranks alone needs no groups, and it takes seconds."""
+    here, because it takes seconds, and a run with data-parallel ranks alone needs no groups."""
     from model.parallel.megatron_core import HyperCommGrid
 
     assert pipeline * data * tensor == dist.get_world_size() and data % expert == 0
-    # The fastest first. The data-parallel ranks of ours are two dimensions here: ep, those that share the experts, and
-    # dp, those that hold the same ones.
+    # The fastest dimension first. Our data-parallel ranks are two dimensions here: ep, which divides the experts, and
+    # dp, whose ranks hold the same experts.
     return HyperCommGrid([tensor, expert, data // expert, pipeline], ["tp", "ep", "dp", "pp"])
 
 

@@ -45,7 +45,7 @@ class RankBytes:
 
     stage: int
     parameters: int
-    """Elements of the model that the rank computes with (under ZeRO 3 of its data-parallel group)."""
+    """Elements of the model that the rank computes with (under ZeRO 3: that its data-parallel group computes with)."""
     weights: int
     """Bytes of the weights that the rank computes with."""
     optimizer: int

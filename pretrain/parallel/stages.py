@@ -17,9 +17,9 @@ def layer_costs(config: Config) -> list[int]:
 
 
 def stage_bounds(config: Config) -> list[int]:
-    """Stage s holds the layers bounds[s] .. bounds[s + 1] - 1 of the model's list: at least one block each, the longest
-    stage as short as can be, and of such divisions the one whose early stages are short, since a stage keeps the
-    activations of as many micro-steps as stages follow it."""
+    """Stage s holds the layers bounds[s] .. bounds[s + 1] - 1 of the model's list: each has at least one block, and the
+    longest stage is as short as possible. Among such divisions it is the one with short early stages, because a stage
+    keeps the activations of as many micro-steps as stages follow it."""
     costs, stages = layer_costs(config), config.parallel.pipeline
     blocks = config.model.num_layers
     assert stages <= blocks, "a stage without a block"

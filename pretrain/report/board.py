@@ -1,7 +1,7 @@
 """Scalars for TensorBoard: RUN_DIR/tensorboard, written in the calling thread.
 
 torch's SummaryWriter writes in a thread of its own, which a full disk ends with a traceback; every later call raises.
-Here the disk is met at `flush`, and what it refuses waits.
+Here only `flush` touches the disk, and what the disk refuses waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.line_log import append_whole
 FLUSH_SECONDS = 30.0
 """Longest time that a point waits for the file, as long as steps come."""
 PENDING_BYTES = 1 << 26
-"""More than this is not kept for a disk that refuses it."""
+"""Most bytes that are kept while the disk refuses them."""
 
 
 class Board:
@@ -65,7 +65,7 @@ class Board:
         self._pending += data
 
     def flush(self) -> None:
-        """Brings the points to the file. What a full disk refuses is kept for the next time; once it is more than
+        """Writes the points to the file. What a full disk refuses is kept for the next time; once it is more than
         PENDING_BYTES it is lost: metrics.jsonl has all of it."""
         self._flushed = time.monotonic()
         if not self._pending:

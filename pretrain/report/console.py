@@ -15,17 +15,17 @@ from collections.abc import Callable
 from typing import TextIO
 
 CHUNK_BYTES = 4096
-"""PIPE_BUF of Linux: where a pipe says that it can be written to, so much fits and a write does not wait."""
+"""PIPE_BUF of Linux: if a pipe says that it can be written to, this many bytes fit and a write does not wait."""
 PATIENCE_SECONDS = 5.0
-"""How long a reader that does not read is waited for, once; after that only what it has room for is written."""
+"""How long a write waits, once, for a reader that does not read; after that only what fits is written."""
 
 _problems: dict[str, str] = {}
 _listeners: list[Callable[[str, str], None]] = []
 
 
 def protect() -> None:
-    """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call first of all: a descriptor that
-    was closed by whoever started this process would otherwise go to the next file that is opened, and prints into it.
+    """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call it first: if the parent process
+    closed a descriptor, the next file that is opened would get it, and prints would go into that file.
     """
     for descriptor in range(3):
         try:
@@ -38,15 +38,15 @@ def protect() -> None:
 
 
 def on_problem(listener: Callable[[str, str], None]) -> None:
-    """Calls `listener` with the name of a stream and the reason when it first cannot be written: of those that already
-    could not now, of others by whatever thread prints."""
+    """Calls `listener` with the name of a stream and the reason when the stream first cannot be written: now for
+    streams that have already failed, later from the thread that prints."""
     _listeners.append(listener)
     for name, reason in list(_problems.items()):
         listener(name, reason)
 
 
 def forget(listener: Callable[[str, str], None]) -> None:
-    """Ends `on_problem`; a listener that is none is passed over."""
+    """Ends `on_problem`; ignores a listener that was not registered."""
     with contextlib.suppress(ValueError):
         _listeners.remove(listener)
 
@@ -56,7 +56,7 @@ def _protected(stream: TextIO | None, descriptor: int, name: str) -> TextIO:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    # A path may hold what the terminal's encoding does not.
+    # A path may hold characters that the terminal's encoding lacks.
     return io.TextIOWrapper(
         _Stream(descriptor, name),
         encoding=encoding,
@@ -108,7 +108,7 @@ class _Stream(io.RawIOBase):
 
 
 def _report(name: str, reason: str) -> None:
-    """Once per stream: a line on stderr, if that is not what fails, and the listeners."""
+    """Once per stream: prints a line on stderr, unless stderr is what fails, and calls the listeners."""
     if name in _problems:
         return
     _problems[name] = reason

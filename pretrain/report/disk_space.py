@@ -1,4 +1,4 @@
-"""Room for a run's checkpoints, compared with the disk before it starts."""
+"""Whether the disk has room for a run's checkpoints, checked before it starts."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class CheckpointSpace:
 
     @property
     def wanted(self) -> int:
-        """Still to be written: those that are kept, and one that is written before an older one goes."""
+        """Bytes still to be written: the kept checkpoints, and one that is written before an older one is removed."""
         return max(1, self.kept + 1 - self.there) * self.size
 
     @property
     def least(self) -> int:
-        """Below this the run cannot replace its first checkpoint by a second one, or not save at all."""
+        """With fewer free bytes the run cannot replace its first checkpoint by a second one, or cannot save at all."""
         return max(1, min(2, self.kept + 1) - self.there) * self.size
 
     def row(self) -> DerivedValue:
@@ -50,7 +50,7 @@ class CheckpointSpace:
         )
 
     def check(self) -> None:
-        """Raises UserError where not even one checkpoint and one that is being written fit."""
+        """Raises UserError if there is no room for one checkpoint and another that is being written."""
         if self.free < self.least:
             raise UserError(
                 f"--run-dir: the disk of {self.folder} has no room for checkpoints of {self.size:,} bytes: "

@@ -39,8 +39,8 @@ def step_values(
     seconds: float,
     device: torch.device,
 ) -> dict[str, float | None]:
-    """The line of the step that led to `progress` and took `seconds`. None: a loss that is not a number, the norm of a
-    skipped update."""
+    """The line of the step that led to `progress` and took `seconds`. None stands for a loss that is not a number, and
+    for the norm of a skipped update."""
     sums, consumed = result.sums, progress.consumed_sequences
     memory, memory_peak = memory_bytes(device)
     values: dict[str, float | None] = {

@@ -74,7 +74,7 @@ class Monitor:
         print(f"validation after step {step}{where}: {what}", flush=True)
 
     def flush(self) -> None:
-        """Brings TensorBoard's file to the disk; call where the run may be continued from."""
+        """Brings TensorBoard's file to the disk; call it at every point that the run may continue from."""
         if self._board is not None:
             self._board.flush()
 

@@ -120,8 +120,8 @@ class Collapsed:
 
 class CollapseWatch:
     """Counts, per router, the steps in a row for which it was collapsed: its k busiest experts got more than
-    monitor.collapse_share of the choices. Told of after monitor.collapse_after_steps, then each time the streak has
-    doubled."""
+    monitor.collapse_share of the choices. A router is reported after monitor.collapse_after_steps, then each time the
+    streak has doubled."""
 
     def __init__(self, config: MonitorConfig, model: ModelConfig) -> None:
         self._share, self._after = config.collapse_share, config.collapse_after_steps
@@ -130,7 +130,7 @@ class CollapseWatch:
         self._streaks: dict[str, Tensor] = {}
 
     def step(self, load: dict[str, Tensor]) -> list[Collapsed]:
-        """Takes the counts of a step; what is to be told now."""
+        """Takes the counts of a step. Returns the routers to report now."""
         due: list[Collapsed] = []
         for kind, choice in self._choices.items() if self._after else ():
             rows = rows_of(load, kind)

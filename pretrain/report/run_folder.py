@@ -25,7 +25,7 @@ LEFTOVERS = (
     "outcome.json",
     "ranks/rank-*",
 )
-"""What a start that was killed leaves of its own: nothing that another program may have put here."""
+"""Files of its own that a killed start leaves; none that another program may have put here."""
 
 
 class RunFolder:
@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         """`writes` is true on one rank, which creates the folder and appends; on the others every call is a no-op.
-        Raises UserError if the folder cannot be written, or holds what is in the way."""
+        Raises UserError if the folder cannot be written, or if something in it is in the way."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.lock: FolderLock | None = None
@@ -69,7 +69,7 @@ class RunFolder:
         self.event("output_lost", stream=stream, reason=reason)
 
     def _remove_leftovers(self) -> None:
-        """What a start that was killed did not clean up. A report of a hang is kept, under a name with its time."""
+        """Removes what a killed start did not clean up, but keeps a report of a hang, under a name with its time."""
         for pattern in LEFTOVERS:
             for path in self.path.glob(pattern):
                 path.unlink()
@@ -79,8 +79,8 @@ class RunFolder:
             hang.rename(self.path / f"hang-{when}-{secrets.token_hex(2)}")
 
     def end(self, code: ExitCode, reason: str, *, step: int | None = None) -> None:
-        """outcome.json: how this start ended, also for scripts whose launcher lost the exit code. Gives the folder
-        free. May be called from another thread, and more than once: the first counts."""
+        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code. Releases the
+        folder. May be called from another thread, and more than once: the first call counts."""
         if not self._writes or code is ExitCode.FOLDER_LOST or self._has_ended:
             return
         self._has_ended = True
@@ -89,7 +89,7 @@ class RunFolder:
         try:
             self._events.flush()
             write_json(self.path / "outcome.json", outcome)
-        except OSError as error:  # how the run ended does not change because nobody can read it there
+        except OSError as error:  # the run ended as it did, even if nobody can read it there
             print(f"warning: {self.path}: cannot be written at the end: {error.strerror}", file=sys.stderr, flush=True)
         finally:
             if self.lock is not None:
@@ -105,8 +105,8 @@ class RunFolder:
         return list(found)
 
     def was_validated(self, step: int) -> bool:
-        """Whether events.jsonl holds a validation after `step`, of the course of the run that stands: one that started
-        before that step computes it again."""
+        """Whether events.jsonl holds a validation after `step` that still counts: a start from before that step
+        computes it again."""
         found = False
         for row in self._events.rows() if self._writes else ():
             if row["event"] in ("started", "validation") and isinstance(row.get("step"), int):
@@ -131,8 +131,8 @@ class RunFolder:
             self._metrics.append(values)
 
     def make_durable(self) -> None:
-        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, after a power loss and on a
-        full disk alike. Raises OSError."""
+        """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, even after a power loss or
+        on a full disk. Raises OSError."""
         if self._writes:
             self._metrics.make_durable()
 

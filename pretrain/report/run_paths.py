@@ -13,7 +13,7 @@ SAVED_CONFIG = "config.json"
 MARKS = ("checkpoints", "events.jsonl")
 """What only a run puts into a folder."""
 FOLDERS = ("checkpoints", "tensorboard", "routing")
-"""What is a folder in a run folder, where it is."""
+"""Entries of a run folder that are folders, if they exist."""
 
 
 def is_run(folder: Path) -> bool:
@@ -22,7 +22,7 @@ def is_run(folder: Path) -> bool:
 
 
 def config_file(given: str | Path, option: str = "--config") -> Path:
-    """The configuration file that `given` names; of the folder of a run, that run's. Raises ConfigError."""
+    """The configuration file that `given` names; for a run folder, that run's configuration. Raises ConfigError."""
     path = Path(given)
     if not str(given).strip():
         raise ConfigError(
@@ -36,8 +36,8 @@ def config_file(given: str | Path, option: str = "--config") -> Path:
 
 
 def run_folder(config: Path, given: str | Path | None) -> Path:
-    """The run folder: `given` if it is, the run whose own configuration `config` is, or else runs/NAME. Checks that it
-    can be one, without writing. Raises UserError."""
+    """The run folder: `given` if it is not None, else the run whose own configuration `config` is, else runs/NAME.
+    Checks, without writing, that it can be a run folder. Raises UserError."""
     if given is not None and not str(given).strip():
         raise UserError("--run-dir: is empty; name a folder, or leave the option out for runs/NAME")
     if given is not None:

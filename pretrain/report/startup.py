@@ -52,7 +52,7 @@ def _data_values(config: Config, sources: Sources, sizes: list[int]) -> list[Der
 
 
 def _size_values(config: Config, data_size: int, windows: int) -> list[DerivedValue]:
-    """What every run has. `windows`: windows of the training split, all sources together."""
+    """Values that every run has. `windows`: windows of the training split, all sources together."""
     batch, model, steps = config.batch, config.model, config.train.steps
     count = parameter_count(model)
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
@@ -86,7 +86,7 @@ def _layout_values(config: Config, data_size: int) -> list[DerivedValue]:
 
 
 def _optional_values(config: Config, windows: int, num_pieces: int) -> list[DerivedValue]:
-    """What only some runs have. `num_pieces`: of the tokenizer."""
+    """Values that only some runs have. `num_pieces`: the tokenizer's."""
     model, parallel, schedule, G = config.model, config.parallel, config.schedule, config.batch.global_sequences
     feedforward, position = model.feedforward, model.position
     experts = feedforward.num_experts if isinstance(feedforward, SigmaMoEConfig) else 0

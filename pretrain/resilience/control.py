@@ -13,7 +13,7 @@ from pretrain.resilience.signals import Stop
 
 
 class Control:
-    """One reduction of a few bytes, on CPUs: no kernel is waited for. Every method is collective over all ranks."""
+    """One reduction of a few bytes on CPUs, which waits for no kernel. Every method is collective over all ranks."""
 
     def __init__(self, stop: Stop, group: Any) -> None:
         self._stop, self.group = stop, group
@@ -34,7 +34,7 @@ class Control:
         return self.any(self.stop_is_requested)[0]
 
     def from_first_rank(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, which alone calls it, on every rank; its UserError is agreed."""
+        """Calls `function` on rank 0 alone and returns its result on every rank; its UserError is agreed."""
         values = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
         dist.broadcast_object_list(values, src=0)
         return values[0]

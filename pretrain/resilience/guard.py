@@ -1,4 +1,4 @@
-"""What watches a run from beside it, for as long as it writes to its folder."""
+"""What runs beside a run and watches it, as long as it writes to its folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def collective_timeout(config: ResilienceConfig) -> float:
 
 @contextlib.contextmanager
 def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Phases) -> Iterator[Control]:
-    """Watchdog, signs of life, agreement; on the way out the outcome of the run and the lock. Collective."""
+    """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome and releases the
+    lock. Collective."""
     own = process_identity(os.getpid())
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, own)

@@ -16,21 +16,21 @@ from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
 
 CHUNK = 2**22
-"""Elements whose products are formed at once: 64 MiB beside the model."""
+"""Elements that are multiplied at a time: 64 MiB beside the model."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
     """Compares the weights that the ranks compute with, and the routing statistics, wherever several ranks hold them.
 
-    Replicas are the same part of the same parameter: over data-parallel ranks, of what is not divided over
-    tensor-parallel ranks over those too, of experts over the ranks that hold the same ones. ZeRO 3 divides parameters
-    over the data-parallel ranks; only those below stage3_param_persistence_threshold (1e5 elements) stay whole. Master
-    weights and moments have no replica under ZeRO 1 to 3.
+    Replicas are copies of the same part of the same parameter. Data-parallel ranks hold them; so do tensor-parallel
+    ranks, for parameters that are not divided over them. For experts, the ranks that hold the same experts do. ZeRO 3
+    divides parameters over the data-parallel ranks; only those below stage3_param_persistence_threshold (1e5 elements)
+    stay whole. Master weights and moments have no replica under ZeRO 1 to 3.
     """
 
     def __init__(self, engine: Any, parallel: ParallelContext, group: Any) -> None:
-        """Collective over `group`, all ranks, whose tensors are on the CPU."""
+        """Collective over `group`: all ranks, with tensors on the CPU."""
         self._engine, self._parallel, self._group = engine, parallel, group
         keys: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(keys, [key for key, _ in self._tensors()], group=group)
@@ -62,7 +62,7 @@ class ReplicaCheck:
         return [_difference(key, list(by_value.values())) for key, by_value in holders.items() if len(by_value) > 1]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds, by a name that is the same wherever the same numbers are."""
+        """What this rank holds, under a name that is the same on all ranks with the same numbers."""
         module, parallel = self._engine.module, self._parallel
         specs = parameter_specs(module.config)
         for name, parameter in module.named_parameters():
@@ -89,7 +89,8 @@ def checksum(value: Tensor) -> Tensor:
 
 
 def _difference(key: str, groups: list[list[int]]) -> str:
-    """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. Of two ranks either may be the wrong one."""
+    """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. If only two ranks hold it, either may be the wrong
+    one."""
     *others, most = sorted(groups, key=len)
     wrong = sorted(rank for group in others for rank in group)
     return f"{key}: {_ranks(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {_ranks(most)}"

@@ -1,4 +1,4 @@
-"""Going back: what was gone back for, kept in RUN_DIR/rollbacks.json, and where to begin again."""
+"""Going back: the rollbacks of a run, kept in RUN_DIR/rollbacks.json, and where to begin again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pretrain.data.progress import Progress, Range, data_positions, merged
 
 @dataclass(frozen=True)
 class Rollback:
-    """One of them; also the request for it."""
+    """One rollback, made or requested."""
 
     reason: str
     at_step: int
     """The step after which it was decided."""
     first_step: int
-    """The first step that must not have happened: a checkpoint before it serves."""
+    """The first step to undo: a checkpoint from before it serves."""
     skipped: Range | None = None
     """Positions of the data order never to be read again."""
     branch_start: str | None = None
@@ -30,8 +30,8 @@ class Rollback:
 
 
 def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
-    """Rollbacks of this branch of the run, oldest first. Raises UserError if the file cannot be read: what it leaves
-    out decides the run."""
+    """Rollbacks of this branch of the run, oldest first. Raises UserError if the file cannot be read: it decides which
+    data the run leaves out."""
     path = run_dir / "rollbacks.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -47,8 +47,8 @@ def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
 
 
 def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
-    """Adds one, durably, before anything is undone; nothing on ranks that do not write. Raises UserError if the disk
-    refuses."""
+    """Adds a rollback, durably, before anything is undone; does nothing on ranks that do not write. Raises UserError if
+    the disk refuses."""
     if not writes:
         return
     path = run_dir / "rollbacks.json"
@@ -60,9 +60,9 @@ def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
 
 
 def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
-    """Those of the checkpoints `paths`, best first, that `rollback` can go back to: from before its first step or, if
-    retention has left none, the oldest from before the step that showed it. None at all: the beginning of the run.
-    Raises UserError."""
+    """The checkpoints among `paths`, best first, that `rollback` can go back to: those from before its first step or,
+    if retention has left none, the oldest from before the step that showed the fault. No paths: the beginning of the
+    run. Raises UserError."""
     steps = {path: _step(path) for path in paths}
     found = [path for path in paths if steps[path] < rollback.first_step]
     found = found or [path for path in paths if steps[path] < rollback.at_step][-1:]

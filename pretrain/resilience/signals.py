@@ -32,16 +32,16 @@ from pretrain.report.exit_codes import ExitCode
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)
-"""Left alone where they are ignored, as under nohup. The others are taken over even then: `trap '' USR1` in a script
-keeps the launchers alive, which know no USR1, and is inherited."""
+"""Left alone if they are ignored already, as under nohup. The others are taken over even then: a script uses `trap ''
+USR1` to protect the launchers, which do not handle USR1, and this process inherits that."""
 PARENT_DIED = getattr(signal, "SIGRTMIN", 34) + 5
 """Sent by the kernel when the launcher has died."""
 SECOND_SIGNAL_SECONDS = 5.0
-"""A signal so soon after the first is the same request, sent by somebody else."""
+"""A signal that follows the first within this time is the same request, sent by another process."""
 START_UP_SECONDS = 20.0
 """How long a stop may wait for an agreed moment during start-up. DeepSpeed's launcher kills 30 s after SIGTERM."""
 PEER_SECONDS = 3.0
-"""How long the main thread has to say for itself that another rank has died, before the process is left."""
+"""How long the main thread has to report by itself that another rank has died, before the process is ended."""
 LEAVE_SECONDS = 10.0
 """How long leaving at once may take: the file system may be what hangs."""
 ASIDE_SECONDS = 30.0
@@ -51,7 +51,7 @@ LOOK_SECONDS = 0.5
 
 
 class ProcessState(Enum):
-    """How far a process is, as far as a stop is concerned."""
+    """How far a process is, which decides what a stop does."""
 
     JOINING = "before the ranks have met"
     STARTING = "start-up"
@@ -97,17 +97,16 @@ class Stop:
         threading.Thread(target=self._serve, args=(read,), name="signals", daemon=True).start()
 
     def enter(self, state: ProcessState) -> None:
-        """Called by the main thread as it goes on."""
+        """Called by the main thread when it reaches `state`."""
         self.state = state
         if state is ProcessState.ENDING and self._installed:
             for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
                 signal.signal(number, signal.SIG_IGN)
 
     def step_aside(self) -> bool:
-        """Called where the first rank of this node refuses the run for the reason that this one has found too, before
-        the ranks have met. Launchers end all other ranks when one has left: who leaves first must be the one that says
-        why, so this waits to be ended, without a word. True if nobody ended it: nobody else may have said it. srun ends
-        nobody."""
+        """Called if the ranks have not met and the first rank of this node refuses the run for the same reason as this
+        one. Launchers end all other ranks when one has left, so the rank that says why must leave first; this one waits
+        silently to be ended. Returns True if nothing ended it, as under srun: then perhaps no rank has said why."""
         if not self._installed or is_task_of_many(os.environ):
             return False
         for number in STOP_SIGNALS:
@@ -166,7 +165,8 @@ class Stop:
             self._ask("the death of the deepspeed command")
 
     def _look_at_peers(self) -> None:
-        """Who asks the dead for agreement waits for ever, and DeepSpeed's launcher waits 30 s for each such rank."""
+        """A rank that waits for the agreement of a dead one waits for ever, and DeepSpeed's launcher waits 30 s for
+        each such rank."""
         if self._reason is None or self.state is ProcessState.ENDING or not self.peer_is_dead():
             return
         time.sleep(PEER_SECONDS)
@@ -176,7 +176,7 @@ class Stop:
 
 def is_launched() -> bool:
     """Whether a launcher started this process, by the variables that launchers and srun set."""
-    # Not as a number: what is none is refused by ranks.py, in a sentence.
+    # Not converted to a number: ranks.py refuses what is none, in a sentence.
     is_of_many = os.environ.get("WORLD_SIZE", "1").strip() != "1"
     return "CROSS_RANK" in os.environ or is_of_many or is_task_of_many(os.environ)
 

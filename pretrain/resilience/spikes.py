@@ -23,7 +23,7 @@ class SpikeDetector:
         self._fewest = window // 4
 
     def see(self, loss: float) -> str | None:
-        """Takes the (finite) loss of the next step. What stands out about it, or None."""
+        """Takes the (finite) loss of the next step. Returns what stands out about it, or None."""
         losses = np.array(self._losses)
         self._losses.append(loss)
         if not self._threshold or len(losses) < self._fewest:

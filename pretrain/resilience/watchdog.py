@@ -1,8 +1,8 @@
-"""A thread beside the main one: signs of life for the lock, and the end of a run whose ranks wait for one of them.
+"""A thread beside the main one: it gives signs of life for the lock, and ends a run whose ranks wait for one of them.
 
 Nothing is sent while all is well. A rank whose main thread has not entered a new phase for the time allowed writes a
-report and its stacks into RUN_DIR/hang; who is alive does so at about the same time, because all wait for the one that
-did not arrive. Then whoever wrote nothing, or is behind the others, is named. That needs neither network nor rank 0.
+report and its stacks into RUN_DIR/hang; all ranks that are alive do so at about the same time, because they wait for
+the same one. Then those that wrote nothing, or are behind the others, are named. That needs neither network nor rank 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DUMP_SIGNAL = signal.SIGUSR2
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself when it waits for too long."""
+    """What a rank says about itself when it has waited for too long."""
 
     rank: int
     identity: dict[str, Any]
@@ -69,7 +69,7 @@ class Watchdog:
         self._rank, self._identities = peers.rank, peers.identities
         self._timeout = hang_timeout_seconds
         self._grace = min(30.0, max(2.0, hang_timeout_seconds / 4))
-        """How long reports are waited for: ranks begin to wait within a step of each other."""
+        """How long to wait for reports: ranks begin to wait within a step of each other."""
         self._folder.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # a full disk: the last words of this rank are missed, no more
             phases.keep_in(self._folder / f"rank-{self._rank:05d}.phase")
@@ -133,7 +133,7 @@ class Watchdog:
         while time.monotonic() < deadline and len(self._reports()) < len(self._identities):
             time.sleep(0.1)
         message = self._hang / "message.txt"
-        # Once the message is out, ranks are woken and killed: that this one then gets further means nothing.
+        # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
         if self._phases.record.count != record.count and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
             self._reporting.clear()
@@ -183,7 +183,7 @@ class Watchdog:
         partial.rename(path)
 
     def _end_silent_ranks_here(self, reports: dict[int, Report], silent: list[int]) -> None:
-        """Once per machine: silent ranks of it write their stacks, if they can, and are killed."""
+        """Once per machine: makes its silent ranks write their stacks, if they can, and kills them."""
         if self._rank != min(rank for rank in reports if self._is_here(rank)):
             return
         stacks = {}
@@ -215,7 +215,7 @@ class Watchdog:
 def describe(
     reports: dict[int, Report], silent: list[int], last_words: dict[int, str], timeout: float, folder: Path
 ) -> str:
-    """One message: who did not arrive where."""
+    """One message that says which ranks did not arrive, and where."""
     furthest = max(reports.values(), key=lambda report: report.record.count)
     behind = {rank: report for rank, report in reports.items() if report.record.count < furthest.record.count}
     absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent]

@@ -5,8 +5,8 @@
         NAME/index  [n, L, H, k] uint8 (or wider): of n sequences, L tokens and this rank's H heads
         NAME/place  [n + 2] int64: the first head, the first token, and each sequence's position in the run
 
-A step takes tokens per step x choices per token bytes, whatever the layout; ranks write what they chose, and a reader
-puts the pieces together, whatever layout it has itself. Nothing is executed that is read.
+A step takes (tokens per step) x (choices per token) bytes in every layout. Ranks write what they chose, and a reader in
+any layout puts the pieces together. Nothing that is read is executed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 WINDOW_KEYS = ("max_tokens", "shuffle_block_windows", "shuffle_blocks", "document_mask")
-"""Keys of the data section that decide, beside its order, what a window is and when it comes."""
+"""Keys of the data section, apart from its order, that decide what a window is and when it comes."""
 
 
 def description(config: Config, digest: str) -> dict[str, Any]:
-    """What two runs must have in common for the choices of one to be those of the other. `routers`: per router of the
+    """What two runs must have in common so that one can take the other's choices. `routers`: per router of the
     whole model [heads, experts, choices]."""
     model, choices = config.model, {}
     for part, settings in (("attention", model.attention), ("feedforward", model.feedforward)):
@@ -59,7 +59,8 @@ def description(config: Config, digest: str) -> dict[str, Any]:
         "global_sequences": config.batch.global_sequences,
         "data_digest": digest,
         "seed": config.train.seed,
-        # Which windows a step reads, with digest and seed; the choices of other text would be taken without a word.
+        # These decide, with digest and seed, which windows a step reads; else choices for other text would be taken
+        # silently.
         "data.order": "streams" if config.reads_streams else "shuffled",
         **{f"data.{name}": getattr(config.data, name) for name in WINDOW_KEYS},
     }
@@ -78,7 +79,7 @@ class Record:
     """A recorded run."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError where there is none."""
+        """Raises UserError if `folder` holds no record."""
         self.folder = folder if (folder / "record.json").exists() else folder / "routing"
         path = self.folder / "record.json"
         try:
@@ -93,7 +94,7 @@ class Record:
             raise UserError(f"{KEY}: {path} is not a record of choices that this version reads") from None
 
     def check(self, expected: dict[str, Any]) -> None:
-        """Raises UserError unless the record is of a run of this `description`."""
+        """Raises UserError unless the recorded run has the `description` that is `expected`."""
         for name, value in expected.items():
             if self.content.get(name) != value:
                 raise UserError(
@@ -112,8 +113,8 @@ class Record:
             )
 
     def load(self, step: int, routers: Iterable[str], context_lengths: Iterable[int]) -> dict[str, Replay]:
-        """What `routers` chose in `step`. Raises UserError if the record is incomplete or damaged, or of sequences of
-        other lengths, memory included, than `context_lengths`."""
+        """What `routers` chose in `step`. Raises UserError if the record is incomplete or damaged, or if its sequences
+        have other lengths (with memory) than `context_lengths`."""
         folder, lengths = step_folder(self.folder, step), set(context_lengths)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in routers}
         try:
@@ -151,8 +152,8 @@ class Record:
 
 
 def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
-    """Rank 0: the folder for the choices after `step`; those of later steps, which will be computed again, are removed.
-    Raises UserError if it holds another run's."""
+    """Rank 0: prepares the folder for the choices after `step`, and removes those of later steps, which will be
+    computed again. Raises UserError if it holds another run's."""
     path = folder / "record.json"
     try:
         if path.exists():

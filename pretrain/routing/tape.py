@@ -29,13 +29,13 @@ from pretrain.routing.record import KEY, Record, begin_record, description, writ
 
 @dataclass
 class Flips:
-    """Choices that a replay took from the record although the run itself would have made them otherwise."""
+    """Choices that a replay took from the record although the run itself would have chosen differently."""
 
     choices: int = 0
     """All that were compared."""
     flips: int = 0
     distance: float = 0.0
-    """Between the logits of the two experts, of the farthest flip: how far from a tie it was."""
+    """The difference between the logits of the two experts at the farthest flip: how far from a tie it was."""
 
     def with_more(self, other: Flips) -> Flips:
         return Flips(self.choices + other.choices, self.flips + other.flips, max(self.distance, other.distance))
@@ -56,8 +56,8 @@ class Flips:
 
 
 class Tape(Protocol):
-    """What a step tells, before its first and after its last micro-step; both are collective and raise UserError or
-    PeerFailed."""
+    """What a step calls before its first and after its last micro-step; both calls are collective and raise UserError
+    or PeerFailed."""
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None: ...
 
@@ -97,7 +97,7 @@ class Recording:
 
     def __init__(self, folder: Path, module: nn.Module, parallel: ParallelContext) -> None:
         self._folder, self._steps = folder, 0
-        # Tensor-parallel ranks run some routers alike; then the first of these ranks writes.
+        # Some routers run the same on all tensor-parallel ranks; then the first of these ranks writes.
         routers = {n: r for n, r in routing_statistics(module) if r.is_sharded or parallel.tensor_rank == 0}
         self._recorders: dict[str, Recorder] = {}
         for name, router in routers.items():

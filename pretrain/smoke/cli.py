@@ -1,8 +1,9 @@
 """Command line of launch/smoke.py: is this cluster fit for this run? A few minutes, and one verdict.
 
-Collectives between all ranks are checked and timed, a few steps are trained with the run's own configuration, saved,
-and resumed from the middle, which must give the same bits. Everything is written to a new folder RUN_DIR/smoke-N; the
-checkpoints in it are removed again if all is well. What imports torch is imported where it is used, as in cli/train.py.
+It checks and times collectives between all ranks, trains a few steps with the run's own configuration, saves them, and
+resumes from the middle, which must give the same bits. It writes everything to a new folder RUN_DIR/smoke-N, and
+removes the checkpoints there if all is well. Modules that import torch are imported inside functions, as in
+cli/train.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pretrain.data.sources import Sources
 
 VERDICT = "smoke: "
-"""How every line of it begins; the last one is the verdict."""
+"""How every line of its output begins; the last line is the verdict."""
 COMPARED = ("loss", "auxiliary_loss", "grad_norm")
 
 
@@ -121,7 +122,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
         words = "FAILED: another rank met an error and says so in its own output"
     except (UserError, RunFailed) as error:
         speaks, words = True, f"FAILED: {error}"
-    except Exception as error:  # of a collective, for example: the verdict names it, below the traceback
+    except Exception as error:  # such as a failed collective: the verdict names it, below the traceback
         traceback.print_exc()
         speaks, words = True, f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
@@ -200,7 +201,7 @@ def new_folder(run_dir: Path) -> Path:
 
 
 def differences(folder: Path, steps: int) -> list[str]:
-    """What the resumed run has otherwise than the unbroken one: losses and norms of the steps after the checkpoint,
+    """How the resumed run differs from the unbroken one: losses and norms of the steps after the checkpoint,
     then every file of weights and optimizer states at the end."""
     from pretrain.checkpoint import Checkpoint
 

@@ -1,4 +1,4 @@
-"""Every kind of collective between all ranks: its result against the arithmetic, and how fast it is.
+"""Every kind of collective between all ranks: is its result right, and how fast is it?
 
 Rank r fills its buffer with base + r, base[i] = i mod 251, so that every element of every result is a whole number that
 fp32 holds exactly, whatever the order of the sum. S is the size of the largest buffer that a call reads or writes on a
