@@ -20,7 +20,8 @@ def load_config(path: Path, overrides: list[str]) -> DataConfig:
     tree = json_config.read_tree(path)
     if "model" in tree and "input" not in tree:
         raise ConfigError(
-            f"--config: {path} is the configuration of a run (launch/pretrain.py); those of data are in configs/data"
+            f"--config: {path} is the configuration of a run (launch/pretrain.py); configurations of data "
+            "are in configs/data"
         )
     own = path.resolve().is_relative_to(REPOSITORY / "configs")
     if own and isinstance(tree.get("output"), str):

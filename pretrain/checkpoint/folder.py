@@ -65,7 +65,7 @@ class Checkpoint:
             raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
         if version != FORMAT_VERSION:
             raise UserError(
-                f"checkpoint {path}: is of format {version}, this version reads {FORMAT_VERSION}; continue with the "
+                f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "
                 f"version that wrote it, or choose another --run-dir"
             )
         for name, entry in files.items():

@@ -54,7 +54,7 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
         fixed = formula_parameters(with_width(model, solve, 1)).total
         other = "hidden_size" if solve == "head_dim" else "head_dim"
         raise ConfigError(
-            f"{key}: the baseline has {target:,} parameters, this model {fixed:,} with {solve} = 1 already; "
+            f"{key}: the baseline has {target:,} parameters, this model has {fixed:,} even with {solve} = 1; "
             f"make it smaller elsewhere, e.g. with another {other} or fewer experts"
         )
     total = formula_parameters(with_width(model, solve, value)).total

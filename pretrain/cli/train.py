@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
     try:
         if args.ranks is not None and (not args.dry_run or args.ranks < 1):
             raise UserError(
-                "--ranks: goes with --dry-run and is at least 1; --num_gpus of the launcher decides a run's"
+                "--ranks: goes with --dry-run and must be at least 1; a run has as many as the launcher starts"
             )
         path = config_file(args.config)
         config = load_config(path, args.overrides)

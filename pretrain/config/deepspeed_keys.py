@@ -76,7 +76,7 @@ NO_EFFECT = {
     "hybrid_engine": "is for inference",
     "pipeline": "is decided by parallel.pipeline and the model",
     "seq_parallel_communication_data_type": "is for DeepSpeed's own sequence parallelism",
-    "vocabulary_size": "is for a warning alone; see model.vocab_size",
+    "vocabulary_size": "is only for a warning; see model.vocab_size",
     "weight_quantization": "is for inference",
     "zero_optimization.allgather_partitions": "is read nowhere",
     "zero_optimization.elastic_checkpoint": "is for DeepSpeed's own checkpoints",
@@ -203,7 +203,7 @@ def check_deepspeed(config: Config) -> None:
         if config.deepspeed.get("log_level") not in ("debug", "info") or (wants and not place.get(wants)):
             more = f" and deepspeed.{section}.{wants} to true" if wants else ""
             raise ConfigError(
-                f"deepspeed.{key}: is printed at DeepSpeed's level info alone; set deepspeed.log_level to info{more}, "
+                f"deepspeed.{key}: is printed only at DeepSpeed's level info; set deepspeed.log_level to info{more}, "
                 f"or remove this key"
             )
     for section, package in PACKAGES.items():
@@ -256,7 +256,7 @@ def _check_value(config: Config, key: str, value: Any) -> None:
     if zero not in extra.stages:
         stages = " or ".join(map(str, extra.stages))
         raise ConfigError(
-            f"deepspeed.{key}: has an effect with parallel.zero = {stages} only, which is {zero}; remove this key, or "
+            f"deepspeed.{key}: has an effect only with parallel.zero = {stages}, but it is {zero}; remove this key, or "
             f"set parallel.zero to {extra.stages[0]}"
         )
 

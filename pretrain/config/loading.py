@@ -18,8 +18,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
     tree = json_config.read_tree(path, option)
     if "model" not in tree and "input" in tree:
         raise ConfigError(
-            f"{option}: {path} prepares data (python -m data_prep run --config {path}); those of runs are in configs "
-            "and configs/paper"
+            f"{option}: {path} prepares data (python -m data_prep run --config {path}); configurations of runs are "
+            "in configs and configs/paper"
         )
     # Types first: a new type resets its section, and must not discard a key that stands before it on the line.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):

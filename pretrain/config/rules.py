@@ -22,8 +22,8 @@ def check_rules(config: Config) -> None:
     """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
     if config.parallel.zero == 3 and config.train.recompute == "selective":
         raise ConfigError(
-            "train.recompute: selective does not go with parallel.zero = 3 (DeepSpeed gathers parameters inside the "
-            "repeated forward pass, other ones than in the first, and torch's record of kept products does not match); "
+            "train.recompute: selective does not go with parallel.zero = 3 (DeepSpeed gathers other parameters "
+            "inside the repeated forward pass than in the first, so torch's record of kept products does not match); "
             "set train.recompute to full or none, or parallel.zero to 2"
         )
     check_deepspeed(config)
@@ -202,11 +202,11 @@ def _check_data(config: Config) -> None:
     names = source_names(config)
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
-        raise ConfigError(f"data.sources: two are called {repeated}; give each a `name` of its own")
+        raise ConfigError(f"data.sources: two sources are called {repeated}; give each a `name` of its own")
     period = sum(whole_weights([source.weight for source in data.sources])) if data.sources else 1
     if period > LARGEST_PERIOD:
         raise ConfigError(
-            f"data.sources: in whole numbers the weights add up to {period}, and the schedule has at most "
+            f"data.sources: the weights add up to {period} in whole numbers, but the schedule has at most "
             f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
         )
     for location in [source.manifest for source in data.sources] or [data.manifest]:
@@ -237,7 +237,7 @@ def _check_data(config: Config) -> None:
         )
     if data.document_mask and config.parallel.pipeline > 1:
         raise ConfigError(
-            f"data.document_mask: between pipeline stages travels no document index; set it to false, or "
+            f"data.document_mask: no document index travels between pipeline stages; set it to false, or "
             f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
         )
     _check_order(config)

@@ -144,7 +144,7 @@ def _check_train_tokens(manifest: Manifest, config: Config) -> None:
     windows = num_windows(manifest, "train", T, max_tokens=most)
     if most is not None and windows < most // T:
         raise UserError(
-            f"data.max_tokens: the first {most:,} tokens are to be read, but the train split of {manifest.folder} "
+            f"data.max_tokens: the run would read the first {most:,} tokens, but the train split of {manifest.folder} "
             f"holds {manifest.num_tokens('train'):,}; prepare more raw files (max_input_files of its configuration), "
             f"or set data.max_tokens to null"
         )

@@ -69,7 +69,7 @@ def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
     if paths and not found:
         raise UserError(
             f"checkpoint.keep_last: the run must go back to before step {rollback.at_step} ({rollback.reason}), and no "
-            f"checkpoint is so old; keep more of them"
+            f"checkpoint is old enough; keep more of them"
         )
     return found
 

@@ -50,7 +50,7 @@ class Flips:
 
     def text(self) -> str:
         return (
-            f"{self.choices:,} choices replayed, {self.flips:,} of them would have been other ones, the farthest "
+            f"{self.choices:,} choices replayed, {self.flips:,} of them would have been different, the farthest "
             f"{self.distance:.2g} from a tie (difference of the logits)"
         )
 

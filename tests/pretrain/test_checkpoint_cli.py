@@ -54,7 +54,7 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert words[4:10] == ["TP1", "PP1", "DP2", "EP1", "ZeRO-3", "whole"]
     assert words[10:] == [f"{metrics(copy)[1]['loss']:.4f}", f"{validation:.4f}"]
     assert "damaged: rank-00001.safetensors is 9 bytes, not" in lines[2]
-    assert "is of format 1, this version reads 2" in lines[3]
+    assert "has format 1, but this version reads 2" in lines[3]
     assert lines[4].startswith("step-00000006.partial") and "partial: being written, or left by" in lines[4]
     assert lines[5].startswith("superseded-1-step-00000004") and " whole " in lines[5]
     assert len(lines) == 6

@@ -182,7 +182,7 @@ def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value
         ("zero_optimization.reduce_bucket_size=0", "greater than 0 (given 0)"),
         ("zero_optimization.reduce_bucket_size=1.5", "(given 1.5)"),
         ("zero_optimization.reduce_bucket_size=true", "(given true)"),
-        ("zero_optimization.stage3_max_live_parameters=5", "parallel.zero = 3 only, which is 1; remove this key"),
+        ("zero_optimization.stage3_max_live_parameters=5", "only with parallel.zero = 3, but it is 1; remove this key"),
         ("checkpoint.tag_validation=fail", "deepspeed.checkpoint: has no effect here (is for DeepSpeed's own check"),
         ("comet.api_key=x", "deepspeed.comet.api_key: has no effect here (is a secret"),
         ("pipeline.partition=best", "deepspeed.pipeline.partition: has no effect here (it is decided by parallel.pipe"),
@@ -207,7 +207,7 @@ def test_refusals_by_other_keys() -> None:
 
 def test_what_is_only_printed_needs_its_level() -> None:
     for key in ("memory_breakdown", "dump_state", "comms_logger.enabled"):
-        with pytest.raises(ConfigError, match=rf"deepspeed\.{key}: is printed at DeepSpeed's level info alone; set"):
+        with pytest.raises(ConfigError, match=rf"deepspeed\.{key}: is printed only at DeepSpeed's level info; set"):
             load_config(TINY, [f"deepspeed.{key}=true"])
     with pytest.raises(ConfigError, match=r"log_level to info and deepspeed\.comms_logger\.verbose to true"):
         load_config(TINY, ["deepspeed.comms_logger.enabled=true", "deepspeed.log_level=info"])

@@ -195,7 +195,7 @@ def test_sources_that_do_not_go_together(folders: list[Path], prepared: Path, tm
     (tmp_path / "copy").symlink_to(folders[0])
     with pytest.raises(UserError, match=r"data\.sources\.1\.manifest: is the same data set"):
         Sources.load(mixed([folders[0], tmp_path / "copy"], (1, 1)))
-    with pytest.raises(ConfigError, match=r"data\.sources: two are called c4"):
+    with pytest.raises(ConfigError, match=r"data\.sources: two sources are called c4"):
         mixed([folders[0], folders[0]], (1, 1))
     with pytest.raises((UserError, DataError), match=r"data\.sources\.1\.manifest: there is no"):
         Sources.load(mixed([folders[0], tmp_path / "nowhere"], (1, 1)))

@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "a checkpoint is of another format": (
         newer_format,
         [*CONFIG, "--run-dir", "run"],
-        "is of format 9, this version re",
+        "has format 9, but this version re",
     ),
     # the rest of a start
     "data is nowhere": (None, [*CONFIG, "--set", "data.manifest=gone"], "data.manifest: there is no"),

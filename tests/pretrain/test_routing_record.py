@@ -224,7 +224,7 @@ def test_a_record_that_does_not_fit_is_refused(prepared: Path, tmp_path: Path) -
 def test_flips_of_several_steps_add_up() -> None:
     both = Flips(1000, 2, 0.5e-6).with_more(Flips(1000, 1, 0.25e-6))
     assert both.text() == (
-        "2,000 choices replayed, 3 of them would have been other ones, the farthest 5e-07 from a tie (difference of "
+        "2,000 choices replayed, 3 of them would have been different, the farthest 5e-07 from a tie (difference of "
         "the logits)"
     )
     assert Flips(1, 1, float("nan")).values()["routing_flip_distance"] is None  # JSON has no NaN
