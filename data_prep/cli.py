@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 @spare_stdout()
 def _steps_command(arguments: argparse.Namespace) -> None:
-    """`run` and its steps: each does what is not done yet of the steps before it too."""
+    """`run` and its steps: each step first does what the steps before it have not done yet."""
     resolved = _resolved(arguments)
     slice = _slice(arguments)
     command = "shard" if arguments.command == "run" else arguments.command
@@ -68,7 +68,7 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         print(f"up to date: {resolved.output}")
         if command == "shard" and any(resolved.output.glob(f"{WORK}*")):
             with contextlib.suppress(DataError), output_lock(resolved.output, shared=False):
-                remove_work(resolved)  # of a run that was killed when its data were in place already
+                remove_work(resolved)  # left by a run that was killed after its data were in place
         return
     check_output(resolved, force=arguments.force)
     check_room(resolved)
@@ -103,7 +103,7 @@ def _steps_command(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _full_disk_named(resolved: ResolvedConfig) -> Iterator[None]:
-    """An error of a full disk, which names neither disk nor bytes, as a PassingError that does."""
+    """Turns the error of a full disk, which names neither disk nor bytes, into a PassingError that names both."""
     try:
         yield
     except OSError as error:
@@ -261,16 +261,16 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _one_line(error: Exception) -> str:
-    """The line for an error, whatever names and other programs' words it holds."""
+    """The error as one line, whatever names and messages of other programs it contains."""
     return visible(f"error: {without_secrets(' '.join(str(error).split()))}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
-    if sys.stdout is None:  # closed by who started this process
+    if sys.stdout is None:  # the parent process closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # documents hold what the terminal's encoding may not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # documents may hold characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments.handler(arguments)

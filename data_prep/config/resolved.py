@@ -1,4 +1,4 @@
-"""From a config to the files it means: which raw files go to which split, which model, which folder, what is
+"""From a config to the files that it means: the raw files of each split, the model, the folder, and what is
 recorded."""
 
 import hashlib
@@ -27,7 +27,7 @@ class Source:
     path: InputFile
     split: SourceSplit
     name: str
-    """What records call it: its file name, with folders before it where several files have that name."""
+    """Its name in records: the file name, preceded by folders if several files have that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ class ResolvedConfig:
 
     @property
     def may_encode_while_reading(self) -> bool:
-        """Whether the tokenizer is there already, nothing comes between reading and tokenising, and the text is not to
-        be kept for other settings."""
+        """Whether text can be encoded while it is read: the tokenizer exists already, no stage comes between reading
+        and encoding, and the text is not kept for other settings."""
         config = self.config
         given = self.external_model is not None or config.tokenizer.type == "bytes"
         return given and config.filter is None and config.dedup is None and not config.keep_work
@@ -137,7 +137,7 @@ def output_folder(config: DataConfig) -> Path:
 
 
 def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
-    """No file may go in twice, save that a wikitext zip holds a member for each split."""
+    """No file may be used twice, except a wikitext zip, which holds a member for each split."""
     seen: dict[InputFile, str] = {}
     for key, path in [(key, path) for key, paths in found.items() for path in paths]:
         real = path.resolve()
@@ -149,9 +149,9 @@ def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
 
 
 def _names(paths: list[InputFile]) -> dict[InputFile, str]:
-    """Each file's own name, with as many folders before it as tell it from others of that name (2019/a.gz, 2020/a.gz):
-    no more, so that records do not depend on where the dumps lie. What is no UTF-8 in a name comes as \\xff, a query
-    of a URL not at all; files that only those tell apart are numbered."""
+    """The name of each file, preceded by just enough folders to tell it from others of that name (2019/a.gz,
+    2020/a.gz), so that records do not depend on where the dumps lie. Bytes that are not UTF-8 are written as \\xff, and
+    the query of a URL is left out; files that differ only in these are numbered."""
     folders: dict[InputFile, list[str]] = {}
     by_name: dict[str, list[InputFile]] = {}
     for path in dict.fromkeys(paths):
@@ -196,7 +196,7 @@ def _find(key: str, patterns: tuple[str, ...], *, origin: str | None) -> list[In
             raise
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
-        for path in found:  # as git-annex and DVC leave it where content is not fetched: no document may go silently
+        for path in found:  # git-annex and DVC leave a dead link for content that is not fetched
             if isinstance(path, Path) and not path.exists():
                 raise DataError(
                     f"{key}: {path} is a link to a file that is not there; fetch that file or drop the link"

@@ -52,7 +52,7 @@ class FilterConfig(Section):
     """Languages to keep, as ISO 639-1 codes, e.g. ["en"]; [] keeps all. py3langid decides on the first
     `language_characters`."""
     language_characters: int = Field(default=500, ge=50, le=100_000)
-    """Characters that decide the language; 500 cost about 0.4 ms a document."""
+    """Number of characters that decide the language."""
     min_words: int = Field(default=50, ge=0)
     """Fewest words (Gopher: 50)."""
     max_words: int = Field(default=100_000, ge=1)
@@ -112,9 +112,9 @@ class TokenizerConfig(Section):
     """Which tokenizer: an existing SentencePiece model, or how to train one, or none (`type` bytes)."""
 
     model: str | None = None
-    """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other
-    keys of this section but `allow_lossy`, `separator` and `sentences` are for training; a `vocab_size` that is given
-    must be that of the model."""
+    """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other keys of this
+    section, except `allow_lossy`, `separator` and `sentences`, are for training; a `vocab_size` that is given must be
+    that of the model."""
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
@@ -132,23 +132,23 @@ class TokenizerConfig(Section):
     """Whether characters outside the vocabulary become their UTF-8 bytes; if false they become unk and are
     lost."""
     normalization: Literal["identity", "nmt_nfkc"] = "identity"
-    """What training a model makes of text. identity: text comes back as it was. nmt_nfkc: SentencePiece's own defaults,
+    """How a trained model changes text. identity: text comes back as it was. nmt_nfkc: SentencePiece's own defaults,
     with which the papers' models were made: symbols are rewritten, newlines and tabs become blanks, repeated blanks go,
     a blank comes before each text; needs `allow_lossy`."""
     sentences: Literal["cut_lines", "documents", "lines"] = "cut_lines"
-    """What SentencePiece gets as one sentence. cut_lines: in training lines, cut where they are longer than it takes;
+    """What SentencePiece gets as one sentence. cut_lines: lines in training, cut if they are too long for it;
     afterwards whole documents. documents: whole documents in both, with the `separator`; those above 4,192 bytes are
     left out of training. lines: lines in both, as with a text file given to SentencePiece; the same limit."""
     separator: str | None = None
-    """Text that is put after each document before it is cut into pieces, in place of the id that ends a document, e.g.
+    """Text that is put after each document before encoding, instead of the id that ends a document, e.g.
     "<STORY_SEP>"; "" puts nothing there. null: the id."""
     sample_files: int | None = Field(default=None, ge=1)
-    """Only the first so many raw files of `input` are sampled; null: all."""
+    """Sample only this many raw files of `input`, the first ones; null: all."""
     sample_bytes: int | None = Field(default=20_000_000, ge=1)
     """Most UTF-8 bytes of text to train on; null: all of it, in its order. With bpe and 8,000 pieces, held-out bytes
     per token (one training each) 3.081 from 10 MB, 3.114 from 20, 3.129 from 50; memory 0.14 GB for 10 MB, 0.37 for 50
-    and 0.56 for 100. 20: up to there the other steps take more, so that memory does not depend on how much text there
-    is."""
+    and 0.56 for 100. Up to the default of 20 MB the other steps take more memory, so memory does not depend on how much
+    text there is."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Chooses the documents to train on when there is more text than `sample_bytes`."""
 
@@ -174,15 +174,15 @@ class TokenizerConfig(Section):
         return self
 
     def training_settings(self) -> dict[str, Any]:
-        """What decides a model that is trained, and the ids of documents. Keys younger than the first manifests are
-        left out at their defaults, so that data made before them are still up to date."""
+        """What decides a model that is trained, and the ids of documents. Keys that are newer than the first manifests
+        are left out at their defaults, so that older data stay up to date."""
         young = {"normalization", "sentences", "separator", "sample_files"}
         settings = self.model_dump(mode="json", exclude={"model", "allow_lossy"})
         defaults = TokenizerConfig().model_dump(mode="json")
         return {key: value for key, value in settings.items() if key not in young or value != defaults[key]}
 
     def encoding_settings(self) -> dict[str, Any]:
-        """What, besides a given model, decides the ids of documents; as above."""
+        """What decides the ids of documents, apart from a given model; newer keys as in `training_settings`."""
         return {key: value for key, value in self.training_settings().items() if key in ("sentences", "separator")}
 
 
@@ -211,7 +211,8 @@ class DataConfig(Section):
     a command (pipe:xz -dc a.jsonl.xz), or a list of them; {00..09} and {a,b} are expanded. Read in the order of the
     list, each glob sorted. Plain, gzip and zstd."""
     max_input_files: int | None = Field(default=None, ge=1)
-    """Only the first so many of the files that `input` matches are read, as many as a run needs; null: all."""
+    """Read only this many of the files that `input` matches, the first ones, for example as many as a run needs; null:
+    all."""
     validation_input: PathPatterns = ()
     """Raw files of the validation split, as `input`. Without it, `validation_fraction` applies."""
     test_input: PathPatterns = ()
@@ -242,7 +243,8 @@ class DataConfig(Section):
     """Processes; 0 takes every CPU that this process may use. The output does not depend on it."""
     keep_work: bool = False
     """Whether OUTPUT/.work, which holds the finished parts of every stage, stays after the data are published. Then a
-    run with other filters or another tokenizer reads the raw files no more. It needs about as much disk as they."""
+    run with other filters or another tokenizer does not read the raw files again. The folder needs about as much disk
+    as they do."""
     ingest: IngestConfig = IngestConfig()
     """Limits of reading."""
     filter: FilterConfig | None = None
@@ -312,7 +314,7 @@ class DataConfig(Section):
         return {name: settings for name, settings in sections.items() if settings}
 
     def reading_settings(self) -> dict[str, Any]:
-        """What decides which text of a record is a document; nothing where it is the default."""
+        """The settings that decide which text of a record is a document; empty if they are the defaults."""
         settings: dict[str, Any] = {} if self.text_key == "text" else {"text_key": self.text_key}
         return {**settings, "text_documents": self.text_documents} if self.format == "text" else settings
 

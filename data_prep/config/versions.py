@@ -21,7 +21,7 @@ def base_versions() -> dict[str, str]:
     return {"data_prep": PREPARATION_VERSION, "python": platform.python_version(), **packages}
 
 
-@functools.cache  # 1 ms each, and asked for by every stage
+@functools.cache  # every stage asks for them
 def package_version(name: str) -> str:
     return importlib.metadata.version(name)
 
@@ -37,7 +37,7 @@ def versions(resolved: ResolvedConfig) -> dict[str, str]:
 
 
 def changes_since(made_by: str | None) -> str:
-    """In brackets, what later versions than that of some data do in another way; empty if that is not known."""
+    """In brackets, what versions after `made_by` do differently; empty if that is not known."""
     later = [
         what for version, what in CHANGES.items() if made_by and made_by.isdecimal() and int(version) > int(made_by)
     ]

@@ -10,8 +10,8 @@
                 train, validation and test are consecutive parts of the one file
 
 Joining the documents of wikitext or enwik8 gives the file again, byte for byte (but for a byte order mark before
-wikitext). A record that cannot be used comes as a `Rejected`, in its place, with the line or byte where it stands; what
-concerns a whole file raises, and so does a file that gives no document at all.
+wikitext). A record that cannot be used becomes a `Rejected` in its place, with its line or byte. A fault of the whole
+file raises an error, and so does a file that gives no document at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,13 +51,13 @@ ORIGINS = {
     "wikitext": "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
     "enwik8": "http://mattmahoney.net/dc/enwik8.zip",
 }
-# Reasons for which a record is rejected that say nothing about damage.
+# Reasons to reject a record that are no sign of damage.
 HARMLESS_REASONS = frozenset({"empty"})
 
 
 class RawFile:
-    """One raw file. After `read` has ended, `format`, `sha256` and `bytes` describe what was read, also if it ended in
-    DamagedFileError.
+    """One raw file. After `read` has ended, even with DamagedFileError, `format`, `sha256` and `bytes` describe what
+    was read.
 
     `split`: where the documents go (`hash`: train, save those that the hash of their text sends to validation).
     enwik8 is cut into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
@@ -89,8 +89,8 @@ class RawFile:
         self._all_harmless = True
 
     def read(self, *, on_bytes: Callable[[int], object] | None = None) -> Iterator[Document | Rejected]:
-        """Every record in order; memory is that of the longest one allowed. `on_bytes` is told how many stored bytes
-        were consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, at the end
+        """Every record in order; memory is that of the longest one allowed. Calls `on_bytes` with the number of stored
+        bytes consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, at the end
         for one without a document, and DataError if it is missing or not of its format."""
         member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": ("enwik8",)}.get(self.format)
         reported = 0
@@ -146,7 +146,7 @@ class RawFile:
         return text_documents(content, self._split, by=self._text_documents, max_bytes=self._max_bytes)
 
     def _noted(self, records: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
-        """The records, and a note of what came: what a file without a document is told by."""
+        """Passes the records on and notes what they are, to describe a file that gives no document."""
         for record in records:
             if isinstance(record, Document):
                 self._documents += 1
@@ -174,7 +174,7 @@ class RawFile:
         raise NoDocumentError(f"{self.path} {words}")
 
     def _lines(self, content: Unpacked) -> Iterator[Document | Rejected]:
-        """JSON lines; blank ones are passed over, but counted, so that numbers stay right."""
+        """JSON lines; blank lines are skipped but counted, so that line numbers stay right."""
         number, begun = 1, 0  # bytes of the current line that came in earlier pieces
         for line in content.lines(max_bytes=self._max_bytes):
             ends = line.endswith(b"\n")

@@ -1,6 +1,5 @@
-"""What a file looks like that gives no document, and what to do about it, in words for messages.
-
-By its first bytes alone: nothing here opens, unpacks or decodes a file.
+"""Messages about files that give no document: what such a file looks like, and what to do about it. Its first bytes
+alone decide: nothing here opens, unpacks or decodes a file.
 """
 
 HEAD_BYTES = 4096
@@ -9,9 +8,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_MAGIC = b"PAR1"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
-# Letters that a text may begin with as well: they count only where what follows is no text.
+# A text may begin with these letters too, so they count only if no text follows.
 _LETTERS = (b"BZh", b"LZIP", b"ORC", b"FEA1", b"Rar!", PARQUET_MAGIC, b"ARROW1")
-# Formats that may be text throughout: where format says that a file is text, it is believed.
+# Formats that may be text throughout: if `format` says that a file is text, that is believed.
 _TEXT_FORMATS = (b"%PDF-", b"{\\rtf", b"WARC/")
 _UNPACK = "unpack it, or read it as `pipe:{} FILE`"
 _AS_JSON = "write its rows as JSON lines or as Parquet"
@@ -66,7 +65,7 @@ def is_parquet(head: bytes) -> bool:
 
 
 def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
-    """For content that begins as no text does: "a PDF, which is not read; extract its text first"; else None.
+    """For content that does not begin like text, e.g. "a PDF, which is not read; extract its text first"; else None.
     `plain_text`: the user says that it is text."""
     words = (*_LETTERS, *_TEXT_FORMATS) if plain_text else _LETTERS
     for offset, magic, what, fix in _KINDS:
@@ -81,7 +80,7 @@ def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
 
 
 def no_json_lines(head: bytes) -> str:
-    """What content looks like of which no line gave a document."""
+    """What content looks like if none of its lines gave a document."""
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     start = text[:512].lower()
     if not text:

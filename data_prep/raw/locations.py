@@ -1,7 +1,7 @@
 """Where raw files lie: paths, globs, URLs that fsspec opens, and the output of commands (`pipe:zcat a.tar.gz`).
 
-A URL may carry secrets: a signature in its query, a password before its host. What is printed or written anywhere is
-the address without both.
+A URL may carry secrets: a signature in its query, a password before its host. Both are left out of everything that is
+printed or written.
 """
 
 import glob
@@ -53,13 +53,13 @@ class RemoteFile:
 
     @property
     def is_http(self) -> bool:
-        """Whether a web server has it: then `?` begins a query, there are no folders, and reading is from front to
-        back."""
+        """Whether it is on a web server: then `?` begins a query, there are no folders, and a file is read from front
+        to back."""
         return self.url.lower().startswith(WEB)
 
     @property
     def identity(self) -> str:
-        """Which file it is: the URL without what a new signature changes."""
+        """Which file it is: the URL without the parts that a new signature changes."""
         address, _, query = self.url.partition("?")
         kept = [part for part in query.split("&") if part and not _SIGNATURE.fullmatch(part.partition("=")[0])]
         return without_secrets(address) + ("?" + "&".join(kept) if kept else "")
@@ -99,7 +99,7 @@ class PipeFile:
 
     @property
     def suffix(self) -> str:
-        """None: what a command writes need not be packed as the file that it reads."""
+        """None: the output of a command need not be packed like the file that it reads."""
         return ""
 
     @property
@@ -126,7 +126,7 @@ InputFile = Path | RemoteFile | PipeFile
 
 
 def identity(file: InputFile) -> str:
-    """What tells a file from all others, for hashes: never written, for it may hold what is secret."""
+    """What tells a file from all others, for hashes. It is never written, because it may hold secrets."""
     return str(file.resolve()) if isinstance(file, Path) else file.identity
 
 
@@ -144,7 +144,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_error(file: InputFile, error: Exception) -> DataError:
-    """One sentence for a file that could not be opened or read: UnreachableError where another attempt may help."""
+    """One sentence for a file that could not be opened or read: UnreachableError if another attempt may help."""
     if isinstance(file, PipeFile):
         # No further attempt of ours: a command that fails has said on stderr why, and most fail again.
         return PassingError(f"the command of {file} failed ({_pipe_reason(error)}); its own message is above")
@@ -155,7 +155,7 @@ def read_error(file: InputFile, error: Exception) -> DataError:
         lasting = 400 <= status < 500 and status not in _PASSING_STATUS
         kind = DataError if lasting else UnreachableError
         return kind(f"cannot read {file}: the server answers {status} ({phrase}){hint}")
-    by_http = isinstance(file, RemoteFile) and file.is_http  # there every failure to connect is a FileNotFoundError
+    by_http = isinstance(file, RemoteFile) and file.is_http  # every failure to connect is a FileNotFoundError there
     if isinstance(error, FileNotFoundError | PermissionError) and not by_http:
         missing = "there is no such file" if isinstance(error, FileNotFoundError) else _first_words(error)
         return DataError(f"cannot read {file}: {error.strerror or missing}")
@@ -185,7 +185,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def expand(pattern: str) -> list[str]:
-    """The patterns that {a,b} and {00..09} in one stand for, as a shell and webdataset expand them."""
+    """Expands {a,b} and {00..09} in a pattern, as a shell and webdataset do."""
     if "{" not in pattern or Path(pattern).exists():
         return [pattern]
     try:
@@ -274,6 +274,6 @@ def size_and_stamp(file: InputFile) -> tuple[int | None, str]:
 
 
 def sha256_of(file: InputFile, *, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file as stored; `on_bytes` is told the size of each block read."""
+    """Hex sha256 of a file as stored; Calls `on_bytes` with the size of each block read."""
     with file.open("rb") as stream:
         return sha256_stream(stream, on_bytes)

@@ -1,4 +1,4 @@
-"""Plain text files as documents: a file is one, or what stands between blank lines is."""
+"""Plain text files as documents: a document is a whole file, or the text between blank lines."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -31,7 +31,7 @@ def _whole(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(line, text) of what stands between lines that are blank; of what is longer than `max_bytes`, its beginning."""
+    """(line, text) of each text between blank lines; only its beginning if it is longer than `max_bytes`."""
     waiting: list[bytes] = []
     size = 0
     number = first = 1

@@ -1,4 +1,4 @@
-"""What reading a raw file gives: documents, and in their places the records that give none."""
+"""What reading a raw file gives: documents and, in their places, records that give no document."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,7 @@ class Document:
     """One document of a raw file."""
 
     position: int
-    """Where it stands, in the `unit` of its format: its line, row or sample, from 1, or its byte in the unpacked
-    file."""
+    """Its position in the `unit` of its format: its line, row or sample, from 1, or its byte in the unpacked file."""
     split: SplitName
     """Where it goes, before `validation_fraction` takes its share of train."""
     data: bytes
@@ -51,13 +50,13 @@ class NoText(ValueError):
 
 
 def too_long(position: int, record: bytes, max_bytes: int) -> Rejected:
-    """A record that is longer than is allowed, of which `record` is the beginning or all."""
+    """A record that is longer than allowed; `record` is its beginning, or all of it."""
     detail = f"more than ingest.max_document_bytes {max_bytes}"
     return Rejected(position, "too long", detail, record[:EXCERPT_BYTES], len(record))
 
 
 def checked_text(data: bytes, what: str) -> bytes:
-    """The bytes, if they are UTF-8 and not blank. `what` they are, for the message. Raises NoText."""
+    """The bytes, if they are UTF-8 and not blank. `what`: their name in the message. Raises NoText."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,5 @@
-"""webdataset tars as documents: every .txt member is one, and every .json member with a text whose sample has no .txt.
+"""webdataset tars as documents: every .txt member is a document, and so is every .json member with a text whose sample
+has no .txt.
 
 webdataset groups the members into samples (group_by_keys). Its iterator over the members of a tar (tar_file_iterator)
 is not used, for three reasons that a test holds: it takes a tar that was cut between two members for a whole one, it
@@ -23,7 +24,7 @@ _RECENT_BYTES = 1 << 16  # more than tarfile reads ahead of itself
 
 
 class _Tail:
-    """The content for tarfile, of which the last bytes are kept."""
+    """The content for tarfile; keeps its last bytes."""
 
     def __init__(self, content: Unpacked) -> None:
         self._content = content
@@ -37,7 +38,7 @@ class _Tail:
         return data
 
     def from_position(self, position: int) -> bytes:
-        """What was read from a position on, which is not far back."""
+        """The bytes read since a position, which is not far back."""
         return self._recent[len(self._recent) - (self.position - position) :] if position < self.position else b""
 
 
@@ -45,7 +46,7 @@ def tar_documents(
     content: Unpacked, split: SplitName, *, text_key: str, max_bytes: int
 ) -> Iterator[Document | Rejected]:
     """Documents with the number of their sample, from 1. Memory: the text and JSON members of one sample, each of
-    `max_bytes` at most. Raises DamagedFileError for an archive that is cut or goes on behind its end."""
+    `max_bytes` at most. Raises DamagedFileError for an archive that is truncated or goes on after its end."""
     from webdataset.tariterators import group_by_keys  # here: 3 s, as it imports torch
 
     try:

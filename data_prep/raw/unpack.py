@@ -51,16 +51,16 @@ DAMAGE = (
 
 
 class DamagedFileError(DataError):
-    """A file whose content cannot be trusted (truncated, a checksum fails) or not be read."""
+    """A file whose content cannot be trusted (truncated, a checksum fails) or cannot be read."""
 
 
 class NoDocumentError(DamagedFileError):
-    """A file that is whole, and gives no document."""
+    """A file that is not damaged, but gives no document."""
 
 
 class _CountingStream:
-    """The stored bytes of a file, hashed and counted as they are read. `ahead`: the first of them, which were read
-    from the stream already, for not every stream can go back."""
+    """The stored bytes of a file, hashed and counted as they are read. `ahead`: the first bytes, which were read from
+    the stream already, because not every stream can go back."""
 
     def __init__(self, stream: IO[bytes], ahead: bytes) -> None:
         self._stream = stream
@@ -138,7 +138,7 @@ class Unpacked:
         self.name = name
         """The file as the user named it; in a zip, with the member."""
         self.is_packed = is_packed
-        """Whether the content is other bytes than those stored."""
+        """Whether the content differs from the stored bytes."""
         self.position = 0
         """Unpacked bytes read so far."""
         self._ahead = b""
@@ -164,8 +164,8 @@ class Unpacked:
 
     def lines(self, *, max_bytes: int, limit_bytes: int | None = None) -> Iterator[bytes]:
         """Lines with their ends, which are newlines alone, so that joining them gives the content. A line longer
-        than `max_bytes` comes in pieces longer than that, of which only the last ends in a newline. With a
-        limit, the next `limit_bytes` bytes only, and nothing behind them is read."""
+        than `max_bytes` comes in pieces longer than that, of which only the last ends in a newline. With a limit, only
+        the next `limit_bytes` bytes are read, and nothing after them."""
         rest, stop = b"", None if limit_bytes is None else self.position + limit_bytes
         while block := self.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - self.position)):
             *lines, rest = (rest + block).split(b"\n")
@@ -177,7 +177,7 @@ class Unpacked:
             yield rest
 
     def finish(self) -> tuple[str, int]:
-        """sha256 and size of the whole file as stored, whatever was read of its content."""
+        """sha256 and size of the whole stored file, however much of its content was read."""
         return self._finish()
 
 
@@ -185,7 +185,7 @@ class Unpacked:
 def unpacked(path: InputFile, *, member: tuple[str, ...] | None) -> Iterator[Unpacked]:
     """Opens a file by what its first bytes say it is. `member`: names, without folders, that the one file inside a
     zip may have. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
-    unreadable, and UnreachableError, which is one, where that may pass."""
+    unreadable, or UnreachableError (a DataError) if that may pass."""
     try:
         with path.open("rb") as stored:
             magic = stored.read(len(ZIP_MAGIC))

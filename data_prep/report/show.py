@@ -36,8 +36,8 @@ def verify(manifest: Manifest) -> None:
 
 
 def _check_content(manifest: Manifest, split: str) -> None:
-    """What hashes cannot tell: that ids are below the vocabulary's size and that EOS ends documents and is nowhere
-    else. Raises DataError with the shard."""
+    """Checks what hashes cannot tell: ids are below the vocabulary's size, and EOS ends documents and is nowhere else.
+    Raises DataError with the shard."""
     eos = manifest.tokenizer.eos_id
     for entry in manifest.split(split):
         reader = ShardReader(manifest, entry, False)

@@ -116,7 +116,7 @@ def dropped_rows(manifest: Manifest) -> list[tuple[str, str, int]]:
 
 
 def check_own(folder: Path) -> None:
-    """Raises DataError if one of the files that a report has is there and no report of ours."""
+    """Raises DataError if a file of a report exists there and is not of a report of ours."""
     found = [name for name in ("report.md", *PLOTS) if (folder / name).exists()]
     report = folder / "report.md"
     own = report.is_file() and report.read_bytes().startswith(TITLE.encode())
@@ -183,7 +183,7 @@ def _lengths(lengths: dict[str, Lengths], folder: Path) -> list[str]:
 
 
 def _bytes_per_token(found: dict[str, Pieces], folder: Path) -> list[str]:
-    """What stands apart here is another language, tables or code."""
+    """Documents that stand apart here are in another language, or are tables or code."""
     edges = RATIO_STEP * np.arange(RATIO_BINS + 1)
     highest = 1
     with _figure(folder / "bytes_per_token.png", "bytes per token of a document", "share of documents") as axes:

@@ -1,4 +1,4 @@
-"""How much disk a preparation takes, before it begins: compared with what is free.
+"""How much disk a preparation will take, compared with the free space before it begins.
 
 bytes = text (stored as zstd) + ids, twice (as made, and in shards) + signatures, with
 
@@ -7,8 +7,8 @@ bytes = text (stored as zstd) + ids, twice (as made, and in shards) + signatures
     ids         text / 4 tokens (bytes: text) of 2 bytes, above 65,536 pieces of 4
     signatures  500 bytes a document of 2,000, for near-duplicates
 
-Files behind URLs and commands are not counted. Filters may leave much less: below an estimate there is a warning, and
-only where not even a quarter of it is free the preparation does not begin.
+Files behind URLs and commands are not counted. Filters may leave much less, so a disk with less room than the estimate
+gives a warning; the preparation is refused only if less than a quarter of the estimate is free.
 """
 
 import sys
@@ -50,8 +50,8 @@ def used_bytes(folder: Path) -> int:
 
 
 def check_room(resolved: ResolvedConfig) -> None:
-    """Warns where the disk of `output` has less room than estimated, raises DataError where it has less than a quarter
-    of that."""
+    """Warns if the disk of `output` has less room than estimated; raises DataError if it has less than a quarter of
+    that."""
     needed = needed_bytes(resolved) - used_bytes(resolved.work)
     free = free_bytes(resolved.output)
     if free >= needed:

@@ -54,7 +54,7 @@ def write_data_manifest(
         {
             "format_version": FORMAT_VERSION,
             "dtype": dtype_name(tokenizer.vocab_size),
-            # The defaults left out: a SentencePiece manifest is the same as before there were bytes.
+            # Without defaults, so that a SentencePiece manifest is the same as before `bytes` existed.
             "tokenizer": tokenizer.model_dump(exclude_defaults=True),
             "splits": splits,
             "totals": {split: split_totals(parts, encoded, split).model_dump() for split in resolved.splits},

@@ -1,8 +1,7 @@
 """What a preparation puts into `output`, which of the files there are its own, and how finished ones get into place.
-
-Its own are those that a manifest or run.json lists (while files are being moved, OUTPUT/.work/published.json), and a
-tokenizer whose record has its hash. Another file of such a name is somebody else's: it is refused by name before any
-work, and goes only with --force; a raw file, never.
+Its own files are those that a manifest or run.json lists (while files are being moved, OUTPUT/.work/published.json),
+and a tokenizer whose record has its hash. Any other file of such a name is foreign: the preparation refuses it by name
+before any work, and replaces it only with --force; it never replaces a raw file.
 
 Shards are built in the work folder and moved into place with the manifest last; while files are being moved there is no
 manifest at all. So a manifest never describes files that are not there.
@@ -65,8 +64,8 @@ def own_files(output: Path) -> set[str]:
 
 
 def _recorded(output: Path) -> set[str]:
-    """Names of run.json and of the files that it lists, where they still have their size: known as own also without a
-    manifest."""
+    """Names of run.json and of the files that it lists, if they still have their size: they are known as own even
+    without a manifest."""
     try:
         files = json.loads((output / RUN_RECORD).read_bytes())["files"]
         present = {name: output / name for name in files if (output / name).is_file()}
@@ -179,8 +178,8 @@ def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
 
 
 def remove_work(resolved: ResolvedConfig) -> None:
-    """Removes the stages in the work folder, unless `keep_work`, and what a run that was killed here has left of some;
-    what else lies there stays. They are moved aside first: half of a stage would pass for a finished one."""
+    """Removes the stages in the work folder, unless `keep_work`, and the remains of a removal that was killed; other
+    files there stay. Stages are moved aside first, because half of a stage would pass for a finished one."""
     removed = resolved.work / REMOVED
     _remove_stages(removed)
     _remove_stages(resolved.output / REMOVED_WORK)

@@ -1,9 +1,9 @@
 """Walks the list of stages up to the one that a command names.
 
-What is done is passed over, so a command that is given again, or after a kill, goes on where it was.
+Finished work is skipped, so a command that is repeated, or started again after a kill, goes on where it was.
 
-An array task has a slice of the raw files. It does the last stages over slices: for `dedup` all before the removal of
-duplicates, for `encode` that one alone. What comes before them must be finished.
+An array task has a slice of the raw files. It does the last stages over slices: for `dedup` all stages before the
+removal of duplicates, for `encode` that stage alone. The stages before them must be finished.
 """
 
 import time
@@ -25,7 +25,7 @@ class Pipeline:
         self._workers = workers
         self._force = force
         self.seconds: dict[str, float] = {}
-        """How long each stage took that the config does not turn off."""
+        """How long each stage took, for the stages that the config turns on."""
 
     def run(self, until: str) -> None:
         """Does every stage up to the one of this name, and publishes what that one makes."""

@@ -1,7 +1,7 @@
-"""One preparation: its settings, what of it is this process's, and what its stages have left on disk.
+"""One preparation: its settings, the share of this process, and what its stages have left on disk.
 
-A stage's folder is named by its settings, by the versions of the packages that it uses and by the folder of the stage
-before, so what is found there is valid, whoever made it.
+A stage's folder is named after its settings, the versions of the packages that it uses and the folder of the stage
+before, so a result in it is valid, whichever process made it.
 """
 
 from collections.abc import Sequence
@@ -105,8 +105,9 @@ class Preparation:
 
     @cached_property
     def _encodes_while_reading(self) -> bool:
-        """Whether ingest makes the ids and stores no text. Not with fewer batches of raw files than workers: stored
-        text is shared out in smaller parts. Decided once for all runs and array tasks, whatever their workers."""
+        """Whether ingest makes the ids and stores no text. False if there are fewer batches of raw files than workers,
+        because stored text is divided into smaller parts. The first run decides it for all runs and array tasks,
+        however many workers they have."""
         if not self.resolved.may_encode_while_reading:
             return False
         sources = self.resolved.sources
@@ -208,7 +209,7 @@ class Preparation:
         return [part.name for part in self.parts(all_slices=True)]
 
     def _version(self, package: str) -> str | None:
-        """Of a package that this config uses: what another version made is made again."""
+        """The version of a package, if this config uses it: what another version made is made again."""
         return versions(self.resolved).get(package)
 
     def need_train(self, splits: Sequence[SplitName]) -> None:

@@ -24,23 +24,23 @@ from data_prep.work.parallel import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of a preparation. What is done once stays done: `make` is given the tasks that are not."""
+    """A step of a preparation. Finished tasks stay finished: `make` gets only the others."""
 
     name: str
     over: Literal["slice", "all"]
     """Whether array tasks share its tasks, or one process needs what all of them have left."""
     tasks: Callable[[Preparation, bool], Sequence[Any]]
-    """Its tasks, those of all slices or of this one alone; none where the config turns the stage off."""
+    """Its tasks, those of all slices or of this one alone; none if the config turns the stage off."""
     is_done: Callable[[Any], bool]
     """Whether a task's result is in the stage's folder."""
     make: Callable[[Sequence[Any], Workers], None]
     """Does tasks: makes their results."""
     check: Callable[[Preparation], None] = lambda preparation: None
-    """Raises DataError for what would be refused here, before any stage runs for hours."""
+    """Raises DataError for what this stage would refuse, before any stage runs for hours."""
     finish: Callable[[Preparation, Sequence[Any]], None] = lambda preparation, tasks: None
-    """What follows when all tasks are done; it is given all of them."""
+    """Called with all tasks when they are done."""
     publishes: Callable[[Preparation], Path] | None = None
-    """Folder of what goes to `output` if this is the last stage of a command."""
+    """The folder that is published in `output` if this is the last stage of a command."""
 
 
 def spread(
@@ -81,7 +81,7 @@ def filter_tasks(preparation: Preparation, all_slices: bool) -> Sequence[FilterT
 def _check_languages(preparation: Preparation) -> None:
     config = preparation.resolved.config.filter
     if config is not None and any(read_state(task) is None for task in preparation.batches(all_slices=False)):
-        check_languages(config.language)  # loads a model: not where nothing is to be read
+        check_languages(config.language)  # loads a model, so only if something is to be read
 
 
 # sign: part -> MinHash signatures

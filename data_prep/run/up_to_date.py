@@ -72,8 +72,8 @@ def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool =
 
 
 def stamps(resolved: ResolvedConfig) -> list[list[Any]]:
-    """[path, size, modification time or tag, split] of every raw file; of a URL or a command, whose text may hold what
-    is secret, a hash of it too."""
+    """[path, size, modification time or tag, split] of every raw file; for a URL or a command, whose text may hold
+    secrets, also a hash of it."""
     return [[str(s.path.resolve()), *_marks(s.path), *size_and_stamp(s.path), s.split] for s in resolved.sources]
 
 

@@ -1,10 +1,10 @@
 """Remote data sets through a bounded folder on a local disk; data_prep/shards/cache_folder.py says what lies in it.
 
-Shards come whole, are hashed on the way, and appear under their names by a rename. What lies there from before, a job
-or a loss of power ago, is hashed when a process holds it first, and fetched again if it is damaged.
-All processes of a node may share a folder; each shard is then fetched once. What was used longest ago goes first. A
-shard that a process has mapped when it goes is on the disk until that process opens another one, so the bound may be
-passed by what other processes have mapped.
+Shards are fetched whole, hashed on the way, and get their names by a rename. A shard left by an earlier job, or from
+before a loss of power, is hashed when a process first holds it, and fetched again if it is damaged. All processes of a
+node may share a folder; each shard is then fetched once. The least recently used shard is removed first. If a process
+has mapped a removed shard, its blocks stay on the disk until that process opens another one, so mapped shards may
+exceed the bound.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class ShardCache:
     """Local copies of one remote data set."""
 
     def __init__(self, url: str, cache_dir: Path, limit_bytes: int) -> None:
-        """Fetches manifest and tokenizer; `url` is of manifest.json or its folder. Raises DataError."""
+        """Fetches manifest and tokenizer; `url`: that of manifest.json or of its folder. Raises DataError."""
         base = url.rstrip("/")
         self._url = base.rpartition("/")[0] if base.endswith(".json") else base
         self._limit = limit_bytes
@@ -70,7 +70,7 @@ class ShardCache:
             yield
 
     def _is_here(self, entry: ShardEntry, stored: StoredShard) -> bool:
-        if entry.file in self._trusted:  # if it went since then, who fetched it again has hashed it
+        if entry.file in self._trusted:  # if it was removed since then, the process that fetched it again has hashed it
             return stored.shard.exists() and stored.index.exists()
         return _is_intact(stored.index, entry.index_sha256) and _is_intact(stored.shard, entry.sha256)
 
@@ -93,7 +93,7 @@ def _is_intact(path: Path, sha256: str) -> bool:
 
 
 def _copy(url: str, path: Path, sha256: str) -> str | None:
-    """Copies; returns what is wrong with the copy. Raises PassingError for a disk that is full."""
+    """Copies; returns what is wrong with the copy. Raises PassingError if the disk is full."""
     size = written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _copy(url: str, path: Path, sha256: str) -> str | None:
 
 
 def _read_all(url: str) -> bytes:
-    """The content of a file; what may pass, such as a lost connection, is tried again. Raises DataError."""
+    """The content of a file; tries again after an error that may pass, such as a lost connection. Raises DataError."""
     file = RemoteFile(url)
     for attempt in range(ATTEMPTS):
         try:

@@ -6,8 +6,8 @@
     .../DIGEST/locks/NAME.lock            held while a shard is fetched, or opened, or removed
     .../DIGEST/train-00000.tar, ...       what that manifest lists
 
-So every file that may be removed is on a list that a hash proves to be the cache's own, and that lies there before the
-first of them. Whatever else is beside them stays, in CACHE_DIR or in here, and does not count towards the limit.
+So every file that may be removed is on a list, which is written before the first of them and which a hash proves to be
+the cache's own. All other files, in CACHE_DIR or in here, stay and do not count towards the limit.
 """
 
 import contextlib
@@ -81,8 +81,8 @@ class CacheFolder:
         write_file(self.root / MARKER, MARKER_TEXT.encode())
 
     def add(self, manifest: bytes) -> Path:
-        """The folder of a data set, with its manifest in it: by its content, so that another version of the data under
-        the same URL gets another folder."""
+        """The folder of a data set, with its manifest in it. It is named after the manifest's content, so that another
+        version of the data under the same URL gets another folder."""
         folder = self.root / hashlib.sha256(manifest).hexdigest()[:24]
         path = folder / MANIFEST_FILE
         with locked(self.lock(path)):
@@ -96,7 +96,7 @@ class CacheFolder:
         return folder / "locks" / (file.relative_to(folder).as_posix().replace("/", "_") + ".lock")
 
     def reserve(self, shard: StoredShard, sizes: tuple[int, int]) -> None:
-        """Makes room for a shard and its index and lets them count, at full size but without blocks."""
+        """Makes room for a shard and its index and makes them count: as files of full size without blocks."""
         with locked(self.root / "lock"):
             self._make_room(sum(sizes))
             for path, size in zip((shard.shard, shard.index), sizes, strict=True):

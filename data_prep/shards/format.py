@@ -169,7 +169,7 @@ class Manifest(Record):
         the fix.
 
         Always: every file is there with its size; tokenizer and indexes are hashed and the indexes validated.
-        `full` also hashes every shard (about 1 s per GB); `show_progress` shows a bar for that.
+        `full` also hashes every shard; `show_progress` shows a bar for that.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
         entries = self._entries()

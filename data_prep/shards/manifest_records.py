@@ -46,11 +46,11 @@ class ShardEntry(Record):
 
 
 class TokenizerEntry(Record):
-    """What made the ids: a SentencePiece model, or nothing at all where the ids are the bytes themselves."""
+    """What made the ids: a SentencePiece model, or nothing if the ids are the bytes themselves."""
 
     kind: Literal["sentencepiece", "bytes", "symbols"] = "sentencepiece"
     """bytes: the id is the value of the byte, and the three keys about a model are absent. symbols: the id numbers the
-    byte values that `file` holds in rising order. A manifest without this key is of SentencePiece."""
+    byte values that `file` holds in rising order. A manifest without this key is for SentencePiece."""
     file: SafeName | None = None
     """Name of the model or the list of symbols, relative to the manifest."""
     sha256: Sha256 | None = None
@@ -58,7 +58,7 @@ class TokenizerEntry(Record):
     vocab_size: Annotated[int, Field(ge=2)]
     """Number of pieces; every id is below it. 256 for bytes."""
     eos_id: Count | None = None
-    """Id that ends every document; null where nothing or a text does (bytes, symbols, tokenizer.separator)."""
+    """Id that ends every document; null if nothing or a text does (bytes, symbols, tokenizer.separator)."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> "TokenizerEntry":
@@ -97,7 +97,7 @@ class InputRecord(Record):
     """One raw file that went in."""
 
     name: str
-    """File name, so that the manifest does not depend on where the file lay; where several have that name, with the
+    """File name, so that the manifest does not depend on where the file lay; if several have that name, preceded by the
     folders that tell them apart."""
     sha256: Sha256
     """Hash of the file as stored (compressed)."""

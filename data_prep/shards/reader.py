@@ -23,8 +23,8 @@ from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, c
 class ShardReader:
     """One shard, memory-mapped. Opening costs the index (about 8 bytes a document) and no token.
 
-    With `verify_on_first_read` the first `read` hashes the whole shard (about 0.1 s for 128 MB) and refuses a
-    shard that differs from the manifest. Not safe for concurrent first reads from several threads.
+    With `verify_on_first_read` the first `read` hashes the whole shard and refuses it if it differs from the manifest.
+    Not safe for concurrent first reads from several threads.
     """
 
     def __init__(self, manifest: Manifest, entry: ShardEntry, verify_on_first_read: bool) -> None:
@@ -45,7 +45,7 @@ class ShardReader:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"cannot open {self._path}: {error.strerror}") from None
-        if len(self._map) != entry.bytes:  # replaced between the check above and the mapping
+        if len(self._map) != entry.bytes:  # the file was replaced between the check above and the mapping
             raise DataError(f"{self._path} changed size while it was opened; {REBUILD}")
         self._elements = np.frombuffer(self._map, self._dtype, count=entry.bytes // self._dtype.itemsize)
 

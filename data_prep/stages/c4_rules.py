@@ -2,9 +2,9 @@
 `clean_page`) and of the paper (arXiv 1910.10683, section 2.2, in the version of JMLR 21).
 
 Line by line, without the blanks around it: a line with a word of more than 1,000 characters goes; citation markers are
-taken out; a line goes that ends in no terminal mark or in an ellipsis, or has fewer than 5 words. Of what is left, a
-line with "lorem ipsum" drops the page; one that mentions javascript goes; one with a curly bracket drops the page; one
-with a phrase of policies goes. A page with fewer than 3 sentences in the lines that stay is dropped.
+taken out; a line that ends in no terminal mark or in an ellipsis, or that has fewer than 5 words, goes. Of what is
+left, a line with "lorem ipsum" drops the page; one that mentions javascript goes; one with a curly bracket drops the
+page; one with a phrase of policies goes. A page with fewer than 3 sentences in the lines that stay is dropped.
 
 Not here: the list of bad words, removal of lines that other pages have too, and Punkt, by which the published code
 counts sentences (`count_sentences`).
@@ -54,7 +54,7 @@ class Page:
 
 
 def clean_page(text: str) -> Page:
-    """Applies the rules for lines to all of a text; those for pages are only noted, so that a caller may go without."""
+    """Applies the line rules to a whole text. The page rules are only noted, so that a caller may ignore them."""
     lines, dropped, reason = [], [], ""
     for original in text.splitlines():
         line = _without_citations(original.strip())

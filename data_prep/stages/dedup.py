@@ -1,5 +1,5 @@
 """Duplicates over all files: equal hashes for exact ones, MinHash and LSH for near ones. Joins go through external
-sorts, so memory does not grow with the corpus but for one bit a document.
+sorts, so memory grows with the corpus by only one bit a document.
 
 A document's number is its position in reading order (files, then documents of a file). Steps, each leaving a file:
 
@@ -74,7 +74,7 @@ def counts(task: DedupTask) -> dict[str, Any]:
 
 
 def find_duplicates(tasks: Iterable[DedupTask], workers: Workers) -> None:
-    """Finds all duplicates; goes on where it was."""
+    """Finds all duplicates; after a kill it goes on where it was."""
     for task in tasks:
         _find(task, workers)
 

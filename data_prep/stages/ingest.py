@@ -1,4 +1,4 @@
-"""Raw files to parts: what can be read is cleaned and stored, what cannot is quarantined with file and line."""
+"""Raw files to parts: readable records are cleaned and stored, the others are quarantined with file and line."""
 
 import contextlib
 import json
@@ -24,11 +24,12 @@ from data_prep.stages.part_cutter import Encoding, PartCutter
 from data_prep.work.folder import fingerprint, read_json, stage_folder
 from data_prep.work.parts import PART_BYTES, Part
 
-# Formats that are one known file or archive each, in order: a damaged one is fetched again, not done without.
+# Formats that are one known file or archive each, in order: a damaged one must be fetched again, not left out.
 STRICT_FORMATS = ("wikitext", "enwik8")
 # Reasons that stand for a whole file.
 DAMAGED, NO_DOCUMENT = "damaged file", "no document"
-# Small files are read together, for each batch makes some files on disk: 400 files of a line cost 1 ms each, alone 5.
+# Small files are read together, because each batch makes some files on disk: alone, a file of one line costs 5 times
+# more.
 BATCH_BYTES = 1 << 18
 BATCH_FILES = 256
 RETRY_SECONDS = (1, 10, 60)  # before each further attempt at a file behind a URL
@@ -51,7 +52,7 @@ class FileState:
     rejected: dict[str, int]
     """Records that gave no document, by reason."""
     damaged: str | None
-    """What is wrong with the file as a whole; then it has no document."""
+    """What is wrong with the whole file, which then has no document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,8 @@ class IngestTask:
 
 
 def ingest_folder(resolved: ResolvedConfig, *, encodes: bool) -> Path:
-    """The stage's folder: its settings are the format, the limits that change documents and the versions of the code;
-    where no text is stored, also what made the ids."""
+    """The stage's folder: its settings are the format, the limits that change documents, the versions of the code and,
+    if no text is stored, what made the ids."""
     config = resolved.config
     settings: list[Any] = [config.format, config.ingest.max_document_bytes, PART_BYTES, base_versions()]
     settings += [config.reading_settings()] if config.reading_settings() else []
@@ -122,8 +123,9 @@ def ingest_folder(resolved: ResolvedConfig, *, encodes: bool) -> Path:
 
 
 def cut_batches(sizes: Sequence[tuple[SourceSplit, int | None]]) -> list[range]:
-    """Which of the raw files, given (split, bytes) of each in reading order, are read together: consecutive ones of a
-    split, up to BATCH_BYTES and BATCH_FILES. It depends on nothing else, so neither does any result."""
+    """Divides the raw files, given (split, bytes) of each in reading order, into those that are read together:
+    consecutive files of a split, up to BATCH_BYTES and BATCH_FILES. The division depends on nothing else, and so does
+    no result."""
     batches: list[range] = []
     filled = 0
     for number, (split, size) in enumerate(sizes):
@@ -161,7 +163,7 @@ def ingest_tasks(resolved: ResolvedConfig, encoding: Encoding | None) -> list[In
 
 
 def read_state(task: IngestTask) -> BatchState | None:
-    """What ingest found in a batch of raw files, or None if it has not been there."""
+    """What ingest found in a batch of raw files, or None if it has not read the batch."""
     body = read_json(task.folder / f"{task.key}.json")
     return None if body is None else BatchState.from_json(body)
 

@@ -56,8 +56,8 @@ def _visible(text: str) -> str:
 
 
 def check_given_model(resolved: ResolvedConfig) -> str:
-    """What is to be said of a given model that changes text where `tokenizer.allow_lossy` accepts that; empty for any
-    other. Raises DataError for a file that is no model, another `vocab_size`, and a loss that is not accepted."""
+    """The warning for a given model that changes text, if `tokenizer.allow_lossy` accepts that; empty for any other
+    model. Raises DataError for a file that is no model, another `vocab_size`, and a loss that is not accepted."""
     if resolved.external_model is None:
         return ""
     settings, content = resolved.config.tokenizer, resolved.external_model.read_bytes()

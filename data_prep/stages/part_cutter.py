@@ -1,5 +1,5 @@
-"""Documents to parts, as raw files are read one after the other: small files share a part, and what a damaged one gave
-is taken back."""
+"""Documents to parts, while raw files are read one after the other: small files share a part, and the documents of a
+damaged file are taken back."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""MinHash signatures: what near-duplicates are found by.
+"""MinHash signatures, by which near-duplicates are found.
 
 A document is the set of its word n-grams; words are runs of letters and digits in lower case. rensa's RMinHash takes
 64-bit hashes of the n-grams to 256 values of which a share J agrees between two documents of Jaccard similarity J. The
@@ -53,8 +53,8 @@ def is_signed(task: SignatureTask) -> bool:
 
 def sign_part(task: SignatureTask) -> None:
     """Writes PART.sig, the low bytes of the signatures, uint8 [documents, 256] with zeros for documents that are
-    not candidates, and PART.safetensors: int64 `document` [signed], uint64 `bands` [bands, signed]. Not signed are
-    documents that a filter dropped or that hold no word."""
+    not candidates, and PART.safetensors: int64 `document` [signed], uint64 `bands` [bands, signed]. Documents that a
+    filter dropped or that hold no word are not signed."""
     bands, rows = band_shape(task.threshold)
     numbers: list[int] = []
     hashes: list[np.ndarray] = []

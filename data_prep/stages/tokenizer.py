@@ -1,8 +1,8 @@
 """The tokenizer: SentencePiece, trained on lines, exact both ways.
 
-As in the paper: BPE, 8000 pieces, digits split. So that decode(encode(text)) == text for every text: no
-normalisation, spaces kept, newline a piece of its own, bytes for what has no piece. There is no BOS and no
-padding; unk is 0, EOS 1. The papers' own models, which lose all that, come of `normalization` nmt_nfkc.
+As in the paper: BPE, 8000 pieces, digits split. For decode(encode(text)) == text for every text: no normalisation,
+spaces kept, newline a piece of its own, bytes for characters without a piece. There is no BOS and no padding; unk is 0,
+EOS 1. The papers' own models, which lose all that, are trained with `normalization` nmt_nfkc.
 """
 
 import io
@@ -122,8 +122,8 @@ class TextTokenizer:
     def _segments(self, text: str, newline: np.ndarray, *, opens_text: bool) -> Iterator[np.ndarray]:
         """Ids of a text, cut before newlines: the same ids as in one go, since no piece reaches across.
 
-        What does not open the document must not get the leading space that SentencePiece puts before a text:
-        it is encoded after a newline (its own, or one put there and cut off again).
+        A segment that does not open the document must not get the leading space that SentencePiece puts before a text,
+        so it is encoded after a newline (its own, or one that is added and cut off again).
         """
         start = 0
         while start < len(text):
@@ -205,7 +205,7 @@ class SampleSource:
     """Names of the raw files whose documents are looked at; None for all."""
 
     def usable(self, part: Part) -> np.ndarray:
-        """bool [documents]: which documents of a part are of these files."""
+        """bool [documents]: which documents of a part are from these files."""
         if self.files is None:
             return np.ones(part.documents, np.bool_)
         names, counts = zip(*part.files, strict=True)
@@ -227,7 +227,7 @@ def sample_documents(
     `SAMPLE_OVERSAMPLING` shares of its text, the documents with the smallest hash of (seed, text) are taken. Documents
     that go to validation are left out.
     Memory: 24 bytes for each document of these shares, and one document. Documents longer than the share of their file
-    have no place in it: a warning says so where they are many.
+    do not fit into it; if there are many, a warning says so.
     """
     totals = [sum(part.bytes for part in source.parts) for source in sources]
     budget = sum(totals) if sample_bytes is None else sample_bytes

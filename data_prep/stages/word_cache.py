@@ -2,8 +2,8 @@
 
 A BPE merge joins two neighbouring symbols into a piece. If no piece reaches across the start of a word, words do not
 touch each other, and the ids of a text are those of its words one after the other. Words repeat: with their ids kept,
-most of a text is a dictionary look-up a word. Not for unigram models, whose best path sums rounded scores over the
-whole text, so that near-ties may fall another way.
+most of a text is a dictionary look-up a word. It does not work for unigram models: their best path sums rounded scores
+over the whole text, so near-ties may be decided differently.
 """
 
 import re
@@ -41,7 +41,7 @@ def is_word_by_word(model: bytes) -> bool:
 
 
 class WordCache:
-    """Encodes with a model of which `is_word_by_word` holds. `newline`: ids of a lone newline."""
+    """Encodes with a model for which `is_word_by_word` is true. `newline`: ids of a lone newline."""
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor, newline: np.ndarray) -> None:
         self._model = model

@@ -1,10 +1,10 @@
 """The work folder: finished pieces of every stage, so that a killed run goes on where it was.
 
 A stage keeps its results in OUTPUT/.work/STAGE-FINGERPRINT, one file for each raw file or part. The fingerprint is a
-hash of every setting that changes the results and of the versions of the code that made them, those of the stages
-before included, so a result that is there is valid and another config, or newer code, never meets it. A file gets its
-name when it is complete. So there is nothing to repair after a kill, and any number of processes and SLURM tasks may
-write into the folder at the same time: at worst they make the same bytes twice.
+hash of every setting that changes the results and of the versions of the code that made them, also for the stages
+before. So a result that exists is valid, and another config, or newer code, never finds it. A file gets its name when
+it is complete. So there is nothing to repair after a kill, and any number of processes and SLURM tasks may write into
+the folder at the same time: at worst they make the same bytes twice.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def stage_key(folder: Path) -> str:
 
 
 def decided(path: Path, choice: bool) -> bool:
-    """The choice of the process that asked first; the same for all that ask after it, on any node."""
+    """The choice of the process that asked first, which all later processes get too, on any node."""
     proposal = temporary_path(path)
     write_json(proposal, choice)
     with contextlib.suppress(FileExistsError):

@@ -27,14 +27,14 @@ DIED = "a process died (most often: killed for memory)"
 
 
 def one_thread() -> None:
-    """For the libraries of this process that are not loaded yet, and for all of the processes that it starts."""
+    """Sets one thread for the libraries that this process has not loaded yet, and for all processes that it starts."""
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")
 
 
 def _start_method() -> str:
-    """fork, which spares every worker 0.5 s of imports, if this process has one thread alone; else spawn, because a
-    fork copies locks that the other threads hold."""
+    """fork, which spares every worker the imports, if this process has only one thread; else spawn, because a fork
+    copies locks that the other threads hold."""
     if sys.platform == "linux":
         for _ in range(10):  # a thread that has been joined is listed for a moment longer
             if len(os.listdir("/proc/self/task")) == 1:
@@ -68,7 +68,7 @@ class Workers:
         self, function: Callable[[Task], Result], tasks: Sequence[Task], *, sizes: Sequence[int], description: str
     ) -> list[Result]:
         """`function` of every task, in the order of the tasks; they run in any order. `sizes`: bytes of each task, for
-        the progress bar and so that the large ones start first. Raises what a task raised first."""
+        the progress bar and so that the large ones start first. Raises the first error of a task."""
         results: dict[int, Result] = {}
         order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
         with byte_bar(total=sum(sizes), description=description, enabled=bool(tasks)) as bar:
@@ -107,8 +107,8 @@ class Workers:
                 future.cancel()
 
     def alone(self, function: Callable[[Task], Result], task: Task) -> Result:
-        """`function(task)` while the other processes are ended, in a new one that takes its memory away with it; in
-        this one where it cannot be forked."""
+        """Ends the other processes and calls `function(task)` in a new one, whose memory is freed when it ends; in this
+        process if it cannot be forked."""
         self.close()
         if _start_method() != "fork":
             return function(task)

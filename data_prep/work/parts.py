@@ -21,7 +21,7 @@ from common.errors import DataError
 from common.files import replacing, write_file
 from common.splits import SplitName
 
-# 8 s of BPE encoding: small enough to spread 1 GB over 32 processes, large enough that C4 is 25,000 parts.
+# Some seconds of BPE encoding: small enough to spread 1 GB over 32 processes, large enough that C4 is 25,000 parts.
 PART_BYTES = 1 << 25
 # Short documents fill a part by their number: its arrays, above all the signatures, take about 1 KB for each.
 PART_DOCUMENTS = 1 << 16
@@ -31,7 +31,7 @@ ZSTD_LEVEL = 1  # 2.6 times smaller at 300 MB a second; level 3 is 8% smaller an
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is known of a part without opening it."""
+    """What is known about a part without opening it."""
 
     name: str
     documents: int
