@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: shown as one message, without a traceback."""
+"""Errors that the user must fix: shown as one message, without a traceback."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def intended_name(name: str) -> str:
-    """The name that a temporary file, which a killed process left, would have got; any other name as it is."""
+    """For a temporary file that a killed process left, the name that it would have got; any other name as it is."""
     found = TEMPORARY.fullmatch(name)
     return found["name"] if found else name
 

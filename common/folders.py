@@ -1,4 +1,4 @@
-"""Folders that are to be written: what is wrong with one, in one sentence, before any work; and how much room is left.
+"""Checks of output folders before any work: what is wrong with one, in one sentence, and how much room is left.
 
 Errors are raised as DataError with the key that names the folder.
 """
@@ -22,7 +22,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}  # no block, or none of this user's quota, i
 
 
 def expanded(path: str, key: str) -> Path:
-    """An absolute path, with ~ for the user's home as a shell has it. DataError for a user that does not exist."""
+    """An absolute path; ~ is the user's home, as in a shell. DataError for a user that does not exist."""
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError:
@@ -37,7 +37,7 @@ def check_writable_folder(folder: Path, key: str) -> None:
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Raises DataError if something that is no folder stands there or on the way. `folder` is absolute."""
+    """Raises DataError if the path, or a part of it, exists and is not a folder. `folder` is absolute."""
     for place in (*reversed(folder.parents), folder):
         try:
             mode = place.stat().st_mode
@@ -63,7 +63,7 @@ def check_folder(folder: Path, key: str) -> None:
 
 
 def check_permission(folder: Path, key: str) -> None:
-    """Raises DataError if this user may not write into the folder, or not make it. `folder` is absolute."""
+    """Raises DataError if this user may not write into the folder, or may not make it. `folder` is absolute."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         where = "" if existing == folder else f" to make {folder}"
@@ -71,7 +71,7 @@ def check_permission(folder: Path, key: str) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where the folder is, or would be made."""
+    """Bytes that this user may still write on the disk of the folder, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -83,6 +83,6 @@ def is_full(error: BaseException) -> bool:
 
 
 def no_room(folder: Path, needed: int, what: str, *, about: bool = False) -> str:
-    """The sentence of a disk on which `needed` bytes (or `about` so many) for `what` do not fit, without a fix."""
+    """The sentence, without a fix, that the disk has no room for `needed` bytes (`about`: approximately) for `what`."""
     amount = f"{'about ' * about}{needed:,} bytes are needed, {free_bytes(folder):,} are free"
     return f"the disk of {folder} has no room for {what}: {amount}"

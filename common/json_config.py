@@ -38,7 +38,7 @@ class Key(NamedTuple):
 def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
     """The JSON object in a file; ConfigError names `option` as the argument that `path` came from."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         tree = json.loads(text, object_pairs_hook=_refuse_repeated_keys)
     except FileNotFoundError:
         raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
@@ -76,8 +76,8 @@ def _kind(value: Any) -> str:
 def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = None) -> None:
     """Applies `dotted.key=value` to `tree` in place. The value is JSON if it parses as JSON, else a string.
 
-    A section that is absent or null begins empty. `tag`: the key that says which kind of section one is; another kind
-    has other keys, so a new value of it clears the section.
+    A section that is absent or null begins empty. `tag`: the key that says which kind of section one is; kinds have
+    different keys, so a new value of it clears the section.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -128,7 +128,7 @@ def _refuse_unprintable(value: Any, key: str = "") -> None:
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every leaf key, those of a section that may be one of several kinds kind by kind."""
+    """Every leaf key; if a section may be one of several kinds, the keys of each kind in turn."""
     for name, field in model.model_fields.items():
         # A list of sections is one value: its entries have no dotted keys of their own.
         is_list = get_origin(field.annotation) is tuple
@@ -166,7 +166,7 @@ def _describe(model: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _is_tagged(section: type[BaseModel]) -> bool:
-    """Whether a section is one of several kinds, told by its `type`, which has one value."""
+    """Whether a section is one of several kinds: then its `type` has one value."""
     field = section.model_fields.get("type")
     return field is not None and len(get_args(field.annotation)) == 1
 
@@ -182,8 +182,8 @@ def _suggestion(model: type[BaseModel], key: str) -> str:
 
 
 def nearest_key(model: type[BaseModel], key: str) -> str | None:
-    """The known key or section most like an unknown one: by its whole name, else by its last part (a key in the wrong
-    section); None if nothing is like it."""
+    """The known key or section that is most like an unknown one, compared by the whole name, else by the last part (a
+    key in the wrong section); None if nothing is like it."""
     dotted = {known.dotted for known in keys(model)}
     known = sorted(dotted | {name.rsplit(".", 1)[0] for name in dotted})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -195,8 +195,8 @@ def nearest_key(model: type[BaseModel], key: str) -> str | None:
 
 
 def describe_keys(model: type[BaseModel], note: Callable[[FieldInfo], str] = lambda field: "") -> list[str]:
-    """Lines for --help: each section with its docstring, its keys with default and docstring. `note`: what is put
-    behind the default of a field."""
+    """Lines for --help: each section with its docstring, its keys with default and docstring. `note`: text after the
+    default of a field."""
     lines: list[str] = []
     heading: tuple[str, type[BaseModel]] | None = None
     for key in keys(model):

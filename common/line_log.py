@@ -29,8 +29,9 @@ def is_step(row: Any) -> bool:
 
 
 class LineLog:
-    """Appends whole lines, from any thread. What the disk refuses is kept in memory, said once, and written before the
-    next line as soon as the disk takes it: a full disk costs no line, unless the process ends before it is cleared."""
+    """Appends whole lines, from any thread. Lines that the disk refuses are kept in memory, reported once, and written
+    before the next line as soon as the disk takes them: a full disk costs no line, unless the process ends before there
+    is room."""
 
     def __init__(self, path: Path, is_valid: Callable[[Any], bool]) -> None:
         self.path = path
@@ -40,8 +41,7 @@ class LineLog:
         self._lock = threading.RLock()  # a print inside may fail, and the event of that comes back to this log
 
     def rows(self) -> Iterator[Row]:
-        """The lines, parsed; those that are no row are passed over. Nothing where the file does not exist. Raises
-        OSError."""
+        """The parsed lines; skips those that are no row. Nothing if the file does not exist. Raises OSError."""
         for _, row in self._lines():
             if row is not None:
                 yield row
@@ -92,12 +92,12 @@ class LineLog:
         return len(damaged)
 
     def keep(self, condition: Callable[[Row], bool]) -> None:
-        """Replaces the file by its rows that `condition` holds for, byte by byte as they are. Raises OSError."""
+        """Keeps only the rows for which `condition` is true, with their bytes unchanged. Raises OSError."""
         found = (line for line, row in self._lines() if row is not None and condition(row))
         replace_file(self.path, (line.removesuffix(b"\n") + b"\n" for line in found))
 
     def _lines(self) -> Iterator[tuple[bytes, Row | None]]:
-        """Every line that is not blank, with its end, and what it says; None if it is no row."""
+        """Every line that is not blank, with its end, and its row; None if it is no row."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -134,7 +134,7 @@ class LineLog:
 
 
 def append_whole(path: Path, data: bytes) -> None:
-    """Appends all of `data` or, raising OSError, nothing."""
+    """Appends all of `data`, or nothing: then it raises OSError."""
     with open(path, "ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         view = memoryview(data)

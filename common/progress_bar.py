@@ -15,7 +15,7 @@ TERMINAL_INTERVAL_SECONDS = 0.2
 LOG_INTERVAL_SECONDS = 15.0
 
 
-# No thread that redraws a bar that stands still: workers are forked from a process of one thread.
+# Without tqdm's thread that redraws an idle bar: workers are forked from a process with one thread.
 tqdm.monitor_interval = 0
 
 

@@ -1,8 +1,8 @@
 """One writer per run folder: `lock-N.json` holds host, process and start; its age is the owner's last sign of life.
 
-Taking over goes by number: whoever finds lock N dead creates lock N + 1, and creating is exclusive on every file
-system, so that of two takers one gets it and the other finds a living owner. Ages are differences between times which
-the file server gave, never between the clocks of two machines.
+Locks are taken over by number: a process that finds lock N dead creates lock N + 1. Creating a file is exclusive on
+every file system, so of two such processes one gets the lock and the other finds a living owner. Ages are differences
+between times of the file server, never between the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.slurm import job_id
 BEAT_SECONDS = 10.0
 """How often the owner touches its lock."""
 DEAD_SECONDS = 60.0
-"""Age at which the lock of another machine, whose processes cannot be looked at, counts as left behind."""
+"""Age from which the lock of another machine, whose processes cannot be seen, counts as left behind."""
 
 
 KEYS = {"host", "boot", "namespace", "pid", "start", "token"}
@@ -37,8 +37,8 @@ class FolderLock:
     """The lock of one run folder, held from construction to `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written. Waits
-        for up to a minute for the lock that this SLURM job left on another node: a refusal would end the job."""
+        """Raises UserError, which names the owner, if the folder is in use, and OSError if it cannot be written. If
+        this SLURM job left the lock on another node, waits for up to a minute, because a refusal would end the job."""
         self._folder = folder
         self._me = {
             **process_identity(os.getpid()),
@@ -66,7 +66,7 @@ class FolderLock:
             try:
                 self._refuse_if_alive(path)
             except UserError:
-                self.release()  # it came between the two looks
+                self.release()  # it was created between the two looks
                 raise
             self.taken_over.append(_name(_read(path) or {}))
             path.unlink(missing_ok=True)
@@ -120,7 +120,8 @@ class FolderLock:
         return self._me["job"] is not None and owner.get("job") == self._me["job"]
 
     def _falls_silent(self, path: Path) -> bool:
-        """Waits for an earlier start of this SLURM job, on a node that it has lost, to be dead by its lock's age."""
+        """Waits until an earlier start of this SLURM job, on a node that the job has lost, is dead by its lock's
+        age."""
         for _ in range(int(2 * DEAD_SECONDS) + 1):
             age = _age(path)
             if age is None or age >= DEAD_SECONDS:
@@ -130,7 +131,7 @@ class FolderLock:
 
 
 def process_identity(pid: int) -> dict[str, Any]:
-    """What tells a process from every other one, on this machine or another."""
+    """What identifies a process among all others, on this machine or another."""
     return {
         "host": socket.gethostname(),
         "boot": _first_line("/proc/sys/kernel/random/boot_id"),
@@ -146,7 +147,7 @@ def is_same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def is_alive(identity: dict[str, Any]) -> bool:
-    """Whether a process of this machine, and not another of the same number, still runs."""
+    """Whether a process of this machine still runs, and not another one with the same number."""
     return process_start(identity["pid"]) == identity["start"]
 
 
@@ -164,7 +165,7 @@ def process_start(pid: int) -> int | None:
 
 
 def process_state(pid: int) -> str:
-    """In words, what a process of this machine is doing."""
+    """What a process of this machine is doing, in words."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
     except OSError:

@@ -53,14 +53,14 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def job_port(env: Mapping[str, str]) -> int:
-    """A port that all tasks derive alike: from job, step and restart, so that neighbours on a node differ."""
+    """A port that all tasks derive in the same way from job, step and restart, so that jobs on one node differ."""
     job, step, restart = (int(env.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     return FIRST_PORT + (job * 131 + step * 17 + restart) % PORTS
 
 
 def first_address(nodes: str) -> str:
-    """An address of the first of `nodes` ("node[1-2]"), where rank 0 is: its name if that resolves, else what
-    SLURM itself uses (NodeAddr). Raises UserError."""
+    """An address of the first of `nodes` ("node[1-2]"), where rank 0 is: the node's name if it resolves, else the
+    address that SLURM itself uses (NodeAddr). Raises UserError."""
     name = _scontrol("show", "hostnames", nodes).split()[0]
     try:
         socket.getaddrinfo(name, None)

@@ -1,4 +1,4 @@
-"""JSON as the standard has it: every file that training writes is read by other programs, which refuse NaN."""
+"""JSON according to the standard: other programs, which refuse NaN, read every file that training writes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def text_table(
     """Columns two blanks apart, as wide as their widest cell. Whole numbers get thousands separators.
 
     header: a title for each column
-    left:   numbers of the columns that begin at the left, the others end at the right; None: all begin at the left
+    left:   numbers of the left-aligned columns, the others are right-aligned; None: all are left-aligned
     """
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,7 +1,7 @@
 """Addresses of files that are not on a disk here: URLs, and commands whose output is read.
 
-A URL may carry secrets: a password before its host, or a signature in its query. What is printed or written anywhere
-is the address without both.
+A URL may carry secrets: a password before its host, or a signature in its query. Both are left out of everything that
+is printed or written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ADDRESS = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """The text in which every URL has lost its query and what stands before its host."""
+    """The text without the query of every URL and without what precedes its host."""
     return _ADDRESS.sub(lambda found: found["scheme"] + found["address"], text)
 
 

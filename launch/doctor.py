@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What this machine has for training, what is missing and how to get it: python launch/doctor.py
+"""What this machine has for training, what is missing, and how to get it: python launch/doctor.py
 
 Uses the standard library alone and guards every import, so it also runs before anything is installed, on any Python
 from 3.11 on. The exit status is 1 if something that training needs is missing.
@@ -26,9 +26,10 @@ sys.path[0] = str(ROOT)
 PYTHONS = ((3, 11), (3, 14))
 """The oldest, and the first that is too new (pyproject.toml, requires-python)."""
 MINIMUM_DRIVER = {"13": 580, "12": 525}
-"""Of the NVIDIA driver, per major version of the CUDA that torch was built with (NVIDIA's compatibility table)."""
+"""The oldest NVIDIA driver for each major version of the CUDA that torch was built with (NVIDIA's compatibility
+table)."""
 INSTALL = "make -B install"
-"""-B: a bare `make install` does nothing where it has run before, whatever became of the packages since."""
+"""-B: a bare `make install` does nothing if it has run before, even if packages were lost since."""
 GB = 1e9
 
 
@@ -82,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def _fits(requirement: str, version: str) -> bool:
-    """Whether the version is one that the requirement asks for; true where the package that can tell is missing."""
+    """Whether the version meets the requirement; true if the package that can tell is missing."""
     try:
         requirements = importlib.import_module("packaging.requirements")
     except ImportError:
@@ -91,7 +92,7 @@ def _fits(requirement: str, version: str) -> bool:
 
 
 def torch_and_gpu() -> Iterator[Finding]:
-    """torch and triton as they import, the GPUs and whether the driver and this build of torch go together."""
+    """Whether torch and triton can be imported, the GPUs, and whether the driver fits this build of torch."""
     gpus = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines()
     driver = gpus[0].rsplit(",", 1)[-1].strip() if gpus else ""
     requirement = next(text for text in _dependencies() if text.startswith("torch"))
@@ -101,7 +102,7 @@ def torch_and_gpu() -> Iterator[Finding]:
     else:
         try:
             cuda = importlib.import_module("torch").version.cuda
-        except Exception as error:  # a broken build fails in ways of its own: missing libraries, other processors
+        except Exception as error:  # a broken build may fail in any way: missing libraries, another processor
             reason = str(error).splitlines()[0] if str(error) else ""
             found = f"{version} does not import: {type(error).__name__}: {reason}"
             # Not `make clean install`, which would also remove prepared data and the demo's run.
@@ -213,11 +214,11 @@ def main() -> int:
     try:
         print(describe(findings, missing), flush=True)
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # whose reader, e.g. `head`, has what it wanted
+        if not isinstance(error, BrokenPipeError):  # a reader that has left, e.g. `head`, is no error
             print(
                 f"warning: stdout cannot be written ({error.strerror}); the exit code is the verdict", file=sys.stderr
             )
-        # What is left goes nowhere, or Python reports it again at its end.
+        # The rest is discarded, or Python would report the error again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if missing[True] else 0
 

@@ -38,7 +38,7 @@ def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
 
 
 def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool = False) -> str:
-    """In what prepared data differs from what the config makes; empty if it is up to date. Hashes the raw
+    """How prepared data differ from what the config makes; empty if they are up to date. Hashes the raw
     files, unless run.json says that they are the same files with the same size and modification time (`hash_all`: in
     any case)."""
     made_by = manifest.provenance.versions.get("data_prep")

@@ -24,7 +24,7 @@ SHARED_TYPES = set(
 )
 """File systems that other hosts see (fuse.* too)."""
 SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|access|private|secret)_?key)(_|$)")
-"""Names of variables whose values belong into no file."""
+"""Names of variables whose values must not be written to a file."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 TIME = re.compile(
@@ -59,7 +59,7 @@ def script(
     setup: Sequence[str],
     arguments: Sequence[str],
 ) -> str:
-    """The whole script: every value is data, quoted for the parser that reads it; only `setup` is the user's code.
+    """The whole script. Every value is quoted as data for the parser that reads it; only `setup` is code.
 
     options:      sbatch's long options over the template's; None drops one
     more_options: further ones as the user wrote them, "--gres=gpu:8"
@@ -127,9 +127,9 @@ def seconds_of(time: str) -> int:
 
 
 def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
-    """A warning if nobody can tell whether other hosts see `path`; None if they do. Raises UserError if they cannot.
+    """A warning if it is unknown whether other hosts see `path`; None if they do. Raises UserError if they cannot.
 
-    The path need not exist yet. `allow_local` (this host is the cluster) turns everything off.
+    The path need not exist yet. `allow_local` (this host is the cluster) turns the check off.
     """
     if allow_local:
         return None
@@ -182,7 +182,7 @@ def named_by_content(folder: Path, stem: str, suffix: str, content: bytes) -> Pa
 
 
 def need_sbatch() -> None:
-    """Raises UserError where there is no SLURM."""
+    """Raises UserError if SLURM is not installed."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "sbatch is not on the PATH: run this on a login node of the cluster, or add --dry-run to see the script"
@@ -209,8 +209,8 @@ def submit(path: Path, *options: str) -> str:
 
 
 def after(job: int | str) -> list[str]:
-    """sbatch's options of a job that starts when another one, an array as a whole, has ended well."""
-    # kill-on-invalid-dep: after a job that failed for good it would stay in the queue for ever.
+    """sbatch's options for a job that starts when another job (or a whole array) has ended well."""
+    # kill-on-invalid-dep: otherwise it would stay in the queue for ever after a job that failed for good.
     return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
@@ -267,7 +267,7 @@ def variables(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def site_options(arguments: argparse.Namespace, name: str) -> dict[str, str | None]:
-    """sbatch options of the arguments above; what is not given stays the cluster's default."""
+    """sbatch options for the arguments above; an option that is not given keeps the cluster's default."""
     given = {"partition": arguments.partition, "account": arguments.account, "qos": arguments.qos}
     return {"job-name": arguments.job_name or name, **{key: value for key, value in given.items() if value}}
 

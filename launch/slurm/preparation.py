@@ -21,7 +21,8 @@ from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
 
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
-"""Steps of data_prep in order, and whether array tasks share them; each does what is missing of those before."""
+"""Steps of data_prep in order, and whether array tasks share them; each step first does what earlier steps have left
+undone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,7 +92,7 @@ def _check(args: argparse.Namespace) -> ResolvedConfig:
     job.seconds_of(args.time)
     _check_secrets(args.overrides)
     resolved = resolve(load_config(args.config, args.overrides))
-    # The jobs would refuse these too, after they have waited for their nodes.
+    # The jobs would refuse these too, but only after they have waited for their nodes.
     check_given_model(resolved)
     check_output(resolved, force=args.force)
     check_room(resolved)
@@ -109,7 +110,7 @@ def _check(args: argparse.Namespace) -> ResolvedConfig:
 
 
 def _check_secrets(overrides: Sequence[str]) -> None:
-    """The job scripts hold the command line, and lie where others may read them."""
+    """Refuses secrets: the job scripts hold the command line, and others may be able to read them."""
     for override in overrides:
         if may_hold_secret(override) or PIPE in override:
             raise UserError(

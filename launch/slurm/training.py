@@ -1,6 +1,6 @@
 """Training on SLURM: checks a run on the login node, writes its job script and submits it.
 
-What imports torch is imported where it is used: --help and refusals of arguments do without it.
+Modules that import torch are imported inside functions, because --help and refusals of arguments do not need them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(1),
         default=3,
         metavar="N",
-        help="give up after so many starts in a row that left no newer checkpoint",
+        help="give up after this many starts in a row that left no newer checkpoint",
     )
     job.add_site_arguments(parser)
     return parser
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.config = config_file(args.config)
         run_dir = run_folder(args.config, args.run_dir)
         _check(args, run_dir)
-        # Copied: the file may be edited while the job waits or runs, and every restart reads it again.
+        # A copy, because the file may be edited while the job waits or runs, and every restart reads it again.
         content = args.config.read_bytes()
         logs = run_dir / "slurm"
         text = _script(args, run_dir, job.named_by_content(logs, "config", ".json", content))
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace, run_dir: Path) -> None:
-    """Everything that can be wrong before a node is taken; warnings and derived values go to stderr."""
+    """Checks everything that can be wrong before the job gets a node; warnings and derived values go to stderr."""
     from pretrain.cli.train import preflight, print_derived
     from pretrain.config.loading import load_config
     from pretrain.config.rules import check_device, check_ranks
@@ -157,7 +157,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
 
 
 def _check_gpus(args: argparse.Namespace) -> None:
-    """Whether the job gets GPUs or is meant for CPUs, and how many ranks use them."""
+    """Checks that the job gets GPUs or is meant for CPUs, and that the number of ranks on a node is known."""
     request = next((option for option in args.sbatch if GPU_REQUEST.match(option)), None)
     if request is not None and args.cpu:
         raise UserError(f"--sbatch={request}: asks for GPUs, and --cpu for a run on CPUs; remove one of the two")
@@ -176,7 +176,7 @@ def _check_gpus(args: argparse.Namespace) -> None:
 
 
 def _future_data(config: Config) -> list[Path]:
-    """Where the data sets will be, as pretrain/data/sources.py looks for them; those behind URLs are left out."""
+    """Where the data sets will be, found as in pretrain/data/sources.py; those behind URLs are left out."""
     locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
     return [find_input(location).absolute() for location in locations if not URL.match(location)]
 
