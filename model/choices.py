@@ -1,6 +1,6 @@
 """The choices of routers, written down or taken from a record, so that two runs can be compared to rounding.
 
-A choice is a step function of the logits: where two experts are nearer than rounding, another layout (or kernel, or
+A choice is a step function of the logits: if two experts are closer than rounding, another layout (or kernel, or
 machine) may choose the other one, and one such flip moves a loss by about 1e-5. A run that takes its choices from the
 record of another computes logits, scores and gradients by itself; what remains between the two is rounding, or a bug.
 
@@ -42,7 +42,7 @@ def settled(
             assert router.choices is not None
             chosen.append(router.choices.settle(part, of_part, place, is_repeated=router.is_paused))
         if not any(router.choices.replaces for router in routers):  # type: ignore[union-attr]
-            # To the bit what an unrecorded run computes, and what tensor-parallel ranks compute that do not record.
+            # Bit-equal to an unrecorded run, and to tensor-parallel ranks that do not record.
             return routing
         index = torch.cat(chosen, 2).flatten(0, 1)
     return with_choice(routing, index, keep=keep, drop_scores=drop_scores)
@@ -63,7 +63,7 @@ class Piece:
 
 
 class Recorder:
-    """Writes one router's choices down, a piece for each forward pass, and leaves them as they are."""
+    """Records one router's choices, a piece for each forward pass, without changing them."""
 
     replaces = False
 
@@ -77,7 +77,7 @@ class Recorder:
 
 
 class Replayer:
-    """Gives one router the choices of a record, and counts those that it would have made otherwise."""
+    """Gives one router the choices of a record, and counts those that it would have made differently."""
 
     replaces = True
 
@@ -86,8 +86,8 @@ class Replayer:
         """[S, L, H, k]: the step's choices of all heads and tokens, in the order of the run's sequences."""
         self.num_choices = 0
         self.flips: list[Tensor] = []
-        """Per forward pass since `clear`: [2] fp64, how many choices differ from the record's, and how far apart in
-        their logits the farthest two experts were of which one was chosen here and the other there."""
+        """For each forward pass since `clear`: [2] fp64, the number of choices that differ from the record, and the
+        largest difference between the logits of an expert chosen here and of one chosen there."""
 
     def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
         assert self.recorded is not None, "no step was begun"
@@ -107,7 +107,7 @@ class Replayer:
 def _compare(own: Tensor, chosen: Tensor, logits: Tensor) -> Tensor:
     """[2] fp64, see `Replayer.flips`. The order of the k choices does not matter, and ties are no distance."""
     others = (chosen[..., :, None] != own[..., None, :]).all(-1)
-    # The best that only one side has is compared with the worst: what separates them had to be crossed by rounding.
+    # The best expert that only one side chose, compared with the worst: rounding had to cross this distance.
     distance = logits.gather(-1, own).amin(-1) - logits.gather(-1, chosen).amin(-1)
     distance = torch.where(others.any(-1), distance, 0.0)
     return torch.stack([others.sum().double(), distance.max().double()])

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
-# Far above every published model, and such that no tensor of a model has 2**63 bytes.
+# Far above every published model, but low enough that no tensor of a model has 2**63 bytes.
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Experts = Annotated[int, Field(ge=1, le=2**16)]
 Heads = Annotated[int, Field(ge=1, le=2**12)]
@@ -47,21 +47,22 @@ class RopeConfig(Section):
     base: Annotated[float, Field(gt=1.0)] = 10000.0
     """Base of the geometric progression of wavelengths, in tokens."""
     memory_chunks: Annotated[int, Field(ge=0, le=2**10)] = 0
-    """Chunks of sequence_length tokens before the current one that keys and values also come from, as with `type` xl;
+    """Number of earlier chunks of sequence_length tokens that keys and values also come from, as with `type` xl;
     positions count from the first token of the memory."""
 
 
 class XLConfig(Section):
     """Transformer-XL (arXiv 1901.02860): relative positions, and the previous chunks' layer inputs as extra context.
 
-    The logit of query i and key j gains q_i . W_pos r(i - j), r being sinusoids of width d_model. The dense baseline
-    also has the biases u and v and a learned scale on the logits; SwitchHead has neither; MoA has the learned scale.
+    The logit of query i and key j gains q_i . W_pos r(i - j), where r are sinusoids of width d_model. The dense
+    baseline also has the biases u and v and a learned scale on the logits; SwitchHead has neither; MoA has the learned
+    scale.
     """
 
     type: Literal["xl"] = "xl"
     """Kind of position information."""
     memory_chunks: Annotated[int, Field(ge=0, le=2**10)] = 1
-    """Chunks of sequence_length tokens before the current one that keys and values also come from (C - 1), without a
+    """Number of earlier chunks of sequence_length tokens that keys and values also come from (C - 1), without a
     gradient. 1 or more trains on contiguous streams of text; 0 is relative positions alone."""
 
 
@@ -84,8 +85,9 @@ class SwitchHeadConfig(Section):
     expert_projections: tuple[Projection, ...] = Field(default=("value", "output"), min_length=1, strict=False)
     """Projections that consist of experts; the others are dense. Value and output is the paper's choice."""
     selection: Literal["side", "projection", "shared"] = "side"
-    """Who chooses: `side`, as published, has one selector for key and value experts (the key's token decides) and one
-    for query and output experts (the query's token decides); `projection` has one for each; `shared` one for all."""
+    """Which selectors there are: `side`, as published, has one selector for key and value experts (the key's token
+    decides) and one for query and output experts (the query's token decides); `projection` has one for each; `shared`
+    one for all."""
     normalized_init: bool = False
     """Divides the initial expert weights by their norm over all heads and experts, entry by entry, keeping the standard
     deviation. The published 262M peS2o run does this."""
@@ -182,9 +184,10 @@ class SigmaMoEConfig(Section):
     """Between an expert's two matrices (a). relu, as published; swiglu: W_1[e] has 2 G columns, g and u, and a(g, u) is
     SiLU(g) * u (arXiv 2002.05202). 2/3 of a ReLU expert's expert_size has as many parameters."""
     expert_dropout: Probability = 0.0
-    """Probability that an expert's score becomes 0 for a token, for choosing and for weighting."""
+    """Probability that an expert's score becomes 0 for a token, both for the choice and for the weight."""
     entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """gamma: the loss gains gamma * sum_e p_e log p_e per layer, p being the mean routing distribution over a batch."""
+    """gamma: the loss gains gamma * sum_e p_e log p_e per layer, where p is the mean routing distribution over a
+    batch."""
     entropy_scope: Literal["global_batch", "micro_batch"] = "global_batch"
     """Batch whose mean p the regulariser uses: `global_batch` takes the previous step's p as a constant coefficient
     (the same in every layout); `micro_batch`, as published, takes p over one micro-step on all data-parallel ranks."""

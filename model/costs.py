@@ -6,7 +6,7 @@ conventions (SwitchHead, arXiv 2312.07987, section 3 and appendix):
     published     reproduces every figure in the paper's tables
     equation_13   the paper's own equation: SwitchHead's position term on C T distances instead of T, no selectors
 
-They differ for SwitchHead alone: with Transformer-XL memory, 262M on C4, 2.36G and 2.82G, 43.9% and 52.5% of dense
+They differ only for SwitchHead: with Transformer-XL memory, 262M on C4, 2.36G and 2.82G, 43.9% and 52.5% of dense
 (2.83G and 52.7% with the selectors). Neither is what a forward pass computes: keys and values are counted on T tokens
 although C T are projected, a selector once instead of per head, position logits not at all. `model.counted_costs`
 counts the built model.
@@ -152,7 +152,7 @@ def _attention_parameters(config: ModelConfig) -> _Parts:
     d, xl, attention = config.d_model, _has_xl(config), config.attention
     H, h = attention.num_heads, attention.head_dim
     if isinstance(attention, DenseAttentionConfig):
-        # With Transformer-XL: W_pos, content and position bias (u, v), the scale of the logits.
+        # With Transformer-XL also W_pos, content and position bias (u, v), and the scale of the logits.
         return _Parts(matrices=(4 + xl) * d * H * h, vectors=xl * (2 * H * h + 1))
     if isinstance(attention, MoAConfig):
         E = attention.num_experts

@@ -32,8 +32,8 @@ def count_macs(config: ModelConfig) -> CountedMACs:
     the same. MACs are its FLOPs / 2. With Transformer-XL the memory is full: keys and values come from all C T tokens,
     and W_pos r of the C T distances counts for this one sequence although a batch shares it.
 
-    Counted are matrix products (gates, softmax, norms and sums are not), expert products at the k experts a token
-    chooses, as the ops of model/kernels state them, and attention matrices whole: causal masking is not deducted.
+    It counts matrix products (not gates, softmax, norms and sums), expert products for the k experts that a token
+    chooses, as the ops of model/kernels state them, and whole attention matrices: causal masking is not deducted.
     """
     single = config.model_copy(update={"num_layers": 1})
     # The ops, not the references: those compute every expert for every token.

@@ -41,8 +41,8 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0. With `equal_norms` the values are then scaled to the same norm along those dimensions
-    everywhere, and as a whole so that they keep their standard deviation."""
+    """Normal with mean 0. With `equal_norms` the values are then scaled so that every vector along those dimensions has
+    the same norm, and the whole tensor keeps its standard deviation."""
 
     std: float
     equal_norms: tuple[int, ...] = ()
@@ -59,8 +59,8 @@ class Normal:
 @dataclass(frozen=True)
 class TruncatedNormal:
     """Normal, cut at two of its own standard deviations, then scaled so that the tensor's is `std`: as in the authors'
-    code, which leaves torch's bounds of -2 and 2. (It scales K and V of the dense baseline together, here each by
-    itself: 0.1% in the size of either.)"""
+    code, which leaves torch's bounds of -2 and 2. (That code scales K and V of the dense baseline together, and here
+    each is scaled by itself: a difference of 0.1%.)"""
 
     std: float
 

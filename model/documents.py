@@ -1,4 +1,4 @@
-"""Several documents in one sequence, each for itself: attention stays inside, positions begin again."""
+"""Several documents in one sequence: attention stays inside each, and positions begin again in each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """What attention needs of the documents in a batch of whole sequences; the same in every layer."""
+    """What attention needs to know about the documents in a batch of whole sequences; the same in every layer."""
 
     positions: Tensor
     """[B, T] int64: position of each token in its document, 0 at the first token of the sequence too."""
@@ -30,8 +30,8 @@ class Documents(NamedTuple):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, *, shared: bool = False) -> Tensor:
     """Fused attention of q [B, H, T, h], the last T tokens of a context of L = M + T, over k and v [B, H, L, h] ([B, 1,
-    L, h] if `shared` by the heads); inside each document, and then without memory (M = 0). Without either the mask is
-    not made: the fastest kernels know causality."""
+    L, h] if `shared` by the heads); with `documents` inside each document, and without memory (M = 0). Without
+    documents and memory no mask is made, because the fastest kernels know causality."""
     T, L = q.shape[2], k.shape[2]
     if documents is not None:
         assert L == T, "documents of a memory are not known; refused by the configuration"

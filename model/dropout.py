@@ -53,8 +53,8 @@ def dropout(
     first_token: int = 0,
 ) -> Tensor:
     """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p).
-    `columns` (number of all, slice of those in `x`) where a rank holds some of the features; `first_token` is the place
-    in the sequence of the first token, where it holds some of the tokens."""
+    `columns`: (number of all features, slice of those in `x`) if a rank holds some of the features. `first_token`: the
+    place in the sequence of the first token of `x`, if a rank holds some of the tokens."""
     width, held = columns or (x.shape[-1], slice(None))
     shape = (*x.shape[:-1], width)
     mask = keep_mask(

@@ -65,7 +65,8 @@ class LanguageModel(nn.Module):
 
         Returns the training objective (fp32 scalar: mean cross-entropy over all tokens plus auxiliary losses, in nats)
         and, detached, the mean cross-entropy of each sequence [B] fp32 and the sum of the auxiliary losses (fp32
-        scalar): their difference from the objective would have lost its digits, they are thousands of times smaller.
+        scalar): they are returned because they are thousands of times smaller, and a difference from the objective
+        would lose their digits.
         """
         loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents), targets)
         return loss + auxiliary_loss, sequence_loss, auxiliary_loss.detach()
@@ -87,7 +88,7 @@ def build_model(
     recompute: Recompute = "none",
 ) -> LanguageModel:
     """The initialised model, fp32, on the CPU. `seed` decides the weights and the dropout masks. Without `backends`
-    every op is the readable reference."""
+    every op uses the readable reference."""
     parallel = parallel or ParallelContext()
     model = LanguageModel(config, parallel, backends, seed=seed, recompute=recompute)
     initialize(model, config, parallel, seed=seed)
@@ -95,7 +96,7 @@ def build_model(
 
 
 def build_on_meta(config: ModelConfig) -> LanguageModel:
-    """The model without storage, for counting parameters of any size in a moment."""
+    """The model without storage, to count the parameters of a model of any size quickly."""
     with torch.device("meta"):
         return LanguageModel(config)
 

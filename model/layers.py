@@ -165,7 +165,7 @@ class Block(nn.Module):
             config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
         )
         self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
-        # What a forward pass leaves a trace in. Found once, here: torch 2.11 cannot compile vars() of a module.
+        # What a forward pass leaves a trace in. Found once, here, because torch 2.11 cannot compile vars() of a module.
         found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
         self._recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
 
@@ -253,9 +253,9 @@ def layer_specs(config: ModelConfig) -> dict[str, Specs]:
 def layer_factories(
     config: ModelConfig, parallel: ParallelContext, backends: Backends, *, seed: int, recompute: Recompute = "none"
 ) -> list[tuple[str, LayerFactory]]:
-    """The layers in order, each with its canonical name prefix and what builds it: a pipeline stage builds its own
-    alone. `seed` keys the dropout masks. With config.tied_embedding whoever assembles the layers gives the head the
-    embedding's weight.
+    """The layers in order, each with its canonical name prefix and a function that builds it: a pipeline stage builds
+    only its own. `seed` keys the dropout masks. With config.tied_embedding the code that assembles the layers gives the
+    head the embedding's weight.
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """

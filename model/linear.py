@@ -1,9 +1,8 @@
 """Linear maps without bias: one, or several of the same tokens as one GEMM (SwitchHead's dense queries and keys).
+Several maps have separate weights, one product forward and two backward. The GEMMs are wider, and the gradient of the
+tokens is one sum inside a GEMM, not one per map added up by autograd (docs/kernels.md has times).
 
-Several: separate weights, one product forward and two backward. The GEMMs are wider, and the gradient of the tokens is
-one sum inside a GEMM, not one per map added up by autograd (docs/kernels.md has times).
-
-`region_linear` is such a map inside a tensor-parallel region: the gradients of its weights are computed while the
+`region_linear` is such a map inside a tensor-parallel region: it computes the gradients of its weights while the
 gradient of the region's input is summed over ranks (model/parallel/overlap.py).
 """
 
@@ -37,7 +36,7 @@ def column_linear(x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tenso
     and this rank's rows `weight` [w, d] -> [B, T, w].
 
     megatron-core's ColumnParallelLinear has this overlap inside. With sequence parallelism it divides the first
-    dimension, and gathers the tokens once more in the backward pass: there the region is entered by ours
+    dimension, and gathers the tokens once more in the backward pass: in that case our own function enters the region
     (docs/parallelism.md has the measurement).
     """
     if parallel.tensor_group is None or parallel.sequence_parallel:
@@ -49,7 +48,7 @@ def column_linear(x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tenso
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the weights for backward, not their concatenation: that is made again."""
+    """Keeps the weights for the backward pass, which concatenates them again."""
 
     @staticmethod
     def forward(ctx: Any, slot: Slot | None, x: Tensor, *weights: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Transformer-XL memory: what each layer keeps of the previous chunks of every stream (arXiv 1901.02860, section 3.2).
 
 A stream is one contiguous run of text; a step feeds the next chunk of every stream. Sequence n of the run belongs to
-stream n mod S, S the sequences of a step, in every layout. A layer keeps its inputs (hidden states before its first
-LayerNorm), without gradient. Reading sees what the previous step left; writing becomes visible at `advance`, once per
-step: micro-steps, their order and recomputation cannot see each other.
+stream n mod S, in every layout; S is the number of sequences of a step. A layer keeps its inputs (hidden states before
+its first LayerNorm), without gradient. A read sees what the previous step left, and writes become visible at `advance`,
+once per step, so micro-steps and recomputation cannot see each other in any order.
 
-With sequence parallelism a rank keeps its tokens of every chunk, of which `max_length` counts its own.
+With sequence parallelism a rank keeps its tokens of every chunk, and `max_length` counts only these.
 
-All streams begin, wrap around and forget together, so that the length is one number for a whole batch.
+All streams begin, wrap around and forget together, so a whole batch has one length.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class LayerMemory:
         self.kept: Tensor | None = None
         """[n, m, d], m <= max_length: inputs of the tokens before this step's; None if there are none yet."""
         self.is_paused = False
-        """Nothing is noted: a forward pass is being repeated (model/recompute.py)."""
+        """While this is set nothing is noted, because a forward pass is being repeated (model/recompute.py)."""
         self._written: Tensor | None = None
         self._row = self.streams
 
     def assign(self, streams: Tensor, num_streams: int) -> None:
-        """Holds the rows of `streams` [n] int64 of `num_streams`, empty; indices stay on the device of `streams`."""
+        """Makes empty rows for the streams `streams` [n] int64 of `num_streams`; indices stay on the device of
+        `streams`."""
         self.streams = streams
         self._row = torch.full((num_streams,), -1, dtype=torch.int64, device=streams.device)
         self._row[streams] = torch.arange(len(streams), device=streams.device)
@@ -76,7 +77,7 @@ def layer_memories(model: nn.Module) -> Iterator[tuple[str, LayerMemory]]:
 
 
 class separate_streams:
-    """Context in which the model reads other streams (validation) and after which its own go on untouched."""
+    """Context in which the model reads other streams (validation); afterwards its own streams go on untouched."""
 
     def __init__(self, model: nn.Module, streams: Tensor, num_streams: int) -> None:
         self._model, self._streams, self._num_streams = model, streams, num_streams

@@ -1,4 +1,4 @@
-"""What a layer declares of each of its parameters: `parameter_specs(config)` in the layer's class."""
+"""What a layer declares about each of its parameters: `parameter_specs(config)` in the layer's class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Experts:
 class ParameterSpec:
     """One parameter, as sharding, initialisation, optimizer groups, parameter counts and checkpoints see it.
 
-    No field has a default, so that nothing is decided by what somebody forgot.
+    No field has a default, so that nothing is decided by an omission.
     """
 
     shape: tuple[int, ...]

@@ -23,13 +23,13 @@ def parameter_specs(config: ModelConfig) -> Mapping[str, ParameterSpec]:
 
 
 def owner_of(name: str, config: ModelConfig) -> str:
-    """The parameter that `name` is initialised and saved as: itself, but for the output layer's copy of a tied
+    """The parameter as which `name` is initialised and saved: itself, except for the output layer's copy of a tied
     embedding, which a pipeline's last stage holds."""
     return "embedding.weight" if config.tied_embedding and name == "head.weight" else name
 
 
 class DeclarationError(Exception):
-    """A layer builds other parameters than it declares."""
+    """A layer does not build the parameters that it declares."""
 
 
 def check_declarations(

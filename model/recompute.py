@@ -6,8 +6,8 @@
                 rotations, gates, casts) and the attention matrices of Transformer-XL are computed again
     full        a block keeps its input alone
 
-Numbers do not change: dropout masks are functions of position (model/dropout.py), and what counts or remembers does so
-in the forward pass alone.
+Numbers do not change: dropout masks are functions of position (model/dropout.py), and statistics and memories record
+only in the first forward pass.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def recomputed(
     mode: Recompute,
     recorders: Sequence[RoutingStatistics | LayerMemory],
 ) -> Any:
-    """`function(state)`, whose activations are kept as `mode` says. `recorders`: everything that `function` counts in
-    or remembers in."""
+    """`function(state)`, whose activations are kept as `mode` says. `recorders`: the statistics and memories that
+    `function` writes to."""
     if mode == "none" or not torch.is_grad_enabled():
         return function(state)
 

@@ -1,4 +1,5 @@
-"""What routers count and are asked: load statistics, the entropy regulariser, and where their choices are recorded.
+"""What belongs to a router apart from its selection: load statistics, the entropy regulariser, and the recording of
+choices.
 
 The selection itself is model/kernels/ops/route.py.
 
@@ -27,13 +28,13 @@ class Place:
     sequence_index: Tensor
     """[B] int64: position of each sequence in the run."""
     heads: slice
-    """Of all heads, those of this rank."""
+    """This rank's heads, among all heads."""
     first_token: int
-    """Of the first token, in its sequence."""
+    """Position of the first token in its sequence."""
 
 
 class Choices(Protocol):
-    """What a router asks once it has chosen; attached to its `RoutingStatistics`."""
+    """Called by a router once it has chosen; attached to its `RoutingStatistics`."""
 
     replaces: bool
     """Whether the answer may be another choice than the router's own."""
@@ -66,9 +67,9 @@ class RoutingStatistics:
         self.is_sharded = is_sharded
         """Each tensor-parallel rank counts its own heads, or tokens; a step's sums are also over those ranks."""
         self.is_paused = False
-        """Nothing is counted: a forward pass is being repeated (model/recompute.py)."""
+        """While this is set nothing is counted, because a forward pass is being repeated (model/recompute.py)."""
         self.choices: Choices | None = None
-        """Where the router's choices in training are written down, or taken from; None: nowhere."""
+        """Records the router's choices in training, or replaces them; None: neither."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
         probability_shape, balance_shape = (
@@ -159,8 +160,9 @@ def entropy_regularizer(
     log p, p of the previous step, multiplies this micro-step's mean: the gradient of the true term linearised
     at that p, and no communication. Data-parallel gradients are averages over ranks, so is this term.
 
-    Where the ranks of `token_group` route different tokens of the same sequences, means are over theirs too. The value
-    is the same on each of them; the gradient is that of the rank's own tokens, to be summed with the others'.
+    If the ranks of `token_group` route different tokens of the same sequences, means are also over these ranks. The
+    value is the same on each of them; the gradient is that of the rank's own tokens and must be summed with the
+    others'.
     """
     log_share = logits.log_softmax(-1)
     if config.entropy_scope == "global_batch":
@@ -168,8 +170,8 @@ def entropy_regularizer(
         coefficient = statistics.probability.float().clamp_min(1e-30).log()
         share = _mean_over(token_group, log_share.exp().mean(0))
         return config.entropy_weight * (coefficient * share).sum()
-    # log p in the log domain: the mean of probabilities that all underflow has a log without a gradient. The maximum
-    # over the tokens of all ranks is taken out first, detached.
+    # log p is computed in the log domain, because the log has no gradient if all probabilities underflow. The maximum
+    # over the tokens of all ranks is subtracted first, detached.
     maximum = log_share.detach().amax(0)
     if parallel.data_size > 1:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=parallel.data_group)
@@ -183,7 +185,7 @@ def entropy_regularizer(
 
 
 def _mean_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
-    """The mean over `group`, of which a rank's gradient is that of its own share."""
+    """The mean over `group`; a rank's gradient is that of its own share."""
     return value if group is None else leave_shards(value / group.size(), group)
 
 

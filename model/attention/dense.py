@@ -48,7 +48,7 @@ class DenseAttention(nn.Module):
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
-        """Of what every layer is given, `backends`, `name` and `seed` are unused: nothing is routed or random here."""
+        """`backends`, `name` and `seed`, which every layer is given, are unused: nothing is routed or random here."""
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention

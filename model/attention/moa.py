@@ -28,10 +28,10 @@ class MoAAttention(nn.Module):
     """Every token attends with its k chosen experts, each a query and an output projection; keys and values are shared.
 
     q[t, j] = x[t] W_Q[e], e the j-th choice of token t;  a[t, j] = attention of q[t, j] over all keys and values;
-    y[t] = sum_j g[t, e] a[t, j] W_O[e].  The gate g is softmax(logits) over all E experts, taken as it is, as in the
-    SwitchHead authors' baseline (the original MoA divides the chosen ones by their detached sum), or sigmoid(logits).
-    With XL positions one W_pos and one learned scale of the logits serve all experts; there are no u and v.
-    Shape legend: B batch, T tokens of the chunk, L = M + T of the context, N = B T, h head_dim, E experts, d d_model.
+    y[t] = sum_j g[t, e] a[t, j] W_O[e]. The gate g is sigmoid(logits), or softmax(logits) over all E experts, used
+    unchanged as in the SwitchHead authors' baseline (the original MoA divides the chosen gates by their detached sum).
+    With XL positions one W_pos and one learned scale of the logits serve all experts; there are no u and v. Shape
+    legend: B batch, T tokens of the chunk, L = M + T of the context, N = B T, h head_dim, E experts, d d_model.
     """
 
     position: nn.Linear
@@ -131,7 +131,7 @@ class MoAAttention(nn.Module):
         tables = rope_tables(rope_positions(documents, key.shape[1], q.device), q.shape[3], self.position_config)
         q, key = apply_rope(q, *last_rows(tables, q.shape[1])), apply_rope(key, *tables)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))
-        # One key and value head for k query heads, without copies of it.
+        # One key and value head serves k query heads, without copies.
         attended = causal_attention(q, key, value, documents, shared=True)
         return attended.transpose(1, 2)
 

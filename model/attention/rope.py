@@ -25,7 +25,7 @@ def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[T
 
 
 def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:
-    """Of the tables of a context the rows of its last T tokens, the chunk."""
+    """The rows of a context's tables that belong to its last T tokens, the chunk."""
     cos, sin = (table[..., table.shape[-3] - T :, :, :] for table in tables)
     return cos, sin
 
@@ -40,8 +40,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Writes both halves and the rest into one result. Twice as fast as concatenation (forward + backward of
-    [2, 1024, 4, 112]: 5.5 instead of 10.9 ms on one thread). The gradient is the rotation by the negative angle."""
+    """Writes both halves and the rest into one result, which is twice as fast as concatenation. The gradient is the
+    rotation by the negative angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from model.routing import RoutingStatistics
 
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
 SOURCE: tuple[Projection, ...] = ("key", "value")
-"""Projections of the context's tokens; query and output are of the chunk's own."""
+"""Projections of the context's tokens; query and output are projections of the chunk's tokens."""
 
 
 class SwitchHeadAttention(nn.Module):
@@ -110,7 +110,8 @@ class SwitchHeadAttention(nn.Module):
                 setattr(self, projection, nn.Linear(*width, bias=False))
         self._selector_of = {p: self.config.selector_of(p) for p in PROJECTIONS if p in self.config.expert_projections}
         self._dropout_keys = {}
-        # Value before output: the order in which the first version drew and counted.
+        # A fixed order: parameters and statistics are registered in it, and sums over them depend on it in the last
+        # bit.
         order: tuple[Projection, ...] = ("key", "value", "query", "output")
         self.selectors = [p for p in order if p in self._selector_of.values()]
         for owner in self.selectors:
@@ -164,7 +165,7 @@ class SwitchHeadAttention(nn.Module):
         return leave_region(y.view(B, T, d), self.parallel), y.new_zeros((), dtype=torch.float32)
 
     def _enter(self, context: Tensor, num_queries: int) -> tuple[Tensor, dict[str, Late]]:
-        """The context of all ranks, and the weights of each map of it: queries and keys are one where both are dense
+        """The context of all ranks, and the weights of each map of it. Queries and keys are one map if both are dense
         and there is no memory."""
         expert = self.config.expert_projections
         maps: dict[str, tuple[Tensor, ...]] = {}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 10000.0
-"""Of the geometric progression of the sinusoids' wavelengths."""
+"""Base of the geometric progression of the sinusoids' wavelengths."""
 
 
 def sinusoids(distances: Tensor, d_model: int) -> Tensor:
@@ -20,8 +20,8 @@ def sinusoids(distances: Tensor, d_model: int) -> Tensor:
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """out[..., i, j] = x[..., i, j + T - 1 - i] for `x` [..., T, L], without an index tensor; where j + T - 1 - i is L
-    or more (keys after the query) the value means nothing."""
+    """out[..., i, j] = x[..., i, j + T - 1 - i] for `x` [..., T, L], without an index tensor; if j + T - 1 - i is L or
+    more (keys after the query), the value is meaningless."""
     T, L = x.shape[-2:]
     # One more column shifts row i by i places against the rows of a [T, L] matrix.
     padded = F.pad(x, (1, 0)).reshape(*x.shape[:-2], (L + 1) * T)

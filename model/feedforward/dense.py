@@ -46,7 +46,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
-        # Biases out of place: what ZeRO 3 puts in the place of F.linear adds them in place to a product that selective
+        # Biases are added out of place: ZeRO 3's replacement of F.linear adds them in place to a product that selective
         # recomputation has kept, and they would count twice.
         hidden = F.relu(column_linear(x, self.up.weight, self.parallel) + self.up.bias)
         if self.training and self.dropout > 0.0:

@@ -26,14 +26,14 @@ class SigmaMoE(nn.Module):
 
     @staticmethod
     def parameter_specs(config: ModelConfig) -> Specs:
-        """Experts are divided, by expert-parallel ranks where there are any. Every rank routes."""
+        """Experts are divided, over expert-parallel ranks if there are any. Every rank routes."""
         assert isinstance(config.feedforward, SigmaMoEConfig)
         d, E, G = config.d_model, config.feedforward.num_experts, config.feedforward.expert_size
         W = config.feedforward.up_width
         experts = Experts(active=config.feedforward.active_experts, total=E, exchanged=True)
         from_tokens = block_std(config, d)
         router = Normal(from_tokens, equal_norms=(-1,))
-        # As of the dense layer of the same width, N_E G.
+        # As for the dense layer of the same width, N_E G.
         up, down = Normal(from_tokens), Normal(block_std(config, E * G))
         return {
             "router": ParameterSpec(shape=(E, d), divided=None, experts=None, decayed=True, initial=router),
@@ -51,15 +51,15 @@ class SigmaMoE(nn.Module):
         self.backends = backends
         d, E, G = config.d_model, self.config.num_experts, self.config.expert_size
         self.exchanges = parallel.expert_group is not None
-        """Experts are held by expert-parallel ranks: each routes the tokens that it has and sends them there. With
-        tensor parallelism those are the tokens of its own between regions, and there is no region here."""
+        """Expert-parallel ranks hold the experts: each rank routes its own tokens and sends them there. With tensor
+        parallelism these are the rank's own tokens between regions, and this layer has no region."""
         assert not self.exchanges or parallel.tensor_size == parallel.token_shards, "EP with TP needs sequence parallel"
         held = E // parallel.expert_size if self.exchanges else parallel.share(E)
         self.router = nn.Parameter(torch.empty(E, d))
         self.up_experts = nn.Parameter(torch.empty(held, d, self.config.up_width))
         self.down_experts = nn.Parameter(torch.empty(held, G, d))
         self.token_group = parallel.tensor_group if self.exchanges else None
-        """The ranks over which the tokens of a sequence are divided where they are routed."""
+        """The ranks that divide the tokens of a sequence when these are routed."""
         self.statistics = RoutingStatistics(
             (E,), tracks_probability=self.config.entropy_weight > 0.0, is_sharded=self.token_group is not None
         )
@@ -116,8 +116,9 @@ class SigmaMoE(nn.Module):
         group, scores, index = self.parallel.tensor_group, routing.scores, routing.index
         order, load = routing.order, routing.load
         if group is not None:
-            # Every rank routes all tokens, alike, and computes the slots of its own experts. The gates' gradients are
-            # summed where they enter; the regulariser's, the same on every rank, reaches the logits directly, once.
+            # Every rank routes all tokens in the same way, and computes the slots of its own experts. The gates'
+            # gradients are summed where they enter; the regulariser's gradient is the same on every rank and reaches
+            # the logits directly, once.
             held = self.parallel.slice_of(self.config.num_experts)
             index = index - held.start
             if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device

@@ -1,5 +1,6 @@
 """Collectives of tensor and sequence parallelism that autograd knows, for tensors of any memory layout; without a group
-they are nothing. megatron-core's, by way of model/parallel/megatron_core.py, which makes any layout right."""
+they do nothing. They are megatron-core's, called through model/parallel/megatron_core.py, which makes any memory layout
+right."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 def enter_shards(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`x`, the same on every rank of `group`, goes into computations on shards: the gradient is their sum."""
+    """`x`, the same on every rank of `group`, enters computations on shards: its gradient is the sum of theirs."""
     if group is None:
         return x
     from model.parallel import megatron_core

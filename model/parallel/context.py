@@ -1,4 +1,4 @@
-"""Who computes what: process groups and ranks, passed explicitly and never fetched from a global."""
+"""Which rank computes what: process groups and ranks, passed explicitly and never fetched from a global."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 DIMENSIONS = ("pipeline", "data", "tensor")
-"""Of the mesh of ranks, the slowest first: rank = (pipeline_rank x data_size + data_rank) x tensor_size +
-tensor_rank."""
+"""The dimensions of the mesh of ranks, the slowest first: rank = (pipeline_rank x data_size + data_rank) x tensor_size
++ tensor_rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ParallelContext:
     expert_rank: int = 0
     expert_size: int = 1
     expert_group: dist.ProcessGroup | None = None
-    """Neighbouring data-parallel ranks that share the sigma-MoE experts between them."""
+    """Neighbouring data-parallel ranks that divide the sigma-MoE experts."""
 
     def __post_init__(self) -> None:
         for name in (*DIMENSIONS, "expert"):

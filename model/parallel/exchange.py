@@ -1,7 +1,7 @@
 """Expert parallelism: rows of slots travel to the rank that holds their expert and back (dropless, uneven splits).
 
-Shapes: N tokens of this rank, k choices, E experts, R rows received. A slot n*k + j is the j-th choice of token n. Rows
-are sent in the order of their expert, and received in the order (source rank, expert).
+Shapes: N tokens of this rank, k choices, E experts, R rows received. A slot n*k + j is the j-th choice of token n. A
+rank sends rows in the order of their experts, and receives them in the order (source rank, expert).
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ of the region's input is summed over ranks WHILE the gradients of the region's w
 megatron-core's ColumnParallelLinear does that for one linear map (model/parallel/megatron_core.py, `column_linear`).
 Here several maps share one entry: SwitchHead's joint queries and keys beside its value experts, MoA, sigma-MoE,
 SwiGLU's two projections, the three of dense attention. One collective serves the sum of their gradients; a collective
-per map would multiply the traffic. megatron-core has no form of that, so this is ours.
+per map would multiply the traffic. megatron-core cannot do that, so this is our own.
 
-How it works: autograd runs, of the nodes that are ready, the one that was made last. The forward pass makes them in
-this order, and the backward pass runs them in reverse:
+How it works: among the nodes that are ready, autograd runs the one that was made last. The forward pass makes the nodes
+in this order, and the backward pass runs them in reverse:
 
     wait    awaits the collective and hands the sum on                        backward 4
     late    one for the weights of each map: computes their gradients         backward 3
@@ -15,8 +15,8 @@ this order, and the backward pass runs them in reverse:
     maps    compute the gradient of their input, and leave to their `late`
             what it needs for the weights                                     backward 1
 
-A map that knows nothing of this (a composite of torch operations) gives its weights' gradients at once: `late` passes
-them on, and only the overlap is lost.
+A map that does not take part (a composite of torch operations) gives its weights' gradients at once: `late` passes them
+on, and only the overlap is lost.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Slot:
         self._gradients: WeightGradients | None = None
 
     def leave(self, gradients: WeightGradients) -> None:
-        """Called by a map's backward pass, which gives None as its weights' gradients: `gradients()` are they."""
+        """Called by a map's backward pass, which returns None for its weights' gradients: `gradients()` computes
+        them."""
         assert self._gradients is None, "one map uses these weights, once"
         self._gradients = gradients
 
@@ -69,7 +70,7 @@ def enter_overlapped(
         [B, L', d]  the same values for work that every rank does alike, such as routing: its gradient is already whole
                     and counts once. One collective each way serves both
         a Late for each of `weights`.
-    Without a tensor-parallel group all of it is nothing.
+    Without a tensor-parallel group it does nothing.
     """
     group = parallel.tensor_group
     if group is None:
@@ -91,8 +92,8 @@ def late_weights(weights: Sequence[Tensor]) -> Late:
 
 
 class _Sum:
-    """The gradient of a region's input on its way from `enter` to `wait`: nobody may read it in between, so it does not
-    go by way of autograd."""
+    """The gradient of a region's input on its way from `enter` to `wait`. Nothing may read it in between, so it does
+    not pass through autograd."""
 
     def __init__(self, group: dist.ProcessGroup, chunk: int | None) -> None:
         self.group, self.chunk = group, chunk
@@ -102,7 +103,7 @@ class _Sum:
         self._own: Tensor | None = None
 
     def begin(self, grad: Tensor | None, alike: Tensor | None = None) -> None:
-        """Which gradients exist is the same on every rank: the collective is called by all or by none."""
+        """The same gradients exist on every rank, so either all ranks or none call the collective."""
         if grad is not None:
             if self.chunk is None:
                 self._total = grad.clone(memory_format=torch.contiguous_format)
@@ -188,7 +189,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup, chunk: int) -> Tensor:
 
 def begin_scatter(x: Tensor, group: dist.ProcessGroup, chunk: int) -> tuple[Tensor, Tensor, Any]:
     """The reverse of `gathered`, with a sum over ranks: the result, what must live until then, and what to wait for."""
-    # The copy is always one: the collective may use its input as scratch.
+    # Always a copy, because the collective may use its input as scratch.
     parts = (
         x.unflatten(1, (-1, group.size(), chunk)).permute(2, 0, 1, 3, 4).clone(memory_format=torch.contiguous_format)
     )

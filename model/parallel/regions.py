@@ -1,9 +1,9 @@
 """Tensor-parallel regions: inside, ranks hold all tokens and shares of heads, experts, columns or classes; between two
-regions all hold the same hidden states, or with sequence parallelism T / tensor_size tokens of every sequence each
-(Megatron-LM, arXiv 2205.05198, section 4.2.2).
+regions all ranks hold the same hidden states, or, with sequence parallelism, each holds T / tensor_size tokens of every
+sequence (Megatron-LM, arXiv 2205.05198, section 4.2.2).
 
 A region is entered with `enter_region` or `enter_overlapped` (model/parallel/overlap.py), and left with `leave_region`;
-without a tensor-parallel group all of them are nothing.
+without a tensor-parallel group all of them do nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.parallel.context import ParallelContext
 def enter_region(x: Tensor, parallel: ParallelContext) -> Tensor:
     """`x` [B, T, d], or this rank's tokens of it -> [B, T, d] for work that ranks divide: gradients are summed.
 
-    Where the region's weights get their gradients in the backward pass, `enter_overlapped` hides that sum behind them.
+    If the region's weights get their gradients in the backward pass, `enter_overlapped` hides that sum behind them.
     """
     if parallel.sequence_parallel:
         return gather_tokens(x, parallel.tensor_group)

@@ -20,7 +20,7 @@ def sharded_axis(spec: ParameterSpec, *, expert_size: int) -> Axis | None:
 
 
 def shard_place(spec: ParameterSpec, parallel: ParallelContext) -> tuple[int, int]:
-    """Number of this rank's part of the parameter, and how many parts there are; (0, 1): replicated."""
+    """The number of this rank's part of the parameter, and the number of parts; (0, 1): replicated."""
     axis = sharded_axis(spec, expert_size=parallel.expert_size)
     if axis is None:
         return 0, 1
