@@ -6,13 +6,13 @@ of it: who calls has a group, and imports this file then.
 megatron-core's layers are used as functions, not as modules. Its modules own their weight, initialise it and name it;
 here a parameter has one canonical name and one initial value in every layout, so that checkpoints move between layouts.
 
-At this border three things are made right, so that no layer need think of them:
+This file makes three things right, so that no layer has to:
 
     memory layout   `mappings._reduce` sums a contiguous COPY of a non-contiguous tensor and returns the unsummed one,
                     silently; and it sums a contiguous one in place, though autograd may have given the same gradient to
-                    another consumer, and selective recomputation may keep the product that it overwrites. What goes in
-                    is therefore always a contiguous tensor of its own.
-    sequence first  its sequence-parallel functions divide the first dimension, ours have the batch there.
+                    another consumer, and selective recomputation may keep the product that it overwrites. Its input is
+                    therefore always a contiguous tensor of its own.
+    sequence first  its sequence-parallel functions divide the first dimension, which is the batch here.
     device          it allocates on `torch.cuda.current_device()`. Without CUDA its modules see a torch whose answer is
                     the CPU; torch itself is not touched.
 """
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    # That Transformer Engine and Apex are missing: nothing that is used here wants them.
+    # The warnings that Transformer Engine and Apex are missing: nothing that is used here needs them.
     warnings.simplefilter("ignore")
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.tensor_parallel import layers, mappings
@@ -86,7 +86,7 @@ def gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _OwnGradient(torch.autograd.Function):
-    """What stands behind may change the gradient in place: it gets a contiguous one that nobody else has."""
+    """The backward function after it may change the gradient in place, so it gets a contiguous copy of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class _OwnGradient(torch.autograd.Function):
 def column_linear(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """ColumnParallelLinear: `x` [..., d], the same on every rank, and this rank's rows of a weight [w, d] -> [..., w].
 
-    The sum of the gradient of `x` over ranks is begun before the gradient of the weight is computed, and awaited after
-    it.
+    It begins the sum of the gradient of `x` over ranks before it computes the gradient of the weight, and awaits it
+    afterwards.
     """
     return layers.linear_with_grad_accumulation_and_async_allreduce(
         x, weight, None, False, allreduce_dgrad=True, sequence_parallel=False, tp_group=group
@@ -119,7 +119,7 @@ def embed(tokens: Tensor, weight: Tensor, *, first: int, group: dist.ProcessGrou
 
 
 class _Embedding(layers.VocabParallelEmbedding):
-    """Its forward pass over a weight that is there already: the constructor, which would make one, is not called."""
+    """Its forward pass with an existing weight: the constructor, which would make a weight, is not called."""
 
     def __init__(self, weight: Tensor, first: int, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
         nn.Module.__init__(self)
