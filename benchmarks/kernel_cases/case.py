@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.triton.gated_gemm import Tiles
+from model.kernels.triton.gated_gemm import GemmTiles
 
 TYPE_NAMES = {
     torch.float32: "fp32",
@@ -75,7 +75,7 @@ def make_case(
     kernel: Any,
     pointers: dict[str, str],
     constants: dict[str, Any],
-    tiles: Tiles | None = None,
+    tiles: GemmTiles | None = None,
     *,
     load_bytes: int = 16,
     num_warps: int = 4,

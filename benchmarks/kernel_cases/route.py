@@ -16,7 +16,7 @@ from model.kernels.triton.route import (
     COUNTS,
     GRADIENT_OPTIONS,
     OPTIONS,
-    Tiles,
+    RouterTiles,
     add_up_kernel,
     choose_kernel,
     gradients_kernel,
@@ -42,7 +42,7 @@ def _cases(
     shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, *, has_logits: bool, has_scores: bool
 ) -> Iterator[CompileCase]:
     d, R, E, k, dropouts = shape
-    tiles, kind, name = Tiles.of(R, E, dtype), TYPE_NAMES[dtype], f"d{d} R{R} E{E} k{k} {TYPE_NAMES[dtype]}"
+    tiles, kind, name = RouterTiles.of(R, E, dtype), TYPE_NAMES[dtype], f"d{d} R{R} E{E} k{k} {TYPE_NAMES[dtype]}"
     tile = {"TOKENS": tiles.tokens, "ROUTERS": tiles.routers, "EXPERTS": tiles.experts}
     integers, load = {"N": "i32", "R": "i32", "E": "i32"}, math.gcd(16, d * dtype.itemsize)
     for dropout in dropouts:
@@ -66,7 +66,7 @@ def _cases(
     yield _case(
         f"route add_up {kind}", add_up_kernel, pointers, {"size": "i32", "num_parts": "i32"}, {"BLOCK": ADD_UP}, OPTIONS
     )
-    if dtype == torch.bfloat16 or tiles.tokens != Tiles.of(R, E, torch.bfloat16).tokens:
+    if dtype == torch.bfloat16 or tiles.tokens != RouterTiles.of(R, E, torch.bfloat16).tokens:
         pointers = {"index": "i64", "counts": "i32", "load": "i64", "order": "i64"}
         integers |= {"num_blocks": "i32", "blocks_per_program": "i32"}
         # Gathers single int64 numbers, one per token and router.

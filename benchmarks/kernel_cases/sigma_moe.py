@@ -12,7 +12,7 @@ from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase
 from benchmarks.kernel_cases.shipped import SIGMA_MOE
 from model.kernels.triton.sigma_moe import (
     SUM_WARPS,
-    Tiles,
+    ExpertTiles,
     expert_constants,
     mlp_constants,
     mlp_tiles,
@@ -59,7 +59,9 @@ def _cases(
     present: dict[str, None] = {} if total else {"present_ptr": None}
     experts = expert_constants(total - num_experts if total else 0, num_experts, total or num_experts)
 
-    def case(kernel: Any, what: str, constants: dict[str, Any], tiles: Tiles | None, **special: str) -> CompileCase:
+    def case(
+        kernel: Any, what: str, constants: dict[str, Any], tiles: ExpertTiles | None, **special: str
+    ) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
         warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_WARPS, 3)
         return CompileCase(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.kernels.triton.gated_gemm import check_dtypes
 from model.kernels.triton.launch import on_its_device
-from model.kernels.triton.sorted_gemm import Rows, project, weight_gradient
+from model.kernels.triton.sorted_gemm import Rows, project, sorted_weight_gradient
 from model.kernels.triton.sorted_slots import mix_slots, slot_stride, sum_slots
 
 
@@ -43,7 +43,9 @@ def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
     """Gradient of the experts."""
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
     k, narrow = grad.shape[1], Rows.of_slots(grad)
-    return weight_gradient(Rows.of_tokens(x, k), narrow, order, load, experts[None], None, k, narrow_first=False)[0]
+    return sorted_weight_gradient(
+        Rows.of_tokens(x, k), narrow, order, load, experts[None], None, k, narrow_first=False
+    )[0]
 
 
 @on_its_device
@@ -68,5 +70,7 @@ def sum_backward(
     products = project(wide, order, load, weights, None, k, transposed=True)
     # A slot is a token with one choice here: its gradient and its gate's, both from its own product.
     grad_a, grad_gates = mix_slots(products, gates.view(N * k, 1, 1), a.view(N * k, 1, h))
-    grad_experts = weight_gradient(wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True)
+    grad_experts = sorted_weight_gradient(
+        wide, Rows.of_slots(a), order, load, weights, gates[:, None], k, narrow_first=True
+    )
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts[0]

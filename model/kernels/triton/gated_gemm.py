@@ -27,7 +27,7 @@ Strategy = Literal["gated", "sorted"]
 """How SwitchHead's kernels work: gated, as above; or sorted (model/kernels/triton/sorted_gemm.py)."""
 
 
-class Tiles(NamedTuple):
+class GemmTiles(NamedTuple):
     """One launch configuration of a GEMM."""
 
     rows: int
@@ -209,16 +209,16 @@ def gated_weight_gradient_kernel(
         tl.store(out + rows[:, None] * h + columns[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
 
 
-def gradient_tiles(h: int, dtype: torch.dtype) -> Tiles:
-    """Of `weight_gradient`: d x h tiles, `depth` tokens per step."""
+def gradient_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
+    """Of `gated_weight_gradient`: d x h tiles, `depth` tokens per step."""
     if dtype == torch.float32:
-        return Tiles(64, column_tile(h, 64), 32, 4, 2)
+        return GemmTiles(64, column_tile(h, 64), 32, 4, 2)
     columns = column_tile(h)
     # With 4 warps, rows of 146, which no load of 8 bytes fits, spill on sm_80.
-    return Tiles(128, columns, 64, 4 if columns == 32 and h % 4 == 0 else 8, 3)
+    return GemmTiles(128, columns, 64, 4 if columns == 32 and h % 4 == 0 else 8, 3)
 
 
-def weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *, narrow_first: bool) -> Tensor:
+def gated_weight_gradient(wide: Tensor, narrow: Tensor, gates: Tensor, like: Tensor, *, narrow_first: bool) -> Tensor:
     """`wide` [N, d], `narrow` [N, H, h], `gates` [H, E, N] -> [H, E, d, h], or `narrow_first` [H, E, h, d]: contiguous,
     in the dtype of `like`."""
     (N, H, h), d, E = narrow.shape, wide.shape[1], gates.shape[1]

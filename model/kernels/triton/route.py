@@ -41,7 +41,7 @@ COUNTS, ADD_UP = 64, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class RouterTiles:
     """What the shapes decide; nothing depends on data."""
 
     tokens: int
@@ -61,7 +61,7 @@ class Tiles:
         return {"num_warps": 4 if few else 8, "num_stages": 3}
 
     @classmethod
-    def of(cls, num_routers: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+    def of(cls, num_routers: int, num_experts: int, dtype: torch.dtype) -> RouterTiles:
         experts = triton.next_power_of_2(num_experts)
         routers = min(triton.next_power_of_2(num_routers), max(1, MAX_COLUMNS // experts))
         routers = max(routers, 16 // experts)  # tl.dot takes no fewer than 16 columns
@@ -284,7 +284,7 @@ def forward(
     load, order = index.new_empty(R, E), index.new_empty(R, N * k)
     if N == 0:
         return logits, scores, index, load.zero_(), order
-    tiles = Tiles.of(R, E, x.dtype)
+    tiles = RouterTiles.of(R, E, x.dtype)
     blocks, groups = triton.cdiv(N, tiles.tokens), triton.cdiv(R, tiles.routers)
     counts = x.new_empty(blocks, R, E, dtype=torch.int32)
     dropout = 0 if keep is None else 2 if drop_scores else 1
@@ -310,7 +310,7 @@ def backward(
     if N == 0:
         return x.new_empty(x.shape), weight.new_zeros(weight.shape)
     rows, matrix = _common(x, weight)
-    tiles = Tiles.of(R, E, rows.dtype)
+    tiles = RouterTiles.of(R, E, rows.dtype)
     parts, groups = triton.cdiv(d, tiles.gradient_depth), triton.cdiv(R, tiles.routers)
     blocks = triton.cdiv(N, tiles.gradient_tokens)
     blocks_per_chunk = triton.cdiv(blocks, max(1, MAX_GRADIENT_PROGRAMS // parts))

@@ -42,7 +42,7 @@ from model.kernels.triton.sigma_moe_kernels import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class ExpertTiles:
     """Block sizes, warps and pipeline stages of one launch."""
 
     rows: int
@@ -57,27 +57,27 @@ class Tiles:
     stages: int
 
 
-def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dtype, *, swiglu: bool) -> Tiles:
+def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dtype, *, swiglu: bool) -> ExpertTiles:
     """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
     on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
     of them spill."""
     if dtype == torch.float32:
         # No tensor cores: operands live in registers, so little of them at a time. A row of the slot tensor for 16
         # columns of the hidden layer makes this a path for checks, not for training.
-        return Tiles(rows=32, hidden=16, reduce=16, out=32, warps=4, stages=2)
+        return ExpertTiles(rows=32, hidden=16, reduce=16, out=32, warps=4, stages=2)
     hidden = max(16, min(128, triton.next_power_of_2(expert_size)))
     if swiglu:
-        return Tiles(rows=64, hidden=hidden, reduce=64, out=32, warps=8, stages=3)
+        return ExpertTiles(rows=64, hidden=hidden, reduce=64, out=32, warps=8, stages=3)
     if num_rows >= 512 * num_experts:
-        return Tiles(rows=128, hidden=hidden, reduce=64, out=64, warps=8, stages=3)
-    return Tiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
+        return ExpertTiles(rows=128, hidden=hidden, reduce=64, out=64, warps=8, stages=3)
+    return ExpertTiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
 
 
-def weight_tiles(width: int, dtype: torch.dtype) -> Tiles:
+def weight_tiles(width: int, dtype: torch.dtype) -> ExpertTiles:
     """Of weight_gradient_kernel."""
     if dtype == torch.float32:
-        return Tiles(rows=16, hidden=32, out=32, warps=4, stages=2)
-    return Tiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
+        return ExpertTiles(rows=16, hidden=32, out=32, warps=4, stages=2)
+    return ExpertTiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
 
 
 SUM_TOKENS, SUM_COLUMNS, SUM_WARPS = 2, 512, 4
@@ -86,7 +86,7 @@ MIN_PROGRAMS = 256
 MAX_SPLITS = 16
 
 
-def weight_splits(tiles: Tiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
+def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
     """Programs that share the rows of one expert: a power of two, with four iterations or more for each on average."""
     programs = num_experts * triton.cdiv(width, tiles.hidden) * triton.cdiv(d_model, tiles.out)
     wanted = min(MAX_SPLITS, MIN_PROGRAMS // programs, num_rows // (4 * tiles.rows * num_experts))
@@ -175,8 +175,8 @@ def expert_gradients(
     x, order, load = (t.contiguous() for t in (x, order, load))
     (grad_hidden, gated), grad = kept, grad.to(x.dtype).contiguous()
     routing = order, load, scores.shape[1], first_expert, down_experts.shape[0]
-    grad_up = weight_gradient(grad_hidden, x, *routing, width_first=False).to(up_experts.dtype)
-    grad_down = weight_gradient(gated, grad, *routing, width_first=True).to(down_experts.dtype)
+    grad_up = expert_weight_gradient(grad_hidden, x, *routing, width_first=False).to(up_experts.dtype)
+    grad_down = expert_weight_gradient(gated, grad, *routing, width_first=True).to(down_experts.dtype)
     return grad_up, grad_down
 
 
@@ -237,7 +237,7 @@ def _launch(
     return y
 
 
-def weight_gradient(
+def expert_weight_gradient(
     narrow: Tensor,
     source: Tensor,
     order: Tensor,
@@ -273,7 +273,9 @@ def expert_constants(first_expert: int, num_experts: int, total: int) -> dict[st
     return dict(zip(names, (first_expert, num_experts, total, power), strict=True))
 
 
-def mlp_constants(tiles: Tiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool) -> dict[str, int | bool]:
+def mlp_constants(
+    tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
+) -> dict[str, int | bool]:
     """Constants of the two expert kernels. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
     return {
         "D": d,
@@ -294,7 +296,9 @@ def sum_constants(d: int, k: int, chunks: int, row_stride: int) -> dict[str, int
     return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
 
 
-def weight_constants(tiles: Tiles, d: int, width: int, k: int, splits: int, *, width_first: bool) -> dict[str, int]:
+def weight_constants(
+    tiles: ExpertTiles, d: int, width: int, k: int, splits: int, *, width_first: bool
+) -> dict[str, int]:
     """Constants of weight_gradient_kernel."""
     return {
         "D": d,

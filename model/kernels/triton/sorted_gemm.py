@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.triton.gated_gemm import (
-    Tiles,
+    GemmTiles,
     column_tile,
     gradient_tiles,
     padded_experts,
@@ -199,11 +199,11 @@ def sorted_weight_gradient_kernel(
         tl.store(out + features[:, None] * h + columns[None, :], result, mask=mask)
 
 
-def project_tiles(width: int, dtype: torch.dtype) -> Tiles:
+def project_tiles(width: int, dtype: torch.dtype) -> GemmTiles:
     if dtype == torch.float32:
-        return Tiles(64, column_tile(width, 64), 16, 4, 2)
+        return GemmTiles(64, column_tile(width, 64), 16, 4, 2)
     # 76 columns with 4 warps: 8 bytes of stack on sm_100.
-    return Tiles(64, column_tile(width), 64, 8 if width % 8 else 4, 3)
+    return GemmTiles(64, column_tile(width), 64, 8 if width % 8 else 4, 3)
 
 
 def project(
@@ -253,7 +253,7 @@ def project(
     return out
 
 
-def weight_gradient(
+def sorted_weight_gradient(
     wide: Rows,
     narrow: Rows,
     order: Tensor,

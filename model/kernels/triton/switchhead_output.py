@@ -14,14 +14,14 @@ from torch import Tensor
 from model.kernels.ops.route import Choice
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    GemmTiles,
     Strategy,
-    Tiles,
     check_dtypes,
     column_tile,
     dense_gates,
+    gated_weight_gradient,
     gather_gate_gradient,
     scale_rows,
-    weight_gradient,
 )
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
@@ -124,19 +124,19 @@ def output_backward_kernel(
     tl.store(grad_a + narrow, total.to(grad_a.dtype.element_ty), mask=narrow_mask)
 
 
-def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+def forward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, 4, 2)
+        return GemmTiles(64, 64, 32, 4, 2)
     # Rows of 126 elements are read 4 bytes at a time, whose addresses leave no registers for 128 rows (sm_80).
-    return Tiles(64 if h % 4 else 128, 128, column_tile(h, 64), 8, 3)
+    return GemmTiles(64 if h % 4 else 128, 128, column_tile(h, 64), 8, 3)
 
 
-def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+def backward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
     """Two accumulators and a tile of a: 64 x 128 is the largest that 8 warps hold without spilling."""
     if dtype == torch.float32:
-        return Tiles(64, column_tile(h, 64), 32, 8, 2)
+        return GemmTiles(64, column_tile(h, 64), 32, 8, 2)
     columns = column_tile(h)
-    return Tiles(64 if columns == 128 else 128, columns, 64, 8, 3)
+    return GemmTiles(64 if columns == 128 else 128, columns, 64, 8, 3)
 
 
 @on_its_device
@@ -177,7 +177,9 @@ def backward(
         wide, narrow = Rows.of_tokens(grad, k), Rows.of_tokens(a, k)
         products = sorted_gemm.project(wide, order, load, experts, None, k, transposed=True)
         grad_a, grad_scores = mix_slots(products, scores, a)
-        grad_experts = sorted_gemm.weight_gradient(wide, narrow, order, load, experts, scores, k, narrow_first=True)
+        grad_experts = sorted_gemm.sorted_weight_gradient(
+            wide, narrow, order, load, experts, scores, k, narrow_first=True
+        )
         return grad_a, grad_scores, grad_experts
     if N == 0:
         return torch.empty_like(a), torch.empty_like(scores), torch.zeros_like(experts)
@@ -199,5 +201,5 @@ def backward(
         E=E,
         **tiles.launch,
     )
-    grad_experts = weight_gradient(grad, a, gates, experts, narrow_first=True)
+    grad_experts = gated_weight_gradient(grad, a, gates, experts, narrow_first=True)
     return grad_a, gather_gate_gradient(partial, index, scores.dtype), grad_experts

@@ -14,15 +14,15 @@ from torch import Tensor
 from model.kernels.ops.route import Choice
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
+    GemmTiles,
     Strategy,
-    Tiles,
     check_dtypes,
     column_tile,
     dense_gates,
+    gated_weight_gradient,
     gather_gate_gradient,
     scale_rows,
     unrolled_experts,
-    weight_gradient,
 )
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import Rows
@@ -130,21 +130,21 @@ def value_backward_kernel(
     tl.store(grad_x + tokens * d + columns[None, :], total.to(grad_x.dtype.element_ty), mask=wide_mask)
 
 
-def forward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+def forward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
     if dtype == torch.float32:
-        return Tiles(
+        return GemmTiles(
             64, column_tile(h, 64), 16, 8, 2
         )  # no tensor cores: operands live in registers, and 32 of depth with 4 warps spill
     # Rows of 126 elements are read 4 bytes at a time, whose addresses leave no registers for 128 columns (sm_80).
     columns = column_tile(h, 64 if h % 4 else 128)
-    return Tiles(128, columns, 32, 8 if columns == 128 else 4, 3)
+    return GemmTiles(128, columns, 32, 8 if columns == 128 else 4, 3)
 
 
-def backward_tiles(h: int, dtype: torch.dtype) -> Tiles:
+def backward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
     """Two accumulators and a tile of x: 64 x 128 is the largest that 8 warps hold without spilling."""
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, 8, 2)
-    return Tiles(64, 128, column_tile(h, 64), 8, 3)
+        return GemmTiles(64, 64, 32, 8, 2)
+    return GemmTiles(64, 128, column_tile(h, 64), 8, 3)
 
 
 MAX_UNROLLED = 5
@@ -253,7 +253,7 @@ def expert_gradient(
     if strategy == "sorted":
         order, load = choice.order.contiguous(), choice.load.contiguous()
         wide, narrow = Rows.of_tokens(x, k), Rows.of_tokens(grad, k)
-        return sorted_gemm.weight_gradient(wide, narrow, order, load, experts, gates, k, narrow_first=False)
+        return sorted_gemm.sorted_weight_gradient(wide, narrow, order, load, experts, gates, k, narrow_first=False)
     if len(x) == 0:
         return torch.zeros_like(experts)
-    return weight_gradient(x, grad, gates, experts, narrow_first=False)
+    return gated_weight_gradient(x, grad, gates, experts, narrow_first=False)

@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks.kernel_cases.recording import Launch
 from model.kernels.triton import gated_gemm, sorted_gemm, sorted_slots, switchhead_output, switchhead_value
-from model.kernels.triton.gated_gemm import Tiles
+from model.kernels.triton.gated_gemm import GemmTiles
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, size: int, depth: int | None = None) -> None:
     """Rows and columns of every tile; sums and the sort take half as many tokens as they would, or fewer."""
-    tiles = Tiles(size, size, depth or size, 4, 1)
+    tiles = GemmTiles(size, size, depth or size, 4, 1)
     for module, name in (
         (gated_gemm, "gradient_tiles"),
         (sorted_gemm, "gradient_tiles"),

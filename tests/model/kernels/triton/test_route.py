@@ -42,7 +42,7 @@ def compare(shape: Shape, dropout: str, dtype: torch.dtype) -> None:
     case = make_case(shape, dropout, dtype)
     routing, grads, launches = launches_of(case, shape.k)
     assert {t.dtype for t in routing[:2]} == {torch.float32} and {g.dtype for g in grads} == {dtype}
-    groups = -(-shape.R // kernels.Tiles.of(shape.R, shape.E, dtype).routers)
+    groups = -(-shape.R // kernels.RouterTiles.of(shape.R, shape.E, dtype).routers)
     assert len(launches) == (0 if shape.N == 0 else 4 if groups == 1 else 5)
     assert sum(launch.atomics for launch in launches) == 0
     decided = routing.logits.detach() if dropout == "attention" else routing.logits.detach().sigmoid()

@@ -21,7 +21,7 @@ from benchmarks import compiled
 from benchmarks.kernel_cases.case import TYPE_NAMES
 from model.kernels.choice import Backends
 from model.kernels.triton import linear_cross_entropy, switchhead_value
-from model.kernels.triton.gated_gemm import Tiles
+from model.kernels.triton.gated_gemm import GemmTiles
 from model.language_model import LanguageModel
 from model.memory import LayerMemory
 from pretrain.config.loading import load_config
@@ -167,7 +167,7 @@ def test_a_kernel_that_is_not_compiled_is_named(monkeypatch: pytest.MonkeyPatch)
     dtypes = {"scores": torch.float32} | dict.fromkeys(("index", "order", "load"), torch.int64)
     call = (*((size, dtypes.get(name, torch.bfloat16)) for name, size in sizes.items()), "triton", "gated")
     assert launches_of({("switchhead_value", call)}, monkeypatch) <= known
-    monkeypatch.setattr(switchhead_value, "forward_tiles", lambda *_: Tiles(64, 32, 32, 4, 3))
+    monkeypatch.setattr(switchhead_value, "forward_tiles", lambda *_: GemmTiles(64, 32, 32, 4, 3))
     absent = launches_of({("switchhead_value", call)}, monkeypatch) - known
     assert [kernel for kernel, *_ in absent] == ["value_forward_kernel"]
 

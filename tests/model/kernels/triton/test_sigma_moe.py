@@ -17,7 +17,7 @@ from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, 
 # Inputs are the same numbers on both sides. Half precision rounds the hidden layer and its gradient, the gated one,
 # every row and the result: measured 5e-4 (fp16) and 4e-3 (bf16) at most.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-SMALL = kernels.Tiles(rows=16, hidden=16, reduce=16, out=16, warps=4, stages=2)
+SMALL = kernels.ExpertTiles(rows=16, hidden=16, reduce=16, out=16, warps=4, stages=2)
 """Several tiles in every direction at tiny sizes; no size below is a multiple of it unless said."""
 
 SHAPES = {
