@@ -46,7 +46,7 @@ class _TorchWithoutCUDA:
         return getattr(torch, name)
 
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # GPU-ONLY megatron-device: with CUDA they see torch itself
     mappings.torch = _TorchWithoutCUDA()
 
 # Its advice on CUDA_DEVICE_MAX_CONNECTIONS is in docs/parallelism.md.

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+import model.attention.dense as dense_module
 import model.attention.switchhead as switchhead_module
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
@@ -18,6 +19,7 @@ from model.initialization import initial_value
 from model.kernels.choice import Backends
 from model.kernels.ops.route import Routing
 from model.parallel.context import ParallelContext
+from model.parallel.overlap import Late
 from model.parameters import parameter_specs
 from tests.model import attention_oracle
 
@@ -178,7 +180,7 @@ def test_one_expert_with_gates_of_one_is_dense_attention(
 
 @pytest.mark.parametrize("position, memory", [("rope", 0), ("xl", 0), ("xl", 5)])
 def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_gates(
-    position: str, memory: int
+    position: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies of one expert: v[h] = (sum of the key token's chosen gates) x W_V[h], and the same for the output."""
     d, H, h, E, k, T, B = 12, 2, 6, 4, 2, 5, 2
@@ -196,9 +198,14 @@ def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_
         assert float(sums.detach().std()) > 0.05
         return sums.repeat_interleave(h, dim=-1)
 
-    # A linear layer followed by a product per token and head: hooks on the dense layer's own projections.
+    # A linear layer followed by a product per token and head, of the dense layer's own projections.
     values, outputs = gate_sums(layer.value_selector), gate_sums(layer.output_selector)[:, memory:]
-    dense.value.register_forward_hook(lambda module, inputs, output: output * values)
+    own = dense_module.region_linear
+
+    def gated(x: torch.Tensor, late: Late) -> torch.Tensor:
+        return own(x, late) * values if late.weights[0] is dense.value.weight else own(x, late)
+
+    monkeypatch.setattr(dense_module, "region_linear", gated)
     dense.output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * outputs,))
     index = torch.zeros(B, dtype=torch.int64)
     torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)

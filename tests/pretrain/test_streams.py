@@ -93,7 +93,10 @@ def test_max_tokens_decides_where_streams_begin(prepared: Path) -> None:
     total = Manifest.load(prepared).num_tokens("train")
     all_but_one = (total - 1) // 16 * 16
     assert open_sources(small_config(prepared, f"data.max_tokens={all_but_one}"))
-    with pytest.raises(UserError, match=rf"data\.max_tokens: the first {total + 16:,} tokens .* holds {total:,}"):
+    with pytest.raises(
+        UserError,
+        match=rf"data\.max_tokens: the run would read the first {total + 16:,} tokens, but .* holds {total:,}",
+    ):
         open_sources(small_config(prepared, f"data.max_tokens={total + 16}"))
     with pytest.raises(UserError, match=r"data\.max_tokens: 15 is less than one window of model\.sequence_length = 16"):
         open_sources(small_config(prepared, "data.max_tokens=15"))
