@@ -32,8 +32,8 @@ def compute_gates(scores: Tensor, grouping: Grouping, dtype: torch.dtype) -> Ten
 def combine(products: Tensor, grouping: Grouping, scores: Tensor, dtype: torch.dtype) -> Tensor:
     """sum over choices of score times product: [H, R, W, h] and [N, H, k] -> [N, H, h] in `dtype`.
 
-    One pass that gathers, scales and adds: embedding_bag with per-sample weights takes 2.0 ms for N = 2048, H = 4,
-    k = 2, h = 112, where indexing, multiplying and summing apart take 9 ms (a 7 MB temporary each).
+    embedding_bag with per-sample weights gathers, scales and adds in one pass. Indexing, multiplying and summing apart
+    take four times as long, because each makes a temporary.
     """
     N, H, k = scores.shape
     h = products.shape[-1]
@@ -51,7 +51,7 @@ def score_gradient(products: Tensor, rows: Tensor, result: Tensor) -> None:
 class WideRows:
     """Reads a wide matrix [N, d] group by group into one scratch block, in the compute dtype.
 
-    The block stays in cache: gathering a whole head at once costs 4 ms more per 8 MB in page faults.
+    The block stays in cache; gathering a whole head at once would pay for page faults.
     """
 
     def __init__(self, source: Tensor, grouping: Grouping) -> None:
@@ -90,10 +90,9 @@ class NarrowRows:
 class WideSum:
     """Sum over the heads of one part of gated rows times expert weights, [N, d] in the compute dtype.
 
-    A group's product stays in cache and is added to its tokens' rows by index_add_: 0.7 ms a head more than the GEMMs
-    alone, also on two threads (index_add_ runs on one, in row order, so it repeats bit by bit). Gathering the running
-    sum into the next head's row order instead costs 1.4 ms a head on one thread and 0.7 on two; a buffer per head 16 ms
-    in page faults; scatter_add_ as much as index_add_ (N = 2048, d = 1024, fp32).
+    A group's product stays in cache and is added to its tokens' rows by index_add_, which runs on one thread in row
+    order, so it repeats bit by bit. Gathering the running sum into the next head's row order costs up to twice as much,
+    and a buffer for each head many times as much, in page faults (docs/kernels.md).
     Where a head's groups hold every token once, the sum keeps the row order of the part's first head, whose GEMMs then
     write to it and need no index_copy_ (as slow as two index_add_); `add_up` brings the rows of all parts back.
     """
@@ -143,9 +142,8 @@ def add_up(grouping: Grouping, totals: Tensor) -> Tensor:
 class HeadWeights:
     """One head's expert matrices, stacked for a group's members: one GEMM per group instead of one per member.
 
-    `experts` [E, h, d] become [W h, d]. Value experts come as a transposed view
-    and are copied first, 0.5 ms a head. Stacking them by columns, and adding the gradient's columns to each expert, is
-    as fast on one thread (98 ms a value backward at N = 2048, d = 1024, h = 112, E = 4, k = 2); this is one code path.
+    `experts` [E, h, d] become [W h, d]. Value experts come as a transposed view and are copied first. Stacking them by
+    columns, and adding the gradient's columns to each expert, is as fast; this way there is one code path.
     """
 
     def __init__(self, experts: Tensor, dtype: torch.dtype) -> None:
@@ -209,7 +207,7 @@ class WeightGradient:
         self.written.update(members)
 
     def _zero(self, experts: Iterable[int]) -> None:
-        """Those that nothing was written to yet: fewer than zeroing all first, 1 ms an op at the benchmark's shape."""
+        """Those that nothing was written to yet: less work than zeroing all of them first."""
         for expert in experts:
             if expert not in self.written:
                 self.single[expert].zero_()
@@ -223,8 +221,8 @@ class WeightGradient:
 def over_heads(body: Callable[[int, range], None], num_heads: int, num_tokens: int) -> None:
     """`body(part, heads)` for `head_parts`: each on one thread where there is more than one.
 
-    One fork and join per op. A GEMM of one group is 0.2 ms: spreading each of the hundreds of them over two threads
-    costs a barrier each: next to busy processes the attention layer (bf16) took 4800 ms that way and 1380 this way.
+    One fork and join per op. Spreading each of the hundreds of short GEMMs over the threads instead would cost a
+    barrier each; beside busy processes the attention layer took more than three times as long (docs/kernels.md).
     """
     ranges = head_parts(num_heads, num_tokens)
     run_tasks([len(heads) for heads in ranges], lambda part: body(part, ranges[part]))

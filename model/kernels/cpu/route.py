@@ -41,8 +41,7 @@ def top_k(values: Tensor, k: int) -> Tensor:
     """Indices [..., k] (int64) of the k largest of `values` [..., E], best first; ties go to the lowest index.
 
     torch.topk promises nothing about ties, so it is given values without any: an fp32 number leaves 29 bits of an fp64
-    one free, which take the index. One thread, [4096, 16] k=4 and [4096, 64] k=8: 1.7 and 5.9 ms; the full stable sort
-    2.0 and 12.1, k rounds of argmax 1.7 and 7.9, torch.topk alone (wrong in ties) 1.3 and 4.5.
+    one free, which take the index. A full stable sort, or k rounds of argmax, are slower (docs/kernels.md).
     """
     num_experts = values.shape[-1]
     if values.dtype == torch.float64:  # no bits are free; fp64 is for tests
@@ -61,8 +60,7 @@ def top_k(values: Tensor, k: int) -> Tensor:
 def counting_sort(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`index` [N, R, k] -> load [R, E] and order [R, N*k], both int64.
 
-    numpy sorts keys of 16 bits by counting, torch.sort only 32768 or more of them: 16384 slots of 16 experts take
-    0.13 ms, torch.sort 0.95, nonzero of a one-hot matrix 1.2; 32768 of 32 take 0.28, 0.36 (int16) and 4.3.
+    numpy sorts keys of 16 bits by counting, torch.sort only 32768 or more of them (docs/kernels.md).
     """
     N, R, k = index.shape
     slots = index.transpose(0, 1).reshape(R, N * k)

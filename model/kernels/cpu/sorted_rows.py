@@ -43,9 +43,8 @@ def slot_rows(order: Tensor, num_slots: int, width: int, dtype: torch.dtype) -> 
 def sum_slots(rows: Tensor, order: Tensor, k: int, x: Tensor) -> Tensor:
     """Sum over the k slots of each token of `slot_rows`, sorted by expert, in the shape and dtype of `x` [N, d].
 
-    Gather and sum in one pass with fp32 sums, on the threads of the operator, which writes its result once: 4.8 ms on
-    one thread and 2.8 on two for 16384 rows of 512; in blocks on the workers, each copied to its place, 7.2 and 6.6;
-    index_select and sum apart 13 on one.
+    Gathers and sums in one pass with fp32 sums, on the threads of the operator, which writes its result once. Blocks on
+    the workers, each copied to its place, are slower, and index_select and sum apart slower still (docs/kernels.md).
     """
     if x.shape[0] == 0:
         return x.new_empty(x.shape)

@@ -2,8 +2,7 @@
 
 Why not leave it to the threads inside each operator: an expert's GEMM takes about a millisecond, and every operator
 ends in a barrier that waits for its slowest thread. Where two ranks, a data loader or a test share the cores, that
-barrier lasts until the scheduler's next slice: sigma-MoE forward + backward (T=4096, d=512, E=16, k=4, G=128, two
-threads, two busy processes beside it) took 3500 ms with threads inside the operators and 330 ms with two workers.
+barrier lasts until the scheduler's next slice, and sigma-MoE took ten times as long (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised CPU memory of the calling thread, valid until it asks for the same name and dtype again.
 
     Kept for the life of the thread: memory above glibc's largest mmap threshold (32 MB) is otherwise mapped, zeroed and
-    unmapped at every call, 10 ms for 32 MB where copying it takes 6.
+    unmapped at every call, which takes longer than copying it.
     """
     buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     numel, buffer = math.prod(shape), buffers.get((name, dtype))

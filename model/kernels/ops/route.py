@@ -5,9 +5,6 @@
 
 Shapes: N tokens, R independent routers (heads; 1 for the feed-forward), E experts, k choices, d d_model. A slot
 n*k + j of a router is the j-th choice of token n. Everything is fp32 whatever the storage dtype (fp64 stays fp64).
-
-Measured (N=4096, d=512, R=1, E=16, k=4, forward): 2.9 ms on one thread, 3.3 on two, of which top-k 1.7, the sort 0.13.
-Next to busy processes, two threads: 8 ms in blocks on the workers, 49 with threads inside every operator.
 """
 
 from __future__ import annotations
