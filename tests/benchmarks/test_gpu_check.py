@@ -78,6 +78,7 @@ def test_a_wrong_choice_is_seen() -> None:
             op_cases.check_choice(logits, *wrong)
 
 
+@pytest.mark.slow  # tests/pretrain/test_triton.py trains with the interpreted kernels in the fast tier
 def test_training_step() -> None:
     ours, reference, backends = gpu_check.training_step(torch.device("cpu"))
     assert "sigma_moe triton" in backends

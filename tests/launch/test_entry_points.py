@@ -114,6 +114,8 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "--set",
         "batch.global_sequences=4",
         "--set",
+        "model.sequence_length=32",
+        "--set",
         "evaluate.sequences=8",
         "--run-dir",
         "run",

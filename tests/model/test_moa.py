@@ -312,7 +312,7 @@ def test_parameter_names_are_canonical(name: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
-@pytest.mark.parametrize("name", ["expert dropout", "XL"])
+@pytest.mark.parametrize("name", ["expert dropout", pytest.param("XL", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(name: str, scope: str) -> None:
     shape = SHAPES[name]
     context = torch.randn(2, (shape.memory or 0) + shape.T, shape.d, generator=torch.Generator().manual_seed(6))
