@@ -83,8 +83,14 @@ def _is_checkpoint(folder: Path) -> bool:
     return not (folder / "checkpoints").is_dir() and not list_checkpoints(folder)
 
 
+def _check_folder(folder: Path, argument: str) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{argument}: there is no folder {folder}; name a checkpoint (step-...) or a run folder")
+
+
 def _newest(folder: Path) -> Path:
     """`folder` itself if it is a checkpoint, or the newest checkpoint of the run folder `folder`. Raises UserError."""
+    _check_folder(folder, "PATH")
     if _is_checkpoint(folder):
         return folder
     paths = list_checkpoints(_checkpoints_folder(folder))
@@ -96,8 +102,7 @@ def _newest(folder: Path) -> Path:
 def print_list(folder: Path) -> None:
     """Prints a line per checkpoint, oldest first, then those that no run uses any more and the remains of unfinished
     ones."""
-    if not folder.is_dir():
-        raise UserError(f"RUN_DIR: there is no folder {folder}")
+    _check_folder(folder, "RUN_DIR")
     place = _checkpoints_folder(folder)
     paths = list_checkpoints(place)
     others = sorted(p for p in place.iterdir() if p.is_dir() and re.search(r"step-\d{8,}", p.name) and p not in paths)
@@ -135,7 +140,8 @@ def _loss(value: float | None) -> str:
 
 
 def verify_all(folder: Path) -> int:
-    """Prints a line per checkpoint. Returns the exit code."""
+    """Prints a line per checkpoint. Returns the exit code. Raises UserError."""
+    _check_folder(folder, "PATH")
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
     code = 0
     for path in paths:

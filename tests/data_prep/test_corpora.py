@@ -384,9 +384,8 @@ def test_the_shipped_configs_say_where_missing_files_come_from(
     assert config.output == str(REPOSITORY / "data" / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_prep.config.resolved.REPOSITORY", tmp_path)
-    with pytest.raises(
-        DataError, match=r"input: 'raw/.*' matches no file .*; fetch https?://\S+zip and unpack it there, or"
-    ):
+    refusal = r"input: 'raw/.*' matches no file .*; fetch https?://\S+zip and unpack it there, or"
+    with pytest.raises(DataError, match=refusal):
         resolve(config)
 
 

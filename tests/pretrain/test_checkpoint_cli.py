@@ -204,13 +204,13 @@ def test_convert_a_tied_model_of_tensor_parallel_stages(prepared: Path, tmp_path
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["list", "{0}/nowhere"], "there is no folder"),
+        (["list", "{0}/nowhere"], "error: RUN_DIR: there is no folder {0}/nowhere"),
         (["list", "{0}"], "holds no checkpoints"),
-        (["verify", "{0}/nowhere"], "there is no checkpoint folder"),
-        (["convert", "{0}/nowhere", "{0}/out"], "there is no checkpoint folder"),
+        (["verify", "{0}/nowhere"], "error: PATH: there is no folder {0}/nowhere"),
+        (["convert", "{0}/nowhere", "{0}/out"], "error: PATH: there is no folder {0}/nowhere"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert main([part.format(tmp_path) for part in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error and not list(tmp_path.iterdir())
+    assert error.startswith("error: ") and words.format(tmp_path) in error and not list(tmp_path.iterdir())
