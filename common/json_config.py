@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -18,6 +18,19 @@ from common.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 HELP_WIDTH = 96
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, unknown keys refused, docstrings under the fields feed `--help`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class Key(NamedTuple):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from common.json_config import Section
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -14,19 +16,6 @@ Experts = Annotated[int, Field(ge=1, le=2**16)]
 Heads = Annotated[int, Field(ge=1, le=2**12)]
 HeadDim = Annotated[int, Field(ge=1, le=2**12)]
 HeadExperts = Annotated[int, Field(ge=1, le=2**12)]
-
-
-class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused, docstrings under the fields feed `--help`."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
 
 def _check_active(active_experts: int, num_experts: int) -> None:

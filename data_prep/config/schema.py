@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from common.json_config import Section
 from common.urls import URL
 from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, FormatName
 from data_prep.raw.plain_text import TextDocuments
@@ -25,10 +26,6 @@ SplitBytes = Annotated[
 
 Share = Annotated[float, Field(ge=0, le=1)]
 LanguageCode = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class IngestConfig(Section):

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import ModelConfig, PositiveInt, Section
+from common.json_config import Section
+from model.config import ModelConfig, PositiveInt
 
 FREE: dict[str, Any] = {"on_resume": "free"}
 """`json_schema_extra` of fields that may change on resume."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import write_file, write_json
 from common.run_lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
 from common.strict_json import dumps
 from pretrain.phases import Phases, Record, read
@@ -178,9 +178,7 @@ class Watchdog:
             open(self._run_dir / "events.jsonl", "a", encoding="utf-8") as file,
         ):
             file.write(dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.rename(path)
+        write_file(path, f"{text}\n".encode())
 
     def _end_silent_ranks_here(self, reports: dict[int, Report], silent: list[int]) -> None:
         """Once per machine: makes its silent ranks write their stacks, if they can, and kills them."""

@@ -12,7 +12,6 @@ any layout puts the pieces together. Nothing that is read is executed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import intended_name, write_file, write_json
 from model.choices import Piece, choice_dtype
 from model.language_model import build_on_meta, routing_statistics
 from pretrain.config.schema import Config
@@ -175,8 +174,9 @@ def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
 def _remove_after(folder: Path, step: int) -> None:
     for path in folder.glob("step-*"):
         if re.fullmatch(r"step-\d{8,}", path.name) and int(path.name[5:]) > step:
-            for file in path.glob("rank-*.safetensors*"):
-                file.unlink()
+            for file in path.iterdir():
+                if re.match(r"rank-\d{5,}\.safetensors", intended_name(file.name)):
+                    file.unlink()
             path.rmdir()
 
 
@@ -189,12 +189,10 @@ def write_step(folder: Path, step: int, rank: int, pieces: dict[str, list[Piece]
         tensors[f"{name}/index"] = torch.cat([part.index for part in parts]).cpu().contiguous()
         tensors[f"{name}/place"] = torch.cat([t.cpu() for t in place])
     path = step_folder(folder, step) / f"rank-{rank:05d}.safetensors"
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file(tensors, partial)
-        os.replace(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
+        write_file(path, save(tensors))
+    except OSError as error:
         raise UserError(f"train.record_routing: {path} cannot be written: {error}") from None
 
 

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from common.errors import ConfigError
-from common.json_config import apply_override, describe_keys, keys, nearest_key, read_tree, validate
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+from common.json_config import Section, apply_override, describe_keys, keys, nearest_key, read_tree, validate
 
 
 class Round(Section):
@@ -74,6 +70,7 @@ def test_keys_are_the_leaves_of_every_kind() -> None:
             "shape.type: there is no 'oval'; set it to one of 'round', 'square'",
         ),
         ({"name": "a", "paint": {"red": 256}}, "paint.red: input should be less than or equal to 255 (given 256)"),
+        ({"name": "a", "shape": {"type": "round", "radius": float("nan")}}, "shape.radius: input should be a finite"),
         ({"name": "a\0"}, "name: 'a\\x00' holds a character that is no text; remove it"),
     ],
 )

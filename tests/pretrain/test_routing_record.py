@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigError, UserError
+from common.files import temporary_path
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
@@ -131,6 +132,7 @@ def test_a_resumed_run_goes_on_recording(prepared: Path, tmp_path: Path) -> None
     late = parts / "routing" / "step-00000003"
     shutil.copytree(parts / "routing" / "step-00000001", late)
     (late / "rank-00007.safetensors").write_bytes(b"of a start with more ranks, superseded")
+    temporary_path(late / "rank-00008.safetensors").write_bytes(b"of a rank that was killed while it wrote")
     (parts / "routing" / "notes").write_text("mine")
     run(1, (record, parts))
     assert (parts / "routing" / "notes").read_text() == "mine"
