@@ -12,9 +12,10 @@ from tests.golden.curves import FILE, MODELS, STEPS, TOLERANCE, Golden, compute,
 REMEDY = "tests/golden/curves.py says when `python -m tests.golden.curves --write` is allowed"
 
 
-def test_training_gives_the_golden_curves(prepared: Path) -> None:
+@pytest.mark.parametrize("steps", [10, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_training_gives_the_golden_curves(prepared: Path, steps: int) -> None:
     golden: Golden = json.loads(FILE.read_text())
-    found = compute(prepared)
+    found = compute(prepared, steps)
     assert found["data"] == golden["data"], f"data_prep makes other shards of the same text; {REMEDY}"
     wrong = {
         name: f"{difference:.1e}" for name, difference in differences(found, golden).items() if difference > TOLERANCE

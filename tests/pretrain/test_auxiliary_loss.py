@@ -22,9 +22,9 @@ LAYOUTS = [
     Layout(data=2, zero=0),
     Layout(data=2, zero=3, recompute="full"),
     Layout(data=2, expert=2),
-    Layout(tensor=2),
-    Layout(tensor=2, sequence=True, recompute="selective"),
-    Layout(pipeline=2),
+    Layout(tensor=2, micro=4),
+    Layout(tensor=2, sequence=True, micro=4, recompute="selective"),
+    Layout(pipeline=2, micro=4),
 ]
 
 

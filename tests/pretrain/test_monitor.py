@@ -55,6 +55,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
         keys = (
             "train.steps=3",
             "batch.global_sequences=24",
+            "batch.micro_sequences=4",
             "evaluate.sequences=21",
             "monitor.tensorboard=true",
             "parallel.zero=3",

@@ -57,6 +57,7 @@ def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """How the runs below ended on both ranks; one launch for all."""
     folder = tmp_path_factory.mktemp("runs")
     keys = ("train.steps=8", "checkpoint.every_steps=2", "evaluate.sequences=8", "monitor.tensorboard=true")
+    keys = (*keys, "batch.micro_sequences=4")
     config = small_config(prepared, *keys)
     wild = small_config(
         prepared, *keys, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "evaluate.every_steps=2",

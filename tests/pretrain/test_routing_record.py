@@ -32,15 +32,15 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "recompute full": (1, ("train.recompute=full",)),
     "recompute selective": (1, ("train.recompute=selective",)),
     "DP2 micro 1": (2, ("batch.micro_sequences=1",)),
-    "TP2": (2, ("parallel.tensor=2",)),
     "TP2 SP": (2, TP2_SP),
     "PP2": (2, ("parallel.pipeline=2",)),
     "EP2": (2, ("parallel.expert=2",)),
+    "TP2 PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
     "TP2 SP PP2": (4, (*TP2_SP, "parallel.pipeline=2")),
     "TP2 SP EP2": (4, (*TP2_SP, "parallel.expert=2")),
 }
 OF_MODEL = {
-    "switchall": ("recompute full", "TP2", "TP2 SP PP2", "TP2 SP EP2"),
+    "switchall": ("recompute full", "TP2 PP2", "TP2 SP EP2"),
     "switchall xl": ("recompute selective", "TP2 SP", "PP2", "EP2"),
     "moa": ("TP2 SP", "DP2 micro 1", "PP2"),
 }
