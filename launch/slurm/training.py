@@ -43,21 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
     )
     parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
-    parser.add_argument("--nodes", type=at_least(1), required=True, metavar="N", help="nodes")
-    parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="GPUs of each node")
-    where.add_argument("--cpu", action="store_true", help="train on the CPUs of the nodes; without GPUs say so")
-    parser.add_argument(
-        "--after",
-        type=at_least(1),
-        metavar="JOB",
-        help="start when this job, the last of a data preparation, has ended well; the data are checked then, not now",
-    )
-    parser.add_argument(
-        "--ranks-per-node", type=at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
-    )
-    parser.add_argument("--cpus-per-rank", type=at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
+    _add_allocation(parser)
     parser.add_argument(
         "--signal-seconds",
         type=at_least(1),
@@ -83,6 +69,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     job.add_site_arguments(parser)
     return parser
+
+
+def _add_allocation(parser: argparse.ArgumentParser) -> None:
+    """What the job asks of SLURM."""
+    parser.add_argument("--nodes", type=at_least(1), required=True, metavar="N", help="nodes")
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each start, e.g. 12:00:00")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpus-per-node", type=at_least(1), metavar="N", help="GPUs of each node")
+    where.add_argument("--cpu", action="store_true", help="train on the CPUs of the nodes; without GPUs say so")
+    parser.add_argument(
+        "--after",
+        type=at_least(1),
+        metavar="JOB",
+        help="start when this job, the last of a data preparation, has ended well; the data are checked then, not now",
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
+    )
+    parser.add_argument("--cpus-per-rank", type=at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="launch/plan.py", description="What can be known about a run before it starts, without a GPU."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_costs(commands)
+    _add_match(commands)
+    _add_layout(commands)
+    return parser
 
+
+def _add_costs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     costs = commands.add_parser(
         "costs",
         help="parameters, multiply-accumulates and memory of models, by the paper's formulas and counted",
@@ -34,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     costs.add_argument("--json", action="store_true", help="print exact numbers as JSON instead of a table")
     _add_overrides(costs, "of every CONFIG, not of the baseline")
 
+
+def _add_match(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     match = commands.add_parser(
         "match",
         help="the width that gives a model as many parameters as its baseline",
@@ -50,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_overrides(match, "of CONFIG, not of the baseline")
 
+
+def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     layout = commands.add_parser(
         "layout",
         help="which ranks form which groups, and the bytes of weights and optimizer that each holds",
@@ -64,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="number of ranks (default: the smallest, tensor x pipeline x expert)",
     )
     _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
-    return parser
 
 
 def _add_overrides(parser: argparse.ArgumentParser, whose: str) -> None:

@@ -40,6 +40,7 @@ def derived_values(config: Config, data_size: int, sources: Sources, run_dir: st
         *_data_values(config, sources, sizes),
         *_size_values(config, data_size, sum(sizes)),
         *_layout_values(config, data_size),
+        *_divided_values(config),
         *_optional_values(config, sum(sizes), sources.tokenizer.vocab_size),
     ]
 
@@ -85,30 +86,29 @@ def _layout_values(config: Config, data_size: int) -> list[DerivedValue]:
     return values
 
 
+def _divided_values(config: Config) -> list[DerivedValue]:
+    """What a rank has of a sequence and of the experts, where they are divided."""
+    model, parallel, values = config.model, config.parallel, []
+    if parallel.sequence:
+        formula = "sequence_length / tensor, between attention and feed-forward (parallel.sequence)"
+        tokens = model.sequence_length // parallel.tensor
+        values.append(DerivedValue("tokens of a sequence per rank", f"{tokens}", formula))
+    if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
+        formula = "feedforward.num_experts / expert; the same on every expert-th data-parallel rank"
+        experts = model.feedforward.num_experts // parallel.expert
+        values.append(DerivedValue("experts per rank", f"{experts}", formula))
+    return values
+
+
 def _optional_values(config: Config, windows: int, num_pieces: int) -> list[DerivedValue]:
     """Values that only some runs have. `num_pieces`: the tokenizer's."""
-    model, parallel, schedule, G = config.model, config.parallel, config.schedule, config.batch.global_sequences
-    feedforward, position = model.feedforward, model.position
-    experts = feedforward.num_experts if isinstance(feedforward, SigmaMoEConfig) else 0
-    fraction = position.fraction if isinstance(position, RopeConfig) else 0.0
+    model, schedule, G = config.model, config.schedule, config.batch.global_sequences
+    fraction = model.position.fraction if isinstance(model.position, RopeConfig) else 0.0
     rotated, head_dim = rotated_width(model.attention.head_dim, fraction), model.attention.head_dim
-    memory = model.memory_length
-    again = "; memory is empty where they begin again" if memory else ""
+    again = "; memory is empty where they begin again" if model.memory_length else ""
     rows = (  # whether a run has it, name, value, formula
         (
-            parallel.sequence,
-            "tokens of a sequence per rank",
-            f"{model.sequence_length // parallel.tensor}",
-            "sequence_length / tensor, between attention and feed-forward (parallel.sequence)",
-        ),
-        (
-            parallel.expert > 1 and experts > 0,
-            "experts per rank",
-            f"{experts // parallel.expert}",
-            "feedforward.num_experts / expert; the same on every expert-th data-parallel rank",
-        ),
-        (
-            isinstance(position, RopeConfig),
+            isinstance(model.position, RopeConfig),
             "rotated dimensions",
             f"{rotated} of {head_dim}",
             "position.fraction x head_dim, rounded down to even",
