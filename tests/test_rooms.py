@@ -125,3 +125,10 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+@pytest.mark.parametrize("package", [package for package, rooms in ROOMS.items() if rooms])
+def test_folders_of_tests_are_rooms(package: str) -> None:
+    """A file beside them tests several rooms, or a module that is none."""
+    folders = {path.parent.relative_to(ROOT / "tests" / package) for path in (ROOT / "tests" / package).rglob("*.py")}
+    assert {folder.parts[0] for folder in folders if folder.parts} <= set(ROOMS[package])

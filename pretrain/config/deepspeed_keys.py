@@ -2,8 +2,8 @@
 
 A key is passed on only if it changes what a run of ours does. All others are refused with the reason: decided by
 another key of ours, without an effect here (DeepSpeed's own checkpoints, data loader, inference ...), removed from
-DeepSpeed, or unknown. tests/pretrain/test_deepspeed_keys.py compares the tables with DeepSpeed's own models, so that an
-upgrade cannot add or remove a key unseen.
+DeepSpeed, or unknown. tests/pretrain/config/test_deepspeed_keys.py compares the tables with DeepSpeed's own models, so
+that an upgrade cannot add or remove a key unseen.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pretrain.report.model_text import model_family, model_text
 from tests.corpus import VOCAB_SIZE
 from tests.pretrain.runs import MOA, small_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "configs" / "switchall_tiny.json"
 
 

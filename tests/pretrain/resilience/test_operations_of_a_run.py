@@ -16,9 +16,9 @@ from pretrain.config.schema import Config
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
+from tests.pretrain.report.test_line_log import strict
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
 from tests.pretrain.runs import metrics, small_config
-from tests.pretrain.test_line_log import strict
 
 
 def nothing(trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ from pretrain.config.loading import load_config
 from pretrain.config.rules import smallest_world
 from pretrain.report.model_text import parameter_count
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
+TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 VALUES = ("0", "1", "-1", str(2**31 - 1), str(10**30), "1e-300", "1e300", "1e400", "NaN")
 
 

@@ -23,7 +23,7 @@ from tests.harness import run_ranks
 from tests.pretrain.matrix import MODELS, dropouts
 from tests.pretrain.runs import COMPARED, metrics, small_config, train_runs
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
+TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 STEPS = 4
 SHORT = (f"train.steps={STEPS}", "evaluate.sequences=0", "checkpoint.every_steps=100", "train.seed=5")
 TP2_SP = ("parallel.tensor=2", "parallel.sequence=true")

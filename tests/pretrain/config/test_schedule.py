@@ -16,7 +16,7 @@ from pretrain.config.loading import load_config, parse_config
 from pretrain.config.schedule import keeps_the_past, learning_rate
 from pretrain.config.schema import Config, ScheduleConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}
 PEAK = 2.5e-4
 

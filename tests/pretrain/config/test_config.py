@@ -16,7 +16,7 @@ from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "configs" / "switchall_tiny.json"
 
 

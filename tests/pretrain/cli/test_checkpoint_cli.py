@@ -158,7 +158,7 @@ def test_convert_leaves_what_it_did_not_write(
 def test_the_page_shows_how_to_load_the_weights(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
+    page = Path(__file__).resolve().parents[3] / "docs" / "checkpoints.md"
     [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert "pretrain" not in snippet and "deepspeed" not in snippet
     monkeypatch.chdir(tmp_path)

@@ -22,8 +22,8 @@ from pretrain.config.schema import Config
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
+from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
 from tests.pretrain.runs import assert_bit_identical, curve, small_config, train_runs
-from tests.pretrain.test_checkpoint import DROPOUTS
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
+from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import (
     COMPARED,
     assert_bit_identical,
@@ -23,7 +24,6 @@ from tests.pretrain.runs import (
     train_runs,
 )
 from tests.pretrain.saved import whole_tensors
-from tests.pretrain.test_bits_per_byte import train_and_keep_output
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

@@ -15,7 +15,7 @@ from pretrain.config.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
 from pretrain.config.loading import load_config
 from pretrain.engine.deepspeed_json import deepspeed_json
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
+TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 TABLES = (OWNED, NO_EFFECT, EXTRA)
 
 
