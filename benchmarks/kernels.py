@@ -36,8 +36,8 @@ from benchmarks import peers
 from model.kernels.backend import BACKENDS
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
-from model.kernels.ops.route import route
-from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.route import Choice, route
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ON_CPU = {op: [name for name in names if name not in ("triton", "cuda")] for op, names in BACKENDS.items()}
@@ -75,7 +75,8 @@ def sigma_moe_suite(dtype: torch.dtype, quick: bool) -> Suite:
 
         def forward() -> Tensor:
             r = route(x, router[None], k, backend=router_backend)
-            return sigma_moe(x, r.scores[:, 0], r.index[:, 0], r.order[0], r.load[0], up, down, backend=backend)
+            choice = Choice(r.scores[:, 0], r.index[:, 0], r.order[0], r.load[0])
+            return sigma_moe(x, choice, HeldExperts(up, down), backend=backend)
 
         return forward
 
@@ -111,8 +112,9 @@ def expert_linear_suite(dtype: torch.dtype, quick: bool) -> Suite:
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(N * k))
 
     def ours(backend: str) -> Tensor:
-        q = expert_linear(x, index, order, load, query, backend=backend)
-        return expert_linear_sum(q, gates, index, order, load, output, backend=backend)
+        choice = Choice(gates, index, order, load)
+        q = expert_linear(x, choice, query, backend=backend)
+        return expert_linear_sum(q, choice, output, backend=backend)
 
     def grouped_mm() -> Tensor:
         offsets = load.cumsum(0).int()

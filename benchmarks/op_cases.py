@@ -11,7 +11,7 @@ from torch import Tensor
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.route import Choice, group_choices, route
-from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.ops.switchhead import switchhead_output, switchhead_value
 
 
@@ -80,8 +80,7 @@ def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> 
 
 def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        y = sigma_moe(t["x"], t["scores"], t["index"], t["order"], t["load"], t["up"], t["down"], backend=backend)
-        return (y,)
+        return (sigma_moe(t["x"], choice(t), HeldExperts(t["up"], t["down"]), backend=backend),)
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
     leaves |= {"up": normal(E, d, G, scale=d**-0.5), "down": normal(E, G, d, scale=G**-0.5)}
@@ -115,9 +114,8 @@ def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
     """MoA's query and output projections, one after the other."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        chosen = (t["index"], t["order"], t["load"])
-        q = expert_linear(t["x"], *chosen, t["query"], backend=backend)
-        return q, expert_linear_sum(q, t["scores"], *chosen, t["output"], backend=backend)
+        q = expert_linear(t["x"], choice(t), t["query"], backend=backend)
+        return q, expert_linear_sum(q, choice(t), t["output"], backend=backend)
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
     leaves |= {"query": normal(E, d, h, scale=d**-0.5), "output": normal(E, h, d, scale=h**-0.5)}

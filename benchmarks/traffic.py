@@ -116,6 +116,8 @@ def measure(layer: Layer, T: int, d: int) -> Count:
     """Runs the layer's host functions, forward and backward, under the interpreter's counters."""
     from benchmarks.kernel_cases.recording import recording
     from model.kernels.ops.route import Choice
+    from model.kernels.ops.sigma_moe import Inputs as SigmaMoEInputs
+    from model.kernels.ops.switchhead import Inputs
     from model.kernels.triton import sigma_moe, switchhead_output, switchhead_value
 
     generator = torch.Generator().manual_seed(0)
@@ -134,14 +136,15 @@ def measure(layer: Layer, T: int, d: int) -> Count:
                 (switchhead_value, x, grad_narrow, into),
                 (switchhead_output, narrow, grad_wide, out_of),
             ):
-                choice = Choice(scores, index, order, load)
-                y, *saved = module.forward(rows, choice, experts, strategy)
-                grads = module.backward(grad, rows, choice, experts, tuple(saved), strategy)
+                inputs = Inputs(rows, Choice(scores, index, order, load), experts, strategy)
+                y, *saved = module.forward(inputs)
+                grads = module.backward(grad, inputs, tuple(saved))
                 count.once += 2 * tensor_bytes((rows, scores, index, experts)) + tensor_bytes((y, grad, *grads))
         else:
             tensors = (x, scores[:, 0], order[0], load[0], into[0], out_of[0])
-            y, hidden = sigma_moe.forward(*tensors, first_expert=0)
-            grads = sigma_moe.backward(grad_wide, *tensors, hidden, first_expert=0)
+            single = SigmaMoEInputs(*tensors, first_expert=0)
+            y, hidden = sigma_moe.forward(single)
+            grads = sigma_moe.backward(grad_wide, single, hidden)
             count.once += 2 * tensor_bytes(tensors) + tensor_bytes((y, grad_wide, *grads))
     for launch in launches:
         count.flops += launch.dot_flops

@@ -15,7 +15,7 @@ from model.documents import Documents, causal_attention, rope_positions
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
-from model.kernels.ops.route import Routing, group_choices, route
+from model.kernels.ops.route import Choice, Routing, group_choices, route
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import enter_overlapped
@@ -116,10 +116,11 @@ class MoAAttention(nn.Module):
         backend = self.backends.expert_linear
         output_experts = enter_shards(self.output_experts, group)
         tokens, (query_experts,) = divided[:, L - T :].reshape(B * T, d), late.weights
-        q = expert_linear(tokens, index, order, load, query_experts, backend=backend, slot=late.slot)
+        choice = Choice(gates, index, order, load)
+        q = expert_linear(tokens, choice, query_experts, backend=backend, slot=late.slot)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
         attended = self._attend(q.view(B, T, k, h), key, value, documents).reshape(B * T, k, h)
-        y = expert_linear_sum(attended, gates, index, order, load, output_experts, backend=backend)
+        y = expert_linear_sum(attended, choice, output_experts, backend=backend)
         return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
 
     def _attend(self, q: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:

@@ -10,8 +10,8 @@ from model.config import ModelConfig, SigmaMoEConfig
 from model.distributions import Normal, block_std
 from model.dropout import keep_mask, site_key
 from model.kernels.choice import Backends
-from model.kernels.ops.route import Routing, route
-from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.route import Choice, Routing, route
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
 from model.parallel.exchange import Exchange, collect, spread
@@ -122,10 +122,10 @@ class SigmaMoE(nn.Module):
             held = self.parallel.slice_of(self.config.num_experts)
             index = index - held.start
             if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device
-                return self._experts(tokens, enter_shards(scores, group), index, order, load, late, held.start)
+                return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late, held.start)
             first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
             order, load = order[first:last], load[held]
-        return self._experts(tokens, enter_shards(scores, group), index, order, load, late)
+        return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late)
 
     def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
         """`tokens` [N, d] of this rank alone -> [N, d], computed where the experts are."""
@@ -136,16 +136,11 @@ class SigmaMoE(nn.Module):
         rows = exchange.there(spread(tokens, order, k))
         gates = exchange.there(routing.scores.flatten().gather(0, order))
         index, load = exchange.row_experts()[:, None], exchange.received_load.sum(0)
-        late = Late((self.up_experts, self.down_experts))
-        y = self._experts(rows, gates[:, None], index, exchange.row_order(), load, late)
+        choice = Choice(gates[:, None], index, exchange.row_order(), load)
+        y = self._experts(rows, choice, Late((self.up_experts, self.down_experts)))
         return collect(exchange.back(y), order, k)
 
-    def _experts(
-        self, x: Tensor, scores: Tensor, index: Tensor, order: Tensor, load: Tensor, late: Late, first_expert: int = 0
-    ) -> Tensor:
-        return sigma_moe(
-            *(x, scores, index, order, load, *late.weights),
-            backend=self.backends.sigma_moe,
-            first_expert=first_expert,
-            slot=late.slot,
-        )
+    def _experts(self, x: Tensor, choice: Choice, late: Late, first_expert: int = 0) -> Tensor:
+        up, down = late.weights
+        experts = HeldExperts(up, down, first_expert)
+        return sigma_moe(x, choice, experts, backend=self.backends.sigma_moe, slot=late.slot)

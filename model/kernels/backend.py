@@ -56,7 +56,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
 }
 """Op -> backend -> the module that computes it, imported at its first call. The module has a function for each body of
-the op's file in model/kernels/ops: `forward` and `backward`, of the same arguments in every backend."""
+the op's file in model/kernels/ops: `forward` and `backward`, of the same arguments in every backend. Where those are
+many they are one record, the op's `Inputs`."""
 
 BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modules in IMPLEMENTATIONS.items()}
 """Every op and the backends that it has."""

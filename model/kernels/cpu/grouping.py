@@ -10,15 +10,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
 
 from model.kernels.ops.route import Choice
-
-Strategy = Literal["all", "sets", "experts"]
 
 MAX_GROUP_ROWS = 512
 """Longer groups are split: a [512, 1024] fp32 block is 2 MB, the second-level cache of one core."""
@@ -45,7 +42,7 @@ class Grouping:
     experts  R = N k, W = 1: (token, choice) pairs sorted by expert, E groups; wide rows move k times.
     """
 
-    strategy: Strategy
+    strategy: str
     num_tokens: int
     num_members: int
     token: Tensor
@@ -58,7 +55,7 @@ class Grouping:
     """Per head, in row order."""
 
     @classmethod
-    def restore(cls, saved: tuple[Tensor, Tensor, Tensor], num_experts: int, strategy: Strategy) -> Grouping:
+    def restore(cls, saved: tuple[Tensor, Tensor, Tensor], num_experts: int, strategy: str) -> Grouping:
         """From `saved` of the forward pass: backward neither sorts nor counts again."""
         token, place, ends = saved
         N, k = place.shape[0], place.shape[2]
@@ -88,7 +85,7 @@ class Grouping:
         return max((len(group) for groups in self.groups for group in groups), default=0)
 
 
-def member_sets(num_experts: int, k: int, strategy: Strategy) -> list[tuple[int, ...]]:
+def member_sets(num_experts: int, k: int, strategy: str) -> list[tuple[int, ...]]:
     """The members of every group, in the order of the rows."""
     if strategy == "all":
         return [tuple(range(num_experts))]
@@ -97,9 +94,7 @@ def member_sets(num_experts: int, k: int, strategy: Strategy) -> list[tuple[int,
     return sorted(itertools.combinations(range(num_experts), k), key=lambda members: members[::-1])
 
 
-def saved_shapes(
-    num_tokens: int, num_heads: int, num_experts: int, k: int, strategy: Strategy
-) -> list[tuple[int, ...]]:
+def saved_shapes(num_tokens: int, num_heads: int, num_experts: int, k: int, strategy: str) -> list[tuple[int, ...]]:
     """Shapes of `Grouping.saved`."""
     num_rows, num_sets = {
         "all": (num_tokens, 1),
@@ -109,7 +104,7 @@ def saved_shapes(
     return [(num_heads, num_rows), (num_tokens, num_heads, k), (num_heads, num_sets)]
 
 
-def group_tokens(choice: Choice, num_experts: int, strategy: Strategy) -> Grouping:
+def group_tokens(choice: Choice, num_experts: int, strategy: str) -> Grouping:
     """Groups the tokens of `choice`. One small host copy: the group sizes."""
     index = choice.index
     N, H, k = index.shape

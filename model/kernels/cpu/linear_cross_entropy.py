@@ -7,22 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels.dtypes import gradient_dtype, wide_dtype
-from model.kernels.ops.linear_cross_entropy import local_targets
+from model.kernels.ops.linear_cross_entropy import Inputs, local_targets
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    group: dist.ProcessGroup | None,
-    first_class: int,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the op of model/kernels/ops/linear_cross_entropy.py; `chunk_bytes` of logits at a time."""
+    hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class = inputs
     (N, d), V = hidden.shape, weight.shape[0]
     dtype = wide_dtype(hidden.dtype)
     wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -9,18 +9,12 @@ from model.kernels.activation import activate, activate_kept, activation_gradien
 from model.kernels.cpu.sorted_rows import expert_segment, mm_into, slot_rows, sorted_gates, sum_slots
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
+from model.kernels.ops.sigma_moe import Inputs
 
 
-def forward(
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and hidden layer, as `model.kernels.ops.sigma_moe`'s op."""
+    x, scores, order, load, up_experts, down_experts, first_expert = inputs
     assert first_expert == 0, "the CPU takes the slots of its own experts alone"
     (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
     swiglu, W = is_swiglu(up_experts, down_experts), up_experts.shape[2]
@@ -42,17 +36,8 @@ def forward(
     return sum_slots(rows, order, k, x), hidden
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, scores, order, load, up_experts, down_experts, _ = inputs
     (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
     swiglu, W = is_swiglu(up_experts, down_experts), up_experts.shape[2]
     dtype, counts = hidden.dtype, load.tolist()
@@ -90,18 +75,9 @@ def backward(
 # faster: a gathered tile and the hidden layer's gradient serve both while they are in cache (docs/parallelism.md).
 
 
-def input_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x and scores, and that of the hidden layer before its activation [slots, W]."""
+    x, scores, order, load, up_experts, down_experts, _ = inputs
     (N, d), (_, G, _), k = x.shape, down_experts.shape, scores.shape[1]
     swiglu = is_swiglu(up_experts, down_experts)
     dtype, counts = hidden.dtype, load.tolist()
@@ -127,19 +103,9 @@ def input_gradients(
     return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_hidden
 
 
-def expert_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-    grad_hidden: Tensor,
-) -> tuple[Tensor, Tensor]:
+def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of up_experts and down_experts."""
+    x, scores, order, load, up_experts, down_experts, _ = inputs
     d, (_, G, _), k = x.shape[1], down_experts.shape, scores.shape[1]
     swiglu = is_swiglu(up_experts, down_experts)
     dtype, counts = hidden.dtype, load.tolist()

@@ -20,14 +20,15 @@ from model.kernels.cpu.grouped_passes import (
     over_heads,
     score_gradient,
 )
-from model.kernels.cpu.grouping import Grouping, Strategy, group_tokens
+from model.kernels.cpu.grouping import Grouping, group_tokens
 from model.kernels.cpu.workers import scratch
 from model.kernels.dtypes import cpu_gemm_dtype
-from model.kernels.ops.route import Choice
+from model.kernels.ops.switchhead import Inputs
 
 
-def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y [N, d] and `Grouping.saved`."""
+    a, choice, experts, strategy = inputs
     experts, scores = experts.contiguous(), choice.scores
     H, E, _, d = experts.shape
     dtype = cpu_gemm_dtype(a.dtype, accumulates=True)
@@ -49,13 +50,11 @@ def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
     return add_up(grouping, totals).to(a.dtype), *grouping.saved
 
 
-def backward(
-    grad: Tensor, a: Tensor, choice: Choice, experts: Tensor, saved: tuple[Tensor, ...], strategy: Strategy
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, scores and experts; `saved` is what `forward` gives after y.
 
     One gather of `grad` serves both wide products."""
-    token, place, ends = saved
+    (a, choice, experts, strategy), (token, place, ends) = inputs, saved
     experts, scores = experts.contiguous(), choice.scores
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     H, h = experts.shape[0], experts.shape[2]

@@ -20,16 +20,15 @@ from model.kernels.cpu.grouped_passes import (
     over_heads,
     score_gradient,
 )
-from model.kernels.cpu.grouping import Grouping, Strategy, group_tokens
+from model.kernels.cpu.grouping import Grouping, group_tokens
 from model.kernels.cpu.workers import scratch
 from model.kernels.dtypes import cpu_gemm_dtype
-from model.kernels.ops.route import Choice
+from model.kernels.ops.switchhead import Inputs
 
 
-def forward(
-    x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> v [N, H, h], products x W_V of every row and member [H R W, h], and `Grouping.saved`."""
+    x, choice, experts, strategy = inputs
     experts, scores = experts.contiguous(), choice.scores
     H, E, _, h = experts.shape
     dtype = cpu_gemm_dtype(x.dtype, accumulates=True)
@@ -53,11 +52,10 @@ def forward(
     return v, products.view(-1, h).to(x.dtype), *grouping.saved
 
 
-def backward(
-    grad: Tensor, x: Tensor, choice: Choice, experts: Tensor, saved: tuple[Tensor, ...], strategy: Strategy
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
-    experts, scores, (products, token, place, ends) = experts.contiguous(), choice.scores, saved
+    (x, choice, experts, strategy), (products, token, place, ends) = inputs, saved
+    experts, scores = experts.contiguous(), choice.scores
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     H, d, h = experts.shape[0], experts.shape[2], experts.shape[3]
     dtype = cpu_gemm_dtype(x.dtype, accumulates=True)
@@ -90,11 +88,10 @@ def backward(
 # The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py).
 
 
-def input_gradients(
-    grad: Tensor, x: Tensor, choice: Choice, experts: Tensor, saved: tuple[Tensor, ...], strategy: Strategy
-) -> tuple[Tensor, Tensor, Tensor]:
+def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and scores, and the gates of rows and members."""
-    experts, scores, (products, token, place, ends) = experts.contiguous(), choice.scores, saved
+    (x, choice, experts, strategy), (products, token, place, ends) = inputs, saved
+    experts, scores = experts.contiguous(), choice.scores
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     H, d, h = experts.shape[0], experts.shape[2], experts.shape[3]
     dtype = cpu_gemm_dtype(x.dtype, accumulates=True)
@@ -117,17 +114,9 @@ def input_gradients(
     return add_up(grouping, totals).to(x.dtype), grad_scores, gates
 
 
-def expert_gradient(
-    grad: Tensor,
-    x: Tensor,
-    choice: Choice,
-    experts: Tensor,
-    saved: tuple[Tensor, ...],
-    strategy: Strategy,
-    gates: Tensor,
-) -> Tensor:
+def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gates: Tensor) -> Tensor:
     """Gradient of the experts; `gates` are those that `input_gradients` gave."""
-    _, token, place, ends = saved
+    (x, _, experts, strategy), (_, token, place, ends) = inputs, saved
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
     grad_experts = torch.empty_like(experts, memory_format=torch.contiguous_format)
 

@@ -9,18 +9,12 @@ from torch import Tensor
 from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
 from model.kernels.backend import grouped_mm_limit
 from model.kernels.cpu.sorted_rows import inverse
+from model.kernels.ops.sigma_moe import Inputs
 
 
-def forward(
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and hidden layer, as `model.kernels.ops.sigma_moe`'s op."""
+    x, scores, order, load, up_experts, down_experts, first_expert = inputs
     assert first_expert == 0, "F.grouped_mm takes the slots of its own experts alone"
     _check_grouped_mm(x, up_experts)
     k, offsets = scores.shape[1], load.cumsum(0, dtype=torch.int32)
@@ -31,35 +25,17 @@ def forward(
     return _sum_rows(rows, order, scores, x), hidden
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = grad, x, scores, order, load, up_experts, down_experts, hidden, first_expert
-    grad_x, grad_scores, kept = input_gradients(*arguments)
-    return grad_x, grad_scores, *expert_gradients(*arguments, kept)
+def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_scores, kept = input_gradients(grad, inputs, hidden)
+    return grad_x, grad_scores, *expert_gradients(grad, inputs, hidden, kept)
 
 
 def input_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
+    grad: Tensor, inputs: Inputs, hidden: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """-> gradients of x and scores; and, in the order of the slots, that of the hidden layer before its activation, the
     activated one times its gate and the rows of `grad`."""
+    x, scores, order, load, up_experts, down_experts, _ = inputs
     offsets, gates = load.cumsum(0, dtype=torch.int32), scores.flatten()[order, None].to(x.dtype)
     rows = grad.contiguous()[order // scores.shape[1]]
     grad_gated = F.grouped_mm(rows, down_experts.transpose(1, 2), offs=offsets)
@@ -73,20 +49,12 @@ def input_gradients(
 
 
 def expert_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-    kept: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor, inputs: Inputs, hidden: Tensor, kept: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of up_experts and down_experts; `kept` is what `input_gradients` gave for them."""
-    (grad_hidden, gated, rows), offsets = kept, load.cumsum(0, dtype=torch.int32)
-    grad_up = F.grouped_mm(x[order // scores.shape[1]].t(), grad_hidden, offs=offsets)
+    (grad_hidden, gated, rows), offsets = kept, inputs.load.cumsum(0, dtype=torch.int32)
+    tokens = inputs.order // inputs.scores.shape[1]
+    grad_up = F.grouped_mm(inputs.x[tokens].t(), grad_hidden, offs=offsets)
     return grad_up, F.grouped_mm(gated.t(), rows, offs=offsets)
 
 

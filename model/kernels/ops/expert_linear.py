@@ -20,40 +20,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import wide_dtype
+from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
 
-def expert_linear(
-    x: Tensor,
-    index: Tensor,
-    order: Tensor,
-    load: Tensor,
-    experts: Tensor,
-    *,
-    backend: str,
-    slot: Slot | None = None,
-) -> Tensor:
-    """`x` [N, d], `index` [N, k] int64, `order` [N*k] (slots grouped by expert, in token order) and `load` [E] int64 as
-    `model.kernels.ops.route` gives them, `experts` [E, d, h] -> [N, k, h] in the dtype of `x`.
+def expert_linear(x: Tensor, choice: Choice, experts: Tensor, *, backend: str, slot: Slot | None = None) -> Tensor:
+    """`x` [N, d], `choice` of one router (`index` [N, k], `order` [N*k], `load` [E]; its scores are not used),
+    `experts` [E, d, h] -> [N, k, h] in the dtype of `x`.
 
     Differentiable in `x` and `experts`. `backend` is a resolved one (model/kernels/backend.py). With `slot` the
     gradient of the experts is left to it (model/parallel/overlap.py), but by the reference, which gives it at once.
     """
     if backend == "reference":
-        return expert_linear_reference(x, index, experts)
-    if slot is not None:
-        return _LateExperts.apply(slot, x, order, load, experts, index.shape[1], backend)
-    return _expert_linear(x, order, load, experts, index.shape[1], backend)
+        return expert_linear_reference(x, choice.index, experts)
+    inputs = (x, choice.order, choice.load, experts, choice.index.shape[1], backend)
+    return _expert_linear(*inputs) if slot is None else _LateExperts.apply(slot, *inputs)
 
 
-def expert_linear_sum(
-    a: Tensor, gates: Tensor, index: Tensor, order: Tensor, load: Tensor, experts: Tensor, *, backend: str
-) -> Tensor:
-    """`a` [N, k, h], `gates` [N, k], `experts` [E, h, d]; `index`, `order`, `load` as above -> [N, d] in the dtype of
-    `a`. Differentiable in `a`, `gates` (any float dtype) and `experts`."""
+def expert_linear_sum(a: Tensor, choice: Choice, experts: Tensor, *, backend: str) -> Tensor:
+    """`a` [N, k, h], `choice` as above, whose scores [N, k] are the gates, `experts` [E, h, d] -> [N, d] in the dtype
+    of `a`. Differentiable in `a`, the gates (any float dtype) and `experts`."""
     if backend == "reference":
-        return expert_linear_sum_reference(a, gates, index, experts)
-    return _expert_linear_sum(a, gates, order, load, experts, backend)
+        return expert_linear_sum_reference(a, choice.scores, choice.index, experts)
+    return _expert_linear_sum(a, choice.scores, choice.order, choice.load, experts, backend)
 
 
 def expert_linear_reference(x: Tensor, index: Tensor, experts: Tensor) -> Tensor:

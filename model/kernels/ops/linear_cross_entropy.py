@@ -15,6 +15,8 @@ F.cross_entropy(F.linear(h, w, b).float(), t) takes 11.4 s and 3049 MB; bf16 7.0
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,6 +30,23 @@ from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
 """Logits of one chunk. A chunk reads and writes the whole weight gradient once, so small chunks cost memory traffic."""
+
+
+class Inputs(NamedTuple):
+    """What every backend takes of a call."""
+
+    hidden: Tensor
+    weight: Tensor
+    """This rank's classes, from `first_class` on, of those that the ranks of `group` hold; so is `bias`."""
+    bias: Tensor | None
+    targets: Tensor
+    ignore_index: int
+    need_hidden: bool
+    """Whether the gradient of `hidden` is wanted."""
+    need_weight: bool
+    """Whether those of `weight` and `bias` are."""
+    group: dist.ProcessGroup | None
+    first_class: int
 
 
 def linear_cross_entropy(
@@ -53,37 +72,20 @@ def linear_cross_entropy(
     first_class = weight.shape[0] * parallel.tensor_rank if parallel is not None else 0
     if backend == "reference":
         return linear_cross_entropy_reference(
-            hidden, weight, bias, targets, ignore_index=ignore_index, group=group, first_class=first_class
+            Inputs(hidden, weight, bias, targets, ignore_index, True, True, group, first_class)
         )
     grad = torch.is_grad_enabled()
     need_hidden = grad and hidden.requires_grad
     need_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    loss, token_loss, *_ = _linear_cross_entropy(
-        hidden,
-        weight,
-        bias,
-        targets,
-        ignore_index,
-        need_hidden,
-        need_weight,
-        "" if group is None else group.group_name,
-        first_class,
-        backend,
-    )
+    group_name = "" if group is None else group.group_name
+    settings = ignore_index, need_hidden, need_weight, group_name, first_class, backend
+    loss, token_loss, *_ = _linear_cross_entropy(hidden, weight, bias, targets, *settings)
     return loss, token_loss
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-    first_class: int = 0,
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The specification: all logits at once, in fp32 whatever the storage dtype."""
+    hidden, weight, bias, targets, ignore_index, _, _, group, first_class = inputs
     wide = wide_dtype(hidden.dtype)
     logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if group is None:
@@ -123,8 +125,8 @@ def _linear_cross_entropy(
     """-> loss, token_loss and the gradients of hidden, weight and bias for d loss = 1 (empty where not needed), in
     `gradient_dtype`."""
     group = _resolve_process_group(GroupName(group_name)) if group_name else None
-    arguments = (hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
-    return implementation("linear_cross_entropy", backend).forward(*arguments, CHUNK_BYTES)
+    inputs = Inputs(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
+    return implementation("linear_cross_entropy", backend).forward(inputs, CHUNK_BYTES)
 
 
 @_linear_cross_entropy.register_fake

@@ -39,7 +39,7 @@ class Routing(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The part of a routing that the ops over chosen experts need."""
+    """The part of a routing that the ops over chosen experts need. Those of one router take it without the axis R."""
 
     scores: Tensor
     """[N, R, k] fp32."""

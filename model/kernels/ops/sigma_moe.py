@@ -17,6 +17,7 @@ one thread in one run: gather into the rows that are summed at the end 66% (this
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,56 +26,68 @@ from torch.utils.flop_counter import register_flop_formula
 from model.kernels.activation import activate, is_swiglu
 from model.kernels.backend import implementation
 from model.kernels.dtypes import cpu_gemm_dtype, wide_dtype
+from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
 
-def sigma_moe(
-    x: Tensor,
-    scores: Tensor,
-    index: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    *,
-    backend: str,
-    first_expert: int = 0,
-    slot: Slot | None = None,
-) -> Tensor:
-    """`x` [N, d], `scores` and `index` [N, k], `order` [N*k] (slots grouped by expert, in token order), `load` [E],
-    `up_experts` [E, d, W], `down_experts` [E, G, d] -> [N, d] in the dtype of `x`.
+class HeldExperts(NamedTuple):
+    """The experts that this rank computes, E of them."""
+
+    up: Tensor
+    """[E, d, W]"""
+    down: Tensor
+    """[E, G, d]"""
+    first: int = 0
+    """Which of the router's experts the first one is, where `order` and `load` are those of all (see `sigma_moe`)."""
+
+
+class Inputs(NamedTuple):
+    """What every backend takes of a call, forward and backward."""
+
+    x: Tensor
+    scores: Tensor
+    order: Tensor
+    load: Tensor
+    up_experts: Tensor
+    down_experts: Tensor
+    first_expert: int
+
+
+def sigma_moe(x: Tensor, choice: Choice, experts: HeldExperts, *, backend: str, slot: Slot | None = None) -> Tensor:
+    """`x` [N, d], `choice` of one router (`scores` and `index` [N, k], `order` [N*k], `load` [E]) and `experts` ->
+    [N, d] in the dtype of `x`.
 
     A tensor-parallel rank that holds some of the experts gives its own: the part of `order` with their slots, their
     `load`, and `index` counted from its first expert; what others chose (below 0, or E and above) adds nothing here.
     How many slots those are only the device knows: with the backend `triton` it gives all of `order` and `load`, and
-    `first_expert`, and need not wait for it.
+    `experts.first`, and need not wait for it.
 
-    Differentiable in `x`, `scores` (any float dtype), `up_experts` and `down_experts`. `order` and `load` are those of
-    `model.kernels.ops.route` for `index`. `backend` is a resolved one (model/kernels/backend.py). With `slot` the
-    gradients of the experts are left to it (model/parallel/overlap.py), but by the reference, which gives them at once.
+    Differentiable in `x`, the choice's scores (any float dtype) and both matrices of the experts. `backend` is a
+    resolved one (model/kernels/backend.py). With `slot` the gradients of the experts are left to it
+    (model/parallel/overlap.py), but by the reference, which gives them at once.
     """
     if backend == "reference":
-        return sigma_moe_reference(x, scores, index, up_experts, down_experts)
-    if slot is not None:
-        return _LateExperts.apply(slot, x, scores, order, load, up_experts, down_experts, backend, first_expert)
-    return _sigma_moe(x, scores, order, load, up_experts, down_experts, backend, first_expert)[0]
+        return sigma_moe_reference(x, choice, experts)
+    inputs = (x, choice.scores, choice.order, choice.load, experts.up, experts.down, backend, experts.first)
+    return _sigma_moe(*inputs)[0] if slot is None else _LateExperts.apply(slot, *inputs)
 
 
-def sigma_moe_reference(x: Tensor, scores: Tensor, index: Tensor, up_experts: Tensor, down_experts: Tensor) -> Tensor:
+def sigma_moe_reference(x: Tensor, choice: Choice, experts: HeldExperts) -> Tensor:
     """The specification: every expert computes every token, the gate of an expert that was not chosen is zero.
 
     E / k times the arithmetic of the op, but no data-dependent shape. Half precision is computed in fp32.
     """
-    wide = wide_dtype(x.dtype)
-    num_experts = up_experts.shape[0]
+    wide, scores, index = wide_dtype(x.dtype), choice.scores, choice.index
+    num_experts = experts.up.shape[0]
     column = torch.where((index >= 0) & (index < num_experts), index, num_experts)  # one more for absent experts
     gates = scores.new_zeros(x.shape[0], num_experts + 1).scatter_add(1, column, scores)[:, :-1].to(wide)  # [N, E]
-    products = torch.einsum("nd,edw->new", x.to(wide), up_experts.to(wide))
-    hidden = activate(products, swiglu=is_swiglu(up_experts, down_experts))
-    return torch.einsum("neg,egd->nd", hidden * gates[:, :, None], down_experts.to(wide)).to(x.dtype)
+    products = torch.einsum("nd,edw->new", x.to(wide), experts.up.to(wide))
+    hidden = activate(products, swiglu=is_swiglu(experts.up, experts.down))
+    return torch.einsum("neg,egd->nd", hidden * gates[:, :, None], experts.down.to(wide)).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- op
+# A custom op takes tensors, no record of them; the first thing that it does is to make one.
 
 
 @torch.library.custom_op("switchall::sigma_moe", mutates_args=())
@@ -90,8 +103,8 @@ def _sigma_moe(
 ) -> tuple[Tensor, Tensor]:
     """-> output [N, d] and the hidden layer [N*k, W] for backward: grouped by expert, before the gate; after ReLU, but
     before SwiGLU."""
-    module = implementation("sigma_moe", backend)
-    return module.forward(x, scores, order, load, up_experts, down_experts, first_expert)
+    inputs = Inputs(x, scores, order, load, up_experts, down_experts, first_expert)
+    return implementation("sigma_moe", backend).forward(inputs)
 
 
 @_sigma_moe.register_fake
@@ -116,8 +129,8 @@ def _sigma_moe_backward(
     first_expert: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
-    module = implementation("sigma_moe", backend)
-    return module.backward(grad, x, scores, order, load, up_experts, down_experts, hidden, first_expert)
+    inputs = Inputs(x, scores, order, load, up_experts, down_experts, first_expert)
+    return implementation("sigma_moe", backend).backward(grad, inputs, hidden)
 
 
 @_sigma_moe_backward.register_fake
@@ -158,7 +171,8 @@ class _LateExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = grad, *ctx.saved_tensors, ctx.first_expert
+        x, scores, order, load, up_experts, down_experts, hidden = ctx.saved_tensors
+        arguments = grad, Inputs(x, scores, order, load, up_experts, down_experts, ctx.first_expert), hidden
         grad_x, grad_scores, kept = ctx.module.input_gradients(*arguments)
         ctx.slot.leave(partial(ctx.module.expert_gradients, *arguments, kept))
         return None, grad_x, grad_scores, *[None] * 6

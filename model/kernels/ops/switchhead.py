@@ -11,7 +11,7 @@ head, k chosen experts.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,23 @@ from model.parallel.overlap import Slot
 STRATEGIES = {"cpu": ("all", "sets", "experts"), "triton": ("gated", "sorted")}
 """How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py and
 model/kernels/triton/gated_gemm.py."""
+
+
+class Inputs(NamedTuple):
+    """What every backend takes of a call of either op, forward and backward."""
+
+    rows: Tensor
+    """x [N, d] of value, a [N, H, h] of output."""
+    choice: Choice
+    experts: Tensor
+    """[H, E, d, h] of value, [H, E, h, d] of output."""
+    strategy: str
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], strategy: str) -> Inputs:
+        """From the tensors of a custom op: rows, those of the choice, experts."""
+        rows, *choice, experts = tensors
+        return cls(rows, Choice(*choice), experts, strategy)
 
 
 def switchhead_value(
@@ -107,8 +124,9 @@ def _gates(choice: Choice, experts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- ops
-# Both return, after the result, what their backward pass takes again: the products of value's slots, and how the CPU
-# grouped the tokens (`Grouping.saved`). It is empty where a backend needs none.
+# A custom op takes tensors, no record of them; the first thing that it does is to make one. Both return, after the
+# result, what their backward pass takes again: the products of value's slots, and how the CPU grouped the tokens
+# (`Grouping.saved`). It is empty where a backend needs none.
 
 Saved = tuple[Tensor, Tensor, Tensor]
 
@@ -125,8 +143,8 @@ def _value(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> v, products [slots or rows, h] and `Grouping.saved`."""
-    forward = implementation("switchhead_value", backend).forward
-    v, products, *grouping = forward(x, Choice(scores, index, order, load), experts, strategy)
+    inputs = Inputs.of((x, scores, index, order, load, experts), strategy)
+    v, products, *grouping = implementation("switchhead_value", backend).forward(inputs)
     return v, products, *(grouping or _no_grouping(index))
 
 
@@ -147,9 +165,8 @@ def _value_backward(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x, scores and experts for the output's gradient `grad` [N, H, h]."""
-    backward = implementation("switchhead_value", backend).backward
-    choice, saved = Choice(scores, index, order, load), (products, token, place, ends)
-    return backward(grad, x, choice, experts, saved, strategy)
+    inputs = Inputs.of((x, scores, index, order, load, experts), strategy)
+    return implementation("switchhead_value", backend).backward(grad, inputs, (products, token, place, ends))
 
 
 @torch.library.custom_op("switchall::switchhead_output", mutates_args=())
@@ -164,8 +181,8 @@ def _output(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y and `Grouping.saved`."""
-    forward = implementation("switchhead_output", backend).forward
-    y, *grouping = forward(a, Choice(scores, index, order, load), experts, strategy)
+    inputs = Inputs.of((a, scores, index, order, load, experts), strategy)
+    y, *grouping = implementation("switchhead_output", backend).forward(inputs)
     return y, *(grouping or _no_grouping(index))
 
 
@@ -185,8 +202,8 @@ def _output_backward(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of a, scores and experts for the output's gradient `grad` [N, d]."""
-    backward = implementation("switchhead_output", backend).backward
-    return backward(grad, a, Choice(scores, index, order, load), experts, (token, place, ends), strategy)
+    inputs = Inputs.of((a, scores, index, order, load, experts), strategy)
+    return implementation("switchhead_output", backend).backward(grad, inputs, (token, place, ends))
 
 
 def _no_grouping(index: Tensor) -> Saved:
@@ -206,7 +223,7 @@ def _(a, scores, index, order, load, experts, backend, strategy):
     return a.new_empty(a.shape[0], d), *_fake_grouping(index, E, backend, strategy)
 
 
-def _fake_grouping(index: Tensor, num_experts: int, backend: str, strategy: Any) -> Saved:
+def _fake_grouping(index: Tensor, num_experts: int, backend: str, strategy: str) -> Saved:
     if backend != "cpu":
         return _no_grouping(index)
     N, H, k = index.shape
@@ -255,8 +272,8 @@ class _LateValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scores, index, order, load, experts, *saved = ctx.saved_tensors
-        arguments = grad, x, Choice(scores, index, order, load), experts, tuple(saved), ctx.strategy
+        tensors, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        arguments = grad, Inputs.of(tensors, ctx.strategy), saved
         grad_x, grad_scores, kept = ctx.module.input_gradients(*arguments)
         ctx.slot.leave(lambda: (ctx.module.expert_gradient(*arguments, kept),))
         return None, grad_x, grad_scores, *[None] * 6

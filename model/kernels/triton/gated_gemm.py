@@ -14,7 +14,7 @@ Shape legend: N tokens, d d_model (wide), H heads, h head_dim (narrow), E expert
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.backend import TRITON_DTYPES
-
-Strategy = Literal["gated", "sorted"]
-"""How SwitchHead's kernels work: gated, as above; or sorted (model/kernels/triton/sorted_gemm.py)."""
 
 
 class GemmTiles(NamedTuple):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model.kernels.backend import triton_limit
 from model.kernels.dtypes import gradient_dtype
+from model.kernels.ops.linear_cross_entropy import Inputs
 from model.kernels.triton.launch import on_its_device
 
 LONGEST_BLOCK = 32768
@@ -122,19 +123,9 @@ def softmax_kernel(
 
 
 @on_its_device
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    group: dist.ProcessGroup | None,
-    first_class: int,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `model.kernels.ops.linear_cross_entropy._linear_cross_entropy`; `chunk_bytes` of fp32 logits at a time."""
+    hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, _, _ = inputs
     reason = triton_limit(hidden.device.type, hidden.dtype)
     if reason is not None:
         raise ValueError(
@@ -143,6 +134,7 @@ def forward(
     (N, d), V, weight_dtype = hidden.shape, weight.shape[0], weight.dtype
     hidden, weight, targets = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
+    inputs = inputs._replace(bias=bias, targets=targets)
     need_gradient, need_bias = need_hidden or need_weight, need_weight and bias is not None
     stride, _, _ = blocks(V, holds_row=False)
     chunk_size = max(1, min(N, chunk_bytes // (stride * 4)))
@@ -157,8 +149,7 @@ def forward(
         chunk = slice(start, min(start + chunk_size, N))
         rows, size = hidden[chunk], chunk.stop - start
         multiply(rows, weight.t(), logits[:size, :V])
-        arguments = logits[:size], bias, targets[chunk], None if gradient is None else gradient[:size]
-        _softmax(*arguments, token_loss[chunk], ignore_index, first_class, V, group)
+        _softmax(inputs, chunk, logits[:size], token_loss[chunk], None if gradient is None else gradient[:size])
         if gradient is None:
             continue
         delta = gradient[:size, :V]
@@ -185,26 +176,26 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     return torch.addmm(out, a, b, torch.float32, out=out) if add else torch.mm(a, b, torch.float32, out=out)
 
 
-def _softmax(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    gradient: Tensor | None,
-    token_loss: Tensor,
-    ignore_index: int,
-    first_class: int,
-    num_classes: int,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Fills `token_loss` [C] and `gradient` [C, padded V] from `logits` [C, padded V] of this rank's classes."""
-    size = logits.shape[0]
+def _softmax(inputs: Inputs, chunk: slice, logits: Tensor, token_loss: Tensor, gradient: Tensor | None) -> None:
+    """Fills `token_loss` [C] and `gradient` [C, padded V] of the tokens in `chunk` from `logits` [C, padded V] of this
+    rank's classes."""
+    size, num_classes, targets, group = logits.shape[0], inputs.weight.shape[0], inputs.targets[chunk], inputs.group
 
     def launch(
         combined: Tensor | None, statistics: Tensor | None, loss: Tensor | None, gradient: Tensor | None
     ) -> None:
         stride, block, warps = blocks(num_classes, holds_row=loss is not None and gradient is not None)
         softmax_kernel[(size,)](
-            *(logits, bias, targets, combined, statistics, loss, gradient, ignore_index, first_class, size),
+            logits_ptr=logits,
+            bias_ptr=inputs.bias,
+            targets_ptr=targets,
+            combined_ptr=combined,
+            statistics_ptr=statistics,
+            token_loss_ptr=loss,
+            gradient_ptr=gradient,
+            ignore_index=inputs.ignore_index,
+            first_class=inputs.first_class,
+            num_rows=size,
             NUM_CLASSES=num_classes,
             ROW_STRIDE=stride,
             BLOCK=block,
@@ -224,7 +215,7 @@ def _softmax(
     exp_sum, target_logit = sums
     # Of an ignored token every rank gave maximum 0, and the sum of its ones is not a loss.
     loss = exp_sum.log() + (maximum - target_logit)
-    token_loss.copy_(torch.where(targets != ignore_index, loss, 0.0))
+    token_loss.copy_(torch.where(targets != inputs.ignore_index, loss, 0.0))
     if gradient is not None:
         launch(torch.stack([maximum, exp_sum]), None, None, gradient)
 

@@ -289,13 +289,15 @@ def forward(
     counts = x.new_empty(blocks, R, E, dtype=torch.int32)
     dropout = 0 if keep is None else 2 if drop_scores else 1
     choose_kernel[(blocks, groups)](
-        x, weight, logits if keep is None else keep.contiguous(), logits, scores, index, counts, N, d, R, E,
+        x=x, weight=weight, keep=logits if keep is None else keep.contiguous(),
+        logits=logits, scores=scores, index=index, counts=counts, N=N, d=d, R=R, E=E,
         K=k, K_PADDED=triton.next_power_of_2(k), DROPOUT=dropout, TOKENS=tiles.tokens, ROUTERS=tiles.routers,
         EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.options,
     )  # fmt: skip
     blocks_per_program = triton.cdiv(blocks, MAX_PLACERS)
     place_kernel[(triton.cdiv(blocks, blocks_per_program), groups)](
-        index, counts, load, order, N, R, E, blocks, blocks_per_program, K=k, BLOCKS=COUNTS,
+        index=index, counts=counts, load=load, order=order, N=N, R=R, E=E,
+        num_blocks=blocks, blocks_per_program=blocks_per_program, K=k, BLOCKS=COUNTS,
         TOKENS=tiles.tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, **tiles.options,
     )  # fmt: skip
     return logits, scores, index, load, order
@@ -319,9 +321,10 @@ def backward(
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     of_groups = grad_x if groups == 1 else x.new_empty(groups, N, d, dtype=torch.float32)
     gradients_kernel[(chunks, parts, groups)](
-        scores if grad_logits is None else grad_logits.contiguous(),
-        scores if grad_scores is None else grad_scores.contiguous(),
-        rows, matrix, scores.contiguous(), index.contiguous(), of_groups, partial, N, d, R, E, blocks_per_chunk,
+        grad_logits=scores if grad_logits is None else grad_logits.contiguous(),
+        grad_scores=scores if grad_scores is None else grad_scores.contiguous(),
+        x=rows, weight=matrix, scores=scores.contiguous(), index=index.contiguous(),
+        grad_x=of_groups, partial=partial, N=N, d=d, R=R, E=E, blocks_per_chunk=blocks_per_chunk,
         K=k, HAS_LOGITS=grad_logits is not None, HAS_SCORES=grad_scores is not None, **precision(rows.dtype),
         TOKENS=tiles.gradient_tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, DEPTH=tiles.gradient_depth,
         **GRADIENT_OPTIONS,
@@ -339,7 +342,7 @@ def group_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _add_up(parts: Tensor, total: Tensor) -> None:
     add_up_kernel[(triton.cdiv(total.numel(), ADD_UP),)](
-        parts, total, total.numel(), parts.shape[0], BLOCK=ADD_UP, **OPTIONS
+        partial=parts, total=total, size=total.numel(), num_parts=parts.shape[0], BLOCK=ADD_UP, **OPTIONS
     )
 
 

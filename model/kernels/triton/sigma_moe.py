@@ -30,6 +30,7 @@ from torch import Tensor
 
 from model.kernels.activation import is_swiglu
 from model.kernels.backend import triton_limit
+from model.kernels.ops.sigma_moe import Inputs
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sigma_moe_kernels import (
     backward_kernel,
@@ -97,122 +98,92 @@ def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: in
 
 
 @on_its_device
-def forward(
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """As `model.kernels.ops.sigma_moe._sigma_moe`."""
-    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
-    hidden = x.new_empty(order.shape[0], up_experts.shape[2])
-    return _launch(forward_kernel, x, scores, order, load, up_experts, down_experts, first_expert, hidden), hidden
+    inputs = _prepare(inputs)
+    hidden = inputs.x.new_empty(inputs.order.shape[0], inputs.up_experts.shape[2])
+    return _launch(forward_kernel, inputs, x_ptr=inputs.x, hidden_ptr=hidden), hidden
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, scores, up_experts, down_experts for the output's gradient `grad` [N, d]."""
-    arguments = grad, x, scores, order, load, up_experts, down_experts, hidden, first_expert
-    grad_x, grad_scores, kept = input_gradients(*arguments)
-    return grad_x, grad_scores, *expert_gradients(*arguments, kept)
+    grad_x, grad_scores, kept = input_gradients(grad, inputs, hidden)
+    return grad_x, grad_scores, *expert_gradients(grad, inputs, hidden, kept)
 
 
 @on_its_device
-def input_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """-> gradients of x and scores; and the gradient of the hidden layer before its activation and the hidden layer
     times its gate, for `expert_gradients`."""
-    x, scores, order, load, up_experts, down_experts = _prepare(x, scores, order, load, up_experts, down_experts)
-    grad = grad.to(x.dtype).contiguous()
+    inputs = _prepare(inputs)
+    x, scores, order, load, up_experts, down_experts, _ = inputs
     num_rows, (_, G, _) = order.shape[0], down_experts.shape
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
     swiglu = is_swiglu(up_experts, down_experts)
     chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
     # No program writes the gate of a slot whose expert is not here.
-    new = scores.new_zeros if _some_missing(order, load, scores, down_experts) else scores.new_empty
+    new = scores.new_zeros if _some_missing(inputs) else scores.new_empty
     grad_scores = new((*scores.shape, chunks), dtype=scores.dtype if chunks == 1 else torch.float32)
-    outputs = (hidden, grad_hidden, gated, grad_scores)
-    grad_x = _launch(backward_kernel, grad, scores, order, load, up_experts, down_experts, first_expert, *outputs)
+    grad_x = _launch(
+        backward_kernel,
+        inputs,
+        grad_ptr=grad.to(x.dtype).contiguous(),
+        hidden_ptr=hidden,
+        grad_hidden_ptr=grad_hidden,
+        gated_ptr=gated,
+        grad_scores_ptr=grad_scores,
+    )
     grad_scores = grad_scores[..., 0] if chunks == 1 else grad_scores.sum(-1).to(scores.dtype)
     return grad_x, grad_scores, (grad_hidden, gated)
 
 
 @on_its_device
 def expert_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up_experts: Tensor,
-    down_experts: Tensor,
-    hidden: Tensor,
-    first_expert: int,
-    kept: tuple[Tensor, Tensor],
+    grad: Tensor, inputs: Inputs, hidden: Tensor, kept: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of up_experts and down_experts; `kept` is what `input_gradients` gave for them."""
-    x, order, load = (t.contiguous() for t in (x, order, load))
+    x, order, load = (t.contiguous() for t in (inputs.x, inputs.order, inputs.load))
     (grad_hidden, gated), grad = kept, grad.to(x.dtype).contiguous()
-    routing = order, load, scores.shape[1], first_expert, down_experts.shape[0]
-    grad_up = expert_weight_gradient(grad_hidden, x, *routing, width_first=False).to(up_experts.dtype)
-    grad_down = expert_weight_gradient(gated, grad, *routing, width_first=True).to(down_experts.dtype)
+    inputs = inputs._replace(x=x, order=order, load=load)
+    grad_up = expert_weight_gradient(grad_hidden, x, inputs, width_first=False).to(inputs.up_experts.dtype)
+    grad_down = expert_weight_gradient(gated, grad, inputs, width_first=True).to(inputs.down_experts.dtype)
     return grad_up, grad_down
 
 
-def _prepare(x: Tensor, *others: Tensor) -> list[Tensor]:
-    """Contiguous; the experts, the last two, in the dtype of `x`."""
+def _prepare(inputs: Inputs) -> Inputs:
+    """Contiguous; the experts in the dtype of `x`."""
+    x, scores, order, load, up_experts, down_experts, first_expert = inputs
     reason = triton_limit(x.device.type, x.dtype)
     if reason is not None:
         raise ValueError(f"kernels.backend=triton cannot compute sigma_moe: {reason}. Possible: auto, reference")
-    *routing, up_experts, down_experts = others
-    return [t.contiguous() for t in (x, *routing, up_experts.to(x.dtype), down_experts.to(x.dtype))]
+    return Inputs(
+        x.contiguous(),
+        scores.contiguous(),
+        order.contiguous(),
+        load.contiguous(),
+        up_experts.to(x.dtype).contiguous(),
+        down_experts.to(x.dtype).contiguous(),
+        first_expert,
+    )
 
 
-def _some_missing(order: Tensor, load: Tensor, scores: Tensor, down_experts: Tensor) -> bool:
+def _some_missing(inputs: Inputs) -> bool:
     """Whether slots may belong to experts of other ranks."""
-    return order.shape[0] < scores.numel() or load.shape[0] > down_experts.shape[0]
+    return inputs.order.shape[0] < inputs.scores.numel() or inputs.load.shape[0] > inputs.down_experts.shape[0]
 
 
-def _launch(
-    kernel: Any,
-    source: Tensor,
-    scores: Tensor,
-    order: Tensor,
-    load: Tensor,
-    up: Tensor,
-    down: Tensor,
-    first_expert: int,
-    *outputs: Tensor,
-) -> Tensor:
-    """One of the two expert kernels on `source` [N, d], and the sum over k -> [N, d]."""
+def _launch(kernel: Any, inputs: Inputs, **own: Tensor) -> Tensor:
+    """One of the two expert kernels, which takes `own` tensors beside those of `inputs`; the first of them [N, d] is
+    its source. And the sum over k -> [N, d]."""
+    _, scores, order, load, up, down, first_expert = inputs
+    source = next(iter(own.values()))
     (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
     (num_experts, G, _), total = down.shape, load.shape[0]
     if num_rows == 0:
         return torch.zeros_like(source)
     swiglu = is_swiglu(up, down)
     tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
-    chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(order, load, scores, down)
+    chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(inputs)
     present = None
     if k * chunks == 1:  # one row per token: it is the output
         row_stride, rows = d, (torch.zeros_like if some_missing else torch.empty_like)(source)
@@ -223,7 +194,14 @@ def _launch(
     # Every expert with rows can have one tile that is not full.
     grid = (num_rows + min(num_rows, num_experts) * (tiles.rows - 1)) // tiles.rows, chunks
     kernel[grid](
-        *(source, scores, order, load, up, down, *outputs, rows, present),
+        scores_ptr=scores,
+        order_ptr=order,
+        load_ptr=load,
+        up_ptr=up,
+        down_ptr=down,
+        rows_ptr=rows,
+        present_ptr=present,
+        **own,
         **mlp_constants(tiles, d, G, k, row_stride, swiglu=swiglu),
         **expert_constants(first_expert, num_experts, total),
         num_warps=tiles.warps,
@@ -233,33 +211,35 @@ def _launch(
         return rows
     y = torch.empty_like(source)
     grid = triton.cdiv(num_tokens, SUM_TOKENS), triton.cdiv(d, SUM_COLUMNS)
-    sum_kernel[grid](rows, present, y, num_tokens, **sum_constants(d, k, chunks, row_stride), num_warps=SUM_WARPS)
+    sum_kernel[grid](
+        rows_ptr=rows,
+        present_ptr=present,
+        y_ptr=y,
+        num_tokens=num_tokens,
+        **sum_constants(d, k, chunks, row_stride),
+        num_warps=SUM_WARPS,
+    )
     return y
 
 
-def expert_weight_gradient(
-    narrow: Tensor,
-    source: Tensor,
-    order: Tensor,
-    load: Tensor,
-    k: int,
-    first_expert: int,
-    num_experts: int,
-    *,
-    width_first: bool,
-) -> Tensor:
+def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, width_first: bool) -> Tensor:
     """sum over the rows r of every expert here of narrow[r] (x) source[token of r]: `narrow` [R, width] sorted by
     expert, `source` [N, d] -> [num_experts, width, d], or [num_experts, d, width] unless `width_first`."""
-    width, d, total = narrow.shape[1], source.shape[1], load.shape[0]
+    width, d, k = narrow.shape[1], source.shape[1], inputs.scores.shape[1]
+    num_experts, total = inputs.down_experts.shape[0], inputs.load.shape[0]
     tiles = weight_tiles(width, source.dtype)
     splits = weight_splits(tiles, narrow.shape[0] * num_experts // total, num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
     grid = triton.cdiv(width, tiles.hidden) * triton.cdiv(d, tiles.out), num_experts * splits
     weight_gradient_kernel[grid](
-        *(narrow, source, order, load, out),
+        narrow_ptr=narrow,
+        source_ptr=source,
+        order_ptr=inputs.order,
+        load_ptr=inputs.load,
+        out_ptr=out,
         **weight_constants(tiles, d, width, k, splits, width_first=width_first),
-        **expert_constants(first_expert, num_experts, total),
+        **expert_constants(inputs.first_expert, num_experts, total),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.ops.route import Choice
+from model.kernels.ops.switchhead import Inputs
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
     GemmTiles,
-    Strategy,
     check_dtypes,
     column_tile,
     dense_gates,
@@ -140,8 +139,9 @@ def backward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
 
 
 @on_its_device
-def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> tuple[Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor]:
     """-> y [N, d]; nothing is saved."""
+    a, choice, experts, strategy = inputs
     check_dtypes(a, experts)
     a, experts = a.contiguous(), experts.contiguous()
     scores, index, order, load = (t.contiguous() for t in choice)
@@ -161,15 +161,9 @@ def forward(a: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
 
 
 @on_its_device
-def backward(
-    grad: Tensor,
-    a: Tensor,
-    choice: Choice,
-    experts: Tensor,
-    saved: tuple[Tensor, ...],
-    strategy: Strategy,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, scores and experts."""
+    a, choice, experts, strategy = inputs
     grad, a, experts = (t.contiguous() for t in (grad, a, experts))
     scores, index, order, load = (t.contiguous() for t in choice)
     (N, _, h), (H, E, _, d), k = a.shape, experts.shape, index.shape[2]

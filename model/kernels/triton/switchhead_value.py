@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.ops.route import Choice
+from model.kernels.ops.switchhead import Inputs
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
     GemmTiles,
-    Strategy,
     check_dtypes,
     column_tile,
     dense_gates,
@@ -152,8 +151,9 @@ MAX_UNROLLED = 5
 
 
 @on_its_device
-def forward(x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """-> v [N, H, h]; and with `sorted`, else empty, x W_V of every slot [H N k, h]."""
+    x, choice, experts, strategy = inputs
     check_dtypes(x, experts)
     x, experts = x.contiguous(), experts.contiguous()
     scores, index, order, load = (t.contiguous() for t in choice)
@@ -181,30 +181,16 @@ def forward(x: Tensor, choice: Choice, experts: Tensor, strategy: Strategy) -> t
     return v, x.new_empty(0, h)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    choice: Choice,
-    experts: Tensor,
-    saved: tuple[Tensor, ...],
-    strategy: Strategy,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
-    arguments = grad, x, choice, experts, saved, strategy
-    grad_x, grad_scores, gates = input_gradients(*arguments)
-    return grad_x, grad_scores, expert_gradient(*arguments, gates)
+    grad_x, grad_scores, gates = input_gradients(grad, inputs, saved)
+    return grad_x, grad_scores, expert_gradient(grad, inputs, saved, gates)
 
 
 @on_its_device
-def input_gradients(
-    grad: Tensor,
-    x: Tensor,
-    choice: Choice,
-    experts: Tensor,
-    saved: tuple[Tensor, ...],
-    strategy: Strategy,
-) -> tuple[Tensor, Tensor, Tensor]:
+def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and scores, and the gates for `expert_gradient`: of slots with `sorted`, else of all experts."""
+    x, choice, experts, strategy = inputs
     grad, x, experts = (t.contiguous() for t in (grad, x, experts))
     scores, index, order, load = (t.contiguous() for t in choice)
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
@@ -239,16 +225,9 @@ def input_gradients(
 
 
 @on_its_device
-def expert_gradient(
-    grad: Tensor,
-    x: Tensor,
-    choice: Choice,
-    experts: Tensor,
-    saved: tuple[Tensor, ...],
-    strategy: Strategy,
-    gates: Tensor,
-) -> Tensor:
+def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gates: Tensor) -> Tensor:
     """Gradient of the experts."""
+    x, choice, experts, strategy = inputs
     grad, x, experts, k = grad.contiguous(), x.contiguous(), experts.contiguous(), choice.index.shape[2]
     if strategy == "sorted":
         order, load = choice.order.contiguous(), choice.load.contiguous()

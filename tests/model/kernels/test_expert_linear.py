@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
+from model.kernels.ops.route import Choice
 
 
 class Shape(NamedTuple):
@@ -63,9 +64,12 @@ class Case(NamedTuple):
     grad: Tensor
 
     def __call__(self, *leaves: Tensor, backend: str) -> Tensor:
-        *rows, experts = leaves
-        function = expert_linear if self.op == "expert_linear" else expert_linear_sum
-        return function(*rows, self.index, self.order, self.load, experts, backend=backend)
+        if self.op == "expert_linear":
+            x, experts = leaves
+            # What is given for the scores is not looked at.
+            return expert_linear(x, Choice(x, self.index, self.order, self.load), experts, backend=backend)
+        a, gates, experts = leaves
+        return expert_linear_sum(a, Choice(gates, self.index, self.order, self.load), experts, backend=backend)
 
 
 def make_case(op: str, shape: Shape, dtype: torch.dtype, *, gates_dtype: torch.dtype | None = None) -> Case:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
-from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.route import Choice
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 
 
 class Shape(NamedTuple):
@@ -72,6 +73,14 @@ class Case(NamedTuple):
     down_experts: Tensor
     grad: Tensor
 
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.scores, self.index, self.order, self.load)
+
+    def __call__(self, *, backend: str, first_expert: int = 0) -> Tensor:
+        experts = HeldExperts(self.up_experts, self.down_experts, first_expert)
+        return sigma_moe(self.x, self.choice, experts, backend=backend)
+
 
 def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | None = None) -> Case:
     N, d, E, G, k, experts, swiglu = shape
@@ -118,10 +127,10 @@ def loop(case: Case) -> list[Tensor]:
 
 
 def run(case: Case, backend: str) -> list[Tensor]:
-    x, scores, index, order, load, up, down, grad = case
-    y = sigma_moe(x, scores, index, order, load, up, down, backend=backend)
-    assert y.dtype == x.dtype
-    return [y.detach(), *torch.autograd.grad(y, (x, scores, up, down), grad)]
+    y = case(backend=backend)
+    assert y.dtype == case.x.dtype
+    leaves = (case.x, case.scores, case.up_experts, case.down_experts)
+    return [y.detach(), *torch.autograd.grad(y, leaves, case.grad)]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -193,10 +202,12 @@ def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradcheck(backend: str, swiglu: bool) -> None:
     shape = Shape(N=5, d=4, E=4, G=3, k=2, swiglu=swiglu)
-    x, scores, index, order, load, up, down, _ = make_case(shape, torch.float64)
+    case = make_case(shape, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x, scores, up, down: sigma_moe(x, scores, index, order, load, up, down, backend=backend),
-        (x, scores, up, down),
+        lambda x, scores, up, down: sigma_moe(
+            x, case.choice._replace(scores=scores), HeldExperts(up, down), backend=backend
+        ),
+        (case.x, case.scores, case.up_experts, case.down_experts),
     )
 
 
@@ -213,17 +224,18 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend: str) -> None:
-    x, scores, index, order, load, up, down, grad = make_case(SHAPES["plain"], torch.float32)
+    case = make_case(SHAPES["plain"], torch.float32)
 
     def function(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return torch.tanh(sigma_moe(x * 2, scores, index, order, load, up, down, backend=backend))
+        choice = case.choice._replace(scores=scores)
+        return torch.tanh(sigma_moe(x * 2, choice, HeldExperts(up, down), backend=backend))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    inputs = (x, scores, up, down)
+    inputs = (case.x, case.scores, case.up_experts, case.down_experts)
     expected = function(*inputs)
     actual = compiled(*inputs)
     torch.testing.assert_close(actual, expected)
-    grads = [torch.autograd.grad(y, inputs, grad) for y in (actual, expected)]
+    grads = [torch.autograd.grad(y, inputs, case.grad) for y in (actual, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -232,7 +244,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
 def test_meta_tensors(backend: str) -> None:
     real = make_case(SHAPES["plain"], torch.bfloat16)
     case = Case(*(t.detach().to("meta").requires_grad_(t.requires_grad) for t in real))
-    y = sigma_moe(*case[:7], backend=backend)
+    y = case(backend=backend)
     assert y.is_meta
     assert y.shape == case.x.shape
     y.backward(case.grad)
@@ -250,7 +262,7 @@ def test_flop_counter(backend: str, name: str) -> None:
     macs = (3 if shape.swiglu else 2) * shape.N * experts * shape.d * shape.G
     case = make_case(shape, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        y = sigma_moe(*case[:7], backend=backend)
+        y = case(backend=backend)
     assert counter.get_total_flops() == 2 * macs
     with FlopCounterMode(display=False) as counter:
         y.backward(case.grad)

@@ -22,8 +22,8 @@ from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.ops.expert_linear import expert_linear
-from model.kernels.ops.route import route
-from model.kernels.ops.sigma_moe import sigma_moe
+from model.kernels.ops.route import Choice, route
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.ops.switchhead import switchhead_value
 from model.linear import region_linear
 from model.parallel.context import ParallelContext
@@ -192,7 +192,7 @@ def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtyp
     scores = choice.scores.detach().requires_grad_()
     choice = choice._replace(scores=scores)
     first = scores[:, 0].detach().requires_grad_()
-    settings = (choice.index[:, 0], choice.order[0], choice.load[0])
+    single = Choice(first, choice.index[:, 0], choice.order[0], choice.load[0])
     weights, inputs, map_ = {
         "linear": ([leaf(h, d)], [x], lambda late: region_linear(x, late)),
         "joint linear": ([leaf(h, d), leaf(3, d)], [x], lambda late: region_linear(x, late)),
@@ -204,22 +204,22 @@ def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtyp
         "sigma_moe": (
             [leaf(E, d, h), leaf(E, h, d)],
             [x, first],
-            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="cpu", slot=late.slot),
+            lambda late: sigma_moe(x, single, HeldExperts(*late.weights), backend="cpu", slot=late.slot),
         ),
         "sigma_moe with SwiGLU": (
             [leaf(E, d, 2 * h), leaf(E, h, d)],
             [x, first],
-            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="cpu", slot=late.slot),
+            lambda late: sigma_moe(x, single, HeldExperts(*late.weights), backend="cpu", slot=late.slot),
         ),
         "grouped_mm": (
             [leaf(E, d, 2 * h), leaf(E, h, d)],
             [x, first],
-            lambda late: sigma_moe(x, first, *settings, *late.weights, backend="grouped_mm", slot=late.slot),
+            lambda late: sigma_moe(x, single, HeldExperts(*late.weights), backend="grouped_mm", slot=late.slot),
         ),
         "expert_linear": (
             [leaf(E, d, h)],
             [x],
-            lambda late: expert_linear(x, *settings, *late.weights, backend="cpu", slot=late.slot),
+            lambda late: expert_linear(x, single, *late.weights, backend="cpu", slot=late.slot),
         ),
     }[name]
     at_once = gradients(map_, Late(tuple(weights)), [*inputs, *weights])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
-from model.kernels.ops.sigma_moe import sigma_moe
 from model.kernels.triton import sigma_moe as kernels
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 
@@ -55,7 +54,7 @@ def check(case: Case, expected: list[Tensor], dtype: torch.dtype, first_expert: 
 
     def run() -> list[Tensor]:
         leaves = case.x, case.scores, case.up_experts, case.down_experts
-        y = sigma_moe(*case[:7], backend="triton", first_expert=first_expert)
+        y = case(backend="triton", first_expert=first_expert)
         assert y.dtype == case.x.dtype
         return [y.detach(), *torch.autograd.grad(y, leaves, case.grad)]
 
@@ -170,7 +169,7 @@ def test_reads_rows_once_and_weights_once_per_tile() -> None:
     N, d, _, G, k, *_ = shape = Shape(N=128, d=128, E=2, G=128, k=1)
     case = make_case(shape, torch.bfloat16)
     with recording(check=False) as launches, torch.no_grad():
-        sigma_moe(*case[:7], backend="triton")
+        case(backend="triton")
     (launch,) = launches
     tiles = sum(-(-n // 64) for n in case.load.tolist())
     read = {name: traffic.load_bytes // 2 for name, traffic in launch.tensors.items()}
