@@ -1,0 +1,296 @@
+"""benchmarks/launches.py: the counter against counts by hand, the backward pass on its own graph against torch's, and
+what a step of the shipped configurations may do: no wait of the host in a micro-step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.autograd.function import FunctionCtx
+
+from benchmarks import launches
+from benchmarks.fake_cuda import backward, fake_cuda, set_materialize_grads
+from benchmarks.launch_counter import Counts, LaunchCounter, Tally, foreach_launches
+from benchmarks.places import OTHER
+from model.kernels.ops.route import route
+from model.layers import LayerNorm
+from model.parallel.context import ParallelContext
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+
+CONFIGS = launches.CONFIGS
+
+
+def counted(run: Callable[[], Any]) -> Counts:
+    with fake_cuda(), LaunchCounter() as counter:
+        run()
+    return counter.counts
+
+
+def new(*size: int, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="cuda", **more)
+
+
+# ------------------------------------------------------------------------------------------------------------ counter
+
+ONE = 6 * 10 * 4  # bytes of [6, 10] in fp32
+BY_HAND: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
+    # What is done with x [6, 10] fp32: kernels, bytes.
+    "views": (lambda x: x[1:, ::2].t().unsqueeze(0).expand(3, -1, -1).split(1), 0, 0),
+    "reshape of a contiguous tensor": (lambda x: x.reshape(60).view(3, 20).detach(), 0, 0),
+    "reshape that copies": (lambda x: x.t().reshape(60), 1, 2 * ONE),
+    "empty tensors": (lambda x: (torch.empty_like(x), x.new_empty(4), torch.empty(3, device="cuda")), 0, 0),
+    "out of place": (lambda x: x + 1.0, 1, 2 * ONE),
+    "the same tensor twice": (lambda x: x * x, 1, 2 * ONE),
+    "in place": (lambda x: x.mul_(2.0), 1, 2 * ONE),
+    "overwritten": (lambda x: x.zero_(), 1, ONE),
+    "part of it": (lambda x: x[:, :5].add_(1.0), 1, ONE),
+    "out=": (lambda x: torch.add(x, x, out=new(6, 10)), 1, 2 * ONE),
+    "copied in": (lambda x: new(6, 10).copy_(x), 1, 2 * ONE),
+    "broadcast": (lambda x: x + new(10).expand(6, 10), 1, 2 * ONE + 40),
+    "filled": (lambda x: torch.zeros(6, 10, device="cuda"), 1, ONE),
+    "cast to half": (lambda x: x.half(), 1, ONE + ONE // 2),
+    "no cast": (lambda x: x.float(), 0, 0),
+    "reduced": (lambda x: x.sum(0), 1, ONE + 40),
+    "gathered": (lambda x: x[new(3, dtype=torch.int64)], 1, 3 * 8 + 2 * (ONE // 2)),
+    "looked up": (lambda x: F.embedding(new(3, dtype=torch.int64), x), 1, 3 * 8 + 2 * (ONE // 2)),
+    "product": (lambda x: x @ new(10, 4), 1, ONE + 160 + 96),
+    "on the CPU": (lambda x: torch.empty(5) + 1.0, 0, 0),
+    "a list": (lambda x: torch._foreach_add_([x, new(7)], 1.0), 1, 2 * (ONE + 28)),
+    "a list, out of place": (lambda x: torch._foreach_mul([x, new(7)], [x, new(7)]), 1, 2 * ONE + 3 * 28),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_counts_by_hand(name: str) -> None:
+    run, kernels, moved = BY_HAND[name]
+    with fake_cuda():
+        x = new(6, 10)
+        with LaunchCounter() as counter:
+            run(x)
+    total = counter.counts.total
+    is_product = name == "product"
+    assert total == Tally(kernels, 0, moved, 0 if is_product else moved)
+    assert not counter.counts.waits and counter.counts.to_host == counter.counts.to_device == 0
+
+
+def test_lists_are_launched_in_pieces() -> None:
+    """Of at most 770 tensors in one list, 448 in two, and 2240 blocks of 65,536 elements."""
+    assert foreach_launches([5] * 770, 1) == 1 and foreach_launches([5] * 771, 1) == 2
+    assert foreach_launches([5] * 448, 2) == 1 and foreach_launches([5] * 449, 2) == 2
+    assert foreach_launches([65536 * 2240], 1) == 1 and foreach_launches([65536 * 2240 + 1], 1) == 2
+    assert foreach_launches([0, 0], 1) == 0 and foreach_launches([0, 3], 4) == 1
+    # A tensor that goes on in the next launch is in its list again: 1 + 769 there, and one more launch for the last.
+    assert foreach_launches([65536 * 2241, *[1] * 770], 1) == 3
+    found = counted(lambda: torch._foreach_add_([new(5) for _ in range(449)], [new(5) for _ in range(449)]))
+    assert found.total.kernels == 2 and found.total.bytes == 3 * 449 * 20
+
+
+def test_a_triton_launch_is_counted_where_it_is_launched() -> None:
+    def run() -> None:
+        x, weight = new(16, 32, dtype=torch.bfloat16), new(2, 4, 32, dtype=torch.bfloat16)
+        route(x, weight, 2, backend="triton")
+
+    found = counted(run)
+    assert set(found.by_place) == {"router"}
+    assert found.by_operator["router", "choose_kernel"] == found.by_operator["router", "place_kernel"] == 1
+    assert found.by_place["router"].triton == 2 and not found.waits
+
+
+WAITS: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
+    # How the host waits: copies to the host, copies to the GPU.
+    "item": (lambda x: x.sum().item(), 1, 0),
+    "float": (lambda x: float(x[0, 0]), 1, 0),
+    "if": (lambda x: 1 if (x > 0).any() else 0, 1, 0),
+    "tolist": (lambda x: x.tolist(), 1, 0),
+    "cpu": (lambda x: x.cpu(), 1, 0),
+    "copy to a tensor of the host": (lambda x: torch.empty(6, 10, device="cpu").copy_(x), 1, 0),
+    "nonzero": (lambda x: x.nonzero(), 1, 0),
+    "a mask as an index": (lambda x: x[x > 0], 1, 0),
+    "equal": (lambda x: torch.equal(x, x + 1), 1, 0),
+    "pageable": (lambda x: torch.empty(6, 10, device="cpu").to(x.device, non_blocking=True), 0, 1),
+    "a number of the host": (lambda x: x.new_tensor(3.0), 0, 1),
+    "torch.tensor": (lambda x: torch.tensor([1, 2], device=x.device), 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_waits_are_found(name: str) -> None:
+    run, to_host, to_device = WAITS[name]
+    with fake_cuda():
+        x = new(6, 10)
+        no_data_to_answer_with = contextlib.suppress(DynamicOutputShapeException, DataDependentOutputException)
+        with LaunchCounter() as counter, no_data_to_answer_with:
+            run(x)
+    assert counter.counts.waits.total() == 1, counter.counts.waits
+    assert (counter.counts.to_host, counter.counts.to_device) == (to_host, to_device)
+
+
+def test_pinned_memory_does_not_wait() -> None:
+    def run() -> None:
+        staged = torch.empty(5, pin_memory=True)
+        staged.copy_(new(5), non_blocking=True)
+        staged.to("cuda", non_blocking=True)
+
+    found = counted(run)
+    assert not found.waits and (found.to_host, found.to_device) == (1, 1) and found.total.kernels == 0
+
+
+# ------------------------------------------------------------------------------------------------------ backward pass
+
+
+class Halves(torch.autograd.Function):
+    """Two results, of which one may get no gradient; an argument that is no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: float, x: Tensor, bare: bool) -> tuple[Tensor, Tensor]:
+        ctx.factor = factor
+        if bare:
+            ctx.set_materialize_grads(False)
+        return x * factor, x * 2
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[None, Tensor, None]:
+        assert first is not None
+        return None, first * ctx.factor + (torch.full_like(first, 7.0) if second is None else second * 2), None
+
+
+def graph(x: Tensor, weight: Tensor, bias: Tensor, bare: bool) -> Tensor:
+    first, _ = Halves.apply(3.0, x, bare)
+    hidden = F.layer_norm(first @ weight + bias, (4,))  # the bias is broadcast
+    hidden = hidden + hidden.relu() * x[:, :4]  # used twice
+    left, right = hidden.split(2, 1)
+    return (left * right.double()).sum() + bias.prod()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_walk_gives_the_gradients_of_torch(bare: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FunctionCtx, "set_materialize_grads", set_materialize_grads)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [nn.Parameter(torch.randn(size, generator=generator)) for size in ((3, 5), (5, 4), (1, 4))]
+    wanted = torch.autograd.grad(graph(*leaves, bare), leaves)
+    for times in (1, 2):  # the second adds to the first
+        backward(graph(*leaves, bare))
+        for leaf, want in zip(leaves, wanted, strict=True):
+            assert leaf.grad is not None and leaf.grad.shape == want.shape and leaf.grad.dtype == want.dtype
+            torch.testing.assert_close(leaf.grad, times * want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_backward_pass_is_counted_where_its_forward_pass_was() -> None:
+    with fake_cuda():
+        with torch.device("cuda"):
+            norm = LayerNorm(8, parallel=ParallelContext())
+        x = new(5, 8, requires_grad=True)
+        with LaunchCounter() as counter:
+            y = norm(x)
+            forward, counter.counts = counter.counts, Counts()
+            backward(y.sum(), counter.before_node)
+    assert forward.by_operator == {("norm", "native_layer_norm"): 1}
+    assert counter.counts.by_operator["norm", "native_layer_norm_backward"] == 1
+    assert x.grad is not None and x.grad.shape == (5, 8) and norm.weight.grad is not None
+
+
+def test_the_guard_is_gone_afterwards() -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), fake_cuda():
+            _ = 1 / (new(3).dim() - 1)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="not linked with support for cuda"):
+        new(3)[:2]
+
+
+# --------------------------------------------------------------------------------------------------- shipped configs
+
+
+ALL = sorted([*CONFIGS.glob("*.json"), *CONFIGS.glob("paper/*.json")])
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "switchall_1b": ("switchall_1b", ()),
+    "dropout everywhere": (
+        "switchall_1b",
+        ("model.dropout=0.1", "model.attention.expert_dropout=0.1", "model.feedforward.expert_dropout=0.1"),
+    ),
+    "switchall_tiny with documents": ("switchall_tiny", ("data.document_mask=true",)),
+    "XL": ("paper/c4_switchhead_262m", ()),
+    "experts everywhere": ("paper/wt103_ablation_vkqo_47m", ()),
+    "MoA": ("paper/wt103_moa_8heads_47m", ()),
+    "dense": ("paper/c4_dense_rope_244m", ()),
+}
+
+
+def one_layer(path: Path, overrides: Iterable[str] = ()) -> Config:
+    config = load_config(path, ["model.num_layers=1", "batch.micro_sequences=2", *overrides])
+    assert config.parallel.expert == 1
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_never_waits_in_a_micro_step(case: str) -> None:
+    name, overrides = CASES[case]
+    config = one_layer(CONFIGS / f"{name}.json", overrides)
+    found = launches.count_step(config, with_documents=config.data.document_mask).micro_step
+    assert found.total.kernels > 100 and found.to_host == found.to_device == 0 and not found.waits
+    assert OTHER not in found.by_place and {"attention", "feed-forward", "norm", "head"} <= found.by_place.keys()
+    assert ("dropout" in found.by_place) is (config.model.dropout > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_the_host_never_waits_in_a_micro_step_of_any_configuration(path: Path) -> None:
+    changes = ["model.dropout=0.0", "model.dropout=0.2", "train.recompute=full", "train.recompute=selective"]
+    for change in changes:
+        found = launches.count_step(one_layer(path, [change])).micro_step
+        assert found.to_host == found.to_device == 0 and not found.waits
+
+
+def test_a_wait_in_a_micro_step_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LayerNorm.forward
+
+    def waiting(self: LayerNorm, x: Tensor) -> Tensor:
+        return original(self, x) * x.sum().clamp(1, 1).item()
+
+    monkeypatch.setattr(LayerNorm, "forward", waiting)
+    found = launches.count_step(one_layer(CONFIGS / "switchall_tiny.json")).micro_step
+    assert found.waits.total() == found.to_host == 3 and all("_local_scalar_dense" in wait for wait in found.waits)
+
+
+def test_layers_are_alike() -> None:
+    """Which is why two layers and one tell what a model of any depth does."""
+    path = CONFIGS / "switchall_tiny.json"
+    _, one, layer = launches.count_model(path)
+    three = launches.count_step(load_config(path, ["model.num_layers=3"]))
+    for first, further, wanted in zip(one.parts[:2], layer.parts[:2], three.parts[:2], strict=True):
+        assert launches.total_of(first, further, 2) == wanted
+
+
+def test_waits_of_an_optimizer_step() -> None:
+    """The gradient norm is read twice and compared; loads and the step's scalars are copied to the host."""
+    found = launches.count_step(one_layer(CONFIGS / "switchall_1b.json")).step
+    assert found.waits == {
+        "_local_scalar_dense (gradient norm)": 3,
+        "copy to the host (statistics)": 1 + 3,
+        "copy from pageable memory (statistics)": 1,
+    }
+    assert found.by_place["statistics"].kernels <= 60
+
+
+def test_table() -> None:
+    rows = launches.place_table(CONFIGS / "switchall_tiny.json")
+    assert {len(row) for row in rows} == {len(launches.HEAD)}
+    assert [row[0] for row in rows][-4:] == [
+        "all",
+        "of it elementwise",
+        "copies between host and GPU",
+        "waits of the host",
+    ]
+
+
+@pytest.mark.slow
+def test_the_tables_in_the_documentation_are_current() -> None:
+    text = launches.DOCS.read_text().split(launches.BEGIN)[1].split(launches.END)[0]
+    assert text == launches.markdown(), "run: python -m benchmarks.launches --markdown"
