@@ -245,14 +245,16 @@ def update_docs() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, nargs="+", default=DEFAULT, help="configurations of runs")
+    parser.add_argument(
+        "--config", dest="configs", type=Path, nargs="+", default=DEFAULT, help="configurations of runs"
+    )
     parser.add_argument("--markdown", action="store_true", help="writes the tables of docs/kernels.md")
     parser.add_argument("--operators", action="store_true", help="also which operator is launched how often")
     options = parser.parse_args()
     if options.markdown:
         update_docs()
         return
-    for path in options.config:
+    for path in options.configs:
         print(f"{title_of(path)}\n{text_table(HEAD, place_table(path))}\n")
         if options.operators:
             print_operators(path)
