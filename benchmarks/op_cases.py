@@ -1,8 +1,12 @@
-"""Every op of model/kernels as a function of named tensors, at shapes for checks of equality and for timing."""
+"""Every op of model/kernels as a function of named tensors, at shapes for checks of equality and for timing.
+
+Tensors are drawn on torch's default device: `with torch.device("cuda"):` draws there, "meta" gives names and sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,9 +29,25 @@ class Case(NamedTuple):
     constants: dict[str, Tensor]
     """Indices."""
     compute: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
-    """From leaves and constants, with a backend -> what is differentiated."""
+    """From leaves and constants, with a backend -> what is differentiated. Waits for nothing: it is what is timed."""
     useful_flops: int
     """Forward."""
+    per_token: tuple[str, ...]
+    """Leaves and constants whose first axis are the N tokens."""
+    share: Callable[[dict[str, Tensor]], Tensor] | None = None
+    """From the constants of some of the tokens -> their weight in an output that is a mean over tokens; weights are
+    compared with each other. None where every output has a row per token."""
+    check: Callable[[dict[str, Tensor]], None] | None = None
+    """After `compute`, on the tensors that it was given: AssertionError for what no tolerance is for."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that a backend may refuse (`resolve`)."""
+        return tuple(self.leaves["up"].shape[1:]) if self.op == "sigma_moe" else ()
+
+
+Build = Callable[[], Case]
+"""Draws the tensors of a case."""
 
 
 def grouped(index: Tensor, num_experts: int) -> dict[str, Tensor]:
@@ -54,18 +74,22 @@ def normal(*size: int, scale: float = 1.0) -> Tensor:
 
 
 def route_case(N: int, d: int, R: int, E: int, k: int) -> Case:
-    """The choice is the backend's own and checked by itself; values are compared at the experts that it chose."""
+    """The choice is the backend's own and checked by itself; values are compared at the experts that it chose, which
+    `compute` leaves beside its tensors."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         r = route(t["x"], t["weight"], k, backend=backend)
-        if "index" in t:  # for the fp64 reference
+        if backend == "reference" and "index" in t:
             return r.logits, r.logits.sigmoid().gather(-1, t["index"])
-        check_choice(r.logits.detach(), r.index, r.load, r.order)
-        t["index"] = r.index
+        t |= {"logits": r.logits.detach(), "index": r.index, "load": r.load, "order": r.order}
         return r.logits, r.scores
 
+    def check(t: dict[str, Tensor]) -> None:
+        check_choice(t["logits"], t["index"], t["load"], t["order"])
+
     leaves = {"x": normal(N, d), "weight": normal(R, E, d, scale=d**-0.5)}
-    return Case("route", f"N={N} d={d} R={R} E={E} k={k}", leaves, {}, compute, 2 * N * R * E * d)
+    shape = f"N={N} d={d} R={R} E={E} k={k}"
+    return Case("route", shape, leaves, {}, compute, 2 * N * R * E * d, ("x", "index"), check=check)
 
 
 def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> None:
@@ -85,7 +109,8 @@ def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
     leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
     leaves |= {"up": normal(E, d, G, scale=d**-0.5), "down": normal(E, G, d, scale=G**-0.5)}
     constants = grouped(choices(N, num_experts=E, k=k), E)
-    return Case("sigma_moe", f"N={N} d={d} E={E} k={k} G={G}", leaves, constants, compute, 4 * N * k * d * G)
+    shape, per_token = f"N={N} d={d} E={E} k={k} G={G}", ("x", "scores", "index")
+    return Case("sigma_moe", shape, leaves, constants, compute, 4 * N * k * d * G, per_token)
 
 
 def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
@@ -95,8 +120,8 @@ def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     leaves = {"x": normal(N, d), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
     constants = grouped(choices(N, H, num_experts=E, k=k), E)
-    shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
-    return Case("switchhead_value", shape, leaves, constants, compute, 2 * N * H * k * d * h)
+    shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("x", "scores", "index")
+    return Case("switchhead_value", shape, leaves, constants, compute, 2 * N * H * k * d * h, per_token)
 
 
 def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
@@ -106,8 +131,8 @@ def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     leaves = {"a": normal(N, H, h), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, h, d, scale=h**-0.5)
     constants = grouped(choices(N, H, num_experts=E, k=k), E)
-    shape = f"N={N} d={d} H={H} E={E} k={k} h={h}"
-    return Case("switchhead_output", shape, leaves, constants, compute, 2 * N * H * k * d * h)
+    shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("a", "scores", "index")
+    return Case("switchhead_output", shape, leaves, constants, compute, 2 * N * H * k * d * h, per_token)
 
 
 def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
@@ -120,7 +145,8 @@ def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
     leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
     leaves |= {"query": normal(E, d, h, scale=d**-0.5), "output": normal(E, h, d, scale=h**-0.5)}
     constants = grouped(choices(N, num_experts=E, k=k), E)
-    return Case("expert_linear", f"N={N} d={d} E={E} k={k} h={h}", leaves, constants, compute, 4 * N * k * d * h)
+    shape, per_token = f"N={N} d={d} E={E} k={k} h={h}", ("x", "scores", "index")
+    return Case("expert_linear", shape, leaves, constants, compute, 4 * N * k * d * h, per_token)
 
 
 def loss_case(N: int, d: int, V: int) -> Case:
@@ -130,50 +156,73 @@ def loss_case(N: int, d: int, V: int) -> Case:
     targets = torch.randint(0, V, (N,))
     targets[::7] = -100
     leaves = {"hidden": normal(N, d), "weight": normal(V, d, scale=d**-0.5), "bias": normal(V)}
-    return Case("linear_cross_entropy", f"N={N} d={d} V={V}", leaves, {"targets": targets}, compute, 2 * N * d * V)
+
+    def share(constants: dict[str, Tensor]) -> Tensor:
+        return (constants["targets"] != -100).sum().double()
+
+    shape, per_token = f"N={N} d={d} V={V}", ("hidden", "targets")
+    return Case("linear_cross_entropy", shape, leaves, {"targets": targets}, compute, 2 * N * d * V, per_token, share)
 
 
-def equality_cases(*, small: bool) -> list[Case]:
+def equality_cases(*, small: bool) -> list[Build]:
     """No size is a multiple of a tile; `small` is for an interpreter."""
     if small:
         return [
-            route_case(37, 24, 2, 5, 3),
-            sigma_moe_case(37, 24, 4, 2, 16),
-            value_case(37, 24, 2, 4, 2, 8),
-            output_case(37, 24, 2, 4, 2, 8),
-            value_case(37, 24, 2, 5, 2, 8),
-            output_case(37, 24, 2, 5, 2, 8),
-            expert_linear_case(37, 24, 4, 2, 16),
-            loss_case(37, 24, 50),
+            partial(route_case, 37, 24, 2, 5, 3),
+            partial(sigma_moe_case, 37, 24, 4, 2, 16),
+            partial(value_case, 37, 24, 2, 4, 2, 8),
+            partial(output_case, 37, 24, 2, 4, 2, 8),
+            partial(value_case, 37, 24, 2, 5, 2, 8),
+            partial(output_case, 37, 24, 2, 5, 2, 8),
+            partial(expert_linear_case, 37, 24, 4, 2, 16),
+            partial(loss_case, 37, 24, 50),
         ]
     return [
-        route_case(1000, 412, 8, 5, 3),
-        route_case(1000, 512, 1, 64, 8),
-        sigma_moe_case(1000, 512, 16, 4, 128),
-        sigma_moe_case(1000, 412, 5, 1, 104),
-        value_case(1000, 512, 4, 4, 2, 112),
-        output_case(1000, 512, 4, 4, 2, 112),
-        value_case(1000, 412, 2, 8, 2, 76),
-        output_case(1000, 412, 2, 8, 2, 76),
-        expert_linear_case(1000, 416, 10, 4, 88),
-        loss_case(1000, 412, 8001),
+        partial(route_case, 1000, 412, 8, 5, 3),
+        partial(route_case, 1000, 512, 1, 64, 8),
+        partial(sigma_moe_case, 1000, 512, 16, 4, 128),
+        partial(sigma_moe_case, 1000, 412, 5, 1, 104),
+        partial(value_case, 1000, 512, 4, 4, 2, 112),
+        partial(output_case, 1000, 512, 4, 4, 2, 112),
+        partial(value_case, 1000, 412, 2, 8, 2, 76),
+        partial(output_case, 1000, 412, 2, 8, 2, 76),
+        partial(expert_linear_case, 1000, 416, 10, 4, 88),
+        partial(loss_case, 1000, 412, 8001),
     ]
 
 
-def timing_cases(*, small: bool) -> list[Case]:
-    if small:
-        return [sigma_moe_case(37, 24, 4, 2, 16)]
-    N, d = 8192, 1024
+MODELS = ("1b", "262m")
+"""Whose shapes `shipped_cases` has."""
+
+
+def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
+    """What a micro-step of switchall_1b ("1b": 8 sequences of 2048 tokens) or of the published 262M models ("262m": 8
+    of 512) computes, the costliest ops first; `num_tokens` instead for a quick run at the same widths."""
+    if model == "1b":
+        N, d = num_tokens or 16384, 2048
+        return [
+            partial(value_case, N, d, 8, 4, 2, 128),
+            partial(output_case, N, d, 8, 4, 2, 128),
+            partial(sigma_moe_case, N, d, 64, 8, 128),
+            partial(route_case, N, d, 16, 4, 2),
+            partial(route_case, N, d, 1, 64, 8),
+            partial(loss_case, N, d, 32000),
+        ]
+    N, d = num_tokens or 4096, 1024
     return [
-        route_case(N, d, 4, 5, 3),
-        route_case(N, d, 1, 32, 4),
-        sigma_moe_case(N, d, 32, 4, 128),
-        value_case(N, d, 4, 4, 2, 112),
-        output_case(N, d, 4, 4, 2, 112),
-        value_case(N, d, 4, 5, 3, 112),
-        output_case(N, d, 4, 5, 3, 112),
-        value_case(N, d, 4, 8, 2, 112),
-        output_case(N, d, 4, 8, 2, 112),
-        expert_linear_case(N, d, 16, 4, 128),
-        loss_case(N, d, 32000),
+        partial(value_case, N, d, 4, 4, 2, 112),
+        partial(output_case, N, d, 4, 4, 2, 112),
+        partial(sigma_moe_case, N, d, 32, 4, 128),
+        partial(route_case, N, d, 4, 4, 2),
+        partial(route_case, N, d, 1, 32, 4),
+        partial(loss_case, N, d, 8000),
+        *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
+        *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
+        partial(expert_linear_case, N, d, 16, 4, 146),
     ]
+
+
+def outlines(builds: Sequence[Build]) -> list[Case]:
+    """The cases on the meta device, where they cost nothing: their names and sizes."""
+    with torch.device("meta"):
+        return [build() for build in builds]

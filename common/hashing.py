@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BLOCK_BYTES = 1 << 22
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -51,6 +52,8 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
     Products wrap modulo 2^64 on purpose. Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators.
     """
+    import numpy as np  # here: the model's dropout hashes names alone, where there may be no numpy
+
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -58,4 +61,6 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's output for each state: one step of its counter, then `mix64`."""
+    import numpy as np
+
     return mix64(values + np.uint64(GOLDEN_RATIO))

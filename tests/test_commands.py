@@ -144,7 +144,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         if not arguments or "..." in arguments or "--help" in arguments:
             return  # the page leaves the rest to the reader
-        main = data_prep.cli.main if module == "data_prep" else importlib.import_module(module).main
+        if (ROOT / module.replace(".", "/")).is_dir():
+            module += ".__main__"
+        main = data_prep.cli.main if module == "data_prep.__main__" else importlib.import_module(module).main
     else:
         script, *arguments = words
         monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does

@@ -20,7 +20,7 @@ def test_snippet(number: int) -> None:
 
 def test_what_is_named_exists() -> None:
     modules = set(re.findall(r"python -m ([\w.]+)", TEXT))
-    assert {"benchmarks.compiled", "benchmarks.gpu_check", "model.kernels.cuda.build", "pytest"} <= modules
+    assert {"benchmarks.compiled", "benchmarks.gpu", "model.kernels.cuda.build", "pytest"} <= modules
     assert all(importlib.util.find_spec(name) is not None for name in modules)
     paths = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(paths) >= 5

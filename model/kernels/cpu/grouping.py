@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -140,6 +139,8 @@ def _ranks(choices: Tensor) -> Tensor:
 
 def _sort_rows(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable sort of `keys` [H, R] in 0..num_keys: order [H, R], its inverse [H, R], each key's end [H, num_keys]."""
+    import numpy  # here: ops/switchhead.py imports this file where there may be no numpy
+
     # As in model/kernels/cpu/route.py: numpy sorts keys of 16 bits by counting.
     narrow = keys.to(torch.int16 if num_keys <= 1 << 15 else torch.int64).contiguous()
     order = torch.from_numpy(numpy.argsort(narrow.numpy(), axis=-1, kind="stable"))

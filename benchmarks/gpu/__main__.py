@@ -1,0 +1,36 @@
+"""The command line: `python -m benchmarks.gpu truth|speed|run|carry|tables`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import model.openmp  # noqa: F401  # as in training; before torch
+
+COMMANDS = {
+    "truth": "is everything equal, repeatable and free of races on this card",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from benchmarks.gpu import command, tables
+
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="What a GPU has to show (docs/gpu.md).")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in COMMANDS.items():
+        command.add_options(commands.add_parser(name, help=what, description=what))
+    tables.add_command(commands)
+    options = parser.parse_args(arguments)
+    if options.command not in COMMANDS:
+        return int(options.act(options))
+    status = command.prepare(options)
+    if status is not None:
+        return status
+    parts = list(importlib.import_module(f"benchmarks.gpu.{options.command}").parts(tiny=options.tiny))
+    return command.run_parts(options, parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Compiles what the shipped shapes launch, in several processes: each runs some cases once, and Triton's cache on the
+disk keeps what it compiled for the parts that follow."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.command import Context, Failed
+from benchmarks.gpu.equality import DTYPES, backends_on, results
+from benchmarks.gpu.timing import draw
+from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases
+
+PROCESSES = 8
+"""At most; each holds a CUDA context and the tensors of one case."""
+
+
+def builds(*, tiny: bool) -> list[Build]:
+    """Odd shapes last."""
+    shipped = [] if tiny else [b for model in MODELS for b in shipped_cases(model)]
+    return shipped + equality_cases(small=tiny)
+
+
+def compile_one(number: int, dtype: str, device: str, tiny: bool) -> tuple[str, float]:
+    """Runs case `number` of `builds`, forward and backward, by Triton, in a process of its own -> name, seconds."""
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    inputs = draw(builds(tiny=tiny)[number], torch.device(device), DTYPES[dtype], seed=0)
+    results(inputs, "triton")
+    return f"{inputs.case.op} {inputs.case.shape} {dtype}", time.perf_counter() - begin
+
+
+def compile_all(context: Context) -> dict[str, Any]:
+    """bf16 first. What did not compile in the time is compiled where it is used; an exception fails the part."""
+    device = context.device.type
+    cases = outlines(builds(tiny=context.tiny))
+    names = [f"{case.op} {case.shape}" for case in cases]
+    jobs = [
+        (number, dtype)
+        for dtype in (("bf16",) if context.tiny else DTYPES)
+        for number, case in enumerate(cases)
+        if backends_on(case.op, device, DTYPES[dtype], case.widths).get("triton", "absent") is None
+    ]
+    processes = 2 if context.tiny else max(1, min(PROCESSES, (os.cpu_count() or 2) // 2))
+    deadline = time.monotonic() + 0.5 * context.remaining()
+    begin = time.perf_counter()
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    todo: dict[Future[tuple[str, float]], str] = {
+        pool.submit(compile_one, number, dtype, device, context.tiny): f"{names[number]} {dtype}"
+        for number, dtype in jobs
+    }
+    running = set(todo)
+    while running and time.monotonic() < deadline:
+        ended, running = wait(running, timeout=deadline - time.monotonic(), return_when=FIRST_COMPLETED)
+        for future in ended:
+            try:
+                name, needed = future.result()
+                seconds[name] = round(needed, 2)
+            except Exception as error:  # a worker that died, too: the others of its pool say so as well
+                failed[todo[future]] = f"{type(error).__name__}: {str(error)[:500]}"
+    pool.shutdown(wait=not running, cancel_futures=True)
+    result = {
+        "wall_seconds": round(time.perf_counter() - begin, 1),
+        "processes": processes,
+        "seconds": seconds,
+        "not_in_time": sorted(todo[future] for future in running),
+        "errors": failed,
+    }
+    if failed:
+        raise Failed("; ".join(f"{name}: {why}" for name, why in failed.items()), result)
+    return result

@@ -1,0 +1,39 @@
+"""Dropout's masks on the device: the CPU's, bit for bit, whatever computes them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.command import Context, Failed, Part
+
+KEY = 0x1234_5678_9ABC_DEF1
+
+
+def parts() -> Iterator[Part]:
+    yield Part("dropout masks", masks)
+
+
+def masks(context: Context) -> dict[str, Any]:
+    """Masks and dropped values of sequences far apart and of a later token, in fp32 and bf16."""
+    from model.dropout import dropout, keep_mask
+
+    B, T, d = (2, 8, 24) if context.tiny else (4, 512, 1024)
+    sequence = torch.tensor([0, 3, 2**31 + 7, 2**40 + 11])[:B]
+    there = sequence.to(context.device)
+    rates = {}
+    for probability, first_token in ((0.1, 0), (0.2, 5), (0.999, 0)):
+        settings = {"probability": probability, "key": KEY, "first_token": first_token}
+        here = keep_mask(sequence_index=sequence, shape=(B, T, d), **settings)  # type: ignore[arg-type]
+        found = keep_mask(sequence_index=there, shape=(B, T, d), **settings)  # type: ignore[arg-type]
+        rates[str(probability)] = round(1.0 - found.double().mean().item(), 5)
+        if not torch.equal(found.cpu(), here):
+            raise Failed(f"{(found.cpu() != here).sum().item()} of {here.numel()} mask bits differ, p {probability}")
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(B, T, d).to(dtype)
+            wanted = dropout(x, sequence_index=sequence, **settings)  # type: ignore[arg-type]
+            dropped = dropout(x.to(context.device), sequence_index=there, **settings)  # type: ignore[arg-type]
+            torch.testing.assert_close(dropped.cpu(), wanted)
+    return {"shape": [B, T, d], "dropped": rates}

@@ -1,0 +1,109 @@
+"""Whether a backend of an op computes what the reference does in fp64, on the device and at shipped shapes.
+
+The reference computes every expert for every token, in fp64 too much for one piece: it goes through the tokens in
+chunks, and the gradients of what all tokens share are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.timing import Inputs
+from model.kernels.backend import BACKENDS, resolve
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""||a - b|| / ||b|| of every tensor; half precision rounds the hidden activations of an op too."""
+REPEATING = ("triton", "cuda")
+"""Backends that promise the same bits when repeated; of the others it is only recorded."""
+CHUNK_TOKENS = 1024
+
+Tensors = dict[str, Tensor]
+
+
+def backends_on(op: str, device_type: str, dtype: torch.dtype, widths: Sequence[int] = ()) -> dict[str, str | None]:
+    """Every backend of the op -> None, or why it cannot compute it here."""
+    found: dict[str, str | None] = {}
+    for name in BACKENDS[op]:
+        try:
+            resolve(name, op, device_type, dtype=dtype, widths=widths)
+            found[name] = None
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def results(inputs: Inputs, backend: str) -> tuple[Tensors, Tensors]:
+    """Outputs and the gradients of all leaves by name, and the tensors as `compute` left them (its choices, if any).
+    AssertionError where the case's own check does not hold."""
+    case, tensors = inputs.case, dict(inputs.tensors)
+    outputs = case.compute(tensors, backend)
+    grads = torch.autograd.grad(outputs, inputs.leaves, inputs.upstream)
+    if case.check is not None:
+        case.check(tensors)
+    found = {f"output {number}": y.detach() for number, y in enumerate(outputs)}
+    return found | {f"gradient of {n}": g for n, g in zip(case.leaves, grads, strict=True)}, tensors
+
+
+def expected(inputs: Inputs, left: Tensors, chunk: int = CHUNK_TOKENS) -> Tensors:
+    """The reference in fp64 on the same inputs, `chunk` tokens at a time. `left`: what `results` gave besides: the
+    reference takes its choices."""
+    case = inputs.case
+    exact = {name: left[name].detach().double() for name in case.leaves}
+    num_tokens = next(exact[name].shape[0] for name in case.leaves if name in case.per_token)
+    total = case.share(left) if case.share is not None else None
+    pieces: dict[str, list[Tensor]] = {}
+    for begin in range(0, num_tokens, chunk):
+        rows = slice(begin, begin + chunk)
+        part = {name: t[rows] if name in case.per_token else t for name, t in left.items()}
+        for name in case.leaves:
+            part[name] = (exact[name][rows] if name in case.per_token else exact[name]).clone().requires_grad_()
+        outputs = case.compute(part, "reference")
+        weight = 1.0 if total is None else case.share(part) / total  # type: ignore[misc]
+        upstream = [(u[rows] if u.dim() else u * weight).double() for u in inputs.upstream]
+        grads = torch.autograd.grad(outputs, [part[name] for name in case.leaves], upstream)
+        for number, y in enumerate(outputs):
+            pieces.setdefault(f"output {number}", []).append(y.detach() if y.dim() else y.detach() * weight)
+        for name, g in zip(case.leaves, grads, strict=True):
+            pieces.setdefault(f"gradient of {name}", []).append(g)
+    return {name: _joined(name, found, case.per_token) for name, found in pieces.items()}
+
+
+def _joined(name: str, pieces: list[Tensor], per_token: Sequence[str]) -> Tensor:
+    is_sum = pieces[0].dim() == 0 or (name.startswith("gradient of ") and name.split()[-1] not in per_token)
+    return torch.stack(pieces).sum(0) if is_sum else torch.cat(pieces)
+
+
+def errors(actual: Tensors, wanted: Tensors) -> dict[str, float]:
+    """Relative error of every tensor; absolute where the expected one is zero."""
+    found = {}
+    for name, value in wanted.items():
+        difference, norm = (actual[name].double() - value).norm().item(), value.norm().item()
+        found[name] = difference / norm if norm > 1e-8 else difference
+    return found
+
+
+def same_bits(actual: Tensors, again: Tensors) -> bool:
+    return all(torch.equal(actual[name], again[name]) for name in actual)
+
+
+def check(
+    inputs: Inputs, dtype: torch.dtype, backend: str, wanted: Tensors | None
+) -> tuple[dict[str, object], Tensors]:
+    """Row of one backend, with `failed`, and the expected values: `wanted`, or computed if there are none yet or the
+    backend chose by itself."""
+    actual, left = results(inputs, backend)
+    again, _ = results(inputs, backend)
+    chose = any(name in inputs.case.per_token and name not in inputs.tensors for name in left)
+    if wanted is None or chose:
+        wanted = expected(inputs, left)
+    found, same = errors(actual, wanted), same_bits(actual, again)
+    worst = max(found, key=lambda name: found[name])
+    # `not <=`: a NaN fails.
+    failed = not all(value <= TOLERANCE[dtype] for value in found.values())
+    failed |= not same and backend in REPEATING
+    row = {"backend": backend, "worst": worst, "error": found[worst], "errors": found, "repeats": same}
+    return row | {"failed": failed}, wanted

@@ -1,0 +1,99 @@
+"""compute-sanitizer over the kernels that run in 8 warps, at the shipped widths and few tokens.
+
+A part starts `python -m benchmarks.gpu.launched` under the tool: it computes one case, forward and backward, and prints
+which kernels it launched in how many warps. The last part says which kernels of 8 warps no case reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu.command import Context, Failed, Part, Unavailable
+from benchmarks.gpu.record import ROOT
+from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases, sigma_moe_case
+
+TOOLS = ("racecheck", "memcheck")
+TOKENS = 512
+FOUND = 9
+"""Exit status that the tool is told to give for what it found."""
+LAUNCHED = "launched: "
+"""Begins the line by which the child names its kernels."""
+
+
+def cases(model: str, *, tiny: bool) -> list[Build]:
+    """The shipped ones, and σ-MoE with so few experts that each has the rows for which tiles of 8 warps are taken."""
+    if tiny:
+        return equality_cases(small=True)
+    d = 2048 if model == "1b" else 1024
+    return [*shipped_cases(model, num_tokens=TOKENS), functools.partial(sigma_moe_case, TOKENS, d, 4, 4, 128)]
+
+
+def parts(*, tiny: bool) -> Iterator[Part]:
+    """bf16, as training."""
+    for tool in TOOLS:
+        for model in ("tiny",) if tiny else MODELS:
+            for number, case in enumerate(outlines(cases(model, tiny=tiny))):
+                compute = functools.partial(check, tool=tool, model=model, number=number)
+                yield Part(f"{tool} {model} {case.op} {case.shape}", compute, 20.0)
+    yield Part("racecheck reached", functools.partial(reached, tiny=tiny))
+
+
+def check(context: Context, *, tool: str, model: str, number: int) -> dict[str, Any]:
+    """Fails where the tool finds something, with its words."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise Unavailable("compute-sanitizer is not on the PATH")
+    child = [sys.executable, "-m", "benchmarks.gpu.launched", model, str(number), context.device.type]
+    line = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", *child]
+    # Without torch's cache every tensor is an allocation of its own, at whose end the tool sees an access beyond it.
+    variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    limit = max(context.remaining(), 1.0)
+    try:
+        done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{tool} did not end in {limit:.0f} s") from None
+    said = [text for text in (done.stdout + done.stderr).splitlines() if text.startswith("=========")]
+    kernels = [text for text in done.stdout.splitlines() if text.startswith(LAUNCHED)]
+    result = {"tool": tool, "said": said[-30:], "kernels": json.loads(kernels[0][len(LAUNCHED) :]) if kernels else {}}
+    if done.returncode == FOUND:
+        raise Failed(f"{tool} found: {said[0] if said else 'nothing that it names'}", result)
+    if done.returncode != 0 or not kernels:
+        unsupported = [text for text in said if "not supported" in text]
+        if unsupported:
+            raise Unavailable(unsupported[0])
+        raise Failed(f"exit status {done.returncode}: {done.stderr[-500:]}", result)
+    return result
+
+
+def reached(context: Context, *, tiny: bool) -> dict[str, Any]:
+    """Fails for a kernel that benchmarks/kernel_cases compiles in 8 warps and that racecheck saw in no case."""
+    found: set[str] = set()
+    for name, result in context.measured.items():
+        if name.startswith("racecheck "):
+            found |= {kernel for kernel, warps in result.get("kernels", {}).items() if 8 in warps}
+    if shutil.which("compute-sanitizer") is None:
+        raise Unavailable("compute-sanitizer is not on the PATH")
+    missing = sorted(_eight_warps() - found)
+    result = {"reached": sorted(found), "missing": missing}
+    if missing and not tiny:
+        raise Failed(f"racecheck saw no launch in 8 warps of {', '.join(missing)}", result)
+    return result
+
+
+def _eight_warps() -> set[str]:
+    from benchmarks import compiled
+
+    shipped = ("1024", "2048", "1b", "259m", "32000", "8000")
+    cases = compiled.cases(compiled.case_modules())
+    return {
+        case.kernel.fn.__name__
+        for case in cases
+        if case.num_warps == 8 and case.name.endswith("bf16") and any(width in case.name for width in shipped)
+    }

@@ -1,0 +1,141 @@
+"""The tables of docs/gpu.md, made of the records under benchmarks/results/, and the table that a command ends with.
+
+    python -m benchmarks.gpu tables [--check]
+
+Each table stands between two comments that name it. A table without a record says so; nothing in it is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import ceilings, record
+from benchmarks.gpu.record import FAILED, PASSED, SKIPPED, Entry
+
+DOCUMENT = record.ROOT / "docs" / "gpu.md"
+EMPTY = "Not run on a GPU yet.\n"
+Rows = list[tuple[str, ...]]
+
+
+def add_command(commands: Any) -> None:
+    what = "write the tables of docs/gpu.md from the records"
+    parser = commands.add_parser("tables", help=what, description=what)
+    parser.add_argument("--check", action="store_true", help="exit status 1 if the page's tables are not the records'")
+    parser.set_defaults(act=act)
+
+
+def act(options: argparse.Namespace) -> int:
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = updated(before, record.RESULTS)
+    if options.check:
+        if after != before:
+            print("docs/gpu.md: its tables are not those of benchmarks/results: python -m benchmarks.gpu tables")
+        return int(after != before)
+    DOCUMENT.write_text(after, encoding="utf-8")
+    return 0
+
+
+def updated(text: str, results: Path) -> str:
+    """`text` with every table of `TABLES` anew. ValueError for a marker that it lacks or that names no table."""
+    named = re.findall(r"<!-- benchmarks\.gpu (\w+): begin -->", text)
+    if sorted(named) != sorted(TABLES):
+        raise ValueError(f"docs/gpu.md has the tables {sorted(named)}, benchmarks/gpu/tables.py has {sorted(TABLES)}")
+    for name, (command, rows_of) in TABLES.items():
+        begin, end = f"<!-- benchmarks.gpu {name}: begin -->\n", f"<!-- benchmarks.gpu {name}: end -->"
+        before, rest = text.split(begin)
+        text = before + begin + document_table(results, command, rows_of) + end + rest.split(end)[1]
+    return text
+
+
+def document_table(results: Path, command: str, rows_of: Callable[[list[Entry]], Rows]) -> str:
+    """The newest entries of every card, card by card, each under a line that says on what and when."""
+    pieces = []
+    for path in sorted(results.glob(f"*/{command}.jsonl")):
+        entries = latest(record.read(path))
+        rows = rows_of(entries)
+        if len(rows) < 2:
+            continue
+        one = entries[-1]
+        on = one.identity
+        versions = f"driver {on['driver']}, Python {on['python']}, torch {on['torch']}, triton {on['triton']}"
+        pieces.append(f"{on['card']}, {versions}; {one.date[:10]}, revision {one.revision}:\n\n{markdown(rows)}")
+    return "\n".join(pieces) if pieces else EMPTY
+
+
+def latest(entries: Sequence[Entry]) -> list[Entry]:
+    """The last entry of every part, of the identity of the last entry."""
+    if not entries:
+        return []
+    mine = [e for e in entries if e.identity == entries[-1].identity]
+    return list({e.part: e for e in mine}.values())
+
+
+def markdown(rows: Rows) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def entries_table(entries: Sequence[Entry]) -> str:
+    """What a command prints at its end: a row per part."""
+    rows: Rows = [("part", "status", "s", "measured")]
+    rows += [(e.part, e.status, f"{e.seconds:.1f}", headline(e)) for e in entries]
+    return markdown(rows)
+
+
+def headline(entry: Entry) -> str:
+    """The one number of a part, or why there is none."""
+    result = entry.result
+    if "reason" in result:
+        return str(result["reason"]).splitlines()[0][:160]
+    for key, (unit, scale) in UNITS.items():
+        if key in result:
+            return f"{result[key] / scale:.4g} {unit}"
+    if "backends" in result:
+        return "; ".join(f"{row['backend']} {_backend(row)}" for row in result["backends"] if "skipped" not in row)
+    return ""
+
+
+UNITS = {"bytes_per_second": ("TB/s", 1e12), "flops_per_second": ("TF/s", 1e12), "wall_seconds": ("s", 1.0)}
+"""Key of a result -> its unit in a table."""
+
+
+def _backend(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['error']:.1e}" + ("" if row.get("repeats") else " (other bits when repeated)")
+    return ", ".join(f"{phase} {row[phase]['ms']:.4g} ms" for phase in ("forward", "backward") if phase in row)
+
+
+def ceiling_rows(entries: list[Entry]) -> Rows:
+    rows: Rows = [("ceiling", "measured", "a tenth below, a tenth above (ms)")]
+    for entry in entries:
+        if entry.part in (ceilings.COPY, ceilings.PRODUCT) and entry.status == PASSED:
+            result = entry.result
+            rows.append((entry.part.split()[1], headline(entry), f"{result['low']:.4g}, {result['high']:.4g}"))
+    return rows
+
+
+def truth_rows(entries: list[Entry]) -> Rows:
+    """A row per kind of check, model and dtype."""
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if not entry.part.startswith("ceiling"):
+            groups[" ".join(word for word in entry.part.split()[:3] if "=" not in word)].append(entry)
+    rows: Rows = [("check", "parts", "passed", "failed", "skipped", "largest relative error")]
+    for name, members in groups.items():
+        counts = [sum(e.status == status for e in members) for status in (PASSED, FAILED, SKIPPED)]
+        found = [row["error"] for e in members for row in e.result.get("backends", ()) if "error" in row]
+        rows.append((name, str(len(members)), *map(str, counts), f"{max(found):.1e}" if found else "-"))
+    return rows
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Entry]], Rows]]] = {
+    "ceilings": ("truth", ceiling_rows),
+    "truth": ("truth", truth_rows),
+}
+"""Name of a table in docs/gpu.md -> the command whose record it comes from, and its rows, the first of which is the
+head."""

@@ -1,0 +1,141 @@
+"""benchmarks/gpu/command.py: order, time, record, resumption and exit status, by a clock that only the parts move."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import command
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.command import TIME_OVER, Context, Failed, Part, Unavailable
+from benchmarks.gpu.record import Identity, read
+
+CPU = Identity(card="CPU", driver="none", python="3", torch="2", cuda="none", triton="3", sources="0")
+
+
+class Parts:
+    """Parts that take ten seconds of a clock of their own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(command.record, "identity", lambda device: CPU)
+        self.folder, self.now, self.ran = folder, 0.0, [""]
+
+    def part(self, name: str, outcome: Exception | dict[str, Any] | None = None) -> Part:
+        def compute(context: Context) -> dict[str, Any]:
+            self.ran.append(name)
+            self.now += 10.0
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome or {}
+
+        return Part(name, compute)
+
+    def run(self, parts: list[Part], **changes: Any) -> int:
+        settings = {"seconds": 100.0, "only": None, "list": False, "again": False, "device": "cpu", "tiny": True}
+        options = argparse.Namespace(command="truth", results=self.folder, **(settings | changes))
+        self.ran = []
+        return command.run_parts(options, parts, clock=lambda: self.now)
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        return {entry.part: entry.status for entry in read(self.folder / "cpu" / "truth.jsonl")}
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
+    return Parts(tmp_path, monkeypatch)
+
+
+def test_every_part_is_recorded_with_what_became_of_it(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = {"a": None, "b": Failed("no", {"error": 1.0}), "c": Unavailable("no tool"), "d": KeyError("x")}
+    assert parts.run([parts.part(name, outcome) for name, outcome in outcomes.items()]) == 1
+    assert parts.ran == ["a", "b", "c", "d"]
+    assert parts.statuses == {"a": "passed", "b": "failed", "c": "skipped", "d": "failed"}
+    b, d = (e for e in read(parts.folder / "cpu" / "truth.jsonl") if e.part in "bd")
+    assert b.result == {"error": 1.0, "reason": "no"} and b.seconds == 10.0
+    assert d.result == {"reason": "KeyError: 'x'"}
+    output = capsys.readouterr().out
+    assert "[3/4, 80 s left] c" in output and "skipped in 10.0 s: no tool" in output
+    assert "| d | failed | 10.0 | KeyError: 'x' |" in output and "4 parts, 2 failed, 0 not begun" in output
+
+
+def test_it_stops_when_the_time_is_over_and_goes_on_later(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = [parts.part(name) for name in "abcd"]
+    assert parts.run(listed, seconds=22.0) == TIME_OVER
+    assert parts.ran == ["a", "b"]
+    assert "not begun, the time was over: c, d" in capsys.readouterr().out
+    assert parts.run(listed, seconds=22.0) == 0
+    assert parts.ran == ["c", "d"]
+    assert parts.run(listed) == 0 and parts.ran == []
+    assert parts.run(listed, again=True) == 0 and parts.ran == ["a", "b", "c", "d"]
+
+
+def test_a_recorded_failure_stays_one(parts: Parts) -> None:
+    listed = [parts.part("a", Failed("no"))]
+    assert [parts.run(listed), parts.run(listed)] == [1, 1]
+    assert parts.ran == []
+
+
+def test_some_parts_alone(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = [parts.part(name) for name in ("equal a", "equal b", "repeat a")]
+    assert parts.run(listed, only=["equal"]) == 0
+    assert parts.ran == ["equal a", "equal b"]
+    assert parts.run(listed, list=True) == 0 and parts.ran == []
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[-1] for line in lines] == ["passed", "passed", "-"]
+    assert parts.run(listed, only=["spede"]) == 2
+
+
+def test_a_part_knows_what_earlier_ones_measured(parts: Parts) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compute(context: Context) -> dict[str, Any]:
+        seen.append(dict(context.measured))
+        return {}
+
+    first = parts.part("first", {"ms": 3.0})
+    parts.run([first, Part("second", compute)])
+    parts.run([first, Part("third", compute)])
+    assert seen[0] == {"first": {"ms": 3.0}} and seen[1]["first"] == {"ms": 3.0}
+
+
+def test_a_part_that_hangs_is_recorded_as_cut(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer's own function, without the timer and without ending this process."""
+    ended: list[int] = []
+    monkeypatch.setattr(command.os, "_exit", ended.append)
+
+    class AtOnce:
+        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+            assert seconds == 100.0 + command.GRACE_SECONDS
+            self.start = function
+
+        def cancel(self) -> None:
+            pass
+
+    monkeypatch.setattr(command.threading, "Timer", AtOnce)
+    listed = [parts.part("hangs")]
+    parts.run(listed)
+    assert ended == [TIME_OVER]
+    first = read(parts.folder / "cpu" / "truth.jsonl")[0]
+    assert (first.part, first.status) == ("hangs", "cut")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["truth"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "there is no GPU here: nothing was checked and nothing was timed" in captured.err
+
+
+def test_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["truth", "--device", "cpu"]) == 2
+    assert "--device cpu needs --tiny" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert main(["truth", "--device", "cpu", "--tiny"]) == 2
+    assert "needs TRITON_INTERPRET=1" in capsys.readouterr().err

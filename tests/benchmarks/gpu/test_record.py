@@ -1,0 +1,102 @@
+"""benchmarks/gpu/record.py and tables.py: what a line says, which parts count as done, the tables of docs/gpu.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import record, tables
+from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Identity, Record
+
+H100 = Identity(
+    card="NVIDIA H100 80GB HBM3", driver="580.1", python="3.12.3", torch="2.11.0+cu130", cuda="13.0", triton="3.6.0",
+    sources="0123456789abcdef",
+)  # fmt: skip
+
+
+def test_a_line_says_what_where_and_when(tmp_path: Path) -> None:
+    book = Record(tmp_path, "truth", H100)
+    written = book.append("copy", PASSED, 1.25, {"bytes_per_second": 3e12})
+    assert book.path == tmp_path / "nvidia-h100-80gb-hbm3" / "truth.jsonl"
+    assert record.read(book.path) == [written]
+    assert written.identity == dataclasses.asdict(H100) and written.date.endswith("+00:00")
+    assert written.command.startswith("python -m benchmarks.gpu")
+    assert len(book.path.read_text().splitlines()) == 1
+
+
+def test_what_counts_as_done(tmp_path: Path) -> None:
+    book = Record(tmp_path, "truth", H100)
+    for part, status in (("a", FAILED), ("a", PASSED), ("b", CUT), ("c", SKIPPED), ("d", FAILED)):
+        book.append(part, status, 0.0, {})
+    with book.path.open("a") as file:
+        file.write('{"part": "e", "sta')  # a process that was ended while it wrote
+    assert {name: entry.status for name, entry in book.done().items()} == {"a": PASSED, "d": FAILED}
+    for change in ({"driver": "581"}, {"torch": "2.13.0"}, {"triton": "3.7.1"}, {"sources": "f" * 16}):
+        other = Record(tmp_path, "truth", dataclasses.replace(H100, **change))
+        assert other.path == book.path and other.done() == {}
+
+
+def test_the_revision_with_and_without_git(tmp_path: Path) -> None:
+    file = tmp_path / ".carry" / "REVISION"
+    tree = tmp_path / "tree"
+    (tree / "model").mkdir(parents=True)
+    (tree / "model" / "a.py").write_text("a = 1\n")
+    assert record.revision.__wrapped__(tree, file) == "unknown"
+    file.parent.mkdir()
+    file.write_text("fedcba987654\n")
+    assert record.revision.__wrapped__(tree, file) == "fedcba987654"
+    as_somebody = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["git", "init", "-q"], ["git", "add", "."], [*as_somebody, "commit", "-qm", "a"]):
+        subprocess.run(words, cwd=tree, check=True)
+    revision = record.revision.__wrapped__(tree, file)
+    assert len(revision) == 12 and revision != "fedcba987654"
+    (tree / "model" / "a.py").write_text("a = 2\n")
+    assert record.revision.__wrapped__(tree, file) == revision + "+changes"
+
+
+def test_the_hash_of_the_sources_sees_contents_and_names(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    path = tmp_path / "model" / "a.py"
+    path.write_text("a = 1\n")
+    first = record.sources(tmp_path)
+    (tmp_path / "model" / "notes.md").write_text("no source")
+    (tmp_path / "benchmarks" / "results" / "losses.json").write_text("{}")
+    assert record.sources(tmp_path) == first
+    path.write_text("a = 2\n")
+    second = record.sources(tmp_path)
+    path.rename(path.with_name("b.py"))
+    assert len({first, second, record.sources(tmp_path)}) == 3
+
+
+def test_the_page_has_the_tables_of_the_records() -> None:
+    text = tables.DOCUMENT.read_text(encoding="utf-8")
+    assert tables.updated(text, record.RESULTS) == text
+
+
+def test_a_table_comes_from_the_last_identity_and_the_last_entry(tmp_path: Path) -> None:
+    text = "".join(
+        f"{name}:\n<!-- benchmarks.gpu {name}: begin -->\nold\n<!-- benchmarks.gpu {name}: end -->\n"
+        for name in tables.TABLES
+    )
+    empty = tables.updated(text, tmp_path)
+    assert "old" not in empty and empty.count(tables.EMPTY) == len(tables.TABLES)
+    times = {"ms": 1.0, "low": 0.9, "high": 1.1}
+    old = Record(tmp_path, "truth", dataclasses.replace(H100, driver="570"))
+    old.append("ceiling copy", PASSED, 1.0, times | {"bytes_per_second": 1e12})
+    book = Record(tmp_path, "truth", H100)
+    for speed in (2e12, 3e12):
+        book.append("ceiling copy", PASSED, 1.0, times | {"bytes_per_second": speed})
+    for backend, error in (("triton", 0.002), ("cpu", 0.003)):
+        rows = [{"backend": backend, "error": error}]
+        book.append(f"equal 1b bf16 route {backend}", PASSED, 1.0, {"backends": rows})
+    full = tables.updated(text, tmp_path)
+    assert "| copy | 3 TB/s | 0.9, 1.1 |" in full and "1 TB/s" not in full and "2 TB/s" not in full
+    assert "NVIDIA H100 80GB HBM3, driver 580.1, Python 3.12.3, torch 2.11.0+cu130, triton 3.6.0" in full
+    assert "| equal 1b bf16 | 2 | 2 | 0 | 0 | 3.0e-03 |" in full
+    assert tables.updated(full, tmp_path) == full
+    with pytest.raises(ValueError, match="has the tables"):
+        tables.updated(text.replace("benchmarks.gpu truth", "benchmarks.gpu lies"), tmp_path)

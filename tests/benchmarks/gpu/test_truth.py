@@ -1,0 +1,196 @@
+"""`python -m benchmarks.gpu truth` sees what is wrong, and needs torch and triton alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import op_cases
+from benchmarks.gpu import equality, sanitizer, truth
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.record import ROOT, read
+from benchmarks.gpu.timing import Inputs, draw
+from model.kernels.backend import BACKENDS
+
+CPU = torch.device("cpu")
+SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
+
+
+def context(folder: Path, **measured: dict[str, Any]) -> Context:
+    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=measured)
+
+
+def test_every_backend_is_compared(tmp_path: Path) -> None:
+    result = truth.equality(context(tmp_path), build=SIGMA_MOE, dtype="bf16")
+    rows = {row["backend"]: row for row in result["backends"]}
+    assert rows.keys() == set(BACKENDS["sigma_moe"])
+    names = {"output 0", *(f"gradient of {name}" for name in ("x", "scores", "up", "down"))}
+    assert all(row["errors"].keys() == names and not row["failed"] for row in rows.values())
+
+
+def test_what_cannot_run_here_is_named(tmp_path: Path) -> None:
+    result = truth.equality(context(tmp_path), build=partial(op_cases.route_case, 37, 24, 2, 5, 3), dtype="fp32")
+    skipped = {row["backend"]: row["skipped"] for row in result["backends"] if "skipped" in row}
+    assert list(skipped) == ["cuda"] and "cannot compute route on cpu" in skipped["cuda"]
+
+
+@pytest.mark.parametrize("fault", ["wrong", "NaN", "wrong gradient", "other bits", "raises"])
+def test_a_broken_kernel_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = op_cases.sigma_moe
+    calls = 0
+
+    def broken(x: Tensor, scores: Tensor, *rest: Tensor, backend: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if backend != "triton":
+            return right(x, scores, *rest, backend=backend)
+        if fault == "raises":
+            raise RuntimeError("no such kernel")
+        if fault == "wrong gradient":
+            scores = scores.detach() + 0 * scores
+        y = right(x, scores, *rest, backend="reference")
+        if fault == "other bits":
+            return y + calls * 1e-6
+        return y * {"wrong": 1.05, "NaN": torch.nan, "wrong gradient": 1.0}[fault]
+
+    monkeypatch.setattr(op_cases, "sigma_moe", broken)
+    with pytest.raises(Failed, match="triton") as caught:
+        truth.equality(context(tmp_path), build=SIGMA_MOE, dtype="fp32")
+    assert [row["backend"] for row in caught.value.result["backends"] if row.get("failed")] == ["triton"]
+    if fault == "other bits":
+        with pytest.raises(Failed, match="other bits") as caught:
+            truth.repetition(context(tmp_path), build=SIGMA_MOE, dtype="fp32")
+        assert caught.value.result["different"] == {"triton": 2}
+
+
+def test_a_wrong_choice_is_seen() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 1.0]], [[3.0, 1.0, 2.0]]])
+    index, load = torch.tensor([[[1, 2]], [[0, 2]]]), torch.tensor([[1, 1, 2]])
+    order = torch.tensor([[2, 0, 1, 3]])
+    op_cases.check_choice(logits, index, load, order)
+    for wrong in ((index.flip(0), load, order), (index, load + 1, order), (index, load, order.flip(1))):
+        with pytest.raises(AssertionError):
+            op_cases.check_choice(logits, *wrong)
+
+
+def test_a_choice_is_checked_where_the_backend_makes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(*tensors: Tensor) -> None:
+        raise AssertionError("not the best experts")
+
+    monkeypatch.setattr(op_cases, "check_choice", refused)
+    with pytest.raises(Failed, match="not the best experts"):
+        truth.equality(context(tmp_path), build=partial(op_cases.route_case, 37, 24, 2, 5, 3), dtype="fp32")
+
+
+@pytest.mark.parametrize("build", op_cases.equality_cases(small=True), ids=str)
+@pytest.mark.parametrize("chunk", [10, 37])
+def test_the_reference_in_chunks_is_the_reference(build: op_cases.Build, chunk: int) -> None:
+    """Against the whole at once, in fp64 on both sides."""
+    drawn = draw(build, CPU, torch.float32, 0)
+    exact = {n: t.detach().double().requires_grad_(n in drawn.case.leaves) if t.is_floating_point() else t
+             for n, t in drawn.tensors.items()}  # fmt: skip
+    inputs = Inputs(drawn.case, exact, [u.double() for u in drawn.upstream])
+    whole, left = equality.results(inputs, "reference")
+    found = equality.expected(inputs, left, chunk)
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_an_op_without_a_case_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert set(truth.every_op_has_a_case(context(tmp_path))["ops"]) == set(BACKENDS)
+    monkeypatch.setitem(BACKENDS, "hyper_moe", ("reference",))
+    with pytest.raises(Failed, match=r"no case in benchmarks/op_cases\.py for hyper_moe"):
+        truth.every_op_has_a_case(context(tmp_path))
+
+
+def tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compute-sanitizer on the PATH."""
+    path = folder / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For real but the tool, which passes the command on."""
+    tool(tmp_path, 'shift 6; echo "========= RACECHECK SUMMARY: 0 hazards displayed"; exec "$@"', monkeypatch)
+    number = [case.op for case in op_cases.outlines(sanitizer.cases("tiny", tiny=True))].index("route")
+    result = sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=number)
+    assert {"choose_kernel", "place_kernel", "gradients_kernel"} <= result["kernels"].keys()
+    assert result["kernels"]["gradients_kernel"] == [8]
+    assert result["said"] == ["========= RACECHECK SUMMARY: 0 hazards displayed"]
+    reached = sanitizer.reached(context(tmp_path, **{"racecheck tiny route": result}), tiny=True)
+    assert "gradients_kernel" in reached["reached"] and "value_backward_kernel" in reached["missing"]
+    with pytest.raises(Failed, match=r"racecheck saw no launch in 8 warps of .*value_backward_kernel"):
+        sanitizer.reached(context(tmp_path, **{"racecheck tiny route": result}), tiny=False)
+
+
+@pytest.mark.parametrize(
+    "script, error, words",
+    [
+        ("echo '========= Error: Race reported between Write and Read'; exit 9", Failed, "racecheck found: .*Race"),
+        ("echo '========= Error: Device not supported'; exit 1", Unavailable, "Device not supported"),
+        ("echo 'Segmentation fault' >&2; exit 139", Failed, "exit status 139: Segmentation fault"),
+        ("exit 0", Failed, "exit status 0"),
+    ],
+)
+def test_what_the_sanitizer_says(
+    script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool(tmp_path, script, monkeypatch)
+    with pytest.raises(error, match=words):
+        sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=0)
+
+
+ABSENT = ("pydantic", "deepspeed", "megatron", "numpy", "sentencepiece", "webdataset", "pretrain", "data_prep")
+"""numpy too: torch does without, and of Triton only the interpreter needs it."""
+
+
+def blocked(code: str) -> str:
+    """Output of `code` in a process that has torch and triton alone."""
+    line = [sys.executable, "-W", "ignore", "-c", f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n{code}"]
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torch_and_triton_are_enough() -> None:
+    """Every part is listed, every case built, one computed by the reference, and dropout compared."""
+    output = blocked("""
+import pathlib, torch
+from benchmarks.gpu import truth, launched, sanitizer
+from benchmarks.gpu.command import Context
+from benchmarks.gpu.equality import check
+from benchmarks.gpu.timing import draw
+from benchmarks.op_cases import sigma_moe_case
+from functools import partial
+cpu = torch.device("cpu")
+parts = {part.name: part for part in truth.parts(tiny=False)}
+row, _ = check(draw(partial(sigma_moe_case, 37, 24, 4, 2, 16), cpu, torch.float32, 0), torch.float32, "reference", None)
+here = Context(device=cpu, tiny=True, results=pathlib.Path("."), remaining=lambda: 1e3)
+print(len(parts), row["failed"], parts["dropout masks"].compute(here)["shape"], "model.config" in sys.modules)
+import model.kernels.triton.sigma_moe, model.kernels.triton.switchhead_value, model.kernels.triton.route
+""")
+    number, *rest = output.split(maxsplit=1)
+    assert int(number) > 100 and rest == ["False [2, 8, 24] False\n"]
+
+
+@pytest.mark.slow
+def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    words = ["truth", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]
+    assert main(words) == 0
+    entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "truth.jsonl")}
+    assert {status for part, status in entries.items() if "check" not in part} == {"passed"}
+    assert len(entries) == len(list(truth.parts(tiny=True)))
