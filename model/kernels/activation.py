@@ -3,7 +3,7 @@
     ReLU     hidden [n, G]     activated = ReLU(hidden)
     SwiGLU   hidden [n, 2 G]   activated = SiLU(hidden[:, :G]) * hidden[:, G:]               (arXiv 2002.05202)
 
-What the matrices' shapes say, no argument repeats: up [.., d, W] and down [.., G, d] are SwiGLU's if W = 2 G.
+The matrices' shapes say which it is: up [.., d, W] and down [.., G, d] are SwiGLU's if W = 2 G.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def is_swiglu(up_experts: Tensor, down_experts: Tensor) -> bool:
-    """Of `up_experts` [E, d, W] and `down_experts` [E, G, d]. ValueError where W is neither G nor 2 G."""
+    """Whether `up_experts` [E, d, W] and `down_experts` [E, G, d] are SwiGLU's. ValueError unless W is G or 2 G."""
     W, G = up_experts.shape[2], down_experts.shape[1]
     if W not in (G, 2 * G):
-        raise ValueError(f"up_experts has {W} columns; beside {G} rows of down_experts ReLU has {G}, SwiGLU {2 * G}")
+        raise ValueError(f"up_experts has {W} columns; for the {G} rows of down_experts ReLU needs {G}, SwiGLU {2 * G}")
     return W == 2 * G
 
 
@@ -30,8 +30,8 @@ def activate(hidden: Tensor, *, swiglu: bool) -> Tensor:
 
 
 def activate_kept(hidden: Tensor, *, swiglu: bool) -> Tensor:
-    """As `activate`, without a gradient; what is left in `hidden` is what `activation_gradient` takes: of ReLU the
-    result, which is `hidden` itself; of SwiGLU both halves, as they were."""
+    """As `activate`, without a gradient. It leaves in `hidden` what `activation_gradient` takes: for ReLU the result,
+    which is `hidden` itself, for SwiGLU both halves unchanged."""
     return activate(hidden, swiglu=True) if swiglu else hidden.relu_()
 
 

@@ -51,7 +51,7 @@ def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tens
     return sum_slots(rows, order, k, x), grad_experts
 
 
-# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py).
+# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py).
 
 
 def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:

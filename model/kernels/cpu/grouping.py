@@ -55,7 +55,7 @@ class Grouping:
 
     @classmethod
     def restore(cls, saved: tuple[Tensor, Tensor, Tensor], num_experts: int, strategy: str) -> Grouping:
-        """From `saved` of the forward pass: backward neither sorts nor counts again."""
+        """From `saved` of the forward pass, so that the backward pass neither sorts nor counts again."""
         token, place, ends = saved
         N, k = place.shape[0], place.shape[2]
         sets = member_sets(num_experts, k, strategy)
@@ -128,7 +128,7 @@ def group_tokens(choice: Choice, num_experts: int, strategy: str) -> Grouping:
 
 
 def _ranks(choices: Tensor) -> Tensor:
-    """How many of the k distinct `choices` [k, ...] are less than each: a tenth of the time that sorting takes."""
+    """For each of the k distinct `choices` [k, ...] the number of smaller ones; sorting takes ten times as long."""
     ranks = torch.zeros_like(choices)
     for i, j in itertools.combinations(range(len(choices)), 2):
         less = choices[i] < choices[j]

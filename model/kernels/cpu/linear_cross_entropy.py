@@ -59,8 +59,8 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, *, first_class: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a vocabulary shard's `logits` [C, V] (classes from `first_class` on): maximum, sum of exp(logit - maximum) and
-    target logit (0 where another shard has the target), each [C]. Leaves exp(logit - maximum) in `logits`."""
+    """Maximum, sum of exp(logit - maximum) and target logit (0 where another shard has the target), each [C], of a
+    vocabulary shard's `logits` [C, V], whose first class is `first_class`. Leaves exp(logit - maximum) in `logits`."""
     maximum = logits.amax(1)
     local, here = local_targets(logits, targets, first_class)
     target_logit = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
@@ -69,8 +69,8 @@ def shard_statistics(logits: Tensor, targets: Tensor, *, first_class: int) -> tu
 
 
 def shard_gradient(exponentials: Tensor, targets: Tensor, exp_sum: Tensor, *, first_class: int) -> Tensor:
-    """Turns a shard's exp(logit - maximum) [C, V] into d token_loss / d logit up to a factor per token, and returns the
-    factor [C]: the narrow side of the next products takes it, not the wide one.
+    """Turns a shard's exp(logit - maximum) [C, V] into d token_loss / d logit but for a factor per token, and returns
+    these factors [C]: the next products multiply their narrow side by them, not the wide one.
 
     `exp_sum` [C] is the sum over all shards of the same exponentials.
     """

@@ -40,14 +40,15 @@ def forward(
 def top_k(values: Tensor, k: int) -> Tensor:
     """Indices [..., k] (int64) of the k largest of `values` [..., E], best first; ties go to the lowest index.
 
-    torch.topk promises nothing about ties, so it is given values without any: an fp32 number leaves 29 bits of an fp64
-    one free, which take the index. A full stable sort, or k rounds of argmax, are slower (docs/kernels.md).
+    torch.topk does not say which of two equal values it takes, so it gets values that are never equal: an fp32 number
+    leaves 29 bits of an fp64 one free, and they hold the index. A full stable sort and k rounds of argmax are slower
+    (docs/kernels.md).
     """
     num_experts = values.shape[-1]
     if values.dtype == torch.float64:  # no bits are free; fp64 is for tests
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
-    # -inf would become a NaN with an index in its lowest bits: a power of two below every fp32 number stands for it.
-    # Adding 0.0 turns -0.0, which ties with 0.0, into it.
+    # An index in the lowest bits would make -inf a NaN: a power of two below every fp32 number stands for it.
+    # -0.0 and 0.0 are equal; adding 0.0 makes both of them 0.0.
     key = values.double().clamp_min_(-(2.0**200)).add_(0.0).view(torch.int64)
     mask = (1 << (num_experts - 1).bit_length()) - 1
     ascending = torch.arange(num_experts, device=values.device)
@@ -60,7 +61,7 @@ def top_k(values: Tensor, k: int) -> Tensor:
 def counting_sort(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`index` [N, R, k] -> load [R, E] and order [R, N*k], both int64.
 
-    numpy sorts keys of 16 bits by counting, torch.sort only 32768 or more of them (docs/kernels.md).
+    numpy sorts keys of 16 bits by counting; torch.sort does so only for 32768 keys or more (docs/kernels.md).
     """
     N, R, k = index.shape
     slots = index.transpose(0, 1).reshape(R, N * k)

@@ -71,7 +71,7 @@ def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tens
     return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_up, grad_down
 
 
-# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py). In one it is
+# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py). In one part it is
 # faster: a gathered tile and the hidden layer's gradient serve both while they are in cache (docs/parallelism.md).
 
 

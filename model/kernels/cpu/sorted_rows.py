@@ -31,7 +31,7 @@ def inverse(order: Tensor, num_slots: int) -> Tensor:
 
 
 def slot_rows(order: Tensor, num_slots: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Scratch for a row of every sorted slot, [R, width]; with a row of zeros at the end where slots are missing."""
+    """Scratch [R, width], a row for every sorted slot; a row of zeros follows if slots are missing."""
     num_rows = order.shape[0]
     if num_rows == num_slots:
         return scratch("rows", (num_rows, width), dtype)

@@ -85,7 +85,7 @@ def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[T
     return add_up(grouping, totals).to(x.dtype), grad_scores, grad_experts
 
 
-# The same in two, for tensor-parallel ranks, which communicate in between (model/parallel/overlap.py).
+# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py).
 
 
 def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """CPU threads that each take whole tasks (experts), and scratch memory that stays mapped.
 
-Why not leave it to the threads inside each operator: an expert's GEMM takes about a millisecond, and every operator
-ends in a barrier that waits for its slowest thread. Where two ranks, a data loader or a test share the cores, that
+Why the threads inside each operator do not do it: an expert's GEMM takes about a millisecond, and every operator ends
+in a barrier that waits for its slowest thread. Where two ranks, a data loader or a test share the cores, that
 barrier lasts until the scheduler's next slice, and sigma-MoE took ten times as long (docs/kernels.md).
 """
 

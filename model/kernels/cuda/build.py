@@ -48,7 +48,7 @@ def library_path(name: str) -> Path:
 
 
 def why_not(name: str) -> str | None:
-    """The reason why the library of NAME.cu cannot be had here; None if it can."""
+    """Why there is no library of NAME.cu here and none can be compiled; None if there is or can be."""
     if library_path(name).exists() or find_nvcc() is not None:
         return None
     return (

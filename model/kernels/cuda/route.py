@@ -89,7 +89,7 @@ def backward(
     functions = _library_for(x, E, R, N * k)
     grad = scores.new_empty(N, R, E)
     if N > 0:
-        # Both may be expanded scalars; the variables keep their copies until the launch.
+        # Both may be expanded scalars; the variables keep their contiguous copies alive until the launch.
         grad_logits = grad_logits.contiguous() if grad_logits is not None else None
         grad_scores = grad_scores.contiguous() if grad_scores is not None else None
         functions.check(
@@ -108,7 +108,7 @@ def backward(
 
 
 def num_chunks(num_tokens: int) -> int:
-    """Chunks into which N >= 1 tokens are cut; the kernels make all of ceil(N / chunks) tokens, the last ones fewer."""
+    """Number of chunks of N >= 1 tokens. A chunk has ceil(N / chunks) tokens, the last ones have fewer."""
     return min(MAX_CHUNKS, -(-num_tokens // MIN_CHUNK_TOKENS))
 
 

@@ -272,5 +272,5 @@ def test_flop_counter(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_widths_are_refused(backend: str) -> None:
     case = make_case(SHAPES["plain"], torch.float32)
-    with pytest.raises(ValueError, match="up_experts has 16 columns; beside 15 rows of down_experts ReLU has 15"):
+    with pytest.raises(ValueError, match="up_experts has 16 columns; for the 15 rows of down_experts ReLU needs 15"):
         run(case._replace(down_experts=case.down_experts[:, 1:]), backend)
