@@ -62,14 +62,14 @@ LAYOUTS = [
 ]
 FAST = [
     ("switchall", True, [Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)]),
-    ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=1)]),
+    ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=2)]),
     ("switchall rope with memory", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="full", micro=2)]),
-    ("moa", False, [Layout(pipeline=4, micro=1), Layout(pipeline=2, data=2, expert=2, micro=1, recompute="full")]),
+    ("moa", False, [Layout(pipeline=4, micro=2), Layout(pipeline=2, data=2, expert=2, micro=2, recompute="full")]),
     (
         "dense",
         True,
         [
-            Layout(tensor=2, data=2, zero=0, micro=1),
+            Layout(tensor=2, data=2, zero=0, micro=2),
             Layout(tensor=2, data=2, zero=2, tied=True),
             Layout(tensor=2, data=2, zero=3, recompute="full"),
         ],

@@ -42,16 +42,16 @@ def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_pat
             f"model.attention.type={attention}",
             "model.attention.head_dim=6",
             "model.attention.num_heads=2",
-            "train.steps=7",
+            "train.steps=5",
             "evaluate.every_steps=2",
             "evaluate.streams=5",
-            "checkpoint.every_steps=3",
+            "checkpoint.every_steps=2",
             f"parallel.zero={zero}",
             f"train.precision={precision}",
         )
         folder = tmp_path / f"{precision}-{zero}"
         runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=4"), folder / "resumed"))
+        runs.append((small_config(prepared, *keys, "train.stop_after_steps=3"), folder / "resumed"))
         runs.append((small_config(prepared, *keys), folder / "resumed"))
     run_ranks(train_runs, ranks, runs)
     for precision, zero, _, _ in layouts:
@@ -64,9 +64,9 @@ def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_pat
 def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams(
     prepared: Path, tmp_path: Path
 ) -> None:
-    keys = ("model.position.type=xl", "train.steps=8", "evaluate.sequences=0", "batch.micro_sequences=2")
+    keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0", "batch.micro_sequences=2")
     run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
-    first = small_config(prepared, *keys, "train.stop_after_steps=5", "parallel.zero=2")
+    first = small_config(prepared, *keys, "train.stop_after_steps=4", "parallel.zero=2")
     run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
     for ranks, zero in ((1, 0), (4, 3)):
         target = tmp_path / f"resumed-{ranks}-{zero}"

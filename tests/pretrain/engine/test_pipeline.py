@@ -61,13 +61,13 @@ def test_resume_is_bit_identical_and_moves_between_numbers_of_stages(
     prepared: Path, tmp_path: Path, model: str
 ) -> None:
     """With XL memory, every dropout, the statistics of routers on every stage and evaluation."""
-    keys = ("train.steps=6", "evaluate.every_steps=3", "evaluate.streams=5", "evaluate.sequences=24")
+    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=24")
 
     def config(layout: Layout, *more: str):  # type: ignore[no-untyped-def]
         return config_of(prepared, model, layout, *keys, *more, with_dropouts=True)
 
     one, two = Layout(zero=0), Layout(pipeline=2)
-    stop = "train.stop_after_steps=4"
+    stop = "train.stop_after_steps=3"
     run_ranks(train_runs, 1, [(config(one), tmp_path / "one"), (config(one, stop), tmp_path / "to-two")])
     runs = [(config(two), tmp_path / "unbroken"), (config(two, stop), tmp_path / "resumed")]
     run_ranks(train_runs, 2, [*runs, (config(two), tmp_path / "to-two")])
@@ -109,7 +109,7 @@ def build_undeclared(rank: int, config: Config) -> str:
 
 def validations(run_dir: Path) -> list[float]:
     lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "validation" and line["step"] in (3, 6)]
+    return [line["loss"] for line in lines if line["event"] == "validation" and line["step"] in (2, 4)]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from tests.pretrain.runs import (
     train_runs,
 )
 
-STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
+STEPS, GRADIENT_STEPS = 6, (0, 3, 5)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
 MOA = (
     'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '

@@ -23,7 +23,7 @@ from tests.pretrain.runs import (
     train_runs,
 )
 
-STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
+STEPS, GRADIENT_STEPS = 6, (0, 3, 5)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
 ZEROS = {2: (0, 1), 4: (0, 1, 2, 3)}
 """Ranks -> ZeRO stages."""
