@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from common.tables import text_table
 
 if TYPE_CHECKING:
-    from benchmarks.compiled import Compiled
+    from benchmarks.compiled_case import Compiled
 
 BEGIN, END = "<!-- benchmarks.compiled: begin -->\n", "<!-- benchmarks.compiled: end -->"
 
