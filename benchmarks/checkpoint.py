@@ -40,7 +40,7 @@ CONFIG = {
         "attention": {"type": "switchhead", "num_heads": 4, "head_dim": 64, "num_experts": 4, "active_experts": 2},
         "feedforward": {"type": "sigma_moe", "num_experts": 64, "expert_size": 128, "active_experts": 4},
     },
-    "train": {"precision": "fp32"},
+    "train": {"precision": "fp32", "threads": 1},
     "batch": {"global_sequences": 8, "micro_sequences": 1},
 }
 
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = devices.start(Ranks.from_environment(), threads=1)
     config = parse_config(CONFIG)
+    device = devices.start(Ranks.from_environment(), config.train)
     parallel = parallel_context(config)
     engine = build_engine(
         build_model(config.model, parallel, choose_backends(config, device.type), seed=0), config, parallel, device

@@ -1,4 +1,5 @@
-"""Where this process computes: device, collective backend, threads. Every branch that only a GPU takes is here.
+"""Where this process computes: device, collective backend, threads. Branches that only a GPU takes are here and in
+gpus.py.
 
 Branches marked `GPU-ONLY name` were never executed in development; docs/untested-on-gpu.md lists them and a test
 compares the two.
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from pretrain.config.schema import TrainConfig
+from pretrain.gpus import device_type, let_the_watchdog_speak_first, own_gpu, refusing_a_shared_gpu
 from pretrain.ranks import Ranks
 
 NAME_SECONDS = 60.0
@@ -32,31 +35,12 @@ class Unreachable(RuntimeError):
     """The ranks cannot reach each other: a fault of a node or of the network, which the next start may not meet."""
 
 
-def device_type() -> str:
-    """The value of DS_ACCELERATOR, DeepSpeed's own variable; if it is not set, `cuda` if a GPU is usable, else `cpu`.
-    Raises UserError."""
-    found, named = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
-    if named is None:
-        return "cuda" if found else "cpu"
-    if named not in ("cuda", "cpu"):
-        raise UserError(
-            f"DS_ACCELERATOR: is {named!r} in the environment, but this project computes on cuda and on cpu; set it to "
-            f"one of the two, or unset it"
-        )
-    if named == "cuda" and not found:
-        raise UserError(
-            "DS_ACCELERATOR: is cuda, but torch finds no usable GPU here; unset it to train on the CPU, or see with "
-            "nvidia-smi and `python -c 'import torch; print(torch.version.cuda)'` what is missing"
-        )
-    return named
-
-
-def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0) -> torch.device:
+def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
     `timeout_seconds`: how long the ranks wait for each other, here and in collectives. Raises UserError
     and Unreachable."""
-    device_name = device_type()
-    _set_threads(ranks, threads)
+    device_name = device_type(settings.device)
+    _set_threads(ranks, settings.threads)
     for key, value in {
         "RANK": ranks.rank,
         "LOCAL_RANK": ranks.local_rank,
@@ -68,16 +52,14 @@ def start(ranks: Ranks, threads: int | None, *, timeout_seconds: float = 1800.0)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if device_name == "cuda":  # GPU-ONLY nccl-backend
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK: is {ranks.local_rank}, but this process sees {torch.cuda.device_count()} GPUs; start one "
-                f"rank per GPU of a node, each of which sees all of them (CUDA_VISIBLE_DEVICES, srun --gpu-bind=none)"
-            )
-        device, backend = torch.device("cuda", ranks.local_rank), "nccl"
-        torch.cuda.set_device(device)
+        device, backend = own_gpu(ranks), "nccl"
+        let_the_watchdog_speak_first(timeout_seconds, speaks=ranks.rank == 0)
+        # cuBLAS may otherwise add up parts of a bf16 product in bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     else:
         device, backend = torch.device("cpu"), "gloo"
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed would look for a device by itself
 
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: a line per rank that no user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -105,7 +87,8 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
     if ranks.local_rank == 0:
         reminder.start()
     try:
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+        with refusing_a_shared_gpu():
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         where = f"launch: the ranks cannot meet at {address}:{port} ({reason})"
@@ -187,9 +170,9 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         return peak, peak
 
 
-def host_buffer(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8 in CPU memory that is really allocated: every page was touched."""
-    if torch.cuda.is_available():  # GPU-ONLY pinned-buffer
+def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """[num_bytes] uint8 in CPU memory that is really allocated, for copies from `device`: every page was touched."""
+    if device.type == "cuda":  # GPU-ONLY pinned-buffer
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
     return torch.empty(num_bytes, dtype=torch.uint8).fill_(1)  # zeros() would allocate at the first write
 

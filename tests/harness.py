@@ -108,10 +108,11 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
     try:
         import torch.distributed
 
+        from pretrain.config.schema import TrainConfig
         from pretrain.device import start, stop
         from pretrain.ranks import Ranks
 
-        start(Ranks.from_environment(), threads=1)
+        start(Ranks.from_environment(), TrainConfig(threads=1))
         torch.distributed.barrier()  # rank 0 holds the store: if it ended at once, others could not join
         result = function(rank, *args)
         stop()

@@ -45,6 +45,7 @@ ROOMS = {
         "config",
         "phases",
         "ranks",
+        "gpus",
         "device",
         "data",
         "parallel",

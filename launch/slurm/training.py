@@ -139,6 +139,12 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
     _check_gpus(args)
     config = load_config(args.config, args.overrides)
     device, num_ranks = "cpu" if args.cpu else "cuda", args.nodes * _ranks_per_node(args)
+    if config.train.device not in ("auto", device):
+        fix = "remove --cpu" if args.cpu else "add --cpu"
+        raise UserError(
+            f"train.device: is {config.train.device}, but the job is for {device}; {fix}, or --set "
+            f"train.device={device}"
+        )
     if args.after is None:
         with contextlib.redirect_stdout(sys.stderr):
             sources, data_size = preflight(config, num_ranks, run_dir, device)

@@ -196,7 +196,7 @@ class Saver:
 
     def _reserve(self, size: int) -> None:
         if self._buffer.numel() < size:
-            self._buffer = host_buffer(size)
+            self._buffer = host_buffer(size, self._device)
 
 
 def _layout_in_buffer(state: State) -> tuple[dict[tuple[str, torch.Size], int], int]:

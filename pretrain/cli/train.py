@@ -108,14 +108,14 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
     """Checks everything that can be refused without a process group or an allocation. Returns the data sets and DP
-    size. `device`: the ranks' (cuda or cpu); None: this host's."""
+    size. `device`: the ranks' (cuda or cpu); None: that of train.device on this machine."""
     from pretrain.data.sources import open_sources
-    from pretrain.device import device_type
+    from pretrain.gpus import device_type
     from pretrain.report.disk_space import checkpoint_space
     from pretrain.resume import candidates, changed_settings, newest_committed
 
     data_size = check_ranks(config, world_size)
-    check_device(config, device or device_type())
+    check_device(config, device or device_type(config.train.device))
     sources = open_sources(config)
     sources.check("size")
     newest = newest_committed(candidates(config, run_dir))
@@ -134,13 +134,14 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
 def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
     """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
     whole checkpoint, and hashes the shards if asked to."""
+    from pretrain.gpus import planned_device_type
     from pretrain.report.model_text import parameter_count
     from pretrain.resume import candidates, newest_valid
 
     count = parameter_count(config.model)
     print(json.dumps(to_json(config), indent=1))
     print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
-    sources, data_size = preflight(config, world_size, run_dir)
+    sources, data_size = preflight(config, world_size, run_dir, planned_device_type(config.train.device))
     if config.data.verify == "full":
         sources.check("full", show_progress=True)
     _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
@@ -157,7 +158,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     from pretrain.resilience.guard import RunFailed, collective_timeout
 
     try:
-        device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+        device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.PEER_DIED

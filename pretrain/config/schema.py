@@ -133,6 +133,10 @@ class TrainConfig(Section):
     before its decay, it may change on resume."""
     stop_after_steps: PositiveInt | None = Field(None, json_schema_extra=FREE)
     """This start saves a checkpoint and stops after this step of the run; the schedule stays. null: train.steps."""
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", json_schema_extra=FREE)
+    """What the ranks compute on. auto: a GPU if torch can use one, else the CPU; refused where there is an NVIDIA
+    driver, or a job or container was promised a GPU, that torch cannot use. cuda: never the CPU. cpu: never a GPU. The
+    environment's DS_ACCELERATOR, if set, must agree, and decides for auto."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -206,7 +210,7 @@ class ResilienceConfig(Section):
     hang_timeout_seconds: Annotated[float, Field(ge=0.0, le=7 * 86400.0)] = Field(540.0, json_schema_extra=FREE)
     """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for this many seconds has
     hung: the run names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Set it
-    longer than the longest phase and shorter than NCCL's own limit (600). At least 1, at most a week; 0: off."""
+    longer than the longest phase; NCCL's own limits follow it. At least 1, at most a week; 0: off."""
     max_skipped_updates: PositiveInt = Field(10, json_schema_extra=FREE)
     """An update whose loss or gradient is not finite is skipped on all ranks; after this many in a row the run ends
     with code 3. (Overflows that fp16 loss scaling handles do not count.)"""

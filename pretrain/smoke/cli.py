@@ -110,7 +110,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
 
     started = time.monotonic()
     try:
-        device = devices.start(ranks, config.train.threads, timeout_seconds=collective_timeout(config.resilience))
+        device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"{VERDICT}FAILED: {error}", flush=True)
         return ExitCode.PEER_DIED

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.cli.train import main
+from pretrain.report.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
@@ -73,6 +75,20 @@ def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, capsys: pytest.Ca
     assert main(arguments_for("switchall_1b.json", prepared, *more)) == 0
     printed = capsys.readouterr().out
     assert "1,117,441,280" in printed and "437,964,032" in printed
+
+
+def test_the_1b_config_never_trains_on_a_cpu_unasked(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is for GPUs: a start without one is refused, and a dry run for the CPU is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    more = ("--set", "evaluate.sequences=0", "--set", "checkpoint.every_steps=1")
+    assert main(arguments_for("switchall_1b.json", prepared, *more)) == ExitCode.REFUSED
+    message = capsys.readouterr().err
+    assert message.startswith("error: train.device: is cuda, but torch finds no usable GPU here; --set train.device=cpu")
+    assert message.count("\n") == 1
+    assert main(arguments_for("switchall_1b.json", prepared, *more, "--set", "train.device=cpu", "--dry-run")) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import torch
 from common.errors import UserError
 from pretrain import device
 from pretrain.cli import train as cli
-from pretrain.device import Unreachable, device_type, start
+from pretrain.config.schema import TrainConfig
+from pretrain.device import Unreachable, start
+from pretrain.gpus import device_type
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import is_launched
@@ -119,7 +121,7 @@ def test_a_name_that_no_server_knows_is_said_and_given_up(
 
     launched.setattr(device.socket, "getaddrinfo", unknown)
     with pytest.raises(Unreachable, match=r"no name server knows 'node-7\.invalid' .Name or service not known"):
-        start(Ranks.from_environment(), None, timeout_seconds=0.01)
+        start(Ranks.from_environment(), TrainConfig(), timeout_seconds=0.01)
     said = capsys.readouterr().err
     assert "rank 1 waits for a name server to know MASTER_ADDR = node-7.invalid" in said and said.count("\n") == 1
     assert len(asked) > 1 and set(asked) == {"node-7.invalid"}
@@ -128,7 +130,7 @@ def test_a_name_that_no_server_knows_is_said_and_given_up(
 def test_what_is_no_name_is_no_traceback(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("MASTER_ADDR", "a" * 64 + ".example")  # a label has at most 63 letters: UnicodeError
     with pytest.raises(Unreachable, match="MASTER_ADDR: no name server knows"):
-        start(Ranks.from_environment(), None, timeout_seconds=0.0)
+        start(Ranks.from_environment(), TrainConfig(), timeout_seconds=0.0)
 
 
 def test_a_rank_says_that_it_waits_and_ends_with_one_sentence(
@@ -142,6 +144,6 @@ def test_a_rank_says_that_it_waits_and_ends_with_one_sentence(
     launched.setenv("LOCAL_RANK", "0")
     launched.setattr(device, "REMINDER_SECONDS", 0.1)
     with pytest.raises(Unreachable, match=r"the ranks cannot meet at 127\.0\.0\.1:\d+ .*within 2 s"):
-        start(Ranks.from_environment(), None, timeout_seconds=2.0)
+        start(Ranks.from_environment(), TrainConfig(), timeout_seconds=2.0)
     assert "rank 0 waits for the other 1 of 2 ranks at 127.0.0.1:" in capsys.readouterr().err
     assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())

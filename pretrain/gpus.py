@@ -1,0 +1,193 @@
+"""Which device a run computes on, why a GPU that is there cannot be used, and the one GPU of this process.
+
+Together with device.py this is where torch.cuda is called. Branches marked `GPU-ONLY name` were never executed in
+development (docs/untested-on-gpu.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from pretrain.ranks import Ranks
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Written by NVIDIA's kernel driver while it is loaded."""
+DEVICES = Path("/dev")
+"""Where each GPU that this process may open has a file nvidia0, nvidia1, ..."""
+HIDDEN = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES by which a user, or SLURM for a job without GPUs, hides every GPU."""
+NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+"""torch ends a process whose NCCL thread has stood still for this many seconds (480 if unset)."""
+
+
+def device_type(wanted: str = "auto") -> str:
+    """`cuda` or `cpu`, what this machine's ranks compute on. `wanted` is train.device; `auto` takes DeepSpeed's own
+    variable DS_ACCELERATOR, and where it is not set a usable GPU, else the CPU. Raises UserError where there is a GPU
+    that cannot be used: otherwise the ranks would train on the CPU without a word."""
+    chosen = _named(wanted)
+    if chosen == "cpu":
+        return "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an unusable driver: the reason is said below, in one sentence
+        if torch.cuda.is_available():
+            return "cuda"
+        reason = why_unusable(os.environ)
+    if chosen == "cuda":
+        key = "train.device" if wanted == "cuda" else "DS_ACCELERATOR"
+        fix = "--set train.device=cpu trains" if wanted == "cuda" else "unset it to train"
+        raise UserError(
+            f"{key}: is cuda, but torch finds no usable GPU here; {fix} on the CPU "
+            f"({reason or 'there is no sign of an NVIDIA driver; python launch/doctor.py says what is missing'})"
+        )
+    if reason is not None:
+        raise UserError(
+            f"train.device: auto finds an NVIDIA driver or a request for a GPU, but torch cannot use one: {reason}; or "
+            f"train on the CPU with --set train.device=cpu"
+        )
+    return "cpu"
+
+
+def planned_device_type(wanted: str) -> str:
+    """The device that a dry run checks the configuration for: `wanted` where it names one, on any machine; else what
+    can be used here."""
+    chosen = _named(wanted, contradictions=False)
+    if chosen != "auto":
+        return chosen
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _named(wanted: str, *, contradictions: bool = True) -> str:
+    """cuda or cpu where train.device or DS_ACCELERATOR names it, else auto. Raises UserError if the two disagree."""
+    named = os.environ.get("DS_ACCELERATOR")
+    if named not in (None, "cuda", "cpu"):
+        raise UserError(
+            f"DS_ACCELERATOR: is {named!r} in the environment, but this project computes on cuda and on cpu; set it to "
+            f"one of the two, or unset it"
+        )
+    if wanted == "auto":
+        return named or "auto"
+    if contradictions and named not in (None, wanted):
+        raise UserError(
+            f"train.device: is {wanted}, but DS_ACCELERATOR is {named} in the environment; unset DS_ACCELERATOR, or "
+            f"--set train.device={named}"
+        )
+    return wanted
+
+
+def why_unusable(env: Mapping[str, str]) -> str | None:
+    """Why torch, which found no GPU, can use none of this machine's, with the fix; None if there is no sign of a GPU,
+    or if all are hidden on purpose."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in HIDDEN:
+        return None
+    files = sorted(DEVICES.glob("nvidia[0-9]*"))
+    if not files and not _is_expected(env):
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install a build with it (make -B install CUDA=cu130)"
+    if not files:
+        return (
+            "no GPU was given to this container or job (there is no /dev/nvidia0); start it with one (docker run "
+            "--gpus all, srun --gpus-per-node)"
+        )
+    closed = [str(file) for file in files if not os.access(file, os.R_OK | os.W_OK)]
+    if len(closed) == len(files):
+        return f"this user may not open {closed[0]}; ask for read and write permission"
+    return _in_torchs_words(visible)
+
+
+def _is_expected(env: Mapping[str, str]) -> bool:
+    """Whether driver, container, scheduler or user speak of GPUs, though there is no device file of one."""
+    asked = any(
+        env.get(name, "0") not in ("", "0") for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+    )
+    in_container = env.get("NVIDIA_VISIBLE_DEVICES", "void") not in ("", "void", "none")
+    # DeepSpeed's launcher, which also sets CROSS_SIZE, numbers the ranks of a machine without GPUs by this variable.
+    by_user = "CUDA_VISIBLE_DEVICES" in env and "CROSS_SIZE" not in env
+    return asked or in_container or by_user or DRIVER.exists() or shutil.which("nvidia-smi") is not None
+
+
+def _in_torchs_words(visible: str | None) -> str:
+    try:
+        torch.cuda.init()
+        words = "no GPU is usable"
+    except Exception as error:  # RuntimeError of CUDA, AssertionError of a build without it
+        words = str(error).splitlines()[0].rstrip(". ")
+    driver = ""
+    with contextlib.suppress(OSError, IndexError):
+        driver = f", driver {DRIVER.read_text().split('Module')[1].split()[0]}"
+    versions = f"torch is built for CUDA {torch.version.cuda}{driver}"
+    if "too old" in words:
+        return (
+            f"the NVIDIA driver is too old ({versions}); update it, or install a torch that is built for an older CUDA"
+        )
+    if visible is not None and "No CUDA GPUs" in words:
+        return f"CUDA_VISIBLE_DEVICES = {visible} names no GPU of this machine; correct or unset it"
+    return f"torch says: {words} ({versions}); see nvidia-smi and python launch/doctor.py"
+
+
+def own_gpu(ranks: Ranks) -> torch.device:
+    """Makes the GPU of this rank the current one, before any call that would start CUDA on another: GPU LOCAL_RANK of
+    those that the process sees, or the only one where the launcher shows each process its own (srun --gpus-per-task, or
+    CUDA_VISIBLE_DEVICES with one number or UUID). Two ranks on one GPU are found by NCCL, when the ranks meet. Raises
+    UserError."""
+    count, index = torch.cuda.device_count(), ranks.local_rank
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if count == 1 and len(visible) == 1:
+        index = 0
+    if index >= count:
+        raise UserError(
+            f"LOCAL_RANK: is {ranks.local_rank}, but this process sees {count} GPU{'s' * (count != 1)}; start one rank "
+            f"per GPU of a node, each of which sees all of them (srun --gpu-bind=none) or its own alone (srun "
+            f"--gpus-per-task=1)"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    # DeepSpeed binds its process group and its engine to the GPU of this number.
+    os.environ["LOCAL_RANK"] = str(index)
+    return device
+
+
+def let_the_watchdog_speak_first(timeout_seconds: float, *, speaks: bool) -> None:
+    """Gives NCCL no shorter patience than `timeout_seconds`, in which the watchdog has long named the rank that did not
+    arrive: for torch's monitor of NCCL's thread, and for groups that are made without a limit of their own (600 s).
+    Call before the process group. `speaks`: warn if the environment says otherwise."""
+    given = os.environ.setdefault(NCCL_HEARTBEAT, str(math.ceil(timeout_seconds)))
+    if speaks and given.strip().isdigit() and int(given) < timeout_seconds:
+        print(
+            f"warning: {NCCL_HEARTBEAT} = {given} is shorter than the {timeout_seconds:.0f} s that ranks wait for each "
+            f"other, so NCCL may end a run that hangs before the watchdog says why; unset it",
+            file=sys.stderr,
+            flush=True,
+        )
+    # new_group(timeout=None), which DeepSpeed and megatron-core call, reads this and not the world's own limit.
+    dist.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_seconds)
+
+
+@contextlib.contextmanager
+def refusing_a_shared_gpu() -> Iterator[None]:
+    """NCCL's refusal of two ranks on one GPU becomes a UserError."""
+    try:
+        yield
+    except dist.DistError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        detail = next(line for line in str(error).splitlines() if "Duplicate GPU" in line).strip()
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES: two ranks of a node have the same GPU (NCCL: {detail}); let each rank see all GPUs "
+            f"of its node (srun --gpu-bind=none), or another one each"
+        ) from None

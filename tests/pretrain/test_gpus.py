@@ -1,0 +1,232 @@
+"""The device of a run: what train.device and the machine decide, what is said of a GPU that cannot be used, and the
+order in which a rank touches CUDA, seen by a torch.cuda that only records."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from pretrain import device, gpus
+from pretrain.config.schema import TrainConfig
+from pretrain.gpus import device_type, own_gpu, planned_device_type, why_unusable
+from pretrain.ranks import Ranks
+
+SIGNS = (
+    "DS_ACCELERATOR",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "CROSS_SIZE",
+    "SLURM_JOB_GPUS",
+    "SLURM_STEP_GPUS",
+    "SLURM_GPUS_ON_NODE",
+)
+OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A machine without a sign of a GPU, whose torch was built for CUDA. Files of /dev come from tmp_path / "dev"."""
+    for name in SIGNS:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "dev").mkdir()
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path / "dev")
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError(OLD)))
+    return monkeypatch
+
+
+def gpu_file(tmp_path: Path, mode: int = 0o666) -> None:
+    """A file as the driver makes one per GPU, and the driver's own."""
+    (tmp_path / "dev" / "nvidia0").touch()
+    (tmp_path / "dev" / "nvidia0").chmod(mode)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
+
+
+def test_without_a_sign_of_a_gpu_auto_is_the_cpu(machine: pytest.MonkeyPatch) -> None:
+    assert device_type() == planned_device_type("auto") == "cpu"
+    assert device_type("cpu") == "cpu"
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_type() == device_type("cuda") == planned_device_type("auto") == "cuda"
+    assert device_type("cpu") == planned_device_type("cpu") == "cpu"
+
+
+def test_a_dry_run_needs_no_gpu(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu_file(tmp_path)  # one that torch cannot use is a dry run's affair no more than none
+    assert planned_device_type("cuda") == "cuda" and planned_device_type("auto") == "cpu"
+    machine.setenv("DS_ACCELERATOR", "cpu")
+    assert planned_device_type("cuda") == "cuda" and planned_device_type("auto") == "cpu"
+
+
+def test_cuda_without_a_gpu_is_refused(machine: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=r"^train\.device: is cuda, .*--set train\.device=cpu trains on the CPU .*no sign"
+    ):
+        device_type("cuda")
+
+
+@pytest.mark.parametrize("wanted, named", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_config_and_environment_must_agree(machine: pytest.MonkeyPatch, wanted: str, named: str) -> None:
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    machine.setenv("DS_ACCELERATOR", named)
+    with pytest.raises(UserError, match=rf"train\.device: is {wanted}, but DS_ACCELERATOR is {named}"):
+        device_type(wanted)
+    assert device_type("auto") == named
+
+
+def test_a_driver_that_is_too_old_is_no_reason_to_train_on_the_cpu(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu_file(tmp_path)
+    with pytest.raises(
+        UserError, match=r"driver is too old .torch is built for CUDA 13.0, driver 535.104.05.; update it"
+    ):
+        device_type()
+    with pytest.raises(UserError, match=r"^train\.device: is cuda, .*too old"):
+        device_type("cuda")
+    assert device_type("cpu") == "cpu"
+    machine.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert device_type() == "cpu"
+
+
+def test_reasons(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each cause has its own words, and the first that explains the rest is named."""
+    in_container = {"NVIDIA_VISIBLE_DEVICES": "all"}
+    assert "no GPU was given to this container" in str(why_unusable(in_container))
+    assert "no GPU was given" in str(why_unusable({"SLURM_JOB_GPUS": "0,1"}))
+    assert "no GPU was given" in str(why_unusable({"CUDA_VISIBLE_DEVICES": "0"}))
+    # DeepSpeed's launcher sets it on a machine without GPUs too.
+    assert why_unusable({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}) is None
+    assert why_unusable({"CUDA_VISIBLE_DEVICES": "NoDevFiles", **in_container}) is None
+    assert why_unusable({"NVIDIA_VISIBLE_DEVICES": "void", "SLURM_GPUS_ON_NODE": "0"}) is None
+    machine.setattr(gpus.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "no GPU was given" in str(why_unusable({}))
+
+    gpu_file(tmp_path)
+    machine.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("No CUDA GPUs are available")))
+    assert "CUDA_VISIBLE_DEVICES = GPU-77 names no GPU" in str(why_unusable({"CUDA_VISIBLE_DEVICES": "GPU-77"}))
+    machine.setattr(
+        torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("Error 802: not yet initialized\n x"))
+    )
+    assert "torch says: Error 802: not yet initialized (torch is built for CUDA 13.0" in str(why_unusable({}))
+    machine.setattr(os, "access", lambda path, mode: False)
+    assert "may not open" in str(why_unusable({})) and "nvidia0" in str(why_unusable({}))
+    machine.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA; install" in str(why_unusable({}))
+
+
+class Cuda:
+    """Stands in for torch.cuda: notes every call in order, and knows `count` GPUs."""
+
+    ASKING = ("is_available", "device_count")
+    """Calls that start nothing on any GPU."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.calls = count, []  # type: int, list[tuple[str, Any]]
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            self.calls.append((name, args))
+            return {"is_available": True, "device_count": self.count}.get(name)
+
+        return call
+
+    def touched(self) -> list[tuple[str, Any]]:
+        """The calls that may start CUDA on a GPU."""
+        return [call for call in self.calls if call[0] not in self.ASKING]
+
+
+@pytest.mark.parametrize(
+    "visible, count, local_rank, index",
+    [
+        (None, 8, 5, 5),
+        ("0,1,2,3,4,5,6,7", 8, 0, 0),
+        ("2,3", 2, 1, 1),
+        ("GPU-1a,GPU-2b", 2, 1, 1),  # UUIDs
+        ("3", 1, 3, 0),  # one alone: --gpus-per-task
+        ("GPU-8e6c9e6e-0000", 1, 7, 0),
+        ("0", 1, 0, 0),
+    ],
+)
+def test_a_rank_touches_its_own_gpu_first(
+    machine: pytest.MonkeyPatch, visible: str | None, count: int, local_rank: int, index: int
+) -> None:
+    """All of device.start up to the process group, with nothing of CUDA before set_device."""
+    cuda = Cuda(count)
+    machine.setattr(torch, "cuda", cuda)
+    if visible is not None:
+        machine.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", gpus.NCCL_HEARTBEAT):
+        machine.setenv(name, "")  # so that what start sets is undone
+        machine.delenv(name)
+    met = []
+    machine.setattr(device, "_meet", lambda *args: met.append((args, cuda.touched(), os.environ["LOCAL_RANK"])))
+    machine.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
+    machine.setattr(dist, "is_initialized", lambda: False)
+    machine.setitem(sys.modules, "deepspeed", SimpleNamespace())  # the real one chooses its device once a process
+    flags = SimpleNamespace(allow_bf16_reduced_precision_reduction=True, allow_fp16_reduced_precision_reduction=True)
+    machine.setattr(torch.backends.cuda, "matmul", flags)
+
+    ranks = Ranks(rank=local_rank, local_rank=local_rank, world_size=8, local_size=8)
+    found = device.start(ranks, TrainConfig(device="cuda"), timeout_seconds=1140.0)
+    assert found == torch.device("cuda", index)
+    (((_, backend, seconds), touched, seen_by_deepspeed),) = met
+    assert (backend, seconds) == ("nccl", 1140.0)
+    assert touched == [("set_device", (torch.device("cuda", index),))] and seen_by_deepspeed == str(index)
+    assert os.environ["DS_ACCELERATOR"] == "cuda"
+    assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
+    # NCCL waits no less than our own limit.
+    assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
+    assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
+
+
+@pytest.mark.parametrize("visible, count", [(None, 1), ("0,1,2", 1), ("0,1", 2), ("1", 2)])
+def test_more_ranks_than_gpus_are_refused(machine: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
+    """The launcher's list of three on a machine with one GPU is not a GPU of this task's own."""
+    cuda = Cuda(count)
+    machine.setattr(torch, "cuda", cuda)
+    if visible is not None:
+        machine.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=rf"LOCAL_RANK: is 2, but this process sees {count} GPU"):
+        own_gpu(Ranks(rank=2, local_rank=2, world_size=3, local_size=3))
+    assert cuda.touched() == []
+
+
+def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
+    words = "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 4000"
+    nccl = dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:77, invalid usage\n{words}")
+    refused = pytest.raises(UserError, match=r"two ranks of a node have the same GPU .*rank 0 and rank 1 both")
+    with refused, gpus.refusing_a_shared_gpu():
+        raise nccl
+    with pytest.raises(dist.DistBackendError, match="unhandled"), gpus.refusing_a_shared_gpu():
+        raise dist.DistBackendError("NCCL error: unhandled system error")
+
+
+def test_a_heartbeat_of_the_user_stays_and_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
+    monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "300")
+    gpus.let_the_watchdog_speak_first(1140.0, speaks=True)
+    assert os.environ[gpus.NCCL_HEARTBEAT] == "300"
+    assert f"warning: {gpus.NCCL_HEARTBEAT} = 300 is shorter than the 1140 s" in capsys.readouterr().err
+    monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "2000")
+    gpus.let_the_watchdog_speak_first(1140.0, speaks=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_groups_without_a_limit_of_their_own_follow_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What new_group(timeout=None) asks torch for, with the NCCL backend."""
+    monkeypatch.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
+    monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "2000")
+    gpus.let_the_watchdog_speak_first(1830.0, speaks=False)
+    assert dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL) == timedelta(seconds=1830)
