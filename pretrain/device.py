@@ -22,7 +22,14 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from pretrain.config.schema import TrainConfig
-from pretrain.gpus import device_type, let_the_watchdog_speak_first, own_gpu, refusing_a_shared_gpu
+from pretrain.gpus import (
+    ask_cublas_for_determinism,
+    device_type,
+    let_the_watchdog_speak_first,
+    own_gpu,
+    refusing_a_shared_gpu,
+    set_numerics,
+)
 from pretrain.ranks import Ranks
 
 NAME_SECONDS = 60.0
@@ -52,11 +59,11 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if device_name == "cuda":  # GPU-ONLY nccl-backend
+        if settings.deterministic:
+            ask_cublas_for_determinism()
         device, backend = own_gpu(ranks), "nccl"
+        set_numerics(device, deterministic=settings.deterministic)
         let_the_watchdog_speak_first(timeout_seconds, speaks=ranks.rank == 0)
-        # cuBLAS may otherwise add up parts of a bf16 product in bf16.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     else:
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed would look for a device by itself

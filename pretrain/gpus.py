@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 from pretrain.ranks import Ranks
@@ -28,6 +29,11 @@ DEVICES = Path("/dev")
 """Where each GPU that this process may open has a file nvidia0, nvidia1, ..."""
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES by which a user, or SLURM for a job without GPUs, hides every GPU."""
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
+"""The values of CUBLAS_WORKSPACE_CONFIG that torch accepts with deterministic algorithms."""
+_ATTENTION = contextlib.ExitStack()
+"""Holds torch's choice of fused attention, which has only a context manager, for the life of the process."""
 NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 """torch ends a process whose NCCL thread has stood still for this many seconds (480 if unset)."""
 
@@ -160,6 +166,32 @@ def own_gpu(ranks: Ranks) -> torch.device:
     # DeepSpeed binds its process group and its engine to the GPU of this number.
     os.environ["LOCAL_RANK"] = str(index)
     return device
+
+
+def set_numerics(device: torch.device, *, deterministic: bool) -> None:
+    """Products on `device`, a GPU, are never added up in half precision. Fused attention is cuDNN's first on capability
+    9.0 (H100, H200), where it is expected to be the fastest that torch has; not measured here. Its backward pass is not
+    deterministic, so it is left out where `deterministic` (train.deterministic) asks for that."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and fills every new tensor
+        _ATTENTION.enter_context(sdpa_kernel(others, set_priority=True))
+    elif torch.cuda.get_device_capability(device) == (9, 0):
+        _ATTENTION.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
+
+
+def ask_cublas_for_determinism() -> None:
+    """cuBLAS reads this when CUDA starts. Raises UserError where the environment has another wish."""
+    given = os.environ.setdefault(CUBLAS, CUBLAS_DETERMINISTIC[0])
+    if given not in CUBLAS_DETERMINISTIC:
+        raise UserError(
+            f"train.deterministic: cuBLAS repeats its results only with {CUBLAS} = "
+            f"{' or '.join(CUBLAS_DETERMINISTIC)}, but it is {given!r} in the environment; unset it, or set "
+            f"train.deterministic to false"
+        )
 
 
 def let_the_watchdog_speak_first(timeout_seconds: float, *, speaks: bool) -> None:

@@ -141,6 +141,10 @@ class TrainConfig(Section):
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, data order and dropout masks."""
+    deterministic: bool = Field(False, json_schema_extra=FREE)
+    """On a GPU, the same numbers bit by bit whenever the same start is repeated or a run is resumed, at the price of a
+    slower attention: torch's deterministic algorithms, without cuDNN's attention. false: gradients of attention, and so
+    all that follows, differ by rounding from run to run. On a CPU runs always repeat bit by bit."""
     recompute: Literal["none", "selective", "full"] = Field("none", json_schema_extra=FREE)
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes one more

@@ -86,7 +86,9 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
     more = ("--set", "evaluate.sequences=0", "--set", "checkpoint.every_steps=1")
     assert main(arguments_for("switchall_1b.json", prepared, *more)) == ExitCode.REFUSED
     message = capsys.readouterr().err
-    assert message.startswith("error: train.device: is cuda, but torch finds no usable GPU here; --set train.device=cpu")
+    assert message.startswith(
+        "error: train.device: is cuda, but torch finds no usable GPU here; --set train.device=cpu"
+    )
     assert message.count("\n") == 1
     assert main(arguments_for("switchall_1b.json", prepared, *more, "--set", "train.device=cpu", "--dry-run")) == 0
 

@@ -3,8 +3,10 @@ order in which a rank touches CUDA, seen by a torch.cuda that only records."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from common.errors import UserError
 from pretrain import device, gpus
@@ -130,13 +133,14 @@ class Cuda:
     ASKING = ("is_available", "device_count")
     """Calls that start nothing on any GPU."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.calls = count, []  # type: int, list[tuple[str, Any]]
+    def __init__(self, count: int, capability: tuple[int, int] = (9, 0)) -> None:
+        self.count, self.capability, self.calls = count, capability, []  # type: int, tuple[int, int], list[Any]
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
             self.calls.append((name, args))
-            return {"is_available": True, "device_count": self.count}.get(name)
+            answers = {"is_available": True, "device_count": self.count, "get_device_capability": self.capability}
+            return answers.get(name)
 
         return call
 
@@ -172,6 +176,7 @@ def test_a_rank_touches_its_own_gpu_first(
     machine.setattr(device, "_meet", lambda *args: met.append((args, cuda.touched(), os.environ["LOCAL_RANK"])))
     machine.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
     machine.setattr(dist, "is_initialized", lambda: False)
+    machine.setattr(gpus, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
     machine.setitem(sys.modules, "deepspeed", SimpleNamespace())  # the real one chooses its device once a process
     flags = SimpleNamespace(allow_bf16_reduced_precision_reduction=True, allow_fp16_reduced_precision_reduction=True)
     machine.setattr(torch.backends.cuda, "matmul", flags)
@@ -181,12 +186,73 @@ def test_a_rank_touches_its_own_gpu_first(
     assert found == torch.device("cuda", index)
     (((_, backend, seconds), touched, seen_by_deepspeed),) = met
     assert (backend, seconds) == ("nccl", 1140.0)
-    assert touched == [("set_device", (torch.device("cuda", index),))] and seen_by_deepspeed == str(index)
+    assert touched[0] == ("set_device", (torch.device("cuda", index),)) and seen_by_deepspeed == str(index)
+    assert {arguments for _, arguments in touched} == {(torch.device("cuda", index),)}, "another GPU was touched"
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
     assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
+
+
+@pytest.fixture
+def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """torch's switches as they were, afterwards."""
+    matmul, fill = torch.backends.cuda.matmul, torch.utils.deterministic.fill_uninitialized_memory
+    flags = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    values = [getattr(matmul, flag) for flag in flags]
+    with contextlib.ExitStack() as attention:
+        monkeypatch.setattr(gpus, "_ATTENTION", attention)
+        yield monkeypatch
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    for flag, value in zip(flags, values, strict=True):
+        setattr(matmul, flag, value)
+
+
+@pytest.mark.parametrize(
+    "capability, deterministic, order",
+    [
+        ((9, 0), False, ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]),
+        ((8, 0), False, None),  # torch's own order
+        ((10, 0), False, None),
+        ((9, 0), True, ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]),
+    ],
+)
+def test_order_of_fused_attention(
+    numerics: pytest.MonkeyPatch, capability: tuple[int, int], deterministic: bool, order: list[str] | None
+) -> None:
+    """What torch itself says that it would try, in this order."""
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    numerics.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpus.set_numerics(torch.device("cuda", 0), deterministic=deterministic)
+    names = [backend.name for backend in _cur_sdpa_kernel_backends(with_priority=True)]
+    assert names == (order or [backend.name for backend in before])
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    gpus._ATTENTION.close()
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+def test_cublas_is_asked_before_cuda_starts(machine: pytest.MonkeyPatch) -> None:
+    """And another wish of the environment is refused before a GPU is touched."""
+    cuda = Cuda(8)
+    machine.setattr(torch, "cuda", cuda)
+    machine.setenv(gpus.CUBLAS, ":0:0")
+    settings, ranks = TrainConfig(device="cuda", deterministic=True), Ranks(0, 0, 1, 1)
+    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE"):
+        machine.setenv(name, "")
+        machine.delenv(name)
+    with pytest.raises(UserError, match=r"train\.deterministic: cuBLAS .* = :4096:8 or :16:8, but it is ':0:0'"):
+        device.start(ranks, settings)
+    assert cuda.touched() == []
+    machine.delenv(gpus.CUBLAS)
+    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(os.environ[gpus.CUBLAS]))
+    with pytest.raises(pytest.exit.Exception, match=":4096:8"):
+        device.start(ranks, settings)
 
 
 @pytest.mark.parametrize("visible, count", [(None, 1), ("0,1,2", 1), ("0,1", 2), ("1", 2)])
