@@ -7,6 +7,7 @@ compares the two.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import socket
@@ -63,6 +64,10 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
             ask_cublas_for_determinism()
         device, backend = own_gpu(ranks), "nccl"
         set_numerics(device, deterministic=settings.deterministic)
+        if importlib.util.find_spec("triton") is not None:
+            from model.kernels.triton.cache import share_on_this_node  # here: it imports triton
+
+            share_on_this_node(speaks=ranks.local_rank == 0)
         let_the_watchdog_speak_first(timeout_seconds, speaks=ranks.rank == 0)
     else:
         device, backend = torch.device("cpu"), "gloo"

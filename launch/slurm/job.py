@@ -15,14 +15,10 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_file
+from common.filesystems import filesystem_type, is_shared
 from common.urls import may_hold_secret
 
 FOLDER = Path(__file__).resolve().parent
-SHARED_TYPES = set(
-    """9p afs beegfs ceph cifs cvmfs fuse gfs2 glusterfs gpfs lustre nfs nfs4 ocfs2 panfs pvfs2 smb3 virtiofs
-    wekafs""".split()  # noqa: SIM905
-)
-"""File systems that other hosts see (fuse.* too)."""
 SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|access|private|secret)_?key)(_|$)")
 """Names of variables whose values must not be written to a file."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
@@ -136,7 +132,7 @@ def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
     path = path.resolve()
     kind = filesystem_type(path)
     local = next((folder for folder in LOCAL_FOLDERS if path.is_relative_to(folder)), None)
-    if kind in SHARED_TYPES or kind.startswith("fuse."):
+    if is_shared(kind):
         return None
     if local is not None or kind in LOCAL_TYPES:
         why = f"below {local}" if local is not None else f"on a {kind}"
@@ -145,24 +141,6 @@ def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
             f"system, or add --allow-local if this host is the only node"
         )
     return f"{what}: {path} is on {kind or 'an unknown file system'}; make sure that every node sees it"
-
-
-def filesystem_type(path: Path, mounts: str | None = None) -> str:
-    """The type of the file system that `path` is or would be on, from /proc/self/mounts (or `mounts`, its text); empty
-    if unknown."""
-    if mounts is None:
-        try:
-            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-    best, kind = Path("/"), ""
-    for line in mounts.splitlines():
-        fields = line.split(" ")
-        # Blanks in names of folders are written as \040.
-        folder = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[1]))
-        if path.is_relative_to(folder) and (folder.is_relative_to(best)):
-            best, kind = folder, fields[2]
-    return kind
 
 
 def write_once(folder: Path, stem: str, suffix: str, content: bytes) -> Path:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from common.errors import UserError
+from model.kernels.triton import cache
 from pretrain import device, gpus
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import device_type, own_gpu, planned_device_type, why_unusable
@@ -172,10 +173,11 @@ def test_a_rank_touches_its_own_gpu_first(
     for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", gpus.NCCL_HEARTBEAT):
         machine.setenv(name, "")  # so that what start sets is undone
         machine.delenv(name)
-    met = []
+    met, shared = [], []  # type: list[Any], list[bool]
     machine.setattr(device, "_meet", lambda *args: met.append((args, cuda.touched(), os.environ["LOCAL_RANK"])))
     machine.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
     machine.setattr(dist, "is_initialized", lambda: False)
+    machine.setattr(cache, "share_on_this_node", lambda speaks: shared.append(speaks))
     machine.setattr(gpus, "sdpa_kernel", lambda order, set_priority: contextlib.nullcontext())
     machine.setitem(sys.modules, "deepspeed", SimpleNamespace())  # the real one chooses its device once a process
     flags = SimpleNamespace(allow_bf16_reduced_precision_reduction=True, allow_fp16_reduced_precision_reduction=True)
@@ -190,6 +192,7 @@ def test_a_rank_touches_its_own_gpu_first(
     assert {arguments for _, arguments in touched} == {(torch.device("cuda", index),)}, "another GPU was touched"
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
+    assert shared == [local_rank == 0], "kernels are compiled once a node"
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
     assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
