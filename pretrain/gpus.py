@@ -177,7 +177,8 @@ def set_numerics(device: torch.device, *, deterministic: bool) -> None:
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, and fills every new tensor
+        # It would find bugs by filling every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         _ATTENTION.enter_context(sdpa_kernel(others, set_priority=True))
     elif torch.cuda.get_device_capability(device) == (9, 0):
         _ATTENTION.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
