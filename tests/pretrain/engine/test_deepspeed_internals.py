@@ -1,0 +1,85 @@
+"""What pretrain uses of DeepSpeed that DeepSpeed does not document is there in the installed version.
+
+The table is the list to go through when the version in pyproject.toml changes. A name that is gone is said here, with
+its file, before a run meets it; that it still means the same is for the tests of layouts and checkpoints to show.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+DEEPSPEED = {
+    "utils/mixed_precision_linkage.py": "_hp_mapping",
+    "utils/tensor_fragment.py": "param_group_index hp_fragment_address lp_fragment_address start numel",
+    "utils/groups.py": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
+    "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+    "runtime/engine.py": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
+    "_take_model_step",
+    "runtime/pipe/engine.py": "train_batch eval_batch",
+    "runtime/pipe/module.py": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
+    "get_tied_weights_and_groups",
+    "runtime/pipe/topology.py": "pp_group dp_group slice_group",
+    "runtime/zero/stage_1_and_2.py": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
+    "_fill_param_grad_accum_attribute grad_accum",
+    "runtime/zero/stage3.py": "grad_position get_param_id fp32_partitioned_groups_flat overflow",
+    "runtime/zero/partition_parameters.py": "ds_process_group ds_tensor ds_numel ds_shape",
+    "runtime/fp16/loss_scaler.py": "cur_scale cur_iter last_overflow_iter cur_hysteresis",
+    "runtime/bf16_optimizer.py": "overflow",
+    "moe/layer.py": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
+    "ops/__init__.py": "__compatible_ops__",
+}
+"""File of DeepSpeed -> attributes, functions and globals that stand in it."""
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a file defines, imports, assigns to (also as attributes), or declares as fields."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("__"):
+            found.add(node.value)  # of a module's __getattr__
+    return found
+
+
+def foreign_private_names(path: Path) -> Iterator[str]:
+    """`x._name` of a file, where x is neither self nor a module of torch or Python."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if not (isinstance(root, ast.Name) and root.id in ("self", "cls", "torch", "os", "argparse")):
+                yield node.attr
+            elif isinstance(node.value, ast.Attribute) and isinstance(root, ast.Name) and root.id == "self":
+                yield node.attr  # self.engine._name
+
+
+@pytest.mark.parametrize("file", DEEPSPEED)
+def test_the_installed_version_has_them(file: str) -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    missing = set(DEEPSPEED[file].split()) - defined(Path(spec.origin).parent / file)
+    assert not missing, f"DeepSpeed's {file} no longer has {sorted(missing)}"
+
+
+def test_every_private_name_that_is_used_is_in_the_table() -> None:
+    listed = {name for names in DEEPSPEED.values() for name in names.split()}
+    files = sorted((ROOT / "pretrain").rglob("*.py"))
+    ours = set().union(*map(defined, files))
+    used = {name: path.relative_to(ROOT) for path in files for name in foreign_private_names(path)}
+    assert "_hp_mapping" in used, "nothing was found: the test is blind"
+    unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours}
+    assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
