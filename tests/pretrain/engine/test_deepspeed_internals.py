@@ -15,26 +15,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 DEEPSPEED = {
-    "utils/mixed_precision_linkage.py": "_hp_mapping",
-    "utils/tensor_fragment.py": "param_group_index hp_fragment_address lp_fragment_address start numel",
-    "utils/groups.py": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
+    "utils.mixed_precision_linkage": "_hp_mapping",
+    "utils.tensor_fragment": "param_group_index hp_fragment_address lp_fragment_address start numel",
+    "utils.groups": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
-    "runtime/engine.py": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
+    "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
     "_take_model_step",
-    "runtime/pipe/engine.py": "train_batch eval_batch",
-    "runtime/pipe/module.py": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
+    "runtime.pipe.engine": "train_batch eval_batch",
+    "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
-    "runtime/pipe/topology.py": "pp_group dp_group slice_group",
-    "runtime/zero/stage_1_and_2.py": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
+    "runtime.pipe.topology": "pp_group dp_group slice_group",
+    "runtime.zero.stage_1_and_2": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
     "_fill_param_grad_accum_attribute grad_accum",
-    "runtime/zero/stage3.py": "grad_position get_param_id fp32_partitioned_groups_flat overflow",
-    "runtime/zero/partition_parameters.py": "ds_process_group ds_tensor ds_numel ds_shape",
-    "runtime/fp16/loss_scaler.py": "cur_scale cur_iter last_overflow_iter cur_hysteresis",
-    "runtime/bf16_optimizer.py": "overflow",
-    "moe/layer.py": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
-    "ops/__init__.py": "__compatible_ops__",
+    "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow",
+    "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",
+    "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis",
+    "runtime.bf16_optimizer": "overflow",
+    "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
+    "ops": "__compatible_ops__",
 }
-"""File of DeepSpeed -> attributes, functions and globals that stand in it."""
+"""Module of DeepSpeed -> attributes, functions and globals that stand in it."""
 
 
 def defined(path: Path) -> set[str]:
@@ -67,12 +67,14 @@ def foreign_private_names(path: Path) -> Iterator[str]:
                 yield node.attr  # self.engine._name
 
 
-@pytest.mark.parametrize("file", DEEPSPEED)
-def test_the_installed_version_has_them(file: str) -> None:
-    spec = importlib.util.find_spec("deepspeed")
-    assert spec is not None and spec.origin is not None
-    missing = set(DEEPSPEED[file].split()) - defined(Path(spec.origin).parent / file)
-    assert not missing, f"DeepSpeed's {file} no longer has {sorted(missing)}"
+@pytest.mark.parametrize("module", DEEPSPEED)
+def test_the_installed_version_has_them(module: str) -> None:
+    package = importlib.util.find_spec("deepspeed")
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    missing = set(DEEPSPEED[module].split()) - defined(path)
+    assert not missing, f"deepspeed.{module} no longer has {sorted(missing)}"
 
 
 def test_every_private_name_that_is_used_is_in_the_table() -> None:
