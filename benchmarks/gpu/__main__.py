@@ -11,6 +11,7 @@ import model.openmp  # noqa: F401  # as in training; before torch
 
 COMMANDS = {
     "truth": "is everything equal, repeatable and free of races on this card",
+    "speed": "how near to the card's own ceilings are kernels and micro-steps",
 }
 
 

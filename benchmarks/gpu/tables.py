@@ -100,11 +100,19 @@ def headline(entry: Entry) -> str:
     return ""
 
 
-UNITS = {"bytes_per_second": ("TB/s", 1e12), "flops_per_second": ("TF/s", 1e12), "wall_seconds": ("s", 1.0)}
+UNITS = {
+    "bytes_per_second": ("TB/s", 1e12),
+    "flops_per_second": ("TF/s", 1e12),
+    "wall_seconds": ("s", 1.0),
+    "tokens_per_second": ("tokens/s", 1.0),
+    "time_over_macs": ("x the dense layer's time, over the ratio of MACs", 1.0),
+}
 """Key of a result -> its unit in a table."""
 
 
 def _backend(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return "failed"
     if "error" in row:
         return f"{row['error']:.1e}" + ("" if row.get("repeats") else " (other bits when repeated)")
     return ", ".join(f"{phase} {row[phase]['ms']:.4g} ms" for phase in ("forward", "backward") if phase in row)
@@ -133,9 +141,59 @@ def truth_rows(entries: list[Entry]) -> Rows:
     return rows
 
 
+def kernel_rows(entries: list[Entry]) -> Rows:
+    """Of every kernel and of attention: medians and the share of the roofline, or of the product's rate."""
+    rows: Rows = [("work", "by", "forward ms", "of its roofline", "backward ms", "of its roofline")]
+    for entry in entries:
+        if entry.part.startswith(("kernel ", "attention ")):
+            for found in entry.result.get("backends", ()):
+                cells = [cell for phase in ("forward", "backward") for cell in _phase(found.get(phase))]
+                if any(cell != "-" for cell in cells):
+                    rows.append((entry.part.removeprefix("kernel "), found["backend"], *cells))
+    return rows
+
+
+def _phase(found: dict[str, float] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    share = found.get("of_roofline", found.get("of_ceiling", 0.0))
+    return f"{found['ms']:.4g} ({found['low']:.4g} to {found['high']:.4g})", f"{share:.1%}"
+
+
+def step_rows(entries: list[Entry]) -> Rows:
+    """Of every micro-step, and of a block."""
+    times_head = ("wall ms", "GPU busy ms", "idle ms", "host ms")
+    rows: Rows = [("micro-step", "tokens/s", "MFU", "of the product's rate", *times_head, "launches", "peak GB")]
+    for entry in entries:
+        r = entry.result
+        if entry.part.startswith("micro-step ") and entry.status == PASSED:
+            mfu = f"{r['mfu']:.1%}" if "mfu" in r else "-"
+            times = (f"{r[key]:.4g}" for key in ("wall_ms", "busy_ms", "idle_ms", "host_ms"))
+            shares = (f"{r['tokens_per_second']:,.0f}", mfu, f"{r['flops_of_ceiling']:.1%}")
+            name = entry.part.removeprefix("micro-step ")
+            rows.append((name, *shares, *times, str(r["launches"]), f"{r['peak_bytes'] / 1e9:.1f}"))
+    return rows
+
+
+def block_rows(entries: list[Entry]) -> Rows:
+    rows: Rows = [("block", "layer", "parameters", "forward + backward ms", "attention alone ms", "ratio over MACs")]
+    for entry in entries:
+        if entry.part.startswith("block ") and entry.status == PASSED:
+            for kind in ("model", "dense"):
+                r = entry.result[kind]
+                alone = f"{r['attention']['ms']:.4g}" if "attention" in r else "-"
+                ratio = f"{entry.result['time_over_macs']:.3g}" if kind == "model" and "attention" in r else "-"
+                name = entry.part.removeprefix("block ")
+                rows.append((name, kind, f"{r['parameters']:,}", f"{r['block']['ms']:.4g}", alone, ratio))
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Entry]], Rows]]] = {
     "ceilings": ("truth", ceiling_rows),
     "truth": ("truth", truth_rows),
+    "kernels": ("speed", kernel_rows),
+    "block": ("speed", block_rows),
+    "micro_steps": ("speed", step_rows),
 }
 """Name of a table in docs/gpu.md -> the command whose record it comes from, and its rows, the first of which is the
 head."""

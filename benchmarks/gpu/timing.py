@@ -8,9 +8,10 @@ Nothing is read or checked before the last round is over.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,14 +53,16 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.l2_bytes = properties.L2_cache_size
         self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
         self._flushed = torch.empty(2 * self.l2_bytes, dtype=torch.int8, device="cuda")
 
-    def draw_on(self) -> Any:
-        return torch.cuda.stream(self._stream)
+    @contextlib.contextmanager
+    def draw_on(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream())  # on which the inputs were drawn
+        with torch.cuda.stream(self._stream):
+            yield
 
     def capture(self, work: Work) -> Work:
-        with torch.cuda.stream(self._stream):
+        with self.draw_on():
             for _ in range(WARM_UP):
                 work()
         self._stream.synchronize()

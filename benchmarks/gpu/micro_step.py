@@ -1,0 +1,191 @@
+"""A micro-step (forward and backward of the whole model in bf16) at several micro-batches: what the GPU does, what the
+host needs to launch it, and what lies idle between.
+
+    python -m benchmarks.gpu.micro_step MODEL SEQUENCES DEVICE [LAYERS]
+
+runs one, for benchmarks/gpu/counters.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import models
+from benchmarks.gpu.ceilings import ceilings
+from benchmarks.gpu.command import Context, Failed, Part
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.language_model import LanguageModel
+
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOPs a second by the maker's data sheet: what a published utilisation is a share of."""
+COSTLIEST = 10
+STEPS = 5
+
+
+class Activity(NamedTuple):
+    """One kernel or copy on the device, microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def parts(*, tiny: bool) -> Iterator[Part]:
+    names = ("tiny",) if tiny else ("1b", "262m")
+    for name in names:
+        for sequences in (1, 2) if tiny else (8, 4, 2, 1):
+            yield Part(name_of(name, sequences), functools.partial(compute, name=name, sequences=sequences), 15.0)
+        most = 2 if tiny else 8
+        dense = functools.partial(compute, name=name, sequences=most, dense=True)
+        yield Part(name_of(name, most, dense=True), dense, 15.0)
+
+
+def name_of(name: str, sequences: int, *, dense: bool = False) -> str:
+    return f"micro-step {name}{' dense' if dense else ''} {sequences}"
+
+
+def compute(context: Context, *, name: str, sequences: int, dense: bool = False) -> dict[str, Any]:
+    """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler."""
+    config = models.load(name)
+    if dense:
+        config = models.dense_counterpart(config)
+    on_gpu = context.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = Step(config, context.device, sequences)
+    for _ in range(2):
+        step()
+    wall, host = zip(*(step.timed() for _ in range(2 if context.tiny else STEPS)), strict=True)
+    activities = profiled(step)
+    tokens = sequences * config.sequence_length
+    seconds = statistics.median(wall)
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "parameters": sum(p.numel() for p in step.model.parameters()),
+        "wall_ms": round(1e3 * seconds, 3),
+        "host_ms": round(1e3 * statistics.median(host), 3),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "tokens_per_second": round(tokens / seconds, 1),
+    }
+    if not torch.isfinite(step.loss):
+        raise Failed("the loss is not finite", result)
+    return result | timeline(activities) | utilisation(config, tokens / seconds, context)
+
+
+def utilisation(config: ModelConfig, tokens_per_second: float, context: Context) -> dict[str, float]:
+    """Model FLOPs a second over the measured ceiling, and over the data sheet's where the card is known."""
+    from model.costs import training_flops_per_token
+
+    rate = tokens_per_second * training_flops_per_token(config)
+    found = {"flops_of_ceiling": round(rate / ceilings(context)[1], 4)}
+    if context.device.type == "cuda":
+        card = torch.cuda.get_device_name(context.device)
+        peak = next((peak for short, peak in DATASHEET.items() if short in card), None)
+        if peak is not None:
+            found["mfu"] = round(rate / peak, 4)
+    return found
+
+
+class Step:
+    """The model, a batch on the device, and one micro-step of it; gradients are dropped before each."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, sequences: int) -> None:
+        self.device = device
+        self.model: LanguageModel = models.build(config, device, torch.bfloat16).train()
+        shape = (sequences, config.sequence_length)
+        self.tokens, self.targets = (torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2))
+        self.index = torch.arange(sequences, device=device)
+        self.loss: Tensor = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        objective, _, _ = self.model(self.tokens, self.targets, self.index)
+        objective.backward()
+        self.loss = objective.detach()
+
+    def timed(self) -> tuple[float, float]:
+        """Seconds until the device is done, and until the host has launched everything."""
+        self._wait()
+        begin = time.perf_counter()
+        self()
+        launched = time.perf_counter()
+        self._wait()
+        return time.perf_counter() - begin, launched - begin
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def profiled(step: Step) -> list[Activity]:
+    """What one step did on the device, by torch's profiler; on a CPU its operators, to test this."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = step.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        step.timed()
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    return [
+        Activity(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type == wanted and (on_gpu or event.cpu_parent is None)
+    ]
+
+
+def timeline(activities: Sequence[Activity]) -> dict[str, Any]:
+    """Milliseconds in which the device was busy, idle between its first and its last activity, and by kernel."""
+    if not activities:
+        return {"launches": 0, "busy_ms": 0.0, "idle_ms": 0.0, "gaps": 0, "kernels": []}
+    pieces = list(union((a.start, a.end) for a in activities))
+    span = pieces[-1][1] - pieces[0][0]
+    busy = sum(end - start for start, end in pieces)
+    by_name: dict[str, list[float]] = {}
+    for activity in activities:
+        by_name.setdefault(activity.name, []).append(activity.end - activity.start)
+    costliest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:COSTLIEST]
+    return {
+        "launches": len(activities),
+        "busy_ms": round(busy / 1e3, 3),
+        "idle_ms": round((span - busy) / 1e3, 3),
+        "gaps": len(pieces) - 1,
+        "kernels": [{"name": n[:120], "calls": len(us), "ms": round(sum(us) / 1e3, 3)} for n, us in costliest],
+    }
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Disjoint intervals in order that cover the same; those that touch are one."""
+    current: tuple[float, float] | None = None
+    for start, end in sorted(intervals):
+        if current is None:
+            current = start, end
+        elif start <= current[1]:
+            current = current[0], max(current[1], end)
+        else:
+            yield current
+            current = start, end
+    if current is not None:
+        yield current
+
+
+def main(arguments: Sequence[str]) -> int:
+    name, sequences, device, *layers = arguments
+    config = models.load(name, **({"num_layers": int(layers[0])} if layers else {}))
+    Step(config, torch.device(device), int(sequences)).timed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

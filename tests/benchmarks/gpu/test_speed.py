@@ -1,0 +1,271 @@
+"""`python -m benchmarks.gpu speed`: rooflines, peers, timelines and counters, by arithmetic that can be done here."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import op_cases
+from benchmarks.gpu import ceilings, counters, kernel_peers, kernels, micro_step, models, speed, tables, timing
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.kernels import Phase, nbytes, work_of
+from benchmarks.gpu.micro_step import Activity, timeline, union
+from benchmarks.gpu.record import Entry, read
+from benchmarks.gpu.timing import CudaClock, HostClock, draw
+from model.language_model import build_on_meta
+
+CPU = torch.device("cpu")
+MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
+
+
+def context(folder: Path, **more: dict[str, Any]) -> Context:
+    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=MEASURED | more)
+
+
+def test_least_work_of_an_op() -> None:
+    """σ-MoE, 37 tokens of 24 numbers, 2 of 4 experts of 16: by hand."""
+    N, d, E, k, G = 37, 24, 4, 2, 16
+    work = work_of(partial(op_cases.sigma_moe_case, N, d, E, k, G), torch.bfloat16)
+    x, weights, scores, index = 2 * N * d, 2 * 2 * E * d * G, 4 * N * k, 8 * N * k
+    read_bytes = x + weights + scores + index
+    assert work["forward"] == Phase(4 * N * k * d * G, read_bytes + x)
+    assert work["backward"] == Phase(8 * N * k * d * G, read_bytes + x + (x + weights + scores))
+    assert Phase(6 * 10**9, 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
+    assert Phase(10**6, 6 * 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("build", op_cases.equality_cases(small=True), ids=str)
+def test_useful_flops_are_the_ops_own_formula(build: op_cases.Build) -> None:
+    """The loss makes its gradients forward: three products there."""
+    work, case = work_of(build, torch.bfloat16), op_cases.outlines([build])[0]
+    factor = 3 if case.op == "linear_cross_entropy" else 1
+    assert work["forward"].flops == factor * case.useful_flops
+    assert work["backward"].flops == (0 if factor == 3 else 2 * case.useful_flops)
+
+
+def test_a_kernel_beside_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usable = {"reference": None, "cpu": None, "triton": "not here"}
+    monkeypatch.setattr(kernels, "backends_on", lambda *_: usable)
+    result = kernels.compute(context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
+    rows = {row["backend"]: row for row in result["backends"]}
+    assert list(rows) == ["cpu", "triton", "cuBLAS, all experts"] and rows["triton"]["skipped"] == "not here"
+    for name in ("cpu", "cuBLAS, all experts"):
+        for phase in ("forward", "backward"):
+            found = rows[name][phase]
+            assert found["of_roofline"] == pytest.approx(result["work"][phase]["roofline_ms"] / found["ms"], rel=0.05)
+    monkeypatch.setattr(kernels, "works_of", lambda *_: 1 / 0)
+    with pytest.raises(Failed, match="cpu: ZeroDivisionError"):
+        kernels.compute(context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
+    nothing = Context(device=CPU, tiny=True, results=tmp_path, remaining=lambda: 100.0)
+    with pytest.raises(Unavailable, match="have not been measured"):
+        kernels.compute(nothing, build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(op_cases.value_case, 37, 24, 2, 4, 2, 8),
+        partial(op_cases.output_case, 37, 24, 2, 4, 2, 8),
+        partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16),
+    ],
+)
+def test_peers_multiply_what_the_op_does(build: op_cases.Build) -> None:
+    """Where every gate is one and every expert chosen, the products' sums are the op's results."""
+    inputs = draw(build, CPU, torch.float32, 0)
+    case, t = inputs.case, dict(inputs.tensors)
+    every = partial(build.func, *build.args[:-2], build.args[-3], build.args[-1])  # type: ignore[attr-defined]
+    inputs = draw(every, CPU, torch.float32, 0)  # k = E
+    t = dict(inputs.tensors)
+    t["scores"] = torch.ones_like(t["scores"])
+    (wanted,) = inputs.case.compute(t, "reference")
+    for peer in kernel_peers.of(case.op):
+        if "one expert" in peer.name:
+            continue
+        found = peer.compute(*peer.prepare(t))
+        if case.op == "switchhead_value":
+            H, E, _, h = t["experts"].shape
+            found = found.view(-1, H, E, h).sum(2)
+        if case.op == "sigma_moe":
+            k = t["index"].shape[1]
+            found = torch.zeros_like(wanted).index_add_(0, t["order"] // k, found)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_busy_and_idle_time() -> None:
+    """Two streams overlap; a copy follows after a gap."""
+    activities = [
+        Activity("gemm", 10.0, 20.0),
+        Activity("copy", 30.0, 31.0),
+        Activity("add", 15.0, 25.0),
+        Activity("gemm", 25.0, 26.0),
+    ]
+    found = timeline(activities)
+    assert (found["launches"], found["busy_ms"], found["idle_ms"], found["gaps"]) == (4, 0.017, 0.004, 1)
+    assert found["kernels"][0] == {"name": "gemm", "calls": 2, "ms": 0.011}
+    assert list(union([(3.0, 4.0), (1.0, 2.0), (1.5, 1.75)])) == [(1.0, 2.0), (3.0, 4.0)]
+    assert timeline([])["launches"] == 0
+
+
+def test_the_dense_counterpart_has_as_many_parameters() -> None:
+    for name in ("1b", "262m", "tiny"):
+        config = models.load(name, num_layers=1)
+        ours, dense = (
+            sum(p.numel() for n, p in build_on_meta(one).named_parameters() if not re.search("selector|router", n))
+            for one in (config, models.dense_counterpart(config))
+        )
+        assert dense == pytest.approx(ours, rel=0.025), name  # W_pos of Transformer-XL has all heads
+
+
+def test_a_micro_step_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = models.load("tiny", num_layers=1, sequence_length=16)
+    monkeypatch.setattr(models, "load", lambda name: small)
+    result = micro_step.compute(context(tmp_path), name="tiny", sequences=2)
+    assert result["tokens"] == 32 and result["launches"] > 10 and result["wall_ms"] >= result["host_ms"] > 0
+    assert result["busy_ms"] > 0 and result["kernels"] and "mfu" not in result
+    entry = Entry(
+        part="micro-step tiny 2", status="passed", seconds=1.0, result=result, identity={}, revision="", date="",
+        command="",
+    )  # fmt: skip
+    head, row = tables.step_rows([entry])
+    assert len(head) == len(row) and row[0] == "tiny 2"
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","sm__throughput.avg.pct_of_peak_sustained_elapsed"
+"","","","ns","%"
+"0","7","value_forward_kernel","1,200.0","40.5"
+"1","7","value_forward_kernel","1,500.0","50.5"
+"2","7","gemm","900.0","80.0"
+"""
+
+
+def test_counters_are_read_and_named() -> None:
+    assert counters.read(NCU) == [
+        {"kernel": "value_forward_kernel", "ns": 1500.0, "sm_percent": 50.5},
+        {"kernel": "gemm", "ns": 900.0, "sm_percent": 80.0},
+    ]
+    assert counters.read("==ERROR== no kernels were profiled") == []
+    names = {
+        "void at::native::elementwise_kernel<4, at::native::F<float>>(int, F)": "elementwise_kernel",
+        "value_forward_kernel": "value_forward_kernel",
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT": "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT",
+    }
+    assert {name: counters.function_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    "script, error, words",
+    [
+        ("echo '==ERROR== ERR_NVGPUCTRPERM - no permission'; exit 1", Unavailable, "may not read the counters"),
+        ("echo broken; exit 1", Failed, "ncu ended with 1: broken"),
+    ],
+)
+def test_ncu_that_cannot_count(
+    script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = {"micro-step tiny 2": {"kernels": [{"name": "void gemm<1>(int)"}]}}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="ncu is not on the PATH"):
+        counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
+    path = tmp_path / "ncu"
+    path.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/line"\n{script}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    with pytest.raises(error, match=words):
+        counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
+    line = (tmp_path / "line").read_text()
+    assert "--clock-control none" in line and "regex:(^|::)(gemm)$" in line
+
+
+class Recorded:
+    """torch.cuda as far as `CudaClock` calls it; every call is written down."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def named(self, name: str, result: Any = None) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
+            self.calls.append(name)
+            return result
+
+        return call
+
+
+def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured reads tensors that the current stream has drawn."""
+    import contextlib
+
+    log = Recorded()
+
+    class Stream:
+        wait_stream = staticmethod(log.named("side waits for current"))
+        synchronize = staticmethod(log.named("host waits for side"))
+
+    @contextlib.contextmanager
+    def entered(name: str, *_: Any, **__: Any) -> Iterator[None]:
+        log.calls.append(f"{name} begins")
+        yield
+        log.calls.append(f"{name} ends")
+
+    class Graph:
+        replay = staticmethod(log.named("replay"))
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        record = staticmethod(log.named("event"))
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.0
+
+    empty = torch.empty
+    for name, value in {
+        "Stream": Stream, "current_stream": lambda: None, "stream": partial(entered, "side"), "CUDAGraph": Graph,
+        "graph": partial(entered, "capture"), "Event": Event, "synchronize": log.named("host waits"),
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: type("Properties", (), {"L2_cache_size": 1024}),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, device, **kind: empty(*size, **kind))
+    clock = CudaClock()
+    found = timing.measure(clock, [log.named("work")], 2)
+    assert found.median == 2.0 and isinstance(timing.clock_of(CPU), HostClock)
+    warm_up = ["side waits for current", "side begins", *["work"] * timing.WARM_UP, "side ends"]
+    capture = [*warm_up, "host waits for side", "capture begins", "work", "capture ends"]
+    assert log.calls == [*capture, "replay", "host waits", *["event", "replay", "event"] * 2, "host waits"]
+
+
+def test_kernel_tables() -> None:
+    times = {"ms": 2.0, "low": 1.5, "high": 2.5}
+    rows = [
+        {"backend": "triton", "forward": times | {"of_roofline": 0.5}, "backward": times | {"of_roofline": 0.25}},
+        {"backend": "cuda", "skipped": "no"},
+    ]
+    entry = Entry(
+        part="kernel 1b route N=1", status="passed", seconds=1.0, result={"backends": rows}, identity={}, revision="",
+        date="", command="",
+    )  # fmt: skip
+    assert tables.kernel_rows([entry])[1:] == [
+        ("1b route N=1", "triton", "2 (1.5 to 2.5)", "50.0%", "2 (1.5 to 2.5)", "25.0%")
+    ]
+    assert tables.headline(entry) == "triton forward 2 ms, backward 2 ms"
+    assert nbytes([torch.ones(3), torch.ones(2, dtype=torch.int64)]) == 28
+
+
+@pytest.mark.slow
+def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    words = ["speed", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]
+    assert main(words) == 0
+    entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "speed.jsonl")}
+    assert {status for part, status in entries.items() if "counters" not in part} == {"passed"}
+    assert len(entries) == len(list(speed.parts(tiny=True)))
