@@ -15,7 +15,7 @@ from model.layers import State, layer_factories
 from model.parallel.context import ParallelContext
 from model.parameters import check_declarations
 from model.recompute import Recompute
-from model.routing import RoutingStatistics
+from model.routing import RoutingStatistics, add_up
 
 
 class LanguageModel(nn.Module):
@@ -43,6 +43,7 @@ class LanguageModel(nn.Module):
         if config.tied_embedding:
             self.head.weight = self.embedding.weight
         check_declarations(self, config, parallel, layers=layers)
+        self._routers = [statistics for _, statistics in routing_statistics(self)]
 
     def logits(
         self, tokens: Tensor, sequence_index: Tensor | None = None, documents: Tensor | None = None
@@ -76,6 +77,7 @@ class LanguageModel(nn.Module):
         apart = None if documents is None else Documents.of(documents)
         for block in self.blocks:
             state = block(state) if apart is None else block(state, apart)
+        add_up(self._routers)
         return self.final_norm(state)
 
 

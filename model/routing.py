@@ -8,8 +8,9 @@ Tensor shapes: N tokens, H heads, E experts; B sequences, L tokens of a sequence
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,15 +45,65 @@ class Choices(Protocol):
         `is_repeated`: a forward pass is computed again (model/recompute.py) and gets the same answer."""
 
 
-class RoutingStatistics:
-    """Counts of one router, fp64 (exact beyond 2^24 tokens) on the router's device; not module buffers, so that a cast
-    of the module to bf16 cannot touch them.
+class Counts:
+    """What a router counts, all fp64: exact beyond 2^24 tokens. Routers of one kind that are kept together have a
+    leading dimension R (model/routing_table.py).
 
     Sums since the last step: `load` [E] or [H, E], how often each expert was chosen; `num_tokens` [], `probability_sum`
     [E] of softmax(logits) and `gate_sum` [E] of the chosen gates, only where a regulariser needs them.
-    Means of the previous global batch, part of the training state (`state`, checkpointed), uniform before the first:
-    `probability` [E], with `tracks_probability` (entropy regulariser); `choice_share` [E], the share of choices, and
-    `gate_mean` [E] per token, with `tracks_balance` (MoA). What is not tracked has size 0.
+    Means of the previous global batch, part of the training state, uniform before the first: `probability` [E] (entropy
+    regulariser); `choice_share` [E], the share of choices, and `gate_mean` [E] per token (MoA). What is not tracked has
+    size 0.
+    """
+
+    load: Tensor
+    num_tokens: Tensor
+    probability_sum: Tensor
+    gate_sum: Tensor
+    probability: Tensor
+    choice_share: Tensor
+    gate_mean: Tensor
+
+    def accumulators(self) -> list[Tensor]:
+        """The tensors to be summed over data-parallel ranks at the end of a step, in a fixed order."""
+        return [self.load, self.probability_sum, self.gate_sum, self.num_tokens]
+
+    @torch.no_grad()
+    def update_means(self, keep: Tensor | None = None) -> None:
+        """Called after the sum over ranks: the step's means become those of the previous batch. `keep`, a bool scalar
+        on the same device, says whether to: a skipped step's are dropped. A step that counted nothing keeps the old
+        ones. Waits for no device."""
+        per_token = self.num_tokens[..., None]
+        of_choices = self.load.sum(-1, keepdim=True) if self.gate_sum.numel() else per_token
+        for mean, total, count in (
+            (self.probability, self.probability_sum, per_token),
+            (self.choice_share, self.load, of_choices),
+            (self.gate_mean, self.gate_sum, per_token),
+        ):
+            if mean.numel():
+                has_new = count > 0 if keep is None else (count > 0) & keep
+                mean.copy_(torch.where(has_new, total / count.clamp_min(1.0), mean))
+
+
+class Entry(NamedTuple):
+    """What one forward pass adds to the sums of a router."""
+
+    heads: slice
+    load: Tensor
+    """Int64 counts of these heads."""
+    probability: Tensor | None
+    """[E] fp64, summed over tokens."""
+    gates: Tensor | None
+    """[E] fp64, summed over tokens."""
+    num_tokens: int
+
+
+class RoutingStatistics(Counts):
+    """Counts of one router on its device; not module buffers, so that a cast of the module to bf16 cannot touch them.
+
+    A forward pass leaves an entry; `add_up` adds those of all routers of a model at once, and so does a look at a sum.
+    `state` is checkpointed: `probability` with `tracks_probability`, `choice_share` and `gate_mean` with
+    `tracks_balance`.
     """
 
     def __init__(
@@ -63,6 +114,7 @@ class RoutingStatistics:
         tracks_balance: bool = False,
         is_sharded: bool = False,
     ) -> None:
+        assert len(shape) == 1 or not (tracks_probability or tracks_balance), "means are of routers without heads"
         self.shape = shape
         self.is_sharded = is_sharded
         """Each tensor-parallel rank counts its own heads, or tokens; a step's sums are also over those ranks."""
@@ -72,22 +124,55 @@ class RoutingStatistics:
         """Records the router's choices in training, or replaces them; None: neither."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
+        self.waiting: list[Entry] = []
+        """Entries that are not yet added."""
         probability_shape, balance_shape = (
             shape if tracks else (0,) for tracks in (tracks_probability, tracks_balance)
         )
-        self.load = torch.zeros(shape, dtype=torch.float64, device="cpu")
-        self.num_tokens = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.probability_sum = torch.zeros(probability_shape, dtype=torch.float64, device="cpu")
-        self.gate_sum = torch.zeros(balance_shape, dtype=torch.float64, device="cpu")
-        self.probability = torch.full_like(self.probability_sum, 1.0 / shape[-1])
-        self.choice_share = torch.full_like(self.gate_sum, 1.0 / shape[-1])
-        self.gate_mean = torch.full_like(self.gate_sum, 1.0 / shape[-1])
+        self._load = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._probability_sum = torch.zeros(probability_shape, dtype=torch.float64, device="cpu")
+        self._gate_sum = torch.zeros(balance_shape, dtype=torch.float64, device="cpu")
+        self.probability = torch.full_like(self._probability_sum, 1.0 / shape[-1])
+        self.choice_share = torch.full_like(self._gate_sum, 1.0 / shape[-1])
+        self.gate_mean = torch.full_like(self._gate_sum, 1.0 / shape[-1])
+
+    @property
+    def load(self) -> Tensor:  # type: ignore[override]
+        add_up([self])
+        return self._load
+
+    @property
+    def num_tokens(self) -> Tensor:  # type: ignore[override]
+        add_up([self])
+        return self._num_tokens
+
+    @property
+    def probability_sum(self) -> Tensor:  # type: ignore[override]
+        add_up([self])
+        return self._probability_sum
+
+    @property
+    def gate_sum(self) -> Tensor:  # type: ignore[override]
+        add_up([self])
+        return self._gate_sum
 
     def to(self, device: torch.device) -> None:
         """Moves all tensors to `device` (the engine moves only parameters and buffers)."""
+        add_up([self])
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+
+    def become(self, part: Counts) -> None:
+        """From now on the counts are kept in the tensors of `part`, which get the present values."""
+        for own, kept in zip(self.accumulators(), part.accumulators(), strict=True):
+            kept.copy_(own)
+        self._load, self._probability_sum, self._gate_sum, self._num_tokens = part.accumulators()
+        for name in ("probability", "choice_share", "gate_mean"):
+            kept = getattr(part, name)
+            kept.copy_(getattr(self, name))
+            setattr(self, name, kept)
 
     @torch.no_grad()
     def record(
@@ -99,45 +184,62 @@ class RoutingStatistics:
         *,
         heads: slice = slice(None),
     ) -> None:
-        """Adds one forward pass: `load` of shape `shape` (or of its `heads`); where p or balance is tracked the clean
-        logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts."""
+        """Leaves the entry of one forward pass: `load` of shape `shape` (or of its `heads`); where p or balance is
+        tracked the clean logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts."""
         if self.is_paused:
             return
-        self.load[heads] += load
+        probability = chosen = None
         if self.tracks_probability:
             assert logits is not None
-            self.probability_sum += logits.softmax(-1).sum(0, dtype=torch.float64)
+            probability = logits.softmax(-1).sum(0, dtype=torch.float64)
         if self.tracks_balance:
             assert gates is not None and index is not None
-            self.gate_sum += chosen_gates(gates, index, self.shape[-1]).sum(0, dtype=torch.float64)
-        if logits is not None:
-            self.num_tokens += logits.shape[0]
+            chosen = chosen_gates(gates, index, self.shape[-1]).sum(0, dtype=torch.float64)
+        self.waiting.append(Entry(heads, load, probability, chosen, 0 if logits is None else logits.shape[0]))
 
-    def accumulators(self) -> list[Tensor]:
-        """The tensors to be summed over data-parallel ranks at the end of a step, in a fixed order."""
-        return [self.load, self.probability_sum, self.gate_sum, self.num_tokens]
+    def totals(self, entry: Entry) -> list[Tensor]:
+        """Where `entry` belongs: its load, probability, gates and number of tokens."""
+        return [self._load[entry.heads], self._probability_sum, self._gate_sum, self._num_tokens]
 
     def state(self) -> dict[str, Tensor]:
         """The training state by name, to be saved and to be copied into."""
         balance = {"choice_share": self.choice_share, "gate_mean": self.gate_mean} if self.tracks_balance else {}
         return {"probability": self.probability, **balance}
 
-    @torch.no_grad()
-    def finish_step(self, *, keep: bool = True) -> None:
-        """Called after the sum over ranks: keeps the step's means (not a skipped one's), clears counts."""
-        if keep:
-            if self.tracks_probability:
-                self.probability = _mean(self.probability_sum, self.num_tokens, self.probability)
-            if self.tracks_balance:
-                self.choice_share = _mean(self.load, self.load.sum(), self.choice_share)
-                self.gate_mean = _mean(self.gate_sum, self.num_tokens, self.gate_mean)
+    def finish_step(self, keep: Tensor | None = None) -> None:
+        """Ends the step of this router alone: new means (see `update_means`), counts cleared."""
+        self.update_means(keep)
         for tensor in self.accumulators():
             tensor.zero_()
 
 
-def _mean(total: Tensor, count: Tensor, previous: Tensor) -> Tensor:
-    """total / count, without a host sync; a step that recorded nothing keeps the `previous` mean."""
-    return torch.where(count > 0, total / count.clamp_min(1.0), previous)
+@torch.no_grad()
+def add_up(routers: Iterable[RoutingStatistics]) -> None:
+    """Adds the entries that wait in `routers`, in the order in which each router left them, by a few launches for all
+    routers together."""
+    waiting = [router for router in routers if router.waiting]
+    while waiting:  # one entry of each router at a time: what is added at once must not overlap
+        entries = [(router, router.waiting.pop(0)) for router in waiting]
+        pairs = [(router.totals(entry), entry) for router, entry in entries]
+        counts = torch.cat([entry.load.reshape(-1) for _, entry in pairs]).double()
+        parts = counts.split([entry.load.numel() for _, entry in pairs])
+        torch._foreach_add_(
+            [totals[0] for totals, _ in pairs],
+            [part.view_as(entry.load) for part, (_, entry) in zip(parts, pairs, strict=True)],
+        )
+        sums = [
+            (total, value)
+            for totals, entry in pairs
+            for total, value in zip(totals[1:3], (entry.probability, entry.gates), strict=True)
+            if value is not None
+        ]
+        if sums:
+            torch._foreach_add_([total for total, _ in sums], [value for _, value in sums])
+        counted = [(totals[3], float(entry.num_tokens)) for totals, entry in pairs if entry.num_tokens]
+        if counted:
+            numbers: list[int | float | complex] = [number for _, number in counted]
+            torch._foreach_add_([total for total, _ in counted], numbers)
+        waiting = [router for router in waiting if router.waiting]
 
 
 def chosen_gates(gates: Tensor, index: Tensor, num_experts: int) -> Tensor:

@@ -189,7 +189,9 @@ class Segment:
         synchronize(device)
         seconds = time.perf_counter() - started
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
-        updated = result.grad_norm is not None or (result.loss_scale is not None and math.isfinite(result.sums.loss))
+        updated = result.sums.grad_norm is not None or (
+            result.loss_scale is not None and math.isfinite(result.sums.loss)
+        )
         self.progress = self.progress.after_step(config.batch.global_sequences, updated=updated)
         self._loss, self._validation_loss = finite(result.sums.loss), None
         if self.monitor is not None:

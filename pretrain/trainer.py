@@ -79,13 +79,12 @@ class Trainer:
         output = self.executor.train(batches, self.setup.phases)  # forward, backward, clipping, update
 
         enter("adding up over ranks")
-        sums = self.reduce(output, len(batches))
+        sums = self.reduce(output, len(batches)).read()
         for memory in memories:
             # Hidden states that gave no finite loss would spoil every step to come.
             memory.advance() if math.isfinite(sums.loss) else memory.forget()
         return StepResult(
             sums=sums,
-            grad_norm=output.grad_norm,
             flips=self.tape.after_step(number) if self.tape is not None else None,
             loss_scale=float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None,
         )
@@ -122,7 +121,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
         setup,
         engine,
         _executor(setup, engine),
-        StepReducer(engine.module, parallel),
+        StepReducer(engine.module, parallel, device),
         data,
         Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous, alive=phases.alive),
     )

@@ -23,10 +23,11 @@ def poisoned_unless_finite(objective: Tensor, sequence_loss: Tensor) -> Tensor:
     return objective * (1.0 + poison)
 
 
-def deepspeed_norm(engine: Any) -> float | None:
-    """DeepSpeed's global gradient norm of the last step, before clipping (ZeRO 1 to 3, where it also clips); None if
-    it skipped the update, because the norm was not finite."""
-    return None if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
+    """DeepSpeed's global gradient norm of the last step, before clipping (ZeRO 1 to 3, where it also clips): scalar on
+    `device`, infinite if it skipped the update, because the norm was not finite."""
+    norm = math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
+    return norm if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
 
 
 class GradientNorm:
@@ -52,25 +53,26 @@ class GradientNorm:
         """Call before engine.step() of the last micro-step: takes the norm and clips where DeepSpeed does not."""
         if self._engine.zero_optimization_stage() != 0:
             return
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        parameters = list(self._engine.module.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         counted = [
             p.grad
-            for p in self._engine.module.parameters()
+            for p in parameters
             if p.grad is not None and (p.tensor_model_parallel or self._parallel.tensor_rank == 0)
         ]
-        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in counted]).sum()
+        norms = torch._foreach_norm(counted, dtype=torch.float64)
+        squares = (torch.stack(norms) ** 2).sum()
         if self._parallel.tensor_group is not None:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()
         if not math.isfinite(self._own):
-            for parameter in self._engine.module.parameters():
+            for parameter in parameters:
                 parameter.grad = None
         elif self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.float())
 
-    def value(self) -> float | None:
-        """The norm; None if the update was skipped. Call after engine.step() of the last micro-step."""
-        if self._own is None:
-            return deepspeed_norm(self._engine)
-        return float(self._own) if math.isfinite(self._own) else None
+    def value(self, device: torch.device) -> Tensor:
+        """The norm, a scalar on `device`; not finite if the update was skipped. Call after engine.step() of the last
+        micro-step."""
+        return deepspeed_norm(self._engine, device) if self._own is None else self._own

@@ -21,9 +21,9 @@ class StepOutput(NamedTuple):
     that is not the last."""
     auxiliary_sum: Tensor
     """Auxiliary losses of this rank's layers, summed over micro-steps: fp32 scalar."""
-    grad_norm: float | None
-    """Global gradient norm before clipping, the same on every rank; None if the update was skipped, because norm or
-    loss is not finite."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, the same on every rank: scalar on the device of the sums; not finite if the
+    update was skipped, because norm or loss is not finite."""
 
 
 class Executor(Protocol):
@@ -64,7 +64,7 @@ class PlainExecutor:
                 phases.enter("update")
                 self._norm.before_step()
             self._engine.step()
-        return StepOutput(loss_sum, auxiliary_sum, self._norm.value())
+        return StepOutput(loss_sum, auxiliary_sum, self._norm.value(loss_sum.device))
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         self._engine.eval()

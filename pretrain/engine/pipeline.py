@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from model.initialization import initialize
 from model.kernels.choice import Backends
+from model.language_model import routing_statistics
 from model.layers import Head, LayerFactory, layer_factories
 from model.parallel.context import ParallelContext
 from model.parameters import check_declarations
+from model.routing import add_up
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
@@ -91,6 +93,7 @@ class PipelineStage(PipelineModule):
         held = self._layer_names[self._bounds[parallel.pipeline_rank] : self._bounds[parallel.pipeline_rank + 1]]
         check_declarations(self, config.model, parallel, layers=held)
         initialize(self, config.model, parallel, seed=config.train.seed)
+        self._routers = [statistics for _, statistics in routing_statistics(self)]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Registers layer number `name` under its canonical name, as the plain model does; other modules keep their
@@ -126,6 +129,7 @@ class PipelineStage(PipelineModule):
         # loses its gradients in bf16 (BF16_Optimizer clears them when the backward pass reaches this module's output).
         for layer in self.forward_funcs:
             state = layer(state, next(self.targets)) if isinstance(layer, Head) else layer(state)
+        add_up(self._routers)
         first, second, auxiliary_loss = state
         if self.training:
             self.auxiliary_losses.append(auxiliary_loss.detach())
@@ -173,7 +177,8 @@ class PipelineExecutor:
         self._engine.train_batch(self._feed(batches))
         zero = torch.zeros((), device=batches[0].tokens.device)
         losses = [loss.mean() for loss in self._stage.sequence_losses]
-        return StepOutput(sum(losses, zero), sum(self._stage.auxiliary_losses, zero), deepspeed_norm(self._engine))
+        norm = deepspeed_norm(self._engine, zero.device)
+        return StepOutput(sum(losses, zero), sum(self._stage.auxiliary_losses, zero), norm)
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
         self._engine.eval_batch(

@@ -22,8 +22,6 @@ class StepResult:
     """What one optimizer step gives, the same on every rank."""
 
     sums: StepSums
-    grad_norm: float | None
-    """Global gradient norm before clipping; None where the update was skipped, because it or the loss is not finite."""
     flips: Flips | None = None
     """With train.replay_routing."""
     loss_scale: float | None = None
@@ -47,7 +45,7 @@ def step_values(
         "step": progress.step,
         "loss": finite(sums.loss),
         "auxiliary_loss": finite(sums.auxiliary_loss),
-        "grad_norm": result.grad_norm,
+        "grad_norm": sums.grad_norm,
         "lr": learning_rate(config, progress.step - 1),
         "tokens": consumed * config.model.sequence_length,
         "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,

@@ -238,7 +238,7 @@ def test_statistics_of_a_step_are_those_of_all_its_tokens() -> None:
         assert all(float(t.abs().sum()) == 0 for t in statistics.accumulators())
         if keep:
             layer(x, 6, index + 9)
-            statistics.finish_step(keep=False)
+            statistics.finish_step(keep=torch.tensor(False))
             statistics.finish_step()
 
 

@@ -130,7 +130,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
     for now in range(steps):
         result = trainer.step(Progress(now, now * trainer.setup.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
-        trace.grad_norms.append(float("nan") if result.grad_norm is None else result.grad_norm)
+        trace.grad_norms.append(float("nan") if result.sums.grad_norm is None else result.sums.grad_norm)
     GradientNorm.before_step = before_step  # type: ignore[method-assign]
     return trace
 

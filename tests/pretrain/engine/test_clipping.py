@@ -37,7 +37,7 @@ def first_moment_norms(rank: int, configs: list[Config]) -> list[tuple[float, fl
         moments = [values for fragments in kept for values in fragments.chunks.values()]
         squares = torch.tensor([float(t.double().square().sum()) for t in moments], dtype=torch.float64).sum()
         dist.all_reduce(squares)
-        found.append((float(result.grad_norm or 0.0), math.sqrt(float(squares))))
+        found.append((float(result.sums.grad_norm or 0.0), math.sqrt(float(squares))))
         trainer.engine.destroy()
     return found
 

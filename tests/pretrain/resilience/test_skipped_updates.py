@@ -71,7 +71,7 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
             result = trainer.step(progress)
             progress = progress.after_step(8)
             after = _state(trainer)
-            norms.append(result.grad_norm)
+            norms.append(result.sums.grad_norm)
             losses.append(result.sums.loss)
             different = [key for key in before if not torch.equal(before[key], after[key])]
             if now[0] in (1, 2):
