@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,11 @@ from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
-from pretrain.device import synchronize
 from pretrain.evaluate import validate
-from pretrain.parallel.agreement import agreed, check_same, check_shared
+from pretrain.parallel.agreement import agreed, check_same, check_shared, raise_agreed
 from pretrain.parallel.context import parallel_context
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.metrics import StepResult, step_values
+from pretrain.report.metrics import step_values
 from pretrain.report.monitor import Monitor
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
@@ -36,7 +34,7 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import StartPoint, branch_start, find_start, record_start
 from pretrain.routing.tape import open_tape
-from pretrain.trainer import RunSetup, Trainer, build_trainer
+from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
     window = settings.spike_window_steps
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
-    return Segment(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last)
+    return Segment(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, _saved_step=step)
 
 
 @dataclass
@@ -146,70 +144,93 @@ class Segment:
     start: StartPoint
     progress: Progress
     last: int
+    _launched: LaunchedStep | None = None
+    """The step after `progress`, if the device may still be computing it."""
     _loss: float | None = None
     """Loss of the last step; None if it is not finite."""
     _validation_loss: float | None = None
     """Loss on the held-out split after the last step, if it was validated."""
+    _saved_step: int = 0
+    """Of the newest checkpoint, or of the start."""
+    _spike: str | None = None
+    """On rank 0: the spike for which the run must go back, until the others know."""
 
     @property
     def setup(self) -> RunSetup:
         return self.trainer.setup
 
+    @property
+    def _ahead(self) -> Progress:
+        """`progress`, or that after the launched step. Step and data of the next do not depend on how that one ends."""
+        return self.progress if self._launched is None else self._after_step(updated=True)
+
+    def _after_step(self, *, updated: bool) -> Progress:
+        return self.progress.after_step(self.setup.config.batch.global_sequences, updated=updated)
+
     def run(self) -> SegmentEnd:
-        """All steps, with what comes between them. Collective."""
-        config, phases = self.setup.config, self.setup.phases
+        """All steps, with what comes between them. Collective.
+
+        The scalars of a step are read after the next one is launched, so that the device never waits for the host. Only
+        where something is made of the step (a checkpoint, a validation, a comparison, the end) or where a spike must
+        undo it before the next, nothing is launched before they are read."""
+        stopping, rollback = False, None
         if self._validation_is_missing():
             self._validate()
-        stopping = self.control.stopping()
-        while self.progress.step < self.last and not stopping:
-            phases.step = self.progress.step + 1
-            result = self._timed_step()
-            stopping, rollback = self._judge(result)
-            if rollback is None:
-                rollback = self._compare_replicas(stopping)
-            if rollback is not None:
-                self.trainer.saver.wait()
-                return SegmentEnd(self.progress.step, rollback)
-            if not stopping and self._is_due(config.evaluate.every_steps):
-                self._validate()
-                stopping = self.control.stopping()
-            if stopping or self._is_due(config.checkpoint.every_steps):
-                self._save()
-                stopping = self.control.stopping()
-        phases.enter("checkpoint")
+        while self._ahead.step < self.last and not stopping and rollback is None:
+            stopping, rollback = self._next_step()
+        if rollback is not None:
+            self.trainer.saver.wait()
+            return SegmentEnd(self.progress.step, rollback)
+        stopping = stopping or self.control.stopping()
+        self.setup.phases.enter("checkpoint")
         self.trainer.saver.finish()
         return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
 
-    def _timed_step(self) -> StepResult:
-        """One step, with its line in metrics.jsonl."""
-        config, device = self.setup.config, self.setup.device
-        synchronize(device)
-        started = time.perf_counter()
-        result = self.trainer.step(self.progress)
-        synchronize(device)
-        seconds = time.perf_counter() - started
+    def _next_step(self) -> tuple[bool, Rollback | None]:
+        """Launches the next step, unless the ranks agree to stop or to go back; then reads the one before. If something
+        is due after the step, it is done. Returns whether to stop, and a rollback if one is needed."""
+        phases = self.setup.phases
+        phases.step = self._ahead.step + 1
+        given = self.trainer.read_input(self._ahead)
+        phases.enter("waiting for the batches of other ranks")
+        stopping, rollback = self._agree(given.error)
+        if stopping and rollback is None:
+            self._settle()
+            return self._between_steps(stopping) if self.progress.step != self._saved_step else (True, None)
+        if rollback is not None:
+            return stopping, rollback
+        launched = self.trainer.launch(self._ahead, given)
+        self._settle()
+        self._launched = launched
+        is_due = self._is_anything_due()
+        if is_due or self._spikes_are_undone():
+            self._settle()
+        if not is_due:
+            return False, None
+        phases.enter("agreeing on what is next")
+        stopping, rollback = self._agree()
+        return (stopping, rollback) if rollback is not None else self._between_steps(stopping)
+
+    def _settle(self) -> None:
+        """Reads the launched step, if there is one: its line in metrics.jsonl, and what follows from it. Raises
+        Diverged, on every rank."""
+        if self._launched is None:
+            return
+        self.setup.phases.enter("reading the step's sums")
+        result, config = self._launched.read(), self.setup.config
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
-        updated = result.sums.grad_norm is not None or (
-            result.loss_scale is not None and math.isfinite(result.sums.loss)
-        )
-        self.progress = self.progress.after_step(config.batch.global_sequences, updated=updated)
+        is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
+        self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
+        self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None
         if self.monitor is not None:
-            values = step_values(config, self.trainer.data, result, self.progress, seconds=seconds, device=device)
+            values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
             self.monitor.step(values, result.sums.load)
-        return result
+        self._judge(result.sums.loss)
 
-    def _judge(self, result: StepResult) -> tuple[bool, Rollback | None]:
-        """What follows from the step, agreed by all ranks: whether to stop, and a rollback if one is needed. Raises
-        Diverged."""
-        self.setup.phases.enter("agreeing on what is next")
-        settings, step, loss = self.setup.config.resilience, self.progress.step, result.sums.loss
-        skipped = self.progress.skipped_updates
-        spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
-        stopping, is_spike, any_skipped, any_updated = self.control.any(
-            self.control.stop_is_requested, spike is not None, skipped > 0, skipped == 0
-        )
-        assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
+    def _judge(self, loss: float) -> None:
+        """What follows from the last step's loss. Raises Diverged."""
+        settings, step, skipped = self.setup.config.resilience, self.progress.step, self.progress.skipped_updates
         if skipped:
             self.folder.event("skipped_update", step=step, loss=repr(loss), in_a_row=skipped)
         if skipped >= settings.max_skipped_updates:
@@ -219,15 +240,56 @@ class Segment:
                 f"checkpoint stands: resume from it with a lower learning rate (--set optimizer.learning_rate=... "
                 f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
             )
-        if not is_spike:
-            return stopping, None
-        reason = self.control.from_first_rank(lambda: spike)
-        if self.monitor is not None:
-            print(f"loss spike after step {step}: {reason}", flush=True)
-        self.folder.event("loss_spike", step=step, reason=reason)
-        if settings.spike_action == "warn":
-            return stopping, None
-        return stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=settings.spike_skip_steps)
+        spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
+        if spike is None:
+            return
+        print(f"loss spike after step {step}: {spike}", flush=True)
+        self.folder.event("loss_spike", step=step, reason=spike)
+        self._spike = spike if self._spikes_are_undone() else None
+
+    def _agree(self, error: Exception | None = None) -> tuple[bool, Rollback | None]:
+        """One message of all ranks, about the batches of the next step (`error`: why this rank has none) and the last
+        step that was read: whether to stop, and a rollback if one is needed. Raises `error`, or PeerFailed."""
+        step, skipped = self.progress.step, self.progress.skipped_updates
+        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0)
+        is_spike, any_skipped, any_updated = said.flags
+        assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
+        if is_spike:
+            reason = self.control.from_first_rank(lambda: self._spike)
+            steps = self.setup.config.resilience.spike_skip_steps
+            return said.stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=steps)
+        if not said.stopping:
+            if said.first_failed is not None:
+                self._settle()
+            raise_agreed(error, said.first_failed)
+        return said.stopping, None
+
+    def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:
+        """What is due after a step that was read, with none launched: comparison, validation, checkpoint. Returns
+        whether to stop, and a rollback if one is needed."""
+        assert self._launched is None
+        config = self.setup.config
+        rollback = self._compare_replicas(stopping)
+        if rollback is not None:
+            return stopping, rollback
+        if not stopping and self._is_due(config.evaluate.every_steps):
+            self._validate()
+            stopping = self.control.stopping()
+        if stopping or self._is_due(config.checkpoint.every_steps):
+            self._save()
+        return stopping, None
+
+    def _is_anything_due(self) -> bool:
+        """After the launched step."""
+        config = self.setup.config
+        replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
+        return any(map(self._is_due, (config.evaluate.every_steps, config.checkpoint.every_steps, replicas)))
+
+    def _spikes_are_undone(self) -> bool:
+        """Whether a spike makes the run go back. Then the next step waits until the loss is known: else
+        the run would have to forget a step that it launched."""
+        settings = self.setup.config.resilience
+        return settings.spike_threshold > 0.0 and settings.spike_action == "rollback"
 
     def _compare_replicas(self, stopping: bool) -> Rollback | None:
         """Compares replicas after the configured number of steps, and before a save. Raises ReplicasDiffer."""
@@ -293,6 +355,7 @@ class Segment:
         failure."""
         trainer, folder, settings = self.trainer, self.folder, self.setup.config.checkpoint
         self.setup.phases.enter("checkpoint")
+        self._saved_step = self.progress.step
         if self.monitor is not None:
             self.monitor.flush()
 
@@ -330,7 +393,8 @@ class Segment:
         )
 
     def _is_due(self, every: int) -> bool:
-        step = self.progress.step
+        """After the last step, launched ones included."""
+        step = self._ahead.step
         return step == self.last or (every > 0 and step % every == 0)
 
     def close(self) -> None:

@@ -21,15 +21,17 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.training_data import TrainingData, open_training_data
+from pretrain.data.windows import Batch
 from pretrain.engine.build import build_engine
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import set_learning_rate
-from pretrain.engine.step_sums import StepReducer
-from pretrain.parallel.agreement import agree, agreed, attempt
+from pretrain.engine.step_sums import StepReducer, StepReport
+from pretrain.late_reading import Stopwatch
+from pretrain.parallel.agreement import agreed, attempt
 from pretrain.phases import Phases
 from pretrain.report.metrics import StepResult
-from pretrain.routing.tape import Tape
+from pretrain.routing.tape import Flips, Tape
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,40 @@ class RunSetup:
     parallel: ParallelContext
     device: torch.device
     phases: Phases = field(default_factory=Phases)
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a step reads, on this rank."""
+
+    batches: list[Batch]
+    """Its micro-batches, on the device."""
+    error: Exception | None
+    """Why there are none, for the ranks to agree on."""
+    watch: Stopwatch
+    """Runs since before the batches were read."""
+    wait_seconds: float
+    """How long the batches were waited for."""
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the host has queued. Until `read` nobody knows whether it updated the weights, or its loss."""
+
+    report: StepReport
+    given: StepInput
+    flips: Flips | None
+    loss_scale: float | None
+
+    def read(self) -> StepResult:
+        """Waits until the device has ended the step, not for what was queued after it."""
+        return StepResult(
+            self.report.read(),
+            seconds=self.given.watch.seconds(),
+            data_wait_seconds=self.given.wait_seconds,
+            flips=self.flips,
+            loss_scale=self.loss_scale,
+        )
 
 
 @dataclass
@@ -57,34 +93,40 @@ class Trainer:
     tape: Tape | None = None
     """Records or replays the choices of routers."""
 
-    def step(self, progress: Progress) -> StepResult:
-        """The optimizer step after `progress`: all micro-steps, clipping, update. Collective."""
+    def read_input(self, progress: Progress) -> StepInput:
+        """The micro-batches of the step after `progress`, on this rank. All are read before the step's first
+        collective, so that a damaged shard is one rank's message and not everybody's hang."""
+        self.setup.phases.enter("reading batches")
+        watch = Stopwatch(self.setup.device)
+        batches, error = attempt(lambda: self.data.prefetcher.take(progress.consumed_sequences))
+        return StepInput(batches, error, watch, self.data.prefetcher.wait_seconds)
+
+    def launch(self, progress: Progress, given: StepInput) -> LaunchedStep:
+        """The optimizer step after `progress`: all micro-steps, clipping, update. Returns when the device has been told
+        all, which it may still be computing. Collective; every rank has its batches."""
         config, enter, number = self.setup.config, self.setup.phases.enter, progress.step + 1
         memories = [memory for _, memory in layer_memories(self.engine.module)]
         if self.data.stream.begins(progress.consumed_sequences):
             for memory in memories:
                 memory.forget()
         set_learning_rate(self.engine, learning_rate(config, progress.step))
-
-        # All batches are read before the first collective, so that a damaged shard is one rank's message and not
-        # everybody's hang.
-        enter("reading batches")
-        batches, error = attempt(lambda: self.data.prefetcher.take(progress.consumed_sequences))
-        enter("waiting for the batches of other ranks")
-        agree(error)
         if self.tape is not None:
             enter("reading the recorded choices")
-            self.tape.before_step(number, batches)
+            self.tape.before_step(number, given.batches)
 
-        output = self.executor.train(batches, self.setup.phases)  # forward, backward, clipping, update
+        output = self.executor.train(given.batches, self.setup.phases)  # forward, backward, clipping, update
 
         enter("adding up over ranks")
-        sums = self.reduce(output, len(batches)).read()
-        for memory in memories:
+        report = self.reduce(output, len(given.batches))
+        given.watch.stop()
+        if memories:
             # Hidden states that gave no finite loss would spoil every step to come.
-            memory.advance() if math.isfinite(sums.loss) else memory.forget()
-        return StepResult(
-            sums=sums,
+            is_finite = math.isfinite(report.read().loss)
+            for memory in memories:
+                memory.advance() if is_finite else memory.forget()
+        return LaunchedStep(
+            report,
+            given,
             flips=self.tape.after_step(number) if self.tape is not None else None,
             loss_scale=float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None,
         )

@@ -34,8 +34,9 @@ class GradientNorm:
     """The global gradient norm before clipping, at every ZeRO stage, and whether it let the update happen.
 
     If the norm is not finite, it is so on every rank, and no rank updates: weights, Adam's moments and its step
-    counters stay as they were. DeepSpeed's ZeRO optimizers do that themselves. For ZeRO 0 we drop the gradients,
-    because AdamW does not touch a parameter that has none.
+    counters stay as they were. DeepSpeed's ZeRO optimizers do that themselves, for which the host waits for the norm.
+    For ZeRO 0 a fused optimizer decides on the device; for another one we drop the gradients, because AdamW does not
+    touch a parameter that has none, and the host waits.
 
     DeepSpeed gives the norm for ZeRO 1 to 3, summed in fp64. For ZeRO 0 norm and clipping are ours, between the last
     backward pass (which averages over ranks) and the optimizer step (which clears the gradients), in fp64 as well:
@@ -65,10 +66,14 @@ class GradientNorm:
         if self._parallel.tensor_group is not None:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()
-        if not math.isfinite(self._own):
+        optimizer = self._engine.optimizer
+        if getattr(optimizer, "defaults", {}).get("fused"):
+            # A fused optimizer looks at this flag on the device and then changes nothing: the host need not know.
+            optimizer.found_inf = (~torch.isfinite(self._own)).float()
+        elif not math.isfinite(self._own):
             for parameter in parameters:
                 parameter.grad = None
-        elif self._clip_norm > 0.0:
+        if self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.float())
 

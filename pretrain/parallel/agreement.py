@@ -42,9 +42,14 @@ def agree(error: Exception | None) -> None:
     failed = on_collective_device(torch.tensor([dist.get_rank() if error is not None else dist.get_world_size()]))
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     first = int(failed)
-    if first == dist.get_world_size():
+    raise_agreed(error, first if first < dist.get_world_size() else None)
+
+
+def raise_agreed(error: Exception | None, first_failed: int | None) -> None:
+    """Not collective: `error` on the first rank that failed, PeerFailed on every other, nothing if none has failed."""
+    if first_failed is None:
         return
-    if error is not None and first == dist.get_rank():
+    if error is not None and first_failed == dist.get_rank():
         raise error
     raise PeerFailed
 

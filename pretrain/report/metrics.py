@@ -22,6 +22,10 @@ class StepResult:
     """What one optimizer step gives, the same on every rank."""
 
     sums: StepSums
+    seconds: float
+    """From before its batches were read to the end of its last kernel, on this rank."""
+    data_wait_seconds: float
+    """How long its batches were waited for."""
     flips: Flips | None = None
     """With train.replay_routing."""
     loss_scale: float | None = None
@@ -33,12 +37,10 @@ def step_values(
     data: TrainingData,
     result: StepResult,
     progress: Progress,
-    *,
-    seconds: float,
     device: torch.device,
 ) -> dict[str, float | None]:
-    """The line of the step that led to `progress` and took `seconds`. None stands for a loss that is not a number, and
-    for the norm of a skipped update."""
+    """The line of the step that led to `progress`. None stands for a loss that is not a number, and for the norm of a
+    skipped update."""
     sums, consumed = result.sums, progress.consumed_sequences
     memory, memory_peak = memory_bytes(device)
     values: dict[str, float | None] = {
@@ -48,9 +50,9 @@ def step_values(
         "grad_norm": sums.grad_norm,
         "lr": learning_rate(config, progress.step - 1),
         "tokens": consumed * config.model.sequence_length,
-        "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / seconds,
-        "step_seconds": seconds,
-        "data_wait_seconds": data.prefetcher.wait_seconds,
+        "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / result.seconds,
+        "step_seconds": result.seconds,
+        "data_wait_seconds": result.data_wait_seconds,
         "epoch": data.stream.epoch(consumed),
         "memory_bytes": memory,
         "memory_peak_bytes": memory_peak,

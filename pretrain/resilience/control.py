@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,26 +12,35 @@ from pretrain.parallel.agreement import agreed
 from pretrain.resilience.signals import Stop
 
 
+class Agreement(NamedTuple):
+    """What the ranks said in one message; the same on every rank."""
+
+    first_failed: int | None
+    """The first rank that met an error."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
+    flags: list[bool]
+
+
 class Control:
     """One reduction of a few bytes on CPUs, which waits for no kernel. Every method is collective over all ranks."""
 
     def __init__(self, stop: Stop, group: Any) -> None:
         self._stop, self.group = stop, group
 
-    @property
-    def stop_is_requested(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self._stop.requested is not None
-
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag: is it set on any rank?"""
-        values = torch.tensor(flags, dtype=torch.uint8)
+    def agree(self, error: Exception | None, *flags: bool) -> Agreement:
+        """One message: did any rank fail with `error`, was any asked to stop, and for each flag, is it set on any
+        rank?"""
+        size = dist.get_world_size()
+        failed = size - dist.get_rank() if error is not None else 0
+        values = torch.tensor([failed, self._stop.requested is not None, *flags], dtype=torch.int64)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return [bool(value) for value in values.tolist()]
+        failed, stopping, *others = values.tolist()
+        return Agreement(size - failed if failed else None, bool(stopping), [bool(value) for value in others])
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
-        return self.any(self.stop_is_requested)[0]
+        return self.agree(None).stopping
 
     def from_first_rank(self, function: Callable[[], Any]) -> Any:
         """Calls `function` on rank 0 alone and returns its result on every rank; its UserError is agreed."""

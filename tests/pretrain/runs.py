@@ -28,7 +28,9 @@ from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.loop import train
+from pretrain.parallel.agreement import agree
 from pretrain.parallel.context import parallel_context
+from pretrain.report.metrics import StepResult
 from pretrain.trainer import RunSetup, Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
 
@@ -77,6 +79,13 @@ COMPARED = ("step", "loss", "auxiliary_loss", "grad_norm", "lr", "tokens")
 def trainer_of(config: Config, resumed: Checkpoint | None = None) -> Trainer:
     """The real trainer of this rank, on the CPU. Collective."""
     return build_trainer(RunSetup(config, Sources.load(config), parallel_context(config), torch.device("cpu")), resumed)
+
+
+def one_step(trainer: Trainer, progress: Progress) -> StepResult:
+    """The step after `progress`, read at once. Collective."""
+    given = trainer.read_input(progress)
+    agree(given.error)
+    return trainer.launch(progress, given).read()
 
 
 @dataclass
@@ -128,7 +137,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
 
         engine._take_model_step = capture_then_step
     for now in range(steps):
-        result = trainer.step(Progress(now, now * trainer.setup.config.batch.global_sequences))
+        result = one_step(trainer, Progress(now, now * trainer.setup.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
         trace.grad_norms.append(float("nan") if result.sums.grad_norm is None else result.sums.grad_norm)
     GradientNorm.before_step = before_step  # type: ignore[method-assign]

@@ -16,6 +16,7 @@ from pretrain.parallel.context import parallel_context
 from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
+from tests.pretrain.runs import one_step
 
 WEIGHT, EXPERTS, LAYERS, STEPS = 1e-3, 8, 4, 3
 LAYOUTS = [
@@ -40,7 +41,7 @@ def compare(rank: int, configs: list[Config]) -> list[list[tuple[float, float]]]
         for step in range(STEPS):
             routers = [s for _, s in routing_statistics(trainer.engine.module) if s.tracks_probability]
             before = [s.probability.clone() for s in routers]
-            result = trainer.step(Progress(step, step * config.batch.global_sequences))
+            result = one_step(trainer, Progress(step, step * config.batch.global_sequences))
             exact = torch.stack([(s.probability * q.log()).sum() for s, q in zip(routers, before, strict=True)]).sum()
             if parallel.pipeline_group is not None:
                 torch.distributed.all_reduce(exact, group=parallel.pipeline_group)

@@ -20,6 +20,7 @@ from pretrain.parallel.context import parallel_context
 from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
+from tests.pretrain.runs import one_step
 from tests.pretrain.test_matrix import LAYOUTS
 
 
@@ -29,7 +30,7 @@ def first_moment_norms(rank: int, configs: list[Config]) -> list[tuple[float, fl
     for config in configs:
         parallel = parallel_context(config)
         trainer = build_trainer(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")), None)
-        result = trainer.step(Progress(0, 0))
+        result = one_step(trainer, Progress(0, 0))
         copy_of_tied = "exp_avg/head.weight" if config.model.tied_embedding else "none"
         # What a checkpoint saves of this rank: every element of the state comes from exactly one rank.
         owned = owned_state(trainer.engine, parallel)

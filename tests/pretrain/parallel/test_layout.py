@@ -19,7 +19,7 @@ from pretrain.report.layout_text import groups_text
 from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import one_step, small_config
 
 ONE_BILLION = REPOSITORY / "configs" / "switchall_1b.json"
 
@@ -66,7 +66,7 @@ def held_bytes(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     for config in configs:
         parallel = parallel_context(config)
         trainer = build_trainer(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")), None)
-        trainer.step(Progress(0, 0))
+        one_step(trainer, Progress(0, 0))
         engine, zero = trainer.engine, config.parallel.zero
         weights = sum(bytes_of(getattr(p, "ds_tensor", p)) for p in engine.module.parameters())
         inner: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)

@@ -19,7 +19,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.resilience.guard import RunFailed
 from pretrain.resilience.signals import Stop
-from pretrain.trainer import StepResult, Trainer
+from pretrain.trainer import LaunchedStep, StepInput, Trainer
 
 
 def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
@@ -71,13 +71,13 @@ def train_with(
 
 def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:
     """Calls `function(step)`, step from 1, when a step begins."""
-    step = trainer.step
+    launch = trainer.launch
 
-    def stepped(progress: Progress) -> StepResult:
+    def launched(progress: Progress, given: StepInput) -> LaunchedStep:
         function(progress.step + 1)
-        return step(progress)
+        return launch(progress, given)
 
-    trainer.step = stepped  # type: ignore[method-assign]
+    trainer.launch = launched  # type: ignore[method-assign]
 
 
 def spoil_losses_of_steps(trainer: Trainer, wrong: tuple[int, ...], rank: int) -> None:

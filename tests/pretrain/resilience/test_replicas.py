@@ -14,7 +14,7 @@ from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs, trainer_of
+from tests.pretrain.runs import assert_bit_identical, metrics, one_step, small_config, train_runs, trainer_of
 
 NAME = "blocks.1.feedforward.down_experts"
 SIX = "model.feedforward.num_experts=6"
@@ -79,7 +79,7 @@ def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str]
         trainer = trainer_of(config)
         check = ReplicaCheck(trainer.engine, trainer.setup.parallel, dist.group.WORLD)
         assert check.num_compared > 10
-        trainer.step(Progress(0, 0))
+        one_step(trainer, Progress(0, 0))
         before = check()
         if rank == 3:
             assert _flip(trainer, NAME)

@@ -40,10 +40,10 @@ QUICK = [
 ]
 THOROUGH = [
     ("looking for a checkpoint", 1, signal.SIGTERM, 0, 0),
-    ("reading batches", 1, signal.SIGTERM, 1, 1),
+    ("reading batches", 1, signal.SIGTERM, 1, 0),
     ("agreeing on what is next", 2, signal.SIGINT, 1, 2),
     ("validation", 9, signal.SIGUSR1, 0, 5),
-    ("comparing replicas", 3, signal.SIGHUP, 0, 4),
+    ("comparing replicas", 3, signal.SIGHUP, 0, 3),
     ("ending", 1, signal.SIGTERM, 1, 5),
 ]
 

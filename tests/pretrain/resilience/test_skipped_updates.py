@@ -22,7 +22,7 @@ from tests.pretrain.resilience.faults import (
     spoil_losses_of_steps,
     train_with,
 )
-from tests.pretrain.runs import metrics, small_config, trainer_of
+from tests.pretrain.runs import metrics, one_step, small_config, trainer_of
 
 QUICK = [
     ("train.precision=fp32", "parallel.zero=0"),
@@ -68,7 +68,7 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
         norms, losses, changed, progress = [], [], [], Progress(0, 0)
         for now[0] in range(4):
             before = _state(trainer)
-            result = trainer.step(progress)
+            result = one_step(trainer, progress)
             progress = progress.after_step(8)
             after = _state(trainer)
             norms.append(result.sums.grad_norm)

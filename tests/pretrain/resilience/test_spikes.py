@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.data.progress import Progress
+from pretrain.engine.step_sums import StepSums
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
@@ -139,9 +142,14 @@ def spike_in_steps(trainer: Trainer, steps: tuple[int, ...]) -> None:
     reduce, now = trainer.reduce, [0]
     before_steps(trainer, lambda step: now.__setitem__(0, step))
 
-    def spiked(*args: Any, **options: Any) -> Any:
-        sums = reduce(*args, **options)
-        return type(sums)(sums.loss + 50.0 * (now[0] in steps), sums.auxiliary_loss, sums.load, sums.negative_entropy)
+    def spiked(*args: Any, **options: Any) -> SimpleNamespace:
+        report, height = reduce(*args, **options), 50.0 * (now[0] in steps)
+
+        def read() -> StepSums:
+            sums = report.read()
+            return replace(sums, loss=sums.loss + height)
+
+        return SimpleNamespace(read=read)
 
     trainer.reduce = spiked  # type: ignore[assignment]
 
