@@ -6,6 +6,7 @@ ops, Triton's launches. PyTorch's fake tensors do most of it. What a CPU build o
 - a device guard for CUDA, which autograd asks for when it makes a node: the registry of libc10 gets that of the meta
   device, which does nothing, until the end of the context;
 - the backward pass: torch's engine wants a stream of the device, so `backward` walks the graph itself;
+- events, which the device would record;
 - the choice of a fused attention kernel, and products of halves whose result is fp32.
 """
 
@@ -44,6 +45,7 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "_exchange_device", return_value=0))
         stack.enter_context(mock.patch.object(torch.cuda, "_maybe_exchange_device", return_value=0))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+        stack.enter_context(mock.patch.object(torch, "Event"))
         stack.enter_context(mock.patch.object(FunctionCtx, "set_materialize_grads", set_materialize_grads))
         # A fake parameter is no nn.Parameter by type, so that optimizers would take their loop over parameters.
         stack.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", types))

@@ -105,7 +105,7 @@ def count_step(config: Config, *, with_documents: bool = False) -> StepCounts:
         engine = CountedEngine(model, optimizer, counter)
         parallel = ParallelContext()
         executor = PlainExecutor(engine, GradientNorm(engine, config.optimizer.clip_norm, parallel))
-        reduce = StepReducer(model, parallel)
+        reduce = StepReducer(model, parallel, torch.device("cuda"))
         batch, phases = _batch(config, with_documents), CountedPhases(counter, found)
         with counter:
             output = executor.train([batch], phases)

@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("/model/routing.py", "entropy_regularizer", "router"),
     ("/model/routing.py", "_mean_over", "router"),
     ("/model/routing.py", "", "statistics"),
+    ("/model/routing_table.py", "", "statistics"),
     ("/model/balance.py", "", "router"),
     ("/route.py", "", "router"),
     ("/model/attention/", "", "attention"),
@@ -31,6 +32,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("/model/memory.py", "", "memory"),
     ("/model/feedforward/", "", "feed-forward"),
     ("/pretrain/engine/step_sums.py", "", "statistics"),
+    ("/pretrain/late_reading.py", "", "statistics"),
     ("/pretrain/engine/micro_steps.py", "", "head"),
     ("/torch/optim/", "", "optimizer"),
 )

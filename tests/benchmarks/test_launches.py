@@ -269,13 +269,11 @@ def test_layers_are_alike() -> None:
 
 
 def test_waits_of_an_optimizer_step() -> None:
-    """The gradient norm is read twice and compared; loads and the step's scalars are copied to the host."""
+    """The host reads the gradient norm, which an optimizer that is not fused needs. All else is one copy to pinned
+    memory, which nobody waits for."""
     found = launches.count_step(one_layer(CONFIGS / "switchall_1b.json")).step
-    assert found.waits == {
-        "_local_scalar_dense (gradient norm)": 3,
-        "copy to the host (statistics)": 1 + 3,
-        "copy from pageable memory (statistics)": 1,
-    }
+    assert found.waits == {"_local_scalar_dense (gradient norm)": 1}
+    assert found.to_host == 2
     assert found.by_place["statistics"].kernels <= 60
 
 
