@@ -268,7 +268,7 @@ class Segment:
         """What is due after a step that was read, with none launched: comparison, validation, checkpoint. Returns
         whether to stop, and a rollback if one is needed."""
         assert self._launched is None
-        config = self.setup.config
+        config, self.setup.phases.step = self.setup.config, self.progress.step
         rollback = self._compare_replicas(stopping)
         if rollback is not None:
             return stopping, rollback
