@@ -99,7 +99,7 @@ def count_step(config: Config, *, with_documents: bool = False) -> StepCounts:
     found = StepCounts()
     with fake_cuda():
         model = _model(config)
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, torch.device("cpu"))  # the foreach form, as counted until now
         _give_moments(optimizer)
         counter = LaunchCounter()
         engine = CountedEngine(model, optimizer, counter)

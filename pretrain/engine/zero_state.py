@@ -60,8 +60,9 @@ def optimizer_steps(engine: Any) -> int:
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
     """Sets the counter of every optimizer state (they exist once `pieces` was walked)."""
-    for state in _torch_optimizer(engine).state.values():
-        state["step"] = torch.tensor(float(steps))
+    optimizer = _torch_optimizer(engine)
+    for parameter, state in optimizer.state.items():
+        state["step"] = _counter(optimizer, parameter, steps)
 
 
 def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -73,10 +74,16 @@ def _adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     """State of one (flat) parameter; created as AdamW itself would at its first step."""
     state = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = _counter(optimizer, parameter, 0)
         for key in MOMENTS:
             state[key] = torch.zeros_like(parameter.detach())
     return state
+
+
+def _counter(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> Tensor:
+    """A step counter where AdamW keeps it: the fused one beside its parameter, the other one in CPU memory."""
+    on_device = bool(optimizer.defaults["fused"])
+    return torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if on_device else "cpu")
 
 
 Located = tuple[int, int, Tensor, int]  # start in the parameter, length, flat tensor, offset in it

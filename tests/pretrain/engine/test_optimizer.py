@@ -1,0 +1,80 @@
+"""AdamW in both of its forms: the same updates to rounding, the same checkpoints, a step counter where each keeps it.
+
+The fused form runs on the CPU too, which this file uses; a run takes it on CUDA alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain.engine.optimizer
+from model.language_model import build_on_meta
+from pretrain.config.schema import Config
+from pretrain.engine.optimizer import build_optimizer, is_fused
+from pretrain.engine.zero_state import _adam_state, optimizer_steps, set_optimizer_steps
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, state_tensors, train_runs
+
+
+def train_in_forms(rank: int, runs: list[tuple[Config, Path, bool]]) -> None:
+    """As train_runs, each run with AdamW in the form that it names: fused or not."""
+    for config, folder, fused in runs:
+        pretrain.engine.optimizer.is_fused = lambda *_, form=fused: form  # type: ignore[misc]
+        train_runs(rank, [(config, folder)])
+
+
+@pytest.mark.parametrize("precision, zero", [("fp32", 0), ("bf16", 1)])
+def test_a_run_goes_on_in_the_other_form(prepared: Path, tmp_path: Path, precision: str, zero: int) -> None:
+    """Whatever form saved: masters and moments stay those of the run that never changed its form, to rounding."""
+    keys = (f"train.precision={precision}", f"parallel.zero={zero}", "evaluate.sequences=0", "train.steps=4")
+    whole = small_config(prepared, *keys, "optimizer.weight_decay=0.1")
+    half = small_config(prepared, *keys, "optimizer.weight_decay=0.1", "train.stop_after_steps=2")
+    forms = {"plain": (False, False), "to_fused": (False, True), "to_plain": (True, False)}
+    runs = []
+    for name, (first, second) in forms.items():
+        runs += [(half, tmp_path / name, first), (whole, tmp_path / name, second)]
+    run_ranks(train_in_forms, 2, runs)
+    plain = state_tensors(tmp_path / "plain")
+    assert any("exp_avg_sq/" in name for name in plain)
+    for name in ("to_fused", "to_plain"):
+        other = state_tensors(tmp_path / name)
+        assert other.keys() == plain.keys()
+        for key, expected in plain.items():
+            assert (other[key].dtype, other[key].shape) == (expected.dtype, expected.shape)
+            if expected.is_floating_point():
+                # A counter that began again at 0 would move every weight: the correction of the moments is 10 then.
+                torch.testing.assert_close(other[key], expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("fused, place", [(True, "meta"), (False, "cpu")])
+def test_the_counter_is_where_adamw_keeps_it(fused: bool, place: str) -> None:
+    """On the device (here meta, as a device that is not the CPU) for the fused form, else in CPU memory."""
+    parameter = torch.nn.Parameter(torch.zeros(5, device="meta"))
+    optimizer = torch.optim.AdamW([parameter], fused=fused or None)
+    state = _adam_state(optimizer, parameter)
+    assert state["step"].device.type == place and state["step"].dtype == torch.float32
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    set_optimizer_steps(engine, 7)
+    counter = optimizer.state[parameter]["step"]
+    assert (counter.device.type, counter.dtype, counter.shape) == (place, torch.float32, ())
+    if not fused:
+        assert optimizer_steps(engine) == 7
+
+
+@pytest.mark.parametrize(
+    "device, keys, expected",
+    [
+        ("cuda", (), True),
+        ("cuda", ("parallel.offload_optimizer=true", "parallel.zero=1"), None),  # its state is in CPU memory
+        ("cpu", (), None),  # torch's own choice, as ever: the numbers on a CPU stay
+    ],
+)
+def test_the_form_follows_the_device(prepared: Path, device: str, keys: tuple[str, ...], expected: bool | None) -> None:
+    config = small_config(prepared, *keys)
+    optimizer = build_optimizer(build_on_meta(config.model), config, torch.device(device))
+    assert [group["fused"] for group in optimizer.param_groups] == [expected] * len(optimizer.param_groups)
+    assert is_fused(config, torch.device(device)) is bool(expected)
