@@ -57,6 +57,7 @@ HOW = {
     "make": "parsed: the Makefile has the target",
     "pip": "skipped: tests/test_real_install.py runs what the Makefile installs",
     "source": "skipped: the shell's own",
+    "export": "skipped: the shell's own",
     "for": "skipped: the shell's own",
     "mkdir": "skipped: fetches packages of Debian",
     "tensorboard": "skipped: another project's program",

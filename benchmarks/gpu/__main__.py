@@ -12,16 +12,18 @@ import model.openmp  # noqa: F401  # as in training; before torch
 COMMANDS = {
     "truth": "is everything equal, repeatable and free of races on this card",
     "speed": "how near to the card's own ceilings are kernels and micro-steps",
+    "run": "does training through DeepSpeed's launcher start, learn, save, stop and resume",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from benchmarks.gpu import command, tables
+    from benchmarks.gpu import carry, command, tables
 
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="What a GPU has to show (docs/gpu.md).")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command.add_options(commands.add_parser(name, help=what, description=what))
+    carry.add_command(commands)
     tables.add_command(commands)
     options = parser.parse_args(arguments)
     if options.command not in COMMANDS:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import record
+from benchmarks.gpu.processes import end_all_below
 from benchmarks.gpu.record import CUT, FAILED, PASSED, ROOT, SKIPPED, Entry, Record
 
 NO_GPU, TIME_OVER = 3, 4
@@ -168,6 +169,7 @@ class _ended_after:
     def _end(self) -> None:
         self._on_end()
         print("    cut: it did not end in time", flush=True)
+        end_all_below(os.getpid())
         os._exit(TIME_OVER)
 
     def __enter__(self) -> None:

@@ -188,12 +188,23 @@ def block_rows(entries: list[Entry]) -> Rows:
     return rows
 
 
+def run_rows(entries: list[Entry]) -> Rows:
+    rows: Rows = [("run", "status", "first loss", "last loss", "tokens/s", "said")]
+    for entry in entries:
+        losses = entry.result.get("losses") or ["-"]
+        ends = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (losses[0], losses[-1]))
+        speed = entry.result.get("tokens_per_second", "-")
+        rows.append((entry.part, entry.status, *ends, str(speed), headline(entry) if "reason" in entry.result else ""))
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Entry]], Rows]]] = {
     "ceilings": ("truth", ceiling_rows),
     "truth": ("truth", truth_rows),
     "kernels": ("speed", kernel_rows),
     "block": ("speed", block_rows),
     "micro_steps": ("speed", step_rows),
+    "runs": ("run", run_rows),
 }
 """Name of a table in docs/gpu.md -> the command whose record it comes from, and its rows, the first of which is the
 head."""

@@ -1,0 +1,42 @@
+"""Processes below this one, by /proc: whom a signal is for, and what must not outlive a part."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+
+def below(pid: int) -> dict[int, list[str]]:
+    """Every process that descends from `pid` -> the words of its command line."""
+    parents, lines = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # After the name in brackets: state, parent.
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                lines[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue  # it has ended
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {p: lines.get(p, []) for p in found - {pid}}
+
+
+def ranks_below(pid: int) -> list[int]:
+    """Those that run launch/pretrain.py itself, not a launcher whose command line names it."""
+    return [
+        child
+        for child, words in below(pid).items()
+        if "-m" not in words and any(word.endswith("launch/pretrain.py") for word in words)
+    ]
+
+
+def end_all_below(pid: int) -> None:
+    """Kills every descendant of `pid`, which otherwise would keep the GPU."""
+    for child in below(pid):
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

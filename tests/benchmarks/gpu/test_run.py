@@ -1,0 +1,201 @@
+"""`python -m benchmarks.gpu run` and `carry`: verdicts on numbers, whom a signal reaches, what is carried."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu import carry, run
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.processes import end_all_below, ranks_below
+from benchmarks.gpu.record import ROOT, read
+from benchmarks.gpu.run import Lines, different, read_lines
+from data_prep.shards.format import Manifest
+
+
+def lines(losses: list[float]) -> Lines:
+    return {
+        step: {"step": step, "loss": loss, "grad_norm": 1.0, "tokens_per_second": 10.0}
+        for step, loss in enumerate(losses, start=1)
+    }
+
+
+class FakeLaunch:
+    """Runs whose numbers are given; `later` of a second start."""
+
+    losses: list[float]
+    later: list[float]
+    stopped_after = 1
+    settings: list[list[str]]
+
+    def __init__(self, context: Context, run_dir: Path, config: str, data: str, settings: list[str]) -> None:
+        self.is_later = run_dir.exists() and run_dir.name == "stopped"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.settings.append(settings)
+
+    def finish(self) -> Lines:
+        return lines(self.later if self.is_later else self.losses)
+
+    def stop_after(self, step: int) -> int:
+        return self.stopped_after
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> type[FakeLaunch]:
+    monkeypatch.setattr(run, "Launch", FakeLaunch)
+    FakeLaunch.losses = FakeLaunch.later = [3.0, 2.5, 2.0]
+    FakeLaunch.stopped_after, FakeLaunch.settings = 1, []
+    return FakeLaunch
+
+
+def context(folder: Path) -> Context:
+    return Context(device=torch.device("cuda"), tiny=False, results=folder, remaining=lambda: 100.0)
+
+
+def test_a_resume_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Path) -> None:
+    result = run.resumed(context(tmp_path), steps=3)
+    assert (result["different"], result["losses"], result["tokens_per_second"]) == ([], [3.0, 2.5, 2.0], 10.0)
+    assert all({"train.deterministic=true", "train.steps=3"} <= set(settings) for settings in launches.settings)
+    assert len(launches.settings) == 3
+    launches.later = [3.0, 2.5, float(np.nextafter(2.0, 3.0))]
+    with pytest.raises(Failed, match="after the resume other numbers at step 3 loss"):
+        run.resumed(context(tmp_path), steps=3)
+    launches.later = [3.0, 2.5]
+    with pytest.raises(Failed, match="step 3 loss, step 3 grad_norm"):
+        run.resumed(context(tmp_path), steps=3)
+    launches.stopped_after = 3
+    with pytest.raises(Failed, match="nothing was resumed"):
+        run.resumed(context(tmp_path), steps=3)
+    launches.stopped_after, launches.losses, launches.later = 1, [2.0, 2.5, 3.0], [2.0, 2.5, 3.0]
+    with pytest.raises(Failed, match="the loss does not fall"):
+        run.resumed(context(tmp_path), steps=3)
+
+
+def test_losses_beside_the_cpus(launches: type[FakeLaunch], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(carry, "FOLDER", tmp_path)
+    with pytest.raises(Unavailable, match=r"no tiny_losses\.json"):
+        run.tiny_losses(context(tmp_path))
+    for wanted, words in (
+        ([3.0005, 2.5, 2.0], None),
+        ([3.01, 2.5, 2.0], "losses differ from the CPU's"),
+        ([3.0, 2.5], "3 steps, the CPU made 2"),
+    ):
+        (tmp_path / carry.LOSSES).write_text(json.dumps({"losses": wanted}))
+        if words is None:
+            assert run.tiny_losses(context(tmp_path))["largest_difference"] < run.CPU_TOLERANCE
+        else:
+            with pytest.raises(Failed, match=words):
+                run.tiny_losses(context(tmp_path))
+    (tmp_path / carry.LOSSES).write_text(json.dumps({"losses": [3.0, 2.5, 2.0]}))
+    for losses in ([3.0, float("nan"), 2.0], [3.0, None, 2.0]):
+        launches.losses = losses  # type: ignore[assignment]
+        with pytest.raises(Failed, match=r"losses differ|not finite"):
+            run.tiny_losses(context(tmp_path))
+
+
+def test_dropout_must_learn(launches: type[FakeLaunch], tmp_path: Path) -> None:
+    assert run.dropped_out(context(tmp_path), steps=3)["losses"] == [3.0, 2.5, 2.0]
+    with pytest.raises(Failed, match="3 of 4 steps"):
+        run.dropped_out(context(tmp_path), steps=4)
+    launches.losses = [3.0, 2.5, 3.0]
+    with pytest.raises(Failed, match="does not fall"):
+        run.dropped_out(context(tmp_path), steps=3)
+
+
+def test_two_runs_are_compared_by_bits_and_steps() -> None:
+    one = lines([3.0, 2.0])
+    assert different(one, lines([3.0, 2.0])) == []
+    assert different(one, lines([3.0])) == ["step 2 loss", "step 2 grad_norm"]
+    assert different(one, lines([3.0, 2.0000001])) == ["step 2 loss"]
+
+
+def test_of_a_step_that_was_computed_twice_the_last_line_counts(tmp_path: Path) -> None:
+    assert read_lines(tmp_path) == {}
+    text = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 9.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_lines(tmp_path) == {1: {"step": 1, "loss": 3.0}, 2: {"step": 2, "loss": 2.0}}
+
+
+def test_the_signal_goes_to_the_rank_and_not_to_the_launchers(tmp_path: Path) -> None:
+    """Launcher -> launcher's launcher -> rank: all name launch/pretrain.py in their command lines."""
+    (tmp_path / "launch").mkdir()
+    rank = tmp_path / "launch" / "pretrain.py"
+    rank.write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "fake.py").write_text(
+        "import subprocess, sys\nchild = [sys.executable, '-m', 'fake', *sys.argv[2:]] if sys.argv[1] == '2' else "
+        f"[sys.executable, {str(rank)!r}]\nsys.exit(subprocess.run([*child[:3], '1', *child[3:]]).returncode)\n"
+    )
+    line = [sys.executable, "-m", "fake", "2", "launch/pretrain.py"]
+    with subprocess.Popen(line, cwd=tmp_path) as top:
+        found: list[int] = []
+        try:
+            for _ in range(600):
+                found = ranks_below(top.pid)
+                if found:
+                    break
+                time.sleep(0.05)
+            assert len(found) == 1 and found != [top.pid]
+            assert b"fake" not in Path(f"/proc/{found[0]}/cmdline").read_bytes()
+        finally:
+            end_all_below(top.pid)
+            top.wait(30)
+    assert not ranks_below(os.getpid())
+
+
+def test_the_same_data_every_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        carry.write_data(tmp_path / name, 8000, 3000)
+    one, two = (Manifest.load(tmp_path / name) for name in ("one", "two"))
+    assert one.digest == two.digest and one.totals["train"].tokens >= 3000
+    assert one.tokenizer.vocab_size == 8000
+
+
+def test_the_wheels_are_the_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip is replaced by what it would write."""
+    versions = carry.pins((ROOT / "constraints.txt").read_text())
+    assert {*carry.BINARY, carry.PURE} <= versions.keys()
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def pip(line: list[str], *, env: dict[str, str], check: bool) -> None:
+        ran.append((line, env))
+        for word in line:
+            name, equals, version = word.partition("==")
+            if equals:
+                (tmp_path / f"{name.replace('-', '_')}-{version}-py3-none-any.whl").touch()
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    (tmp_path / "pydantic-1.0-py3-none-any.whl").touch()
+    carry.gather_wheels(tmp_path, "3.12")
+    (download, _), (build, variables) = ran
+    assert (
+        download[download.index("--python-version") + 1] == "3.12" and "--no-deps" in download and "--no-deps" in build
+    )
+    assert variables["DS_BUILD_OPS"] == "0" and f"deepspeed=={versions['deepspeed']}" in build
+    assert len(list(tmp_path.glob("*.whl"))) == 7
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments: tuple[Any, ...] = (context(tmp_path), tmp_path / "run", "configs/switchall_1b.json", "32k", [])
+    monkeypatch.setattr(carry, "FOLDER", tmp_path)
+    with pytest.raises(Unavailable, match="no 32k data set"):
+        run.Launch(*arguments)
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="deepspeed is not installed: carry the wheels"):
+        run.Launch(*arguments)
+
+
+@pytest.mark.slow
+def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    assert main(["run", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]) == 0
+    entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "run.jsonl")}
+    assert entries == dict.fromkeys(("tiny fp32", "1b stop and resume", "262m dropout"), "passed")
