@@ -5,6 +5,7 @@
 | reference  | plain PyTorch and its autograd: the specification         | any        | any                    |
 | cpu        | rows sorted by expert, GEMMs into preallocated outputs    | CPU        | fp64, fp32, bf16, fp16 |
 | grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
+| dense      | one torch.mm over all experts: SwitchHead's two ops       | CPU, CUDA  | fp64, fp32, bf16, fp16 |
 | triton     | our GPU kernels (model/kernels/triton)                    | CUDA       | fp32, bf16, fp16       |
 | cuda       | CUDA C++ (model/kernels/cuda): route alone, by name only  | CUDA       | fp32, bf16, fp16       |
 
@@ -41,10 +42,12 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "switchhead_value": {
         "cpu": "model.kernels.cpu.switchhead_value",
         "triton": "model.kernels.triton.switchhead_value",
+        "dense": "model.kernels.dense.switchhead_value",
     },
     "switchhead_output": {
         "cpu": "model.kernels.cpu.switchhead_output",
         "triton": "model.kernels.triton.switchhead_output",
+        "dense": "model.kernels.dense.switchhead_output",
     },
     "expert_linear": {
         "cpu": "model.kernels.cpu.expert_linear",
@@ -66,7 +69,7 @@ GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
 """What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
-which needs nvcc, everywhere."""
+which needs nvcc, everywhere; and `dense`, but for the shapes of `ON_CUDA` (model/kernels/choice.py)."""
 
 
 def resolve(
@@ -121,6 +124,8 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
         return triton_limit(device_type, dtype)
     if backend == "cuda":
         return cuda_limit(op, device_type, dtype)
+    if backend == "dense" and device_type not in ("cpu", "cuda"):
+        return f"it was written for CPU and CUDA, not {device_type}"
     return None
 
 

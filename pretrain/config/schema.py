@@ -259,9 +259,12 @@ class MonitorConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes the ops of model/kernels."""
 
-    backend: Literal["auto", "reference", "cpu", "grouped_mm", "triton", "cuda"] = Field("auto", json_schema_extra=FREE)
+    backend: Literal["auto", "reference", "cpu", "grouped_mm", "dense", "triton", "cuda"] = Field(
+        "auto", json_schema_extra=FREE
+    )
     """auto: the fastest that the device has. reference: plain PyTorch, the specification. cpu: sorted rows, for CPUs.
-    grouped_mm: F.grouped_mm for sigma-MoE, auto for the other ops. triton: our GPU kernels, CUDA only (on the CPU an
+    grouped_mm: F.grouped_mm for sigma-MoE, auto for the other ops. dense: one GEMM over all experts for SwitchHead's
+    projections, auto for the other ops. triton: our GPU kernels, CUDA only (on the CPU an
     interpreter for tests, with TRITON_INTERPRET=1). cuda: CUDA C++ for routing (needs nvcc), auto for the other ops.
     The choice per op is printed at start."""
 

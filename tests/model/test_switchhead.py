@@ -28,6 +28,7 @@ SHAPES = [
 BACKENDS = {
     "reference": Backends(),
     "cpu": Backends(route="cpu", switchhead_value="cpu", switchhead_output="cpu"),
+    "dense": Backends(route="cpu", switchhead_value="dense", switchhead_output="dense"),
 }
 
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.backend import check_backend, implementation
+from model.kernels.backend import check_backend, implementation, triton_limit
 from model.kernels.cpu.grouping import saved_shapes
 from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
-STRATEGIES = {"cpu": ("all", "sets", "experts"), "triton": ("gated", "sorted")}
-"""How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py and
-model/kernels/triton/gated_gemm.py."""
+STRATEGIES = {"cpu": ("all", "sets", "experts"), "triton": ("gated", "sorted"), "dense": ("fused", "plain")}
+"""How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py,
+model/kernels/triton/gated_gemm.py and model/kernels/dense/gemms.py."""
 
 
 class Inputs(NamedTuple):
@@ -92,6 +92,9 @@ def choose_strategy(backend: str, num_tokens: int, num_experts: int, k: int) -> 
 def _resolve_strategy(op: str, backend: str, strategy: str | None, choice: Choice, experts: Tensor) -> str:
     check_backend(op, backend)
     N, _, k = choice.index.shape
+    if strategy is None and backend == "dense":
+        on_gpu = experts.device.type == "cuda" and triton_limit("cuda", experts.dtype) is None
+        return "fused" if on_gpu else "plain"
     if strategy is None:
         return choose_strategy(backend, N, experts.shape[1], k)
     if strategy not in STRATEGIES[backend]:

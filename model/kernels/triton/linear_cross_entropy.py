@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model.kernels.backend import triton_limit
 from model.kernels.dtypes import gradient_dtype
+from model.kernels.gemm import multiply
 from model.kernels.ops.linear_cross_entropy import Inputs
 from model.kernels.triton.launch import on_its_device
 
@@ -165,15 +166,6 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
         grad.mul_(inverse_count).to(gradient_dtype(weight_dtype)) for grad in (grad_weight, grad_bias)
     )
     return token_loss.sum() * inverse_count, token_loss, grad_hidden, grad_weight, grad_bias
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b: `a` and `b` in any dtype, `out` and the sums in fp32."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":  # on the CPU torch has no product of halves in fp32
-        a, b = a.float(), b.float()
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    # GPU-ONLY half-gemm-in-fp32
-    return torch.addmm(out, a, b, torch.float32, out=out) if add else torch.mm(a, b, torch.float32, out=out)
 
 
 def _softmax(inputs: Inputs, chunk: slice, logits: Tensor, token_loss: Tensor, gradient: Tensor | None) -> None:

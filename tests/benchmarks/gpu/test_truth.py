@@ -21,6 +21,8 @@ from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.timing import Inputs, draw
 from model.kernels.backend import BACKENDS
+from model.kernels.ops.route import Choice
+from model.kernels.ops.sigma_moe import HeldExperts
 
 CPU = torch.device("cpu")
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
@@ -49,16 +51,16 @@ def test_a_broken_kernel_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch, tm
     right = op_cases.sigma_moe
     calls = 0
 
-    def broken(x: Tensor, scores: Tensor, *rest: Tensor, backend: str) -> Tensor:
+    def broken(x: Tensor, choice: Choice, experts: HeldExperts, *, backend: str) -> Tensor:
         nonlocal calls
         calls += 1
         if backend != "triton":
-            return right(x, scores, *rest, backend=backend)
+            return right(x, choice, experts, backend=backend)
         if fault == "raises":
             raise RuntimeError("no such kernel")
         if fault == "wrong gradient":
-            scores = scores.detach() + 0 * scores
-        y = right(x, scores, *rest, backend="reference")
+            choice = choice._replace(scores=choice.scores.detach() + 0 * choice.scores)
+        y = right(x, choice, experts, backend="reference")
         if fault == "other bits":
             return y + calls * 1e-6
         return y * {"wrong": 1.05, "NaN": torch.nan, "wrong gradient": 1.0}[fault]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.kernels.dense import gemms
 from model.kernels.ops.route import Choice, group_choices
 from model.kernels.ops.switchhead import choose_strategy, switchhead_output, switchhead_value
 
@@ -42,13 +43,15 @@ SHAPES = [
     Shape(1100, 6, 1, 4, 3, 2),  # groups longer than MAX_GROUP_ROWS
 ]
 WAYS: list[tuple[str, str | None]] = [
-    ("reference", None), ("cpu", None), ("cpu", "all"), ("cpu", "sets"), ("cpu", "experts")
+    ("reference", None), ("cpu", None), ("cpu", "all"), ("cpu", "sets"), ("cpu", "experts"), ("dense", "plain")
 ]  # fmt: skip
 """Backend and strategy; None: what the shape chooses."""
 STRATEGIES = [way for way in WAYS if way[1]]
 # Largest error in the norm, relative. fp32: sums of at most 1100 terms. bf16: fp32 inside, one rounding (2^-9) of
 # results and of the saved products.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8}
+DENSE_TOLERANCE = TOLERANCE | {torch.bfloat16: 2**-7}
+"""Products and gated rows are rounded to bf16 before they are summed or multiplied, and so is a result: 2^-8 each."""
 
 
 class Case(NamedTuple):
@@ -194,7 +197,8 @@ def test_forward_and_every_gradient_equal_the_loop(
     given = (case.rows, case.rows, case.choice.scores, case.experts)
     for name, ours, exact, like in zip(NAMES, actual, expected, given, strict=True):
         assert ours.dtype == like.dtype
-        assert error(ours, exact) <= TOLERANCE[dtype], f"{name} is off by {error(ours, exact):.1e}"
+        tolerance = (DENSE_TOLERANCE if way[0] == "dense" else TOLERANCE)[dtype]
+        assert error(ours, exact) <= tolerance, f"{name} is off by {error(ours, exact):.1e}"
 
 
 @all_ways
@@ -244,7 +248,7 @@ def check_op(op: Op, shape: Shape, dtype: torch.dtype, *way: str) -> None:
     torch.library.opcheck(backward, (gradient(op, shape, dtype), *plain, *saved, *way))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "dense"])
 @both_ops
 def test_compiles_without_graph_break(op: Op, backend: str) -> None:
     case, upstream = inputs(op, SHAPES[0], torch.float32), torch.ones(())
@@ -289,6 +293,25 @@ def test_useful_flops_are_counted(op: Op, way: tuple[str, str | None]) -> None:
     assert 3 * flops <= both.get_total_flops() <= 3 * (flops + 2 * N * H * E * h * (way[0] == "reference"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@both_ops
+def test_chunks_of_tokens_are_the_whole(op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As chunks of 20 tokens, the last one short; the experts' gradient is summed in fp32 and rounded once."""
+    shape = Shape(70, 11, 2, 7, 5, 3)
+    case, upstream, expected = expectation(op, shape, dtype)
+    monkeypatch.setattr(gemms, "CHUNK_BYTES", 20 * shape.H * shape.E * shape.h * dtype.itemsize + 1)
+    assert [len(chunk) for chunk in gemms.chunks(70, shape.H * shape.E * shape.h, dtype.itemsize)] == [20, 20, 20, 10]
+    for name, ours, exact in zip(NAMES, run(computed(op, ("dense", "plain")), case, upstream), expected, strict=True):
+        assert error(ours, exact) <= DENSE_TOLERANCE[dtype], name
+
+
+def test_chunks_fill_the_tiles_of_a_gemm() -> None:
+    sizes = [len(chunk) for chunk in gemms.chunks(100_000, 4096, 2)]
+    assert sizes == [32768, 32768, 32768, 1696]
+    assert [len(chunk) for chunk in gemms.chunks(9000, 16384 + 4, 2)] == [7936, 1064]  # 8190 fit
+    assert gemms.chunks(0, 64, 2) == []
+
+
 @both_ops
 def test_unknown_backend_or_strategy_is_refused(op: Op) -> None:
     case = inputs(op, SHAPES[0], torch.float32)
@@ -296,6 +319,8 @@ def test_unknown_backend_or_strategy_is_refused(op: Op) -> None:
         op.call(*case, backend="cuda")
     with pytest.raises(ValueError, match=f"{op.name} has no strategy 'sets' for triton: there is gated, sorted"):
         op.call(*case, backend="triton", strategy="sets")
+    with pytest.raises(ValueError, match=r"backend=dense.* of the same dtype, not torch\.float32 by torch\.bfloat16"):
+        op.call(case.rows, case.choice, case.experts.bfloat16(), backend="dense")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])

@@ -175,7 +175,16 @@ def gradients(map_: Callable[[Late], Tensor], late: Late, leaves: list[Tensor]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    ["linear", "joint linear", "switchhead_value", "sigma_moe", "sigma_moe with SwiGLU", "grouped_mm", "expert_linear"],
+    [
+        "linear",
+        "joint linear",
+        "switchhead_value",
+        "switchhead_value of all experts",
+        "sigma_moe",
+        "sigma_moe with SwiGLU",
+        "grouped_mm",
+        "expert_linear",
+    ],
 )
 def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtype) -> None:
     """Also for experts that no token chose."""
@@ -200,6 +209,11 @@ def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtyp
             [leaf(H, E, d, h)],
             [x, scores],
             lambda late: switchhead_value(x, choice, *late.weights, backend="cpu", slot=late.slot),
+        ),
+        "switchhead_value of all experts": (
+            [leaf(H, E, d, h)],
+            [x, scores],
+            lambda late: switchhead_value(x, choice, *late.weights, backend="dense", slot=late.slot),
         ),
         "sigma_moe": (
             [leaf(E, d, h), leaf(E, h, d)],

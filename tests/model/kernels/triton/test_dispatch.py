@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from model.kernels.backend import BACKENDS, IMPLEMENTATIONS, implementation, resolve
 from model.kernels.choice import Backends
+from model.kernels.dense import gemms
 from model.kernels.ops import route
 from model.kernels.ops.switchhead import choose_strategy
 from model.language_model import LanguageModel
@@ -206,6 +207,29 @@ def test_op_bodies_launch_kernels_and_never_wait(
             for actual, wanted in zip(results, promised, strict=True):
                 assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
     assert visited == set(range(len(BODIES[op])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["switchhead_value", "switchhead_output"])
+def test_dense_launches_kernels_and_never_waits(op: str, dtype: torch.dtype, launches: Launches) -> None:
+    """Several chunks of tokens, in half precision with a gradient of the experts that is kept in fp32 between them."""
+    module = op_module(op)
+    with FakeTensorMode(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemms, "CHUNK_BYTES", 40 * H * E * h * dtype.itemsize)
+        # A product of halves in fp32, for which fake tensors of a CPU build have no answer.
+        patch.setattr(gemms, "multiply", lambda a, b, out, add=False: out)
+        results: tuple[Any, ...] = ()
+        for body, args_from in arguments(op, dtype, E):
+            definition = getattr(module, BODIES[op][body])
+            *tensors, _, _ = args_from(*results)
+            launches.clear()
+            results = definition._init_fn(*tensors, "dense", "fused")
+            assert len(launches) == -(-N // 40) * (2 if "output_backward" in BODIES[op][body] else 1)
+            for kernel, given in launches:
+                assert {str(tensor.device) for tensor in given} == {"cuda:1"}, kernel
+            promised = definition._opoverload(*tensors, "dense", "fused")
+            for actual, wanted in zip(results, promised, strict=True):
+                assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
 
 
 def test_a_wait_would_be_seen() -> None:

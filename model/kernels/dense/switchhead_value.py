@@ -1,0 +1,77 @@
+"""switchhead_value as one GEMM of x by all experts, and a gated sum of its columns.
+
+    forward     products = x W_V, all experts     v = gated sum of products; those of the choices are kept
+    backward    gated = gated spread of grad      grad_x = gated W_V^T, grad_W = x^T gated, grad_scores = <grad, kept>
+
+Shape legend as in model/kernels/dense/gemms.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels.dense.gemms import WeightGradient, check_dtypes, chunks, rows_module
+from model.kernels.ops.switchhead import Inputs
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-> v [N, H, h], and the products of the choices [N H k, h] for the backward pass."""
+    x, choice, experts, strategy = inputs
+    check_dtypes(inputs)
+    scores, index = choice.scores.contiguous(), choice.index.contiguous()
+    (N, _), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
+    weight, gated_sum = stacked(experts), rows_module(strategy).gated_sum
+    v, kept = x.new_empty(N, H, h), x.new_empty(N, H, k, h)
+    for chunk in chunks(N, H * E * h, x.itemsize):
+        products = torch.mm(x[chunk.tokens], weight).view(len(chunk) * H, E, h)
+        choices = chunk.pairs(scores), chunk.pairs(index)
+        gated_sum(products, *choices, chunk.pairs(v), chosen=chunk.pairs(kept))
+    return v, kept.view(N * H * k, h)
+
+
+def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
+    grad_x, grad_scores, grad_experts = _gradients(grad, inputs, saved, of_inputs=True, of_experts=True)
+    return grad_x, grad_scores, grad_experts
+
+
+def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, None]:
+    """Gradients of x and scores; nothing is kept for `expert_gradient`, which spreads the gradient again: as wide as
+    all experts, it would wait in memory."""
+    grad_x, grad_scores, _ = _gradients(grad, inputs, saved, of_inputs=True, of_experts=False)
+    return grad_x, grad_scores, None
+
+
+def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], kept: None) -> Tensor:
+    """Gradient of the experts."""
+    return _gradients(grad, inputs, saved, of_inputs=False, of_experts=True)[2]
+
+
+def _gradients(
+    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], *, of_inputs: bool, of_experts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scores and experts; what was not asked for is not filled."""
+    x, choice, experts, strategy = inputs
+    grad, scores, index = grad.contiguous(), choice.scores.contiguous(), choice.index.contiguous()
+    (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
+    weight, gated_spread = stacked(experts), rows_module(strategy).gated_spread
+    kept, parts = saved[0].view(N, H, k, h), chunks(N, H * E * h, x.itemsize)
+    grad_x, grad_scores = x.new_empty((N, d) if of_inputs else (0,)), torch.empty_like(scores)
+    grad_weight = WeightGradient(d, H * E * h, experts, len(parts))
+    for chunk in parts:
+        gated, choices = x.new_empty(len(chunk) * H, E, h), (chunk.pairs(scores), chunk.pairs(index))
+        dot = (chunk.pairs(kept), chunk.pairs(grad_scores)) if of_inputs else None
+        gated_spread(chunk.pairs(grad), *choices, gated, dot=dot)
+        columns = gated.view(len(chunk), H * E * h)
+        if of_inputs:
+            torch.mm(columns, weight.t(), out=grad_x[chunk.tokens])
+        if of_experts:
+            grad_weight.add(x[chunk.tokens], columns)
+    grad_experts = grad_weight.total.to(experts.dtype).view(d, H, E, h).permute(1, 2, 0, 3)
+    return grad_x, grad_scores, grad_experts.clone(memory_format=torch.contiguous_format)
+
+
+def stacked(experts: Tensor) -> Tensor:
+    """[H, E, d, h] -> [d, H * E * h], a copy: 1 / N of what the GEMM's result takes, times d."""
+    return experts.permute(2, 0, 1, 3).reshape(experts.shape[2], -1)
