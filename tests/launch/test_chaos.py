@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pretrain.checkpoint import Checkpoint, list_checkpoints
-from tests.launch.test_launcher import _lines, command, environment, run
+from tests.launch.launcher import command, lines, ranks_of, run, session
 from tests.pretrain.runs import assert_bit_identical, metrics
 
 pytestmark = pytest.mark.slow
@@ -46,29 +46,17 @@ class Kill:
     """A checkpoint was being written: its .partial folder outlived every rank."""
 
 
-def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        try:
-            line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if "launch/pretrain.py" in line and "deepspeed.launcher" not in line:
-            found.append(process)
-    return found
-
-
-def wait_for_moment(moment: str, run_dir: Path, launcher: subprocess.Popen[bytes], draw: random.Random) -> None:
+def wait_for_moment(moment: str, run_dir: Path, launcher: subprocess.Popen[str], draw: random.Random) -> None:
     """Returns when the signal is due. `start`: the ranks exist; `step`: some steps further; `save`: a checkpoint is
     being written and a random part of a millisecond to 60 milliseconds have passed."""
-    began, steps = time.monotonic(), len(_lines(run_dir))
+    began, steps = time.monotonic(), len(lines(run_dir))
     wanted = steps + draw.randint(1, 8)
     while time.monotonic() < began + SECONDS_TO_START:
         assert launcher.poll() is None, "the run ended before it could be killed"
         if moment == "start" and len(ranks_of(launcher)) == 2:
             time.sleep(draw.uniform(0.0, 8.0))
             return
-        if moment == "step" and len(_lines(run_dir)) >= wanted:
+        if moment == "step" and len(lines(run_dir)) >= wanted:
             time.sleep(draw.uniform(0.0, 0.2))
             return
         if moment == "save" and any((run_dir / "checkpoints").glob("step-*.partial/*")):
@@ -81,22 +69,16 @@ def wait_for_moment(moment: str, run_dir: Path, launcher: subprocess.Popen[bytes
 def kill_once(prepared: Path, run_dir: Path, moment: str, victim: str, draw: random.Random) -> Kill:
     for stale in (run_dir / "checkpoints").glob("*.partial"):  # so that what is found afterwards is of this start
         shutil.rmtree(stale)
-    launcher = subprocess.Popen(
-        command(2, prepared, run_dir, *KEYS),
-        cwd=run_dir.parent,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for_moment(moment, run_dir, launcher, draw)
-    steps, ranks = len(_lines(run_dir)), ranks_of(launcher)
-    tree = [launcher.pid, *(p.ppid() for p in ranks), *(p.pid for p in ranks)]
-    for pid in {"a rank": [draw.choice(ranks).pid], "the whole job": dict.fromkeys(tree)}[victim]:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
-    launcher.wait(timeout=180)
-    _, alive = psutil.wait_procs(ranks, timeout=60)
-    assert not alive, "a rank survived"
+    with session(command(2, prepared, run_dir, *KEYS), cwd=run_dir.parent) as launcher:
+        wait_for_moment(moment, run_dir, launcher, draw)
+        steps, ranks = len(lines(run_dir)), ranks_of(launcher)
+        tree = [launcher.pid, *(p.ppid() for p in ranks), *(p.pid for p in ranks)]
+        for pid in {"a rank": [draw.choice(ranks).pid], "the whole job": dict.fromkeys(tree)}[victim]:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        launcher.wait(timeout=180)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive, "a rank survived"
     return Kill(moment, victim, steps, any((run_dir / "checkpoints").glob("step-*.partial")))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.test_launcher import command, environment, run
+from tests.launch.launcher import command, environment, lines, members, ranks_of, run, session
 from tests.pretrain.runs import assert_bit_identical, metrics
 
 pytestmark = pytest.mark.slow
@@ -32,41 +32,14 @@ KEYS = (
 
 @contextmanager
 def started(prepared: Path, run_dir: Path, *overrides: str, keeps: str = "") -> Iterator[subprocess.Popen[str]]:
-    """The deepspeed command in a process group of its own. `keeps`: signals that a script ignores on its behalf."""
+    """The deepspeed command in a session of its own. `keeps`: signals that a script ignores on its behalf."""
     line = command(2, prepared, run_dir, *KEYS, *overrides)
     script = f"trap '' {keeps}; exec \"$@\"" if keeps else 'exec "$@"'
-    with open(run_dir.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", script, "bash", *line],
-            cwd=run_dir.parent,
-            env=environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
-        everybody: list[psutil.Process] = []
-        try:
-            yield process
-        finally:
-            everybody = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
-            for other in everybody:
-                other.kill()
-
-
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return -1
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks in rank order; their launcher is their parent."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if _session(p.pid) == process.pid]
-    ranks = [p for p in found if any(part.startswith("--local_rank=") for part in p.info["cmdline"] or [])]
-    ranks = [p for p in ranks if "deepspeed.launcher.launch" not in p.info["cmdline"]]
-    return sorted(ranks, key=lambda p: next(part for part in p.info["cmdline"] if part.startswith("--local_rank=")))
+    with (
+        open(run_dir.with_suffix(".log"), "w") as log,
+        session(["bash", "-c", script, "bash", *line], cwd=run_dir.parent, output=log) as process,
+    ):
+        yield process
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 240.0) -> None:
@@ -76,15 +49,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 240.0) -> None:
         time.sleep(0.02)
 
 
-def lines(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def nobody_is_left(process: subprocess.Popen[str]) -> bool:
-    return not [
-        p for p in psutil.process_iter(["status"]) if _session(p.pid) == process.pid and p.info["status"] != "zombie"
-    ]
+    return not members(process)
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
@@ -104,7 +70,7 @@ def test_a_stop_saves_and_gives_its_code_where_the_launcher_lets_it(
 ) -> None:
     run_dir = tmp_path / "run"
     with started(prepared, run_dir, keeps="USR1" if "USR1" in how else "") as process:
-        wait_for(lambda: lines(run_dir) >= 5)
+        wait_for(lambda: len(lines(run_dir)) >= 5)
         ranks = ranks_of(process)
         assert len(ranks) == 2
         if how == "TERM to a rank":
@@ -117,7 +83,7 @@ def test_a_stop_saves_and_gives_its_code_where_the_launcher_lets_it(
         wait_for(lambda: nobody_is_left(process), 60)
         if code is not None:
             assert process.returncode == code, log_of(run_dir)
-    steps = lines(run_dir)
+    steps = len(lines(run_dir))
     assert outcome(run_dir)["exit_code"] == 85, log_of(run_dir)
     assert outcome(run_dir)["step"] == steps
     assert (run_dir / "checkpoints" / f"step-{steps:08d}").is_dir()
@@ -133,8 +99,8 @@ def test_signals_at_random_moments_lose_nothing(prepared: Path, tmp_path: Path) 
         with started(prepared, run_dir, *keys, keeps="USR1") as process:
             wait_for(lambda: len(ranks_of(process)) == 2)
             if attempt % 2:  # training
-                target = lines(run_dir) + draw.randint(1, 6)
-                wait_for(lambda: lines(run_dir) >= target or process.poll() is not None)  # noqa: B023
+                target = len(lines(run_dir)) + draw.randint(1, 6)
+                wait_for(lambda: len(lines(run_dir)) >= target or process.poll() is not None)  # noqa: B023
             time.sleep(draw.uniform(0.5, 4.0))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGUSR1)
@@ -152,7 +118,7 @@ def test_signals_at_random_moments_lose_nothing(prepared: Path, tmp_path: Path) 
 def test_a_stopped_rank_ends_the_run_with_its_name(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(prepared, run_dir, "resilience.hang_timeout_seconds=20") as process:
-        wait_for(lambda: lines(run_dir) >= 5)
+        wait_for(lambda: len(lines(run_dir)) >= 5)
         ranks_of(process)[1].suspend()
         began = time.monotonic()
         process.wait(timeout=120)
@@ -167,7 +133,7 @@ def test_a_stopped_rank_ends_the_run_with_its_name(prepared: Path, tmp_path: Pat
 def test_no_rank_survives_its_launcher_and_a_second_start_is_refused(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(prepared, run_dir) as process:
-        wait_for(lambda: lines(run_dir) >= 5)
+        wait_for(lambda: len(lines(run_dir)) >= 5)
         ranks = ranks_of(process)
         second = subprocess.run(
             command(2, prepared, run_dir, *KEYS),
@@ -180,11 +146,11 @@ def test_no_rank_survives_its_launcher_and_a_second_start_is_refused(prepared: P
         )
         assert second.returncode == 2
         assert f"in use by process {ranks[0].pid} on " in second.stdout + second.stderr
-        before = lines(run_dir)
-        wait_for(lambda: lines(run_dir) > before, 60)  # it did not mind
+        before = len(lines(run_dir))
+        wait_for(lambda: len(lines(run_dir)) > before, 60)  # it did not mind
         psutil.Process(ranks[0].ppid()).kill()
         wait_for(lambda: nobody_is_left(process), 10)
-    assert lines(run_dir) < 300
+    assert len(lines(run_dir)) < 300
     assert list(run_dir.glob("lock-*"))
     run(*command(2, prepared, run_dir, *KEYS, "train.stop_after_steps=1"), cwd=tmp_path)  # taken over at once
     taken = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,39 +14,11 @@ import psutil
 import pytest
 
 from pretrain.config.loading import load_config
+from tests.launch.launcher import command, environment, lines, ranks_of, run, session
 from tests.pretrain.runs import assert_bit_identical, metrics, plain_trace
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "configs" / "switchall_tiny.json"
+TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 pytestmark = pytest.mark.slow
-
-
-def command(ranks: int, prepared: Path, run_dir: Path, *overrides: str) -> list[str]:
-    line = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(random.randint(20000, 60000)),
-        str(ROOT / "launch" / "pretrain.py"),
-        "--config",
-        str(ROOT / "configs" / "switchall_tiny.json"),
-        "--run-dir",
-        str(run_dir),
-        "--set",
-        f"data.manifest={prepared}",
-        "--set",
-        "monitor.tensorboard=false",
-    ]
-    return line + [part for override in overrides for part in ("--set", override)]
-
-
-def environment() -> dict[str, str]:
-    dropped = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**{k: v for k, v in os.environ.items() if k not in dropped}, "PATH": path}
 
 
 def test_the_plain_command_compiles_nothing(prepared: Path, tmp_path: Path) -> None:
@@ -74,11 +45,6 @@ def test_a_refusal_is_the_last_line_and_with_a_quiet_launcher_the_only_one(prepa
 
 def _finished(line: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
-
-
-def run(*line: str, cwd: Path) -> None:
-    done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_launcher_gives_one_process_losses(prepared: Path, tmp_path: Path) -> None:
@@ -139,39 +105,24 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
     run_dir, kills = tmp_path / "killed", 0
     draw = random.Random(zero)
     for target in (draw.randint(2, 9), draw.randint(12, 20)):
-        process = subprocess.Popen(
-            command(2, prepared, run_dir, *keys),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 300
-        while len(_lines(run_dir)) < target and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        ranks = [
-            p
-            for p in psutil.Process(process.pid).children(recursive=True)
-            if "launch/pretrain.py" in " ".join(p.cmdline()) and "deepspeed.launcher" not in " ".join(p.cmdline())
-        ]
-        assert len(ranks) == 2, "the run was over before it could be killed"
-        if victim == "rank":
-            draw.choice(ranks).send_signal(signal.SIGKILL)
-        else:
-            for parent in [process.pid, *[p.ppid() for p in ranks]]:
-                if psutil.pid_exists(parent):
-                    os.kill(parent, signal.SIGKILL)
-        process.wait(timeout=120)
-        _, alive = psutil.wait_procs(ranks, timeout=60)
-        assert not alive, "a rank survived"
+        with session(command(2, prepared, run_dir, *keys), cwd=tmp_path) as process:
+            deadline = time.monotonic() + 300
+            while len(lines(run_dir)) < target and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            ranks = ranks_of(process)
+            assert len(ranks) == 2, "the run was over before it could be killed"
+            if victim == "rank":
+                draw.choice(ranks).send_signal(signal.SIGKILL)
+            else:
+                for parent in [process.pid, *[p.ppid() for p in ranks]]:
+                    if psutil.pid_exists(parent):
+                        os.kill(parent, signal.SIGKILL)
+            process.wait(timeout=120)
+            _, alive = psutil.wait_procs(ranks, timeout=60)
+            assert not alive, "a rank survived"
         kills += 1
     run(*command(2, prepared, run_dir, *keys), cwd=tmp_path)
     assert kills == 2
     assert_bit_identical(run_dir, tmp_path / "unbroken")
     events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert events.count("resumed") >= 1 and "superseded_metrics" in events
-
-
-def _lines(run_dir: Path) -> list[str]:
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []

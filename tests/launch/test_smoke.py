@@ -139,7 +139,7 @@ def test_help_says_what_a_pass_prints() -> None:
 @pytest.mark.slow
 def test_through_the_launcher(prepared: Path, tmp_path: Path) -> None:
     """Two ranks of the real launcher on the CPU, with the demo's model."""
-    from tests.launch.test_launcher import command, environment
+    from tests.launch.launcher import command, environment
 
     line = command(2, prepared, tmp_path / "run")
     line[line.index(str(ROOT / "launch" / "pretrain.py"))] = str(ROOT / "launch" / "smoke.py")
