@@ -107,6 +107,9 @@ class Step:
         self.tokens, self.targets = (torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2))
         self.index = torch.arange(sequences, device=device)
         self.loss: Tensor = torch.zeros((), device=device)
+        chunks = config.memory_length // config.sequence_length
+        forward = functools.partial(self.model, self.tokens, self.targets, self.index)
+        models.fill_memory(self.model, self.index, chunks, forward)
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)

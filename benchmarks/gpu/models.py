@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.gpu.command import Unavailable
 from benchmarks.gpu.record import ROOT
@@ -66,3 +68,17 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Lang
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     return model
+
+
+def fill_memory(module: nn.Module, index: Tensor, chunks: int, forward: Callable[[], Any]) -> None:
+    """Transformer-XL memory of the sequences `index`, full as in training: of `chunks` calls of `forward`."""
+    from model.memory import layer_memories
+
+    memories = [memory for _, memory in layer_memories(module)]
+    for memory in memories:
+        memory.assign(index, len(index))
+    for _ in range(chunks if memories else 0):
+        with torch.no_grad():
+            forward()
+        for memory in memories:
+            memory.advance()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import op_cases
-from benchmarks.gpu import ceilings, counters, kernel_peers, kernels, micro_step, models, speed, tables, timing
+from benchmarks.gpu import block, ceilings, counters, kernel_peers, kernels, micro_step, models, speed, tables, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.kernels import Phase, nbytes, work_of
@@ -137,6 +137,20 @@ def test_a_micro_step_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     head, row = tables.step_rows([entry])
     assert len(head) == len(row) and row[0] == "tiny 2"
+
+
+def test_a_model_with_memory_has_it_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the published 262M models: a block and a micro-step read a whole chunk besides their own."""
+    small = models.load("262m", num_layers=1, d_model=64, sequence_length=16, vocab_size=50)
+    step = micro_step.Step(small, CPU, 2)
+    memory: Any = step.model.blocks[0].memory
+    assert memory.kept.shape == (2, 16, 64)
+    step()
+    assert torch.isfinite(step.loss)
+    monkeypatch.setattr(models, "load", lambda name, **_: small)
+    result = block.compute(context(tmp_path), name="262m")
+    assert result["model"]["block"]["ms"] > 0 and result["dense"]["block"]["ms"] > 0
+    assert "attention" not in result["model"]
 
 
 NCU = """==PROF== Connected to process 1
