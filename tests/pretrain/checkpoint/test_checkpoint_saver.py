@@ -24,10 +24,10 @@ def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[i
     """Holds every write back until the training has done two more steps. Returns the steps done when each began."""
     taken, began = [0], []
     condition = threading.Condition()
-    step, write = Trainer.step, Writer.write_data
+    launch, write = Trainer.launch, Writer.write_data
 
-    def counted(trainer: Trainer, progress: Progress) -> Any:
-        result = step(trainer, progress)
+    def counted(trainer: Trainer, *args: Any) -> Any:
+        result = launch(trainer, *args)
         with condition:
             taken[0] += 1
             condition.notify_all()
@@ -41,7 +41,7 @@ def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[i
             began.append(taken[0])
         return write(writer, *args)
 
-    Trainer.step, Writer.write_data = counted, held  # type: ignore[method-assign]
+    Trainer.launch, Writer.write_data = counted, held  # type: ignore[method-assign]
     train_runs(rank, [(config, run_dir)])
     return began
 
