@@ -14,6 +14,7 @@ from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parameters import parameter_specs
 from pretrain.config.schema import Config
+from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.parallel.experts import declare_experts
@@ -35,7 +36,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     declare_experts(model, config.model, parallel)
     optimizer = build_optimizer(model, config, device)
     # Its bf16 optimizer prints the memory in use, whatever the log level.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), zero_1.chosen(config):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -49,4 +50,6 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     if hasattr(engine.optimizer, "check_grad_overflow"):
         # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
         engine.optimizer.check_grad_overflow = True
+    if zero_1.is_used(config):
+        zero_1.add_without_a_copy(engine.optimizer)
     return engine
