@@ -19,7 +19,7 @@ def compile_cases() -> Iterator[CompileCase]:
         row_names = ("products", "rows", "mixed", "chosen", "gated")
         pointers = dict.fromkeys(row_names, kind) | {"scores": "fp32", "index": "i64"}
         for h, k in GATED_ROWS if dtype == torch.bfloat16 else GATED_ROWS[:1]:
-            shape = {"width": h, "K": k, "PADDED_K": 1 << (k - 1).bit_length()} | tile(h)
+            shape = {"width": h, "K": k, "PADDED_K": 1 << (k - 1).bit_length()} | tile(h, k)
             for what, kernel, flags in (
                 ("value forward", gated_sum_kernel, {"KEEP": True, "DOT": False}),
                 ("value backward", gated_spread_kernel, {"DOT": True}),

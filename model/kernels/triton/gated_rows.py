@@ -119,10 +119,10 @@ TILE = 2048
 """Numbers of a program's tile: 16 a thread at 4 warps, two loads of 16 bytes in half precision."""
 
 
-def tile(width: int) -> dict[str, int]:
-    """Block sizes for rows of `width`."""
+def tile(width: int, k: int) -> dict[str, int]:
+    """Block sizes for rows of `width` and k choices. Of four, 64 rows of 132 numbers spill on sm_100."""
     columns = column_tile(width)
-    return {"BLOCK_M": TILE // columns, "BLOCK_N": columns}
+    return {"BLOCK_M": TILE // columns // (1 if k < 4 else 2), "BLOCK_N": columns}
 
 
 @on_its_device
@@ -139,7 +139,7 @@ def gated_sum(
     the products of the choices, and of `dot` (rows [P, h], grad_scores [P, k]) the second. All are contiguous."""
     (P, E, h), k = products.shape, index.shape[1]
     rows, grad_scores = dot or (products, mixed)
-    blocks = tile(h)
+    blocks = tile(h, k)
     gated_sum_kernel[(triton.cdiv(P, blocks["BLOCK_M"]),)](
         products=products,
         scores=scores,
@@ -173,7 +173,7 @@ def gated_spread(
     grad_scores [P, k]) the second. All are contiguous."""
     (P, E, h), k = gated.shape, index.shape[1]
     chosen, grad_scores = dot or (rows, gated)
-    blocks = tile(h)
+    blocks = tile(h, k)
     gated_spread_kernel[(triton.cdiv(P, blocks["BLOCK_M"]),)](
         rows=rows,
         scores=scores,

@@ -47,7 +47,7 @@ LIMIT = DENSE_TOLERANCE | {torch.float16: 2**-10}
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_rows, "tile", lambda _: {"BLOCK_M": 16, "BLOCK_N": 16})
+    monkeypatch.setattr(gated_rows, "tile", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
 
 
 def assert_equals_loop(op: Op, shape: Shape, dtype: torch.dtype) -> None:
