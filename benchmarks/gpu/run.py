@@ -98,7 +98,7 @@ def resumed(context: Context, *, steps: int) -> dict[str, Any]:
     result["different"] = different(whole, lines)
     if result["different"]:
         raise Failed(f"after the resume other numbers at {', '.join(result['different'][:5])}", result)
-    if not whole[steps]["loss"] < whole[1]["loss"]:
+    if not (context.tiny or whole[steps]["loss"] < whole[1]["loss"]):  # few tokens are noise
         raise Failed("the loss does not fall", result)
     return result
 
@@ -115,7 +115,7 @@ def dropped_out(context: Context, *, steps: int) -> dict[str, Any]:
     result = {"losses": losses, "tokens_per_second": _speed(lines)}
     if len(losses) != steps or None in losses:
         raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
-    if not losses[-1] < losses[0]:
+    if not (context.tiny or losses[-1] < losses[0]):  # few tokens are noise
         raise Failed("the loss does not fall", result)
     return result
 
