@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.dropout import Draw
+from model.kernels.ops.elementwise import dropout
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.route import Choice, group_choices, route
@@ -164,6 +166,18 @@ def loss_case(N: int, d: int, V: int) -> Case:
     return Case("linear_cross_entropy", shape, leaves, {"targets": targets}, compute, 2 * N * d * V, per_token, share)
 
 
+def dropout_case(B: int, T: int, d: int) -> Case:
+    """With the residual addition; the mask is the backend's own, and compared through the values."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        draw = Draw(0.2, 2**62 + 12345, t["sequence_index"])
+        return (dropout(t["x"], draw, t["residual"], backend=backend),)
+
+    leaves = {"x": normal(B, T, d), "residual": normal(B, T, d)}
+    constants = {"sequence_index": torch.arange(B) + 2**33}
+    return Case("elementwise", f"dropout B={B} T={T} d={d}", leaves, constants, compute, 0, (*leaves, *constants))
+
+
 def equality_cases(*, small: bool) -> list[Build]:
     """No size is a multiple of a tile; `small` is for an interpreter."""
     if small:
@@ -176,6 +190,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(output_case, 37, 24, 2, 5, 2, 8),
             partial(expert_linear_case, 37, 24, 4, 2, 16),
             partial(loss_case, 37, 24, 50),
+            partial(dropout_case, 3, 5, 24),
         ]
     return [
         partial(route_case, 1000, 412, 8, 5, 3),
@@ -188,6 +203,7 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(output_case, 1000, 412, 2, 8, 2, 76),
         partial(expert_linear_case, 1000, 416, 10, 4, 88),
         partial(loss_case, 1000, 412, 8001),
+        partial(dropout_case, 3, 333, 412),
     ]
 
 
@@ -216,6 +232,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(route_case, N, d, 4, 4, 2),
         partial(route_case, N, d, 1, 32, 4),
         partial(loss_case, N, d, 8000),
+        partial(dropout_case, 8, N // 8, d),
         *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
         *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
         partial(expert_linear_case, N, d, 16, 4, 146),

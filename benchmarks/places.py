@@ -11,6 +11,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("/model/", "keep_mask", "dropout"),
     ("dropout", "", "dropout"),
     ("/model/layers.py", "Dropout.", "dropout"),
+    ("/elementwise.py", "dropout", "dropout"),
     ("/model/layers.py", "LayerNorm.", "norm"),
     ("/model/layers.py", "FinalNorm.", "norm"),
     ("/pretrain/engine/gradient_norm.py", "poisoned", "head"),

@@ -8,6 +8,7 @@ therefore draw the same masks.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,42 @@ _MASK_32 = 0xFFFFFFFF
 def site_key(seed: int, site: str) -> int:
     """A 63-bit key for one place in the model, e.g. `blocks.3.attention`: stable across runs and Python versions."""
     return number_of(f"{seed}/{site}") >> 1
+
+
+class Draw(NamedTuple):
+    """Which mask of a tensor [B, T, columns, ...]: that of one place in the model, for these sequences."""
+
+    probability: float
+    """Of a zero, in [0, 1)."""
+    key: int
+    """`site_key` of the place."""
+    sequence_index: Tensor
+    """[B] int64: index of each sequence in the whole run."""
+    first_token: int = 0
+    """Place in the sequence of the tensor's first token, if a rank holds some of the tokens."""
+    columns: tuple[int, slice] | None = None
+    """(number of all columns, slice of those in the tensor), if a rank holds some of the columns."""
+
+    def held(self, columns: int) -> tuple[int, int]:
+        """How many columns there are in all, and which is the first of a tensor of `columns`."""
+        if self.columns is None:
+            return columns, 0
+        width, held = self.columns
+        first, last, step = held.indices(width)
+        assert step == 1 and last - first == columns, f"{columns} columns are not {held} of {width}"
+        return width, first
+
+    def mask(self, shape: tuple[int, ...]) -> Tensor:
+        """Bool mask of `shape` [B, T, columns, ...]: the specification of every backend."""
+        width, first = self.held(shape[2])
+        mask = keep_mask(
+            probability=self.probability,
+            key=self.key,
+            sequence_index=self.sequence_index,
+            shape=(*shape[:2], width, *shape[3:]),
+            first_token=self.first_token,
+        )
+        return mask[:, :, first : first + shape[2]]
 
 
 def keep_mask(

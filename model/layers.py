@@ -32,11 +32,12 @@ from model.config import (
 )
 from model.distributions import Constant, Distribution, Normal, Uniform
 from model.documents import Documents
-from model.dropout import dropout, site_key
+from model.dropout import Draw, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import dropout
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
@@ -64,17 +65,24 @@ FEEDFORWARDS: dict[type[Section], type[SigmaMoE | DenseFeedForward | SwiGLU]] = 
 class Dropout(nn.Module):
     """Dropout at one named place of the model; masks are functions of position, see model/dropout.py."""
 
-    def __init__(self, probability: float, *, name: str, seed: int, parallel: ParallelContext) -> None:
+    def __init__(
+        self, probability: float, *, name: str, seed: int, parallel: ParallelContext, backends: Backends
+    ) -> None:
         super().__init__()
         self.probability = probability
         self.parallel = parallel
+        self.backend = backends.elementwise
         self._key = site_key(seed, name)
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> Tensor:
+        draw = self.draw(x.shape[1], sequence_index)
+        return x if draw is None else dropout(x, draw, backend=self.backend)
+
+    def draw(self, num_tokens: int, sequence_index: Tensor) -> Draw | None:
+        """The mask of this rank's `num_tokens` tokens of each sequence; None where there is no dropout now."""
         if not self.training or self.probability == 0.0:
-            return x
-        first = first_token(x.shape[1], self.parallel)
-        return dropout(x, probability=self.probability, key=self._key, sequence_index=sequence_index, first_token=first)
+            return None
+        return Draw(self.probability, self._key, sequence_index, first_token(num_tokens, self.parallel))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -106,12 +114,12 @@ class Embedding(nn.Module):
         shape, initial = (config.vocab_size, config.d_model), Normal(1.0 / math.sqrt(config.d_model))
         return {"weight": ParameterSpec(shape=shape, divided=0, experts=None, decayed=True, initial=initial)}
 
-    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, seed: int) -> None:
+    def __init__(self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, seed: int) -> None:
         super().__init__()
         self.parallel = parallel
         self.held = parallel.slice_of(config.vocab_size)
         self.weight = nn.Parameter(torch.empty(parallel.share(config.vocab_size), config.d_model))
-        self.dropout = Dropout(config.dropout, name="embedding", seed=seed, parallel=parallel)
+        self.dropout = Dropout(config.dropout, name="embedding", seed=seed, parallel=parallel, backends=backends)
 
     def forward(self, state: tuple[Tensor, Tensor]) -> State:
         tokens, sequence_index = state
@@ -154,17 +162,22 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{index}"
         self.recompute: Recompute = recompute
+        self.backend = backends.elementwise
         self.attention_norm = LayerNorm(config.d_model, parallel=parallel)
         attention = ATTENTIONS[type(config.attention)]
         self.attention = attention(config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed)
-        self.attention_dropout = Dropout(config.dropout, name=f"{name}.attention", seed=seed, parallel=parallel)
+        self.attention_dropout = Dropout(
+            config.dropout, name=f"{name}.attention", seed=seed, parallel=parallel, backends=backends
+        )
         self.memory = LayerMemory(config.memory_length // parallel.token_shards) if config.memory_length else None
         self.feedforward_norm = LayerNorm(config.d_model, parallel=parallel)
         feedforward = FEEDFORWARDS[type(config.feedforward)]
         self.feedforward = feedforward(
             config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
         )
-        self.feedforward_dropout = Dropout(config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel)
+        self.feedforward_dropout = Dropout(
+            config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel, backends=backends
+        )
         # What a forward pass leaves a trace in. Found once, here, because torch 2.11 cannot compile vars() of a module.
         found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
         self._recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
@@ -180,10 +193,14 @@ class Block(nn.Module):
         attended, attention_loss = self.attention(
             self.attention_norm(context), hidden.shape[1], sequence_index, documents
         )
-        hidden = hidden + self.attention_dropout(attended, sequence_index)
+        hidden = self._add(hidden, attended, self.attention_dropout.draw(hidden.shape[1], sequence_index))
         transformed, feedforward_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
-        hidden = hidden + self.feedforward_dropout(transformed, sequence_index)
+        hidden = self._add(hidden, transformed, self.feedforward_dropout.draw(hidden.shape[1], sequence_index))
         return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
+
+    def _add(self, hidden: Tensor, branch: Tensor, draw: Draw | None) -> Tensor:
+        """`hidden` [B, T, d] and dropout of `branch`."""
+        return hidden + branch if draw is None else dropout(branch, draw, hidden, backend=self.backend)
 
 
 class FinalNorm(LayerNorm):
@@ -215,7 +232,7 @@ class Head(nn.Linear):
         super().__init__(config.d_model, parallel.share(config.vocab_size))
         self.parallel = parallel
         self.backend = backends.linear_cross_entropy
-        self.dropout = Dropout(config.dropout, name="head", seed=seed, parallel=parallel)
+        self.dropout = Dropout(config.dropout, name="head", seed=seed, parallel=parallel, backends=backends)
 
     def forward(self, state: State, targets: Tensor | None = None) -> State:  # type: ignore[override]
         """Without `targets` the first element of the result is the logits [B, T, vocab_size]. With `targets` [B, T]
@@ -259,11 +276,11 @@ def layer_factories(
 
     Parameters are not initialised: call model.initialization.initialize on the assembled module.
     """
-    common: dict[str, Any] = {"parallel": parallel, "seed": seed}
+    common: dict[str, Any] = {"parallel": parallel, "backends": backends, "seed": seed}
     layers: list[tuple[str, LayerFactory]] = [("embedding", partial(Embedding, config, **common))]
     for index in range(config.num_layers):
-        block = partial(Block, config, **common, backends=backends, index=index, recompute=recompute)
+        block = partial(Block, config, **common, index=index, recompute=recompute)
         layers.append((f"blocks.{index}", block))
     layers.append(("final_norm", partial(FinalNorm, config.d_model, parallel=parallel)))
-    layers.append(("head", partial(Head, config, **common, backends=backends)))
+    layers.append(("head", partial(Head, config, **common)))
     return layers

@@ -2,8 +2,9 @@
 `selective`).
 
     none        every activation is kept
-    selective   outputs of matrix products, of our ops and of fused attention are kept; what lies between them (norms,
-                rotations, gates, casts) and the attention matrices of Transformer-XL are computed again
+    selective   outputs of matrix products, of our ops with products and of fused attention are kept; what lies between
+                them (norms, dropout, rotations, gates, casts) and the attention matrices of Transformer-XL are computed
+                again
     full        a block keeps its input alone
 
 Numbers do not change: dropout masks are functions of position (model/dropout.py), and statistics and memories record
@@ -34,6 +35,9 @@ KEPT_OPERATORS = {
     "aten::_scaled_dot_product_cudnn_attention",
 }
 """What `selective` keeps. Batched products (bmm) are the attention matrices, T x L per head: they are what it saves."""
+
+CHEAP_OPERATORS = {"switchall::dropout", "switchall::rotate"}
+"""Ours that `selective` computes again: model/kernels/ops/elementwise.py."""
 
 
 class _Paused(AbstractContextManager[None]):
@@ -89,5 +93,6 @@ def recomputed(
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator.namespace in KEPT_NAMESPACES or operator.name().split(".")[0] in KEPT_OPERATORS
+    name = operator.name().split(".")[0]
+    kept = (operator.namespace in KEPT_NAMESPACES and name not in CHEAP_OPERATORS) or name in KEPT_OPERATORS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

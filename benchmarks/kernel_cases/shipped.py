@@ -59,5 +59,8 @@ SIGMA_MOE = {
 }
 """d_model, experts, expert size, active experts, and tokens of a micro-batch."""
 
+ROTATED = ((128, 32), (64, 16), (32, 8), (100, 25), (126, 31), (197, 49), (512, 128), (41, 10), (205, 51))
+"""Heads with RoPE: head_dim, pairs that are rotated."""
+
 VOCABULARIES = (205, 256, 8000, 32000, 50257)
 """And one that is longer than a block and odd."""

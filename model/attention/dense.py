@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, last_rows, rope_tables
+from model.attention.rope import rope_tables, rotate
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, XLConfig
 from model.distributions import Constant, dense_layer_weight
@@ -48,12 +48,13 @@ class DenseAttention(nn.Module):
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
-        """`backends`, `name` and `seed`, which every layer is given, are unused: nothing is routed or random here."""
+        """`name` and `seed`, which every layer is given, are unused: nothing is random here."""
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention
         self.position_config = config.position
         self.parallel = parallel
+        self.backend = backends.elementwise
         self.num_heads = self.parallel.share(self.config.num_heads)
         H, h = self.num_heads, self.config.head_dim
         self.query = nn.Linear(config.d_model, H * h, bias=False)
@@ -85,7 +86,7 @@ class DenseAttention(nn.Module):
             attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
             tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
-            q, k = apply_rope(q, *last_rows(tables, T)), apply_rope(k, *tables)
+            q, k = rotate(q, k, tables, backend=self.backend)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)
         y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, last_rows, rope_tables
+from model.attention.rope import rope_tables, rotate
 from model.attention.xl import relative_attention
 from model.balance import balance_losses
 from model.choices import settled
 from model.config import MoAConfig, ModelConfig, XLConfig
 from model.distributions import Constant, Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
-from model.dropout import keep_mask, site_key
+from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import keep_mask
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.route import Choice, Routing, group_choices, route
 from model.parallel.collectives import enter_shards
@@ -130,7 +131,7 @@ class MoAAttention(nn.Module):
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
             return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
         tables = rope_tables(rope_positions(documents, key.shape[1], q.device), q.shape[3], self.position_config)
-        q, key = apply_rope(q, *last_rows(tables, q.shape[1])), apply_rope(key, *tables)
+        q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))
         # One key and value head serves k query heads, without copies.
         attended = causal_attention(q, key, value, documents, shared=True)
@@ -140,11 +141,8 @@ class MoAAttention(nn.Module):
         """The choice of `tokens` [N, d]; the one router is an axis of size 1. The losses see clean logits."""
         keep, E = None, self.config.num_experts
         if self.training and self.config.expert_dropout > 0.0:
-            keep = keep_mask(
-                probability=self.config.expert_dropout,
-                key=self._dropout_key,
-                sequence_index=sequence_index,
-                shape=(sequence_index.shape[0], T, E),
-            ).view(-1, 1, E)
+            draw = Draw(self.config.expert_dropout, self._dropout_key, sequence_index)
+            shape = (sequence_index.shape[0], T, E)
+            keep = keep_mask(shape, draw, backend=self.backends.elementwise).view(-1, 1, E)
         routing = route(tokens, self.selector[None], self.config.num_heads, keep=keep, backend=self.backends.route)
         return settled(routing, [self.statistics], sequence_index, keep=keep) if self.training else routing

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig
+from model.kernels.ops import elementwise
 
 
 def rotated_width(head_dim: int, fraction: float) -> int:
@@ -28,6 +29,27 @@ def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:
     """The rows of a context's tables that belong to its last T tokens, the chunk."""
     cos, sin = (table[..., table.shape[-3] - T :, :, :] for table in tables)
     return cos, sin
+
+
+def rotate(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], *, backend: str) -> tuple[Tensor, Tensor]:
+    """Queries [B, T, H, h], the last T tokens of a context of L, and keys [B, L, G, h] with the context's `tables`.
+    `backend` is a resolved one of `elementwise`."""
+    if _is_plain(backend, tables):
+        return apply_rope(q, *last_rows(tables, q.shape[1])), apply_rope(k, *tables)
+    return elementwise.rotate(q, k, tables, backend=backend)
+
+
+def rotate_joint(joint: Tensor, heads: int, tables: tuple[Tensor, Tensor], *, backend: str) -> tuple[Tensor, Tensor]:
+    """As `rotate`, for queries and keys that are one tensor [B, T, H + G, h], the queries its first `heads` = H."""
+    if _is_plain(backend, tables):
+        q, k = apply_rope(joint, *tables).split([heads, joint.shape[2] - heads], dim=2)
+        return q, k
+    return elementwise.rotate(joint, None, tables, heads=heads, backend=backend)
+
+
+def _is_plain(backend: str, tables: tuple[Tensor, Tensor]) -> bool:
+    """Operators below are the specification; so they are where nothing is rotated."""
+    return backend in ("reference", "cpu") or tables[0].shape[-1] == 0
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

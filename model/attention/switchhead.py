@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import apply_rope, last_rows, rope_tables
+from model.attention.rope import rope_tables, rotate, rotate_joint
 from model.attention.xl import relative_attention
 from model.choices import settled
 from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
 from model.distributions import Normal, block_std
 from model.documents import Documents, causal_attention, rope_positions
-from model.dropout import keep_mask, site_key
+from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import keep_mask
 from model.kernels.ops.route import Choice, group_choices, route
 from model.kernels.ops.switchhead import switchhead_output, switchhead_value
 from model.linear import region_linear
@@ -150,10 +151,11 @@ class SwitchHeadAttention(nn.Module):
             attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
             tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
+            backend = self.backends.elementwise
             if is_joint:
-                q, k = apply_rope(joint, *tables).split(H, dim=2)
+                q, k = rotate_joint(joint, H, tables, backend=backend)
             else:
-                q, k = apply_rope(q, *last_rows(tables, T)), apply_rope(k, *tables)
+                q, k = rotate(q, k, tables, backend=backend)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
@@ -218,15 +220,9 @@ class SwitchHeadAttention(nn.Module):
         H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
         heads, keep = self.parallel.slice_of(self.config.num_heads), None
         if self.training and probability > 0.0:
-            masks = [
-                keep_mask(
-                    probability=probability,
-                    key=self._dropout_keys[owner],
-                    sequence_index=sequence_index,
-                    shape=(B, L, self.config.num_heads, E),
-                )[:, :, heads]
-                for owner in owners
-            ]
+            columns, backend = (self.config.num_heads, heads), self.backends.elementwise
+            draws = (Draw(probability, self._dropout_keys[o], sequence_index, columns=columns) for o in owners)
+            masks = [keep_mask((B, L, H, E), draw, backend=backend) for draw in draws]
             keep = torch.cat(masks, dim=2).flatten(0, 1)
         weight = torch.cat([getattr(self, f"{owner}_selector") for owner in owners])
         routing = route(

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from model.config import DenseFeedForwardConfig, ModelConfig
 from model.distributions import Constant, dense_layer_weight
-from model.dropout import dropout, site_key
+from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import dropout
 from model.linear import column_linear
 from model.parallel.context import ParallelContext
 from model.parallel.regions import between_regions, leave_region
@@ -34,7 +35,6 @@ class DenseFeedForward(nn.Module):
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
-        """`backends` is unused: nothing is routed here."""
         super().__init__()
         assert isinstance(config.feedforward, DenseFeedForwardConfig)
         self.parallel = parallel
@@ -42,6 +42,7 @@ class DenseFeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, self.parallel.share(self.hidden_size))
         self.down = nn.Linear(self.parallel.share(self.hidden_size), config.d_model)
         self.dropout = config.dropout
+        self.backend = backends.elementwise
         self._dropout_key = site_key(seed, f"{name}.hidden")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,8 @@ class DenseFeedForward(nn.Module):
         # recomputation has kept, and they would count twice.
         hidden = F.relu(column_linear(x, self.up.weight, self.parallel) + self.up.bias)
         if self.training and self.dropout > 0.0:
-            hidden = dropout(
-                hidden,
-                probability=self.dropout,
-                key=self._dropout_key,
-                sequence_index=sequence_index,
-                columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
-            )
+            columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
+            draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
+            hidden = dropout(hidden, draw, backend=self.backend)
         y = leave_region(F.linear(hidden, self.down.weight), self.parallel)
         return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from model.choices import settled
 from model.config import ModelConfig, SigmaMoEConfig
 from model.distributions import Normal, block_std
-from model.dropout import keep_mask, site_key
+from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import keep_mask
 from model.kernels.ops.route import Choice, Routing, route
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.parallel.collectives import enter_shards
@@ -82,13 +83,9 @@ class SigmaMoE(nn.Module):
         (B, T, d), keep = x.shape, None
         first = first_token(T, self.parallel) if self.exchanges else 0
         if self.training and self.config.expert_dropout > 0.0:
-            keep = keep_mask(
-                probability=self.config.expert_dropout,
-                key=self._dropout_key,
-                sequence_index=sequence_index,
-                shape=(B, T, self.config.num_experts),
-                first_token=first,
-            ).view(B * T, 1, -1)
+            draw = Draw(self.config.expert_dropout, self._dropout_key, sequence_index, first)
+            keep = keep_mask((B, T, self.config.num_experts), draw, backend=self.backends.elementwise)
+            keep = keep.view(B * T, 1, -1)
         router = between_regions(self.router, self.parallel) if self.exchanges else self.router
         found = route(
             x.reshape(B * T, d),

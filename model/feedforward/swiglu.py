@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, SwiGLUConfig
 from model.distributions import dense_layer_weight
-from model.dropout import dropout, site_key
+from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
+from model.kernels.ops.elementwise import dropout
 from model.linear import region_linear
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import enter_overlapped
@@ -34,7 +35,6 @@ class SwiGLU(nn.Module):
     def __init__(
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
-        """`backends` is unused: nothing is routed here."""
         super().__init__()
         assert isinstance(config.feedforward, SwiGLUConfig)
         self.parallel = parallel
@@ -44,6 +44,7 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.d_model, width, bias=False)
         self.down = nn.Linear(width, config.d_model, bias=False)
         self.dropout = config.dropout
+        self.backend = backends.elementwise
         self._dropout_key = site_key(seed, f"{name}.hidden")
 
     def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +52,7 @@ class SwiGLU(nn.Module):
         x, _, (gate, up) = enter_overlapped(x, self.parallel, (self.gate.weight,), (self.up.weight,))
         hidden = F.silu(region_linear(x, gate)) * region_linear(x, up)
         if self.training and self.dropout > 0.0:
-            hidden = dropout(
-                hidden,
-                probability=self.dropout,
-                key=self._dropout_key,
-                sequence_index=sequence_index,
-                columns=(self.hidden_size, self.parallel.slice_of(self.hidden_size)),
-            )
+            columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
+            draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
+            hidden = dropout(hidden, draw, backend=self.backend)
         return leave_region(self.down(hidden), self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

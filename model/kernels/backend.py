@@ -57,10 +57,15 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "model.kernels.cpu.linear_cross_entropy",
         "triton": "model.kernels.triton.linear_cross_entropy",
     },
+    "elementwise": {
+        "cpu": "model.kernels.cpu.elementwise",
+        "triton": "model.kernels.triton.elementwise",
+    },
 }
 """Op -> backend -> the module that computes it, imported at its first call. The module has a function for each body of
 the op's file in model/kernels/ops: `forward` and `backward`, of the same arguments in every backend. Where those are
-many they are one record, the op's `Inputs`."""
+many they are one record, the op's `Inputs`. `elementwise` is several small ops, chosen together: its modules have a
+function for each."""
 
 BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modules in IMPLEMENTATIONS.items()}
 """Every op and the backends that it has."""

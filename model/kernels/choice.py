@@ -43,6 +43,7 @@ class Backends:
     expert_linear: str = "reference"
     sigma_moe: str = "reference"
     linear_cross_entropy: str = "reference"
+    elementwise: str = "reference"
 
     @classmethod
     def choose(cls, requested: str, model: ModelConfig, *, device_type: str, dtype: torch.dtype) -> Backends:

@@ -34,6 +34,7 @@ BODIES = {
     "switchhead_output": ("_output", "_output_backward"),
     "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
     "linear_cross_entropy": ("_linear_cross_entropy",),
+    "elementwise": ("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
 }
 """The custom ops of every op's module."""
 
@@ -179,6 +180,15 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         yield 3, lambda y: (new(N, d), narrow, gates, order, load, out_of, "triton")
     elif op == "linear_cross_entropy":
         yield 0, lambda: (x, new(V, d), new(V), integers(N), -100, True, True, "", 0, "triton")
+    elif op == "elementwise":
+        place = 0.1, 2**62 + 1, integers(2), 0
+        yield 0, lambda: (new(2, N, d), new(2, N, d), *place, d, 0, "triton")
+        yield 1, lambda *_: ([2, N, H, E], *place, 3 * H, H, "triton")
+        tables, heads = (wide(N, 1, 4), wide(N, 1, 4)), new(2, N, H, h)
+        yield 2, lambda *_: (new(2, N, 2 * H, h), None, *tables, H, "triton")
+        yield 3, lambda *_: (heads, heads, *tables, True, "triton")
+        yield 2, lambda *_: (heads, heads, *tables, 0, "triton")
+        yield 3, lambda *_: (heads, heads, *tables, False, "triton")
 
 
 @pytest.mark.parametrize("num_experts", [4, 8], ids=["half chosen", "a quarter chosen"])
@@ -264,7 +274,8 @@ class OpCalls(TorchDispatchMode):
 
 @pytest.mark.parametrize("attention", ["switchhead", "moa"])
 def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> None:
-    config = small_config(prepared, *([MOA] if attention == "moa" else [])).model
+    overrides = ("model.dropout=0.1", "model.feedforward.expert_dropout=0.1")
+    config = small_config(prepared, *([MOA] if attention == "moa" else []), *overrides).model
     backends = Backends.choose("auto", config, device_type="cuda", dtype=torch.bfloat16)
     assert set(vars(backends).values()) == {"triton"}
     with FakeTensorMode(), OpCalls() as calls:  # on the CPU, for autograd; what is called does not depend on it
@@ -274,6 +285,7 @@ def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> N
     own = {"switchhead": {"switchhead_value", "switchhead_output"}, "moa": {"expert_linear", "expert_linear_sum"}}
     both_ways = {"route", "sigma_moe"} | own[attention]
     expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
+    expected |= {"dropout", "keep_mask", "rotate", "rotate_backward"}
     assert {name for name, _ in calls.found} == expected
     assert {backend for _, backend in calls.found} == {"triton"}
 

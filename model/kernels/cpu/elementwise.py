@@ -1,0 +1,26 @@
+"""The elementwise ops on the CPU: plain operators, which autograd knows, in the dtype of their tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from model import dropout as masks
+from model.dropout import Draw
+
+
+def dropout(x: Tensor, residual: Tensor | None, draw: Draw) -> Tensor:
+    """As `model.kernels.ops.elementwise.dropout`."""
+    y = masks.dropout(
+        x,
+        probability=draw.probability,
+        key=draw.key,
+        sequence_index=draw.sequence_index,
+        columns=draw.columns,
+        first_token=draw.first_token,
+    )
+    return y if residual is None else residual + y
+
+
+def keep_mask(shape: tuple[int, ...], draw: Draw) -> Tensor:
+    """As `model.kernels.ops.elementwise.keep_mask`."""
+    return draw.mask(shape)

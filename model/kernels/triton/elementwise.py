@@ -1,0 +1,6 @@
+"""The elementwise ops in Triton, a file each: what the table of backends names."""
+
+from model.kernels.triton.dropout import dropout, keep_mask
+from model.kernels.triton.rope import rotate, rotate_backward
+
+__all__ = ["dropout", "keep_mask", "rotate", "rotate_backward"]
