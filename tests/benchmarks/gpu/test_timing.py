@@ -107,9 +107,14 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
             assert all(line.endswith("_backward") == (words == "backward") for line in region if line[0] == "s")
 
 
-PLAIN = {"linear_cross_entropy": {"aten.mul", "aten._to_copy"}, "expert_linear": {"aten.add"}}
+DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and", "bitwise_xor", "div", "ge", "mul", "unsqueeze")
+PLAIN = {
+    "linear_cross_entropy": {"aten.mul", "aten._to_copy"},
+    "expert_linear": {"aten.add"},
+    "elementwise": {f"aten.{name}" for name in DROPOUT},
+}
 """The loss makes its gradients in the forward pass, and the backward pass multiplies them. MoA's case gives the queries
-too, which the output projection takes: two gradients are added."""
+too, which the output projection takes: two gradients are added. On a CPU dropout is plain operators."""
 
 
 class Devices(TorchDispatchMode):
