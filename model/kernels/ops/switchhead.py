@@ -275,7 +275,8 @@ class _LateValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        everything = ctx.saved_tensors  # read once: recomputation hands it out once
+        tensors, saved = everything[:6], everything[6:]
         arguments = grad, Inputs.of(tensors, ctx.strategy), saved
         grad_x, grad_scores, kept = ctx.module.input_gradients(*arguments)
         ctx.slot.leave(lambda: (ctx.module.expert_gradient(*arguments, kept),))
