@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
@@ -187,7 +188,7 @@ def gradients(map_: Callable[[Late], Tensor], late: Late, leaves: list[Tensor]) 
     ],
 )
 def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtype) -> None:
-    """Also for experts that no token chose."""
+    """Also for experts that no token chose, and where the forward pass is computed again."""
     N, d, H, E, k, h = 37, 16, 2, 5, 2, 8
     generator = torch.Generator().manual_seed(0)
 
@@ -242,6 +243,12 @@ def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtyp
     for found, expected in zip(gradients(map_, late, [*inputs, *weights]), at_once, strict=True):
         torch.testing.assert_close(found, expected)
     assert late.slot.take() is None, "something was left over"
+
+    def recomputed(_: Late) -> Tensor:
+        return checkpoint(lambda: map_(late_weights(weights)), use_reentrant=False)  # type: ignore[no-any-return]
+
+    for found, expected in zip(gradients(recomputed, late, [*inputs, *weights]), at_once, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_weights_without_gradient_are_not_late() -> None:
