@@ -25,6 +25,7 @@ from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
 
 CPU = torch.device("cpu")
+CASES = op_cases.equality_cases(small=True)
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
 
 
@@ -94,7 +95,7 @@ def test_a_choice_is_checked_where_the_backend_makes_it(monkeypatch: pytest.Monk
         truth.equality(context(tmp_path), build=partial(op_cases.route_case, 37, 24, 2, 5, 3), dtype="fp32")
 
 
-@pytest.mark.parametrize("build", op_cases.equality_cases(small=True), ids=str)
+@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_cases.outlines(CASES)])
 @pytest.mark.parametrize("chunk", [10, 37])
 def test_the_reference_in_chunks_is_the_reference(build: op_cases.Build, chunk: int) -> None:
     """Against the whole at once, in fp64 on both sides."""
