@@ -24,6 +24,7 @@ from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
+from model.attention.rope import RopeTables
 from model.language_model import LanguageModel, routing_statistics
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
@@ -94,8 +95,8 @@ class CountedEngine:
 
 
 def count_step(config: Config, *, with_documents: bool = False) -> StepCounts:
-    """One micro-step and the optimizer step after it. In the steady state: Adam's moments exist, a memory is full, and
-    the batch is on the device."""
+    """One micro-step and the optimizer step after it. In the steady state: Adam's moments and RoPE's tables exist, a
+    memory is full, and the batch is on the device."""
     found = StepCounts()
     with fake_cuda():
         model = _model(config)
@@ -134,6 +135,9 @@ def _model(config: Config) -> LanguageModel:
     for _, memory in layer_memories(model):
         memory.assign(torch.arange(B, device=device), B)
         memory.kept = torch.empty(B, *size, dtype=dtype, device=device)
+    for layer in model.modules():
+        if isinstance(rope := getattr(layer, "rope", None), RopeTables):
+            rope(None, config.model.memory_length + config.model.sequence_length, next(model.parameters()).device)
     return model
 
 

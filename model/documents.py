@@ -40,8 +40,3 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Non
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     seen = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=shared)
-
-
-def rope_positions(documents: Documents | None, L: int, device: torch.device) -> Tensor:
-    """Positions of a context for rope_tables: [L], or [B, L] where documents begin again at 0."""
-    return torch.arange(L, device=device) if documents is None else documents.positions

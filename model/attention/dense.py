@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import rope_tables, rotate
+from model.attention.rope import RopeTables, rotate
 from model.attention.xl import relative_attention
-from model.config import DenseAttentionConfig, ModelConfig, XLConfig
+from model.config import DenseAttentionConfig, ModelConfig, RopeConfig, XLConfig
 from model.distributions import Constant, dense_layer_weight
-from model.documents import Documents, causal_attention, rope_positions
+from model.documents import Documents, causal_attention
 from model.kernels.choice import Backends
 from model.linear import region_linear
 from model.parallel.collectives import enter_shards
@@ -52,7 +52,8 @@ class DenseAttention(nn.Module):
         super().__init__()
         assert isinstance(config.attention, DenseAttentionConfig)
         self.config = config.attention
-        self.position_config = config.position
+        position = config.position
+        self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
         self.parallel = parallel
         self.backend = backends.elementwise
         self.num_heads = self.parallel.share(self.config.num_heads)
@@ -79,13 +80,13 @@ class DenseAttention(nn.Module):
         H, h = self.num_heads, self.config.head_dim
         q = region_linear(context[:, L - T :], query).view(B, T, H, h)
         k, v = (region_linear(context, late).view(B, L, H, h) for late in (key, value))
-        if isinstance(self.position_config, XLConfig):
+        if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
             scale = enter_shards(self.scale, self.parallel.tensor_group)
             attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
         else:
-            tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
+            tables = self.rope(documents, L, context.device)
             q, k = rotate(q, k, tables, backend=self.backend)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)

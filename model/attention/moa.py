@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import rope_tables, rotate
+from model.attention.rope import RopeTables, rotate
 from model.attention.xl import relative_attention
 from model.balance import balance_losses
 from model.choices import settled
-from model.config import MoAConfig, ModelConfig, XLConfig
+from model.config import MoAConfig, ModelConfig, RopeConfig, XLConfig
 from model.distributions import Constant, Normal, block_std
-from model.documents import Documents, causal_attention, rope_positions
+from model.documents import Documents, causal_attention
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
@@ -70,7 +70,8 @@ class MoAAttention(nn.Module):
         super().__init__()
         assert isinstance(config.attention, MoAConfig)
         self.config = config.attention
-        self.position_config = config.position
+        position = config.position
+        self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
         self.parallel = parallel
         self.backends = backends
         h, E, d = self.config.head_dim, self.config.num_experts, config.d_model
@@ -126,11 +127,11 @@ class MoAAttention(nn.Module):
 
     def _attend(self, q: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""
-        if isinstance(self.position_config, XLConfig):
+        if self.rope is None:
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
             return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
-        tables = rope_tables(rope_positions(documents, key.shape[1], q.device), q.shape[3], self.position_config)
+        tables = self.rope(documents, key.shape[1], q.device)
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))
         # One key and value head serves k query heads, without copies.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig
+from model.documents import Documents
 from model.kernels.ops import elementwise
 
 
@@ -23,6 +24,26 @@ def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[T
     exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / max(width, 1)
     angles = (positions.double()[..., None] * config.base**-exponent).float()[..., None, :]
     return angles.cos(), angles.sin()
+
+
+class RopeTables:
+    """The tables of one layer, kept between calls: they depend on the length of the context alone, so a run computes
+    them once. Not part of the module's state, which is saved and converted to other dtypes."""
+
+    def __init__(self, head_dim: int, config: RopeConfig) -> None:
+        self._head_dim, self._config = head_dim, config
+        self._kept_for: tuple[int, torch.device] | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, documents: Documents | None, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`rope_tables` of a context of L tokens. Positions that begin again in `documents` are another batch's in the
+        next call, so nothing of them is kept."""
+        if documents is not None:
+            return rope_tables(documents.positions, self._head_dim, self._config)
+        if self._kept is None or self._kept_for != (L, device):
+            self._kept = rope_tables(torch.arange(L, device=device), self._head_dim, self._config)
+            self._kept_for = L, device
+        return self._kept
 
 
 def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:

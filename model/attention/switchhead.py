@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention.rope import rope_tables, rotate, rotate_joint
+from model.attention.rope import RopeTables, rotate, rotate_joint
 from model.attention.xl import relative_attention
 from model.choices import settled
-from model.config import ModelConfig, Projection, SwitchHeadConfig, XLConfig
+from model.config import ModelConfig, Projection, RopeConfig, SwitchHeadConfig, XLConfig
 from model.distributions import Normal, block_std
-from model.documents import Documents, causal_attention, rope_positions
+from model.documents import Documents, causal_attention
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
@@ -96,7 +96,8 @@ class SwitchHeadAttention(nn.Module):
         super().__init__()
         assert isinstance(config.attention, SwitchHeadConfig)
         self.config = config.attention
-        self.position_config = config.position
+        position = config.position
+        self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
         self.backends = backends
         self.parallel = parallel
         self.num_heads = self.parallel.share(self.config.num_heads)
@@ -146,11 +147,11 @@ class SwitchHeadAttention(nn.Module):
             q = self._project("query", chunk, selections, late).view(B, T, H, h)
             k = self._project("key", source, selections, late).view(B, L, H, h)
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
-        if isinstance(self.position_config, XLConfig):
+        if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
         else:
-            tables = rope_tables(rope_positions(documents, L, context.device), h, self.position_config)
+            tables = self.rope(documents, L, context.device)
             backend = self.backends.elementwise
             if is_joint:
                 q, k = rotate_joint(joint, H, tables, backend=backend)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.attention.rope import RopeTables, rope_tables
+from model.config import ModelConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.documents import Documents
 from model.dropout import dropout, keep_mask, site_key
 from model.kernels.choice import Backends
 from model.language_model import build_model, build_on_meta
@@ -197,3 +199,17 @@ def test_a_block_compiles_without_graph_breaks() -> None:
         found.append([hidden, auxiliary, *gradients])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_rope_tables_are_computed_once_for_each_length() -> None:
+    config = RopeConfig(fraction=0.5)
+    tables, device = RopeTables(12, config), torch.device("cpu")
+    first = tables(None, 7, device)
+    for kept, expected in zip(first, rope_tables(torch.arange(7), 12, config), strict=True):
+        torch.testing.assert_close(kept, expected, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(tables(None, 7, device), first, strict=True))
+    documents = Documents.of(torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]))
+    for found, row in zip(tables(documents, 7, device), first, strict=True):
+        torch.testing.assert_close(found, row[documents.positions])
+    assert all(a is b for a, b in zip(tables(None, 7, device), first, strict=True)), "a batch of documents is kept"
+    assert tables(None, 9, device)[0].shape == (9, 1, 3)
