@@ -234,7 +234,7 @@ def test_the_host_never_waits_in_a_micro_step(case: str) -> None:
     name, overrides = CASES[case]
     config = one_layer(CONFIGS / f"{name}.json", overrides)
     found = launches.count_step(config, with_documents=config.data.document_mask).micro_step
-    assert found.total.kernels > 100 and found.to_host == found.to_device == 0 and not found.waits
+    assert found.total.kernels > 80 and found.to_host == found.to_device == 0 and not found.waits
     assert OTHER not in found.by_place and {"attention", "feed-forward", "norm", "head"} <= found.by_place.keys()
     assert ("dropout" in found.by_place) is (config.model.dropout > 0)
 
