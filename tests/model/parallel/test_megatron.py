@@ -75,7 +75,7 @@ def compare(rank: int, sequence_parallel: bool) -> dict[str, tuple[Tensor, Tenso
     tokens = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(5))
     targets = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(6))
     table, output = full(7, V, D).chunk(2)[rank], full(8, V, D).chunk(2)[rank]
-    embedding = Embedding(config, parallel=parallel, seed=0)
+    embedding = Embedding(config, parallel=parallel, backends=Backends(), seed=0)
     head = Head(config, parallel=parallel, backends=Backends(), seed=0)
     embedding.weight.data.copy_(table)
     head.weight.data.copy_(output)
