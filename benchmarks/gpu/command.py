@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> int | None:
     """Exit status of a command that cannot run here, after one line that says why; else None."""
+    if options.list:  # on any machine: what would run can be read before a card is there
+        return None
     why = None
     if options.device == "cuda" and not torch.cuda.is_available():
         why = "there is no GPU here: nothing was checked and nothing was timed (--device cpu --tiny tests the command)"
@@ -110,12 +112,12 @@ def run_parts(
         if not parts:
             print(f"benchmarks.gpu {options.command}: no part is called {', '.join(options.only)}: see --list")
             return 2
+    if options.list and options.device == "cuda" and not torch.cuda.is_available():
+        return _list(parts, {})  # no card, so no record of this one
     book = Record(folder, options.command, record.identity(options.device))
     done = book.done()
     if options.list:
-        for part in parts:
-            print(f"{part.name:48} {done[part.name].status if part.name in done else '-'}")
-        return 0
+        return _list(parts, done)
     device = torch.device(options.device)
     context = Context(device=device, tiny=options.tiny, results=folder, remaining=remaining)
     context.measured.update({name: entry.result for name, entry in done.items() if entry.status == PASSED})
@@ -137,6 +139,12 @@ def run_parts(
         if device.type == "cuda" and entry.status == FAILED and not _usable():
             _begin_anew(options, remaining())
     return _summary(entries, left)
+
+
+def _list(parts: Sequence[Part], done: Mapping[str, Entry]) -> int:
+    for part in parts:
+        print(f"{part.name:48} {done[part.name].status if part.name in done else '-'}")
+    return 0
 
 
 def run_part(part: Part, context: Context, book: Record, clock: Callable[[], float]) -> Entry:

@@ -133,6 +133,10 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "there is no GPU here: nothing was checked and nothing was timed" in captured.err
+    assert main(["truth", "--list"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) > 100 and all(line.endswith(" -") for line in captured.out.splitlines())
+    assert captured.err == ""
 
 
 def test_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
