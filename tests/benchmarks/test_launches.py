@@ -220,6 +220,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts everywhere": ("paper/wt103_ablation_vkqo_47m", ()),
     "MoA": ("paper/wt103_moa_8heads_47m", ()),
     "dense": ("paper/c4_dense_rope_244m", ()),
+    "computed again": ("switchall_tiny", ("train.recompute=selective",)),
 }
 
 
