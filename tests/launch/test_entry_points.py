@@ -160,9 +160,6 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
     refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path, stdout=full, stderr=full)
     os.close(full)
     assert refused.returncode == 2, "Python would give 120 for what it could not flush, or 1 for the traceback"
-    refused = start(script, *arguments, "--set", "optimizer.eps=1e-6", cwd=tmp_path)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: optimizer.eps: was 1e-08")
-    assert refused.stderr.count("\n") == 1, refused.stderr
     done = start(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout and "unigram perplexity" in done.stdout

@@ -25,16 +25,22 @@ from tests.pretrain.runs import (
 )
 from tests.pretrain.saved import whole_tensors
 
+XL, ROPE = ("model.position.type=xl",), ('model.position={"type": "rope", "memory_chunks": 1}',)
+SOME = [("fp32", 1, "switchhead", ROPE), ("bf16", 1, "switchhead", XL)]
+OTHERS = [("fp32", 0, "dense", XL), ("fp32", 2, "switchhead", XL)]
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_resumed_xl_run_is_bit_identical_memory_included(prepared: Path, tmp_path: Path, ranks: int) -> None:
-    xl, rope = ("model.position.type=xl",), ('model.position={"type": "rope", "memory_chunks": 1}',)
-    layouts = [
-        ("fp32", 0, "dense", xl),
-        ("fp32", 2, "switchhead", xl),
-        ("fp32", 1, "switchhead", rope),
-        ("bf16", 1, "switchhead", xl),
-    ]
+
+@pytest.mark.parametrize(
+    "ranks, layouts",
+    [
+        pytest.param(2, SOME, id="some"),
+        pytest.param(2, OTHERS, id="others", marks=pytest.mark.slow),
+        pytest.param(1, SOME + OTHERS, id="one rank", marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_xl_run_is_bit_identical_memory_included(
+    prepared: Path, tmp_path: Path, ranks: int, layouts: list[tuple[str, int, str, tuple[str, ...]]]
+) -> None:
     runs = []
     for precision, zero, attention, position in layouts:
         keys = (

@@ -60,7 +60,7 @@ def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) ->
 def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sleeps: bool) -> list[int | None]:
     """Three ranks, of which `rank` is stopped; their exit codes. Where start-up takes longer than the limit, as on one
     busy core, and is reported in its place, again with a longer one."""
-    for seconds in (20, 80, 320):
+    for seconds in (10, 40, 320):
         shutil.rmtree(run_dir, ignore_errors=True)
         limit = f"resilience.hang_timeout_seconds={seconds}"
         config = small_config(prepared, "train.steps=9", "evaluate.sequences=0", limit)
