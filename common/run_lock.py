@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,34 @@ class FolderLock:
                 return True
             time.sleep(1.0)
         return False
+
+
+@dataclass(frozen=True)
+class SignOfLife:
+    """What the newest lock of a folder says of its owner."""
+
+    owner: str
+    is_alive: bool
+    age: float
+    """Seconds since the owner touched its lock."""
+
+
+def last_sign_of_life(folder: Path) -> SignOfLife | None:
+    """For a reader of the folder, who takes no lock; None if there is none. Raises OSError if the folder cannot be
+    listed."""
+    for path in reversed(_locks(folder)):
+        owner = _read(path)
+        try:
+            age = _age(path)
+        except OSError:  # nothing may be written there, so this machine's clock has to do
+            with contextlib.suppress(FileNotFoundError):
+                age = max(0.0, time.time() - path.stat().st_mtime)
+        if age is None:
+            continue
+        if owner is not None and is_same_machine(owner, process_identity(os.getpid())):
+            return SignOfLife(_name(owner), is_alive(owner), age)
+        return SignOfLife(_name(owner or {}), age < (DEAD_SECONDS if owner else BEAT_SECONDS), age)
+    return None
 
 
 def process_identity(pid: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import launch.slurm.preparation
 import launch.slurm.training
 import pretrain.cli.checkpoint
 import pretrain.cli.plan
+import pretrain.cli.status
 import pretrain.cli.train
 import pretrain.smoke.cli
 from data_prep.config.loading import load_config as load_data_config
@@ -46,6 +47,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,
+    "launch/status.py": pretrain.cli.status.main,
     "launch/doctor.py": launch.doctor.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,

@@ -55,6 +55,7 @@ ROOMS = {
         "checkpoint",
         "routing",
         "report",
+        "views",
         "resilience",
         "trainer",
         "evaluate",

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Entry point for looking at runs: python launch/status.py runs/switchall_tiny --watch"""
+
+import sys
+from pathlib import Path
+
+# Python puts this file's folder first, where `import pretrain` would find launch/pretrain.py instead of the package.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.cli.status import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Command line of launch/status.py: one screen of a run, or a table of runs, also while they go on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from common.terminal import reader_may_leave
+from pretrain.report.exit_codes import ExitCode
+from pretrain.views.reading import RunView
+from pretrain.views.status import runs_table, screen, summary
+
+CLEAR = "\x1b[H\x1b[2J"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/status.py",
+        description="Shows what a run is doing: state, step, time left, loss, throughput, balance of the experts, the "
+        "last events, and what to do next. Several runs become a table. It only reads, so it may look at a run "
+        "that goes on, also from another machine on the same file system.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/NAME or runs/*")
+    parser.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
+    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON per run, for other programs")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    if args.every <= 0:
+        print("error: --every: must be more than 0 seconds", file=sys.stderr)
+        return ExitCode.REFUSED
+    try:
+        with reader_may_leave():
+            views = open_all(args.runs)
+            show(views, as_json=args.json, clear=False)
+            while args.watch and any(view.state.goes_on for view in views):
+                time.sleep(args.every)
+                for view in views:
+                    view.update()
+                show(views, as_json=args.json, clear=sys.stdout.isatty())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def open_all(paths: Sequence[Path]) -> list[RunView]:
+    """Raises UserError if a single one is no run, or none of several is; of several the others are passed over."""
+    if len(paths) == 1:
+        return [RunView.open(paths[0])]
+    views = []
+    for path in paths:
+        try:
+            views.append(RunView.open(path))
+        except UserError as error:
+            print(f"passed over: {str(error).removeprefix('RUN: ')}", file=sys.stderr, flush=True)
+    if not views:
+        raise UserError("RUN: none of these is a run folder")
+    return views
+
+
+def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
+    now = time.time()
+    if as_json:
+        text = "\n".join(json.dumps(summary(view)) for view in views)
+    elif len(views) == 1:
+        text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now)
+    else:
+        text = runs_table(views, now)
+    print((CLEAR if clear and not as_json else "") + text, flush=True)

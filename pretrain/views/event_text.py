@@ -1,0 +1,61 @@
+"""An event of events.jsonl as a line that a person reads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from common.line_log import Row
+
+
+def event_text(event: Row, now: float) -> str:
+    """When it was, and what; an event of another version is shown as it is."""
+    when = event.get("time")
+    clock = "?"
+    if isinstance(when, int | float):
+        same_day = time.strftime("%F", time.localtime(when)) == time.strftime("%F", time.localtime(now))
+        clock = time.strftime("%H:%M:%S" if same_day else "%F %H:%M", time.localtime(when))
+    describe = TEXTS.get(event["event"])
+    text = describe(event) if describe is not None else _plain(event)
+    return f"{clock}  {text}"
+
+
+def _plain(event: Row) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
+    return f"{event['event'].replace('_', ' ')}{': ' if rest else ''}{rest}"
+
+
+def _step(event: Row) -> str:
+    return f"step {event.get('step', '?')}"
+
+
+def _number(value: Any, form: str = ".4f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "not finite"
+
+
+def _collapsed(event: Row) -> str:
+    routers = event.get("routers")
+    names = [str(r.get("router")) for r in routers if isinstance(r, dict)] if isinstance(routers, list) else []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{_step(event)}: collapsed routers: {', '.join(names[:3])}{more}"
+
+
+TEXTS = {
+    "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} ranks",
+    "finished": lambda e: f"finished at {_step(e)}",
+    "stopped": lambda e: f"stopped after {_step(e)}: {e.get('reason', '?')}",
+    "checkpoint": lambda e: (
+        f"checkpoint {e.get('path', '?')} saved in {_number(e.get('seconds'), '.1f')} s, training stood still for "
+        f"{_number(e.get('stall_seconds'), '.1f')} s"
+    ),
+    "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
+    "validation": lambda e: f"validation after {_step(e)}: loss {_number(e.get('loss'))}",
+    "loss_spike": lambda e: f"loss spike after {_step(e)}: {e.get('reason', '?')}",
+    "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
+    "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
+    "router_collapsed": _collapsed,
+    "changed_setting": lambda e: f"setting {e.get('key', '?')} changed from {e.get('was', '?')} to {e.get('now', '?')}",
+    "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",
+    "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
+}
+"""By kind."""

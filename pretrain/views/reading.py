@@ -1,0 +1,242 @@
+"""A run folder as a reader sees it: also while the run writes, after a crash, from another machine or version.
+
+Nothing here imports torch, writes to a run or takes its lock. What another version wrote differently is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.line_log import Row, is_event, is_step
+from common.run_lock import SignOfLife, last_sign_of_life
+from pretrain.report.exit_codes import ExitCode
+
+LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
+"""A folder that has one of these is a run folder."""
+NOT_FOLLOWED = {"superseded_metrics"}
+"""Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
+
+
+class State(Enum):
+    """What a run is doing."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DEAD = "dead"
+
+    @property
+    def goes_on(self) -> bool:
+        return self in (State.STARTING, State.RUNNING)
+
+
+class GrowingFile:
+    """The lines of a file that another process appends to, and may replace by a shorter one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity: tuple[int, int] | None = None
+        self._offset = 0
+
+    def new_lines(self) -> tuple[bool, list[bytes]]:
+        """Whether the file begins anew (then forget what was read), and the whole lines since the last call; a line
+        that is still being written waits for its end. Nothing if there is no file. Raises OSError."""
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                identity = status.st_dev, status.st_ino
+                is_new = identity != self._identity or status.st_size < self._offset
+                if is_new:
+                    self._identity, self._offset = identity, 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            is_new, self._identity, self._offset = self._identity is not None, None, 0
+            return is_new, []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return is_new, whole.splitlines()
+
+
+class Metrics:
+    """metrics.jsonl by column, so that a million steps fit."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = GrowingFile(path)
+        self._columns: dict[str, array[float]] = {}
+        self.damaged = 0
+        """Lines that are no step."""
+        self.newest: Row = {}
+
+    def __len__(self) -> int:
+        return len(self._columns.get("step", ()))
+
+    def column(self, key: str) -> array[float]:
+        """A value per step, NaN where a step has none (a loss that is not finite, a value of a later version)."""
+        return self._columns.get(key, array("d", [math.nan]) * len(self))
+
+    @property
+    def names(self) -> list[str]:
+        """Keys of all steps, in the order of their first appearance."""
+        return list(self._columns)
+
+    def update(self) -> None:
+        """Reads what was written since. Raises OSError."""
+        is_new, lines = self._file.new_lines()
+        if is_new:
+            self._columns, self.damaged, self.newest = {}, 0, {}
+        for line in lines:
+            row = parsed(line)
+            if is_step(row):
+                self._append(row)
+            elif line.strip():
+                self.damaged += 1
+
+    def _append(self, row: Row) -> None:
+        count = len(self)
+        self.newest = row
+        for key, value in row.items():
+            if key not in self._columns:
+                self._columns[key] = array("d", [math.nan]) * count
+            self._columns[key].append(float(value) if isinstance(value, int | float) else math.nan)
+        for column in self._columns.values():
+            if len(column) == count:
+                column.append(math.nan)
+
+
+@dataclass
+class RunView:
+    """A run folder. `update` reads what has changed since."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    """The tree of config.json as it is there; empty if it cannot be read."""
+    events: list[Row] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
+    """outcome.json; empty while the run goes on or if it was killed."""
+    checkpoints: list[str] = field(default_factory=list)
+    """Names of the whole ones, oldest first."""
+    sign: SignOfLife | None = None
+    damaged_events: int = 0
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self._log = GrowingFile(self.path / "events.jsonl")
+
+    @classmethod
+    def open(cls, path: Path) -> RunView:
+        """Raises UserError if `path` is no run folder or cannot be read."""
+        if not path.is_dir():
+            raise UserError(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
+        if not any((path / name).exists() for name in LOGS):
+            raise UserError(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
+        view = cls(path)
+        view.update()
+        return view
+
+    def update(self) -> None:
+        """Raises UserError if something is there that cannot be read."""
+        try:
+            self.sign = last_sign_of_life(self.path)
+            self.config = read_object(self.path / "config.json")
+            self.outcome = read_object(self.path / "outcome.json")
+            self.metrics.update()
+            self._update_events()
+            folder = self.path / "checkpoints"
+            names = os.listdir(folder) if folder.is_dir() else []
+            self.checkpoints = sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
+        except OSError as error:
+            raise UserError(f"RUN: {error.filename or self.path} cannot be read: {error.strerror}") from None
+
+    def _update_events(self) -> None:
+        is_new, lines = self._log.new_lines()
+        if is_new:
+            self.events, self.damaged_events = [], 0
+        for line in lines:
+            row = parsed(line)
+            if not is_event(row):
+                self.damaged_events += bool(line.strip())
+            elif row["event"] not in NOT_FOLLOWED:
+                self.events.append(row)
+
+    @property
+    def state(self) -> State:
+        if self.sign is not None and self.sign.is_alive:
+            opened, started = (self._last_index(kind) for kind in ("opened", "started"))
+            return State.STARTING if opened > started else State.RUNNING
+        code = self.outcome.get("exit_code")
+        if code == ExitCode.FINISHED:
+            return State.FINISHED
+        if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+            return State.STOPPED
+        return State.DEAD if code is None else State.FAILED
+
+    def last(self, kind: str) -> Row:
+        """The newest event of a kind; empty if there is none."""
+        index = self._last_index(kind)
+        return self.events[index] if index >= 0 else {}
+
+    def _last_index(self, kind: str) -> int:
+        return max((i for i, event in enumerate(self.events) if event["event"] == kind), default=-1)
+
+    @property
+    def step(self) -> int:
+        """Of the newest line of metrics.jsonl; 0 before the first."""
+        return int(self.metrics.newest.get("step", 0))
+
+    @property
+    def last_step(self) -> int | None:
+        """Where this start ends; None if nothing says so."""
+        found = self.last("started").get("last_step", setting(self.config, "train.steps"))
+        return found if isinstance(found, int) else None
+
+    def validations(self) -> list[tuple[int, float]]:
+        """Step and loss of those that still count: a start from before a step computes its validation again."""
+        found: dict[int, float] = {}
+        for event in self.events:
+            step, loss = event.get("step"), event.get("loss")
+            if not isinstance(step, int):
+                continue
+            if event["event"] == "started":
+                found = {s: value for s, value in found.items() if s <= step}
+            elif event["event"] == "validation" and event.get("split", "validation") == "validation":
+                found[step] = loss if isinstance(loss, int | float) else math.nan
+        return sorted(found.items())
+
+
+def setting(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key of config.json; None if it is not there."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def parsed(line: bytes) -> Any:
+    """The value of a line of JSON; None if it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none, or if it is torn. Raises OSError."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,229 @@
+"""One screen about a run, or a table of runs: what launch/status.py prints."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from common.run_lock import BEAT_SECONDS
+from common.tables import text_table
+from common.terminal import visible
+from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.views.event_text import event_text
+from pretrain.views.reading import RunView, State, setting
+from pretrain.views.text_plot import text_plot
+
+RECENT_STEPS = 50
+"""Steps whose mean time gives the throughput and the time left."""
+EVENTS = 6
+PLOT_ROWS = 9
+
+
+def screen(view: RunView, *, width: int, now: float) -> str:
+    """The run in lines of at most `width` characters. now: seconds since the epoch."""
+    lines = [f"{view.path}  {view.config.get('description', '')}".rstrip(), f"state      {state_text(view, now)}"]
+    lines += [f"{name:<10} {value}" for name, value in rows(view, now) if value]
+    x, y = view.metrics.column("step"), view.metrics.column("loss")
+    plot = text_plot(x, y, width=width, height=PLOT_ROWS, braille=can_print_braille())
+    if plot:
+        lines += ["", "training loss by step", *plot]
+    told = [f"  {event_text(event, now)}" for event in view.events if event["event"] != "opened"][-EVENTS:]
+    if told:
+        lines += ["", "last events", *told]
+    lines += ["", f"next: {next_text(view)}"]
+    return "\n".join(shortened(visible(line), width) for line in lines[:-1]) + "\n" + visible(lines[-1])
+
+
+def rows(view: RunView, now: float) -> list[tuple[str, str]]:
+    """What is known about the run, by name; empty where nothing is."""
+    newest = view.metrics.newest
+    damaged = view.metrics.damaged + view.damaged_events
+    return [
+        ("step", step_text(view)),
+        ("time left", left_text(view, now)),
+        ("loss", loss_text(view)),
+        ("validation", validation_text(view)),
+        ("speed", speed_text(view)),
+        ("experts", balance_text(newest, view.config)),
+        ("memory", memory_text(newest)),
+        ("saved", f"{len(view.checkpoints)} checkpoints, newest {view.checkpoints[-1]}" if view.checkpoints else ""),
+        ("damaged", f"{damaged} lines of metrics.jsonl and events.jsonl were passed over" if damaged else ""),
+    ]
+
+
+def state_text(view: RunView, now: float) -> str:
+    state, sign = view.state, view.sign
+    if state.goes_on and sign is not None:
+        ranks = view.last("started").get("ranks")
+        many = f", {ranks} ranks" if isinstance(ranks, int) and state is State.RUNNING else ""
+        return f"{state.value}: {sign.owner}{many}, last sign of life {sign.age:.0f} s ago"
+    if state is State.DEAD:
+        if not view.events and not len(view.metrics):
+            return "dead: nothing was trained here"
+        who = f"{sign.owner} was silent for {duration(sign.age)}" if sign is not None else "its process is gone"
+        return f"dead: {who}, and it left no outcome"
+    when = view.outcome.get("time")
+    ago = f", {duration(now - when)} ago" if isinstance(when, int | float) else ""
+    reason = view.outcome.get("reason", "no reason is given")
+    return f"{state.value}{'' if reason == state.value else f': {reason}'}{ago}"
+
+
+def step_text(view: RunView) -> str:
+    tokens, last = view.metrics.newest.get("tokens"), view.last_step
+    text = f"{view.step:,}" + (f" of {last:,} ({view.step / last:.1%})" if last else "")
+    return text + (f", {tokens:,.0f} tokens" if isinstance(tokens, int | float) else "")
+
+
+def seconds_per_step(view: RunView) -> float | None:
+    """Mean of the newest steps; None before the first."""
+    found = [s for s in view.metrics.column("step_seconds")[-RECENT_STEPS:] if math.isfinite(s)]
+    return sum(found) / len(found) if found else None
+
+
+def left_text(view: RunView, now: float) -> str:
+    seconds, last = seconds_per_step(view), view.last_step
+    if not view.state.goes_on or seconds is None or last is None or view.step >= last:
+        return ""
+    left = seconds * (last - view.step)
+    return f"{duration(left)}, until {time.strftime('%Y-%m-%d %H:%M', time.localtime(now + left))}"
+
+
+def loss_text(view: RunView) -> str:
+    """The newest training loss and the mean of the newest ten."""
+    losses = [loss for loss in view.metrics.column("loss")[-10:] if math.isfinite(loss)]
+    return f"{losses[-1]:.4f} (mean of {len(losses)} steps {sum(losses) / len(losses):.4f})" if losses else ""
+
+
+def validation_text(view: RunView) -> str:
+    """The newest and the best validation."""
+    validations = [(step, loss) for step, loss in view.validations() if math.isfinite(loss)]
+    if not validations:
+        return ""
+    (step, loss), (best, lowest) = validations[-1], min(validations, key=lambda pair: pair[1])
+    return f"{loss:.4f} after step {step:,}" + ("" if best == step else f", best {lowest:.4f} after step {best:,}")
+
+
+def speed_text(view: RunView) -> str:
+    seconds, newest = seconds_per_step(view), view.metrics.newest
+    if seconds is None:
+        return ""
+    batch, length = (setting(view.config, key) for key in ("batch.global_sequences", "model.sequence_length"))
+    parts = [f"{batch * length / seconds:,.0f} tokens/s"] if isinstance(batch, int) and isinstance(length, int) else []
+    parts.append(f"{seconds:.3g} s a step")
+    waits = [w for w in view.metrics.column("data_wait_seconds")[-RECENT_STEPS:] if math.isfinite(w)]
+    if waits and sum(waits) / len(waits) > 0.05 * seconds:
+        parts.append(f"{sum(waits) / len(waits) / seconds:.0%} of it waiting for data")
+    used = newest.get("flops_utilization")
+    parts += [f"{used:.1%} of the peak FLOP/s"] if isinstance(used, int | float) else []
+    return ", ".join(parts)
+
+
+def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:
+    """The load of the busiest expert of each kind of router in the newest step, in units of the mean load."""
+    parts = []
+    for kind, name in (("attention", "attention"), ("feedforward", "feed-forward")):
+        load, unused = newest.get(f"{kind}_load_max"), newest.get(f"{kind}_unused_experts")
+        if not isinstance(load, int | float):
+            continue
+        experts, active = (setting(config, f"model.{kind}.{key}") for key in ("num_experts", "active_experts"))
+        limit = f" of at most {experts / active:.3g}" if isinstance(experts, int) and isinstance(active, int) else ""
+        text = f"{name} {load:.2f}{limit}"
+        parts.append(text + (f", {unused:.0f} unused" if unused else ""))
+    return f"busiest {'; '.join(parts)} (1 is even)" if parts else ""
+
+
+def memory_text(newest: dict[str, Any]) -> str:
+    now, peak = newest.get("memory_bytes"), newest.get("memory_peak_bytes")
+    if not isinstance(now, int | float) or not isinstance(peak, int | float):
+        return ""
+    return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
+
+
+def next_text(view: RunView) -> str:
+    """What to do now."""
+    state, run = view.state, view.path
+    resume = f"it continues from {view.checkpoints[-1]}" if view.checkpoints else "it begins anew: nothing was saved"
+    if state is State.STARTING:
+        return f"wait; `python launch/status.py {run} --watch` follows it"
+    if state is State.RUNNING:
+        return f"`python launch/status.py {run} --watch` follows it; SIGUSR1 or SIGTERM stops it with a checkpoint"
+    if state is State.FINISHED:
+        if view.step < (setting(view.config, "train.steps") or 0):
+            return f"the same command with a later train.stop_after_steps goes on; {resume}"
+        return f"`python launch/checkpoint.py list {run}` shows its checkpoints"
+    if state is State.STOPPED:
+        return f"start the same command again; {resume}"
+    if state is State.DEAD:
+        return f"read the end of its log, then start the same command again; {resume}"
+    code = view.outcome.get("exit_code")
+    if code == ExitCode.HUNG:
+        return f"read {run}/hang/message.txt: it names the rank that did not arrive; then the same command; {resume}"
+    meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
+    return f"{meaning}; the end of its log says more. The same command continues; {resume}"
+
+
+def runs_table(views: Sequence[RunView], now: float) -> str:
+    """A line per run."""
+    titles = ("run", "state", "step", "of", "loss", "validation", "s/step", "tokens", "time left", "newest line")
+    return visible(text_table(titles, [_run_row(view, now) for view in views], left=(0, 1)))
+
+
+def _run_row(view: RunView, now: float) -> tuple[str, ...]:
+    seconds, newest = seconds_per_step(view), view.metrics.newest
+    loss, tokens = newest.get("loss"), newest.get("tokens")
+    validations = [value for _, value in view.validations()]
+    try:
+        age = duration(now - (view.path / "metrics.jsonl").stat().st_mtime) + " ago"
+    except OSError:
+        age = "-"
+    return (
+        str(view.path),
+        view.state.value,
+        f"{view.step:,}",
+        f"{view.last_step:,}" if view.last_step else "-",
+        f"{loss:.4f}" if isinstance(loss, int | float) else "-",
+        f"{validations[-1]:.4f}" if validations else "-",
+        f"{seconds:.3g}" if seconds is not None else "-",
+        f"{tokens:,.0f}" if isinstance(tokens, int | float) else "-",
+        left_text(view, now).partition(",")[0] or "-",
+        age,
+    )
+
+
+def summary(view: RunView) -> dict[str, Any]:
+    """The screen's facts for another program."""
+    newest = {key: value for key, value in view.metrics.newest.items() if isinstance(value, int | float)}
+    return {
+        "run": str(view.path),
+        "state": view.state.value,
+        "last_step": view.last_step,
+        "newest": newest,
+        "seconds_per_step": seconds_per_step(view),
+        "validations": [[step, loss if math.isfinite(loss) else None] for step, loss in view.validations()],
+        "checkpoints": view.checkpoints,
+        "outcome": view.outcome or None,
+        "silent_seconds": None if view.sign is None else view.sign.age,
+        "sign_of_life_every_seconds": BEAT_SECONDS,
+        "next": next_text(view),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours, days = (int(max(0.0, seconds) // size) for size in (60, 3600, 86400))
+    if minutes < 2:
+        return f"{max(0.0, seconds):.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
+
+
+def shortened(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: max(1, width - 3)] + "..."
+
+
+def can_print_braille() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")

@@ -1,0 +1,216 @@
+"""What launch/status.py says of runs that go on, have ended, died, are damaged, empty, or of another version."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
+from pretrain.cli.status import main
+from pretrain.views.reading import Metrics, RunView, State
+from pretrain.views.status import duration, screen, summary
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, train_runs
+
+CONFIG = {
+    "description": "a test",
+    "train": {"steps": 40},
+    "batch": {"global_sequences": 4},
+    "model": {
+        "sequence_length": 8,
+        "attention": {"num_experts": 4, "active_experts": 2},
+        "feedforward": {"num_experts": 8, "active_experts": 2},
+    },
+}
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    values = {"step": step, "loss": 5.0 - step / 10, "tokens": 32 * step, "step_seconds": 2.0, **more}
+    return {**values, "attention_load_max": 1.5, "feedforward_load_max": 3.0, "feedforward_unused_experts": 2}
+
+
+def write(folder: Path, steps: int = 10, *, events: list[dict[str, Any]] | None = None, **outcome: Any) -> Path:
+    """A run folder by hand."""
+    (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row(n + 1)) + "\n" for n in range(steps)))
+    events = [{"event": "started", "time": 1.0, "step": 0, "ranks": 2, "last_step": 40}, *(events or [])]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if outcome:
+        (folder / "outcome.json").write_text(json.dumps(outcome))
+    return folder
+
+
+def shown(folder: Path, width: int = 100) -> str:
+    return screen(RunView.open(folder), width=width, now=time.time())
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    lock = FolderLock(folder)
+    try:
+        text = shown(folder)
+    finally:
+        lock.release()
+    assert f"running: process {os.getpid()} on {socket.gethostname()}, 2 ranks, last sign of life 0 s ago" in text
+    assert "step       10 of 40 (25.0%), 320 tokens" in text
+    assert "time left  60 s, until " in text  # 30 steps of 2 s
+    assert "loss       4.0000 (mean of 10 steps 4.4500)" in text
+    assert "speed      16 tokens/s, 2 s a step" in text
+    assert "busiest attention 1.50 of at most 2; feed-forward 3.00 of at most 4, 2 unused (1 is even)" in text
+    assert "started after step 0 on 2 ranks" in text
+    assert max(map(len, text.splitlines()[:-1])) <= 100
+
+
+@pytest.mark.parametrize(
+    "outcome, state, words",
+    [
+        ({"exit_code": 0, "reason": "finished"}, State.FINISHED, "a later train.stop_after_steps goes on"),
+        ({"exit_code": 85, "reason": "SIGUSR1 to rank 0"}, State.STOPPED, "continues from step-00000008"),
+        ({"exit_code": 5, "reason": "hang"}, State.FAILED, "hang/message.txt: it names the rank"),
+        ({"exit_code": 3, "reason": "diverged"}, State.FAILED, "too many updates skipped"),
+        ({"exit_code": 77, "reason": "of a later version"}, State.FAILED, "exit code 77"),
+        ({}, State.DEAD, "read the end of its log, then start the same command again; it continues from step-0"),
+    ],
+)
+def test_a_run_that_has_ended(tmp_path: Path, outcome: dict[str, Any], state: State, words: str) -> None:
+    view = RunView.open(write(tmp_path / "run", **outcome))
+    assert view.state is state
+    text = screen(view, width=100, now=time.time())
+    assert words in text.splitlines()[-1] and "time left" not in text
+    assert f"state      {state.value}" in text and outcome.get("reason", "left no outcome") in text
+
+
+@pytest.mark.parametrize("age, alive", [(0.0, True), (DEAD_SECONDS + 5.0, False)])
+def test_the_lock_of_another_machine_is_judged_by_its_age(tmp_path: Path, age: float, alive: bool) -> None:
+    folder = write(tmp_path / "run")
+    lock = folder / "lock-3.json"
+    lock.write_text(json.dumps({**process_identity(os.getpid()), "host": "elsewhere", "token": "t", "job": None}))
+    os.utime(lock, (time.time() - age,) * 2)
+    before = sorted(folder.iterdir())
+    view = RunView.open(folder)
+    assert view.state is (State.RUNNING if alive else State.DEAD)
+    assert sorted(folder.iterdir()) == before, "a reader left something"
+    if not alive:
+        assert f"process {os.getpid()} on elsewhere was silent for 65 s" in shown(folder)
+
+
+def test_a_start_that_has_not_reached_its_first_step(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", events=[{"event": "opened", "time": 2.0}])
+    lock = FolderLock(folder)
+    try:
+        assert RunView.open(folder).state is State.STARTING
+    finally:
+        lock.release()
+
+
+def test_an_empty_run_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    assert "dead: nothing was trained here" in shown(empty) and "it begins anew" in shown(empty)
+    none = tmp_path / "none"
+    none.mkdir()
+    for path, words in ((none, "is no run folder"), (tmp_path / "missing", "there is no folder")):
+        assert main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: RUN: ") and words in error and error.count("\n") == 1
+    assert main([str(none), str(empty), str(write(tmp_path / "run"))]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"passed over: {none} is no run folder: it holds none of " + (
+        "metrics.jsonl, events.jsonl, config.json\n"
+    )
+    assert [line.split()[1] for line in printed.out.splitlines()[1:]] == ["dead", "dead"]
+    assert main([str(none), str(tmp_path / "missing")]) == 2
+
+
+def test_damage_and_other_versions_are_passed_over(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", exit_code=0, reason="finished", step=10)
+    (folder / "config.json").write_text('{"model": 3, "train": []')
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n[1]\n" + json.dumps({"step": 11, "loss": None, "new": [1]}).encode() + b'\n{"step": 12')
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"event": "of tomorrow", "what": "x\\u001b[31m", "time": "late"}\n{}\n')
+    (folder / "outcome.json").write_text("null")
+    view = RunView.open(folder)
+    assert view.step == 11 and view.metrics.damaged == 2 and view.damaged_events == 1
+    text = screen(view, width=100, now=time.time())
+    assert "damaged    3 lines of metrics.jsonl and events.jsonl were passed over" in text
+    assert "of tomorrow: what x\\x1b[31m" in text and "\x1b" not in text
+    assert json.loads(json.dumps(summary(view)))["state"] == "dead"
+
+
+def test_metrics_that_grow_and_are_rewound(tmp_path: Path) -> None:
+    """The columns are those of a reader who begins now, at any time."""
+    path, metrics = tmp_path / "metrics.jsonl", Metrics(tmp_path / "metrics.jsonl")
+    metrics.update()
+    assert len(metrics) == 0
+    path.write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2, extra=7.0)) + '\n{"step": 3, "lo')
+    metrics.update()
+    assert list(metrics.column("step")) == [1, 2] and list(metrics.column("extra"))[1] == 7.0
+    with open(path, "a") as file:
+        file.write('ss": 1.25}\n')
+    metrics.update()
+    assert list(metrics.column("loss")) == [4.9, 4.8, 1.25] and metrics.newest == {"step": 3, "loss": 1.25}
+    other = tmp_path / "other"
+    other.write_text("".join(json.dumps(row(n)) + "\n" for n in (1, 2, 3, 4)))
+    other.rename(path)  # as a rewind replaces it, here by a longer one
+    metrics.update()
+    assert list(metrics.column("step")) == [1, 2, 3, 4] and "extra" not in metrics.names
+
+
+def test_validations_that_were_computed_again_count_once(tmp_path: Path) -> None:
+    def validation(step: int, loss: float) -> dict[str, Any]:
+        return {"event": "validation", "time": 3.0, "step": step, "split": "validation", "loss": loss}
+
+    again = [{"event": "started", "time": 4.0, "step": 4, "ranks": 2, "last_step": 40}]
+    events = [validation(4, 4.5), validation(8, 9.9), *again, validation(8, 3.5), validation(12, 3.75)]
+    view = RunView.open(write(tmp_path / "run", events=events))
+    assert view.validations() == [(4, 4.5), (8, 3.5), (12, 3.75)]
+    assert "validation 3.7500 after step 12, best 3.5000 after step 8" in shown(view.path)
+
+
+def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "run")
+    lock = FolderLock(folder)
+
+    def end() -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row(11)) + "\n")
+        (folder / "outcome.json").write_text('{"exit_code": 85, "reason": "SIGTERM to rank 1"}')
+        lock.release()
+
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    assert main([str(folder), "--watch", "--every", "0.1"]) == 0
+    timer.join()
+    printed = capsys.readouterr().out
+    assert printed.startswith(str(folder)) and "running: " in printed
+    assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
+
+
+def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("train.steps=4", "checkpoint.every_steps=2", "evaluate.every_steps=2")
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path / "run")])
+    assert main([str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["newest"]["step"], found["last_step"]) == ("finished", 4, 4)
+    assert [step for step, _ in found["validations"]] == [2, 4]
+    assert found["checkpoints"][-1] == "step-00000004"
+    text = shown(tmp_path / "run", width=60)
+    assert "state      finished, " in text and "training loss by step" in text
+    assert all(len(line) <= 60 for line in text.splitlines()[:-1])
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.2, "0 s"), (119, "119 s"), (120, "2 min"), (12000, "3 h 20 min"), (2e5, "2 d 7 h")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
