@@ -55,7 +55,10 @@ class LanguageModel(nn.Module):
         """
         if sequence_index is None:
             sequence_index = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-        logits, _, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents))
+        state, apart = self.begin(tokens, sequence_index, documents)
+        for block in self.blocks:
+            state = block(state, apart)
+        logits, _, auxiliary_loss = self.head(self._final_state(state))
         return logits, auxiliary_loss
 
     def forward(
@@ -69,14 +72,24 @@ class LanguageModel(nn.Module):
         scalar): they are returned because they are thousands of times smaller, and a difference from the objective
         would lose their digits.
         """
-        loss, sequence_loss, auxiliary_loss = self.head(self._final_state(tokens, sequence_index, documents), targets)
+        state, apart = self.begin(tokens, sequence_index, documents)
+        for block in self.blocks:
+            state = block(state, apart)
+        return self.end(state, targets)
+
+    def begin(
+        self, tokens: Tensor, sequence_index: Tensor, documents: Tensor | None = None
+    ) -> tuple[State, Documents | None]:
+        """What comes before the blocks: their first state, and what they all need to know of the documents."""
+        state = self.embedding((tokens, sequence_index))
+        return state, None if documents is None else Documents.of(documents)
+
+    def end(self, state: State, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes after the blocks: the results of `forward`."""
+        loss, sequence_loss, auxiliary_loss = self.head(self._final_state(state), targets)
         return loss + auxiliary_loss, sequence_loss, auxiliary_loss.detach()
 
-    def _final_state(self, tokens: Tensor, sequence_index: Tensor, documents: Tensor | None) -> State:
-        state = self.embedding((tokens, sequence_index))
-        apart = None if documents is None else Documents.of(documents)
-        for block in self.blocks:
-            state = block(state) if apart is None else block(state, apart)
+    def _final_state(self, state: State) -> State:
         add_up(self._routers)
         return self.final_norm(state)
 

@@ -63,6 +63,21 @@ class LayerMemory:
         self._written[rows] = tail
         return context
 
+    @property
+    def length(self) -> int:
+        """Tokens of each stream that this step sees."""
+        return 0 if self.kept is None else self.kept.shape[1]
+
+    def place(self, kept: Tensor | None, written: Tensor) -> None:
+        """From now on this step reads from `kept` and notes in `written` [n, min(max_length, m + T), d], tensors of a
+        CUDA graph, which is recorded for their places alone. Both get the present values; in `written` rows that were
+        not noted keep what they had: a step notes all."""
+        if kept is not None and self.kept is not None and self.kept is not kept:
+            kept.copy_(self.kept)
+        if self._written is not None and self._written is not written:
+            written.copy_(self._written)
+        self.kept, self._written = kept, written
+
     def advance(self) -> None:
         """Ends a step: what was noted is the memory of the next one."""
         self.kept, self._written = self._written, None

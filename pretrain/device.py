@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -155,6 +156,28 @@ def control_group(timeout_seconds: float) -> Any:
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return dist.group.WORLD
+
+
+class CudaGraph:
+    """Work that is recorded once and then replayed on the same tensors; see pretrain/engine/graphed.py."""
+
+    def __init__(self, pool: Any) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+
+    def recording(self) -> Any:
+        """Context in which what is queued is recorded and not computed. Threads that read data or write a checkpoint go
+        on calling CUDA meanwhile, so only this thread may not wait for the GPU."""
+        return torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
+    """Makes graphs that share their memory, so only one of them may be needed at a time."""
+    with torch.cuda.device(device):  # GPU-ONLY cuda-graph
+        pool = torch.cuda.graph_pool_handle()
+    return lambda: CudaGraph(pool)
 
 
 def stop() -> None:

@@ -15,6 +15,7 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, Saver
+from pretrain.config.graph_rules import graph_decision
 from pretrain.config.rules import choose_backends
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
@@ -22,8 +23,11 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.training_data import TrainingData, open_training_data
 from pretrain.data.windows import Batch
+from pretrain.device import graph_maker
+from pretrain.engine import zero_1
 from pretrain.engine.build import build_engine
 from pretrain.engine.gradient_norm import GradientNorm
+from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepReport
@@ -153,6 +157,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
         agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
+    _record_micro_steps(setup, engine)
     data = open_training_data(config, setup.sources, parallel, device, skipped=progress.skipped_ranges)
     for _, memory in layer_memories(engine.module):
         memory.assign(data.stream.streams().to(device), config.batch.global_sequences)
@@ -180,6 +185,16 @@ def _build_model(setup: RunSetup) -> nn.Module:
     from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
 
     return PipelineStage(config, parallel, backends)
+
+
+def _record_micro_steps(setup: RunSetup, engine: Any) -> None:
+    """Lets the micro-steps be recorded as CUDA graphs where train.cuda_graph says so, and says what was decided."""
+    config, device = setup.config, setup.device
+    wanted, why = graph_decision(config, data_size=setup.parallel.data_size, device_type=device.type)
+    if setup.parallel.is_first:
+        print(f"micro-steps: {why}", flush=True)
+    if wanted:
+        engine.module.forward = GraphedForward(engine.module, graph_maker(device), taken_at_once=zero_1.is_used(config))
 
 
 def _executor(setup: RunSetup, engine: Any) -> Executor:

@@ -28,22 +28,21 @@ def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[T
 
 class RopeTables:
     """The tables of one layer, kept between calls: they depend on the length of the context alone, so a run computes
-    them once. Not part of the module's state, which is saved and converted to other dtypes."""
+    them once for each of its lengths. Those of one length outlive another, because a CUDA graph reads them where they
+    are. Not part of the module's state, which is saved and converted to other dtypes."""
 
     def __init__(self, head_dim: int, config: RopeConfig) -> None:
         self._head_dim, self._config = head_dim, config
-        self._kept_for: tuple[int, torch.device] | None = None
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, documents: Documents | None, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """`rope_tables` of a context of L tokens. Positions that begin again in `documents` are another batch's in the
         next call, so nothing of them is kept."""
         if documents is not None:
             return rope_tables(documents.positions, self._head_dim, self._config)
-        if self._kept is None or self._kept_for != (L, device):
-            self._kept = rope_tables(torch.arange(L, device=device), self._head_dim, self._config)
-            self._kept_for = L, device
-        return self._kept
+        if (L, device) not in self._kept:
+            self._kept[L, device] = rope_tables(torch.arange(L, device=device), self._head_dim, self._config)
+        return self._kept[L, device]
 
 
 def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:

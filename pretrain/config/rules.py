@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common.errors import ConfigError
 from common.urls import URL, may_hold_secret, without_secrets
 from pretrain.config.deepspeed_keys import check_deepspeed
+from pretrain.config.graph_rules import check_graphs
 from pretrain.config.keys import fields
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import LARGEST_PERIOD, whole_weights
@@ -27,6 +28,7 @@ def check_rules(config: Config) -> None:
             "set train.recompute to full or none, or parallel.zero to 2"
         )
     check_deepspeed(config)
+    check_graphs(config)
     _check_routing_record(config)
     _check_tensor(config)
     _check_pipeline(config)
@@ -305,6 +307,7 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"{_nearest_multiple(config.batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
             f"fewer ranks"
         )
+    check_graphs(config, data_size=data_size)
     return data_size
 
 
@@ -315,6 +318,7 @@ def check_device(config: Config, device_type: str) -> None:
             "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
             "overflow at 65504 inside reductions; set train.precision to bf16 or fp32"
         )
+    check_graphs(config, device_type=device_type)
     choose_backends(config, device_type)
 
 

@@ -149,6 +149,12 @@ class TrainConfig(Section):
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes one more
     forward pass. The numbers are the same."""
+    cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
+    """Forward and backward pass of a micro-step as recorded CUDA graphs, which the host replays instead of launching
+    each kernel: faster where small micro-batches leave the GPU waiting for the host. The numbers are the same; a copy
+    of all gradients (2 bytes per parameter in bf16) is kept. on: refused where that is impossible (a CPU, parallel
+    tensor, pipeline or expert above 1, ZeRO 3, recorded or replayed routing). auto: a line at start says what was
+    decided and why; until a GPU has measured them, no graphs. off: never."""
     record_routing: bool = Field(False, json_schema_extra=FREE)
     """Write the experts that every router chooses to RUN_DIR/routing, a byte for each choice of each token and step (in
     switchall_tiny 0.33 MB a step), for train.replay_routing of another run."""

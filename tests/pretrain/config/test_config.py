@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
 from pretrain.cli.train import keys_help
+from pretrain.config import graph_rules
+from pretrain.config.graph_rules import graph_decision
 from pretrain.config.keys import fields, flatten
 from pretrain.config.loading import apply_override, load_config, parse_config, to_json
 from pretrain.config.resume_rules import free_keys
@@ -138,6 +141,61 @@ def test_fp16_is_refused_on_the_cpu_with_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"train\.precision: fp16 needs CUDA"):
         check_device(config, "cpu")
     check_device(config, "cuda")
+
+
+MOA_LOSSES = 'model.attention={"type": "moa", "cv_loss_weight": 0.1, "loss_scope": "micro_batch"}'
+NO_GRAPHS = {
+    # Where a micro-step cannot be recorded: what the message names, and what it offers.
+    "parallel.pipeline=2": (r"parallel\.pipeline = 2 \(DeepSpeed", r"parallel\.pipeline to 1"),
+    "parallel.expert=2": (r"parallel\.expert = 2 \(how many", r"parallel\.expert to 1"),
+    "parallel.tensor=2": (r"parallel\.tensor = 2 \(collectives", r"parallel\.tensor to 1"),
+    "parallel.zero=3": (r"parallel\.zero = 3 \(parameters", r"parallel\.zero to 2"),
+    "train.record_routing=true": (r"train\.record_routing \(the host", r"remove train\.record_routing"),
+    "train.replay_routing=run": (r"train\.replay_routing \(the host", r"remove train\.replay_routing"),
+    'deepspeed={"flops_profiler": {"enabled": true}}': (
+        r"flops_profiler\.enabled",
+        r"remove deepspeed\.flops_profiler",
+    ),
+}
+
+
+@pytest.mark.parametrize("override", NO_GRAPHS)
+def test_graphs_are_refused_where_they_are_impossible(override: str) -> None:
+    what, fix = NO_GRAPHS[override]
+    with pytest.raises(
+        ConfigError, match=rf"^train\.cuda_graph: on does not go with .*{what}.*; set it to auto, or {fix}$"
+    ):
+        load_config(TINY, ["train.cuda_graph=on", override])
+    config = load_config(TINY, [override])
+    wanted, why = graph_decision(config, data_size=2, device_type="cuda")
+    assert not wanted and re.search(what.split(r" \(")[0], why)
+
+
+@pytest.mark.parametrize("override", ["model.feedforward.entropy_scope=micro_batch", MOA_LOSSES])
+def test_graphs_hold_no_collective_of_data_parallel_ranks(override: str) -> None:
+    keys = [override, "model.feedforward.entropy_weight=0.01", "train.cuda_graph=on"]
+    config = load_config(TINY, keys)
+    assert check_ranks(config, 1) == 1
+    with pytest.raises(
+        ConfigError, match=r"^train\.cuda_graph: .*_scope = micro_batch .*2 ranks.*_scope to global_batch$"
+    ):
+        check_ranks(config, 2)
+
+
+def test_when_micro_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`on` where it is possible; `auto`, too, once a GPU has shown that it may."""
+
+    def decided(key: str, device: str) -> tuple[bool, str]:
+        return graph_decision(load_config(TINY, [f"train.cuda_graph={key}"]), data_size=2, device_type=device)
+
+    with pytest.raises(ConfigError, match=r"train\.cuda_graph: on does not go with a CPU .*; set it to auto$"):
+        check_device(load_config(TINY, ["train.cuda_graph=on"]), "cpu")
+    assert decided("on", "cuda") == (True, "CUDA graphs (train.cuda_graph = on)")
+    assert decided("off", "cuda") == (False, "kernels launched one by one (train.cuda_graph = off)")
+    for proven in (False, True):
+        monkeypatch.setattr(graph_rules, "AUTO_TAKES_THEM", proven)
+        assert decided("auto", "cuda")[0] is proven and not decided("auto", "cpu")[0]
+    assert "a CPU" in decided("auto", "cpu")[1]
 
 
 def test_broken_files(tmp_path: Path) -> None:
