@@ -44,27 +44,33 @@ def parts(*, tiny: bool) -> Iterator[Part]:
     names = ("tiny",) if tiny else ("1b", "262m")
     for name in names:
         for sequences in (1, 2) if tiny else (8, 4, 2, 1):
-            yield Part(name_of(name, sequences), functools.partial(compute, name=name, sequences=sequences), 15.0)
+            launched = functools.partial(compute, name=name, sequences=sequences)
+            yield Part(name_of(name, sequences), launched, 15.0)
+            if not tiny:
+                yield Part(name_of(name, sequences, kind="graphs"), functools.partial(launched, kind="graphs"), 15.0)
         most = 2 if tiny else 8
-        dense = functools.partial(compute, name=name, sequences=most, dense=True)
-        yield Part(name_of(name, most, dense=True), dense, 15.0)
+        dense = functools.partial(compute, name=name, sequences=most, kind="dense")
+        yield Part(name_of(name, most, kind="dense"), dense, 15.0)
 
 
-def name_of(name: str, sequences: int, *, dense: bool = False) -> str:
-    return f"micro-step {name}{' dense' if dense else ''} {sequences}"
+def name_of(name: str, sequences: int, *, kind: str = "") -> str:
+    return " ".join(filter(None, ("micro-step", name, kind, str(sequences))))
 
 
-def compute(context: Context, *, name: str, sequences: int, dense: bool = False) -> dict[str, Any]:
-    """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler."""
+def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> dict[str, Any]:
+    """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler. `kind`:
+    `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs."""
     config = models.load(name)
-    if dense:
+    if kind == "dense":
         config = models.dense_counterpart(config)
     on_gpu = context.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step = Step(config, context.device, sequences)
-    for _ in range(2):
+    if kind == "graphs":
+        step.record()
+    for _ in range(3):  # with graphs the first is launched, the second recorded
         step()
     wall, host = zip(*(step.timed() for _ in range(2 if context.tiny else STEPS)), strict=True)
     activities = profiled(step)
@@ -110,6 +116,15 @@ class Step:
         chunks = config.memory_length // config.sequence_length
         forward = functools.partial(self.model, self.tokens, self.targets, self.index)
         models.fill_memory(self.model, self.index, chunks, forward)
+
+    def record(self) -> None:
+        """From now on micro-steps are CUDA graphs. Gradients are dropped before the next one writes them."""
+        from pretrain.device import graph_maker
+        from pretrain.engine.graphed import GraphedForward
+
+        self.model.forward = GraphedForward(  # type: ignore[method-assign, assignment]
+            self.model, graph_maker(self.device), taken_at_once=True
+        )
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)

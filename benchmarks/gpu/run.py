@@ -36,6 +36,7 @@ COMPARED = ("loss", "grad_norm")
 SMALL = ("evaluate.sequences=0", "monitor.tensorboard=false", "train.seed=0")
 LARGE = (*SMALL, "batch.global_sequences=8", "batch.micro_sequences=8", "schedule.warmup_steps=5")
 TINY = (*LARGE, "train.precision=fp32")
+PUBLISHED = "configs/paper/c4_switchhead_262m.json"
 SHRUNK = ("model.num_layers=1", "model.sequence_length=16")
 """Of every model, where only the commands are tested."""
 
@@ -46,6 +47,9 @@ Lines = dict[int, dict[str, Any]]
 def parts(*, tiny: bool) -> Iterator[Part]:
     yield Part("tiny fp32", tiny_losses, 60.0)
     yield Part("1b stop and resume", functools.partial(resumed, steps=8 if tiny else 30), 150.0)
+    for name in ("262m", "1b"):
+        graphs = functools.partial(recorded, name=name, steps=4 if tiny else 10)
+        yield Part(f"cuda graphs {name}", graphs, 100.0)
     yield Part("262m dropout", functools.partial(dropped_out, steps=4 if tiny else 12), 60.0)
 
 
@@ -103,9 +107,35 @@ def resumed(context: Context, *, steps: int) -> dict[str, Any]:
     return result
 
 
+def recorded(context: Context, *, name: str, steps: int) -> dict[str, Any]:
+    """Micro-steps launched one by one, and recorded as CUDA graphs: equal numbers. Four micro-steps a step."""
+    config, data = {"1b": ("configs/switchall_1b.json", "32k"), "262m": (PUBLISHED, "8k")}[name]
+    settings = [*LARGE, f"train.steps={steps}", "train.deterministic=true"]
+    if context.tiny:
+        config, data, settings = "configs/switchall_tiny.json", "8k", [*TINY, f"train.steps={steps}"]
+    settings += ["batch.micro_sequences=2", "checkpoint.asynchronous=false"]
+    on = "on" if context.device.type == "cuda" else "auto"
+    with _folder() as folder:
+        one_by_one = Launch(context, folder / "off", config, data, [*settings, "train.cuda_graph=off"]).finish()
+        shutil.rmtree(folder / "off")
+        replayed = Launch(context, folder / "on", config, data, [*settings, f"train.cuda_graph={on}"]).finish()
+    result: dict[str, Any] = {
+        "steps": steps,
+        "losses": [replayed[step]["loss"] for step in sorted(replayed)],
+        "tokens_per_second": _speed(replayed),
+        "tokens_per_second_without": _speed(one_by_one),
+        "different": different(one_by_one, replayed),
+    }
+    if len(replayed) != steps or None in result["losses"]:
+        raise Failed(f"{len(replayed)} of {steps} steps, or a loss that is not finite: {result['losses']}", result)
+    if result["different"]:
+        raise Failed(f"graphs give other numbers at {', '.join(result['different'][:5])}", result)
+    return result
+
+
 def dropped_out(context: Context, *, steps: int) -> dict[str, Any]:
     """The published 262M model with its dropout and Transformer-XL memory: every loss is finite, and they fall."""
-    config = "configs/paper/c4_switchhead_262m.json"
+    config = PUBLISHED
     settings = [*LARGE, f"train.steps={steps}"]
     if context.tiny:
         config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={steps}", "model.dropout=0.2"]

@@ -31,7 +31,7 @@ def lines(losses: list[float]) -> Lines:
 
 
 class FakeLaunch:
-    """Runs whose numbers are given; `later` of a second start."""
+    """Runs whose numbers are given; `later` of a second start, or with graphs."""
 
     losses: list[float]
     later: list[float]
@@ -39,7 +39,7 @@ class FakeLaunch:
     settings: list[list[str]]
 
     def __init__(self, context: Context, run_dir: Path, config: str, data: str, settings: list[str]) -> None:
-        self.is_later = run_dir.exists() and run_dir.name == "stopped"
+        self.is_later = run_dir.name == "on" or (run_dir.exists() and run_dir.name == "stopped")
         run_dir.mkdir(parents=True, exist_ok=True)
         self.settings.append(settings)
 
@@ -101,6 +101,23 @@ def test_losses_beside_the_cpus(launches: type[FakeLaunch], monkeypatch: pytest.
         launches.losses = losses  # type: ignore[assignment]
         with pytest.raises(Failed, match=r"losses differ|not finite"):
             run.tiny_losses(context(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["1b", "262m"])
+def test_graphs_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Path, name: str) -> None:
+    result = run.recorded(context(tmp_path), name=name, steps=3)
+    assert (result["different"], result["losses"], result["tokens_per_second_without"]) == ([], [3.0, 2.5, 2.0], 10.0)
+    assert [[s for s in settings if "cuda_graph" in s] for settings in launches.settings] == [
+        ["train.cuda_graph=off"],
+        ["train.cuda_graph=on"],
+    ]
+    assert all("train.deterministic=true" in s and s[-3] == "batch.micro_sequences=2" for s in launches.settings)
+    launches.later = [3.0, 2.5, float(np.nextafter(2.0, 3.0))]
+    with pytest.raises(Failed, match="graphs give other numbers at step 3 loss"):
+        run.recorded(context(tmp_path), name=name, steps=3)
+    launches.later = [3.0, 2.5]
+    with pytest.raises(Failed, match="2 of 3 steps"):
+        run.recorded(context(tmp_path), name=name, steps=3)
 
 
 def test_dropout_must_learn(launches: type[FakeLaunch], tmp_path: Path) -> None:
@@ -198,4 +215,5 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_every_part_on_the_cpu(tmp_path: Path) -> None:
     assert main(["run", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]) == 0
     entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "run.jsonl")}
-    assert entries == dict.fromkeys(("tiny fp32", "1b stop and resume", "262m dropout"), "passed")
+    graphs = ("cuda graphs 262m", "cuda graphs 1b")
+    assert entries == dict.fromkeys(("tiny fp32", "1b stop and resume", *graphs, "262m dropout"), "passed")
