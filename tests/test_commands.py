@@ -26,6 +26,7 @@ import data_prep.cli
 import launch.doctor
 import launch.slurm.preparation
 import launch.slurm.training
+import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.plan
 import pretrain.cli.status
@@ -44,6 +45,7 @@ PAGES = sorted(
 )
 SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/pretrain.py": pretrain.cli.train.main,
+    "launch/analyze.py": pretrain.cli.analyze.main,
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,

@@ -1,0 +1,84 @@
+"""What was found about one run, as pictures, page and numbers show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig
+from pretrain.analysis.counting import Counts
+from pretrain.analysis.trace import RouterTrace, Trace
+
+
+@dataclass
+class Findings:
+    """Of one checkpoint and one text."""
+
+    label: str
+    """Tells the runs apart; no two have the same."""
+    place: Path
+    """The checkpoint."""
+    step: int
+    model: ModelConfig
+    num_parameters: int
+    tokens: np.ndarray
+    """int64 [N]: ids of the text."""
+    pieces: list[str]
+    """What each of them stands for."""
+    layers: list[int]
+    """Those that are drawn."""
+    trace: Trace
+    counts: list[Counts] = field(default_factory=list)
+    """One for each of trace.routers."""
+
+    def __post_init__(self) -> None:
+        self.counts = [Counts.of(router) for router in self.trace.routers]
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, step {self.step:,}"
+
+    @property
+    def map_name(self) -> str:
+        """What one attention matrix belongs to: MoA has one for each of a token's chosen experts."""
+        return "choice" if isinstance(self.model.attention, MoAConfig) else "head"
+
+    def routers_of(self, layer: int) -> list[tuple[RouterTrace, Counts]]:
+        return [pair for pair in zip(self.trace.routers, self.counts, strict=True) if pair[0].layer == layer]
+
+    def kinds(self) -> dict[str, list[tuple[RouterTrace, Counts]]]:
+        """All routers by title, in the order of the first layer."""
+        found: dict[str, list[tuple[RouterTrace, Counts]]] = {}
+        for router, counts in zip(self.trace.routers, self.counts, strict=True):
+            found.setdefault(router.title, []).append((router, counts))
+        return found
+
+    def drawn(self, count: int) -> slice:
+        """The tokens from the first query of the maps on, `count` at most."""
+        first = self.trace.first_query
+        return slice(first, min(first + count, len(self.tokens)))
+
+    def model_text(self) -> str:
+        """E.g. `switchhead: 4 heads of 32, 4 experts (2 active), rope; sigma_moe: 16 experts of 64 (4 active)`."""
+        a, f = self.model.attention, self.model.feedforward
+        heads = f"{a.num_heads} heads of {a.head_dim}"
+        if isinstance(a, MoAConfig):
+            attention = f"moa: {a.num_experts} experts of {a.head_dim} ({a.num_heads} active)"
+        elif isinstance(a, DenseAttentionConfig):
+            attention = f"dense attention: {heads}"
+        else:
+            attention = f"switchhead: {heads}, {a.num_experts} experts ({a.active_experts} active)"
+        if isinstance(f, SigmaMoEConfig):
+            feedforward = f"sigma_moe: {f.num_experts} experts of {f.expert_size} ({f.active_experts} active)"
+        else:
+            feedforward = f"{f.type} feed-forward: {f.hidden_size}"
+        memory = f", memory of {self.model.memory_length} tokens" if self.model.memory_length else ""
+        return f"{attention}, {self.model.position.type}{memory}; {feedforward}"
+
+
+def shown(piece: str) -> str:
+    """A piece as a label: blanks as SentencePiece's sign, control characters as symbols or codes."""
+    names = {" ": "\u2581", "\n": "\u23ce", "\t": "\u21e5"}
+    return "".join(names.get(c) or (c if c.isprintable() else f"<{ord(c):02X}>") for c in piece) or "<empty>"

@@ -1,0 +1,153 @@
+"""From runs and a text to the folder of an analysis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import write_file, write_json
+from common.folders import check_writable_folder
+from pretrain.analysis import numbers, pictures
+from pretrain.analysis.findings import Findings
+from pretrain.analysis.page import Page
+from pretrain.analysis.trace import Request, trace_text
+from pretrain.saved_model import SavedModel
+from pretrain.views.reading import read_object
+
+PAGE, NUMBERS, DESCRIPTION = "analysis.html", "analysis.safetensors", "analysis.json"
+MOST_LAYERS = 6
+"""Layers that are drawn unless --layers says which."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may choose."""
+
+    layers: str | None = None
+    """`all`, or numbers and ranges such as 0,4-6; None: all, or MOST_LAYERS evenly spaced ones."""
+    tokens: int = 4096
+    """Most tokens of the text that are read."""
+    map_tokens: int = 64
+    """Queries of the attention maps."""
+    window: int = 0
+    """Which window of sequence_length tokens the maps show, counted from 0."""
+
+
+def chosen_layers(wanted: str | None, num_layers: int, run: str) -> list[int]:
+    """Numbers, rising. Raises UserError."""
+    if wanted is None:
+        count = min(num_layers, MOST_LAYERS)
+        return sorted({round(i * (num_layers - 1) / max(count - 1, 1)) for i in range(count)})
+    if wanted.strip() == "all":
+        return list(range(num_layers))
+    found: set[int] = set()
+    for part in wanted.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            raise UserError(f"--layers: {part.strip()!r} is no layer; write all, or numbers and ranges such as 0,4-6")
+        if last >= num_layers:
+            raise UserError(f"--layers: {run} has the layers 0 to {num_layers - 1}, not {last}")
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def encoded(saved: SavedModel, text: str, settings: Settings) -> list[int]:
+    """The first `settings.tokens` ids of the text. Raises UserError if it has none in the window of the maps."""
+    ids, model = saved.tokenizer.encode(text)[: settings.tokens], saved.config.model
+    if not ids:
+        raise UserError("--text: gives no token; give some sentences")
+    if len(ids) <= settings.window * model.sequence_length:
+        windows = -(-len(ids) // model.sequence_length)
+        raise UserError(
+            f"--window: the text has {len(ids):,} tokens, which are {windows} windows of {model.sequence_length}; "
+            f"choose one of them, counted from 1, or read more (--tokens)"
+        )
+    return ids
+
+
+def findings_of(
+    saved: SavedModel, label: str, ids: Sequence[int], settings: Settings, after_window: Callable[[int], object]
+) -> Findings:
+    """Runs the model over `ids`."""
+    layers = chosen_layers(settings.layers, saved.config.model.num_layers, label)
+    request = Request(layers, settings.window, settings.map_tokens)
+    return Findings(
+        label=label,
+        place=saved.checkpoint.path,
+        step=saved.checkpoint.progress.step,
+        model=saved.config.model,
+        num_parameters=sum(parameter.numel() for parameter in saved.model.parameters()),
+        tokens=np.array(ids, np.int64),
+        pieces=saved.tokenizer.pieces(ids),
+        layers=layers,
+        trace=trace_text(saved.model, ids, request, after_window=after_window),
+    )
+
+
+def labels(checkpoints: Sequence[Path]) -> list[str]:
+    """A name for each run: the folder's, with the step's where two checkpoints are of one run, and with a number where
+    that does not tell them apart."""
+    names = [run_folder(path).name or "run" for path in checkpoints]
+    names = [f"{n} {p.name}" if names.count(n) > 1 else n for n, p in zip(names, checkpoints, strict=True)]
+    return [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Of a checkpoint in a run's `checkpoints`; of a copy elsewhere the copy itself."""
+    checkpoint = checkpoint.absolute()
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be written, or holds another program's file of our names. Raises UserError."""
+    check_writable_folder(folder, "--out")
+    if any((folder / name).exists() for name in (PAGE, NUMBERS, DESCRIPTION)) and not _is_ours(folder):
+        raise UserError(f"--out: {folder} holds {PAGE} or numbers of another program; name another folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    return read_object(folder / DESCRIPTION).get("kind") == numbers.MARK
+
+
+def drawn(runs: Sequence[Findings], settings: Settings, after_picture: Callable[[str], object]) -> dict[str, bytes]:
+    """Every picture by file name. Numbers in names count the runs, and for maxima the drawn layers, from 0."""
+    found: dict[str, bytes] = {}
+
+    def add(name: str, content: bytes | None) -> None:
+        if content is not None:
+            found[name] = content
+        after_picture(name)
+
+    for number in range(max(len(run.layers) for run in runs)):
+        rows = [(run, run.layers[number]) for run in runs if number < len(run.layers)]
+        add(f"attention-maximum-{number}.png", pictures.maximum_maps(rows))
+    for index, run in enumerate(runs):
+        for kind in run.kinds():
+            add(f"load-{index}-{kind.replace(' ', '-')}.png", pictures.load(run, kind))
+        for layer in run.layers:
+            add(f"attention-heads-{index}-layer-{layer}.png", pictures.head_maps(run, layer))
+            if run.trace.routers:
+                add(f"selection-{index}-layer-{layer}.png", pictures.selection(run, layer, settings.map_tokens))
+                add(f"together-{index}-layer-{layer}.png", pictures.together(run, layer))
+    return found
+
+
+def write(folder: Path, runs: Sequence[Findings], images: dict[str, bytes], text_name: str) -> None:
+    """Writes the folder; the pictures of an earlier analysis that this one does not have are removed. analysis.json
+    comes first, so that what a kill leaves is known as ours."""
+    before = read_object(folder / DESCRIPTION).get("pictures", []) if _is_ours(folder) else []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DESCRIPTION, numbers.description(runs, sorted(images)))
+    for name in before:
+        if isinstance(name, str) and re.fullmatch(r"[a-z0-9-]+\.png", name) and name not in images:
+            (folder / name).unlink(missing_ok=True)
+    for name, content in images.items():
+        write_file(folder / name, content)
+    write_file(folder / NUMBERS, numbers.arrays(runs))
+    write_file(folder / PAGE, Page(runs, images, text_name).html().encode("utf-8"))

@@ -1,0 +1,137 @@
+"""Command line of launch/analyze.py: attention maps and experts of trained models on a text, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from common.terminal import reader_may_leave, visible
+from pretrain.report.exit_codes import ExitCode
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/analyze.py",
+        description="Shows what trained models do with a text: attention maps of each head and their maximum over "
+        "heads, the experts that each token chooses, experts that are chosen together, the tokens that each expert "
+        "takes most, and dead experts. Several runs stand side by side, e.g. a SwitchAll and a dense model. Reads any "
+        "checkpoint in one process; writes one HTML page that needs no network, the pictures as PNG, and the numbers. "
+        "docs/analysis.md explains them.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders (the newest checkpoint is taken) or checkpoints (step-...)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text; - is standard input (default: a paragraph of the project)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the page goes (default: RUN/analysis/step-... of the first run)",
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="layers that are drawn, counted from 0: all, or e.g. 0,4-6 (default: 6 at most, evenly spaced; loads are "
+        "of all layers)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="most tokens of the text that are read (default: 4096)"
+    )
+    parser.add_argument(
+        "--map-tokens", type=int, default=64, metavar="N", help="tokens that attention maps show (default: 64)"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=1,
+        metavar="N",
+        help="which window of model.sequence_length tokens the maps show, counted from 1 (default: 1; later ones show "
+        "the memory of models that have one)",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where prepared data are now, for the tokenizer, if they are not where a run read them; repeatable",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models compute (default: cpu)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    try:
+        with reader_may_leave():
+            analyze(args)
+    except UserError as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    return 0
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    for option, value, least in (
+        ("tokens", args.tokens, 2),
+        ("map-tokens", args.map_tokens, 1),
+        ("window", args.window, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{option}: is {value}; the least is {least}")
+    from tqdm import tqdm
+
+    from pretrain.analysis import report  # here: torch and matplotlib, for which --help need not wait
+    from pretrain.analysis.text import read_text
+    from pretrain.saved_model import find_checkpoint, load_model
+
+    text, text_name = read_text(args.text)
+    settings = report.Settings(args.layers, args.tokens, args.map_tokens, args.window - 1)
+    checkpoints = [find_checkpoint(place) for place in args.runs]
+    paths = [checkpoint.path for checkpoint in checkpoints]
+    out = (args.out or report.run_folder(paths[0]) / "analysis" / paths[0].name).absolute()
+    report.check_folder(out)
+    device = _device(args.device)
+    found = []
+    for path, label in zip(paths, report.labels(paths), strict=True):
+        saved = load_model(path, device=device, data=args.data)
+        ids = report.encoded(saved, text, settings)
+        with tqdm(total=len(ids), desc=label, unit=" tokens", leave=False, disable=None) as bar:
+            found.append(report.findings_of(saved, label, ids, settings, bar.update))
+        run = found[-1]
+        print(f"{visible(label)}: step {run.step:,}, {len(ids):,} tokens, loss {run.trace.loss:.4f}", flush=True)
+        del saved  # one model in memory at a time
+    with tqdm(desc="pictures", unit="", leave=False, disable=None) as bar:
+        images = report.drawn(found, settings, lambda name: bar.update(1))
+    report.write(out, found, images, text_name)
+    print(f"{out / report.PAGE}: the page; beside it {len(images)} pictures and the numbers", flush=True)
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cpu":
+        return wanted
+    from pretrain.gpus import device_type
+
+    try:
+        return device_type("cuda")
+    except UserError:
+        raise UserError(
+            "--device: is cuda, but torch finds no usable GPU here (python launch/doctor.py says why); leave it out to "
+            "compute on the CPU"
+        ) from None

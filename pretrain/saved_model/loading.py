@@ -1,0 +1,102 @@
+"""A model, back from a checkpoint that any layout wrote, in one process and without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common.errors import ConfigError, UserError
+from model.kernels.choice import Backends
+from model.language_model import LanguageModel, routing_statistics
+from model.parallel.context import ParallelContext
+from pretrain.checkpoint.convert import find_data, progress_bar
+from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.state import load_weights
+from pretrain.config.loading import parse_config
+from pretrain.config.schema import Config
+from pretrain.saved_model.tokenizer import Tokenizer
+
+
+class SavedModel(NamedTuple):
+    """What `load_model` returns."""
+
+    model: LanguageModel
+    """fp32, in evaluation mode: `model.logits(tokens)` of int64 [B, T]. No parameter asks for a gradient."""
+    tokenizer: Tokenizer
+    config: Config
+    checkpoint: Checkpoint
+    """Where it comes from: path, and what its state.json says (`progress.step`, losses)."""
+
+
+def load_model(
+    run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), verify: bool = True
+) -> SavedModel:
+    """The model of a checkpoint (step-...), or of the newest checkpoint of a run folder, and its tokenizer.
+
+    `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
+    longer where the run read them. `verify`: compare every file with its sha256 first. Raises UserError: no checkpoint
+    yet, a damaged one, one of another version, no tokenizer.
+    """
+    checkpoint = find_checkpoint(Path(run_or_checkpoint))
+    config = _config(checkpoint)
+    tokenizer = _tokenizer(checkpoint, data)
+    if verify and (problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes))):
+        raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
+    place = torch.device(device)
+    backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+    model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
+    load_weights(checkpoint, model, ParallelContext())
+    model.requires_grad_(False).eval().to(place)
+    for _, statistics in routing_statistics(model):
+        statistics.to(place)
+    return SavedModel(model, tokenizer, config, checkpoint)
+
+
+def find_checkpoint(place: Path) -> Checkpoint:
+    """The checkpoint `place`, or the newest of the run folder (or checkpoints folder) `place`. Raises UserError."""
+    if not place.is_dir():
+        there = "is a file" if place.exists() else "is not there"
+        raise UserError(f"RUN: {place} {there}; name a run folder (runs/NAME) or a checkpoint (step-...)")
+    if (place / STATE_FILE).exists() or place.name.startswith("step-"):
+        return Checkpoint.open(place)
+    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    found = list_checkpoints(folder)
+    if not found:
+        is_run = folder != place or (place / "config.json").exists()
+        raise UserError(
+            f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"
+            if is_run
+            else f"RUN: {place} is neither a run folder nor a checkpoint; name runs/NAME or a step-... folder"
+        )
+    try:
+        return Checkpoint.open(found[-1])
+    except DamagedCheckpoint as error:
+        earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
+        raise DamagedCheckpoint(f"{error}{earlier}") from None
+
+
+def _config(checkpoint: Checkpoint) -> Config:
+    try:
+        return parse_config(checkpoint.state["config"])
+    except ConfigError as error:
+        raise UserError(f"checkpoint {checkpoint.path}: another version wrote its configuration ({error})") from None
+    except KeyError:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {STATE_FILE} has no configuration") from None
+
+
+def _tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
+    """From the place that the configuration names, else from the first folder of `data` that fits. Raises UserError."""
+    manifest, reason = find_data(checkpoint)
+    refusals = []
+    for place in data if manifest is None else ():
+        try:
+            manifest, _ = find_data(checkpoint, str(place))
+            break
+        except UserError as error:
+            refusals.append(str(error))
+    if manifest is None:
+        raise UserError(f"checkpoint {checkpoint.path}: no tokenizer: {refusals[0] if refusals else reason}")
+    return Tokenizer(manifest)

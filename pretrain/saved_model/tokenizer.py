@@ -1,0 +1,89 @@
+"""Text to token ids and back, as the data of a run were made: by SentencePiece, bytes, or numbered byte values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from common.errors import UserError
+from data_prep.shards.format import BYTE_VALUES, Manifest
+
+SPACE_SYMBOL = "\u2581"
+"""SentencePiece's sign for a blank."""
+
+
+class Tokenizer:
+    """The tokenizer of a data set. `eos_id` ends a document; None if nothing, or a text, does."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Raises UserError if the file is missing or is no tokenizer."""
+        entry = manifest.tokenizer
+        self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
+        self._model: sentencepiece.SentencePieceProcessor | None = None
+        self._values = np.arange(BYTE_VALUES, dtype=np.uint8)
+        settings = manifest.provenance.config.get("tokenizer")
+        self._by_line = isinstance(settings, dict) and settings.get("sentences") == "lines"
+        if entry.file is None:
+            return
+        path = manifest.folder / entry.file
+        content = _content(path)
+        if entry.kind == "symbols":
+            self._values = np.frombuffer(content, np.uint8)
+            return
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise UserError(f"{path} is not a SentencePiece model; prepare the data again") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without EOS. Raises UserError for a byte that has no id."""
+        if self._model is None:
+            return self._numbers(text.encode("utf-8"))
+        parts = re.findall(r"[^\n]*\n|[^\n]+", text) if self._by_line else [text]
+        return [number for part in parts for number in self._model.encode(part)]
+
+    def _numbers(self, data: bytes) -> list[int]:
+        numbers = np.full(BYTE_VALUES, -1)
+        numbers[self._values] = np.arange(len(self._values))
+        ids = numbers[np.frombuffer(data, np.uint8)]
+        if (ids < 0).any():
+            value = data[int(np.argmax(ids < 0))]
+            raise UserError(
+                f"--text: holds the byte {value:#04x}, which is none of the {len(self._values)} that the run's data "
+                f"have; leave such characters out"
+            )
+        return ids.tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        if self._model is None:
+            return self._values[np.asarray(ids, np.int64)].tobytes().decode("utf-8", errors="replace")
+        return str(self._model.decode([int(number) for number in ids]))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""
+        return [self._piece(int(number)) for number in ids]
+
+    def _piece(self, number: int) -> str:
+        if self._model is None:
+            return _byte(int(self._values[number]))
+        if number >= self.vocab_size:
+            return f"<unused {number}>"
+        if self._model.is_byte(number):
+            return _byte(int(self._model.id_to_piece(number)[3:-1], 16))
+        return str(self._model.id_to_piece(number)).replace(SPACE_SYMBOL, " ")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+
+
+def _byte(value: int) -> str:
+    return chr(value) if value < 0x80 else f"<0x{value:02X}>"

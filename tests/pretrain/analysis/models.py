@@ -1,0 +1,49 @@
+"""Tiny models of every attention, with weights large enough that attention and choices are far from even."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.language_model import LanguageModel, build_model
+
+SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2}
+ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
+MOA = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5}
+XL = {"type": "xl", "memory_chunks": 1}
+SIGMA_MOE = {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2}
+DENSE = {"type": "dense", "hidden_size": 9}
+CASES: dict[str, dict[str, Any]] = {
+    "switchhead": {"attention": SWITCHHEAD, "feedforward": SIGMA_MOE},
+    "switchhead xl": {"attention": SWITCHHEAD, "position": XL, "feedforward": SIGMA_MOE},
+    "all projections, rope with memory": {
+        "attention": {**ALL_EXPERTS, "selection": "projection"},
+        "position": {"type": "rope", "memory_chunks": 1},
+        "feedforward": DENSE,
+    },
+    "one selector, xl": {"attention": {**ALL_EXPERTS, "selection": "shared"}, "position": XL, "feedforward": DENSE},
+    "dense": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "feedforward": DENSE},
+    "dense xl": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "position": XL, "feedforward": DENSE},
+    "moa": {"attention": MOA, "feedforward": SIGMA_MOE},
+    "moa sigmoid xl": {"attention": {**MOA, "router": "sigmoid"}, "position": XL, "feedforward": DENSE},
+}
+"""Sections of a ModelConfig."""
+
+
+def tiny(case: str, *, seed: int = 3) -> LanguageModel:
+    """2 layers of width 12, 50 ids, windows of 7 tokens; in evaluation mode."""
+    sizes = {"d_model": 12, "num_layers": 2, "vocab_size": 50, "sequence_length": 7}
+    config = ModelConfig.model_validate_json(json.dumps({**sizes, **CASES[case]}))
+    model = build_model(config, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the biases of XL begin at 0
+            parameter.mul_(2.0).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def some_tokens(count: int, *, seed: int = 0) -> list[int]:
+    return torch.randint(50, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

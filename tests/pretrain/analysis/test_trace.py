@@ -1,0 +1,132 @@
+"""What a trace keeps: the choices that the routers really made, maps of one window, the losses of the text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import model.attention.moa
+import model.attention.switchhead
+import model.feedforward.sigma_moe
+from model.kernels.ops.route import route
+from pretrain.analysis.counting import Counts, favourites, gate_matrix
+from pretrain.analysis.trace import Request, RouterTrace, trace_text
+from tests.pretrain.analysis.models import CASES, some_tokens, tiny
+
+ROUTED = [case for case in CASES if case not in ("dense", "dense xl")]
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, tokens = tiny(case), some_tokens(18)  # windows of 7, 7 and 4 tokens
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
+        routing = route(x, weight, k, **options)
+        made.append((weight, routing.index))
+        return routing
+
+    for module in (model.attention.moa, model.attention.switchhead, model.feedforward.sigma_moe):
+        monkeypatch.setattr(module, "route", watched)
+    trace = trace_text(network, tokens, Request([0]))
+    assert trace.routers
+    for router in trace.routers:
+        layer = network.get_submodule(".".join(router.name.split(".")[:3]))
+        owner = router.name.rpartition(".")[2]
+        names = {"feedforward": "router", "attention": "selector"}
+        weight = layer.get_parameter(names.get(owner, f"{owner}_selector"))
+        heads, own = weight.view(-1, router.num_experts, 12), []
+        for weights, index in made:  # of one call several selectors may stand side by side
+            for first in range(0, len(weights) - len(heads) + 1, len(heads)):
+                if torch.equal(weights[first : first + len(heads)], heads):
+                    own.append(index[:, first : first + len(heads)])
+        windows = [7, 7, 4]
+        assert len(own) == 3
+        expected = torch.cat([index[-length:] for length, index in zip(windows, own, strict=True)])
+        assert np.array_equal(router.index, expected.numpy()), router.name
+        counts = Counter((h, e) for row in expected.tolist() for h, chosen in enumerate(row) for e in chosen)
+        load = Counts.of(router).load
+        assert {(h, e): n for (h, e), n in np.ndenumerate(load) if n} == dict(counts)
+
+
+def test_a_trace_changes_nothing_and_has_the_losses_of_the_text() -> None:
+    network, tokens = tiny("switchhead"), some_tokens(18)
+    ids = torch.tensor(tokens)
+    with torch.no_grad():
+        logits = torch.cat([network.logits(ids[None, first : first + 7])[0][0] for first in (0, 7, 14)])
+    expected = -logits.double().log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    trace = trace_text(network, tokens, Request([1], window=1, map_tokens=5))
+    assert np.allclose(trace.losses, expected.numpy(), atol=1e-5)
+    assert trace.loss == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert list(trace.maps) == [1] and trace.maps[1].shape == (2, 5, 5)
+    assert (trace.first_query, trace.first_key) == (7, 7)
+    assert not network.blocks[1].get_submodule("attention")._forward_pre_hooks
+
+
+def test_memory_is_carried_from_window_to_window() -> None:
+    network, tokens = tiny("switchhead xl"), some_tokens(18)
+    trace = trace_text(network, tokens, Request([0, 1], window=1, map_tokens=5))
+    assert (trace.first_query, trace.first_key) == (7, 0)
+    assert trace.maps[1].shape == (2, 5, 12)
+    assert np.allclose(trace.maps[1].sum(-1), 1.0, atol=1e-6)
+    alone = trace_text(network, tokens[7:], Request([1], map_tokens=5))
+    assert np.abs(trace.losses[7:13] - alone.losses[:6]).max() > 1e-3, "the memory made no difference"
+    assert network.blocks[0].memory.num_streams == 0, "the model's own streams were changed"
+    again = trace_text(network, tokens, Request([0, 1], window=1, map_tokens=5))
+    assert np.array_equal(again.losses, trace.losses)
+
+
+def router_trace(*, heads: int = 2, experts: int = 5, k: int = 2, tokens: int = 40) -> RouterTrace:
+    draw = np.random.default_rng(5)
+    order = draw.random((tokens, heads, experts - 1)).argsort(-1)  # the last expert is dead
+    return RouterTrace(
+        0, "blocks.0.feedforward", "feed-forward", experts, order[..., :k], draw.random((tokens, heads, k))
+    )
+
+
+def test_counts_by_brute_force() -> None:
+    trace = router_trace()
+    counts, given = Counts.of(trace), Counts.of(trace).given()
+    for head in range(2):
+        rows = [set(row) for row in trace.index[:, head].tolist()]
+        for e in range(5):
+            assert counts.load[head, e] == sum(e in row for row in rows)
+            for f in range(5):
+                assert counts.together[head, e, f] == sum({e, f} <= row for row in rows)
+        assert np.isnan(given[head, 4]).all()
+        assert given[head, 1, 2] == counts.together[head, 1, 2] / counts.load[head, 1]
+    assert (counts.dead, counts.experts) == (2, 10)
+    assert counts.load_max == pytest.approx(counts.load.max() / 16)  # 40 tokens, 2 choices, 5 experts
+    share = counts.load / 80
+    expected = -sum(s * np.log(s) for s in share.flatten() if s) / 2 / np.log(5)
+    assert counts.entropy == pytest.approx(expected)
+
+
+def test_gates_stand_at_their_experts() -> None:
+    trace = router_trace()
+    matrix = gate_matrix(trace, slice(3, 9))
+    for n in range(6):
+        for head in range(2):
+            chosen = dict(zip(trace.index[3 + n, head].tolist(), trace.gates[3 + n, head].tolist(), strict=True))
+            for expert in range(5):
+                value = matrix[n, head, expert]
+                assert value == pytest.approx(chosen[expert]) if expert in chosen else np.isnan(value)
+
+
+def test_favourites_are_the_tokens_with_the_largest_excess() -> None:
+    trace = router_trace(heads=1)
+    tokens = np.array(some_tokens(40)) % 6
+    found = favourites(trace, tokens, 0, count=3)
+    assert found[4] == []
+    for expert in range(4):
+        takes = [expert in row for row in trace.index[:, 0].tolist()]
+        excess = {}
+        for token in set(tokens.tolist()):
+            of_token = [take for take, t in zip(takes, tokens, strict=True) if t == token]
+            excess[token] = (sum(of_token) - len(of_token) * sum(takes) / 40, sum(of_token), len(of_token))
+        best = sorted(excess.items(), key=lambda item: -item[1][0])[:3]
+        assert [(f.token, f.taken, f.occurrences) for f in found[expert]] == [(t, n, of) for t, (_, n, of) in best]

@@ -1,0 +1,133 @@
+"""A model, its tokenizer and configuration, from checkpoints of one rank and of several, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from data_prep.shards.format import Manifest
+from data_prep.stages.tokenizer import TextTokenizer
+from model.language_model import build_model
+from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.saved import rewrite_state, whole_tensors
+
+TEXT = "Two words.\nThird word, and more"
+STEPS = ("train.steps=2", "checkpoint.every_steps=1", "evaluate.sequences=0")
+TENSOR = ("parallel.tensor=2", "model.feedforward.num_experts=6")
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two tensor-parallel ranks, with an embedding that the output layer uses too."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    config = small_config(prepared, *STEPS, *TENSOR, "model.tied_embedding=true")
+    run_ranks(train_runs, 2, [(config, folder)])
+    return folder
+
+
+def test_a_model_of_two_ranks(run: Path, prepared: Path) -> None:
+    saved = load_model(run)
+    assert saved.checkpoint.path.name == "step-00000002" and saved.checkpoint.progress.step == 2
+    assert not saved.model.training and not any(p.requires_grad for p in saved.model.parameters())
+    tensors = whole_tensors(saved.checkpoint.path, prefixes=("master/",))
+    weights = {name.removeprefix("master/"): tensor for name, tensor in tensors.items()}
+    weights["head.weight"] = weights["embedding.weight"]
+    plain = build_model(saved.config.model, seed=0).eval()
+    plain.load_state_dict(weights)
+    tokens = torch.arange(32).view(2, 16)
+    assert torch.allclose(saved.model.logits(tokens)[0], plain.logits(tokens)[0], atol=1e-5)
+    ids = saved.tokenizer.encode(TEXT)
+    reference = TextTokenizer.load(prepared / "tokenizer.model")
+    assert ids == reference.encode(TEXT).tolist() and saved.tokenizer.decode(ids) == TEXT
+    assert "".join(saved.tokenizer.pieces(ids)).lstrip() == TEXT
+    assert (saved.tokenizer.vocab_size, saved.tokenizer.eos_id) == (400, reference.eos_id)
+
+
+def test_what_is_named_is_opened(run: Path) -> None:
+    first = run / "checkpoints" / "step-00000001"
+    assert find_checkpoint(first).progress.step == 1
+    assert find_checkpoint(run / "checkpoints").progress.step == find_checkpoint(run).progress.step == 2
+
+
+def test_data_that_moved(run: Path, prepared: Path, tmp_path: Path) -> None:
+    def forget(state: dict[str, object]) -> None:
+        state["config"]["data"]["manifest"] = str(tmp_path / "gone")  # type: ignore[index]
+
+    moved = shutil.copytree(run, tmp_path / "run")
+    rewrite_state(moved / "checkpoints" / "step-00000002", forget)
+    with pytest.raises(UserError, match=r"no tokenizer: data.manifest: there is no .*gone.*--data"):
+        load_model(moved)
+    assert load_model(moved, data=[tmp_path / "nowhere", prepared]).tokenizer.vocab_size == 400
+
+
+def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
+    def refused(place: Path, words: str) -> None:
+        with pytest.raises(UserError, match=words) as error:
+            load_model(place)
+        assert "\n" not in str(error.value)
+
+    refused(tmp_path / "nothing", "RUN: .*nothing is not there; name a run folder")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "is a file; name a run folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "neither a run folder nor a checkpoint")
+    (tmp_path / "empty" / "checkpoints").mkdir()
+    refused(tmp_path / "empty", "has no checkpoint yet")
+
+    copy = shutil.copytree(run, tmp_path / "copy")
+    newest = copy / "checkpoints" / "step-00000002"
+    shard = newest / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused(copy, "rank-00001.safetensors does not match its sha256; name an earlier one")
+    shard.write_bytes(content[:-1])
+    refused(copy, "rank-00001.safetensors is .* bytes, not .*; name an earlier one, such as .*step-00000001")
+    shard.unlink()
+    refused(newest, "rank-00001.safetensors is missing")
+    rewrite_state(newest, lambda state: state.update(format_version=9))
+    refused(copy, "has format 9, but this version reads 2")
+    older = copy / "checkpoints" / "step-00000001"
+    rewrite_state(older, lambda state: state["config"]["model"].update(novelty=1))
+    refused(older, "another version wrote its configuration .*novelty")
+
+
+def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
+    def tokenizer(**entry: object) -> Tokenizer:
+        manifest = Manifest.load(prepared)
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(b"\n abc")
+        changed = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update=entry)})
+        changed._folder = folder
+        return Tokenizer(changed)
+
+    of_bytes = tokenizer(kind="bytes", file=None, sha256=None, eos_id=None, vocab_size=256)
+    assert of_bytes.encode("aé") == [97, 195, 169] and of_bytes.decode(np.array([97, 195, 169])) == "aé"
+    assert of_bytes.pieces([97, 195]) == ["a", "<0xC3>"]
+    symbols = tokenizer(kind="symbols", eos_id=None, vocab_size=5)
+    assert symbols.encode("cab a\n") == [4, 2, 3, 1, 2, 0] and symbols.decode([4, 2, 3]) == "cab"
+    with pytest.raises(UserError, match=r"holds the byte 0x64, which is none of the 5"):
+        symbols.encode("abcd")
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        tokenizer()
+
+
+def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
+    raw = json.loads((prepared / "manifest.json").read_text())
+    manifest = Manifest.load(prepared)
+    settings = {**raw["provenance"]["config"]["tokenizer"], "sentences": "lines"}
+    provenance = manifest.provenance.model_copy(update={"config": {"tokenizer": settings}})
+    changed = manifest.model_copy(update={"provenance": provenance})
+    changed._folder = manifest.folder
+    reference = TextTokenizer.load(prepared / "tokenizer.model")
+    assert Tokenizer(changed).encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    assert reference.encode_lines(TEXT).tolist() != reference.encode(TEXT).tolist()
