@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,6 +105,18 @@ def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -
         "blocks.0.feedforward",
     ]
     assert not told["runs"][1]["routers"]
+
+
+def test_the_program_of_the_page(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "analysis.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(runs / "switchall")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, str(page), "exec"), {})
+    assert "'blocks.1.attention.output', 'blocks.1.feedforward'" in capsys.readouterr().out
 
 
 def test_a_second_analysis_leaves_no_picture_of_the_first(tmp_path: Path) -> None:
