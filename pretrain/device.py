@@ -174,7 +174,8 @@ class CudaGraph:
 
 
 def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
-    """Makes graphs that share their memory, so only one of them may be needed at a time."""
+    """Makes graphs that share memory, for those that are replayed in the order in which they were recorded: what one
+    has freed belongs to the next."""
     with torch.cuda.device(device):  # GPU-ONLY cuda-graph
         pool = torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(pool)
