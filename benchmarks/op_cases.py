@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.dropout import Draw
-from model.kernels.ops.elementwise import dropout
+from model.kernels.ops.elementwise import dropout, layer_norm
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.route import Choice, group_choices, route
@@ -178,6 +178,22 @@ def dropout_case(B: int, T: int, d: int) -> Case:
     return Case("elementwise", f"dropout B={B} T={T} d={d}", leaves, constants, compute, 0, (*leaves, *constants))
 
 
+def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
+    """The sum with a branch after dropout and its norm; None: the norm alone."""
+    names = ("x", "weight", "bias") if probability is None else ("x", "weight", "bias", "branch")
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        draw = Draw(probability, 2**62 + 12345, t["sequence_index"]) if probability else None
+        total, y = layer_norm(t["x"], t["weight"], t["bias"], 1e-5, branch=t.get("branch"), draw=draw, backend=backend)
+        return (y,) if probability is None else (total, y)
+
+    leaves = {name: normal(d) if name in ("weight", "bias") else normal(B, T, d) for name in names}
+    constants = {"sequence_index": torch.arange(B) + 2**33} if probability else {}
+    shape = f"norm B={B} T={T} d={d} {'alone' if probability is None else f'dropout={probability:g}'}"
+    per_token = ("x", *(name for name in ("branch", "sequence_index") if name in leaves | constants))
+    return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
+
+
 def equality_cases(*, small: bool) -> list[Build]:
     """No size is a multiple of a tile; `small` is for an interpreter."""
     if small:
@@ -191,6 +207,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(expert_linear_case, 37, 24, 4, 2, 16),
             partial(loss_case, 37, 24, 50),
             partial(dropout_case, 3, 5, 24),
+            partial(norm_case, 3, 5, 24, 0.2),
         ]
     return [
         partial(route_case, 1000, 412, 8, 5, 3),
@@ -204,6 +221,7 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(expert_linear_case, 1000, 416, 10, 4, 88),
         partial(loss_case, 1000, 412, 8001),
         partial(dropout_case, 3, 333, 412),
+        *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
     ]
 
 
@@ -223,6 +241,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
             partial(route_case, N, d, 16, 4, 2),
             partial(route_case, N, d, 1, 64, 8),
             partial(loss_case, N, d, 32000),
+            *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.0)),
         ]
     N, d = num_tokens or 4096, 1024
     return [
@@ -233,6 +252,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(route_case, N, d, 1, 32, 4),
         partial(loss_case, N, d, 8000),
         partial(dropout_case, 8, N // 8, d),
+        *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.2)),
         *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
         *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
         partial(expert_linear_case, N, d, 16, 4, 146),

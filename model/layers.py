@@ -37,7 +37,7 @@ from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
-from model.kernels.ops.elementwise import dropout
+from model.kernels.ops.elementwise import dropout, layer_norm
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
@@ -96,13 +96,18 @@ class LayerNorm(nn.LayerNorm):
             "bias": ParameterSpec(shape=shape, divided=None, experts=None, decayed=False, initial=zero),
         }
 
-    def __init__(self, d_model: int, *, parallel: ParallelContext) -> None:
+    def __init__(self, d_model: int, *, parallel: ParallelContext, backends: Backends) -> None:
         super().__init__(d_model)
         self.parallel = parallel
+        self.backend = backends.elementwise
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, None, None)[1]
+
+    def add(self, x: Tensor, branch: Tensor | None, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """The sum of `x` [B, T, d] and of `branch` after dropout, where they are given, and the norm of the sum."""
         weight, bias = (between_regions(p, self.parallel) for p in (self.weight, self.bias))
-        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(x, weight, bias, self.eps, branch=branch, draw=draw, backend=self.backend)
 
 
 class Embedding(nn.Module):
@@ -163,14 +168,14 @@ class Block(nn.Module):
         name = f"blocks.{index}"
         self.recompute: Recompute = recompute
         self.backend = backends.elementwise
-        self.attention_norm = LayerNorm(config.d_model, parallel=parallel)
+        self.attention_norm = LayerNorm(config.d_model, parallel=parallel, backends=backends)
         attention = ATTENTIONS[type(config.attention)]
         self.attention = attention(config, parallel=parallel, backends=backends, name=f"{name}.attention", seed=seed)
         self.attention_dropout = Dropout(
             config.dropout, name=f"{name}.attention", seed=seed, parallel=parallel, backends=backends
         )
         self.memory = LayerMemory(config.memory_length // parallel.token_shards) if config.memory_length else None
-        self.feedforward_norm = LayerNorm(config.d_model, parallel=parallel)
+        self.feedforward_norm = LayerNorm(config.d_model, parallel=parallel, backends=backends)
         feedforward = FEEDFORWARDS[type(config.feedforward)]
         self.feedforward = feedforward(
             config, parallel=parallel, backends=backends, name=f"{name}.feedforward", seed=seed
@@ -193,14 +198,12 @@ class Block(nn.Module):
         attended, attention_loss = self.attention(
             self.attention_norm(context), hidden.shape[1], sequence_index, documents
         )
-        hidden = self._add(hidden, attended, self.attention_dropout.draw(hidden.shape[1], sequence_index))
-        transformed, feedforward_loss = self.feedforward(self.feedforward_norm(hidden), sequence_index)
-        hidden = self._add(hidden, transformed, self.feedforward_dropout.draw(hidden.shape[1], sequence_index))
+        draw = self.attention_dropout.draw(hidden.shape[1], sequence_index)
+        hidden, normalised = self.feedforward_norm.add(hidden, attended, draw)
+        transformed, feedforward_loss = self.feedforward(normalised, sequence_index)
+        draw = self.feedforward_dropout.draw(hidden.shape[1], sequence_index)
+        hidden = hidden + transformed if draw is None else dropout(transformed, draw, hidden, backend=self.backend)
         return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
-
-    def _add(self, hidden: Tensor, branch: Tensor, draw: Draw | None) -> Tensor:
-        """`hidden` [B, T, d] and dropout of `branch`."""
-        return hidden + branch if draw is None else dropout(branch, draw, hidden, backend=self.backend)
 
 
 class FinalNorm(LayerNorm):
@@ -281,6 +284,6 @@ def layer_factories(
     for index in range(config.num_layers):
         block = partial(Block, config, **common, index=index, recompute=recompute)
         layers.append((f"blocks.{index}", block))
-    layers.append(("final_norm", partial(FinalNorm, config.d_model, parallel=parallel)))
+    layers.append(("final_norm", partial(FinalNorm, config.d_model, parallel=parallel, backends=backends)))
     layers.append(("head", partial(Head, config, **common)))
     return layers

@@ -36,7 +36,7 @@ KEPT_OPERATORS = {
 }
 """What `selective` keeps. Batched products (bmm) are the attention matrices, T x L per head: they are what it saves."""
 
-CHEAP_OPERATORS = {"switchall::dropout", "switchall::rotate"}
+CHEAP_OPERATORS = {"switchall::dropout", "switchall::layer_norm", "switchall::rotate"}
 """Ours that `selective` computes again: model/kernels/ops/elementwise.py."""
 
 

@@ -62,5 +62,8 @@ SIGMA_MOE = {
 ROTATED = ((128, 32), (64, 16), (32, 8), (100, 25), (126, 31), (197, 49), (512, 128), (41, 10), (205, 51))
 """Heads with RoPE: head_dim, pairs that are rotated."""
 
+NORMS = ((2048, False), (1024, True), (412, True), (512, True), (128, False))
+"""d_model, and whether its configurations have dropout."""
+
 VOCABULARIES = (205, 256, 8000, 32000, 50257)
 """And one that is longer than a block and odd."""

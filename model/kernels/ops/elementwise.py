@@ -1,9 +1,10 @@
 """What lies between the matrix products, each as one pass over memory where a backend fuses it: dropout with the
-residual addition inside, masks of expert dropout, rotary position embedding.
+residual addition inside, masks of expert dropout, rotary position embedding, LayerNorm after a residual addition.
 
     dropout      y = residual + x * mask / (1 - p), or without residual; the mask is drawn again in the backward pass
     keep_mask    the mask alone, of experts
     rotate       queries and keys by the tables of model/attention/rope.py, which also has the plain operators
+    layer_norm   s = x + dropout(branch), and (s - mean) / sqrt(variance + epsilon) * weight + bias, of each token
 
 Masks are those of model/dropout.py bit for bit, in every backend. Backends `cpu` and `reference` are plain operators,
 which autograd and torch.compile see through; `cpu` computes in the dtype of the tensors. Nothing here counts as flops:
@@ -13,6 +14,7 @@ what it costs is bytes (docs/kernels.md).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.dropout import Draw
@@ -57,6 +59,41 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """As the op below; for backends that fuse it."""
     return _rotate(q, k, *tables, heads, backend)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    *,
+    branch: Tensor | None = None,
+    draw: Draw | None = None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`x` and `branch` [B, T, d] of one dtype, `weight` and `bias` [d] -> the sum of x and of the branch after dropout
+    by `draw` (x itself without a branch), and the sum's LayerNorm, both [B, T, d]. Differentiable in all four. The norm
+    is that of the sum as it is stored."""
+    assert branch is None or (branch.dtype, branch.shape) == (x.dtype, x.shape), "the sum has one dtype and shape"
+    assert branch is not None or draw is None, "dropout of a branch that is not given"
+    if backend == "reference":
+        return layer_norm_reference(x, branch, weight, bias, epsilon, draw)
+    if backend == "cpu":
+        return cpu.layer_norm(x, branch, weight, bias, epsilon, draw)
+    drawn = (0.0, 0, None, 0) if draw is None else (draw.probability, draw.key, draw.sequence_index, draw.first_token)
+    total, y, _, _ = _layer_norm(x, branch, weight, bias, epsilon, *drawn, backend)
+    return x if branch is None else total, y
+
+
+def layer_norm_reference(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, draw: Draw | None
+) -> tuple[Tensor, Tensor]:
+    """The specification."""
+    wide = wide_dtype(x.dtype)
+    if branch is not None:
+        x = (x.to(wide) + branch.to(wide)).to(x.dtype) if draw is None else dropout_reference(branch, x, draw)
+    y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon)
+    return x, y.to(x.dtype)
 
 
 def result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -173,3 +210,85 @@ def _rotate_autograd(ctx, grad_q, grad_k):
 
 
 _rotate.register_autograd(_rotate_autograd, setup_context=_setup_rotate)
+
+
+@torch.library.custom_op("switchall::layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    probability: float,
+    key: int,
+    sequence_index: Tensor | None,
+    first_token: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the sum (empty without a branch), its norm, mean and rstd = 1 / sqrt(variance + epsilon) of every row, [B T]
+    fp32. Without `sequence_index` there is no dropout."""
+    draw = _drawn(probability, key, sequence_index, first_token)
+    return implementation("elementwise", backend).layer_norm(x, branch, weight, bias, epsilon, draw)
+
+
+@_layer_norm.register_fake
+def _(x, branch, weight, bias, epsilon, probability, key, sequence_index, first_token, backend):
+    rows = x.shape[0] * x.shape[1]
+    total = x.new_empty(0) if branch is None else x.new_empty(x.shape)
+    return total, x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("switchall::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    probability: float,
+    key: int,
+    sequence_index: Tensor | None,
+    first_token: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, of the branch (empty without dropout: that of x), of weight and bias. `grad_sum`: that of the
+    sum by its other uses."""
+    draw = _drawn(probability, key, sequence_index, first_token)
+    module = implementation("elementwise", backend)
+    return module.layer_norm_backward(grad_y, grad_sum, total, weight, (mean, rstd), draw)
+
+
+@_layer_norm_backward.register_fake
+def _(grad_y, grad_sum, total, weight, mean, rstd, probability, key, sequence_index, first_token, backend):
+    branch = total.new_empty(0) if sequence_index is None else total.new_empty(total.shape)
+    return total.new_empty(total.shape), branch, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _drawn(probability: float, key: int, sequence_index: Tensor | None, first_token: int) -> Draw | None:
+    return None if sequence_index is None else Draw(probability, key, sequence_index, first_token)
+
+
+def _setup_layer_norm(ctx, inputs, output):
+    x, branch, weight, _, _, ctx.probability, ctx.key, sequence_index, ctx.first_token, ctx.backend = inputs
+    total, _, mean, rstd = output
+    ctx.has_branch = branch is not None
+    ctx.save_for_backward(x if branch is None else total, weight, mean, rstd, sequence_index)
+    ctx.mark_non_differentiable(mean, rstd, *([] if ctx.has_branch else [total]))
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_autograd(ctx, grad_sum, grad_y, *_):
+    total, weight, mean, rstd, sequence_index = ctx.saved_tensors
+    if grad_y is None and grad_sum is None:
+        return (None,) * 10
+    grad_y = torch.zeros_like(total) if grad_y is None else grad_y
+    place = ctx.probability, ctx.key, sequence_index, ctx.first_token, ctx.backend
+    grads = _layer_norm_backward(grad_y, grad_sum if ctx.has_branch else None, total, weight, mean, rstd, *place)
+    grad_x, grad_branch, grad_weight, grad_bias = grads
+    if sequence_index is None:
+        grad_branch = grad_x if ctx.has_branch else None
+    return grad_x, grad_branch, grad_weight, grad_bias, *[None] * 6
+
+
+_layer_norm.register_autograd(_layer_norm_autograd, setup_context=_setup_layer_norm)

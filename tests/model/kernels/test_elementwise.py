@@ -13,7 +13,8 @@ from model.attention import rope
 from model.dropout import Draw, site_key
 from model.kernels import backend as kernel_backend
 from model.kernels.ops import elementwise
-from model.kernels.ops.elementwise import dropout, keep_mask
+from model.kernels.ops.elementwise import dropout, keep_mask, layer_norm
+from model.kernels.triton import layer_norm as norm_kernels
 
 BACKENDS = kernel_backend.BACKENDS["elementwise"]
 KEY = site_key(5, "blocks.3.attention")
@@ -260,3 +261,112 @@ def test_opcheck_of_the_rotation() -> None:
     angle = normal((case.L, 1, case.half), 2)
     torch.library.opcheck(elementwise._rotate, (q, k, angle.cos(), angle.sin(), 0, "triton"))
     torch.library.opcheck(elementwise._rotate, (k, None, angle.cos(), angle.sin(), 1, "triton"))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A row of [B, T, d] is one token; `branch` is added before, after dropout with `probability`."""
+
+    B: int
+    T: int
+    d: int
+    branch: bool = False
+    probability: float = 0.0
+    first: int = 0
+
+    def draw(self) -> Draw | None:
+        sequences = torch.tensor(SEQUENCES[: self.B])
+        return Draw(self.probability, KEY, sequences, self.first) if self.probability else None
+
+
+NORMS = {
+    "alone": Norm(2, 3, 24),
+    "after a sum": Norm(2, 4, 13, branch=True),
+    "after dropout": Norm(2, 3, 20, branch=True, probability=0.3),
+    "a rank's tokens": Norm(2, 2, 33, branch=True, probability=0.5, first=6),
+    "odd": Norm(1, 5, 7, branch=True),
+    "empty": Norm(2, 0, 8, branch=True),
+}
+
+
+def check_norm(case: Norm, dtype: torch.dtype, backend: str) -> None:
+    """Both results and every gradient against fp64. The norm is that of the sum as it is stored, so the sum is given
+    to the oracle; gradients of half precision are compared by norm, as several values are rounded on the way."""
+    size = (case.B, case.T, case.d)
+    x, branch = (normal(size, seed, dtype) + 3 for seed in (0, 1))
+    weight, bias = (normal((case.d,), seed, dtype) for seed in (2, 3))
+    leaves = [t.requires_grad_() for t in (x, branch, weight, bias)]
+    upstream = normal(size, 4, dtype), normal(size, 5, dtype)
+    total, y = layer_norm(
+        x, weight, bias, 1e-5, branch=branch if case.branch else None, draw=case.draw(), backend=backend
+    )
+    used = leaves if case.branch else [x, weight, bias]
+    grads = torch.autograd.grad((total, y), used, upstream)
+
+    exact = [t.detach().double().requires_grad_() for t in used]
+    scale = torch.ones(size, dtype=torch.float64)
+    if case.probability:
+        shape = Shape(*size, probability=case.probability, first=case.first)
+        scale = mask_by_hand(shape)[..., 0].double() / (1 - case.probability)
+    wanted_total = exact[0] + exact[1] * scale if case.branch else exact[0]
+    stored = wanted_total + (total.detach().double() - wanted_total).detach()
+    centred = stored - stored.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    wanted_y = centred / deviation * exact[-2] + exact[-1]
+    wanted = torch.autograd.grad((wanted_total, wanted_y), exact, [g.double() for g in upstream])
+    assert total.dtype == y.dtype == dtype and [g.dtype for g in grads] == [dtype] * len(used)
+    rounding = EPSILON[dtype] * (2 if backend == "cpu" and dtype != torch.float32 else 1)
+    assert ((total.double() - wanted_total).abs() <= 2 * rounding * (wanted_total.abs() + 6)).all()
+    for actual, expected in zip((y.detach(), *grads), (wanted_y.detach(), *wanted), strict=True):
+        error = (actual.double() - expected).norm()
+        assert error <= (2e-6 if dtype == torch.float32 else rounding) * expected.norm(), (actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NORMS)
+def test_layer_norm_equals_fp64(name: str, backend: str, dtype: torch.dtype) -> None:
+    check_norm(NORMS[name], dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_norm_on_the_cpu_is_what_it_was(dtype: torch.dtype) -> None:
+    """Bit for bit torch's operators, and so is the reference in fp32 and fp64."""
+    case = NORMS["after dropout"]
+    x, branch = (normal((case.B, case.T, case.d), seed, dtype) for seed in (0, 1))
+    weight, bias = (normal((case.d,), seed, dtype) for seed in (2, 3))
+    draw = case.draw()
+    assert draw is not None
+    for given, total in ((draw, dropout(branch, draw, x, backend="cpu")), (None, x + branch)):
+        y = torch.nn.functional.layer_norm(total, (case.d,), weight, bias, 1e-5)
+        for backend in ("cpu", "reference") if dtype in (torch.float32, torch.float64) else ("cpu",):
+            found = layer_norm(x, weight, bias, 1e-5, branch=branch, draw=given, backend=backend)
+            assert torch.equal(found[0], total) and torch.equal(found[1], y)
+
+
+def test_one_result_of_the_norm_without_gradient() -> None:
+    """The last block's sum has no other use, and a probe may use the sum alone."""
+    x, branch = (normal((2, 3, 8), seed).requires_grad_() for seed in (0, 1))
+    weight, bias = (normal((8,), seed).requires_grad_() for seed in (2, 3))
+    for which in (0, 1):
+        found = [
+            torch.autograd.grad(layer_norm(x, weight, bias, 1e-5, branch=branch, backend=b)[which].square().sum(), [x])
+            for b in ("triton", "cpu")
+        ]
+        torch.testing.assert_close(*found)
+
+
+def test_opcheck_of_the_norm() -> None:
+    x, branch = (normal((2, 3, 8), seed).requires_grad_() for seed in (0, 1))
+    weight, bias = (normal((8,), seed).requires_grad_() for seed in (2, 3))
+    sequence_index = torch.tensor([3, 4])
+    for rest, index in ((branch, sequence_index), (branch, None), (None, None)):
+        torch.library.opcheck(elementwise._layer_norm, (x, rest, weight, bias, 1e-5, 0.3, KEY, index, 0, "triton"))
+
+
+def test_the_programs_of_a_norm() -> None:
+    """As many as an H100 holds at once, whatever the width, and no program without a row."""
+    for width, num_rows in ((128, 512), (412, 16384), (1024, 4096), (2048, 16384), (4096, 16384)):
+        rows = norm_kernels.rows_each(num_rows, width)
+        programs = -(-num_rows // rows)
+        assert programs * norm_kernels.warps(width) <= norm_kernels.RESIDENT_WARPS and (programs - 1) * rows < num_rows

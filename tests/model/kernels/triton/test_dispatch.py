@@ -34,7 +34,10 @@ BODIES = {
     "switchhead_output": ("_output", "_output_backward"),
     "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
     "linear_cross_entropy": ("_linear_cross_entropy",),
-    "elementwise": ("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
+    "elementwise": (
+        *("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
+        *("_layer_norm", "_layer_norm_backward"),
+    ),
 }
 """The custom ops of every op's module."""
 
@@ -189,6 +192,12 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         yield 3, lambda *_: (heads, heads, *tables, True, "triton")
         yield 2, lambda *_: (heads, heads, *tables, 0, "triton")
         yield 3, lambda *_: (heads, heads, *tables, False, "triton")
+        rows, row, statistics = new(2, N, d), new(d), (wide(2 * N), wide(2 * N))
+        for drawn in ((0.1, 2**62 + 1, integers(2), 0), (0.0, 0, None, 0)):
+            yield 4, lambda *_, p=drawn: (rows, rows, row, row, 1e-5, *p, "triton")
+            yield 5, lambda *_, p=drawn: (rows, rows, rows, row, *statistics, *p, "triton")
+        yield 4, lambda *_: (rows, None, row, row, 1e-5, 0.0, 0, None, 0, "triton")
+        yield 5, lambda *_: (rows, None, rows, row, *statistics, 0.0, 0, None, 0, "triton")
 
 
 @pytest.mark.parametrize("num_experts", [4, 8], ids=["half chosen", "a quarter chosen"])
@@ -285,7 +294,7 @@ def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> N
     own = {"switchhead": {"switchhead_value", "switchhead_output"}, "moa": {"expert_linear", "expert_linear_sum"}}
     both_ways = {"route", "sigma_moe"} | own[attention]
     expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
-    expected |= {"dropout", "keep_mask", "rotate", "rotate_backward"}
+    expected |= {"dropout", "keep_mask", "rotate", "rotate_backward", "layer_norm", "layer_norm_backward"}
     assert {name for name, _ in calls.found} == expected
     assert {backend for _, backend in calls.found} == {"triton"}
 

@@ -8,16 +8,20 @@ import torch
 
 from benchmarks.kernel_cases.recording import recording
 from model.attention import rope
-from model.kernels.ops.elementwise import dropout, keep_mask
+from model.kernels.ops.elementwise import dropout, keep_mask, layer_norm
 from model.kernels.triton import dropout as dropout_kernels
+from model.kernels.triton import layer_norm as norm_kernels
 from model.kernels.triton import rope as rope_kernels
 from tests.model.kernels.test_elementwise import (
     DTYPES,
     HEADS,
+    NORMS,
     SHAPES,
     Heads,
+    Norm,
     Shape,
     check_dropout,
+    check_norm,
     check_rotation,
     mask_by_hand,
     normal,
@@ -28,6 +32,9 @@ from tests.model.kernels.test_elementwise import (
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dropout_kernels, "BLOCK", 16)
     monkeypatch.setattr(rope_kernels, "TILE", 32)
+    monkeypatch.setattr(norm_kernels, "RESIDENT_WARPS", 4)
+    monkeypatch.setattr(norm_kernels, "SUM_ROWS", 2)
+    monkeypatch.setattr(norm_kernels, "SUM_COLUMNS", 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,3 +121,33 @@ def test_heads_of_odd_strides_are_copied() -> None:
         found = rope.rotate(q, q, tables, backend="triton")
         for actual, expected in zip(found, rope.rotate(q, q, tables, backend="cpu"), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_in_small_parts(name: str) -> None:
+    """Programs of several rows, the last with fewer; a sum of several tiles of programs and columns; no races, no
+    atomics."""
+    with recording() as launches:
+        check_norm(NORMS[name], torch.bfloat16, "triton")
+    kernels = ["norm_forward_kernel", "norm_backward_kernel", "norm_sum_kernel"]
+    assert [launch.kernel for launch in launches] == (kernels if NORMS[name].T else kernels[2:])
+    assert not any(launch.atomics for launch in launches)
+
+
+def test_bytes_of_a_norm() -> None:
+    """In bf16 8 a value forward and 10 backward after dropout; statistics, parameters and parts besides."""
+    case = Norm(2, 4, 16, branch=True, probability=0.3)
+    size = (case.B, case.T, case.d)
+    x, branch, *upstream = (normal(size, seed, torch.bfloat16) for seed in range(4))
+    weight, bias = (normal((case.d,), seed, torch.bfloat16) for seed in (4, 5))
+    leaves = [t.requires_grad_() for t in (x, branch, weight, bias)]
+    with recording() as launches:
+        found = layer_norm(x, weight, bias, 1e-5, branch=branch, draw=case.draw(), backend="triton")
+        torch.autograd.grad(found, leaves, upstream)
+    forward, backward, _ = launches
+    streams = ("x_ptr", "branch_ptr", "sum_ptr", "y_ptr")
+    assert sum(forward.tensors[name].requested_bytes for name in streams) == 8 * x.numel()
+    streams = ("grad_y_ptr", "grad_sum_ptr", "sum_ptr", "grad_x_ptr", "grad_branch_ptr")
+    assert sum(backward.tensors[name].requested_bytes for name in streams) == 10 * x.numel()
+    # 8 rows in 4 programs: a row of each for weight and bias, in fp32.
+    assert backward.tensors["parts_ptr"].requested_bytes == 4 * 2 * case.d * 4
