@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from types import FrameType
 
+ROOT = str(Path(__file__).parents[1])
+"""Of the checkout, whose own name says nothing."""
 OTHER = "other"
 RULES: tuple[tuple[str, str, str], ...] = (
     # Part of the file's name, beginning of the function's qualified name, place. The first that fits.
     ("/model/", "keep_mask", "dropout"),
-    ("dropout", "", "dropout"),
+    ("/dropout.py", "", "dropout"),
     ("/model/layers.py", "Dropout.", "dropout"),
     ("/elementwise.py", "dropout", "dropout"),
     ("/model/layers.py", "LayerNorm.", "norm"),
     ("/model/layers.py", "FinalNorm.", "norm"),
     ("/pretrain/engine/gradient_norm.py", "poisoned", "head"),
     ("/pretrain/engine/gradient_norm.py", "", "gradient norm"),
-    ("norm", "", "norm"),
+    ("/layer_norm.py", "", "norm"),
     ("/model/layers.py", "Embedding.", "embedding"),
     ("/model/layers.py", "Block.", "residual"),
     ("/model/layers.py", "Head.", "head"),
@@ -53,6 +56,7 @@ def place_of_stack(frame: FrameType | None) -> str:
 
 @functools.cache
 def _place(file: str, function: str) -> str | None:
+    file = file.removeprefix(ROOT)
     if "/benchmarks/" in file or "/tests/" in file or ("/torch/" in file and "/torch/optim/" not in file):
         return None
     for part, beginning, place in RULES:

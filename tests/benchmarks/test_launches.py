@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.function import FunctionCtx
 
-from benchmarks import launches
+from benchmarks import launches, places
 from benchmarks.fake_cuda import backward, fake_cuda, set_materialize_grads
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally, foreach_launches
 from benchmarks.places import OTHER
@@ -196,6 +196,13 @@ def test_a_backward_pass_is_counted_where_its_forward_pass_was() -> None:
     assert forward.by_operator == {("norm", "native_layer_norm"): 1}
     assert counter.counts.by_operator["norm", "native_layer_norm_backward"] == 1
     assert x.grad is not None and x.grad.shape == (5, 8) and norm.weight.grad is not None
+
+
+def test_the_folder_of_a_checkout_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "ROOT", "/tests/dropout.py/layer_norm.py")
+    place = places._place.__wrapped__
+    assert place(f"{places.ROOT}/model/attention/dense.py", "attend") == "attention"
+    assert place(f"{places.ROOT}/tests/model/test_model.py", "attend") is None
 
 
 def test_the_guard_is_gone_afterwards() -> None:
