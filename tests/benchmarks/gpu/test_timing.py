@@ -111,10 +111,11 @@ DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and", "bitwise_xo
 PLAIN = {
     "linear_cross_entropy": {"aten.mul", "aten._to_copy"},
     "expert_linear": {"aten.add"},
-    "elementwise": {f"aten.{name}" for name in DROPOUT},
+    "elementwise": {f"aten.{name}" for name in (*DROPOUT, "native_layer_norm", "native_layer_norm_backward")},
 }
 """The loss makes its gradients in the forward pass, and the backward pass multiplies them. MoA's case gives the queries
-too, which the output projection takes: two gradients are added. On a CPU dropout is plain operators."""
+too, which the output projection takes: two gradients are added. On a CPU dropout and
+LayerNorm are plain operators."""
 
 
 class Devices(TorchDispatchMode):
