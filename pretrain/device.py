@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import resource
 import socket
 import sys
@@ -193,17 +194,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """Memory of this process now and at its peak: allocated tensors on a GPU, resident pages on a CPU. Waits for no
-    kernel."""
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU, or the processor's architecture."""
+    if device.type == "cuda":  # GPU-ONLY device-name
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.machine()}"
+
+
+def memory_bytes(device: torch.device) -> dict[str, int]:
+    """Memory of this process now and at its peak: allocated tensors on a GPU, and what torch has reserved for them;
+    resident pages on a CPU. Keys of metrics.jsonl. Waits for no kernel."""
     if device.type == "cuda":  # GPU-ONLY memory-bytes
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {
+            "memory_bytes": torch.cuda.memory_allocated(device),
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+        }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), peak
+            now = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
-        return peak, peak
+        now = peak
+    return {"memory_bytes": now, "memory_peak_bytes": peak}
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ On a CPU everything is there at once; the calls are the same, so that one course
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +30,44 @@ class Reading:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+class Laps:
+    """How long each of a sequence of phases took, by the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, torch.Event | float]] = []
+
+    def begin(self, name: str) -> None:
+        """The phase before ends, the next one begins. Waits for nothing."""
+        if self._device.type == "cuda":  # GPU-ONLY laps
+            event = torch.Event(self._device, enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def cut(self, name: str) -> Laps:
+        """The laps so far, and their end; this one goes on from there with the phase `name`."""
+        self.begin(name)
+        ended = Laps(self._device)
+        ended._marks, self._marks = self._marks, self._marks[-1:]
+        return ended
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, in the order of first appearance. Waits until the device has reached the end."""
+        if self._marks and not isinstance(self._marks[-1][1], float):
+            self._marks[-1][1].synchronize()
+        found: dict[str, float] = {}
+        for (name, start), (_, end) in pairwise(self._marks):
+            if isinstance(start, float) and isinstance(end, float):
+                seconds = end - start
+            else:  # GPU-ONLY laps-between
+                assert isinstance(start, torch.Event) and isinstance(end, torch.Event)
+                seconds = start.elapsed_time(end) / 1000.0
+            found[name] = found.get(name, 0.0) + seconds
+        return found
 
 
 class Stopwatch:

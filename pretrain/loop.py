@@ -24,8 +24,9 @@ from pretrain.parallel.agreement import agreed, check_same, check_shared, raise_
 from pretrain.parallel.context import parallel_context
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.metrics import step_values
-from pretrain.report.monitor import Monitor
+from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.run_folder import RunFolder
+from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer, guarded
 from pretrain.resilience.replicas import ReplicaCheck
@@ -119,7 +120,11 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         if not parallel.is_first:
             return None
         record_start(folder, start, config, layout(trainer.engine, parallel), last_step=last)
-        return Monitor(config, folder, first_step=step, last_step=last)
+        tokens = start.progress.consumed_sequences * config.model.sequence_length
+        origin = Origin(step, tokens, last, setup.device, dist.get_world_size())
+        return Monitor(
+            config, folder, origin, facts=start_facts(config, layout(trainer.engine, parallel), setup.device)
+        )
 
     monitor = agreed(prepare)
     replicas = None
@@ -225,7 +230,7 @@ class Segment:
         self._loss, self._validation_loss = finite(result.sums.loss), None
         if self.monitor is not None:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
-            self.monitor.step(values, result.sums.load)
+            self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
         self._judge(result.sums.loss)
 
     def _judge(self, loss: float) -> None:
@@ -401,4 +406,4 @@ class Segment:
         """Frees the engine, so that another can be built."""
         self.trainer.close()
         if self.monitor is not None:
-            self.monitor.flush()
+            self.monitor.close()

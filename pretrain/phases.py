@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Phases:
         """The phase may take any time."""
         self.step = 0
         """The optimizer step under way (from 1); 0 during start-up."""
+        self.on_enter: Callable[[str], None] | None = None
+        """Hears the name of every phase that begins."""
         self._map: mmap.mmap | None = None
 
     def enter(self, name: str, *, patient: bool = False) -> None:
@@ -46,6 +49,8 @@ class Phases:
         self.is_patient = patient
         self.since = time.monotonic()
         self._write()
+        if self.on_enter is not None:
+            self.on_enter(name)
 
     def alive(self) -> None:
         """Says that the phase makes progress, so that it is no hang."""

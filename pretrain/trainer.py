@@ -26,12 +26,13 @@ from pretrain.data.windows import Batch
 from pretrain.device import graph_maker
 from pretrain.engine import zero_1
 from pretrain.engine.build import build_engine
+from pretrain.engine.details import DetailsReading, Survey
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepReport
-from pretrain.late_reading import Stopwatch
+from pretrain.late_reading import Laps, Stopwatch
 from pretrain.parallel.agreement import agreed, attempt
 from pretrain.phases import Phases
 from pretrain.report.metrics import StepResult
@@ -71,6 +72,9 @@ class LaunchedStep:
     given: StepInput
     flips: Flips | None
     loss_scale: float | None
+    laps: Laps
+    """The phases since the end of the step before."""
+    details: DetailsReading | None = None
 
     def read(self) -> StepResult:
         """Waits until the device has ended the step, not for what was queued after it."""
@@ -80,6 +84,8 @@ class LaunchedStep:
             data_wait_seconds=self.given.wait_seconds,
             flips=self.flips,
             loss_scale=self.loss_scale,
+            phase_seconds=self.laps.seconds(),
+            details=None if self.details is None else self.details.read(),
         )
 
 
@@ -94,8 +100,14 @@ class Trainer:
     reduce: StepReducer
     data: TrainingData
     saver: Saver
+    survey: Survey | None = None
+    """Takes details of some steps."""
     tape: Tape | None = None
     """Records or replays the choices of routers."""
+
+    def __post_init__(self) -> None:
+        self._laps = Laps(self.setup.device)
+        self.setup.phases.on_enter = self._laps.begin
 
     def read_input(self, progress: Progress) -> StepInput:
         """The micro-batches of the step after `progress`, on this rank. All are read before the step's first
@@ -113,12 +125,18 @@ class Trainer:
         if self.data.stream.begins(progress.consumed_sequences):
             for memory in memories:
                 memory.forget()
-        set_learning_rate(self.engine, learning_rate(config, progress.step))
+        rate, details = learning_rate(config, progress.step), None
+        set_learning_rate(self.engine, rate)
         if self.tape is not None:
             enter("reading the recorded choices")
             self.tape.before_step(number, given.batches)
 
+        surveyed = self.survey if self.survey is not None and self.survey.is_due(number) else None
+        self.executor.before_update = surveyed.begin() if surveyed is not None else None
         output = self.executor.train(given.batches, self.setup.phases)  # forward, backward, clipping, update
+        if surveyed is not None:
+            enter("details")
+            details = surveyed.end(rate)
 
         enter("adding up over ranks")
         report = self.reduce(output, len(given.batches))
@@ -131,6 +149,8 @@ class Trainer:
         return LaunchedStep(
             report,
             given,
+            laps=self._laps.cut("reading the step's sums"),
+            details=details,
             flips=self.tape.after_step(number) if self.tape is not None else None,
             loss_scale=float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None,
         )
@@ -164,13 +184,16 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     if resumed is not None:
         phases.enter("loading the training state")
         _load_training_state(setup, resumed, engine)
+    reduce = StepReducer(engine.module, parallel, device)
+    has_board = config.monitor.tensorboard
     return Trainer(
         setup,
         engine,
         _executor(setup, engine),
-        StepReducer(engine.module, parallel, device),
+        reduce,
         data,
         Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous, alive=phases.alive),
+        survey=Survey(engine, config, parallel, device, reduce.router_names) if has_board else None,
     )
 
 

@@ -251,9 +251,15 @@ class MonitorConfig(Section):
     print_every_steps: PositiveInt = Field(10, json_schema_extra=FREE)
     """Steps between lines on the terminal, whose values are means of these steps; metrics.jsonl gets every step."""
     tensorboard: bool = Field(True, json_schema_extra=FREE)
-    """Write TensorBoard scalars to RUN_DIR/tensorboard."""
+    """Write curves, pictures and texts for TensorBoard to RUN_DIR/tensorboard."""
     tensorboard_every_steps: PositiveInt = Field(1, json_schema_extra=FREE)
-    """Steps between TensorBoard scalars."""
+    """Steps between the points of curves."""
+    details_every_steps: NonNegativeInt = Field(100, json_schema_extra=FREE)
+    """Steps between what costs time: norms of gradients, parameters and updates by group of parameters, histograms of
+    selection scores, pictures of the experts' load. The first step has them too. 0: never."""
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = Field(None, json_schema_extra=FREE)
+    """FLOP/s of one device at its best, which `flops_utilization` is a share of. null: by the maker's data sheet for a
+    known GPU in bf16 or fp16; on a CPU a matrix product measures it after the first step, in 0.2 s."""
     collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, json_schema_extra=FREE)
     """A router counts as collapsed in a step if the k busiest of its E experts get more than this share of its choices
     (a token chooses k). An even router has k / E; a router whose k / E is at least this share is not watched."""

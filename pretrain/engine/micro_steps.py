@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,9 @@ class Executor(Protocol):
     def module(self) -> nn.Module:
         """What this rank holds of the model."""
 
+    before_update: Callable[[], None] | None
+    """Called once a step, when all gradients are there and none is clipped or used yet."""
+
     def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
         """All micro-steps, clipping and the optimizer step. Collective."""
 
@@ -46,6 +49,7 @@ class PlainExecutor:
 
     def __init__(self, engine: Any, norm: GradientNorm) -> None:
         self._engine, self._norm = engine, norm
+        self.before_update: Callable[[], None] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -62,6 +66,8 @@ class PlainExecutor:
             auxiliary_sum = auxiliary_sum + auxiliary_loss
             if batch is batches[-1]:
                 phases.enter("update")
+                if self.before_update is not None:
+                    self.before_update()
                 self._norm.before_step()
             self._engine.step()
         return StepOutput(loss_sum, auxiliary_sum, self._norm.value(loss_sum.device))

@@ -163,6 +163,15 @@ class PipelineExecutor:
         self._engine = engine
         self._stage: PipelineStage = engine.module
         engine.module.gradient_scale = self._gradient_scale
+        self.before_update: Callable[[], None] | None = None
+        take_step = engine._take_model_step
+
+        def take_model_step(*args: Any) -> None:  # the engine's schedule calls it after the last reduction
+            if self.before_update is not None:
+                self.before_update()
+            take_step(*args)
+
+        engine._take_model_step = take_model_step
 
     def _gradient_scale(self) -> float:
         scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0

@@ -104,6 +104,11 @@ class StepReducer:
             dist.all_gather_object(parts, own, group=parallel.pipeline_group)
             self._parts = parts
 
+    @property
+    def router_names(self) -> list[str]:
+        """Canonical names of the routers of all stages, in the order of the model."""
+        return [name for part in self._parts for name in part.names]
+
     def __call__(self, output: StepOutput, num_micro_steps: int) -> StepReport:
         """Ends the step of every router; if the update was skipped, the routing distribution of the step before stays.
         Waits for no device. Collective: one reduction over data-parallel ranks and one for each other dimension in

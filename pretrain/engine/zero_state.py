@@ -58,6 +58,12 @@ def optimizer_steps(engine: Any) -> int:
     return int(states[0]["step"]) if states else 0
 
 
+def step_counter(engine: Any) -> Tensor:
+    """Adam's own counter of its updates, a scalar; after the first one."""
+    counter: Tensor = next(s["step"] for s in _torch_optimizer(engine).state.values() if "step" in s)
+    return counter
+
+
 def set_optimizer_steps(engine: Any, steps: int) -> None:
     """Sets the counter of every optimizer state (they exist once `pieces` was walked)."""
     optimizer = _torch_optimizer(engine)

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: RUN_DIR/tensorboard, written in the calling thread.
+"""An event file of TensorBoard, written in the calling thread.
 
 torch's SummaryWriter writes in a thread of its own, which a full disk ends with a traceback; every later call raises.
 Here only `flush` touches the disk, and what the disk refuses waits.
@@ -29,9 +29,9 @@ PENDING_BYTES = 1 << 26
 class Board:
     """Appends to an event file of its own, which begins with the first point."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        """`first_step`: points of later steps that an earlier start wrote are hidden; they are computed again. Raises
-        UserError if the folder cannot be made."""
+    def __init__(self, folder: Path, *, first_step: int, supersedes: bool = True) -> None:
+        """`first_step`: if this file `supersedes` them, points of later steps that an earlier start wrote are hidden;
+        they are computed again. Raises UserError if the folder cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -45,15 +45,18 @@ class Board:
         self._records = RecordWriter(self)
         self._flushed = time.monotonic()
         self._has_failed = False
-        self._head = [
-            Event(wall_time=time.time(), file_version="brain.Event:2"),
-            Event(wall_time=time.time(), step=first_step + 1, session_log=SessionLog(status=SessionLog.START)),
-        ]
+        self._head = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if supersedes:
+            start = SessionLog(status=SessionLog.START)
+            self._head.append(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
 
-    def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Points of one step by tag; None is no point."""
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of one step by tag."""
+        self.add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+
+    def add(self, step: int, summary: Summary) -> None:
+        """Anything else of one step."""
+        event = Event(wall_time=time.time(), step=step, summary=summary)
         for part in (*self._head, event):
             self._records.write(part.SerializeToString())
         self._head = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.training_data import TrainingData
 from pretrain.device import memory_bytes
+from pretrain.engine.details import Details
 from pretrain.engine.step_sums import StepSums
 from pretrain.report.router_load import load_summary
 from pretrain.routing.tape import Flips
@@ -30,6 +31,10 @@ class StepResult:
     """With train.replay_routing."""
     loss_scale: float | None = None
     """With fp16: the scale that the next step's loss is multiplied with."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """How long each phase took since the end of the step before, on this rank."""
+    details: Details | None = None
+    """Every monitor.details_every_steps."""
 
 
 def step_values(
@@ -42,7 +47,6 @@ def step_values(
     """The line of the step that led to `progress`. None stands for a loss that is not a number, and for the norm of a
     skipped update."""
     sums, consumed = result.sums, progress.consumed_sequences
-    memory, memory_peak = memory_bytes(device)
     values: dict[str, float | None] = {
         "step": progress.step,
         "loss": finite(sums.loss),
@@ -54,8 +58,7 @@ def step_values(
         "step_seconds": result.seconds,
         "data_wait_seconds": result.data_wait_seconds,
         "epoch": data.stream.epoch(consumed),
-        "memory_bytes": memory,
-        "memory_peak_bytes": memory_peak,
+        **memory_bytes(device),
         **load_summary(sums.load, config.model),
     }
     names = [source.name for source in data.sources.sources]

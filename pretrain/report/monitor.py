@@ -4,42 +4,79 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from common.strict_json import finite
+from model.costs import training_flops_per_token
 from pretrain.config.schema import Config
-from pretrain.report.board import Board
-from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_max, load_text
+from pretrain.engine.details import Details
+from pretrain.report.curves import Curves
+from pretrain.report.peak import Peak, find_peak
+from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_text
 from pretrain.report.run_folder import RunFolder
+from pretrain.report.tensorboard import TensorBoard
+from pretrain.report.writer import Position
 
 GIB = 1 << 30
 
 
-class Monitor:
-    """Gives a line per step to the run folder (metrics.jsonl), scalars to TensorBoard, a terse line to the terminal."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a start begins, and where it ends."""
 
-    def __init__(self, config: Config, folder: RunFolder, *, first_step: int, last_step: int) -> None:
-        """Raises UserError if RUN_DIR/tensorboard cannot be a folder."""
-        self._config, self._model = config.monitor, config.model
-        self._folder = folder
-        self._first, self._last = first_step, last_step
+    step: int
+    tokens: int
+    last_step: int
+    device: torch.device
+    ranks: int
+
+
+class Monitor:
+    """Gives a line per step to the run folder (metrics.jsonl), curves to TensorBoard, a terse line to the terminal."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, origin: Origin, *, facts: Mapping[str, str] | None = None
+    ) -> None:
+        """`facts`: title -> text of what tells this start from others. Raises UserError if RUN_DIR/tensorboard cannot
+        be a folder."""
+        self._whole, self._config, self._model = config, config.monitor, config.model
+        self._folder, self._origin = folder, origin
+        self._first, self._last = origin.step, origin.last_step
         self._start = time.monotonic()
         self._interval = Interval()
         self._collapse = CollapseWatch(config.monitor, config.model)
-        self._board = Board(folder.path / "tensorboard", first_step=first_step) if config.monitor.tensorboard else None
+        self._flops_per_token = training_flops_per_token(config.model)
+        self._peak: Peak | None = None
+        self._at = self._position(origin.step, origin.tokens)
+        self._curves: Curves | None = None
+        if config.monitor.tensorboard:
+            board = TensorBoard(folder.path / "tensorboard", self._at)
+            self._curves = Curves([board], config, self._at, facts or {})
+            folder.listen(self._curves.event)
 
-    def step(self, values: dict[str, Any], load: dict[str, Tensor]) -> None:
+    def step(
+        self,
+        values: dict[str, Any],
+        load: dict[str, Tensor],
+        *,
+        phase_seconds: dict[str, float] | None = None,
+        details: Details | None = None,
+    ) -> None:
         """Records optimizer step values["step"] (from 1); a None is a value that this step does not have."""
         step = int(values["step"])
+        values = {**values, **self._speed(step, values["tokens_per_second"])}
         self._folder.metrics(values)
-        if self._board is not None and (step % self._config.tensorboard_every_steps == 0 or step == self._last):
-            points = {f"train/{key}": value for key, value in values.items() if key != "step"}
-            points["train/perplexity"] = None if values["loss"] is None else finite(perplexity(values["loss"]))
-            for name, counts in load.items():
-                points[f"expert_load_max/{name}"] = load_max(counts)
-            self._board.add(step, points)
+        self._at = self._position(step, int(values.get("tokens", 0)))
+        if self._curves is not None:
+            self._curves.count(load)
+            if step % self._config.tensorboard_every_steps == 0 or step == self._last:
+                self._curves.step(self._at, values, phase_seconds or {})
+            if details is not None:
+                self._curves.details(self._at, details)
         self._interval.add(values, load)
         if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
             print(self._line(step, values), flush=True)
@@ -48,6 +85,21 @@ class Monitor:
             loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
             print(f"step {step:>{len(str(self._last))}}/{self._last}  {loss}, update skipped", flush=True)
         self._warn_of_collapse(step, self._collapse.step(load))
+
+    def _position(self, step: int, tokens: int) -> Position:
+        return Position(step, tokens, float(tokens) * self._flops_per_token)
+
+    def _speed(self, step: int, tokens_per_second: float) -> dict[str, float]:
+        """The model's FLOP/s on all ranks and, once the peak is known, the share of it that is used."""
+        flops = self._flops_per_token * tokens_per_second
+        if step == self._first + 1 and self._curves is not None:
+            origin = self._origin
+            self._peak = find_peak(origin.device, self._whole.train.precision, self._config.peak_flops)
+            if self._peak is not None and self._curves is not None:
+                self._curves.tell("peak of a device", f"{self._peak.flops / 1e12:.3g} TFLOP/s, {self._peak.source}")
+        if self._peak is None:
+            return {"flops_per_second": flops}
+        return {"flops_per_second": flops, "flops_utilization": flops / (self._peak.flops * self._origin.ranks)}
 
     def _warn_of_collapse(self, step: int, due: list[Collapsed]) -> None:
         if not due:
@@ -63,8 +115,8 @@ class Monitor:
     def validation(self, step: int, values: dict[str, Any], *, split: str) -> None:
         """Records a validation on `split` after optimizer step `step`; a None is a value that is not finite."""
         self._folder.event("validation", step=step, split=split, **values)
-        if self._board is not None:
-            self._board.add(step, {f"validation/{key}": value for key, value in values.items()})
+        if self._curves is not None:
+            self._curves.validation(self._at, values, split)
         what = "loss not finite"
         if values["loss"] is not None:
             what = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}"
@@ -74,9 +126,15 @@ class Monitor:
         print(f"validation after step {step}{where}: {what}", flush=True)
 
     def flush(self) -> None:
-        """Brings TensorBoard's file to the disk; call it at every point that the run may continue from."""
-        if self._board is not None:
-            self._board.flush()
+        """Brings the curves to the disk; call it at every point that the run may continue from."""
+        if self._curves is not None:
+            self._curves.flush()
+
+    def close(self) -> None:
+        """Ends the thread that draws."""
+        if self._curves is not None:
+            self._folder.listen(None)
+            self._curves.close()
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
         """The line on the terminal: means since the line before; learning rate and memory of the newest step."""

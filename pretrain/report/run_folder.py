@@ -6,12 +6,13 @@ import collections
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
-from common.line_log import LineLog, is_event, is_step
+from common.line_log import LineLog, Row, is_event, is_step
 from common.run_lock import FolderLock
 from pretrain.report import console
 from pretrain.report.exit_codes import ExitCode
@@ -38,6 +39,8 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.lock: FolderLock | None = None
+        self._listener: Callable[[Row], None] | None = None
+        self._unheard: collections.deque[Row] = collections.deque(maxlen=1000)
         self._has_ended = False
         self._writes = writes
         self._metrics = LineLog(path / "metrics.jsonl", is_step)
@@ -123,7 +126,19 @@ class RunFolder:
     def event(self, kind: str, **values: Any) -> None:
         """One line of events.jsonl: what happened, when (seconds since the epoch)."""
         if self._writes:
-            self._events.append({"event": kind, "time": time.time(), **values})
+            row = {"event": kind, "time": time.time(), **values}
+            self._events.append(row)
+            if self._listener is not None:
+                self._listener(row)
+            else:
+                self._unheard.append(row)
+
+    def listen(self, listener: Callable[[Row], None] | None) -> None:
+        """From now on `listener` hears of every event, in the thread where it happens; first of those that nobody has
+        heard of. None: nobody does."""
+        self._listener = listener
+        while listener is not None and self._unheard:
+            listener(self._unheard.popleft())
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl: exactly one per optimizer step, floats with full precision."""

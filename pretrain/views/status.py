@@ -11,8 +11,8 @@ from typing import Any
 from common.run_lock import BEAT_SECONDS
 from common.tables import text_table
 from common.terminal import visible
+from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import MEANING, ExitCode
-from pretrain.views.event_text import event_text
 from pretrain.views.reading import RunView, State, setting
 from pretrain.views.text_plot import text_plot
 

@@ -62,7 +62,7 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     of_symbols = validation("symbols")  # a symbol is a byte, whatever its number
     assert of_symbols["bits_per_byte"] == pytest.approx(of_symbols["loss"] / math.log(2), rel=1e-12)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    (scalar,) = board.Scalars("validation/bits_per_byte")
+    (scalar,) = board.Scalars("bits per byte/validation")
     assert scalar.step == 2 and scalar.value == pytest.approx(values["bits_per_byte"], rel=1e-6)
     (line,) = [line for line in printed if f"bits per byte {values['bits_per_byte']:.4f}" in line]
     assert line.startswith("validation after step 2: loss")

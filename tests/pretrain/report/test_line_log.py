@@ -144,16 +144,16 @@ def test_the_board_keeps_points_for_a_full_disk_and_hides_superseded_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = Board(tmp_path, first_step=0)
-    board.add(1, {"a": 1.0, "b": None})
+    board.scalars(1, {"a": 1.0})
     board.flush()
     with disk_of(board.path.stat().st_size + 5):
-        board.add(2, {"a": 2.0})
+        board.scalars(2, {"a": 2.0})
         board.flush()
-    board.add(3, {"a": 3.0})
+    board.scalars(3, {"a": 3.0})
     board.flush()
     later = Board(tmp_path, first_step=2)
     assert not later.path.exists(), "a start that writes no point leaves no file"
-    later.add(3, {"a": 30.0})
+    later.scalars(3, {"a": 30.0})
     later.flush()
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [(point.step, point.value) for point in read.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

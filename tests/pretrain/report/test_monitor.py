@@ -84,21 +84,21 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
             documented = set(re.findall(r"`([a-z_/A-Z]+)`", METRICS_TABLE))
             assert row.keys() <= documented, row.keys() - documented
             replayed = {"routing_choices", "routing_flips", "routing_flip_distance"}
-            assert documented - row.keys() == {"loss_scale", "epoch/NAME", *replayed}
+            assert documented - row.keys() == {"loss_scale", "epoch/NAME", "memory_reserved_bytes", *replayed}
         board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
         tags = set(board.Tags()["scalars"])
         assert {
-            "train/loss",
-            "train/grad_norm",
-            "train/perplexity",
-            "train/lr",
-            "train/tokens_per_second",
-            "validation/loss",
-            "validation/perplexity",
-            "expert_load_max/blocks.1.feedforward.statistics",
+            "loss/train",
+            "optimizer/gradient norm",
+            "perplexity/train",
+            "optimizer/learning rate",
+            "speed/tokens per second",
+            "loss/validation",
+            "perplexity/validation",
+            "routing/feed-forward/load max/block 1",
         } <= tags
-        assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3]
-        assert board.Scalars("train/loss")[2].value == pytest.approx(rows[2]["loss"], rel=1e-6)
+        assert [e.step for e in board.Scalars("loss/train")] == [1, 2, 3]
+        assert board.Scalars("loss/train")[2].value == pytest.approx(rows[2]["loss"], rel=1e-6)
         events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
         (validation,) = [e for e in events if e["event"] == "validation"]
         assert validation["tokens"] == 21 * 16 and validation["unigram_perplexity"] > 1

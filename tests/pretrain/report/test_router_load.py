@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.report.monitor import Monitor
+from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.router_load import Collapsed, CollapseWatch, choices, load_summary, load_text
 from pretrain.report.run_folder import RunFolder
 from tests.pretrain.resilience.faults import events
@@ -103,7 +103,7 @@ def test_a_line_has_the_means_of_its_interval(
 ) -> None:
     config = small_config(prepared, "monitor.print_every_steps=4", "monitor.collapse_after_steps=2")
     folder = RunFolder(tmp_path, writes=True)
-    monitor = Monitor(config, folder, first_step=0, last_step=9)
+    monitor = Monitor(config, folder, Origin(0, 0, 9, torch.device("cpu"), 1))
     even = {name: torch.ones_like(counts) for name, counts in LOAD.items()}
     for step, loss, norm, seconds, load in (
         (1, 6.0, 1.0, 1.0, even),

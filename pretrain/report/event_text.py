@@ -54,7 +54,9 @@ TEXTS = {
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
     "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
     "router_collapsed": _collapsed,
-    "changed_setting": lambda e: f"setting {e.get('key', '?')} changed from {e.get('was', '?')} to {e.get('now', '?')}",
+    "changed_setting": lambda e: (
+        f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
+    ),
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",
     "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
 }

@@ -1,0 +1,177 @@
+"""What a step tells about the inside of the model, at a cost that not every step should pay: the norms of gradients,
+parameters and updates by group of parameters, and how the selection scores of every router are distributed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.config import MoAConfig, ModelConfig
+from model.language_model import routing_statistics
+from model.parallel.context import ParallelContext
+from model.parameter_spec import ParameterSpec
+from model.parameters import parameter_specs
+from model.routing import Choices, Place, RoutingStatistics
+from pretrain.config.schema import Config
+from pretrain.device import on_collective_device
+from pretrain.engine.zero_state import Piece, pieces, step_counter
+from pretrain.late_reading import Reading
+
+GROUPS = ("embedding", "attention", "routers", "experts", "feed-forward", "norms", "head")
+"""Of parameters: `attention` and `feed-forward` are what is neither expert nor router of theirs."""
+KINDS = ("gradient norm", "parameter norm", "update norm")
+BINS = 20
+"""Of a histogram of scores, which lie between 0 and 1."""
+
+
+def group_of(name: str, spec: ParameterSpec) -> str:
+    """The group of the parameter with this canonical name."""
+    parts = name.split(".")
+    if parts[0] in ("embedding", "head"):
+        return parts[0]
+    if spec.experts is not None:
+        return "experts"
+    if parts[-1] == "router" or parts[-1].endswith("selector"):
+        return "routers"
+    module = parts[-2] if parts[0] != "blocks" else parts[2]
+    if module.endswith("norm"):
+        return "norms"
+    return "attention" if module == "attention" else "feed-forward"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Of one optimizer step, the same on every rank."""
+
+    norms: dict[str, dict[str, float]]
+    """Kind -> group -> Euclidean norm; the gradient's is that before clipping. Groups without parameters are left out.
+    """
+    scores: dict[str, Tensor]
+    """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1."""
+
+
+@dataclass(frozen=True)
+class DetailsReading:
+    """Details that the device may still be computing."""
+
+    reading: Reading
+    routers: Sequence[str]
+
+    def read(self) -> Details:
+        """Waits for the device."""
+        values = self.reading.get()
+        squares = values[: len(KINDS) * len(GROUPS)].view(len(KINDS), len(GROUPS)).tolist()
+        norms = {
+            kind: {group: math.sqrt(square) for group, square in zip(GROUPS, row, strict=True) if square > 0.0}
+            for kind, row in zip(KINDS, squares, strict=True)
+        }
+        counts = values[len(KINDS) * len(GROUPS) :].view(-1, BINS)
+        return Details(norms, {n: c / c.sum() for n, c in zip(self.routers, counts, strict=True) if c.sum() > 0})
+
+
+class ScoreCounter:
+    """Counts one router's scores in the place where its choices can be recorded; it changes none."""
+
+    def __init__(self, inner: Choices | None, counts: Tensor, *, softmax: bool) -> None:
+        """`inner`: what records or replaces the choices already, or None. `counts` [BINS] fp64 is added to."""
+        self._inner, self._counts, self._softmax = inner, counts, softmax
+        self.replaces = inner is not None and inner.replaces
+
+    def settle(self, own: Tensor, logits: Tensor, place: Place, *, is_repeated: bool) -> Tensor:
+        if not is_repeated:
+            wide = logits.detach().float()
+            scores = wide.softmax(-1) if self._softmax else wide.sigmoid()
+            self._counts += torch.histc(scores, BINS, 0.0, 1.0)
+        if self._inner is None:
+            return own
+        return self._inner.settle(own, logits, place, is_repeated=is_repeated)
+
+
+class Survey:
+    """Takes the details of a step. Its calls are collective."""
+
+    def __init__(
+        self,
+        engine: Any,
+        config: Config,
+        parallel: ParallelContext,
+        device: torch.device,
+        routers: Sequence[str],
+    ) -> None:
+        """`routers`: canonical names of all routers of the model, those of other pipeline stages included."""
+        self._engine, self._config, self._parallel = engine, config, parallel
+        self._names = list(routers)
+        self._flat = torch.zeros(len(KINDS) * len(GROUPS) + len(routers) * BINS, dtype=torch.float64, device=device)
+        split = len(KINDS) * len(GROUPS)
+        self._squares = self._flat[:split].view(len(KINDS), len(GROUPS))
+        self._counts = self._flat[split:].view(-1, BINS)
+        self._listening: list[tuple[RoutingStatistics, Any]] = []
+
+    def is_due(self, step: int) -> bool:
+        every = self._config.monitor.details_every_steps
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def begin(self) -> Callable[[], None]:
+        """Before the first micro-step. Returns what to call when all gradients are there and none is used yet."""
+        self._flat.zero_()
+        model: ModelConfig = self._config.model
+        for name, router in routing_statistics(self._engine.module):
+            softmax = isinstance(model.attention, MoAConfig) and ".attention." in name
+            self._listening.append((router, router.choices))
+            router.choices = ScoreCounter(router.choices, self._counts[self._names.index(name)], softmax=softmax)
+        return self._take_gradients
+
+    def end(self, learning_rate: float) -> DetailsReading:
+        """After the update, made with this learning rate."""
+        for router, before in self._listening:
+            router.choices = before
+        self._listening = []
+        for group, piece, decayed in self._own_pieces():
+            self._add(1, group, piece.master)
+            self._add(2, group, self._update(piece, learning_rate, decayed=decayed))
+        summed = on_collective_device(self._flat.clone())
+        dist.all_reduce(summed)
+        return DetailsReading(Reading(summed), self._names)
+
+    def _take_gradients(self) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        # Each element is counted by the rank that would save it, so that no layout counts one twice.
+        own = {piece.name: (group, piece) for group, piece, _ in self._own_pieces()}
+        scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+        for name, parameter in self._engine.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)  # collective, one parameter at a time
+            if name in own and gradient is not None:
+                group, piece = own[name]
+                part = gradient.detach().reshape(-1)[piece.start : piece.start + piece.master.numel()]
+                self._add(0, group, part.float() / scale)
+
+    def _own_pieces(self) -> list[tuple[str, Piece, bool]]:
+        """Group, piece and whether it is decayed, of what this rank alone would save."""
+        parallel, specs = self._parallel, parameter_specs(self._config.model)
+        return [
+            (group_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
+            for piece in pieces(self._engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True)
+            if parallel.tensor_rank == 0 or specs[piece.name].divided is not None
+        ]
+
+    def _update(self, piece: Piece, learning_rate: float, *, decayed: bool) -> Tensor:
+        """What AdamW has added to the weights, computed back from the state that it left (Loshchilov & Hutter 2019,
+        algorithm 2): a copy of the weights before the step would cost as much memory as the weights."""
+        settings, (beta1, beta2) = self._config.optimizer, self._config.optimizer.betas
+        steps = step_counter(self._engine).to(piece.master.device)
+        first = piece.moments["exp_avg"] / (1.0 - beta1**steps)
+        second = piece.moments["exp_avg_sq"] / (1.0 - beta2**steps)
+        change = learning_rate * first / (second.sqrt() + settings.eps)
+        decay = learning_rate * settings.weight_decay if decayed else 0.0
+        return change + decay * (piece.master + change) / (1.0 - decay)
+
+    def _add(self, kind: int, group: str, values: Tensor) -> None:
+        square = torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
+        self._squares[kind, GROUPS.index(group)] += square.to(self._flat.device)

@@ -1,0 +1,171 @@
+"""What a run shows on its boards: curves every few steps, pictures and histograms every monitor.details_every_steps.
+
+Pictures are drawn by a thread of their own; this thread hands them to the writers with its next point, or at a flush.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from common.line_log import Row
+from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+from pretrain.engine.details import Details
+from pretrain.report import tags
+from pretrain.report.event_text import event_text
+from pretrain.report.router_load import choices
+from pretrain.report.writer import Position, Writer
+
+SHOWN_EVENTS = {
+    "changed_setting",
+    "checkpoint_failed",
+    "checkpoint_passed_over",
+    "hang",
+    "lock_taken_over",
+    "loss_spike",
+    "replicas_differ",
+    "rollback",
+    "router_collapsed",
+    "skipped_update",
+    "started",
+}
+
+
+class Curves:
+    """Gives what a step tells to every writer. Called by one thread."""
+
+    def __init__(self, writers: Sequence[Writer], config: Config, start: Position, facts: Mapping[str, str]) -> None:
+        """facts: title -> text, of this start. Nothing is written before the first point."""
+        self._writers, self._config, self._at, self._facts = writers, config, start, facts
+        self._has_begun = False
+        self._choices = choices(config.model)
+        self._load: dict[str, Tensor] = {}
+        """Choices per expert, summed since the last details."""
+        self._artist = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._drawn: list[tuple[int, str, Future[bytes]]] = []
+        self._events: collections.deque[Row] = collections.deque()
+
+    def _begin(self, step: int) -> None:
+        if self._has_begun:
+            return
+        self._has_begun, tree = True, to_json(self._config)
+        for writer in self._writers:
+            writer.settings(dict(_settings(tree)))
+            writer.text(step, "run/configuration", f"```json\n{json.dumps(tree, indent=1)}\n```")
+            for title, text in self._facts.items():
+                writer.text(step, f"run/{title}", text)
+
+    def step(self, at: Position, values: dict[str, Any], phase_seconds: dict[str, float]) -> None:
+        """values: the line of metrics.jsonl."""
+        self._begin(at.step)
+        self._at, points = at, {}
+        for key, value in values.items():
+            if value is not None and key != "step":
+                tag, factor = tags.tag_of(key)
+                points[tag] = float(value) * factor
+        points |= {f"time of a step in seconds/{name}": seconds for name, seconds in phase_seconds.items()}
+        if values.get("loss") is not None:
+            points["perplexity/train"] = math.exp(min(float(values["loss"]), 700.0))
+        for writer in self._writers:
+            writer.scalars(at, points)
+        self._hand_over(wait=False)
+
+    def tell(self, title: str, text: str) -> None:
+        """One more fact about this start."""
+        self._facts = {**self._facts, title: text}
+
+    def count(self, load: dict[str, Tensor]) -> None:
+        """Adds the choices of a step to those that the next pictures show."""
+        for name, counts in load.items():
+            self._load[name] = self._load[name] + counts if name in self._load else counts
+
+    def details(self, at: Position, details: Details) -> None:
+        """Norms, histograms, and the experts' load since the details before."""
+        points = {f"{kind} by group/{group}": norm for kind, of in details.norms.items() for group, norm in of.items()}
+        for group, norm in details.norms["parameter norm"].items():
+            update = details.norms["update norm"].get(group)
+            if update is not None:
+                points[f"update norm over parameter norm/{group}"] = update / norm
+        points |= tags.router_points(self._load)
+        for writer in self._writers:
+            writer.scalars(at, points)
+            for name, shares in details.scores.items():
+                kind, block = tags.router_of(name)
+                writer.histogram(at.step, f"selection scores/{kind}/block {block:02d}", shares)
+        self._draw(at.step)
+        self._load = {}
+
+    def validation(self, at: Position, values: dict[str, Any], split: str) -> None:
+        self._begin(at.step)
+        where = "validation" if split == "validation" else f"{split} split"
+        names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+        points = {f"{names[key]}/{where}": float(v) for key, v in values.items() if key in names and v is not None}
+        for writer in self._writers:
+            writer.scalars(at, points)
+
+    def event(self, row: Row) -> None:
+        """One of events.jsonl, from any thread."""
+        if row["event"] in SHOWN_EVENTS:
+            self._events.append(row)
+
+    def flush(self) -> None:
+        """At every point that the run may continue from: all that was shown is on the disk."""
+        self._hand_over(wait=True)
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._artist.shutdown()
+        for writer in self._writers:
+            writer.close()
+
+    def _draw(self, step: int) -> None:
+        from pretrain.report.pictures import draw_load, load_pictures  # imports matplotlib, half a second
+
+        every = self._config.monitor.details_every_steps
+        since = f"step {step}" if step == 1 else f"steps {max(2, step - every + 1)} to {step}"
+        for kind, rows in load_pictures(self._load).items():
+            choice, heads = self._choices[_layer(kind)], len(rows) // self._config.model.num_layers
+            title = f"{kind}: load of the experts, {since}"
+            drawn = self._artist.submit(draw_load, title, rows, heads=heads, active=choice.active)
+            self._drawn.append((step, f"load of the experts/{kind}", drawn))
+
+    def _hand_over(self, *, wait: bool) -> None:
+        while self._has_begun and self._events:
+            row = self._events.popleft()
+            step = row.get("step")
+            for writer in self._writers:
+                at = step if isinstance(step, int) else self._at.step
+                writer.event(at, row["event"].replace("_", " "), event_text(row, row["time"]))
+        waiting = []
+        for step, tag, drawn in self._drawn:
+            if wait or drawn.done():
+                for writer in self._writers:
+                    writer.image(step, tag, drawn.result())
+            else:
+                waiting.append((step, tag, drawn))
+        self._drawn = waiting
+
+
+def _layer(kind: str) -> str:
+    """attention value -> attention; feed-forward -> feedforward."""
+    return "feedforward" if kind.startswith("feed-forward") else "attention"
+
+
+def _settings(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted key and value of every setting that may tell runs apart; what is written where is left out."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _settings(value, f"{prefix}{key}.")
+        elif value is not None and prefix != "monitor.":
+            found.append((f"{prefix}{key}", value))
+    return found

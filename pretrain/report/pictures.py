@@ -1,0 +1,53 @@
+"""Pictures for the board, drawn in memory."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pretrain.report.tags import router_of
+
+LABELS = 16
+"""Most labels of an axis that can be read."""
+
+
+def load_pictures(load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Choices per expert of every router, [E] or [H, E] -> for each kind of router [blocks x H, E]: an expert's load in
+    units of the mean load of its router."""
+    kinds: dict[str, dict[int, Tensor]] = {}
+    for name, counts in load.items():
+        kind, block = router_of(name)
+        rows = counts.double().view(-1, counts.shape[-1])
+        mean = rows.sum(-1, keepdim=True).clamp_min(1.0) / rows.shape[-1]
+        kinds.setdefault(kind, {})[block] = rows / mean
+    return {kind: torch.cat([blocks[block] for block in sorted(blocks)]) for kind, blocks in kinds.items()}
+
+
+def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
+    """PNG of a heat map. rows: [blocks x heads, E], 1 is even; the scale ends at the most that is possible, E / k."""
+    height, experts = rows.shape
+    figure = Figure(
+        figsize=(max(4.0, min(14.0, 2.5 + 0.28 * experts)), max(2.4, min(14.0, 1.4 + 0.2 * height))), dpi=100
+    )
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(rows.numpy(), aspect="auto", vmin=0.0, vmax=max(2.0, experts / active), cmap="viridis")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("block" if heads == 1 else f"block (its {heads} heads in turn)")
+    axes.set_xticks(range(0, experts, -(-experts // LABELS)))
+    blocks = height // heads
+    shown = range(0, blocks, -(-blocks // LABELS))
+    axes.set_yticks([block * heads + (heads - 1) / 2 for block in shown], [str(block) for block in shown])
+    if heads > 1:
+        for block in range(1, blocks):
+            axes.axhline(block * heads - 0.5, color="white", linewidth=0.6)
+    figure.colorbar(image, label="load in units of the mean, 1 is even")
+    figure.tight_layout()
+    data = io.BytesIO()
+    canvas.print_png(data)
+    return data.getvalue()

@@ -1,0 +1,77 @@
+"""Curves, pictures and texts for TensorBoard: RUN_DIR/tensorboard.
+
+TensorBoard draws against steps. The losses against tokens and against FLOPs are curves of their own, in the runs
+`against tokens` and `against MFLOP`, whose steps are those units. What happened is in the run `events`: a start that
+computes steps again hides their points, and no event.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import summary as summaries
+
+from pretrain.report import tags
+from pretrain.report.board import Board
+from pretrain.report.writer import Position
+
+MEGA = 1e6
+COMPARED = "loss/train", "loss/validation"
+"""The metrics of a run's row among the hyperparameters, and the curves that have further axes."""
+
+
+class TensorBoard:
+    """A `Writer`."""
+
+    def __init__(self, folder: Path, start: Position) -> None:
+        """`start`: where the first point comes after. Raises UserError if the folder cannot be made."""
+        self._main = Board(folder, first_step=start.step)
+        self._events = Board(folder / "events", first_step=start.step, supersedes=False)
+        self._tokens = Board(folder / "against tokens", first_step=start.tokens)
+        self._flops = Board(folder / "against MFLOP", first_step=int(start.flops / MEGA))
+
+    def scalars(self, at: Position, values: Mapping[str, float]) -> None:
+        self._main.scalars(at.step, values)
+        for axis, board, place in (("tokens", self._tokens, at.tokens), ("MFLOP", self._flops, int(at.flops / MEGA))):
+            points = {f"loss against {axis}/{tag[5:]}": values[tag] for tag in COMPARED if tag in values}
+            if points:
+                board.scalars(place, points)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._main.add(step, summaries.text(tag, text))
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        self._events.add(step, summaries.text(f"events/{kind}", text))
+
+    def histogram(self, step: int, tag: str, shares: Tensor) -> None:
+        count = len(shares)
+        edges, centres = [(i + 1) / count for i in range(count)], [(i + 0.5) / count for i in range(count)]
+        weights = shares.tolist()
+        mean = sum(c * w for c, w in zip(centres, weights, strict=True))
+        squares = sum(c * c * w for c, w in zip(centres, weights, strict=True))
+        self._main.add(step, summaries.histogram_raw(tag, 0.0, 1.0, 1.0, mean, squares, edges, weights))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        width, height = struct.unpack(">II", png[16:24])  # of the first chunk, IHDR
+        picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._main.add(step, Summary(value=[Summary.Value(tag=tag, image=picture)]))
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        kept = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values.items()
+        }
+        for part in (*summaries.hparams(kept, dict.fromkeys(COMPARED, 0.0)), summaries.custom_scalars(tags.layout())):
+            self._main.add(0, part)
+
+    def flush(self) -> None:
+        for board in (self._main, self._events, self._tokens, self._flops):
+            board.flush()
+
+    def close(self) -> None:
+        self.flush()

@@ -1,0 +1,176 @@
+"""The details of a step against plain PyTorch, and the same in every layout: no element and no token counts twice."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.language_model import routing_statistics
+from model.parameters import parameter_specs
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from pretrain.engine.details import BINS, GROUPS, KINDS, Details, group_of
+from tests.harness import run_ranks
+from tests.pretrain.matrix import Layout, config_of
+from tests.pretrain.runs import one_step, plain_trace, trainer_of
+
+STEPS = 3
+ONE = Layout(zero=0)
+TWO = [
+    Layout(data=2, zero=3),
+    Layout(tensor=2, sequence=True, zero=1, recompute="full"),
+    Layout(pipeline=2),
+    Layout(data=2, expert=2, zero=2),
+]
+FOUR = [Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, expert=2), Layout(pipeline=2, data=2, zero=1)]
+
+
+def configured(prepared: Path, model: str, layout: Layout) -> Config:
+    return config_of(prepared, model, layout, "monitor.tensorboard=true", "monitor.details_every_steps=1")
+
+
+def details_of(rank: int, configs: list[Config]) -> list[list[Details]]:
+    """Of every step, of every configuration."""
+    found = []
+    for config in configs:
+        trainer = trainer_of(config)
+        results = [one_step(trainer, Progress(step, step * 8)) for step in range(STEPS)]
+        found.append([result.details for result in results])
+        trainer.engine.destroy()
+    return found if rank == 0 else []  # type: ignore[return-value]
+
+
+class Probe:
+    """Keeps what a router saw."""
+
+    replaces = False
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def settle(self, own: Tensor, logits: Tensor, place: Any, *, is_repeated: bool) -> Tensor:
+        self.logits.append(logits.detach().clone())
+        return own
+
+
+def seen(rank: int, config: Config) -> tuple[list[Details], list[dict[str, Tensor]], list[dict[str, np.ndarray]]]:
+    """One process: the details, the weights before and after every step, and every logit of its routers."""
+    trainer = trainer_of(config)
+    probes = {name: Probe() for name, _ in routing_statistics(trainer.engine.module)}
+    for name, router in routing_statistics(trainer.engine.module):
+        router.choices = probes[name]
+    details, weights, logits = [], [copy(trainer.engine.module)], []
+    for step in range(STEPS):
+        details.append(one_step(trainer, Progress(step, step * 8)).details)
+        weights.append(copy(trainer.engine.module))
+        logits.append({name: np.concatenate([t.numpy().ravel() for t in p.logits]) for name, p in probes.items()})
+        for probe in probes.values():
+            probe.logits.clear()
+    return details, weights, logits  # type: ignore[return-value]
+
+
+def copy(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def grouped(config: Config, values: dict[str, Tensor]) -> dict[str, float]:
+    """Euclidean norm by group, in fp64 and by hand."""
+    specs, squares = parameter_specs(config.model), dict.fromkeys(GROUPS, 0.0)
+    for name, value in values.items():
+        squares[group_of(name, specs[name])] += float((value.double() ** 2).sum())
+    return {group: math.sqrt(square) for group, square in squares.items() if square}
+
+
+@pytest.mark.parametrize("model", ["switchall", pytest.param("moa", marks=pytest.mark.slow)])
+def test_one_process_gives_what_plain_pytorch_gives(prepared: Path, model: str) -> None:
+    config = configured(prepared, model, ONE)
+    [(details, weights, logits)] = run_ranks(seen, 1, config)
+    gradients = plain_trace(config_of(prepared, model, Layout(micro=8)), STEPS, tuple(range(STEPS))).gradients
+    is_softmax = {name: model == "moa" and ".attention." in name for name in details[0].scores}
+    assert is_softmax.keys() == logits[0].keys()
+    for step, found in enumerate(details):
+        before, after = weights[step], weights[step + 1]
+        update = {name: after[name].double() - before[name].double() for name in before}
+        for kind, values in zip(KINDS, (gradients[step], after, update), strict=True):
+            expected = grouped(config, values)
+            assert found.norms[kind].keys() == expected.keys()
+            for group, norm in expected.items():
+                # The update's reference is a difference of fp32 weights.
+                assert found.norms[kind][group] == pytest.approx(norm, rel=2e-3 if kind == KINDS[2] else 1e-5), kind
+        for name, shares in found.scores.items():
+            experts = 5 if is_softmax[name] else 0
+            values = logits[step][name].astype(np.float64)
+            if is_softmax[name]:
+                rows = np.exp(values.reshape(-1, experts))
+                scores = (rows / rows.sum(-1, keepdims=True)).ravel()
+            else:
+                scores = 1 / (1 + np.exp(-values))
+            counts, _ = np.histogram(scores, BINS, (0, 1))
+            # A score on the edge of two bins may be rounded into either.
+            assert np.abs(shares.numpy() * counts.sum() - counts).sum() <= 2 + 1e-6, name
+
+
+def pairs(found: Details, expected: Details) -> Iterator[tuple[str, float, float]]:
+    for kind in KINDS:
+        assert found.norms[kind].keys() == expected.norms[kind].keys()
+        yield from ((f"{kind} {g}", found.norms[kind][g], n) for g, n in expected.norms[kind].items())
+
+
+def check(prepared: Path, model: str, ranks: int, layouts: list[Layout]) -> None:
+    [[reference]] = run_ranks(details_of, 1, [configured(prepared, model, ONE)])
+    every = run_ranks(details_of, ranks, [configured(prepared, model, layout) for layout in layouts])[0]
+    for layout, found in zip(layouts, every, strict=True):
+        for step, (own, expected) in enumerate(zip(found, reference, strict=True)):
+            for what, ours, theirs in pairs(own, expected):
+                # AdamW's first steps divide small gradients by themselves.
+                rel = 1e-2 if "update" in what else 1e-4
+                assert ours == pytest.approx(theirs, rel=rel), f"{layout}, step {step + 1}: {what}"
+            assert own.scores.keys() == expected.scores.keys()
+            for name, shares in own.scores.items():
+                assert float((shares - expected.scores[name]).abs().max()) < 0.01, f"{layout}: {name}"
+
+
+def test_layouts_of_two_ranks_give_the_same(prepared: Path) -> None:
+    check(prepared, "switchall", 2, TWO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, layouts", itertools.product(["switchall", "switchall xl"], [FOUR]))
+def test_layouts_of_four_ranks_give_the_same(prepared: Path, model: str, layouts: list[Layout]) -> None:
+    check(prepared, model, 4, layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_bf16_is_near_fp32(prepared: Path, precision: str) -> None:
+    """Its gradients lie where DeepSpeed's optimizers for bf16 keep them."""
+    configs = [configured(prepared, "switchall", layout) for layout in TWO[:3]]
+    wide = run_ranks(details_of, 2, configs)[0]
+    trees = [
+        config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+        for config in configs
+    ]
+    narrow = run_ranks(details_of, 2, trees)[0]
+    for layout, own, expected in zip(TWO, narrow, wide, strict=False):
+        for what, ours, theirs in pairs(own[0], expected[0]):
+            if "update" not in what:
+                assert ours == pytest.approx(theirs, rel=0.05), f"{layout}: {what}"
+
+
+def test_every_parameter_has_a_group(prepared: Path) -> None:
+    for model in ("switchall", "moa", "dense", "switchall xl"):
+        config = config_of(prepared, model, ONE)
+        groups = {name: group_of(name, spec) for name, spec in parameter_specs(config.model).items()}
+        assert set(groups.values()) <= set(GROUPS)
+        assert groups["blocks.0.attention.key.weight"] == "attention"
+        assert groups["final_norm.weight"] == groups["blocks.0.feedforward_norm.bias"] == "norms"
+        assert groups["head.weight"] == "head" and groups["embedding.weight"] == "embedding"
+        assert ("experts" in groups.values()) == (model != "dense") == ("routers" in groups.values())

@@ -1,0 +1,177 @@
+"""What a board shows, read with TensorBoard's own reader: names, axes, pictures, texts, and each step once."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from model.costs import training_flops_per_token
+from pretrain.late_reading import Laps
+from pretrain.report import peak, tags
+from pretrain.report.pictures import draw_load, load_pictures
+from tests.harness import run_ranks
+from tests.pretrain.runs import metrics, small_config, train_runs
+
+KEYS = (
+    "monitor.tensorboard=true",
+    "monitor.details_every_steps=2",
+    "evaluate.every_steps=2",
+    "checkpoint.every_steps=2",
+)
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
+    ).Reload()
+
+
+def steps_of(board: EventAccumulator, tag: str) -> list[int]:
+    return [point.step for point in board.Scalars(tag)]
+
+
+def test_a_run_that_is_stopped_and_goes_back_shows_each_step_once(prepared: Path, tmp_path: Path) -> None:
+    """Stopped at step 3 of 6, and started from the checkpoint of step 2 in another layout; curves, pictures and
+    histograms go on without a gap, and what happened stays."""
+    run_dir, keys = tmp_path / "run", (*KEYS, "train.steps=6")
+    first = small_config(prepared, *keys, "train.stop_after_steps=3")
+    run_ranks(train_runs, 1, [(first, run_dir)])
+    for path in (run_dir / "checkpoints").glob("step-00000003"):
+        path.rename(tmp_path / "lost")  # what a kill before the save would leave: the board is ahead of the checkpoint
+    run_ranks(train_runs, 2, [(small_config(prepared, *keys, "parallel.zero=3"), run_dir)])
+
+    board = read(run_dir / "tensorboard")
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == steps_of(board, "loss/train") == [1, 2, 3, 4, 5, 6]
+    values = [point.value for point in board.Scalars("loss/train")]
+    assert values == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+    assert steps_of(board, "loss/validation") == [2, 4, 6]
+    for tag in ("gradient norm by group/experts", "routing/attention value/load max/block 1"):
+        assert steps_of(board, tag) == [1, 2, 4, 6]
+    assert [image.step for image in board.Images("load of the experts/feed-forward")] == [1, 2, 4, 6]
+    assert [h.step for h in board.Histograms("selection scores/attention output/block 00")] == [1, 2, 4, 6]
+
+    tokens = read(run_dir / "tensorboard" / "against tokens")
+    assert steps_of(tokens, "loss against tokens/train") == [row["tokens"] for row in rows]
+    assert steps_of(tokens, "loss against tokens/validation") == [rows[n]["tokens"] for n in (1, 3, 5)]
+    per_token = training_flops_per_token(first.model)
+    flops = read(run_dir / "tensorboard" / "against MFLOP")
+    assert steps_of(flops, "loss against MFLOP/train") == [int(row["tokens"] * per_token / 1e6) for row in rows]
+
+    events = read(run_dir / "tensorboard" / "events")
+    texts = [t.tensor_proto.string_val[0].decode() for t in events.Tensors("events/changed setting/text_summary")]
+    assert any("setting parallel.zero changed from 1 to 3" in text for text in texts)
+    assert len(events.Tensors("events/started/text_summary")) == 2
+
+
+def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, *KEYS, "train.steps=2")
+    run_ranks(train_runs, 1, [(config, tmp_path)])
+    board = read(tmp_path / "tensorboard")
+
+    def text(tag: str) -> str:
+        (event,) = board.Tensors(f"{tag}/text_summary")
+        return str(event.tensor_proto.string_val[0].decode())
+
+    tree = json.loads(text("run/configuration").removeprefix("```json\n").removesuffix("\n```"))
+    assert tree == json.loads((tmp_path / "config.json").read_text())
+    assert f"| torch | {torch.__version__} |" in text("run/software") and "| git | " in text("run/software")
+    assert "| data | 1 |" in text("run/layout") and "stage 0 | embedding, blocks 0-1" in text("run/layout")
+    assert "measured: the best" in text("run/peak of a device")
+
+    (event,) = board.Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    scalars = board.Tags()["scalars"]
+    charts = [chart for category in page.category for chart in category.chart]
+    assert len(charts) == 11
+    for chart in charts:
+        assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in scalars), chart.title
+    assert "_hparams_/session_start_info" in board.summary_metadata
+
+
+def test_a_run_that_has_nothing_to_do_writes_nothing(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, *KEYS, "train.steps=2")
+    run_ranks(train_runs, 1, [(config, tmp_path)])
+    before = sorted((p, p.stat().st_size) for p in (tmp_path / "tensorboard").rglob("*"))
+    run_ranks(train_runs, 1, [(config, tmp_path)])
+    assert sorted((p, p.stat().st_size) for p in (tmp_path / "tensorboard").rglob("*")) == before
+
+
+def test_every_key_of_a_line_has_words(prepared: Path, tmp_path: Path) -> None:
+    run_ranks(train_runs, 1, [(small_config(prepared, *KEYS, "train.steps=3"), tmp_path)])
+    scalars = set(read(tmp_path / "tensorboard").Tags()["scalars"])
+    assert not [tag for tag in scalars if tag.startswith("other/") or "_" in tag]
+    assert {tags.tag_of(key)[0] for key in metrics(tmp_path)[0] if key != "step"} <= scalars
+    phases = {tag.partition("/")[2] for tag in scalars if tag.startswith("time of a step in seconds/")}
+    assert phases >= {"forward", "backward", "update", "reading batches", "validation", "checkpoint", "whole step"}
+
+
+def test_router_points_count_by_hand() -> None:
+    load = {
+        "blocks.7.attention.value_statistics": torch.tensor([[6.0, 0.0, 0.0], [2.0, 2.0, 2.0]]),
+        "blocks.11.feedforward.statistics": torch.tensor([1.0, 1.0, 2.0, 0.0]),
+    }
+    points = tags.router_points(load)
+    assert points["routing/attention value/load max/block 07"] == 3.0
+    assert points["routing/attention value/entropy, 1 is even/block 07"] == pytest.approx(0.5)
+    assert points["routing/attention value/dead experts/block 07"] == 2.0
+    assert points["routing/feed-forward/load max/block 11"] == 2.0
+    assert points["routing/feed-forward/entropy, 1 is even/block 11"] == pytest.approx(0.75)
+    assert points["routing/feed-forward/dead experts/block 11"] == 1.0
+
+
+def test_a_picture_shows_each_block_and_expert() -> None:
+    load = {f"blocks.{n}.attention.value_statistics": torch.tensor([[9.0, 3.0], [n, 12.0 - n]]) for n in (10, 2)}
+    (rows,) = load_pictures(load).values()
+    assert rows.tolist() == [[1.5, 0.5], [2 / 6, 10 / 6], [1.5, 0.5], [10 / 6, 2 / 6]]
+    png = draw_load("attention value: load", rows, heads=2, active=1)
+    picture = matplotlib.image.imread(io.BytesIO(png))
+    assert picture.shape[:2] == struct.unpack(">II", png[16:24])[::-1]
+    colours = {tuple(pixel) for pixel in (picture[..., :3] * 255).astype(int).reshape(-1, 3)}
+    assert len(colours) > 100, "four cells, a colour bar and smoothed letters"
+    assert not np.array_equal(picture, matplotlib.image.imread(io.BytesIO(draw_load("x", rows * 0, heads=2, active=1))))
+
+
+def test_laps_add_up_to_the_time_between_two_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 2.0, 4.0, 7.0, 11.0, 16.0, 22.0])
+    monkeypatch.setattr("pretrain.late_reading.time.perf_counter", lambda: next(times))
+    laps = Laps(torch.device("cpu"))
+    for name in ("forward", "backward", "forward"):
+        laps.begin(name)
+    first = laps.cut("reading")
+    laps.begin("forward")
+    second = laps.cut("reading")
+    assert first.seconds() == {"forward": 1.0 + 3.0, "backward": 2.0}
+    assert second.seconds() == {"reading": 4.0, "forward": 5.0}
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GB200", 2500e12),
+        ("Unheard Of 9000", None),
+    ],
+)
+def test_data_sheets(name: str, flops: float | None) -> None:
+    assert peak.data_sheet(name) == flops
+
+
+def test_the_peak_of_a_cpu_is_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.05, 0.06, 0.11, 0.16])
+    monkeypatch.setattr("pretrain.report.peak.time.perf_counter", lambda: next(times))
+    assert peak.measured().flops == pytest.approx(2 * 384**3 / 0.01)
+    assert peak.find_peak(torch.device("cpu"), "fp32", 5e12) == peak.Peak(5e12, "monitor.peak_flops")
