@@ -20,6 +20,7 @@ from model.parameters import parameter_specs
 from model.routing import Choices, Place, RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.device import on_collective_device
+from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.zero_state import Piece, pieces, step_counter
 from pretrain.late_reading import Reading
 
@@ -53,7 +54,8 @@ class Details:
     """Kind -> group -> Euclidean norm; the gradient's is that before clipping. Groups without parameters are left out.
     """
     scores: dict[str, Tensor]
-    """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1."""
+    """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1. Empty
+    with CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ class Survey:
         """Before the first micro-step. Returns what to call when all gradients are there and none is used yet."""
         self._flat.zero_()
         model: ModelConfig = self._config.model
+        # A recorded micro-step would go on counting: none of its kernels can be left out later.
+        if isinstance(vars(self._engine.module).get("forward"), GraphedForward):
+            return self._take_gradients
         for name, router in routing_statistics(self._engine.module):
             softmax = isinstance(model.attention, MoAConfig) and ".attention." in name
             self._listening.append((router, router.choices))

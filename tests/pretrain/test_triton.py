@@ -17,15 +17,15 @@ TOLERANCE = 1e-5
 """Relative, fp32: the tolerance of every layout test."""
 
 
-def test_three_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
+def test_two_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
     """Losses, gradient norms and every gradient, through the real trainer; regulariser and clipping on."""
     shape = ("batch.global_sequences=4", "batch.micro_sequences=4", "model.sequence_length=8")
     configs = [small_config(prepared, *shape, f"kernels.backend={name}") for name in ("cpu", "triton")]
     assert {name for name in vars(choose_backends(configs[1], "cpu")).values()} == {"triton"}
     assert len(vars(choose_backends(configs[1], "cpu"))) == len(BACKENDS)
-    cpu, triton = run_ranks(engine_trace, 1, configs, 3, (0, 1, 2))[0]
-    assert len(set(cpu.losses)) == 3
-    for step in range(3):
+    cpu, triton = run_ranks(engine_trace, 1, configs, 2, (0, 1))[0]
+    assert len(set(cpu.losses)) == 2
+    for step in range(2):
         assert triton.losses[step] == pytest.approx(cpu.losses[step], rel=TOLERANCE)
         assert triton.grad_norms[step] == pytest.approx(cpu.grad_norms[step], rel=TOLERANCE)
         for name, expected in cpu.gradients[step].items():

@@ -53,6 +53,7 @@ def test_resumed_run_is_bit_identical(
             "train.steps=5",
             "evaluate.sequences=0",
             "checkpoint.every_steps=2",
+            "optimizer.weight_decay=0.1",
             f"batch.micro_sequences={4 if precision == 'fp32' else 2}",
             f"parallel.zero={zero}",
             f"train.precision={precision}",
@@ -378,6 +379,7 @@ def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]])
     train_runs(rank, runs)
 
 
+@pytest.mark.slow  # the fast runs of test_resumed_run_is_bit_identical decay weights, too
 def test_weight_decay_groups_survive_a_resume(prepared: Path, tmp_path: Path) -> None:
     runs, folders = [], [tmp_path / str(zero) for zero in (0, 1, 3)]
     for folder in folders:
