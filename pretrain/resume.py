@@ -211,7 +211,10 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
         folder.event("checkpoint_set_aside", path=path.name)
     folder.rewind_metrics(step)
     folder.write_config(to_json(config))
-    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step)
+    from pretrain.checkpoint.state import versions  # imports DCP, see environment_changes
+
+    about = {"layout": layout, "software": versions()}
+    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step, **about)
     if resumed is None:
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)

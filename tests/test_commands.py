@@ -28,6 +28,7 @@ import launch.slurm.preparation
 import launch.slurm.training
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
+import pretrain.cli.compare
 import pretrain.cli.plan
 import pretrain.cli.status
 import pretrain.cli.train
@@ -50,6 +51,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,
     "launch/status.py": pretrain.cli.status.main,
+    "launch/compare.py": pretrain.cli.compare.main,
     "launch/doctor.py": launch.doctor.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,

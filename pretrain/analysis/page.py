@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from common import html_page
 from pretrain.analysis.counting import favourites
 from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import RouterTrace
@@ -14,19 +14,10 @@ from pretrain.analysis.trace import RouterTrace
 DRAWN_TOKENS = 240
 """Tokens of the text that are coloured by expert."""
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1500px; margin: 0 auto;
-  padding: 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.3rem; margin: 2.4rem 0 .4rem;
-  border-bottom: 1px solid #ccc; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; } h4 { font-size: .95rem; margin: .9rem 0 .2rem; }
-p { margin: .3rem 0 .7rem; max-width: 62rem; } img { max-width: 100%; height: auto; display: block; margin: .4rem 0; }
-table { border-collapse: collapse; margin: .4rem 0 1rem; } th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd;
-  text-align: left; vertical-align: top; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; font-weight: 600; padding: .25rem 0; } details { margin: .3rem 0; padding-left: .2rem; }
 .text { font-family: ui-monospace, monospace; font-size: 13px; line-height: 2; overflow-wrap: anywhere; }
 .text span { padding: 1px 0; border-bottom: 3px solid transparent; white-space: pre-wrap; }
 .chip { display: inline-block; padding: 0 .5rem; margin: 0 .3rem .3rem 0; border-radius: 3px; font-size: 12px; }
-.note { color: #555; font-size: .92rem; } code { font-size: .9em; } nav a { margin-right: 1rem; }
 """
 
 
@@ -43,13 +34,7 @@ class Page:
         if has_routers:
             parts += [*self._load(), *self._selection(), *self._together(), *self._favourites()]
         parts += self._numbers()
-        head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-        viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        return (
-            f'<!DOCTYPE html>\n<html lang="en"><head>{head}{viewport}</head><body>\n'
-            + "\n".join(parts)
-            + "\n</body></html>\n"
-        )
+        return html_page.page(title, parts, style=STYLE)
 
     def _overview(self, title: str) -> Iterator[str]:
         yield f"<h1>{escape(title)}</h1>"
@@ -72,7 +57,7 @@ class Page:
             for run in self._runs
         ]
         header = ("run", "step", "model", "layers", "parameters", "tokens read", "loss (nats per token)", "perplexity")
-        yield _table(header, rows, numbers=(1, 3, 4, 5, 6, 7))
+        yield html_page.table(header, rows, numbers=(1, 3, 4, 5, 6, 7))
         yield f"<p>Text: {escape(self._text_name)}. The models were in evaluation mode: without dropout, in fp32.</p>"
 
     def _attention(self) -> Iterator[str]:
@@ -120,7 +105,7 @@ class Page:
                     )
                 )
         header = ("run", "router", "experts", "dead", "share dead", "tokens per expert, if even", "load max", "entropy")
-        yield _table(header, rows, numbers=range(2, 8))
+        yield html_page.table(header, rows, numbers=range(2, 8))
         for index, run in enumerate(self._runs):
             for kind in run.kinds():
                 yield self._image(f"load-{index}-{kind.replace(' ', '-')}.png", f"load of the {kind} experts")
@@ -176,7 +161,7 @@ class Page:
                             (str(expert), f"{counts.load[head, expert]:,}", _favourite_text(found, names))
                             for expert, found in enumerate(favourites(router, run.tokens, head))
                         ]
-                        yield _table(("expert", "tokens", "most over-represented"), rows, numbers=(0, 1))
+                        yield html_page.table(("expert", "tokens", "most over-represented"), rows, numbers=(0, 1))
                 yield "</details>"
 
     def _numbers(self) -> Iterator[str]:
@@ -188,8 +173,7 @@ class Page:
         )
 
     def _image(self, name: str, alternative: str) -> str:
-        data = base64.b64encode(self._pictures[name]).decode("ascii")
-        return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
+        return html_page.image(self._pictures[name], alternative)
 
 
 def coloured_text(run: Findings, router: RouterTrace, head: int) -> str:
@@ -235,13 +219,3 @@ def _layers_title(layers: Sequence[tuple[Findings, int]]) -> str:
 def _losses(run: Findings) -> tuple[str, str]:
     loss = run.trace.loss
     return ("-", "-") if math.isnan(loss) else (f"{loss:.4f}", f"{math.exp(min(loss, 700.0)):,.2f}")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] | range) -> str:
-    """`rows` are HTML; columns of `numbers` are right-aligned."""
-
-    def cells(row: Sequence[str], kind: str) -> str:
-        return "".join(f"<{kind}{' class=n' if i in numbers else ''}>{cell}</{kind}>" for i, cell in enumerate(row))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><tr>{cells(header, 'th')}</tr>{body}</table>"

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Entry point for comparing runs: python launch/compare.py runs/one runs/other"""
+
+import sys
+from pathlib import Path
+
+# Python puts this file's folder first, where `import pretrain` would find launch/pretrain.py instead of the package.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.cli.compare import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

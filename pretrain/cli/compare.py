@@ -1,0 +1,83 @@
+"""Command line of launch/compare.py: what tells runs apart, as text, picture and page."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import replace_file
+from common.terminal import reader_may_leave, visible
+from pretrain.report.exit_codes import ExitCode
+from pretrain.views.comparison import Run, open_runs
+from pretrain.views.comparison_text import text
+from pretrain.views.reading import RunView
+
+PICTURE, PAGE = "comparison.png", "comparison.html"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/compare.py",
+        description="Compares runs with the first one: the settings and versions that differ, losses at equal steps, "
+        "tokens and training FLOPs, and the first step at which a value differs, by how much. Prints tables and writes "
+        f"{PICTURE} and {PAGE}, which needs no network. Runs may still go on.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/one runs/other")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="T",
+        help="also name the first step that differs by more than this, relatively (default: 1e-5, rounding between "
+        "layouts in a few steps)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where both files go (default: FIRST_RUN/comparison/OTHER_RUNS)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    try:
+        with reader_may_leave():
+            compare(args)
+    except UserError as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Raises UserError and OSError."""
+    if len(args.runs) < 2:
+        raise UserError("RUN: name two runs or more; python launch/status.py shows a single one")
+    if not args.tolerance >= 0:
+        raise UserError(f"--tolerance: is {args.tolerance}; it must be 0 or more")
+    runs = open_runs([RunView.open(path) for path in args.runs])
+    for run in runs:
+        if run.view.metrics.damaged:
+            print(f"{run.label}: {run.view.metrics.damaged} damaged lines were passed over", file=sys.stderr)
+    print(text(runs, args.tolerance), flush=True)
+    from pretrain.views.comparison_page import drawn, page  # matplotlib, for which the text need not wait
+
+    out = args.out or default_folder(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    png = drawn(runs)
+    replace_file(out / PICTURE, [png])
+    replace_file(out / PAGE, [page(runs, args.tolerance, png).encode()])
+    print(f"\n{out / PAGE}: the page; beside it {PICTURE}", flush=True)
+
+
+def default_folder(runs: Sequence[Run]) -> Path:
+    """In the first run, named after the others."""
+    names = "-".join(re.sub(r"[^\w.=-]+", "-", run.label).strip("-.") for run in runs[1:])
+    return runs[0].view.path / "comparison" / (names[:100] or "other")

@@ -1,0 +1,157 @@
+"""What tells runs apart: settings, software, losses at equal steps, tokens and FLOPs, and the first step that differs.
+
+The first run is the one that the others are compared with. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from pretrain.views.reading import RunView
+
+AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
+"""Key -> what a person calls it."""
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "flops_per_second", "flops_utilization")
+NOT_COMPARED = {"step", "memory_bytes", "memory_peak_bytes", "memory_reserved_bytes", *TIMES}
+"""Values of a step that two equal runs need not share: those of the machine."""
+WINDOW = 20
+"""Points, at most, whose mean is the loss at a place: single losses scatter by more than runs differ."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as arrays by step."""
+
+    label: str
+    view: RunView
+
+    def column(self, key: str) -> np.ndarray:
+        """[steps] fp64, NaN where there is no value. `flops`: training FLOPs since the first step."""
+        if key == "flops":
+            return self.column("tokens") * self.flops_per_token
+        return np.asarray(self.view.metrics.column(key), dtype=np.float64)
+
+    @property
+    def flops_per_token(self) -> float:
+        """NaN in a run of a version that did not record them."""
+        rate = self.column("flops_per_second") / self.column("tokens_per_second")
+        known = rate[np.isfinite(rate)]
+        return float(np.median(known)) if len(known) else math.nan
+
+    def loss_at(self, axis: str, place: float) -> float:
+        """Mean loss of the last points up to `place`; NaN if the run has not been there."""
+        x, y = self.column(axis), self.column("loss")
+        if not len(x) or not np.isfinite(x[-1]) or x[-1] < place or x[0] > place:
+            return math.nan
+        end = int(np.searchsorted(x, place, side="right"))
+        near = y[max(0, end - min(WINDOW, max(1, end // 10))) : end]
+        near = near[np.isfinite(near)]
+        return float(near.mean()) if len(near) else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a value of two runs begins to differ."""
+
+    key: str
+    step: int
+    values: tuple[float, float]
+    """At that step, of the first run and of the other."""
+    largest: float
+    """Largest relative difference over the steps that both have."""
+    largest_step: int
+    beyond: int | None
+    """The first step whose relative difference is more than the tolerance; None: no step's is."""
+
+
+def open_runs(views: Sequence[RunView]) -> list[Run]:
+    """Raises UserError if a run has no step yet. Labels are folder names, with as much of the path as is needed."""
+    for view in views:
+        if not len(view.metrics):
+            raise UserError(f"RUN: {view.path} has no step in metrics.jsonl yet; wait for its first one")
+    parts = [view.path.absolute().parts for view in views]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
+        depth += 1
+    labels = ["/".join(p[-depth:]) for p in parts]
+    return [
+        Run(label if labels.count(label) == 1 else f"{label} ({n + 1})", view)
+        for n, (label, view) in enumerate(zip(labels, views, strict=True))
+    ]
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Value by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Settings, and what the newest start says of its software and layout."""
+    started = run.view.last("started")
+    extra = {key: started[key] for key in ("software", "layout") if isinstance(started.get(key), dict)}
+    return flattened({**run.view.config, **extra, "ranks": started.get("ranks")})
+
+
+def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Key and the value of every run, where not all are equal; None where a run does not have it."""
+    every = [facts(run) for run in runs]
+    keys = dict.fromkeys(key for found in every for key in found)
+    rows = [(key, [found.get(key) for found in every]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def places(runs: Sequence[Run], axis: str, count: int = 6) -> list[float]:
+    """Up to `count` places, evenly spaced by their logarithm, that all runs have reached; the last is the farthest."""
+    ends = [run.column(axis)[-1] for run in runs]
+    firsts = [run.column(axis)[0] for run in runs]
+    if not all(map(math.isfinite, ends)) or max(firsts) > min(ends):
+        return []
+    low, high = max(max(firsts), min(ends) / 100.0), min(ends)
+    found = np.geomspace(low, high, count) if low > 0 else np.array([high])
+    return sorted({float(round(x)) for x in found if x < high} | {float(high)})
+
+
+def losses(runs: Sequence[Run], axis: str) -> list[tuple[float, list[float]]]:
+    """A place and the loss of every run there."""
+    return [(place, [run.loss_at(axis, place) for run in runs]) for place in places(runs, axis)]
+
+
+def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Difference]]:
+    """The number of steps that both have, and every value that is not the same in all of them, the earliest first."""
+    common, ours, theirs = np.intersect1d(first.column("step"), other.column("step"), return_indices=True)
+    found = []
+    for key in first.view.metrics.names:
+        if key in NOT_COMPARED or key not in other.view.metrics.names:
+            continue
+        a, b = first.column(key)[ours], other.column(key)[theirs]
+        is_same = (a == b) | (np.isnan(a) & np.isnan(b))
+        if is_same.all():
+            continue
+        scale = np.maximum(np.abs(a), np.abs(b))
+        relative = np.where(is_same, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
+        relative = np.where(np.isnan(relative), math.inf, relative)  # one has a value and the other has none
+        at, most = int(np.argmin(is_same)), int(np.argmax(relative))
+        beyond = np.flatnonzero(relative > tolerance)
+        found.append(
+            Difference(
+                key,
+                int(common[at]),
+                (float(a[at]), float(b[at])),
+                float(relative[most]),
+                int(common[most]),
+                int(common[beyond[0]]) if len(beyond) else None,
+            )
+        )
+    return len(common), sorted(found, key=lambda difference: difference.step)

@@ -1,0 +1,86 @@
+"""A comparison as a picture and as one HTML page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from common import html_page
+from pretrain.views.comparison import AXES, Run
+from pretrain.views.comparison_text import tables
+
+POINTS = 600
+"""Most points of a curve: the mean of its steps in as many equal parts."""
+
+
+def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbouring points, so that a curve has `points` at most; what is not finite is left out."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) <= points:
+        return x, y
+    edges = np.arange(points) * len(x) // points
+    sizes = np.diff(np.append(edges, len(x)))
+    return np.add.reduceat(x, edges) / sizes, np.add.reduceat(y, edges) / sizes
+
+
+def drawn(runs: Sequence[Run]) -> bytes:
+    """PNG: losses against steps, tokens and FLOPs, how far the others are from the first, gradient norm, speed."""
+    figure = Figure(figsize=(15, 8.5), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 3)
+    for axes, (axis, name) in zip(grid[0], AXES.items(), strict=True):
+        _curves(axes, runs, axis, "loss")
+        axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
+    _distance(grid[1, 0], runs)
+    for axes, key, title, unit in (
+        (grid[1, 1], "grad_norm", "gradient norm before clipping", "norm"),
+        (grid[1, 2], "tokens_per_second", "speed", "tokens per second"),
+    ):
+        _curves(axes, runs, "step", key)
+        axes.set(title=title, xlabel="steps", ylabel=unit)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
+    rows = -(-len(runs) // 4)
+    figure.tight_layout(rect=(0, 0.03 + 0.025 * rows, 1, 1))
+    data = io.BytesIO()
+    canvas.print_png(data)
+    return data.getvalue()
+
+
+def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
+    for number, run in enumerate(runs):
+        x, y = thinned(run.column(axis), run.column(key))
+        axes.plot(x, y, label=run.label, color=f"C{number}", linewidth=1.2)
+    axes.grid(alpha=0.3)
+
+
+def _distance(axes: Axes, runs: Sequence[Run]) -> None:
+    for number, other in enumerate(runs[1:], start=1):
+        steps, ours, theirs = np.intersect1d(runs[0].column("step"), other.column("step"), return_indices=True)
+        distance = other.column("loss")[theirs] - runs[0].column("loss")[ours]
+        axes.plot(*thinned(steps, distance), color=f"C{number}", linewidth=1.2)
+    axes.axhline(0.0, color="C0", linewidth=1.0)
+    axes.grid(alpha=0.3)
+    axes.set(title=f"loss less that of {runs[0].label}", xlabel="steps", ylabel="nats per token")
+
+
+def page(runs: Sequence[Run], tolerance: float, png: bytes) -> str:
+    """The HTML file."""
+    parts = [f"<h1>{escape(' and '.join(run.label for run in runs))}</h1>"]
+    parts.append(
+        html_page.table(("run", "folder"), [(escape(r.label), escape(str(r.view.path))) for r in runs], numbers=())
+    )
+    parts.append(html_page.image(png, "curves of all runs"))
+    for title, header, rows in tables(runs, tolerance):
+        parts.append(f"<h2>{escape(title)}</h2>")
+        cells = [tuple(map(escape, row)) for row in rows]
+        numbers = range(1, len(header)) if not title.startswith("What") else ()
+        parts.append(html_page.table(tuple(map(escape, header)), cells, numbers=numbers) if rows else "<p>nothing</p>")
+    return html_page.page("Comparison of " + ", ".join(run.label for run in runs), parts)

@@ -1,0 +1,92 @@
+"""A comparison in words: for the terminal, and as tables of its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from common.tables import text_table
+from common.terminal import visible
+from pretrain.views.comparison import AXES, Run, differences, differing_facts, losses
+
+Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
+"""Title, header, rows."""
+
+
+def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
+    """Everything that is compared."""
+    labels = [run.label for run in runs]
+    found: list[Table] = []
+    rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
+    found.append(("What differs", ("setting", *labels), rows))
+    for axis, name in AXES.items():
+        places = [
+            (_place(place), *(_loss(value, values[0], number) for number, value in enumerate(values)))
+            for place, values in losses(runs, axis)
+        ]
+        if places:
+            found.append((f"Loss at equal {name}", (name, *labels), places))
+    for other in runs[1:]:
+        found.append(_differences(runs[0], other, tolerance))
+    return found
+
+
+def text(runs: Sequence[Run], tolerance: float) -> str:
+    """All tables for a terminal."""
+    parts = []
+    for title, header, rows in tables(runs, tolerance):
+        parts.append(title)
+        parts.append(text_table(header, rows) if rows else "  nothing")
+        parts.append("")
+    return visible("\n".join(parts[:-1]))
+
+
+def _differences(first: Run, other: Run, tolerance: float) -> Table:
+    common, found = differences(first, other, tolerance)
+    title = f"First step at which {other.label} differs from {first.label} ({common:,} steps of both)"
+    if not common:
+        return title + ": they have no step in common", ("value",), []
+    if not found:
+        return title + ": none, every value is the same in every bit", ("value",), []
+    header = (
+        "value",
+        "first step",
+        first.label,
+        other.label,
+        "largest difference",
+        "at step",
+        f"over {tolerance:g} from",
+    )
+    rows = [
+        (
+            d.key.replace("_", " "),
+            f"{d.step:,}",
+            *(_number(value) for value in d.values),
+            "one has none" if math.isinf(d.largest) else f"{d.largest:.2g}",
+            f"{d.largest_step:,}",
+            "never" if d.beyond is None else f"{d.beyond:,}",
+        )
+        for d in found
+    ]
+    return title, header, rows
+
+
+def _shown(value: Any) -> str:
+    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _place(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
+
+
+def _number(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.9g}"
+
+
+def _loss(value: float, reference: float, number: int) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.4f}" if number == 0 or math.isnan(reference) else f"{value:.4f} ({value - reference:+.4f})"

@@ -1,0 +1,154 @@
+"""What launch/compare.py says of runs: by hand, of two real layouts, and of what cannot be compared."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from pretrain.cli.compare import main
+from pretrain.views.comparison import differences, differing_facts, losses, open_runs
+from pretrain.views.comparison_page import thinned
+from pretrain.views.reading import RunView
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, train_runs
+
+
+def write(folder: Path, rows: list[dict[str, Any]], config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def row(step: int, loss: float | None, tokens: int = 0, **more: Any) -> dict[str, Any]:
+    speed = {"tokens_per_second": 50.0 * step, "flops_per_second": 3000.0 * step}
+    return {"step": step, "loss": loss, "tokens": tokens or 100 * step, "grad_norm": 1.0, **speed, **more}
+
+
+def runs_of(*paths: Path) -> list[Any]:
+    return open_runs([RunView.open(path) for path in paths])
+
+
+def test_losses_at_equal_steps_tokens_and_flops(tmp_path: Path) -> None:
+    """The other run takes twice the tokens a step, and three times the FLOPs a token."""
+    one = write(tmp_path / "one", [row(n, 10.0 - n / 100) for n in range(1, 401)])
+    other = [row(n, 9.0 - n / 100, 200 * n, flops_per_second=9000.0 * n) for n in range(1, 301)]
+    runs = runs_of(one, write(tmp_path / "other", other))
+    assert [run.flops_per_token for run in runs] == [60.0, 180.0]
+    steps = dict(losses(runs, "step"))
+    # Means of the last 20 points: step 281 to 300 of both.
+    assert steps[300.0] == pytest.approx([10.0 - 2.905, 9.0 - 2.905])
+    tokens = dict(losses(runs, "tokens"))
+    assert tokens[40_000.0] == pytest.approx([10.0 - 3.905, 9.0 - 1.905])
+    flops = dict(losses(runs, "flops"))
+    assert max(flops) == 400 * 100 * 60
+    assert flops[2_400_000.0] == pytest.approx([10.0 - 3.905, float(np.mean([9 - n / 100 for n in range(61, 67)]))])
+
+
+def test_the_first_step_that_differs(tmp_path: Path) -> None:
+    first = [row(n, 5.0, lr=0.1) for n in range(1, 9)]
+    second = [row(n, 5.0 + (2e-6 if n >= 3 else 0.0), lr=0.1, step_seconds=n) for n in range(1, 11)]
+    second[5]["loss"], second[6]["grad_norm"] = 5.5, None
+    a, b = runs_of(write(tmp_path / "a", first), write(tmp_path / "b", second))
+    common, found = differences(a, b, 1e-5)
+    assert common == 8
+    loss, norm = found
+    assert (loss.key, loss.step, loss.values, loss.largest_step, loss.beyond) == ("loss", 3, (5.0, 5.000002), 6, 6)
+    assert loss.largest == pytest.approx(0.5 / 5.5)
+    assert (norm.key, norm.step, norm.largest) == ("grad_norm", 7, math.inf) and math.isnan(norm.values[1])
+    assert differences(a, a, 0.0) == (8, [])
+
+
+def test_settings_and_software_that_differ(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
+    later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
+    other = write(tmp_path / "other", [row(1, 5.0)], later)
+    started = {"event": "started", "ranks": 4, "software": {"torch": "2.13"}, "layout": {"data": 4}}
+    (other / "events.jsonl").write_text(json.dumps(started) + "\n")
+    assert dict(differing_facts(runs_of(one, other))) == {
+        "model.x": [[1], [2]],
+        "train.new": [None, 3],
+        "ranks": [None, 4],
+        "software.torch": [None, "2.13"],
+        "layout.data": [None, 4],
+    }
+
+
+def test_two_layouts_of_one_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("train.steps=4", "evaluate.sequences=0")
+    one, two = tmp_path / "one rank", tmp_path / "<two>"
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), one)])
+    run_ranks(train_runs, 2, [(small_config(prepared, *keys, "parallel.zero=3"), two)])
+    capsys.readouterr()
+    assert main([str(one), str(two)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"(?m)^parallel\.zero +1 +3$", printed) and re.search(r"(?m)^ranks +1 +2$", printed)
+    assert re.search(r"(?m)^layout\.data +1 +2$", printed)
+    assert "First step at which <two> differs from one rank (4 steps of both)" in printed
+    lines = re.findall(r"(?m)^(loss|grad norm) .* never$", printed)
+    assert set(lines) <= {"loss", "grad norm"} and "over 1e-05 from" in printed
+    assert not re.search(r"(?m)^(step seconds|memory bytes|tokens per second) ", printed)
+    page = (one / "comparison" / "two" / "comparison.html").read_text()
+    assert "<two>" not in page and "&lt;two&gt;" in page and not re.search(r"(src|href)=.https?:", page)
+    (data,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(data)))
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100
+    assert (one / "comparison" / "two" / "comparison.png").read_bytes() == base64.b64decode(data)
+
+
+def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(n, 5.0) for n in range(1, 4)]
+    one, other = (write(tmp_path / name, rows) for name in ("a", "b"))
+    assert main([str(one), str(other), "--out", str(tmp_path / "page")]) == 0
+    printed = capsys.readouterr().out
+    assert "differs from a (3 steps of both): none, every value is the same in every bit" in printed
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"comparison.html", "comparison.png"}
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["good"], "RUN: name two runs or more"),
+        (["good", "missing"], "RUN: there is no folder"),
+        (["good", "none"], "is no run folder"),
+        (["good", "empty"], "has no step in metrics.jsonl yet"),
+        (["good", "good", "--tolerance=-1"], "--tolerance: is -1.0; it must be 0 or more"),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], words: str) -> None:
+    write(tmp_path / "good", [row(1, 5.0)])
+    write(tmp_path / "empty", [])
+    (tmp_path / "none").mkdir()
+    assert main([name if name.startswith("--") else str(tmp_path / name) for name in names]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and words in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "good" / "comparison").exists()
+
+
+def test_damaged_lines_runs_without_common_steps_and_other_versions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write(tmp_path / "one", [row(n, 5.0) for n in (1, 2)])
+    late = write(tmp_path / "late", [{"step": n, "loss": None} for n in (7, 8)])
+    with open(late / "metrics.jsonl", "a") as file:
+        file.write("{not json}\n")
+    assert main([str(one), str(late)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "late: 1 damaged lines were passed over\n"
+    assert "(0 steps of both): they have no step in common" in printed.out
+
+
+def test_thinned_curves_keep_their_mean() -> None:
+    x, y = thinned(np.arange(1000.0), np.arange(1000.0) * 2, 10)
+    assert x.tolist() == [49.5 + 100 * n for n in range(10)] and np.array_equal(y, 2 * x)
+    x, y = thinned(np.array([1.0, 2.0, 3.0]), np.array([1.0, math.nan, 3.0]), 10)
+    assert x.tolist() == y.tolist() == [1.0, 3.0]
