@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,6 +218,15 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     except OSError:  # not Linux
         now = peak
     return {"memory_bytes": now, "memory_peak_bytes": peak}
+
+
+def write_memory_snapshot(path: Path, device: torch.device) -> bool:
+    """What holds the memory of a GPU, in the format of torch's memory_viz, a pickle that nothing here reads. Returns
+    whether there is one: a CPU has none. Raises OSError."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.memory._dump_snapshot(str(path))  # GPU-ONLY memory-snapshot
+    return True
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from common.strict_json import finite
-from pretrain.checkpoint import Retention, layout
-from pretrain.checkpoint.saver import Outcome, drained
-from pretrain.config.loading import to_json
+from pretrain.checkpoint import layout
+from pretrain.checkpoint.saver import drained
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
@@ -25,6 +23,7 @@ from pretrain.parallel.context import parallel_context
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.metrics import step_values
 from pretrain.report.monitor import Monitor, Origin
+from pretrain.report.profile import StepProfiler, note_full_memory
 from pretrain.report.run_folder import RunFolder
 from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
@@ -35,6 +34,7 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import StartPoint, branch_start, find_start, record_start
 from pretrain.routing.tape import open_tape
+from pretrain.saving import save
 from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
 
 
@@ -87,9 +87,13 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
 
 def run_segment(setup: RunSetup, folder: RunFolder, control: Control, stop: Stop, start: StartPoint) -> SegmentEnd:
     """The steps from `start` on. Collective."""
-    segment = build_segment(setup, folder, control, start)
-    stop.enter(ProcessState.TRAINING)
-    end = segment.run()
+    try:
+        segment = build_segment(setup, folder, control, start)
+        stop.enter(ProcessState.TRAINING)
+        end = segment.run()
+    except torch.OutOfMemoryError:
+        note_full_memory(folder.path, setup.device)
+        raise
     segment.close()
     return end
 
@@ -133,7 +137,10 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
     window = settings.spike_window_steps
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
-    return Segment(trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, _saved_step=step)
+    profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
+    return Segment(
+        trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, profiler, _saved_step=step
+    )
 
 
 @dataclass
@@ -149,6 +156,7 @@ class Segment:
     start: StartPoint
     progress: Progress
     last: int
+    profiler: StepProfiler
     _launched: LaunchedStep | None = None
     """The step after `progress`, if the device may still be computing it."""
     _loss: float | None = None
@@ -196,6 +204,7 @@ class Segment:
         is due after the step, it is done. Returns whether to stop, and a rollback if one is needed."""
         phases = self.setup.phases
         phases.step = self._ahead.step + 1
+        self.profiler.before(phases.step)
         given = self.trainer.read_input(self._ahead)
         phases.enter("waiting for the batches of other ranks")
         stopping, rollback = self._agree(given.error)
@@ -205,6 +214,7 @@ class Segment:
         if rollback is not None:
             return stopping, rollback
         launched = self.trainer.launch(self._ahead, given)
+        self.profiler.after(phases.step)
         self._settle()
         self._launched = launched
         is_due = self._is_anything_due()
@@ -356,46 +366,13 @@ class Segment:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint, or begins to write it. Collective. The result is logged, and printed if it is a
-        failure."""
-        trainer, folder, settings = self.trainer, self.folder, self.setup.config.checkpoint
+        """Writes a checkpoint, or begins to write it. Collective."""
         self.setup.phases.enter("checkpoint")
         self._saved_step = self.progress.step
         if self.monitor is not None:
             self.monitor.flush()
-
-        def report(outcome: Outcome) -> None:
-            times = {"seconds": outcome.seconds, "stall_seconds": outcome.stall_seconds}
-            if outcome.error is None:
-                folder.event("checkpoint", step=outcome.step, path=outcome.path.name, bytes=outcome.bytes, **times)
-                print(
-                    f"checkpoint saved: {outcome.path} ({outcome.bytes / 2**20:,.1f} MiB in {outcome.seconds:.1f} s, "
-                    f"training stood still for {outcome.stall_seconds:.1f} s)",
-                    flush=True,
-                )
-            else:
-                folder.event("checkpoint_failed", step=outcome.step, reason=outcome.error, **times)
-                print(f"checkpoint of step {outcome.step} failed: {outcome.error}", file=sys.stderr, flush=True)
-
-        trainer.saver.save(
-            folder.checkpoints,
-            self.progress,
-            extra={
-                "config": to_json(self.setup.config),
-                "manifest_digest": self.setup.sources.digest,
-                "tokenizer_sha256": self.setup.sources.tokenizer.sha256,
-                "branch_start": branch_start(self.setup.config, self.start.checkpoint),
-                "loss": self._loss,
-                "validation_loss": self._validation_loss,
-            },
-            retention=Retention(
-                keep_last=settings.keep_last,
-                keep_every_steps=settings.keep_every_steps,
-                keep_best=settings.keep_best,
-            ),
-            before=folder.make_durable,
-            report=report,
-        )
+        losses = {"loss": self._loss, "validation_loss": self._validation_loss}
+        save(self.trainer, self.folder, self.progress, branch_start(self.setup.config, self.start.checkpoint), losses)
 
     def _is_due(self, every: int) -> bool:
         """After the last step, launched ones included."""
@@ -404,6 +381,7 @@ class Segment:
 
     def close(self) -> None:
         """Frees the engine, so that another can be built."""
+        self.profiler.close()
         self.trainer.close()
         if self.monitor is not None:
             self.monitor.close()

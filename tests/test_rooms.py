@@ -60,6 +60,7 @@ ROOMS = {
         "analysis",
         "resilience",
         "trainer",
+        "saving",
         "evaluate",
         "resume",
         "loop",

@@ -62,6 +62,12 @@ def check_rules(config: Config) -> None:
             f"resilience.hang_timeout_seconds: {config.resilience.hang_timeout_seconds:g} s is shorter than any step; "
             f"set it to at least 1 (540 is the default), or to 0 to turn it off"
         )
+    profiled = config.monitor.profile_steps
+    if profiled is not None and profiled[0] > profiled[1]:
+        raise ConfigError(
+            f"monitor.profile_steps: {list(profiled)} ends before it begins; name the first and the last step, e.g. "
+            f"[{profiled[0]}, {profiled[0] + 2}]"
+        )
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
     _check_allow_changes(config)
