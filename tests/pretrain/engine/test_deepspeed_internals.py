@@ -83,5 +83,6 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
     ours = set().union(*map(defined, files))
     used = {name: path.relative_to(ROOT) for path in files for name in foreign_private_names(path)}
     assert "_hp_mapping" in used, "nothing was found: the test is blind"
-    unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours}
+    of_records = {"_asdict", "_replace", "_fields"}  # NamedTuple's own
+    unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours | of_records}
     assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
