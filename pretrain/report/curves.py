@@ -134,7 +134,7 @@ class Curves:
         since = f"step {step}" if step == 1 else f"steps {max(2, step - every + 1)} to {step}"
         for kind, rows in load_pictures(self._load).items():
             choice, heads = self._choices[_layer(kind)], len(rows) // self._config.model.num_layers
-            title = f"{kind}: load of the experts, {since}"
+            title = f"{kind}, {since}"
             drawn = self._artist.submit(draw_load, title, rows, heads=heads, active=choice.active)
             self._drawn.append((step, f"load of the experts/{kind}", drawn))
 

@@ -31,12 +31,12 @@ def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
     """PNG of a heat map. rows: [blocks x heads, E], 1 is even; the scale ends at the most that is possible, E / k."""
     height, experts = rows.shape
     figure = Figure(
-        figsize=(max(4.0, min(14.0, 2.5 + 0.28 * experts)), max(2.4, min(14.0, 1.4 + 0.2 * height))), dpi=100
+        figsize=(max(5.0, min(14.0, 2.5 + 0.28 * experts)), max(2.4, min(14.0, 1.4 + 0.2 * height))), dpi=100
     )
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(rows.numpy(), aspect="auto", vmin=0.0, vmax=max(2.0, experts / active), cmap="viridis")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9)
     axes.set_xlabel("expert")
     axes.set_ylabel("block" if heads == 1 else f"block (its {heads} heads in turn)")
     axes.set_xticks(range(0, experts, -(-experts // LABELS)))
@@ -46,7 +46,7 @@ def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
     if heads > 1:
         for block in range(1, blocks):
             axes.axhline(block * heads - 0.5, color="white", linewidth=0.6)
-    figure.colorbar(image, label="load in units of the mean, 1 is even")
+    figure.colorbar(image, label="load (1 is even)")
     figure.tight_layout()
     data = io.BytesIO()
     canvas.print_png(data)

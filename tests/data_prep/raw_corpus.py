@@ -34,7 +34,7 @@ def near_copy(text: str) -> str:
 def write_corpus(folder: Path, *, documents: int = 60) -> dict[str, Any]:
     """Writes six raw files and returns a config without `output`."""
     texts = sample_texts(documents)
-    first = [c4_line(text) for text in texts[: documents // 2]]
+    first: list[Any] = [c4_line(text) for text in texts[: documents // 2]]
     first[5:5] = [b"{not json", c4_line(""), b'{"text": "\xff"}', {"url": "no text"}]
     write_dump(folder / "c4-train.00000.json.gz", first)
     odd = [GERMAN * 20, "spam and more spam, " * 200, "short.", texts[3], near_copy(texts[4]), near_copy(texts[20])]

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slurm
 
 def test_a_failure_leaves_nothing_behind() -> None:
     foreign = psutil.Popen(["sleep", "300"])
-    cluster, processes = Cluster(), []
+    cluster = Cluster()
+    processes: list[psutil.Process] = []
 
     def fail() -> None:
         with cluster:

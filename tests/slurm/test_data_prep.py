@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.cli import main as data_prep
@@ -32,8 +33,12 @@ def test_an_array_gives_the_bytes_of_one_process(cluster: Cluster, tmp_path: Pat
     line = ["--config", str(tmp_path / "array.json"), "--tasks", "3", "--time", "30", "--cpus-per-task", "1"]
     jobs = submit(cluster, "submit_data_prep.py", *line, cwd=tmp_path)
     logs = tmp_path / "array" / "slurm"
-    wait_until(lambda: bool(cluster.tasks()), "task", seconds=60, say=lambda: said(logs))
-    cluster.tasks()[0].kill()
+
+    def preparing() -> list[psutil.Process]:
+        return [task for task in cluster.tasks() if "data_prep" in task.cmdline()]  # not what its script asks before
+
+    wait_until(lambda: bool(preparing()), "task", seconds=60, say=lambda: said(logs))
+    preparing()[0].kill()
     assert len(jobs) == len(STEPS)
     for number in jobs[1:]:  # not the array: scontrol shows one task of it at a time
         assert finish(cluster, number, logs)["JobState"] == "COMPLETED", said(logs)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.slurm import job
+from common.paths import REPOSITORY
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import finish, lines, said, submit, wait_until
 
@@ -44,7 +44,7 @@ class Training:
             "checkpoint.every_steps=10",
             "monitor.tensorboard=false",
         )
-        line = ["--config", str(job.REPOSITORY / "configs" / "switchall_tiny.json"), "--nodes", "2", "--cpu"]
+        line = ["--config", str(REPOSITORY / "configs" / "switchall_tiny.json"), "--nodes", "2", "--cpu"]
         line += ["--run-dir", str(self.run_dir(name)), *(arguments or ("--time", "60"))]
         line += [part for override in overrides for part in ("--set", override)]
         [number] = submit(self.cluster, "submit.py", *line, cwd=self.folder)

@@ -30,7 +30,11 @@ TWO = [
     Layout(pipeline=2),
     Layout(data=2, expert=2, zero=2),
 ]
-FOUR = [Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, expert=2), Layout(pipeline=2, data=2, zero=1)]
+FOUR = [
+    Layout(tensor=2, pipeline=2),
+    Layout(tensor=2, sequence=True, data=2, expert=2),
+    Layout(pipeline=2, data=2, zero=1),
+]
 
 
 def configured(prepared: Path, model: str, layout: Layout) -> Config:
