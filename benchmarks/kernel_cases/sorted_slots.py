@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import triton
+
 from benchmarks.kernel_cases.case import CompileCase, make_case, row_load
 from benchmarks.kernel_cases.shipped import MOA, MOA_CHOICES, SORTED
 from model.kernels.triton.gated_gemm import padded_experts
@@ -18,16 +20,27 @@ from model.kernels.triton.sorted_slots import (
     sum_slots_kernel,
 )
 
+SORTS = ((5, 2), (5, 3), (5, 4), (4, 2))
+"""Experts and choices: a tensor-parallel rank's share of SwitchHead's or MoA's, and a shared selector's without memory.
+"""
+
 
 def compile_cases() -> Iterator[CompileCase]:
-    """The sort for 2 of 5 experts; sums, and mixtures of SwitchHead's and of MoA's slots."""
-    padded = padded_experts(5)
-    constants = {"K": 2, "PADDED_K": 2, "PADDED_E": padded, "TOKENS": SORT_TILE // (2 * padded)}
+    """The sorts of shipped models; sums, and mixtures of SwitchHead's and of MoA's slots."""
     pointers = dict.fromkeys(("index", "order", "load"), "i64") | {"counts": "i32"}
-    yield make_case("sorted count_slots", count_slots_kernel, pointers, constants, num_warps=8)
-    yield make_case(
-        "sorted place_slots", place_slots_kernel, pointers, constants | {"COUNTS": COUNT_BLOCK}, num_warps=8
-    )
+    for num_experts, k in SORTS:
+        padded, padded_k = padded_experts(num_experts), triton.next_power_of_2(k)
+        constants = {"K": k, "PADDED_K": padded_k, "PADDED_E": padded, "TOKENS": SORT_TILE // (padded_k * padded)}
+        # Three numbers of 8 bytes: no row but the first begins at a multiple of 16, and only their low halves are read.
+        load_bytes = 16 if k == padded_k else 4
+        name = "" if (num_experts, k) == SORTS[0] else f" {k} of {num_experts}"
+        yield make_case(
+            f"sorted count_slots{name}", count_slots_kernel, pointers, constants, num_warps=8, load_bytes=load_bytes
+        )
+        constants = constants | {"COUNTS": COUNT_BLOCK}
+        yield make_case(
+            f"sorted place_slots{name}", place_slots_kernel, pointers, constants, num_warps=8, load_bytes=load_bytes
+        )
     block = {"BLOCK_M": SUM_TILE[0], "BLOCK_N": SUM_TILE[1]}
     pointers = dict.fromkeys(("rows", "y", "products", "mixed"), "bf16") | {"scores": "fp32"}
     for width, choices in MOA_CHOICES.items():

@@ -94,9 +94,8 @@ def group_choices(index: Tensor, num_experts: int, *, backend: str) -> tuple[Ten
     """`index` [N, R, k] int64 -> order [R, N*k] and load [R, E], both int64, for choices that no router grouped: a
     rank's share of the choices, or a part of the tokens. On the device of `index`, without waiting for it."""
     if backend in ("cpu", "triton"):
-        order, load = implementation("route", backend).group_choices(index.contiguous(), num_experts)
-    else:
-        load, order = _grouped(index, num_experts)
+        return _group_choices(index.contiguous(), num_experts, backend)
+    load, order = _grouped(index, num_experts)
     return order, load
 
 
@@ -129,6 +128,17 @@ def _(x, weight, keep, k, drop_scores, backend):
         x.new_empty(R, E, dtype=torch.int64),
         x.new_empty(R, N * k, dtype=torch.int64),
     )
+
+
+@torch.library.custom_op("switchall::group_choices", mutates_args=())
+def _group_choices(index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation("route", backend).group_choices(index, num_experts)
+
+
+@_group_choices.register_fake
+def _(index, num_experts, backend):
+    N, R, k = index.shape
+    return index.new_empty(R, N * k), index.new_empty(R, num_experts)
 
 
 @torch.library.custom_op("switchall::route_backward", mutates_args=())

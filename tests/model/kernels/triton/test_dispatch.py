@@ -28,7 +28,7 @@ from tests.pretrain.runs import MOA, small_config
 N, d, H, h, E, k, G, V = 96, 32, 2, 16, 4, 2, 16, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BODIES = {
-    "route": ("_route", "_route_backward"),
+    "route": ("_route", "_route_backward", "_group_choices"),
     "sigma_moe": ("_sigma_moe", "_sigma_moe_backward"),
     "switchhead_value": ("_value", "_value_backward"),
     "switchhead_output": ("_output", "_output_backward"),
@@ -161,6 +161,7 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         weight, keep = new(H, E, d), new(N, H, E, of=torch.bool)
         yield 0, lambda: (x, weight, keep, k, True, "triton")
         yield 1, lambda logits, scores, index, *_: (wide(N, H, E), wide(N, H, k), x, weight, scores, index, "triton")
+        yield 2, lambda *_: (integers(N, H, k), E, "triton")
     elif op == "sigma_moe":
         tensors = (x, wide(N, k), order, load, new(E, d, G), new(E, G, d))
         yield 0, lambda: (*tensors, "triton")

@@ -8,7 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,8 +37,15 @@ Launch = tuple[str, frozenset[tuple[str, Any]], frozenset[tuple[str, str]], int,
 OpCall = tuple[str, tuple[Any, ...]]
 
 
+class Described(NamedTuple):
+    """A tensor, for comparison."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class OpCalls(TorchDispatchMode):
-    """Every call of our ops, tensors as (shape, dtype)."""
+    """Every call of our ops, tensors as `Described` and lists as tuples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +54,8 @@ class OpCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "switchall":
             assert not kwargs
-            described = ((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in args)
-            self.found.add((func._opname, tuple(described)))
+            described = [Described(tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in args]
+            self.found.add((func._opname, tuple(tuple(a) if isinstance(a, list) else a for a in described)))
         return func(*args, **(kwargs or {}))
 
 
@@ -109,7 +116,9 @@ def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Laun
     bodies = op_bodies()
     with FakeTensorMode(), torch.no_grad():
         for name, args in calls:
-            bodies[name](*(torch.empty(a[0], dtype=a[1], device="cuda") if isinstance(a, tuple) else a for a in args))
+            bodies[name](
+                *(torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Described) else a for a in args)
+            )
     return found
 
 
@@ -165,7 +174,8 @@ def test_a_kernel_that_is_not_compiled_is_named(monkeypatch: pytest.MonkeyPatch)
     sizes = {"x": (4, 128), "scores": (4, 4, 2), "index": (4, 4, 2), "order": (4, 8), "load": (4, 4)}
     sizes |= {"experts": (4, 4, 128, 32)}
     dtypes = {"scores": torch.float32} | dict.fromkeys(("index", "order", "load"), torch.int64)
-    call = (*((size, dtypes.get(name, torch.bfloat16)) for name, size in sizes.items()), "triton", "gated")
+    tensors = (Described(size, dtypes.get(name, torch.bfloat16)) for name, size in sizes.items())
+    call = (*tensors, "triton", "gated")
     assert launches_of({("switchhead_value", call)}, monkeypatch) <= known
     monkeypatch.setattr(switchhead_value, "forward_tiles", lambda *_: GemmTiles(64, 32, 32, 4, 3))
     absent = launches_of({("switchhead_value", call)}, monkeypatch) - known
