@@ -13,7 +13,7 @@ move. Micro-steps of one kind have inputs of the same shapes and memory of the s
 launched one by one, which compiles and allocates what it needs once; the second is recorded, and a recording computes
 nothing, so every micro-step is computed once and nothing needs to be undone.
 
-The design is that of PyTorch's make_graphed_callables (torch.cuda.graphs), which has neither kinds, nor outside
+The design is that of PyTorch's make_graphed_callables, which has neither kinds, nor outside
 state, nor a sum of gradients over micro-steps.
 """
 
