@@ -16,7 +16,7 @@ from model.config import MoAConfig, ModelConfig
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parameter_spec import ParameterSpec
-from model.parameters import parameter_specs
+from model.parameters import owner_of, parameter_specs
 from model.routing import Choices, Place, RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.device import on_collective_device
@@ -163,7 +163,8 @@ class Survey:
         return [
             (group_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
             for piece in pieces(self._engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True)
-            if parallel.tensor_rank == 0 or specs[piece.name].divided is not None
+            if (parallel.tensor_rank == 0 or specs[piece.name].divided is not None)
+            and owner_of(piece.name, self._config.model) == piece.name  # not a last stage's copy of a tied embedding
         ]
 
     def _update(self, piece: Piece, learning_rate: float, *, decayed: bool) -> Tensor:

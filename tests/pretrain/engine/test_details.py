@@ -169,6 +169,56 @@ def test_bf16_is_near_fp32(prepared: Path, precision: str) -> None:
                 assert ours == pytest.approx(theirs, rel=0.05), f"{layout}: {what}"
 
 
+def total_norms(rank: int, configs: list[Config]) -> list[list[tuple[float, float]]]:
+    """Of every step of every configuration: the norm of all groups together, and that of the step."""
+    found = []
+    for config in configs:
+        trainer, pairs = trainer_of(config), []
+        for step in range(STEPS):
+            result = one_step(trainer, Progress(step, step * 8))
+            assert result.details is not None and result.sums.grad_norm is not None
+            groups = result.details.norms["gradient norm"]
+            assert groups.keys() == result.details.norms["update norm"].keys()
+            pairs.append((math.hypot(*groups.values()), result.sums.grad_norm))
+        found.append(pairs)
+        trainer.engine.destroy()
+    return found
+
+
+BF16, OFFLOAD = "train.precision=bf16", "parallel.offload_optimizer=true"
+
+
+@pytest.mark.parametrize(
+    "model, cases",
+    [
+        pytest.param(
+            "switchall", [(Layout(pipeline=2, tied=True), ()), (Layout(data=2, zero=3), (OFFLOAD,))], id="some"
+        ),
+        pytest.param(
+            "switchall xl",
+            [
+                (Layout(data=2, zero=1), (BF16,)),
+                (Layout(data=2, zero=2), (BF16, OFFLOAD)),
+                (Layout(data=2, zero=3), (BF16,)),
+                (Layout(pipeline=2), (BF16,)),
+                (Layout(tensor=2, zero=1, tied=True), ("train.record_routing=true",)),
+            ],
+            id="others",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_groups_make_up_the_norm_of_the_step(
+    prepared: Path, model: str, cases: list[tuple[Layout, tuple[str, ...]]]
+) -> None:
+    """Wherever DeepSpeed keeps gradients; DeepSpeed's own norm is the reference."""
+    keys = ("monitor.tensorboard=true", "monitor.details_every_steps=1")
+    configs = [config_of(prepared, model, layout, *keys, *more) for layout, more in cases]
+    for (layout, more), pairs in zip(cases, run_ranks(total_norms, 2, configs)[0], strict=True):
+        for ours, theirs in pairs:
+            assert ours == pytest.approx(theirs, rel=1e-5), f"{layout} {more}"
+
+
 def test_every_parameter_has_a_group(prepared: Path) -> None:
     for model in ("switchall", "moa", "dense", "switchall xl"):
         config = config_of(prepared, model, ONE)
