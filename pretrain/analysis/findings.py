@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig
+from model.config import MoAConfig, ModelConfig
 from pretrain.analysis.counting import Counts
 from pretrain.analysis.trace import RouterTrace, Trace
 
@@ -59,23 +59,6 @@ class Findings:
         """The tokens from the first query of the maps on, `count` at most."""
         first = self.trace.first_query
         return slice(first, min(first + count, len(self.tokens)))
-
-    def model_text(self) -> str:
-        """E.g. `switchhead: 4 heads of 32, 4 experts (2 active), rope; sigma_moe: 16 experts of 64 (4 active)`."""
-        a, f = self.model.attention, self.model.feedforward
-        heads = f"{a.num_heads} heads of {a.head_dim}"
-        if isinstance(a, MoAConfig):
-            attention = f"moa: {a.num_experts} experts of {a.head_dim} ({a.num_heads} active)"
-        elif isinstance(a, DenseAttentionConfig):
-            attention = f"dense attention: {heads}"
-        else:
-            attention = f"switchhead: {heads}, {a.num_experts} experts ({a.active_experts} active)"
-        if isinstance(f, SigmaMoEConfig):
-            feedforward = f"sigma_moe: {f.num_experts} experts of {f.expert_size} ({f.active_experts} active)"
-        else:
-            feedforward = f"{f.type} feed-forward: {f.hidden_size}"
-        memory = f", memory of {self.model.memory_length} tokens" if self.model.memory_length else ""
-        return f"{attention}, {self.model.position.type}{memory}; {feedforward}"
 
 
 def shown(piece: str) -> str:

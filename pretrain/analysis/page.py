@@ -10,6 +10,7 @@ from common import html_page
 from pretrain.analysis.counting import favourites
 from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import RouterTrace
+from pretrain.report.model_text import model_text
 
 DRAWN_TOKENS = 240
 """Tokens of the text that are coloured by expert."""
@@ -48,7 +49,7 @@ class Page:
             (
                 escape(run.label),
                 f"{run.step:,}",
-                escape(run.model_text()),
+                escape(model_text(run.model)),
                 str(run.model.num_layers),
                 f"{run.num_parameters:,}",
                 f"{len(run.tokens):,}",

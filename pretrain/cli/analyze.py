@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.terminal import reader_may_leave, visible
-from pretrain.report.exit_codes import ExitCode
+from common.terminal import visible
+from pretrain.cli.refusals import exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,16 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
     args = build_parser().parse_args(arguments)
-    try:
-        with reader_may_leave():
-            analyze(args)
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    return 0
+    return exit_code_of(lambda: analyze(args))
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
 from common.tables import text_table
-from common.terminal import reader_may_leave
 from pretrain.checkpoint.convert import convert, progress_bar
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
 
 
@@ -58,20 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused or damaged."""
     args = build_parser().parse_args(arguments)
-    try:
-        with reader_may_leave():
-            if args.command == "list":
-                print_list(args.folder)
-            elif args.command == "verify":
-                return verify_all(args.folder)
-            else:
-                convert(_newest(args.folder), args.out, data=args.data)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
+    return exit_code_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the command. Raises UserError and OSError."""
+    if args.command == "list":
+        print_list(args.folder)
+    elif args.command == "verify":
+        return verify_all(args.folder)
+    else:
+        convert(_newest(args.folder), args.out, data=args.data)
     return 0
 
 

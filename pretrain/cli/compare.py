@@ -10,8 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import replace_file
-from common.terminal import reader_may_leave, visible
-from pretrain.report.exit_codes import ExitCode
+from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
 from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
@@ -44,16 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
     args = build_parser().parse_args(arguments)
-    try:
-        with reader_may_leave():
-            compare(args)
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    return 0
+    return exit_code_of(lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.terminal import reader_may_leave
+from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.reading import RunView
 from pretrain.views.status import runs_table, screen, summary
@@ -39,21 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.every <= 0:
         print("error: --every: must be more than 0 seconds", file=sys.stderr)
         return ExitCode.REFUSED
+    return exit_code_of(lambda: look(args))
+
+
+def look(args: argparse.Namespace) -> None:
+    """Shows the runs once, or with --watch until all have ended or the user has seen enough. Raises UserError."""
+    views = open_all(args.runs)
+    show(views, as_json=args.json, clear=False)
     try:
-        with reader_may_leave():
-            views = open_all(args.runs)
-            show(views, as_json=args.json, clear=False)
-            while args.watch and any(view.state.goes_on for view in views):
-                time.sleep(args.every)
-                for view in views:
-                    view.update()
-                show(views, as_json=args.json, clear=sys.stdout.isatty())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
+        while args.watch and any(view.state.goes_on for view in views):
+            time.sleep(args.every)
+            for view in views:
+                view.update()
+            show(views, as_json=args.json, clear=sys.stdout.isatty())
     except KeyboardInterrupt:
         print()
-    return 0
 
 
 def open_all(paths: Sequence[Path]) -> list[RunView]:
