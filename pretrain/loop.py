@@ -87,12 +87,16 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
 
 def run_segment(setup: RunSetup, folder: RunFolder, control: Control, stop: Stop, start: StartPoint) -> SegmentEnd:
     """The steps from `start` on. Collective."""
+    segment: Segment | None = None
     try:
         segment = build_segment(setup, folder, control, start)
         stop.enter(ProcessState.TRAINING)
         end = segment.run()
-    except torch.OutOfMemoryError:
-        note_full_memory(folder.path, setup.device)
+    except BaseException as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            note_full_memory(folder.path, setup.device)
+        if segment is not None and segment.monitor is not None:
+            segment.monitor.flush()  # the curves before a failure are those that people look at
         raise
     segment.close()
     return end

@@ -17,6 +17,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -227,8 +228,10 @@ def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 @functools.cache
-def versions() -> dict[str, str | None]:
-    """Versions of the software that computes, recorded in every checkpoint and compared on resume."""
+@functools.cache
+def versions() -> Mapping[str, str | None]:
+    """Versions of the software that computes, recorded in every checkpoint and compared on resume. Asked once a
+    process: git is a process of its own, and a checkout that changes while a run goes on does not change the run."""
     import deepspeed  # here: device.start prepares its import
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -49,6 +50,7 @@ class Curves:
         self._load: dict[str, Tensor] = {}
         """Choices per expert, summed since the last details."""
         self._artist = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._can_draw = True
         self._drawn: list[tuple[int, str, Future[bytes]]] = []
         self._events: collections.deque[Row] = collections.deque()
 
@@ -99,7 +101,8 @@ class Curves:
             for name, shares in details.scores.items():
                 kind, block = tags.router_of(name)
                 writer.histogram(at.step, f"selection scores/{kind}/block {block:02d}", shares)
-        self._draw(at.step)
+        if self._can_draw:
+            self._draw(at.step)
         self._load = {}
 
     def validation(self, at: Position, values: dict[str, Any], split: str) -> None:
@@ -128,15 +131,26 @@ class Curves:
             writer.close()
 
     def _draw(self, step: int) -> None:
-        from pretrain.report.pictures import draw_load, load_pictures  # imports matplotlib, half a second
-
         every = self._config.monitor.details_every_steps
         since = f"step {step}" if step == 1 else f"steps {max(2, step - every + 1)} to {step}"
-        for kind, rows in load_pictures(self._load).items():
+        for kind, rows in tags.load_by_block(self._load).items():
             choice, heads = self._choices[_layer(kind)], len(rows) // self._config.model.num_layers
             title = f"{kind}, {since}"
-            drawn = self._artist.submit(draw_load, title, rows, heads=heads, active=choice.active)
+            drawn = self._artist.submit(_picture, title, rows, heads=heads, active=choice.active)
             self._drawn.append((step, f"load of the experts/{kind}", drawn))
+
+    def _show(self, step: int, tag: str, drawn: Future[bytes]) -> None:
+        """A picture that cannot be drawn (no fonts, no room for matplotlib's cache) is one warning, and no more are
+        tried: a run does not end for it."""
+        try:
+            png = drawn.result()
+        except Exception as error:
+            if self._can_draw:
+                self._can_draw = False
+                print(f"warning: {tag}: cannot be drawn ({error!r}); the run goes on without pictures", file=sys.stderr)
+            return
+        for writer in self._writers:
+            writer.image(step, tag, png)
 
     def _hand_over(self, *, wait: bool) -> None:
         while self._has_begun and self._events:
@@ -148,11 +162,16 @@ class Curves:
         waiting = []
         for step, tag, drawn in self._drawn:
             if wait or drawn.done():
-                for writer in self._writers:
-                    writer.image(step, tag, drawn.result())
+                self._show(step, tag, drawn)
             else:
                 waiting.append((step, tag, drawn))
         self._drawn = waiting
+
+
+def _picture(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
+    from pretrain.report.pictures import draw_load  # imports matplotlib: here, in the thread that draws
+
+    return draw_load(title, rows, heads=heads, active=active)
 
 
 def _layer(kind: str) -> str:

@@ -75,7 +75,7 @@ class Monitor:
             self._curves.count(load)
             if step % self._config.tensorboard_every_steps == 0 or step == self._last:
                 self._curves.step(self._at, values, phase_seconds or {})
-            if details is not None:
+            if details is not None and values["grad_norm"] is not None:  # a skipped update has no norm of its own
                 self._curves.details(self._at, details)
         self._interval.add(values, load)
         if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
@@ -92,8 +92,9 @@ class Monitor:
     def _speed(self, step: int, tokens_per_second: float) -> dict[str, float]:
         """The model's FLOP/s on all ranks and, once the peak is known, the share of it that is used."""
         flops = self._flops_per_token * tokens_per_second
-        if step == self._first + 1 and self._curves is not None:
-            origin = self._origin
+        origin = self._origin
+        # A CPU's peak is measured, which costs time, for those alone who look at the board.
+        if step == self._first + 1 and (self._curves is not None or origin.device.type != "cpu"):
             self._peak = find_peak(origin.device, self._whole.train.precision, self._config.peak_flops)
             if self._peak is not None and self._curves is not None:
                 self._curves.tell("peak of a device", f"{self._peak.flops / 1e12:.3g} TFLOP/s, {self._peak.source}")

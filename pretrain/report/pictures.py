@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import io
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pretrain.report.tags import router_of
-
 LABELS = 16
 """Most labels of an axis that can be read."""
-
-
-def load_pictures(load: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Choices per expert of every router, [E] or [H, E] -> for each kind of router [blocks x H, E]: an expert's load in
-    units of the mean load of its router."""
-    kinds: dict[str, dict[int, Tensor]] = {}
-    for name, counts in load.items():
-        kind, block = router_of(name)
-        rows = counts.double().view(-1, counts.shape[-1])
-        mean = rows.sum(-1, keepdim=True).clamp_min(1.0) / rows.shape[-1]
-        kinds.setdefault(kind, {})[block] = rows / mean
-    return {kind: torch.cat([blocks[block] for block in sorted(blocks)]) for kind, blocks in kinds.items()}
 
 
 def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:

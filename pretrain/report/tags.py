@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import torch
 from torch import Tensor
 
 GIB = 1 << 30
@@ -73,6 +74,18 @@ def router_points(load: dict[str, Tensor]) -> dict[str, float]:
         points[f"routing/{kind}/entropy, 1 is even/{where}"] = float(entropy)
         points[f"routing/{kind}/dead experts/{where}"] = float((rows == 0).sum())
     return points
+
+
+def load_by_block(load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Choices per expert of every router, [E] or [H, E] -> for each kind of router [blocks x H, E]: an expert's load in
+    units of the mean load of its router."""
+    kinds: dict[str, dict[int, Tensor]] = {}
+    for name, counts in load.items():
+        kind, block = router_of(name)
+        rows = counts.double().view(-1, counts.shape[-1])
+        mean = rows.sum(-1, keepdim=True).clamp_min(1.0) / rows.shape[-1]
+        kinds.setdefault(kind, {})[block] = rows / mean
+    return {kind: torch.cat([blocks[block] for block in sorted(blocks)]) for kind, blocks in kinds.items()}
 
 
 def layout() -> dict[str, dict[str, list[object]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -15,11 +16,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+import pretrain.report.pictures
 from model.costs import training_flops_per_token
+from pretrain.config.schema import Config
+from pretrain.engine.details import KINDS, Details
 from pretrain.late_reading import Laps
 from pretrain.report import peak, tags
-from pretrain.report.pictures import draw_load, load_pictures
-from tests.harness import run_ranks
+from pretrain.report.monitor import Monitor, Origin
+from pretrain.report.pictures import draw_load
+from pretrain.report.run_folder import RunFolder
+from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import metrics, small_config, train_runs
 
 KEYS = (
@@ -116,6 +122,48 @@ def test_every_key_of_a_line_has_words(prepared: Path, tmp_path: Path) -> None:
     assert phases >= {"forward", "backward", "update", "reading batches", "validation", "checkpoint", "whole step"}
 
 
+def fail_to_draw(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
+    """As where matplotlib finds no font, or no room for its cache."""
+
+    def broken(*args: object, **kwargs: object) -> bytes:
+        raise RuntimeError("no font")
+
+    pretrain.report.pictures.draw_load = broken
+    with open(output, "w") as file, contextlib.redirect_stderr(file):
+        train_runs(rank, runs)
+
+
+def test_a_run_goes_on_without_pictures(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, *KEYS, "train.steps=5")
+    run_ranks(fail_to_draw, 1, [(config, tmp_path / "run")], tmp_path / "err")
+    board = read(tmp_path / "run" / "tensorboard")
+    assert steps_of(board, "loss/train") == [1, 2, 3, 4, 5] and not board.Tags()["images"]
+    assert (tmp_path / "err").read_text().count("cannot be drawn (RuntimeError('no font'))") == 1
+
+
+def test_a_step_without_an_update_has_no_details(tmp_path: Path, prepared: Path) -> None:
+    """Adam's state is then that of an earlier step, or none."""
+    details = Details({kind: {"experts": 1.0} for kind in KINDS}, {})
+    folder = RunFolder(tmp_path, writes=True)
+    monitor = Monitor(small_config(prepared, *KEYS), folder, Origin(0, 0, 9, torch.device("cpu"), 1))
+    load = {"blocks.0.attention.value_statistics": torch.ones(2, 3), "blocks.0.feedforward.statistics": torch.ones(5)}
+    speed = {"tokens_per_second": 1.0, "step_seconds": 1.0, "memory_bytes": 1, "memory_peak_bytes": 1, "lr": 0.1}
+    for step, norm in ((1, None), (2, 1.0)):
+        values = {"step": step, "loss": 1.0, "grad_norm": norm, "tokens": 128 * step, **speed}
+        monitor.step(values, load, details=details)
+    monitor.close()
+    assert steps_of(read(tmp_path / "tensorboard"), "update norm by group/experts") == [2]
+
+
+def test_a_run_that_fails_shows_its_last_steps(prepared: Path, tmp_path: Path) -> None:
+    wild = ("optimizer.learning_rate=1e30", "optimizer.clip_norm=0", "resilience.max_skipped_updates=2")
+    config = small_config(prepared, *KEYS, "train.steps=30", "schedule.warmup_steps=0", *wild)
+    with pytest.raises(RankFailed, match="Diverged"):
+        run_ranks(train_runs, 1, [(config, tmp_path)])
+    shown = steps_of(read(tmp_path / "tensorboard"), "optimizer/learning rate")
+    assert shown == [row["step"] for row in metrics(tmp_path)] and len(shown) >= 3
+
+
 def test_router_points_count_by_hand() -> None:
     load = {
         "blocks.7.attention.value_statistics": torch.tensor([[6.0, 0.0, 0.0], [2.0, 2.0, 2.0]]),
@@ -132,7 +180,7 @@ def test_router_points_count_by_hand() -> None:
 
 def test_a_picture_shows_each_block_and_expert() -> None:
     load = {f"blocks.{n}.attention.value_statistics": torch.tensor([[9.0, 3.0], [n, 12.0 - n]]) for n in (10, 2)}
-    (rows,) = load_pictures(load).values()
+    (rows,) = tags.load_by_block(load).values()
     assert rows.tolist() == [[1.5, 0.5], [2 / 6, 10 / 6], [1.5, 0.5], [10 / 6, 2 / 6]]
     png = draw_load("attention value: load", rows, heads=2, active=1)
     picture = matplotlib.image.imread(io.BytesIO(png))
