@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
 from model.attention.switchhead import SwitchHeadAttention
+from model.cache import LayerCache
 from model.config import (
     DenseAttentionConfig,
     DenseFeedForwardConfig,
@@ -31,7 +32,7 @@ from model.config import (
     SwitchHeadConfig,
 )
 from model.distributions import Constant, Distribution, Normal, Uniform
-from model.documents import Documents
+from model.documents import Seen
 from model.dropout import Draw, site_key
 from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
@@ -187,14 +188,17 @@ class Block(nn.Module):
         found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
         self._recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
 
-    def forward(self, state: State, documents: Documents | None = None) -> State:
+    def forward(self, state: State, documents: Seen | None = None) -> State:
         compute = self._compute if documents is None else partial(self._compute, documents=documents)
         return recomputed(compute, state, mode=self.recompute, recorders=self._recorders)
 
-    def _compute(self, state: State, documents: Documents | None = None) -> State:
+    def _compute(self, state: State, documents: Seen | None = None) -> State:
         hidden, sequence_index, auxiliary_loss = state
-        # Memory is normalised with the present weights, like the chunk itself.
-        context = hidden if self.memory is None else self.memory.extend(hidden, sequence_index)
+        # Memory is normalised with the present weights, like the chunk itself. A cache has its keys and values already.
+        if self.memory is None or isinstance(documents, LayerCache):
+            context = hidden
+        else:
+            context = self.memory.extend(hidden, sequence_index)
         attended, attention_loss = self.attention(
             self.attention_norm(context), hidden.shape[1], sequence_index, documents
         )

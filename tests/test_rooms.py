@@ -19,6 +19,7 @@ ROOMS = {
     "model": [
         "config",
         "openmp",
+        "cache",
         "documents",
         "dropout",
         "distributions",
@@ -38,6 +39,7 @@ ROOMS = {
         "parameters",
         "initialization",
         "language_model",
+        "decoding",
         "costs",
         "counted_costs",
     ],

@@ -9,7 +9,7 @@ from model.attention.rope import RopeTables, rotate
 from model.attention.xl import relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, RopeConfig, XLConfig
 from model.distributions import Constant, dense_layer_weight
-from model.documents import Documents, causal_attention
+from model.documents import Seen, causal_attention
 from model.kernels.choice import Backends
 from model.linear import region_linear
 from model.parallel.collectives import enter_shards
@@ -69,7 +69,7 @@ class DenseAttention(nn.Module):
             self.scale = nn.Parameter(torch.empty(1))
 
     def forward(
-        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
     ) -> tuple[Tensor, Tensor]:
         """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk
         (with sequence parallelism this rank's tokens of each). `sequence_index` [B] is unused: nothing here is random.
@@ -84,7 +84,7 @@ class DenseAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
             scale = enter_shards(self.scale, self.parallel.tensor_group)
-            attended = relative_attention(q, k, v, self.position.weight, scale=scale, **biases)
+            attended = relative_attention(q, k, v, self.position.weight, scale=scale, seen=documents, **biases)
         else:
             tables = self.rope(documents, L, context.device)
             q, k = rotate(q, k, tables, backend=self.backend)

@@ -11,7 +11,7 @@ from model.balance import balance_losses
 from model.choices import settled
 from model.config import MoAConfig, ModelConfig, RopeConfig, XLConfig
 from model.distributions import Constant, Normal, block_std
-from model.documents import Documents, causal_attention
+from model.documents import Seen, causal_attention
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
@@ -87,7 +87,7 @@ class MoAAttention(nn.Module):
         self._dropout_key = site_key(seed, f"{name}.experts")
 
     def forward(
-        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
     ) -> tuple[Tensor, Tensor]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
@@ -125,12 +125,12 @@ class MoAAttention(nn.Module):
         y = expert_linear_sum(attended, choice, output_experts, backend=backend)
         return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
 
-    def _attend(self, q: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    def _attend(self, q: Tensor, key: Tensor, value: Tensor, documents: Seen | None) -> Tensor:
         """q [B, T, k, h], key and value [B, L, 1, h] -> [B, T, k, h]: a slot is to attention what a head is."""
         if self.rope is None:
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
-            return relative_attention(q, key, value, weight, scale=scale).transpose(1, 2)
+            return relative_attention(q, key, value, weight, scale=scale, seen=documents).transpose(1, 2)
         tables = self.rope(documents, key.shape[1], q.device)
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig
-from model.documents import Documents
+from model.documents import Seen
 from model.kernels.ops import elementwise
 
 
@@ -35,9 +35,9 @@ class RopeTables:
         self._head_dim, self._config = head_dim, config
         self._kept: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, documents: Documents | None, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`rope_tables` of a context of L tokens. Positions that begin again in `documents` are another batch's in the
-        next call, so nothing of them is kept."""
+    def __call__(self, documents: Seen | None, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`rope_tables` of a context of L tokens. Positions that begin again in `documents`, or go on in a cache, are
+        others in the next call, so nothing of them is kept."""
         if documents is not None:
             return rope_tables(documents.positions, self._head_dim, self._config)
         if (L, device) not in self._kept:

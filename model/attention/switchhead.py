@@ -10,7 +10,7 @@ from model.attention.xl import relative_attention
 from model.choices import settled
 from model.config import ModelConfig, Projection, RopeConfig, SwitchHeadConfig, XLConfig
 from model.distributions import Normal, block_std
-from model.documents import Documents, causal_attention
+from model.documents import Seen, causal_attention
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
@@ -128,7 +128,7 @@ class SwitchHeadAttention(nn.Module):
             self.position = nn.Linear(d, H * h, bias=False)
 
     def forward(
-        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Documents | None = None
+        self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
     ) -> tuple[Tensor, Tensor]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
@@ -149,7 +149,7 @@ class SwitchHeadAttention(nn.Module):
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5)
+            attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5, seen=documents)
         else:
             tables = self.rope(documents, L, context.device)
             backend = self.backends.elementwise

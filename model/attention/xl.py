@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.cache import LayerCache
+from model.documents import Seen
+
 BASE = 10000.0
 """Base of the geometric progression of the sinusoids' wavelengths."""
 
@@ -37,20 +40,63 @@ def relative_attention(
     scale: Tensor | float,
     content_bias: Tensor | None = None,
     position_bias: Tensor | None = None,
+    seen: Seen | None = None,
 ) -> Tensor:
     """softmax over j of scale * ((q_i + u) . k_j + (q_i + v) . W_pos r(i - j)), causal, times the values.
 
     `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, H or 1, L, h] (1: shared by the
     heads); `position_weight` [H h or h, d_model] maps r to all heads' position keys; u = `content_bias` and v =
-    `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32.
+    `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32. With a cache in `seen` k and
+    v are those of the T new tokens, and the context is what it keeps.
     """
-    T, L, h = q.shape[2], k.shape[2], q.shape[3]
-    r = sinusoids(torch.arange(L - 1, -1, -1, device=q.device), position_weight.shape[1])
-    position_keys = F.linear(r.to(q.dtype), position_weight).view(L, -1, h).transpose(0, 1)  # [., L, h]
-    # The scale goes to the narrow factor: one pass over [T, h] instead of one over [T, L].
-    for_content = (q if content_bias is None else q + content_bias[:, None]) * scale
-    for_position = for_content if content_bias is position_bias else (q + position_bias[:, None]) * scale  # type: ignore[index]
+    if isinstance(seen, LayerCache):
+        return _cached_attention(seen, q, k, v, position_weight, scale, content_bias, position_bias)
+    assert seen is None, "documents and Transformer-XL exclude each other; refused by the configuration"
+    T, L = q.shape[2], k.shape[2]
+    position_keys = _position_keys(torch.arange(L - 1, -1, -1, device=q.device), position_weight, q)
+    for_content, for_position = _queries(q, scale, content_bias, position_bias)
     logits = for_content @ k.transpose(2, 3) + relative_shift(for_position @ position_keys.transpose(1, 2))
     future = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
-    weights = logits.masked_fill(future, -math.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return weights.to(q.dtype) @ v
+    return _weighted(logits, future, v)
+
+
+def _cached_attention(
+    cache: LayerCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_weight: Tensor,
+    scale: Tensor | float,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """As `relative_attention`, with the context's keys in the order of the cache's slots: the position logits of all
+    distances, of which each slot takes its own."""
+    q, k, v = cache.extend(q, k, v)
+    position_keys = cache.position_keys(lambda distances: _position_keys(distances, position_weight, q))
+    for_content, for_position = _queries(q, scale, content_bias, position_bias)
+    distance = cache.now.distance[:, None].expand(-1, q.shape[1], -1, -1)
+    logits = for_content @ k.transpose(2, 3) + (for_position @ position_keys.transpose(1, 2)).gather(3, distance)
+    return _weighted(logits, ~cache.now.seen, v)
+
+
+def _position_keys(distances: Tensor, position_weight: Tensor, q: Tensor) -> Tensor:
+    """[H or 1, D, h] of `distances` [D], in the dtype of the queries `q` [B, H, T, h]."""
+    r = sinusoids(distances, position_weight.shape[1])
+    return F.linear(r.to(q.dtype), position_weight).view(len(distances), -1, q.shape[3]).transpose(0, 1)
+
+
+def _queries(
+    q: Tensor, scale: Tensor | float, content_bias: Tensor | None, position_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Those of the content logits and of the position logits. The scale goes to the narrow factor: one pass over [T, h]
+    instead of one over [T, L]."""
+    for_content = (q if content_bias is None else q + content_bias[:, None]) * scale
+    for_position = for_content if content_bias is position_bias else (q + position_bias[:, None]) * scale  # type: ignore[index]
+    return for_content, for_position
+
+
+def _weighted(logits: Tensor, unseen: Tensor, v: Tensor) -> Tensor:
+    """The values `v` [B, H or 1, L, h] by the softmax of `logits` [B, H, T, L] where not `unseen`."""
+    weights = logits.masked_fill(unseen, -math.inf).softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32))
+    return weights.to(v.dtype) @ v
