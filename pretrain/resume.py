@@ -83,7 +83,12 @@ def _starts_at(path: Path) -> str | None:
 
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs from the checkpoint's. Raises UserError if one of them
-    may not change."""
+    may not change, or if the checkpoint holds weights alone."""
+    if (source := checkpoint.weights_source) is not None:
+        raise UserError(
+            f"checkpoint.resume: {checkpoint.path} holds weights alone ({source}), nothing of the optimizer; begin a "
+            f"new run with them: --set train.init_from={checkpoint.path} and a new --run-dir"
+        )
     state = checkpoint.state
     saved = SavedRun(str(checkpoint.path), state["config"], state["manifest_digest"], checkpoint.progress.step)
     return changes_since(saved, config, manifest_digest)
@@ -216,6 +221,8 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
     about = {"layout": layout, "software": versions()}
     folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step, **about)
     if resumed is None:
+        if config.train.init_from is not None:
+            folder.event("initial_weights", path=config.train.init_from)
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))

@@ -15,6 +15,7 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, Saver
+from pretrain.checkpoint.initial import load_initial
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.rules import choose_backends
 from pretrain.config.schedule import learning_rate
@@ -164,8 +165,8 @@ class Trainer:
 
 
 def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Progress | None = None) -> Trainer:
-    """Model, engine and data of this rank, from the initial weights or from a checkpoint. `progress` (default: the
-    checkpoint's) says which data is left out. Collective."""
+    """Model, engine and data of this rank, from the initial weights (random, or those of train.init_from) or from a
+    checkpoint. `progress` (default: the checkpoint's) says which data is left out. Collective."""
     config, parallel, device, phases = setup.config, setup.parallel, setup.device, setup.phases
     progress = progress or (resumed.progress if resumed else Progress(0, 0))
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
@@ -175,6 +176,8 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     if resumed is not None:
         phases.enter("loading the weights")
         agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
+    else:
+        load_initial(config, setup.sources.tokenizer.sha256, model, parallel, agreed)
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
     _record_micro_steps(setup, engine)

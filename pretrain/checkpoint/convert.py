@@ -17,6 +17,7 @@ from common.hashing import sha256_file
 from common.urls import URL
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 
 MODEL, CONFIG, WEIGHTS = "model.safetensors", "config.json", "weights.json"
@@ -27,8 +28,11 @@ def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
     config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. Raises UserError;
     `out` then holds what it held before."""
     checkpoint = Checkpoint.open(folder)
-    manifest, reason = find_data(checkpoint, data)
-    tokenizer = manifest.tokenizer.file if manifest is not None else None
+    found, reason = StoredTokenizer.inside(checkpoint), ""
+    if found is None:
+        manifest, reason = find_data(checkpoint, data)
+        found = None if manifest is None else StoredTokenizer.of(manifest)
+    tokenizer = None if found is None else found.entry.file
     for name in (MODEL, CONFIG, WEIGHTS, tokenizer or ""):
         if name and os.path.lexists(out / name):
             raise UserError(f"OUT: {out / name} exists; name another folder")
@@ -36,20 +40,20 @@ def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
         raise DamagedCheckpoint(f"checkpoint {folder}: {problem}")
     out.mkdir(parents=True, exist_ok=True)
     with _removed_if_it_fails(out) as made:
-        if manifest is not None and tokenizer is not None:
+        if found is not None and tokenizer is not None:
             made.append(tokenizer)
-            replace_file(out / tokenizer, [(manifest.folder / tokenizer).read_bytes()])
+            replace_file(out / tokenizer, [(found.folder / tokenizer).read_bytes()])
         made += [WEIGHTS, CONFIG, MODEL]
-        write_json(out / WEIGHTS, _description(checkpoint, manifest))
+        write_json(out / WEIGHTS, _description(checkpoint, found))
         write_json(out / CONFIG, checkpoint.state["config"])
         size = _write_weights(checkpoint, out / (MODEL + PARTIAL))
         os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: if it is there, everything is
     count, step = len(checkpoint.state["parameters"]), checkpoint.progress.step
     print(f"{out / MODEL}: {count} tensors, {size:,} bytes, of step {step}", flush=True)
-    if manifest is None:
+    if found is None:
         print(f"no tokenizer was written: {reason}", flush=True)
     else:
-        kind = manifest.tokenizer.kind
+        kind = found.entry.kind
         print(f"{out / tokenizer}: the tokenizer" if tokenizer else f"no tokenizer: ids are {kind}", flush=True)
 
 
@@ -85,17 +89,16 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
     return manifest, ""
 
 
-def _description(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str, Any]:
+def _description(checkpoint: Checkpoint, tokenizer: StoredTokenizer | None) -> dict[str, Any]:
     """The content of weights.json: where the weights come from."""
     progress, state = checkpoint.progress, checkpoint.state
-    entry = manifest.tokenizer if manifest is not None else None
     return {
         "step": progress.step,
         "tokens": progress.consumed_sequences * state["config"]["model"]["sequence_length"],
         "loss": state["loss"],
         "validation_loss": state["validation_loss"],
         "data_digest": state["manifest_digest"],
-        "tokenizer": entry.model_dump(mode="json") if entry is not None else None,
+        "tokenizer": tokenizer.entry.model_dump(mode="json") if tokenizer is not None else None,
         "versions": state["versions"],
     }
 

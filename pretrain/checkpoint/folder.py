@@ -18,8 +18,12 @@ from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.json"
+TOKENIZER_FILE = "tokenizer.model"
+"""Only in checkpoints of weights alone, see weights.py."""
 PARTIAL = ".partial"
-OWN_FILE = re.compile(rf"(rank-\d{{5,}}\.safetensors|tensors\.json|state\.json|commit\.json)({re.escape(PARTIAL)})?")
+OWN_FILE = re.compile(
+    rf"(rank-\d{{5,}}\.safetensors|tensors\.json|state\.json|commit\.json|tokenizer\.model)({re.escape(PARTIAL)})?"
+)
 
 
 class DamagedCheckpoint(UserError):
@@ -41,6 +45,12 @@ class Checkpoint:
     def bytes(self) -> int:
         """Bytes of all files except the two that list the sizes."""
         return sum(entry["bytes"] for entry in self.state["files"].values())
+
+    @property
+    def weights_source(self) -> str | None:
+        """Of a checkpoint of weights alone (weights.py): where they come from. None for one of a run."""
+        entry = self.state.get("weights_only")
+        return None if entry is None else str(entry["source"])
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:

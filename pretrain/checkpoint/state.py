@@ -95,6 +95,8 @@ def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) 
     for name, parameter in model.named_parameters():
         shape = list(specs[name].shape)
         saved = checkpoint.state["parameters"].get(owner_of(name, config))
+        if saved is None:
+            raise UserError(f"checkpoint {checkpoint.path}: holds no {name}, which this model has")
         if shape != saved:
             raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
         assert parameter.is_contiguous()
@@ -228,16 +230,17 @@ def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 @functools.cache
-@functools.cache
 def versions() -> Mapping[str, str | None]:
-    """Versions of the software that computes, recorded in every checkpoint and compared on resume. Asked once a
-    process: git is a process of its own, and a checkout that changes while a run goes on does not change the run."""
+    """Versions of the software that computes, recorded in every checkpoint and compared on resume."""
     import deepspeed  # here: device.start prepares its import
 
+    found = dict(code_versions())
+    return {"python": found.pop("python"), "torch": found.pop("torch"), "deepspeed": deepspeed.__version__, **found}
+
+
+@functools.cache
+def code_versions() -> Mapping[str, str | None]:
+    """Those of them that are known without DeepSpeed. Asked once a process: git is a process of its own, and a checkout
+    that changes while a run goes on does not change the run."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "git": git.stdout.strip() or None,
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "git": git.stdout.strip() or None}

@@ -128,6 +128,24 @@ def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserErro
     return UserError(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{free}")
 
 
+def commit(
+    partial: Path, final: Path, *, state: dict[str, Any], tensors: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> int:
+    """Makes the folder `partial` the checkpoint `final`: index, state, commit marker, in this order, each on the disk
+    before the next, and then the name. `tensors`: the content of tensors.json; `state`: that of state.json without the
+    files; `files`: {name: {"bytes", "sha256"}} of what is there already. Returns the bytes of all files."""
+    write_json(partial / TENSORS_FILE, tensors, indent=None)
+    files = {**files, TENSORS_FILE: digest_entry(partial / TENSORS_FILE)}
+    write_json(partial / STATE_FILE, {**state, "files": files})
+    marker = digest_entry(partial / STATE_FILE)
+    write_json(partial / COMMIT_FILE, marker)
+    if final.exists():  # left by a run that went back to before this step
+        set_aside(final)
+    os.rename(partial, final)
+    sync_directory(final.parent)
+    return int(marker["bytes"]) + sum(int(entry["bytes"]) for entry in files.values())
+
+
 class Writer(StorageWriter):
     """Writes one checkpoint: a safetensors file per rank, then, on the coordinator, the JSON and the commit."""
 
@@ -204,17 +222,9 @@ class Writer(StorageWriter):
                 [numbers[places[MetadataIndex(name, c.offsets)]], list(c.offsets), list(c.sizes)] for c in saved.chunks
             ]
             tensors[name] = {"dtype": NAMES[saved.properties.dtype], "shape": list(saved.size), "chunks": chunks}
-        write_json(self.partial / TENSORS_FILE, {"files": list(numbers), "tensors": tensors}, indent=None)
         entries = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
-        entries[TENSORS_FILE] = digest_entry(self.partial / TENSORS_FILE)
-        write_json(self.partial / STATE_FILE, {**self._state, "files": entries})
-        marker = digest_entry(self.partial / STATE_FILE)
-        write_json(self.partial / COMMIT_FILE, marker)
-        if self.final.exists():  # left by a run that went back to before this step
-            set_aside(self.final)
-        os.rename(self.partial, self.final)
-        sync_directory(self.final.parent)
-        self.bytes = marker["bytes"] + sum(entry["bytes"] for entry in entries.values())
+        index = {"files": list(numbers), "tensors": tensors}
+        self.bytes = commit(self.partial, self.final, state=self._state, tensors=index, files=entries)
 
 
 class Reader(StorageReader):

@@ -1,5 +1,5 @@
-"""Command line of launch/checkpoint.py: lists and verifies a run's checkpoints, and exports weights for other
-programs."""
+"""Command line of launch/checkpoint.py: lists and verifies a run's checkpoints, averages them, and exports weights for
+other programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pretrain.report.exit_codes import ExitCode
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/checkpoint.py",
-        description="Lists and verifies the checkpoints of a run, and exports their weights for other programs.",
+        description="Lists and verifies the checkpoints of a run, averages them, and exports their weights for other "
+        "programs.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser(
@@ -51,6 +52,25 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
     )
+    average = commands.add_parser(
+        "average",
+        help="the mean of the weights of several checkpoints, as a checkpoint",
+        description="Writes the mean of the weights of checkpoints of one model and tokenizer as the new checkpoint "
+        "DIR: weights alone, which analyze, convert and load_model read like any other, and which a new run begins "
+        "with (train.init_from). Computed in fp64, one parameter in memory at a time.",
+    )
+    average.add_argument(
+        "folders", type=Path, nargs="+", metavar="CHECKPOINT", help="checkpoints, or run folders for their newest"
+    )
+    average.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    average.add_argument(
+        "--weights", metavar="LIST", help="the share of each, e.g. 1,1,2; divided by their sum (default: equal)"
+    )
+    average.add_argument(
+        "--ema",
+        action="store_true",
+        help="of the moving averages (train.ema_decay) instead of the weights; one checkpoint is enough",
+    )
     return parser
 
 
@@ -66,9 +86,25 @@ def run(args: argparse.Namespace) -> int:
         print_list(args.folder)
     elif args.command == "verify":
         return verify_all(args.folder)
+    elif args.command == "average":
+        average_of(args)
     else:
         convert(_newest(args.folder), args.out, data=args.data)
     return 0
+
+
+def average_of(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    if len(args.folders) == 1 and not args.ema:
+        raise UserError("CHECKPOINT: the mean of one checkpoint is itself; name two or more, or --ema")
+    try:
+        weights = None if args.weights is None else [float(part) for part in args.weights.split(",")]
+    except ValueError:
+        raise UserError(f"--weights: {args.weights!r} are no numbers; write e.g. 1,1,2") from None
+    from pretrain.checkpoint.average import average  # imports torch, for which the other commands need not wait
+
+    kind = "ema" if args.ema else "master"
+    average([_newest(folder) for folder in args.folders], args.to, weights=weights, kind=kind)
 
 
 def _checkpoints_folder(folder: Path) -> Path:
@@ -122,6 +158,7 @@ def _row(path: Path) -> tuple[str, ...]:
     state = checkpoint.state
     names = {"tensor": "TP", "pipeline": "PP", "data": "DP", "expert": "EP"}
     layout = " ".join(f"{names[key]}{state['layout'][key]}" for key in names) + f" ZeRO-{state['layout']['zero']}"
+    layout = layout if checkpoint.weights_source is None else "weights alone"
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state["time"]))
     losses = (_loss(state["loss"]), _loss(state["validation_loss"]))
     return path.name, saved, f"{checkpoint.bytes:,}", layout, "whole", *losses

@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
     """Checks everything that can be refused without a process group or an allocation. Returns the data sets and DP
     size. `device`: the ranks' (cuda or cpu); None: that of train.device on this machine."""
+    from pretrain.checkpoint.initial import initial_checkpoint
     from pretrain.data.sources import open_sources
     from pretrain.gpus import device_type
     from pretrain.report.disk_space import checkpoint_space
@@ -121,6 +122,8 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     newest = newest_committed(candidates(config, run_dir))
     if newest is not None:
         changed_settings(config, newest, sources.digest)
+    else:
+        initial_checkpoint(config, sources.tokenizer.sha256)
     checkpoint_space(config, run_dir).check()
     if config.train.replay_routing is not None:
         from pretrain.routing.tape import open_record

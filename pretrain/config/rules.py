@@ -70,6 +70,8 @@ def check_rules(config: Config) -> None:
         )
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
+    if config.train.init_from is not None and not config.train.init_from.strip():
+        raise ConfigError("train.init_from: is empty; set it to a checkpoint (step-...), a run folder or null")
     _check_allow_changes(config)
 
 

@@ -141,6 +141,10 @@ class TrainConfig(Section):
     """bf16 and fp16 keep fp32 master weights; fp16 scales the loss dynamically and needs CUDA."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, data order and dropout masks."""
+    init_from: str | None = None
+    """Checkpoint (of weights alone too), or run folder for its newest, whose weights the run begins with instead of
+    random ones: at step 0, with a new optimizer, for example on other data. Shapes and tokenizer must be the same;
+    other settings of the model may differ, and are printed. A run that has checkpoints continues from those."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """On a GPU, the same numbers bit by bit whenever the same start is repeated or a run is resumed, at the price of a
     slower attention: torch's deterministic algorithms, without cuDNN's attention. false: gradients of attention, and so

@@ -42,6 +42,7 @@ def _collapsed(event: Row) -> str:
 
 TEXTS = {
     "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} ranks",
+    "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped after {_step(e)}: {e.get('reason', '?')}",
     "checkpoint": lambda e: (

@@ -15,6 +15,7 @@ from model.parallel.context import ParallelContext
 from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.checkpoint.state import load_weights
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
 from pretrain.saved_model.tokenizer import Tokenizer
@@ -88,7 +89,10 @@ def _config(checkpoint: Checkpoint) -> Config:
 
 
 def _tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
-    """From the place that the configuration names, else from the first folder of `data` that fits. Raises UserError."""
+    """The one inside the checkpoint, else that of the data that the configuration names, else that of the first folder
+    of `data` that fits. Raises UserError."""
+    if (inside := StoredTokenizer.inside(checkpoint)) is not None:
+        return Tokenizer(inside)
     manifest, reason = find_data(checkpoint)
     refusals = []
     for place in data if manifest is None else ():

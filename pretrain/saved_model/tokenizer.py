@@ -11,6 +11,7 @@ import sentencepiece
 
 from common.errors import UserError
 from data_prep.shards.format import BYTE_VALUES, Manifest
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 
 SPACE_SYMBOL = "\u2581"
 """SentencePiece's sign for a blank."""
@@ -19,17 +20,16 @@ SPACE_SYMBOL = "\u2581"
 class Tokenizer:
     """The tokenizer of a data set. `eos_id` ends a document; None if nothing, or a text, does."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, source: Manifest | StoredTokenizer) -> None:
         """Raises UserError if the file is missing or is no tokenizer."""
-        entry = manifest.tokenizer
+        stored = StoredTokenizer.of(source) if isinstance(source, Manifest) else source
+        entry, path = stored.entry, stored.path
         self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
         self._model: sentencepiece.SentencePieceProcessor | None = None
         self._values = np.arange(BYTE_VALUES, dtype=np.uint8)
-        settings = manifest.provenance.config.get("tokenizer")
-        self._by_line = isinstance(settings, dict) and settings.get("sentences") == "lines"
-        if entry.file is None:
+        self._by_line = stored.by_line
+        if path is None:
             return
-        path = manifest.folder / entry.file
         content = _content(path)
         if entry.kind == "symbols":
             self._values = np.frombuffer(content, np.uint8)

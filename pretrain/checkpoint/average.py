@@ -1,0 +1,127 @@
+"""The weighted mean of the weights of several checkpoints, as a checkpoint of weights alone (arXiv 1803.05407)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from pretrain.checkpoint.convert import find_data, progress_bar
+from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.fragments import single_fragment
+from pretrain.checkpoint.state import read
+from pretrain.checkpoint.storage import Reader
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
+from pretrain.checkpoint.weights import WeightsOrigin, write_weights
+from pretrain.config.keys import flatten
+from pretrain.config.loading import parse_config
+
+ONLY_IN_TRAINING = {
+    "dropout",
+    "expert_dropout",
+    "entropy_weight",
+    "entropy_scope",
+    "z_loss_weight",
+    "switch_loss_weight",
+    "cv_loss_weight",
+    "loss_scope",
+    "initialization",
+    "init_scale",
+    "normalized_init",
+}
+"""Last parts of the model's keys that a trained model computes nothing with."""
+
+
+def average(
+    folders: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None, kind: str = "master"
+) -> None:
+    """Writes the mean of `kind` (master, or ema: the moving averages) of the checkpoints `folders` to the new
+    checkpoint `out`. `weights`: one positive number for each; they are divided by their sum; None: all the same.
+    Configuration, progress and tokenizer are those of the checkpoint with the most steps. Sums are fp64; a parameter of
+    one checkpoint is in memory at a time. Raises UserError; then there is no `out`."""
+    shares = _shares(folders, weights)
+    checkpoints = [Checkpoint.open(folder) for folder in folders]
+    for other in checkpoints[1:]:
+        _check_same_model(checkpoints[0], other)
+    for checkpoint in checkpoints:
+        if problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes)):
+            raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}")
+    readers = [Reader(checkpoint) for checkpoint in checkpoints]
+    newest = max(checkpoints, key=lambda checkpoint: checkpoint.progress.step)
+    shapes = newest.state["parameters"]
+
+    def mean(name: str) -> Tensor:
+        total = torch.zeros(shapes[name], dtype=torch.float64)
+        for checkpoint, reader, share in zip(checkpoints, readers, shares, strict=True):
+            part = torch.empty(shapes[name])
+            read(reader, checkpoint, {f"{kind}/{name}": single_fragment(part)})
+            total.add_(part.double(), alpha=share)
+        return total.float()
+
+    bar = progress_bar(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))
+    write_weights(
+        out, _origin(newest, _source(checkpoints, shares, kind)), {n: (lambda n=n: mean(n)) for n in shapes}, wrote=bar
+    )
+    print(f"{out}: {_source(checkpoints, shares, kind)}", flush=True)
+
+
+def _shares(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    given = [1.0] * len(folders) if weights is None else list(weights)
+    if len(given) != len(folders):
+        raise UserError(f"--weights: {len(given)} weights for {len(folders)} checkpoints; give one for each")
+    for weight in given:
+        if not (weight > 0.0 and math.isfinite(weight)):
+            raise UserError(f"--weights: {weight:g} is no share; give positive numbers")
+    return [weight / sum(given) for weight in given]
+
+
+def _check_same_model(one: Checkpoint, other: Checkpoint) -> None:
+    """Raises UserError with the first difference that makes a mean of the two meaningless."""
+    first, second = (_model_keys(checkpoint) for checkpoint in (one, other))
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"{other.path}: {key} is {json.dumps(second.get(key))}, but {json.dumps(first.get(key))} in "
+                f"{one.path}; only checkpoints of the same model have a mean"
+            )
+    if one.state["tokenizer_sha256"] != other.state["tokenizer_sha256"]:
+        raise UserError(
+            f"{other.path}: was trained with another tokenizer than {one.path}, so the rows of their embeddings mean "
+            f"other pieces; only checkpoints of the same tokenizer have a mean"
+        )
+
+
+def _model_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = parse_config(checkpoint.state["config"])  # keys younger than the checkpoint get their defaults
+    keys = flatten({"model": config.model.model_dump(mode="json")})
+    return {key: value for key, value in keys.items() if key.rpartition(".")[2] not in ONLY_IN_TRAINING}
+
+
+def _origin(newest: Checkpoint, source: str) -> WeightsOrigin:
+    tokenizer = StoredTokenizer.inside(newest)
+    if tokenizer is None:
+        manifest, _ = find_data(newest)
+        tokenizer = None if manifest is None else StoredTokenizer.of(manifest)
+    return WeightsOrigin(
+        config=parse_config(newest.state["config"]),
+        source=source,
+        tokenizer=tokenizer,
+        tokenizer_sha256=newest.state["tokenizer_sha256"],
+        manifest_digest=newest.state["manifest_digest"],
+        progress=newest.progress,
+    )
+
+
+def _source(checkpoints: Sequence[Checkpoint], shares: Sequence[float], kind: str) -> str:
+    what = "moving average" if kind == "ema" else "weights"
+    if len(checkpoints) == 1:
+        return f"{what} of {checkpoints[0].path.name}"
+    equal = len(set(shares)) == 1
+    parts = [c.path.name + ("" if equal else f" x {share:.4g}") for c, share in zip(checkpoints, shares, strict=True)]
+    return f"mean of the {what} of {', '.join(parts)}"

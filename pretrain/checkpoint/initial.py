@@ -1,0 +1,81 @@
+"""Weights of a checkpoint that a new run begins with, instead of random ones (train.init_from)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from common.errors import UserError
+from model.parallel.context import ParallelContext
+from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.config.keys import flatten
+from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+
+KEY = "train.init_from"
+
+
+def initial_checkpoint(config: Config, tokenizer_sha256: str | None) -> Checkpoint | None:
+    """What train.init_from names, opened; None if it is null. `tokenizer_sha256`: of the run's data, None for bytes.
+    Raises UserError."""
+    place = config.train.init_from
+    if place is None:
+        return None
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{KEY}: there is no folder {path}; name a checkpoint (step-...) or a run folder")
+    if not (path / STATE_FILE).exists():
+        found = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if not found:
+            raise UserError(
+                f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder"
+            )
+        path = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
+    checkpoint = Checkpoint.open(path)
+    theirs, weights_only = checkpoint.state["tokenizer_sha256"], checkpoint.state.get("weights_only")
+    is_known = theirs is not None or weights_only is None or weights_only["tokenizer"] is not None
+    if is_known and theirs != tokenizer_sha256:
+        raise UserError(
+            f"{KEY}: {path} was trained with another tokenizer than this run's data have, so its embedding means other "
+            f"pieces; prepare the data with its tokenizer, or leave the key out"
+        )
+    return checkpoint
+
+
+def load_initial(
+    config: Config,
+    tokenizer_sha256: str | None,
+    model: Any,
+    parallel: ParallelContext,
+    agreed: Callable[[Callable[[], None]], None],
+) -> None:
+    """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
+    checked the files; does nothing without train.init_from. The first rank says where the weights come from, and which
+    settings of the model differ. Collective: `agreed` makes one rank's UserError everybody's."""
+    from pretrain.checkpoint.state import load_weights  # imports DCP, which a dry run does without
+
+    def load() -> None:
+        checkpoint = initial_checkpoint(config, tokenizer_sha256)
+        assert checkpoint is not None
+        if problem := checkpoint.damaged_file(rank=dist.get_rank(), world_size=dist.get_world_size()):
+            raise DamagedCheckpoint(f"{KEY}: checkpoint {checkpoint.path}: {problem}; name another")
+        load_weights(checkpoint, model, parallel)
+        if parallel.is_first:
+            print(f"initial weights: {checkpoint.path} (step {checkpoint.progress.step})", flush=True)
+            for key, (then, now) in model_changes(checkpoint, config).items():
+                print(f"  not as there: {key}: {json.dumps(then)} -> {json.dumps(now)}", flush=True)
+
+    if config.train.init_from is not None:
+        agreed(load)
+
+
+def model_changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
+    """{key of the model: (in the checkpoint, in `config`)} of what differs; None where one of them has no such key."""
+    then = flatten({"model": checkpoint.state["config"]["model"]})
+    now = flatten({"model": to_json(config)["model"]})
+    keys = sorted(then.keys() | now.keys())
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}

@@ -1,0 +1,87 @@
+"""launch/checkpoint.py average: the mean of weights, of checkpoints of one model and tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shards.format import Manifest
+from model.language_model import build_model
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
+from pretrain.checkpoint.weights import WeightsOrigin, write_weights
+from pretrain.cli.checkpoint import main
+from pretrain.data.progress import Progress
+from pretrain.saved_model import load_model
+from tests.pretrain.runs import small_config
+from tests.pretrain.saved import rewrite_state, whole_tensors
+
+
+def checkpoint(folder: Path, prepared: Path, step: int, *overrides: str) -> Path:
+    """A checkpoint of random weights that are its own."""
+    config = small_config(prepared, *overrides)
+    generator = torch.Generator().manual_seed(step)
+    origin = WeightsOrigin(
+        config=config,
+        source="a test",
+        tokenizer=StoredTokenizer.of(Manifest.load(prepared)),
+        progress=Progress(step, 8 * step),
+    )
+    shapes = {name: p.shape for name, p in build_model(config.model, seed=0).named_parameters()}
+    weights = {n: (lambda s=s: torch.randn(s, generator=generator)) for n, s in shapes.items()}
+    return write_weights(folder / f"step-{step:08d}", origin, weights).path
+
+
+@pytest.mark.parametrize("weights", [None, "2,0.5,1"])
+def test_the_mean_is_that_of_numpy(
+    weights: str | None, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What only training needs may differ.
+    folders = [checkpoint(tmp_path, prepared, s, f"model.dropout={d}") for s, d in ((20, 0.0), (30, 0.1), (10, 0.2))]
+    out = tmp_path / "mean"
+    options = [] if weights is None else ["--weights", weights]
+    assert main(["average", *map(str, folders), "--to", str(out), *options]) == 0
+    said = capsys.readouterr().out
+    assert "mean of the weights of step-00000020" in said and ("step-00000030 x 0.1429" in said) == (
+        weights == "2,0.5,1"
+    )
+    shares = np.array([1, 1, 1] if weights is None else [2, 0.5, 1], np.float64)
+    parts = [whole_tensors(folder) for folder in folders]
+    for name, value in whole_tensors(out).items():
+        stacked = np.stack([part[name].numpy().astype(np.float64) for part in parts])
+        expected = np.average(stacked, axis=0, weights=shares)
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-7, atol=1e-9, err_msg=name)
+    saved = load_model(out)
+    assert saved.checkpoint.progress == Progress(30, 240) and saved.config.model.dropout == 0.1
+    assert saved.tokenizer.vocab_size == 400
+
+
+def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (checkpoint(tmp_path, prepared, step) for step in (1, 2))
+    out = tmp_path / "out"
+
+    def refused(words: str, *arguments: str | Path) -> None:
+        assert main(["average", *map(str, arguments), "--to", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        assert not out.exists() and not out.with_name("out.partial").exists()
+
+    refused("the mean of one checkpoint is itself; name two or more", one)
+    refused("--weights: 3 weights for 2 checkpoints", one, two, "--weights", "1,2,3")
+    refused("--weights: -1 is no share", one, two, "--weights", "1,-1")
+    refused("--weights: 'a,b' are no numbers", one, two, "--weights", "a,b")
+    rotated = checkpoint(tmp_path, prepared, 3, "model.position.fraction=0.25")
+    refused("model.position.fraction is 0.25, but 0.5 in ", one, two, rotated)
+    wide = checkpoint(tmp_path, prepared, 4, "model.feedforward.expert_size=9")
+    refused("model.feedforward.expert_size is 9, but 7 in", one, wide)
+    refused("holds no ema/embedding.weight", one, "--ema")
+    refused("there is no folder", one, tmp_path / "gone")
+    rewrite_state(two, lambda state: state.update(tokenizer_sha256="0" * 64))
+    refused("was trained with another tokenizer than", one, two)
+    shard = one / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused("rank-00000.safetensors does not match its sha256", one, wide.with_name(one.name))

@@ -1,0 +1,129 @@
+"""Checkpoints of weights alone: read like any other, whole or not there, and begun with instead of continued."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.errors import UserError
+from data_prep.shards.format import Manifest
+from model.language_model import build_model
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint.initial import initial_checkpoint
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
+from pretrain.checkpoint.weights import WeightsOrigin, write_weights
+from pretrain.cli.checkpoint import main
+from pretrain.data.sources import Sources
+from pretrain.resume import changed_settings
+from pretrain.saved_model import load_model
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.saved import rewrite_state, whole_tensors
+
+TIED = "model.tied_embedding=true"
+
+
+def parameters(prepared: Path, seed: int = 3) -> dict[str, Tensor]:
+    """Of the small model: random, biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    names = dict(build_model(small_config(prepared, TIED).model, seed=0).named_parameters())
+    return {name: torch.randn(p.shape, generator=generator) / 8 for name, p in names.items()}
+
+
+def written(folder: Path, prepared: Path, weights: dict[str, Tensor]) -> Checkpoint:
+    origin = WeightsOrigin(
+        config=small_config(prepared, TIED, "data.manifest=nowhere"),
+        source="a test",
+        tokenizer=StoredTokenizer.of(Manifest.load(prepared)),
+    )
+    return write_weights(folder, origin, {name: (lambda value=value: value) for name, value in weights.items()})
+
+
+def test_they_are_read_like_any_other(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = parameters(prepared)
+    place = tmp_path / "run" / "checkpoints" / "step-00000000"
+    written(place, prepared, weights)
+    saved = load_model(place)  # the data are nowhere; the tokenizer lies inside
+    plain = build_model(saved.config.model, seed=1).eval()
+    plain.load_state_dict(weights | {"head.weight": weights["embedding.weight"]})
+    tokens = torch.arange(32).view(2, 16)
+    assert torch.equal(saved.model.logits(tokens)[0], plain.logits(tokens)[0])
+    assert saved.tokenizer.decode(saved.tokenizer.encode("Two words.")) == "Two words."
+    assert main(["verify", str(place)]) == 0 and main(["list", str(place.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "whole, every sha256 matches" in out and "weights alone" in out
+    assert main(["convert", str(place), str(tmp_path / "out")]) == 0
+    converted = load_file(tmp_path / "out" / "model.safetensors")
+    assert converted.keys() == weights.keys() and all(torch.equal(converted[n], weights[n]) for n in weights)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+
+
+def test_what_does_not_fit_leaves_nothing(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, place = parameters(prepared), tmp_path / "out"
+
+    def refused(change: Callable[[], dict[str, Tensor]], words: str) -> None:
+        with pytest.raises(UserError, match=words) as error:
+            written(place, prepared, change())
+        assert "\n" not in str(error.value)
+
+    lacking = {name: value for name, value in weights.items() if name != "head.bias"}
+    refused(lambda: lacking, "head.bias: the model has this parameter, a test has not")
+    refused(lambda: weights | {"head.weight": torch.zeros(1)}, "head.weight: a test has this parameter, the model has")
+    refused(lambda: weights | {"head.bias": torch.zeros(7)}, r"head.bias: has shape \[7\] in a test, .* \[400\]")
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*args: object, **named: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "tensors.json")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.checkpoint.weights.commit", full)
+        refused(lambda: weights, "--to: tensors.json: No space left on device")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    refused(lambda: weights, "out.partial is in the way; move it")
+    (tmp_path / "out.partial" / "mine").rename(tmp_path / "out.partial" / "state.json")  # as a killed attempt leaves it
+    written(place, prepared, weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    refused(lambda: weights, "--to: .*out exists; name a folder that does not")
+
+
+def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_path: Path) -> None:
+    weights, place = parameters(prepared), tmp_path / "weights"
+    checkpoint = written(place, prepared, weights)
+    rate = "optimizer.learning_rate=1e-30"  # the weights stay as they are
+    keys = ("train.steps=2", "evaluate.sequences=0", f"train.init_from={place}", "parallel.zero=2", TIED, rate)
+    config = small_config(prepared, *keys, "model.dropout=0.1")
+    with pytest.raises(UserError, match=r"weights alone \(a test\).*--set train.init_from="):
+        changed_settings(config, checkpoint, Sources.load(config).digest)
+    run = tmp_path / "run"
+    run_ranks(train_runs, 2, [(config, run)])
+    end = run / "checkpoints" / "step-00000002"
+    tensors = whole_tensors(end, prefixes=("master/", "exp_avg/"))
+    assert all(torch.equal(tensors[f"master/{name}"], value) for name, value in weights.items())
+    assert any(bool(tensors[f"exp_avg/{name}"].any()) for name in weights)
+    state = json.loads((end / "state.json").read_text())
+    assert (state["progress"]["step"], state["optimizer_steps"]) == (2, 2)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["path"] for e in events if e["event"] == "initial_weights"] == [str(place)]
+
+    def refused(words: str, where: str, digest: str | None) -> None:
+        with pytest.raises(UserError, match=words):
+            initial_checkpoint(small_config(prepared, f"train.init_from={where}"), digest)
+
+    refused("train.init_from: there is no folder .*gone", str(tmp_path / "gone"), None)
+    refused("is no checkpoint and holds none", str(tmp_path), None)
+    refused("train.init_from: .* trained with another tokenizer", str(place), "0" * 64)
+    found = initial_checkpoint(small_config(prepared, f"train.init_from={run}"), state["tokenizer_sha256"])
+    assert found is not None and found.path == end
+    shutil.copytree(place, tmp_path / "unknown")
+    rewrite_state(tmp_path / "unknown", lambda s: s.update(weights_only={"source": "a test", "tokenizer": None}))
+    assert initial_checkpoint(small_config(prepared, f"train.init_from={tmp_path / 'unknown'}"), "0" * 64)
