@@ -72,7 +72,7 @@ def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.Capture
     refused("--weights: 3 weights for 2 checkpoints", one, two, "--weights", "1,2,3")
     refused("--weights: -1 is no share", one, two, "--weights", "1,-1")
     refused("--weights: 'a,b' are no numbers", one, two, "--weights", "a,b")
-    rotated = checkpoint(tmp_path, prepared, 3, "model.position.fraction=0.25")
+    rotated = checkpoint(tmp_path, prepared, 3, 'model.position={"type": "rope", "fraction": 0.25}')
     refused("model.position.fraction is 0.25, but 0.5 in ", one, two, rotated)
     wide = checkpoint(tmp_path, prepared, 4, "model.feedforward.expert_size=9")
     refused("model.feedforward.expert_size is 9, but 7 in", one, wide)
