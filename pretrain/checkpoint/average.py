@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,14 @@ def average(
     def mean(name: str) -> Tensor:
         total = torch.zeros(shapes[name], dtype=torch.float64)
         for checkpoint, reader, share in zip(checkpoints, readers, shares, strict=True):
-            part = torch.empty(shapes[name])
-            read(reader, checkpoint, {f"{kind}/{name}": single_fragment(part)})
-            total.add_(part.double(), alpha=share)
+            values = torch.empty(shapes[name])
+            read(reader, checkpoint, {f"{kind}/{name}": single_fragment(values)})
+            total.add_(values.double(), alpha=share)
         return total.float()
 
     bar = progress_bar(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))
-    write_weights(
-        out, _origin(newest, _source(checkpoints, shares, kind)), {n: (lambda n=n: mean(n)) for n in shapes}, wrote=bar
-    )
+    means = {name: partial(mean, name) for name in shapes}
+    write_weights(out, _origin(newest, _source(checkpoints, shares, kind)), means, wrote=bar)
     print(f"{out}: {_source(checkpoints, shares, kind)}", flush=True)
 
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def write_weights(
     missing, unknown or of the wrong shape, and what the disk refuses.
     """
     shapes = full_shapes(origin.config.model)
-    for name in tensors.keys() ^ shapes.keys():
+    for name in sorted(tensors.keys() ^ shapes.keys()):
         has, lacks = (origin.source, "the model") if name in tensors else ("the model", origin.source)
         raise UserError(f"{name}: {has} has this parameter, {lacks} has not; correct the configuration's model section")
 
@@ -88,55 +89,50 @@ def write_weights(
             )
         return tensor.to(torch.float32)
 
-    keys = {name: chunk_key(f"master/{name}", [0] * len(shape)) for name, shape in shapes.items()}
-    entries = [
-        Entry(keys[name], torch.float32, shape, lambda name=name: checked(name))  # type: ignore[misc]
+    entries = [Entry(_key(name, shape), torch.float32, shape, partial(checked, name)) for name, shape in shapes.items()]
+    index = {
+        f"master/{name}": {"dtype": NAMES[torch.float32], "shape": shape, "chunks": [[0, [0] * len(shape), shape]]}
         for name, shape in shapes.items()
-    ]
-    partial = _new_partial(folder, option)
+    }
+    unfinished = _unfinished(folder, option)
     try:
-        files = {RANK_FILE: write_safetensors(partial / RANK_FILE, entries, wrote)}
-        files |= _write_tokenizer(partial, origin.tokenizer)
-        index = {
-            f"master/{name}": {
-                "dtype": NAMES[torch.float32],
-                "shape": shape,
-                "chunks": [[0, [0] * len(shape), shape]],
-            }
-            for name, shape in shapes.items()
-        }
-        commit(
-            partial, folder, state=_state(origin, shapes), tensors={"files": [RANK_FILE], "tensors": index}, files=files
-        )
+        files = {RANK_FILE: write_safetensors(unfinished / RANK_FILE, entries, wrote)}
+        files |= _write_tokenizer(unfinished, origin.tokenizer)
+        tensor_list = {"files": [RANK_FILE], "tensors": index}
+        commit(unfinished, folder, state=_state(origin, shapes), tensors=tensor_list, files=files)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{option}: {error.filename or folder}: {error.strerror}") from None
         raise
     return Checkpoint.open(folder)
 
 
-def _new_partial(folder: Path, option: str) -> Path:
+def _key(name: str, shape: list[int]) -> str:
+    return chunk_key(f"master/{name}", [0] * len(shape))
+
+
+def _unfinished(folder: Path, option: str) -> Path:
     """Makes the folder that becomes `folder`; takes away what an interrupted attempt left of it."""
     if os.path.lexists(folder):
         raise UserError(f"{option}: {folder} exists; name a folder that does not")
-    partial = folder.with_name(folder.name + PARTIAL)
+    unfinished = folder.with_name(folder.name + PARTIAL)
     try:
-        if os.path.lexists(partial):
-            if not holds_checkpoint_files_alone(partial):
-                raise UserError(f"{option}: {partial} is in the way; move it, or name another folder")
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        if os.path.lexists(unfinished):
+            if not holds_checkpoint_files_alone(unfinished):
+                raise UserError(f"{option}: {unfinished} is in the way; move it, or name another folder")
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{option}: {error.filename or partial}: {error.strerror}; name another folder") from None
-    return partial
+        raise UserError(f"{option}: {error.filename or unfinished}: {error.strerror}; name another folder") from None
+    return unfinished
 
 
-def _write_tokenizer(partial: Path, tokenizer: StoredTokenizer | None) -> dict[str, dict[str, Any]]:
+def _write_tokenizer(unfinished: Path, tokenizer: StoredTokenizer | None) -> dict[str, dict[str, Any]]:
     if tokenizer is None or tokenizer.path is None:
         return {}
-    write_file(partial / TOKENIZER_FILE, tokenizer.path.read_bytes())
-    found = digest_entry(partial / TOKENIZER_FILE)
+    write_file(unfinished / TOKENIZER_FILE, tokenizer.path.read_bytes())
+    found = digest_entry(unfinished / TOKENIZER_FILE)
     if found["sha256"] != tokenizer.entry.sha256:
         raise UserError(f"{tokenizer.path} is not the tokenizer that its data set names (another sha256)")
     return {TOKENIZER_FILE: found}
