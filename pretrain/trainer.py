@@ -188,7 +188,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
         phases.enter("loading the training state")
         _load_training_state(setup, resumed, engine)
     reduce = StepReducer(engine.module, parallel, device)
-    has_board = config.monitor.tensorboard
+    has_board = config.monitor.tensorboard or config.monitor.wandb != "off"
     return Trainer(
         setup,
         engine,

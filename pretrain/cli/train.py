@@ -113,8 +113,10 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     from pretrain.data.sources import open_sources
     from pretrain.gpus import device_type
     from pretrain.report.disk_space import checkpoint_space
+    from pretrain.report.weights_and_biases import check_installed
     from pretrain.resume import candidates, changed_settings, newest_committed
 
+    check_installed(config.monitor)
     data_size = check_ranks(config, world_size)
     check_device(config, device or device_type(config.train.device))
     sources = open_sources(config)

@@ -258,6 +258,14 @@ class MonitorConfig(Section):
     """Write curves, pictures and texts for TensorBoard to RUN_DIR/tensorboard."""
     tensorboard_every_steps: PositiveInt = Field(1, json_schema_extra=FREE)
     """Steps between the points of curves."""
+    wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=FREE)
+    """Send the same to Weights & Biases (pip install -e ".[wandb]"), as one run for all starts of a run folder. online:
+    needs `wandb login` or WANDB_API_KEY. offline: write it to RUN_DIR/wandb, for `wandb sync`. The run goes on if W&B
+    does not answer."""
+    wandb_project: Annotated[str, Field(min_length=1)] = Field("switchall", json_schema_extra=FREE)
+    """Project of Weights & Biases; the run's name there is its folder's."""
+    wandb_entity: str | None = Field(None, json_schema_extra=FREE)
+    """User or team of Weights & Biases; null: that of the key."""
     details_every_steps: NonNegativeInt = Field(100, json_schema_extra=FREE)
     """Steps between what costs time: norms of gradients, parameters and updates by group of parameters, histograms of
     selection scores, pictures of the experts' load. The first step has them too. 0: never."""

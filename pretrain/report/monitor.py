@@ -6,20 +6,23 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.costs import training_flops_per_token
-from pretrain.config.schema import Config
+from pretrain.checkpoint import versions
+from pretrain.config.schema import Config, MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
 from pretrain.report.peak import Peak, find_peak
 from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.report.tensorboard import TensorBoard
-from pretrain.report.writer import Position
+from pretrain.report.weights_and_biases import WeightsAndBiases
+from pretrain.report.writer import Position, Writer
 
 GIB = 1 << 30
 
@@ -36,13 +39,13 @@ class Origin:
 
 
 class Monitor:
-    """Gives a line per step to the run folder (metrics.jsonl), curves to TensorBoard, a terse line to the terminal."""
+    """Gives a line per step to the run folder (metrics.jsonl), curves to its boards, a terse line to the terminal."""
 
     def __init__(
         self, config: Config, folder: RunFolder, origin: Origin, *, facts: Mapping[str, str] | None = None
     ) -> None:
-        """`facts`: title -> text of what tells this start from others. Raises UserError if RUN_DIR/tensorboard cannot
-        be a folder."""
+        """`facts`: title -> text of what tells this start from others. Raises UserError if a board cannot
+        be written."""
         self._whole, self._config, self._model = config, config.monitor, config.model
         self._folder, self._origin = folder, origin
         self._first, self._last = origin.step, origin.last_step
@@ -53,9 +56,9 @@ class Monitor:
         self._peak: Peak | None = None
         self._at = self._position(origin.step, origin.tokens)
         self._curves: Curves | None = None
-        if config.monitor.tensorboard:
-            board = TensorBoard(folder.path / "tensorboard", self._at)
-            self._curves = Curves([board], config, self._at, facts or {})
+        writers = make_writers(config.monitor, folder.path, self._at)
+        if writers:
+            self._curves = Curves(writers, config, self._at, facts or {})
             folder.listen(self._curves.event)
 
     def step(
@@ -153,6 +156,16 @@ class Monitor:
             f"elapsed {clock(elapsed)}  ETA {clock(remaining)}",
         ]
         return "  ".join(part for part in parts if part)
+
+
+def make_writers(config: MonitorConfig, run_dir: Path, start: Position) -> list[Writer]:
+    """The boards that a run writes to; another one is one more line here. Raises UserError."""
+    writers: list[Writer] = []
+    if config.tensorboard:
+        writers.append(TensorBoard(run_dir / "tensorboard", start))
+    if config.wandb != "off":
+        writers.append(WeightsAndBiases(run_dir, config, {"software": versions()}))
+    return writers
 
 
 class Interval:

@@ -95,7 +95,25 @@ class Trace:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    loads: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    """Per step and router: how often each expert was chosen, [E] or [H, E]."""
     smallest_margin: float = float("inf")
+
+
+class Counter:
+    """Counts what a router chose for the last `tokens` tokens of each sequence: those before are memory, which counted
+    when it was new."""
+
+    replaces = False
+
+    def __init__(self, shape: tuple[int, ...], tokens: int) -> None:
+        self.load, self._tokens = torch.zeros(shape, dtype=torch.int64), tokens
+
+    def settle(self, own: torch.Tensor, logits: torch.Tensor, place: Any, *, is_repeated: bool) -> torch.Tensor:
+        rows, counted = self.load.view(-1, self.load.shape[-1]), own[:, -self._tokens :]
+        for head, of_head in zip(rows, counted.unbind(2), strict=True):
+            head += torch.bincount(of_head.flatten(), minlength=len(head))
+        return own
 
 
 def engine_trace(rank: int, configs: list[Config], steps: int, gradient_steps: tuple[int, ...]) -> list[Trace]:
@@ -139,6 +157,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
     for now in range(steps):
         result = one_step(trainer, Progress(now, now * trainer.setup.config.batch.global_sequences))
         trace.losses.append(result.sums.loss)
+        trace.loads.append(result.sums.load)
         trace.grad_norms.append(float("nan") if result.sums.grad_norm is None else result.sums.grad_norm)
     GradientNorm.before_step = before_step  # type: ignore[method-assign]
     return trace
@@ -219,11 +238,14 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
                 for _, memory in layer_memories(network):
                     memory.forget()
             losses = []
+            for _, statistics in routing_statistics(network):
+                statistics.choices = Counter(statistics.shape, config.model.sequence_length)
             for micro_step in range(stream.micro_steps):
                 batch = stream.batch(step * config.batch.global_sequences, micro_step)
                 objective, sequence_loss, _ = network(*batch.model_inputs())
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))
+            trace.loads.append({name: router.choices.load for name, router in routing_statistics(network)})
             for _, statistics in routing_statistics(network):
                 statistics.finish_step()
             for _, memory in layer_memories(network):
@@ -249,7 +271,8 @@ def gradient_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def assert_same(trace: Trace, reference: Trace, label: str) -> None:
-    """Losses and gradient norms of every step, and the gradient of every parameter, to TOLERANCE."""
+    """Losses and gradient norms of every step, and the gradient of every parameter, to TOLERANCE; the choices of every
+    router exactly, however often a layout computes, divides or repeats them."""
     assert reference.smallest_margin > 1e-5, (
         f"a routing choice is decided by {reference.smallest_margin}: choose a seed"
     )
@@ -260,6 +283,10 @@ def assert_same(trace: Trace, reference: Trace, label: str) -> None:
         )
         norm, expected = trace.grad_norms[step], reference.grad_norms[step]
         assert norm == pytest.approx(expected, rel=TOLERANCE), f"{label}: gradient norm of step {step}"
+        assert trace.loads[step].keys() == reference.loads[step].keys()
+        for name, load in reference.loads[step].items():
+            counted = trace.loads[step][name]
+            assert torch.equal(counted, load.double()), f"{label}: choices that {name} counts at step {step}"
     for step, gradients in reference.gradients.items():
         assert gradients.keys() == trace.gradients[step].keys()
         for name, expected_gradient in gradients.items():

@@ -5,6 +5,8 @@ an auxiliary loss counts once per tensor-parallel rank                          
 DeepSpeed's pipe_partitioned is on under sequence parallelism                   (its default)
 the gradient of a norm is not summed over the ranks that divide its tokens
 a micro-step's auxiliary loss counts in full on a pipeline stage
+choices that recomputation makes again count again
+choices that every tensor-parallel rank makes count once per rank
 """
 
 from __future__ import annotations
@@ -95,6 +97,29 @@ def unscaled_auxiliary_loss() -> Reached:
     return reached
 
 
+def always(name: str) -> Reached:
+    """RoutingStatistics whose attribute no router can set: is_paused is never, is_sharded always true."""
+    from model.routing import RoutingStatistics
+
+    reached: Reached = []
+    fixed = name == "is_sharded"
+
+    def read(router: Any) -> bool:
+        reached.append(True)
+        return fixed
+
+    setattr(RoutingStatistics, name, property(read, lambda router, value: None))
+    return reached
+
+
+def recomputed_choices() -> Reached:
+    return always("is_paused")
+
+
+def choices_per_rank() -> Reached:
+    return always("is_sharded")
+
+
 def mutated_trace(rank: int, mutate: Callable[[], Reached] | None, config: Config) -> tuple[list[Trace], bool]:
     """The trace of a mutated rank, and whether it called the mutated code."""
     reached = [] if mutate is None else mutate()
@@ -117,6 +142,8 @@ CASES = {
     ),
     "unsummed norms": (unsummed_norms, Layout(tensor=2, sequence=True), REPLICAS_DIFFER),
     "unscaled auxiliary loss": (unscaled_auxiliary_loss, Layout(pipeline=2), r"PP2 .*: gradient norm of step 1"),
+    "recomputed choices": (recomputed_choices, Layout(recompute="full"), r": choices that blocks\.0\..* step 0"),
+    "choices per rank": (choices_per_rank, Layout(tensor=2), r"TP2 .*: choices that blocks\.0\.feedforward.* step 0"),
 }
 """Mutation, layout, and the words of the check that it must fail with: the mutation's own crash has others."""
 
