@@ -12,7 +12,7 @@ def event_text(event: Row, now: float) -> str:
     """When it was, and what; an event of another version is shown as it is."""
     when = event.get("time")
     clock = "?"
-    if isinstance(when, int | float):
+    if isinstance(when, int | float) and 0 <= when < 1e11:  # until the year 5138: localtime refuses what is far out
         same_day = time.strftime("%F", time.localtime(when)) == time.strftime("%F", time.localtime(now))
         clock = time.strftime("%H:%M:%S" if same_day else "%F %H:%M", time.localtime(when))
     describe = TEXTS.get(event["event"])

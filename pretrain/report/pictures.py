@@ -16,7 +16,7 @@ def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
     """PNG of a heat map. rows: [blocks x heads, E], 1 is even; the scale ends at the most that is possible, E / k."""
     height, experts = rows.shape
     figure = Figure(
-        figsize=(max(5.0, min(14.0, 2.5 + 0.28 * experts)), max(2.4, min(14.0, 1.4 + 0.2 * height))), dpi=100
+        figsize=(max(4.4, min(14.0, 2.2 + 0.2 * experts)), max(2.6, min(14.0, 1.4 + 0.2 * height))), dpi=100
     )
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -30,7 +30,7 @@ def draw_load(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
     axes.set_yticks([block * heads + (heads - 1) / 2 for block in shown], [str(block) for block in shown])
     if heads > 1:
         for block in range(1, blocks):
-            axes.axhline(block * heads - 0.5, color="white", linewidth=0.6)
+            axes.axhline(block * heads - 0.5, color="white", linewidth=1.2)
     figure.colorbar(image, label="load (1 is even)")
     figure.tight_layout()
     data = io.BytesIO()

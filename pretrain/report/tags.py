@@ -107,7 +107,9 @@ def layout() -> dict[str, dict[str, list[object]]]:
         },
         "how fast it is": {
             "tokens per second": chart("^speed/tokens per second$"),
-            "where a step's time goes (s)": chart("^time of a step in seconds/"),
+            "where a step's time goes (s)": chart(
+                "^time of a step in seconds/(whole step|waiting for its batches|forward|backward|update)$"
+            ),
             "memory of rank 0 (GiB)": chart("^memory of rank 0 in GiB/"),
         },
         "how far its parts move": {

@@ -42,11 +42,22 @@ def load_model(
     yet, a damaged one, one of another version, no tokenizer.
     """
     checkpoint = find_checkpoint(Path(run_or_checkpoint))
+    try:
+        return _loaded(checkpoint, torch.device(device), data, verify=verify)
+    except Exception:
+        if checkpoint.path.is_dir():
+            raise
+        raise UserError(
+            f"RUN: {checkpoint.path} was removed while it was read, by a run that goes on (checkpoint.keep_last); give "
+            f"the command again for the newest one"
+        ) from None
+
+
+def _loaded(checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool) -> SavedModel:
     config = _config(checkpoint)
     tokenizer = _tokenizer(checkpoint, data)
     if verify and (problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes))):
         raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
-    place = torch.device(device)
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
     load_weights(checkpoint, model, ParallelContext())
@@ -74,7 +85,11 @@ def find_checkpoint(place: Path) -> Checkpoint:
         )
     try:
         return Checkpoint.open(found[-1])
-    except DamagedCheckpoint as error:
+    except UserError as error:
+        if not found[-1].is_dir():
+            return find_checkpoint(place)  # a run that goes on has removed it: there is a newer one
+        if not isinstance(error, DamagedCheckpoint):
+            raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
         raise DamagedCheckpoint(f"{error}{earlier}") from None
 

@@ -140,7 +140,8 @@ def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Dif
         if is_same.all():
             continue
         scale = np.maximum(np.abs(a), np.abs(b))
-        relative = np.where(is_same, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
+        with np.errstate(invalid="ignore"):  # inf / inf of a loss that is not finite
+            relative = np.where(is_same, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
         relative = np.where(np.isnan(relative), math.inf, relative)  # one has a value and the other has none
         at, most = int(np.argmin(is_same)), int(np.argmax(relative))
         beyond = np.flatnonzero(relative > tolerance)

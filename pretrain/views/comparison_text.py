@@ -89,4 +89,7 @@ def _number(value: float) -> str:
 def _loss(value: float, reference: float, number: int) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.4f}" if number == 0 or math.isnan(reference) else f"{value:.4f} ({value - reference:+.4f})"
+    if number == 0 or math.isnan(reference):
+        return f"{value:.4f}"
+    difference = value - reference
+    return f"{value:.4f} ({difference:+.4f})" if abs(difference) >= 5e-4 else f"{value:.4f} ({difference:+.1g})"

@@ -22,6 +22,8 @@ from pretrain.report.exit_codes import ExitCode
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
+LONG = re.compile(rb"\d{19}")
+"""More digits than an integer of 64 bits surely holds."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
 
@@ -224,19 +226,21 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 
 def parsed(line: bytes) -> Any:
-    """The value of a line of JSON; None if it is none."""
+    """The value of a line of JSON; None if it is none. What is too large for an integer is infinite."""
     try:
-        return json.loads(line)
+        return json.loads(line, parse_int=_integer) if LONG.search(line) else json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none, or if it is torn. Raises OSError."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parsed(path.read_bytes())
     except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

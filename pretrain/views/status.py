@@ -111,10 +111,11 @@ def speed_text(view: RunView) -> str:
     if seconds is None:
         return ""
     batch, length = (setting(view.config, key) for key in ("batch.global_sequences", "model.sequence_length"))
-    parts = [f"{batch * length / seconds:,.0f} tokens/s"] if isinstance(batch, int) and isinstance(length, int) else []
+    has_sizes = isinstance(batch, int) and isinstance(length, int) and seconds > 0
+    parts = [f"{batch * length / seconds:,.0f} tokens/s"] if has_sizes else []
     parts.append(f"{seconds:.3g} s a step")
     waits = [w for w in view.metrics.column("data_wait_seconds")[-RECENT_STEPS:] if math.isfinite(w)]
-    if waits and sum(waits) / len(waits) > 0.05 * seconds:
+    if waits and seconds > 0 and sum(waits) / len(waits) > 0.05 * seconds:
         parts.append(f"{sum(waits) / len(waits) / seconds:.0%} of it waiting for data")
     used = newest.get("flops_utilization")
     parts += [f"{used:.1%} of the peak FLOP/s"] if isinstance(used, int | float) else []
@@ -129,9 +130,9 @@ def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:
         if not isinstance(load, int | float):
             continue
         experts, active = (setting(config, f"model.{kind}.{key}") for key in ("num_experts", "active_experts"))
-        limit = f" of at most {experts / active:.3g}" if isinstance(experts, int) and isinstance(active, int) else ""
-        text = f"{name} {load:.2f}{limit}"
-        parts.append(text + (f", {unused:.0f} unused" if unused else ""))
+        has_limit = isinstance(experts, int) and isinstance(active, int) and active > 0
+        text = f"{name} {load:.2f}" + (f" of at most {experts / active:.3g}" if has_limit else "")
+        parts.append(text + (f", {unused:.0f} unused" if isinstance(unused, int | float) and unused else ""))
     return f"busiest {'; '.join(parts)} (1 is even)" if parts else ""
 
 
@@ -213,6 +214,8 @@ def summary(view: RunView) -> dict[str, Any]:
 
 def duration(seconds: float) -> str:
     """Two units at most: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, hours, days = (int(max(0.0, seconds) // size) for size in (60, 3600, 86400))
     if minutes < 2:
         return f"{max(0.0, seconds):.0f} s"

@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.config.loading import load_config
 from tests.launch.launcher import command, environment, lines, ranks_of, run, session
+from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.runs import assert_bit_identical, metrics, plain_trace
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
@@ -100,6 +101,8 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
         "batch.micro_sequences=2",
         f"parallel.zero={zero}",
         "model.dropout=0.1",
+        "monitor.tensorboard=true",
+        "monitor.details_every_steps=4",
     )
     run(*command(2, prepared, tmp_path / "unbroken", *keys), cwd=tmp_path)
     run_dir, kills = tmp_path / "killed", 0
@@ -126,3 +129,6 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
     assert_bit_identical(run_dir, tmp_path / "unbroken")
     events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert events.count("resumed") >= 1 and "superseded_metrics" in events
+    board = read(run_dir / "tensorboard")
+    assert steps_of(board, "loss/train") == list(range(1, 25))
+    assert steps_of(board, "gradient norm by group/experts") == [1, 4, 8, 12, 16, 20, 24]

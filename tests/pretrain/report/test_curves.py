@@ -13,7 +13,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import pretrain.report.pictures
@@ -26,6 +25,9 @@ from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.pictures import draw_load
 from pretrain.report.run_folder import RunFolder
 from tests.harness import RankFailed, run_ranks
+from tests.pretrain.report.boards import read, steps_of
+from tests.pretrain.resilience.faults import train_with
+from tests.pretrain.resilience.test_spikes import SPIKY, spike_on_position
 from tests.pretrain.runs import metrics, small_config, train_runs
 
 KEYS = (
@@ -34,16 +36,6 @@ KEYS = (
     "evaluate.every_steps=2",
     "checkpoint.every_steps=2",
 )
-
-
-def read(folder: Path) -> EventAccumulator:
-    return EventAccumulator(
-        str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
-    ).Reload()
-
-
-def steps_of(board: EventAccumulator, tag: str) -> list[int]:
-    return [point.step for point in board.Scalars(tag)]
 
 
 def test_a_run_that_is_stopped_and_goes_back_shows_each_step_once(prepared: Path, tmp_path: Path) -> None:
@@ -78,6 +70,22 @@ def test_a_run_that_is_stopped_and_goes_back_shows_each_step_once(prepared: Path
     texts = [t.tensor_proto.string_val[0].decode() for t in events.Tensors("events/changed setting/text_summary")]
     assert any("setting parallel.zero changed from 1 to 3" in text for text in texts)
     assert len(events.Tensors("events/started/text_summary")) == 2
+
+
+@pytest.mark.slow  # the test above; launch/test_launcher.py does it with SIGKILL
+def test_a_run_that_rolls_back_shows_each_step_once(prepared: Path, tmp_path: Path) -> None:
+    """Steps 7 and 8 are computed twice, with other data: the curves have the second, and the event stays."""
+    config = small_config(prepared, *SPIKY, "monitor.tensorboard=true", "monitor.details_every_steps=4")
+    assert run_ranks(train_with, 2, config, tmp_path, spike_on_position, 60) == ["FINISHED"] * 2
+    board = read(tmp_path / "tensorboard")
+    assert steps_of(board, "loss/train") == list(range(1, 17))
+    losses = [point.value for point in board.Scalars("loss/train")]
+    assert losses == pytest.approx([row["loss"] for row in metrics(tmp_path)], rel=1e-6) and max(losses) < 20
+    assert steps_of(board, "gradient norm by group/experts") == [1, 4, 8, 12, 16]
+    tokens = read(tmp_path / "tensorboard" / "against tokens")
+    assert len(steps_of(tokens, "loss against tokens/train")) == 16
+    kinds = read(tmp_path / "tensorboard" / "events").Tags()["tensors"]
+    assert {"events/loss spike/text_summary", "events/rollback/text_summary"} <= set(kinds)
 
 
 def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from common.errors import UserError
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
-from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
+from pretrain.checkpoint import Checkpoint
+from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -98,6 +100,30 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     older = copy / "checkpoints" / "step-00000001"
     rewrite_state(older, lambda state: state["config"]["model"].update(novelty=1))
     refused(older, "another version wrote its configuration .*novelty")
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that goes on does (checkpoint.keep_last): before it is opened, the one before is the newest; while it is
+    read, a sentence says so."""
+    copy, opened, load = shutil.copytree(run, tmp_path / "copy"), Checkpoint.open, loading.load_weights
+    newest = copy / "checkpoints" / "step-00000002"
+
+    def removed_first(path: Path) -> Checkpoint:
+        if path == newest:
+            shutil.rmtree(newest)
+        return opened(path)
+
+    def removed_while_read(*arguments: Any) -> None:
+        shutil.rmtree(copy / "checkpoints" / "step-00000001")
+        load(*arguments)
+
+    monkeypatch.setattr(Checkpoint, "open", removed_first)
+    assert find_checkpoint(copy).progress.step == 1
+    monkeypatch.setattr(loading, "load_weights", removed_while_read)
+    with pytest.raises(UserError, match=r"RUN: .*step-00000001 was removed while it was read, by a run that goes on"):
+        load_model(copy)
 
 
 def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
