@@ -186,11 +186,13 @@ class Block(nn.Module):
         )
         # What a forward pass leaves a trace in. Found once, here, because torch 2.11 cannot compile vars() of a module.
         found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
-        self._recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
+        self.recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
+        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        """Computes `transform` in training, if given (train.compile). A function, so it adds no parameter names."""
 
     def forward(self, state: State, documents: Seen | None = None) -> State:
         compute = self._compute if documents is None else partial(self._compute, documents=documents)
-        return recomputed(compute, state, mode=self.recompute, recorders=self._recorders)
+        return recomputed(compute, state, mode=self.recompute, recorders=self.recorders)
 
     def _compute(self, state: State, documents: Seen | None = None) -> State:
         hidden, sequence_index, auxiliary_loss = state
@@ -199,6 +201,16 @@ class Block(nn.Module):
             context = hidden
         else:
             context = self.memory.extend(hidden, sequence_index)
+        is_step = self.training and torch.is_grad_enabled()
+        transform = self.compiled if self.compiled is not None and is_step else self.transform
+        hidden, attention_loss, feedforward_loss = transform(hidden, context, sequence_index, documents)
+        return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
+
+    def transform(
+        self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block does to `hidden` [B, T, d], given the `context` [B, M + T, d] that attention sees. -> the
+        hidden state and the auxiliary losses of attention and feed-forward, fp32 scalars."""
         attended, attention_loss = self.attention(
             self.attention_norm(context), hidden.shape[1], sequence_index, documents
         )
@@ -207,7 +219,7 @@ class Block(nn.Module):
         transformed, feedforward_loss = self.feedforward(normalised, sequence_index)
         draw = self.feedforward_dropout.draw(hidden.shape[1], sequence_index)
         hidden = hidden + transformed if draw is None else dropout(transformed, draw, hidden, backend=self.backend)
-        return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
+        return hidden, attention_loss, feedforward_loss
 
 
 class FinalNorm(LayerNorm):

@@ -16,6 +16,7 @@ from model.parallel.context import ParallelContext
 from pretrain import checkpoint as checkpoints
 from pretrain.checkpoint import Checkpoint, Saver
 from pretrain.checkpoint.initial import load_initial
+from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.rules import choose_backends
 from pretrain.config.schedule import learning_rate
@@ -27,6 +28,7 @@ from pretrain.data.windows import Batch
 from pretrain.device import graph_maker
 from pretrain.engine import zero_1
 from pretrain.engine.build import build_engine
+from pretrain.engine.compiled import compile_blocks
 from pretrain.engine.details import DetailsReading, Survey
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.graphed import GraphedForward
@@ -180,6 +182,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
         load_initial(config, setup.sources.tokenizer.sha256, model, parallel, agreed)
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
+    _compile_blocks(setup, engine)
     _record_micro_steps(setup, engine)
     data = open_training_data(config, setup.sources, parallel, device, skipped=progress.skipped_ranges)
     for _, memory in layer_memories(engine.module):
@@ -211,6 +214,15 @@ def _build_model(setup: RunSetup) -> nn.Module:
     from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
 
     return PipelineStage(config, parallel, backends)
+
+
+def _compile_blocks(setup: RunSetup, engine: Any) -> None:
+    """Lets torch.compile compute the blocks where train.compile says so, and says what was decided."""
+    wanted, why = compile_decision(setup.config, data_size=setup.parallel.data_size)
+    if setup.parallel.is_first:
+        print(f"blocks: {why}", flush=True)
+    if wanted:
+        compile_blocks(engine.module, setup.config.model)
 
 
 def _record_micro_steps(setup: RunSetup, engine: Any) -> None:

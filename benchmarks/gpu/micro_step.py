@@ -48,6 +48,9 @@ def parts(*, tiny: bool) -> Iterator[Part]:
             yield Part(name_of(name, sequences), launched, 15.0)
             if not tiny:
                 yield Part(name_of(name, sequences, kind="graphs"), functools.partial(launched, kind="graphs"), 15.0)
+            if sequences in (1, 8):
+                compiled = functools.partial(launched, kind="compiled")
+                yield Part(name_of(name, sequences, kind="compiled"), compiled, 60.0)
         most = 2 if tiny else 8
         dense = functools.partial(compute, name=name, sequences=most, kind="dense")
         yield Part(name_of(name, most, kind="dense"), dense, 15.0)
@@ -59,7 +62,7 @@ def name_of(name: str, sequences: int, *, kind: str = "") -> str:
 
 def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> dict[str, Any]:
     """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler. `kind`:
-    `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs."""
+    `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs; `compiled`, blocks by torch.compile."""
     config = models.load(name)
     if kind == "dense":
         config = models.dense_counterpart(config)
@@ -70,6 +73,8 @@ def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> d
     step = Step(config, context.device, sequences)
     if kind == "graphs":
         step.record()
+    if kind == "compiled":
+        step.compile()
     for _ in range(3):  # with graphs the first is launched, the second recorded
         step()
     wall, host = zip(*(step.timed() for _ in range(2 if context.tiny else STEPS)), strict=True)
@@ -125,6 +130,12 @@ class Step:
         self.model.forward = GraphedForward(  # type: ignore[method-assign, assignment]
             self.model, graph_maker(self.device), taken_at_once=True
         )
+
+    def compile(self) -> None:
+        """From now on torch.compile computes the blocks; the next call compiles them."""
+        from pretrain.engine.compiled import compile_blocks
+
+        compile_blocks(self.model, self.model.config)
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -32,6 +32,8 @@ STOPPED = 85
 TINY_STEPS = 20
 CPU_TOLERANCE = 1e-3
 """Relative, of fp32 losses on a GPU and on a CPU: rounding decides a few near ties of the routers."""
+COMPILED_TOLERANCE = 1e-2
+"""Relative, of bf16 losses with and without torch.compile, which rounds elsewhere."""
 COMPARED = ("loss", "grad_norm")
 SMALL = ("evaluate.sequences=0", "monitor.tensorboard=false", "train.seed=0")
 LARGE = (*SMALL, "batch.global_sequences=8", "batch.micro_sequences=8", "schedule.warmup_steps=5")
@@ -50,6 +52,7 @@ def parts(*, tiny: bool) -> Iterator[Part]:
     for name in ("262m", "1b"):
         graphs = functools.partial(recorded, name=name, steps=4 if tiny else 10)
         yield Part(f"cuda graphs {name}", graphs, 100.0)
+    yield Part("compiled blocks 262m", functools.partial(compiled, steps=3 if tiny else 10), 120.0)
     yield Part("262m dropout", functools.partial(dropped_out, steps=4 if tiny else 12), 60.0)
 
 
@@ -130,6 +133,32 @@ def recorded(context: Context, *, name: str, steps: int) -> dict[str, Any]:
         raise Failed(f"{len(replayed)} of {steps} steps, or a loss that is not finite: {result['losses']}", result)
     if result["different"]:
         raise Failed(f"graphs give other numbers at {', '.join(result['different'][:5])}", result)
+    return result
+
+
+def compiled(context: Context, *, steps: int) -> dict[str, Any]:
+    """The published 262M model with its dropout and memory, its blocks compiled and not: losses that differ by rounding
+    alone, and the tokens a second of both."""
+    config, settings = PUBLISHED, [*LARGE, f"train.steps={steps}"]
+    if context.tiny:
+        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={steps}", "model.dropout=0.2"]
+    with _folder() as folder:
+        without = Launch(context, folder / "off", config, "8k", [*settings, "train.compile=off"]).finish()
+        shutil.rmtree(folder / "off")
+        lines = Launch(context, folder / "on", config, "8k", [*settings, "train.compile=on"]).finish()
+    losses, expected = ([run[step]["loss"] for step in sorted(run)] for run in (lines, without))
+    result: dict[str, Any] = {
+        "losses": losses,
+        "losses_without": expected,
+        "tokens_per_second": _speed(lines),
+        "tokens_per_second_without": _speed(without),
+    }
+    if len(losses) != steps or len(expected) != steps or None in losses + expected:
+        raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
+    differences = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
+    result["largest_difference"] = max(differences)
+    if not all(difference <= COMPILED_TOLERANCE for difference in differences):  # a NaN fails
+        raise Failed(f"compiled blocks give other losses: relative differences {differences}", result)
     return result
 
 

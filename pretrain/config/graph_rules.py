@@ -79,10 +79,10 @@ def _obstacles(config: Config, data_size: int | None, device_type: str | None) -
         reason = "it counts what the model calls, and a replay calls nothing"
         yield Obstacle("deepspeed.flops_profiler.enabled", reason, ", or remove deepspeed.flops_profiler")
     if data_size is not None and data_size > 1:
-        yield from _scopes(config, data_size)
+        yield from collective_regularisers(config, data_size)
 
 
-def _scopes(config: Config, data_size: int) -> Iterator[Obstacle]:
+def collective_regularisers(config: Config, data_size: int) -> Iterator[Obstacle]:
     """Regularisers that sum over ranks in every micro-step."""
     model = config.model
     for section, key, weights in (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
 from common.urls import URL, may_hold_secret, without_secrets
+from pretrain.config.compile_rules import check_compile
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.graph_rules import check_graphs
 from pretrain.config.keys import fields
@@ -29,6 +30,7 @@ def check_rules(config: Config) -> None:
         )
     check_deepspeed(config)
     check_graphs(config)
+    check_compile(config)
     _check_routing_record(config)
     _check_tensor(config)
     _check_pipeline(config)
@@ -316,6 +318,7 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"fewer ranks"
         )
     check_graphs(config, data_size=data_size)
+    check_compile(config, data_size=data_size)
     return data_size
 
 

@@ -20,6 +20,7 @@ from model.parameters import owner_of, parameter_specs
 from model.routing import Choices, Place, RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.device import on_collective_device
+from pretrain.engine.compiled import is_compiled
 from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.zero_state import Piece, pieces, step_counter
 from pretrain.late_reading import Reading
@@ -55,7 +56,7 @@ class Details:
     """
     scores: dict[str, Tensor]
     """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1. Empty
-    with CUDA graphs."""
+    with CUDA graphs and with compiled blocks."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ class Survey:
         self._flat.zero_()
         model: ModelConfig = self._config.model
         # A recorded micro-step would go on counting: none of its kernels can be left out later.
-        if isinstance(vars(self._engine.module).get("forward"), GraphedForward):
+        # A compiled block takes in what its routers are attached to: with others it would be compiled anew.
+        module = self._engine.module
+        if isinstance(vars(module).get("forward"), GraphedForward) or is_compiled(module):
             return self._take_gradients
         for name, router in routing_statistics(self._engine.module):
             softmax = isinstance(model.attention, MoAConfig) and ".attention." in name

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from model.attention.rope import RopeTables, rope_tables
-from model.config import ModelConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.config import ModelConfig, RopeConfig
 from model.documents import Documents
 from model.dropout import dropout, keep_mask, site_key
-from model.kernels.choice import Backends
 from model.language_model import build_model, build_on_meta
-from model.layers import Block
-from model.parallel.context import ParallelContext
 from model.parameters import count_parameters
 from pretrain.config.loading import load_config
 
@@ -173,32 +170,6 @@ def test_no_token_sees_its_future() -> None:
     # Not bitwise: experts compute their tokens in groups, and a matrix product rounds by the size of the group.
     torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-6, atol=1e-6)
     assert (before[:, 9] - after[:, 9]).abs().max() > 0.1
-
-
-def test_a_block_compiles_without_graph_breaks() -> None:
-    """Forward and backward of a whole block in one graph, all dropouts on, on the CPU ops; equal to eager."""
-    config = small(dropout=0.1)
-    assert isinstance(config.attention, SwitchHeadConfig) and isinstance(config.feedforward, SigmaMoEConfig)
-    update = {"expert_dropout": 0.2}
-    config = config.model_copy(
-        update={
-            "attention": config.attention.model_copy(update=update),
-            "feedforward": config.feedforward.model_copy(update=update | {"entropy_weight": 0.01}),
-        }
-    )
-    backends = Backends.choose("cpu", config, device_type="cpu", dtype=torch.float32)
-    block = Block(config, parallel=ParallelContext(), backends=backends, index=0, seed=1)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    state = (torch.randn(2, 16, 64, generator=generator), torch.arange(2), torch.zeros(()))
-    found = []
-    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        hidden, _, auxiliary = function(state)
-        gradients = torch.autograd.grad(hidden.square().sum() + auxiliary, list(block.parameters()))
-        found.append([hidden, auxiliary, *gradients])
-    for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager)
 
 
 def test_rope_tables_are_computed_once_for_each_length() -> None:

@@ -120,6 +120,19 @@ def test_graphs_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Pa
         run.recorded(context(tmp_path), name=name, steps=3)
 
 
+def test_compiled_blocks_may_round(launches: type[FakeLaunch], tmp_path: Path) -> None:
+    launches.later = [3.003, 2.5, 2.0]
+    result = run.compiled(context(tmp_path), steps=3)
+    assert result["losses"] == [3.003, 2.5, 2.0] and result["largest_difference"] == pytest.approx(1e-3)
+    assert [s[-1] for s in launches.settings] == ["train.compile=off", "train.compile=on"]
+    launches.later = [3.3, 2.5, 2.0]
+    with pytest.raises(Failed, match="compiled blocks give other losses"):
+        run.compiled(context(tmp_path), steps=3)
+    launches.later = [3.0, 2.5]
+    with pytest.raises(Failed, match="2 of 3 steps"):
+        run.compiled(context(tmp_path), steps=3)
+
+
 def test_dropout_must_learn(launches: type[FakeLaunch], tmp_path: Path) -> None:
     assert run.dropped_out(context(tmp_path), steps=3)["losses"] == [3.0, 2.5, 2.0]
     with pytest.raises(Failed, match="3 of 4 steps"):

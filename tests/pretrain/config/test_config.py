@@ -11,6 +11,7 @@ import pytest
 from common.errors import ConfigError
 from pretrain.cli.train import keys_help
 from pretrain.config import graph_rules
+from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.keys import fields, flatten
 from pretrain.config.loading import apply_override, load_config, parse_config, to_json
@@ -171,13 +172,41 @@ def test_graphs_are_refused_where_they_are_impossible(override: str) -> None:
     assert not wanted and re.search(what.split(r" \(")[0], why)
 
 
+NOT_COMPILED = {
+    "parallel.tensor=2": (r"parallel\.tensor = 2 \(collectives", r"parallel\.tensor to 1"),
+    "parallel.expert=2": (r"parallel\.expert = 2 \(how many", r"parallel\.expert to 1"),
+    "parallel.zero=3": (r"parallel\.zero = 3 \(parameters", r"parallel\.zero to 2"),
+    "train.recompute=selective": (r"train\.recompute = selective \(torch", r"train\.recompute to none or full"),
+    "train.record_routing=true": (r"train\.record_routing \(the host", r"remove train\.record_routing"),
+    "train.replay_routing=run": (r"train\.replay_routing \(the host", r"remove train\.replay_routing"),
+    'deepspeed={"flops_profiler": {"enabled": true}}': (
+        r"flops_profiler\.enabled",
+        r"remove deepspeed\.flops_profiler",
+    ),
+}
+
+
+@pytest.mark.parametrize("override", NOT_COMPILED)
+def test_blocks_are_compiled_where_it_is_asked_for_and_possible(override: str) -> None:
+    what, fix = NOT_COMPILED[override]
+    with pytest.raises(
+        ConfigError, match=rf"^train\.compile: on does not go with .*{what}.*; set it to auto, or {fix}$"
+    ):
+        load_config(TINY, ["train.compile=on", override])
+    for key, override_of_key in (("auto", override), ("auto", "train.seed=0"), ("off", "train.seed=0")):
+        wanted, why = compile_decision(load_config(TINY, [f"train.compile={key}", override_of_key]), data_size=2)
+        assert not wanted and why.startswith(f"operator by operator (train.compile = {key}")
+    assert compile_decision(load_config(TINY, ["train.compile=on"]), data_size=2)[0]
+
+
+@pytest.mark.parametrize("key", ["train.cuda_graph", "train.compile"])
 @pytest.mark.parametrize("override", ["model.feedforward.entropy_scope=micro_batch", MOA_LOSSES])
-def test_graphs_hold_no_collective_of_data_parallel_ranks(override: str) -> None:
-    keys = [override, "model.feedforward.entropy_weight=0.01", "train.cuda_graph=on"]
+def test_graphs_and_programs_hold_no_collective_of_data_parallel_ranks(key: str, override: str) -> None:
+    keys = [override, "model.feedforward.entropy_weight=0.01", f"{key}=on"]
     config = load_config(TINY, keys)
     assert check_ranks(config, 1) == 1
     with pytest.raises(
-        ConfigError, match=r"^train\.cuda_graph: .*_scope = micro_batch .*2 ranks.*_scope to global_batch$"
+        ConfigError, match=rf"^{re.escape(key)}: .*_scope = micro_batch .*2 ranks.*_scope to global_batch$"
     ):
         check_ranks(config, 2)
 

@@ -1,0 +1,58 @@
+"""Which runs can have their blocks compiled by torch.compile (train.compile, pretrain/engine/compiled.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.errors import ConfigError
+from pretrain.config.graph_rules import Obstacle, collective_regularisers
+from pretrain.config.schema import Config
+
+
+def check_compile(config: Config, *, data_size: int | None = None) -> None:
+    """Raises ConfigError if train.compile is on where that is impossible. What depends on the number of data-parallel
+    ranks counts only where it is given."""
+    found = next(_obstacles(config, data_size), None)
+    if config.train.compile == "on" and found is not None:
+        raise ConfigError(
+            f"train.compile: on does not go with {found.what} ({found.reason}); set it to auto{found.fix}"
+        )
+
+
+def compile_decision(config: Config, *, data_size: int) -> tuple[bool, str]:
+    """Whether this run's blocks are compiled, and a line that says so with the reason. `auto` compiles none: on a CPU
+    it is slower (docs/kernels.md), and no GPU has been measured."""
+    wanted, found = config.train.compile, next(_obstacles(config, data_size), None)
+    if wanted == "on":
+        return True, "compiled by torch.compile (train.compile = on), at the first step of each length of the context"
+    if wanted == "off":
+        reason = "train.compile = off"
+    elif found is not None:
+        reason = f"train.compile = auto; {found}"
+    else:
+        reason = "train.compile = auto; that torch.compile is faster was not measured on a GPU, on takes it"
+    return False, f"operator by operator ({reason})"
+
+
+def _obstacles(config: Config, data_size: int | None) -> Iterator[Obstacle]:
+    parallel, train = config.parallel, config.train
+    if parallel.tensor > 1:
+        reason = "collectives inside the blocks run beside their backward pass, which torch.compile cannot trace"
+        yield Obstacle(f"parallel.tensor = {parallel.tensor}", reason, ", or parallel.tensor to 1")
+    if parallel.expert > 1:
+        reason = "how many tokens travel to an expert's rank is known at run time alone"
+        yield Obstacle(f"parallel.expert = {parallel.expert}", reason, ", or parallel.expert to 1")
+    if parallel.zero == 3:
+        reason = "parameters are gathered layer by layer by hooks inside the blocks"
+        yield Obstacle("parallel.zero = 3", reason, ", or parallel.zero to 2")
+    if train.recompute == "selective":
+        reason = "torch.compile decides by itself what is computed again"
+        yield Obstacle("train.recompute = selective", reason, ", or train.recompute to none or full")
+    for key in ("record_routing", "replay_routing"):
+        if getattr(train, key):
+            yield Obstacle(f"train.{key}", "the host takes part in each choice", f", or remove train.{key}")
+    if config.deepspeed.get("flops_profiler", {}).get("enabled"):
+        reason = "it counts what the model calls, and a program calls other operators"
+        yield Obstacle("deepspeed.flops_profiler.enabled", reason, ", or remove deepspeed.flops_profiler")
+    if data_size is not None and data_size > 1:
+        yield from collective_regularisers(config, data_size)
