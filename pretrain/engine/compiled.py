@@ -56,9 +56,7 @@ class CompiledBlock:
         bound = types.MethodType(transform, block)
         self._program = torch.compile(bound, backend=backend, fullgraph=True, dynamic=False)
 
-    def __call__(
-        self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
-    ) -> Transformed:
+    def __call__(self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None) -> Transformed:
         """As Block.transform. Raises UserError where it cannot be compiled."""
         if self._rope is not None and documents is None:
             self._rope(None, context.shape[1], context.device)  # a program that fills the tables serves one call
