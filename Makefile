@@ -5,6 +5,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   command -v "$$python" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# Bytecode is written when a module is first imported: pip would compile thousands of files that nobody imports, for half
+# a minute on one core.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Of the demo. Two, so that something is parallel, but where there is one GPU: ranks do not share one.
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
@@ -37,8 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  "error: Python 3.11, 3.12 or 3.13 is needed; install one, or name it: make install PYTHON=/path/to/python3.12"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@# torch first and alone, so that this line decides which build of it the others find installed.
-	$(PIP) install --progress-bar off "$(TORCH)" -c constraints.txt $(INDEX)
-	$(PIP) install --progress-bar off -e ".[dev]" -c constraints.txt
+	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c constraints.txt $(INDEX)
+	$(PIP) install --no-compile --progress-bar off -e ".[dev]" -c constraints.txt
 	@echo "$(CUDA)" > $@
 
 install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu or CUDA=cu130 chooses the build of torch

@@ -230,6 +230,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("paper/c4_dense_rope_244m", ()),
     "computed again": ("switchall_tiny", ("train.recompute=selective",)),
 }
+QUICK = ("dropout everywhere", "XL", "MoA", "computed again")
 
 
 def one_layer(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -238,7 +239,9 @@ def one_layer(path: Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_host_never_waits_in_a_micro_step(case: str) -> None:
     name, overrides = CASES[case]
     config = one_layer(CONFIGS / f"{name}.json", overrides)
@@ -269,6 +272,7 @@ def test_a_wait_in_a_micro_step_would_be_found(monkeypatch: pytest.MonkeyPatch) 
     assert found.waits.total() == found.to_host == 3 and all("_local_scalar_dense" in wait for wait in found.waits)
 
 
+@pytest.mark.slow  # test_table adds up two layers and one
 def test_layers_are_alike() -> None:
     """Which is why two layers and one tell what a model of any depth does."""
     path = CONFIGS / "switchall_tiny.json"

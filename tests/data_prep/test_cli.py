@@ -150,18 +150,30 @@ def test_the_module_runs_from_a_shell_and_a_closed_pipe_is_no_error(prepared: Pa
     assert result.stdout.startswith("=== train document 0 of 186")
 
 
+STDOUT = {
+    "full": (
+        ">/dev/full",
+        "warning: stdout cannot be written (No space left on device); the command goes on without it\n",
+    ),
+    "closed": (">&-", ""),
+    "no reader": ("| true; exit ${PIPESTATUS[0]}", ""),
+}
+
+
 @pytest.mark.parametrize(
-    "stdout, said",
+    "name, unbuffered",
     [
-        (">/dev/full", "warning: stdout cannot be written (No space left on device); the command goes on without it\n"),
-        (">&-", ""),
-        ("| true; exit ${PIPESTATUS[0]}", ""),
+        ("full", "1"),
+        ("no reader", ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("full", ""), ("no reader", "1"), ("closed", ""), ("closed", "1"))
+        ),
     ],
-    ids=["full", "closed", "no reader"],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_data_are_made_whatever_becomes_of_stdout(tmp_path: Path, stdout: str, said: str, unbuffered: str) -> None:
+def test_data_are_made_whatever_becomes_of_stdout(tmp_path: Path, name: str, unbuffered: str) -> None:
     """`reading 1 raw files` is printed before a file is read, the tables after the last is written."""
+    stdout, said = STDOUT[name]
     for name in "ab":
         lines = [f'{{"text": "document {name} {number}"}}\n' for number in range(50)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))

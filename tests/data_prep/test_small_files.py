@@ -69,13 +69,16 @@ def test_batches_depend_on_sizes_and_order_alone() -> None:
     assert [len(batch) for batch in cut_batches([("hash", 0)] * (BATCH_FILES + 1))] == [BATCH_FILES, 1]
 
 
+@pytest.mark.parametrize("on_two", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
-    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, on_two: bool
 ) -> None:
+    """test_stages.py has a fast one on two processes."""
     assert main(["run", "--config", write_config(raw, "together", keep_work=True)]) == 0
-    assert main(["run", "--config", write_config(raw, "two", workers=2)]) == 0
     together = outputs(raw[0] / "together")
-    assert outputs(raw[0] / "two") == together
+    if on_two:
+        assert main(["run", "--config", write_config(raw, "two", workers=2)]) == 0
+        assert outputs(raw[0] / "two") == together
     (ingest,) = (raw[0] / "together" / ".work").glob("ingest-*")
     batches = [json.loads(path.read_bytes()) for path in ingest.glob("*.json")]
     assert 5 < len(batches) < 20 and max(len(batch["files"]) for batch in batches) > 10

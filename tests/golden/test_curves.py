@@ -12,7 +12,7 @@ from tests.golden.curves import FILE, MODELS, STEPS, TOLERANCE, Golden, compute,
 REMEDY = "tests/golden/curves.py says when `python -m tests.golden.curves --write` is allowed"
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_training_gives_the_golden_curves(prepared: Path, steps: int) -> None:
     golden: Golden = json.loads(FILE.read_text())
     found = compute(prepared, steps)

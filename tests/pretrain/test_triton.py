@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 
 def test_two_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
     """Losses, gradient norms and every gradient, through the real trainer; regulariser and clipping on."""
-    shape = ("batch.global_sequences=4", "batch.micro_sequences=4", "model.sequence_length=8")
+    shape = ("batch.global_sequences=2", "batch.micro_sequences=2", "model.sequence_length=7")
     configs = [small_config(prepared, *shape, f"kernels.backend={name}") for name in ("cpu", "triton")]
     assert {name for name in vars(choose_backends(configs[1], "cpu")).values()} == {"triton"}
     assert len(vars(choose_backends(configs[1], "cpu"))) == len(BACKENDS)

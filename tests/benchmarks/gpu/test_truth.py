@@ -125,6 +125,7 @@ def tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow  # what the tool says is read in test_what_the_sanitizer_says
 def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For real but the tool, which passes the command on."""
     tool(tmp_path, 'shift 6; echo "========= RACECHECK SUMMARY: 0 hazards displayed"; exec "$@"', monkeypatch)

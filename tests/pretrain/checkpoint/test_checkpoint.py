@@ -31,8 +31,8 @@ from tests.pretrain.saved import rewrite_state, whole_tensors
 DROPOUTS = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
 
 
-SOME = [("fp32", 0), ("fp32", 3), ("bf16", 1), ("bf16", 2)]
-OTHERS = [("fp32", 1), ("fp32", 2), ("bf16", 3)]
+SOME = [("fp32", 0), ("fp32", 3), ("bf16", 1)]
+OTHERS = [("fp32", 1), ("fp32", 2), ("bf16", 2), ("bf16", 3)]
 
 
 @pytest.mark.parametrize(

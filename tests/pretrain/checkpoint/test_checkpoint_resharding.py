@@ -107,4 +107,4 @@ def test_every_dimension_to_others_and_back(prepared: Path, tmp_path: Path, mode
 def test_some_dimensions(prepared: Path, tmp_path: Path) -> None:
     """Sequence-parallel stages with memory, to data-parallel ranks that share everything out."""
     home = Layout(tensor=2, sequence=True, pipeline=2)
-    check(prepared, tmp_path, "switchall xl", False, 5, home, {"DP2 ZeRO-3": Layout(data=2, zero=3)})
+    check(prepared, tmp_path, "switchall xl", False, 4, home, {"DP2 ZeRO-3": Layout(data=2, zero=3)})

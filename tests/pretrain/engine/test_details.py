@@ -142,8 +142,11 @@ def check(prepared: Path, model: str, ranks: int, layouts: list[Layout]) -> None
                 assert float((shares - expected.scores[name]).abs().max()) < 0.01, f"{layout}: {name}"
 
 
-def test_layouts_of_two_ranks_give_the_same(prepared: Path) -> None:
-    check(prepared, "switchall", 2, TWO)
+@pytest.mark.parametrize(
+    "layouts", [pytest.param(TWO[:3], id="some"), pytest.param(TWO[3:], id="others", marks=pytest.mark.slow)]
+)
+def test_layouts_of_two_ranks_give_the_same(prepared: Path, layouts: list[Layout]) -> None:
+    check(prepared, "switchall", 2, layouts)
 
 
 @pytest.mark.slow

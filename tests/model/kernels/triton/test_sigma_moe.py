@@ -68,7 +68,7 @@ def check(case: Case, expected: list[Tensor], dtype: torch.dtype, first_expert: 
     return launches
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_loop(name: str, dtype: torch.dtype, small_tiles: None) -> None:
     case = make_case(SHAPES[name], dtype, scores_dtype=torch.float32)
