@@ -209,7 +209,7 @@ def dry_make(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("build", ["cpu", "cu130"])
 def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str) -> None:
-    pip = ".venv/bin/python -m pip --disable-pip-version-check install --progress-bar off"
+    pip = ".venv/bin/python -m pip --disable-pip-version-check install --no-compile --progress-bar off"
     torch, rest = (line for line in dry_make(odd_copy, "install", f"CUDA={build}").splitlines() if pip in line)
     index = f"https://download.pytorch.org/whl/{build}"
     assert torch == f'{pip} "torch=={pins("3.11")["torch"]}+{build}" -c constraints.txt --extra-index-url {index}'
@@ -226,7 +226,10 @@ def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str
 
 def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> None:
     lines = dry_make(odd_copy, "install")
-    assert 'install --progress-bar off "torch" -c constraints.txt' in lines and "download.pytorch.org" not in lines
+    assert (
+        'install --no-compile --progress-bar off "torch" -c constraints.txt' in lines
+        and "download.pytorch.org" not in lines
+    )
     assert "--quiet" not in lines and " -q" not in lines
 
 
