@@ -39,7 +39,7 @@ from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import dropout, layer_norm
-from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
@@ -253,11 +253,17 @@ class Head(nn.Linear):
         self.backend = backends.linear_cross_entropy
         self.dropout = Dropout(config.dropout, name="head", seed=seed, parallel=parallel, backends=backends)
 
-    def forward(self, state: State, targets: Tensor | None = None) -> State:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, state: State, targets: Tensor | None = None, places: Tensor | None = None
+    ) -> State:
         """Without `targets` the first element of the result is the logits [B, T, vocab_size]. With `targets` [B, T]
-        int64: the mean cross-entropy (fp32 scalar, nats), then the detached one of each sequence [B]."""
+        int64: the mean cross-entropy (fp32 scalar, nats), then the detached one of each sequence [B]. With `places` [n]
+        int64, tokens of the flattened [B T], and one target for each of them, [n]: the targets' log-likelihoods [n]
+        fp32, then whether each target is the likeliest token [n] bool."""
         hidden, sequence_index, auxiliary_loss = state
         hidden = enter_region(self.dropout(hidden, sequence_index), self.parallel)
+        if targets is not None and places is not None:
+            return *self._log_likelihood(hidden.flatten(0, 1)[places], targets), auxiliary_loss
         if targets is None:
             logits = gather_last(super().forward(hidden), self.parallel.tensor_group)
             return logits, sequence_index, auxiliary_loss
@@ -270,6 +276,16 @@ class Head(nn.Linear):
             parallel=self.parallel,
         )
         return loss, token_loss.view(targets.shape).mean(1), auxiliary_loss
+
+    def _log_likelihood(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `hidden` [n, d] and `targets` [n], a part at a time: logits take 4 bytes per token and class."""
+        at_once = max(1, CHUNK_BYTES // (4 * self.weight.shape[0] * self.parallel.tensor_size))
+        likelihoods, likeliest = [], []
+        for part, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+            logits = gather_last(super().forward(part), self.parallel.tensor_group).float()
+            likelihoods.append(logits.log_softmax(-1).gather(1, wanted[:, None]).squeeze(1))
+            likeliest.append(logits.argmax(-1) == wanted)
+        return torch.cat(likelihoods), torch.cat(likeliest)
 
 
 LayerFactory = Callable[[], nn.Module]

@@ -15,7 +15,7 @@ from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch, Windows
-from pretrain.engine.micro_steps import Executor
+from pretrain.engine.micro_steps import Evaluator
 from pretrain.parallel.agreement import agreed
 from pretrain.report.monitor import Monitor
 from pretrain.trainer import Trainer
@@ -65,7 +65,7 @@ def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> _Dealt:
 
 @torch.no_grad()
 def evaluate(
-    executor: Executor,
+    executor: Evaluator,
     reader: Windows,
     config: Config,
     parallel: ParallelContext,

@@ -18,6 +18,8 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.evaluate import validate
+from pretrain.evaluation.likelihood import Place
+from pretrain.evaluation.training import RunTasks
 from pretrain.parallel.agreement import agreed, check_same, check_shared, raise_agreed
 from pretrain.parallel.context import parallel_context
 from pretrain.report.exit_codes import ExitCode
@@ -57,7 +59,8 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
     (the last checkpoint stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
-    setup = RunSetup(config, sources, parallel_context(config), device)
+    parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
+    setup = RunSetup(config, sources, parallel, device, tasks=tasks)
     check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
@@ -193,6 +196,8 @@ class Segment:
         stopping, rollback = False, None
         if self._validation_is_missing():
             self._validate()
+        if self._tasks_are_missing():
+            self._evaluate_tasks()
         while self._ahead.step < self.last and not stopping and rollback is None:
             stopping, rollback = self._next_step()
         if rollback is not None:
@@ -294,6 +299,9 @@ class Segment:
         if not stopping and self._is_due(config.evaluate.every_steps):
             self._validate()
             stopping = self.control.stopping()
+        if not stopping and self.setup.tasks.are_due(self.progress.step, self.last):
+            self._evaluate_tasks()
+            stopping = self.control.stopping()
         if stopping or self._is_due(config.checkpoint.every_steps):
             self._save()
         return stopping, None
@@ -302,7 +310,8 @@ class Segment:
         """After the launched step."""
         config = self.setup.config
         replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
-        return any(map(self._is_due, (config.evaluate.every_steps, config.checkpoint.every_steps, replicas)))
+        tasks = self.setup.tasks.every_steps
+        return any(map(self._is_due, (config.evaluate.every_steps, config.checkpoint.every_steps, replicas, tasks)))
 
     def _spikes_are_undone(self) -> bool:
         """Whether a spike makes the run go back. Then the next step waits until the loss is known: else
@@ -359,9 +368,27 @@ class Segment:
     def _validation_is_missing(self) -> bool:
         """Whether a stop prevented the validation that was due after the step that this segment starts from."""
         due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
-        if any(key.startswith("evaluate.") and key != "evaluate.every_steps" for key in self.start.changes):
+        changes = [key for key in self.start.changes if key.startswith("evaluate.")]
+        if any(key != "evaluate.every_steps" and not key.startswith("evaluate.tasks") for key in changes):
             return due  # because settings differ from the checkpoint's
         return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
+
+    def _tasks_are_missing(self) -> bool:
+        """As `_validation_is_missing`."""
+        step = self.progress.step
+        if step == 0 or not self.setup.tasks.are_due(step, self.last):
+            return False
+        if {"evaluate.tasks", "evaluate.tasks_limit"} & set(self.start.changes):
+            return True
+        return not self.control.from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
+
+    def _evaluate_tasks(self) -> None:
+        def goes_on(done: int) -> bool:
+            self.setup.phases.enter("evaluation of tasks")  # every call is a sign of life
+            return not self.control.stopping()
+
+        place = Place(self.setup.parallel, self.setup.device)
+        self.setup.tasks.evaluate(self.trainer.executor, place, self.monitor, self.progress.step, goes_on)
 
     def _validate(self) -> None:
         is_last = self.progress.step >= self.last

@@ -35,6 +35,7 @@ from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepReport
+from pretrain.evaluation.training import NO_TASKS, RunTasks
 from pretrain.late_reading import Laps, Stopwatch
 from pretrain.parallel.agreement import agreed, attempt
 from pretrain.phases import Phases
@@ -51,6 +52,8 @@ class RunSetup:
     parallel: ParallelContext
     device: torch.device
     phases: Phases = field(default_factory=Phases)
+    tasks: RunTasks = NO_TASKS
+    """evaluate.tasks."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import launch.slurm.training
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.compare
+import pretrain.cli.evaluate
 import pretrain.cli.plan
 import pretrain.cli.status
 import pretrain.cli.train
@@ -47,6 +48,7 @@ PAGES = sorted(
 SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/pretrain.py": pretrain.cli.train.main,
     "launch/analyze.py": pretrain.cli.analyze.main,
+    "launch/evaluate.py": pretrain.cli.evaluate.main,
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,

@@ -61,6 +61,7 @@ ROOMS = {
         "views",
         "analysis",
         "resilience",
+        "evaluation",
         "trainer",
         "saving",
         "evaluate",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.terminal import visible
-from pretrain.cli.refusals import exit_code_of
+from pretrain.cli.refusals import device_named, exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,10 +97,10 @@ def analyze(args: argparse.Namespace) -> None:
     paths = [checkpoint.path for checkpoint in checkpoints]
     out = (args.out or report.run_folder(paths[0]) / "analysis" / paths[0].name).absolute()
     report.check_folder(out)
-    device = _device(args.device)
+    device = device_named(args.device)
     found = []
     for path, label in zip(paths, report.labels(paths), strict=True):
-        saved = load_model(path, device=device, data=args.data)
+        saved = load_model(path, device=str(device), data=args.data)
         ids = report.encoded(saved, text, settings)
         with tqdm(total=len(ids), desc=label, unit=" tokens", leave=False, disable=None) as bar:
             found.append(report.findings_of(saved, label, ids, settings, bar.update))
@@ -111,17 +111,3 @@ def analyze(args: argparse.Namespace) -> None:
         images = report.drawn(found, settings, lambda name: bar.update(1))
     report.write(out, found, images, text_name)
     print(f"{out / report.PAGE}: the page; beside it {len(images)} pictures and the numbers", flush=True)
-
-
-def _device(wanted: str) -> str:
-    if wanted == "cpu":
-        return wanted
-    from pretrain.gpus import device_type
-
-    try:
-        return device_type("cuda")
-    except UserError:
-        raise UserError(
-            "--device: is cuda, but torch finds no usable GPU here (python launch/doctor.py says why); leave it out to "
-            "compute on the CPU"
-        ) from None

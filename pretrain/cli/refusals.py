@@ -1,13 +1,18 @@
-"""How a command that reads and prints ends: what a user can put right is one line on stderr."""
+"""What commands that read and print share: they end in one line on stderr where a user can put something right, and
+they compute on the device that --device names."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.terminal import reader_may_leave, visible
 from pretrain.report.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    import torch
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
@@ -23,3 +28,20 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
     return code or 0
+
+
+def device_named(wanted: str) -> torch.device:
+    """The device of --device, cpu or cuda. Raises UserError."""
+    import torch  # here: a command that refuses its arguments does not wait for it
+
+    if wanted == "cpu":
+        return torch.device("cpu")
+    from pretrain.gpus import device_type
+
+    try:
+        return torch.device(device_type("cuda"))
+    except UserError:
+        raise UserError(
+            "--device: is cuda, but torch finds no usable GPU here (python launch/doctor.py says why); leave it out to "
+            "compute on the CPU"
+        ) from None

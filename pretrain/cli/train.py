@@ -127,6 +127,10 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     else:
         initial_checkpoint(config, sources.tokenizer.sha256)
     checkpoint_space(config, run_dir).check()
+    if config.evaluate.tasks:
+        from pretrain.evaluation.training import check_places
+
+        check_places(config)
     if config.train.replay_routing is not None:
         from pretrain.routing.tape import open_record
 

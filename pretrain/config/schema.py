@@ -323,6 +323,13 @@ class EvaluateConfig(Section):
     """With memory: number of parallel streams that the windows are divided into, each read in order with memory carried
     along (the paper's validation); fewer if a stream would have only one window. Other models take every window by
     itself."""
+    tasks: dict[Literal["lambada", "blimp", "cbt"], str] = Field(default_factory=dict, json_schema_extra=FREE)
+    """Tasks that the run computes while it trains, and the published files of each, e.g. {"lambada": "raw/lambada"}: a
+    file or folder, below the current directory or the repository. docs/use.md says what they are."""
+    tasks_every_steps: NonNegativeInt = Field(0, json_schema_extra=FREE)
+    """Steps between evaluations of `tasks`, batch.micro_sequences texts at once; 0: only after the last step."""
+    tasks_limit: NonNegativeInt = Field(0, json_schema_extra=FREE)
+    """Examples of each file that are used, the first ones; 0: all. CBT has 100,000 texts of a page."""
 
 
 class Config(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,22 +27,42 @@ class StepOutput(NamedTuple):
     update was skipped, because norm or loss is not finite."""
 
 
-class Executor(Protocol):
-    """What differs between a model in one piece and a pipeline."""
+@dataclass(frozen=True)
+class Queries:
+    """Texts whose chosen tokens' log-likelihoods are asked for, on their device."""
+
+    tokens: Tensor
+    """[B, T] int64 inputs."""
+    targets: Tensor
+    """[n] int64: the tokens that are asked about."""
+    places: Tensor
+    """[n] int64: for each of them the input before it, in the flattened [B T]."""
+
+
+class Evaluator(Protocol):
+    """What evaluates a model, with or without an engine around it."""
 
     @property
     def module(self) -> nn.Module:
         """What this rank holds of the model."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Mean cross-entropy of each sequence, [B] fp32 per batch, without dropout and gradients; zeros on a stage that
+        is not the last. Collective."""
+
+    def log_likelihoods(self, batches: Sequence[Queries]) -> list[tuple[Tensor, Tensor]]:
+        """Per batch log p of each target [n] fp32 in nats, and whether it is the likeliest token [n] bool; zeros on a
+        stage that is not the last. Collective. Memories are neither read nor written: see `without_memory`."""
+
+
+class Executor(Evaluator, Protocol):
+    """What differs between a model in one piece and a pipeline."""
 
     before_update: Callable[[], None] | None
     """Called once a step, when all gradients are there and none is clipped or used yet."""
 
     def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
         """All micro-steps, clipping and the optimizer step. Collective."""
-
-    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Mean cross-entropy of each sequence, [B] fp32 per batch, without dropout and gradients; zeros on a stage that
-        is not the last. Collective."""
 
 
 class PlainExecutor:
@@ -77,3 +98,16 @@ class PlainExecutor:
         losses = [self._engine(*b.model_inputs())[1] for b in batches]
         self._engine.train()
         return losses
+
+    def log_likelihoods(self, batches: Sequence[Queries]) -> list[tuple[Tensor, Tensor]]:
+        # Through the engine: under ZeRO 3 it gathers the weights. What it calls is `module.forward`.
+        module, own = self._engine.module, vars(self._engine.module).get("forward")
+        module.forward = module.log_likelihood
+        self._engine.eval()
+        try:
+            return [self._engine(b.tokens, b.targets, b.places) for b in batches]
+        finally:
+            self._engine.train()
+            del module.forward
+            if own is not None:
+                module.forward = own

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from model.initialization import initialize
 from model.kernels.choice import Backends
 from model.language_model import routing_statistics
-from model.layers import Head, LayerFactory, layer_factories
+from model.layers import Head, LayerFactory, State, layer_factories
 from model.parallel.context import ParallelContext
 from model.parameters import check_declarations
 from model.routing import add_up
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
-from pretrain.engine.micro_steps import StepOutput
+from pretrain.engine.micro_steps import Queries, StepOutput
 from pretrain.parallel.groups import process_groups, tied_group
 from pretrain.parallel.stages import stage_bounds
 from pretrain.phases import Phases
@@ -141,6 +141,44 @@ class PipelineStage(PipelineModule):
             first = _AttachLoss.apply(first, auxiliary_loss, self.gradient_scale)
         return first, second
 
+    def through_stages(
+        self, tokens: Tensor, sequence_index: Tensor, at_head: Callable[[Head, State], State]
+    ) -> State | None:
+        """One batch [B, T] without the engine's schedule: the hidden state comes from the stage before and goes to the
+        next; the last stage returns what `at_head` makes of its output layer. Stages that call this for one batch after
+        the other work side by side. Collective."""
+        parallel, group = self.parallel, self.parallel.pipeline_group
+        (B, T), weight = tokens.shape, next(self.parameters())
+        hidden = tokens
+        assert group is not None
+        if parallel.pipeline_rank > 0:
+            hidden = weight.new_empty(B, T // parallel.token_shards, self.config.d_model)
+            dist.recv(hidden, dist.get_global_rank(group, parallel.pipeline_rank - 1), group=group)
+        state: Any = (hidden, sequence_index)
+        if parallel.pipeline_rank > 0:
+            state = (*state, torch.zeros((), dtype=torch.float32, device=tokens.device))
+        for layer in self.forward_funcs:
+            state = at_head(layer, state) if isinstance(layer, Head) else layer(state)
+        if parallel.is_last_stage:
+            return state
+        dist.send(state[0].contiguous(), dist.get_global_rank(group, parallel.pipeline_rank + 1), group=group)
+        return None
+
+    def log_likelihoods(self, batches: Sequence[Queries]) -> list[tuple[Tensor, Tensor]]:
+        """See `Evaluator`."""
+        results = []
+        for batch in batches:
+            index = torch.zeros(batch.tokens.shape[0], dtype=torch.int64, device=batch.tokens.device)
+            targets, places = batch.targets, batch.places
+            found = self.through_stages(
+                batch.tokens,
+                index,
+                lambda head, state, t=targets, p=places: head(state, t, p),  # type: ignore[misc]
+            )
+            zeros = torch.zeros(len(targets), device=targets.device)
+            results.append((zeros, zeros.bool()) if found is None else found[:2])
+        return results
+
 
 class _AttachLoss(torch.autograd.Function):
     """The hidden state as it is; in the backward pass `loss` gets the gradient `scale()`."""
@@ -197,6 +235,13 @@ class PipelineExecutor:
         if self._stage.parallel.is_last_stage:
             return self._stage.sequence_losses
         return [torch.zeros(b.tokens.shape[0], device=b.tokens.device) for b in batches]
+
+    def log_likelihoods(self, batches: Sequence[Queries]) -> list[tuple[Tensor, Tensor]]:
+        self._stage.eval()
+        try:
+            return self._stage.log_likelihoods(batches)
+        finally:
+            self._stage.train()
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[Any]:
         """Inputs of the first stage, as the engine reads them; the last stage reads its targets by itself."""

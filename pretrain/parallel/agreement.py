@@ -38,7 +38,12 @@ def attempt(function: Callable[[], Result]) -> tuple[Result, Exception | None]:
 
 
 def agree(error: Exception | None) -> None:
-    """Collective: raises on every rank if any of them passes an error, see `agreed`."""
+    """Collective: raises on every rank if any of them passes an error, see `agreed`. A process without a process group
+    raises its own."""
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
     failed = on_collective_device(torch.tensor([dist.get_rank() if error is not None else dist.get_world_size()]))
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     first = int(failed)

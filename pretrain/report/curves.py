@@ -113,6 +113,13 @@ class Curves:
         for writer in self._writers:
             writer.scalars(at, points)
 
+    def evaluation(self, at: Position, task: str, values: dict[str, Any]) -> None:
+        """One of evaluate.tasks."""
+        self._begin(at.step)
+        points = {f"tasks/{task} {key}": float(value) for key, value in values.items() if value is not None}
+        for writer in self._writers:
+            writer.scalars(at, points)
+
     def event(self, row: Row) -> None:
         """One of events.jsonl, from any thread."""
         if row["event"] in SHOWN_EVENTS:

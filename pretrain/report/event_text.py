@@ -51,6 +51,7 @@ TEXTS = {
     ),
     "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
     "validation": lambda e: f"validation after {_step(e)}: loss {_number(e.get('loss'))}",
+    "evaluation": lambda e: f"{e.get('task', '?')} after {_step(e)}: accuracy {_number(e.get('accuracy'))}",
     "loss_spike": lambda e: f"loss spike after {_step(e)}: {e.get('reason', '?')}",
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
     "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",

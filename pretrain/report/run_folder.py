@@ -107,13 +107,13 @@ class RunFolder:
                     found.append(row["loss"])
         return list(found)
 
-    def was_validated(self, step: int) -> bool:
-        """Whether events.jsonl holds a validation after `step` that still counts: a start from before that step
-        computes it again."""
+    def was_validated(self, step: int, kind: str = "validation") -> bool:
+        """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
+        from before that step computes it again."""
         found = False
         for row in self._events.rows() if self._writes else ():
-            if row["event"] in ("started", "validation") and isinstance(row.get("step"), int):
-                if row["event"] == "validation":
+            if row["event"] in ("started", kind) and isinstance(row.get("step"), int):
+                if row["event"] == kind:
                     found = found or row["step"] == step
                 elif row["step"] < step:
                     found = False

@@ -100,6 +100,7 @@ def layout() -> dict[str, dict[str, list[object]]]:
             "perplexity": chart("^perplexity/"),
             "gradient norm": chart("^optimizer/gradient norm$"),
             "learning rate": chart("^optimizer/learning rate$"),
+            "accuracy of tasks": chart("^tasks/.* accuracy$"),
         },
         "how its experts are used": {
             "busiest expert (1 is even)": chart("^routing/all .* layers/busiest"),

@@ -54,8 +54,8 @@ def load_model(
 
 
 def _loaded(checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool) -> SavedModel:
-    config = _config(checkpoint)
-    tokenizer = _tokenizer(checkpoint, data)
+    config = config_of(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, data)
     if verify and (problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes))):
         raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
@@ -94,7 +94,8 @@ def find_checkpoint(place: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{error}{earlier}") from None
 
 
-def _config(checkpoint: Checkpoint) -> Config:
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration of the run that wrote a checkpoint. Raises UserError."""
     try:
         return parse_config(checkpoint.state["config"])
     except ConfigError as error:
@@ -103,7 +104,7 @@ def _config(checkpoint: Checkpoint) -> Config:
         raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {STATE_FILE} has no configuration") from None
 
 
-def _tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
+def tokenizer_of(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
     """The one inside the checkpoint, else that of the data that the configuration names, else that of the first folder
     of `data` that fits. Raises UserError."""
     if (inside := StoredTokenizer.inside(checkpoint)) is not None:

@@ -216,6 +216,17 @@ class RunView:
                 found[step] = loss if isinstance(loss, int | float) else math.nan
         return sorted(found.items())
 
+    def tasks(self) -> dict[str, Row]:
+        """Task -> its newest evaluation that still counts, as of `validations`."""
+        found: list[Row] = []
+        for event in self.events:
+            step = event.get("step")
+            if event["event"] == "started" and isinstance(step, int):
+                found = [one for one in found if one["step"] <= step]
+            elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
+                found.append(event)
+        return {one["task"]: one for one in found}
+
 
 def setting(config: dict[str, Any], key: str) -> Any:
     """The value of a dotted key of config.json; None if it is not there."""

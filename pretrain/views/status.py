@@ -46,6 +46,7 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),
         ("validation", validation_text(view)),
+        ("tasks", tasks_text(view)),
         ("speed", speed_text(view)),
         ("experts", balance_text(newest, view.config)),
         ("memory", memory_text(newest)),
@@ -104,6 +105,13 @@ def validation_text(view: RunView) -> str:
         return ""
     (step, loss), (best, lowest) = validations[-1], min(validations, key=lambda pair: pair[1])
     return f"{loss:.4f} after step {step:,}" + ("" if best == step else f", best {lowest:.4f} after step {best:,}")
+
+
+def tasks_text(view: RunView) -> str:
+    """The newest accuracy of each task."""
+    found = [(one["step"], name, one.get("accuracy")) for name, one in sorted(view.tasks().items())]
+    texts = [f"{name} {value:.1%} after step {step:,}" for step, name, value in found if isinstance(value, int | float)]
+    return ", ".join(texts)
 
 
 def speed_text(view: RunView) -> str:
@@ -204,6 +212,9 @@ def summary(view: RunView) -> dict[str, Any]:
         "newest": newest,
         "seconds_per_step": seconds_per_step(view),
         "validations": [[step, loss if math.isfinite(loss) else None] for step, loss in view.validations()],
+        "tasks": {
+            name: {k: v for k, v in one.items() if k not in ("event", "time")} for name, one in view.tasks().items()
+        },
         "checkpoints": view.checkpoints,
         "outcome": view.outcome or None,
         "silent_seconds": None if view.sign is None else view.sign.age,

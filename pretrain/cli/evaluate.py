@@ -1,0 +1,140 @@
+"""Command line of launch/evaluate.py: the tasks of a trained model, as a table and as JSON, in any layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from pretrain.cli.refusals import device_named, exit_code_of
+from pretrain.ranks import Ranks
+from pretrain.report.exit_codes import ExitCode
+
+TASK_NAMES = ("validation", "lambada", "blimp", "cbt")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/evaluate.py",
+        usage="[python | deepspeed --num_gpus N] launch/evaluate.py RUN [--tasks LIST] [--harness LIST] [options]",
+        description="Evaluates a checkpoint: held-out loss, LAMBADA, BLiMP and the Children's Book Test by "
+        "the protocols of the SwitchHead paper, and any task of EleutherAI's lm-evaluation-harness. Prints a table and "
+        "writes a JSON file for each task. One process, or the ranks of a launcher in any layout (--set "
+        "parallel.tensor=2), give the same numbers. docs/use.md says what is computed.",
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run folder (its newest checkpoint) or a step-... folder"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help=f"some of {','.join(TASK_NAMES)}, with commas; NAME=PATH says where the published files are (default: "
+        "evaluate.tasks of the run, else raw/NAME). Default: validation, if there is no --harness",
+    )
+    parser.add_argument(
+        "--harness",
+        metavar="LIST",
+        help="tasks of lm-evaluation-harness, with commas: its own names, which need the hub or its cache; NAME=FILE "
+        "reads a local file of JSON lines instead; switchall_lambada, switchall_blimp and switchall_cbt read published "
+        "files, as --tasks does. One process",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples of each file, for a quick look")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts of one forward pass (default: 16)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens that the model looks back to (default: as in training, sequence_length and the memory); of "
+        "longer texts the beginning is cut off",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where prepared data are now, for tokenizer and held-out split, if they are not where the run read them; "
+        "repeatable",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="a key of parallel (the layout), evaluate (the held-out split) or kernels; repeatable",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: evaluate(args))
+
+
+def wanted_tasks(text: str | None, *, default: bool) -> dict[str, str | None]:
+    """--tasks: name -> place, None where none is named. Raises UserError."""
+    wanted: dict[str, str | None] = {}
+    if text is None:
+        return {"validation": None} if default else wanted
+    for part in text.split(","):
+        name, equals, place = part.strip().partition("=")
+        if name not in TASK_NAMES or (equals and (not place or name == "validation")):
+            raise UserError(
+                f"--tasks: {part.strip()!r} is none of {', '.join(TASK_NAMES)}, or NAME=PATH of the last three"
+            )
+        if name in wanted:
+            raise UserError(f"--tasks: names {name} twice; name it once")
+        wanted[name] = place or None
+    return wanted
+
+
+def evaluate(args: argparse.Namespace) -> int | None:
+    """Raises UserError."""
+    for option, value in (("limit", args.limit), ("batch", args.batch), ("context", args.context)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option}: is {value}; the least is 1")
+    wanted = wanted_tasks(args.tasks, default=args.harness is None)
+    ranks = Ranks.from_environment()
+    if args.harness is not None and ranks.world_size > 1:
+        raise UserError("--harness: computes in one process; start it with python, without the launcher")
+
+    from pretrain.cli.evaluate_checkpoint import (  # here: torch, for which --help need not wait
+        Choices,
+        evaluate_checkpoint,
+    )
+
+    choices = Choices(
+        wanted=wanted,
+        harness=args.harness,
+        limit=args.limit,
+        batch=args.batch,
+        context=args.context,
+        data=tuple(args.data),
+        out=args.out,
+        overrides=tuple(args.overrides),
+    )
+    if ranks.world_size == 1:
+        evaluate_checkpoint(args.run, choices, device_named(args.device))
+        return None
+    from pretrain import device as devices
+    from pretrain.config.schema import TrainConfig
+    from pretrain.parallel.agreement import PeerFailed
+
+    try:
+        evaluate_checkpoint(args.run, choices, devices.start(ranks, TrainConfig(device=args.device)))
+    except PeerFailed:
+        return ExitCode.REFUSED
+    except devices.Unreachable as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.PEER_DIED
+    finally:
+        devices.stop()
+    return None

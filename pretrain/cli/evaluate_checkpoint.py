@@ -1,0 +1,191 @@
+"""What launch/evaluate.py does: opens a checkpoint, runs tasks, prints and writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.terminal import visible
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources, open_sources
+from pretrain.evaluate import evaluate as validation
+from pretrain.evaluate import evaluation_windows, unigram_perplexity
+from pretrain.evaluation import results
+from pretrain.evaluation.examples import Encoder, Example
+from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
+from pretrain.evaluation.likelihood import Limits, learned_context
+from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
+from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
+from pretrain.parallel.agreement import agreed
+from pretrain.saved_model import find_checkpoint
+from pretrain.saved_model.loading import config_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The options of the command."""
+
+    wanted: dict[str, str | None]
+    """Task -> place of its files, if one is named."""
+    harness: str | None = None
+    limit: int | None = None
+    batch: int = 16
+    context: int | None = None
+    data: tuple[str, ...] = ()
+    out: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> None:
+    """Collective, if there is a process group. Raises UserError: in a group on one rank, and PeerFailed on the
+    others."""
+    specs = task_specs(choices.harness) if choices.harness is not None else []
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    checkpoint = agreed(lambda: find_checkpoint(run))
+    config, tokenizer = agreed(
+        lambda: evaluation_config(
+            checkpoint,
+            config_of(checkpoint),
+            data=choices.data,
+            overrides=choices.overrides,
+            batch=choices.batch,
+            ranks=world_size,
+        )
+    )
+    out = (choices.out or results.results_folder(checkpoint)).absolute()
+    agreed(lambda: results.check_folder(out))
+    opened = open_model(checkpoint, config, tokenizer, device)
+    limits = Limits(choices.batch, choices.context or learned_context(config.model))
+    is_first = opened.place.parallel.is_first
+    rows: list[tuple[str, ...]] = []
+    notes: list[str] = []
+    for name, place in choices.wanted.items():
+        found = _evaluate_one(opened, name, place, choices, limits)
+        _refuse_what_is_not_finite(opened, name, found.content)
+        rows, notes = rows + found.rows, notes + found.notes
+        if is_first:
+            results.write_result(out, name, found.content)
+    if is_first and rows:
+        print(f"{visible(str(checkpoint.path))}: step {checkpoint.progress.step:,}")
+        print("\n".join([results.table(rows), *(f"note: {note}" for note in notes)]))
+        print(f"{out}: a JSON file for each task", flush=True)
+    if specs:
+        evaluate_with_harness(opened, specs, limits, choices.limit, out)
+
+
+class Evaluated(NamedTuple):
+    """One task of one checkpoint."""
+
+    content: dict[str, Any]
+    """Of its file."""
+    rows: list[tuple[str, ...]]
+    """Of the table."""
+    notes: list[str]
+
+
+def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> Evaluated:
+    began, checkpoint = time.monotonic(), opened.checkpoint
+    if name == "validation":
+        content = _validate(opened, choices)
+        rows: list[tuple[str, ...]] = [
+            (name, "", key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
+        ]
+        notes: list[str] = []
+    else:
+        result = _run_task(opened, name, place, choices, limits)
+        content = {**results.described(result), "context": limits.context}
+        rows, notes = results.rows_of(result), results.notes_of(result, limits.context)
+    content |= {"limit": choices.limit, "checkpoint": str(checkpoint.path.absolute())}
+    content |= {"step": checkpoint.progress.step, "seconds": time.monotonic() - began}
+    return Evaluated(content, rows, notes)
+
+
+VALIDATION_KEYS = ("loss", "perplexity", "bits_per_byte", "unigram_perplexity")
+
+
+def _refuse_what_is_not_finite(opened: OpenedModel, name: str, content: dict[str, Any]) -> None:
+    """Raises UserError, agreed."""
+
+    def check() -> None:
+        if any(isinstance(value, float) and not math.isfinite(value) for value in content.values()):
+            raise UserError(
+                f"{name}: the outputs of checkpoint {opened.checkpoint.path} are not finite, so it has diverged or its "
+                f"numbers overflow; name an earlier checkpoint"
+            )
+
+    if opened.place.parallel.is_first:
+        agreed(check)
+    else:
+        agreed(lambda: None)
+
+
+def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> TaskResult:
+    config, is_first = opened.config, opened.place.parallel.is_first
+
+    def bar(total: int, unit: str) -> Any:
+        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=None if is_first else True)
+
+    def shown(examples: list[Example]) -> Iterable[Example]:
+        with bar(len(examples), " examples read") as progress:
+            for example in examples:
+                yield example
+                progress.update(1)
+
+    of_run = next((path for task, path in config.evaluate.tasks.items() if task == name), None)
+    path = find_files(name, place or of_run)
+    encoder = Encoder(opened.tokenizer)
+    prepared = agreed(lambda: PreparedTask.of(name, path, encoder, limit=choices.limit, shown=shown))
+    with bar(len(prepared.queries), " texts") as progress:
+
+        def goes_on(done: int) -> bool:
+            progress.update(done - progress.n)
+            return True
+
+        result = prepared.evaluate(opened.evaluator, limits, opened.place, goes_on=goes_on)
+    assert result is not None
+    return result
+
+
+def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
+    """The held-out split, by the keys of the run's evaluate section."""
+    config, place = opened.config, opened.place
+    if choices.limit is not None:
+        config = _with_sequences(config, choices.limit)
+    if config.evaluate.sequences == 0:
+        raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
+    sources = agreed(lambda: _data(opened, config))
+    reader = sources.reader(config.evaluate.split, config)
+    bar = tqdm(desc="validation", unit=" batches", leave=False, disable=None if place.parallel.is_first else True)
+
+    def before_batch() -> bool:
+        bar.update(1)
+        return True
+
+    with bar:
+        values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
+    assert values is not None
+    unigram = unigram_perplexity(reader, evaluation_windows(reader, config))
+    return {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
+
+
+def _data(opened: OpenedModel, config: Config) -> Sources:
+    sources, known = open_sources(config), opened.checkpoint.state.get("tokenizer_sha256")
+    if known is not None and sources.tokenizer.sha256 != known:
+        raise UserError(
+            f"validation: the data of {sources.key} were made with another tokenizer than the model's; name those that "
+            f"the run read with --data"
+        )
+    return sources
+
+
+def _with_sequences(config: Config, sequences: int) -> Config:
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sequences": sequences})})

@@ -1,0 +1,107 @@
+"""--harness of launch/evaluate.py: tasks of lm-evaluation-harness on a checkpoint, from the hub or from local files."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.paths import find_input
+from common.strict_json import without_nan
+from pretrain.evaluation.likelihood import Limits
+from pretrain.evaluation.models import OpenedModel
+from pretrain.evaluation.results import write_result
+
+TASK_FILES = Path(__file__).with_name("harness_tasks")
+"""Tasks that read published files; `lm_eval --include_path` takes the folder too."""
+LOCAL = "local files"
+OURS = "switchall_"
+"""What the names of these tasks begin with."""
+
+
+def task_specs(text: str) -> list[str | dict[str, Any]]:
+    """--harness: names as they are; NAME=PATH with the local file (of our tasks also a folder) in the place of the
+    hub's. Raises UserError, also if lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            '--harness: needs lm-evaluation-harness, which is not installed; install it with pip install -e ".[eval]"'
+        )
+    names: list[str | dict[str, Any]] = []
+    local: list[dict[str, Any]] = []
+    for part in text.split(","):
+        name, equals, given = part.strip().partition("=")
+        if not name or (equals and not given):
+            raise UserError(f"--harness: {part.strip()!r} is no task; write NAME or NAME=FILE, with commas between")
+        path = find_input(given) if equals else None
+        if path is not None and not path.exists():
+            raise UserError(f"--harness: {name}: there is no {path}; name a file of JSON lines")
+        if path is None:
+            names.append(name)
+        elif name.startswith(OURS):
+            local.append({"task": name, "dataset_kwargs": {"path": str(path)}})
+        else:
+            files = dict.fromkeys(("train", "validation", "test"), str(path))
+            json_lines = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+            local.append({"task": name, **json_lines})
+    # In a group, because there alone keys are put over those of a task that the library knows.
+    return [*names, {"group": LOCAL, "task": local}] if local else names
+
+
+def run_harness(
+    opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None
+) -> dict[str, Any]:
+    """The results of lm-evaluation-harness: `results`, `versions`, `n-shot`, `configs`, `n-samples`. Raises
+    UserError."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from pretrain.evaluation.harness import HarnessModel
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(TASK_FILES))
+    for name in [name for spec in specs for name in _names(spec)]:
+        if not manager.match_tasks([name]):
+            raise UserError(f"--harness: lm-evaluation-harness has no task {name!r}; `lm_eval ls tasks` lists them")
+    try:
+        found = simple_evaluate(
+            HarnessModel(opened, limits),
+            tasks=list(specs),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    except (OSError, ConnectionError) as error:
+        raise UserError(
+            f"--harness: the data of a task cannot be read ({str(error).splitlines()[0]}); where no hub is reachable, "
+            f"name a local file, NAME=FILE"
+        ) from None
+    assert found is not None
+    kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+    return {key: found[key] for key in kept if key in found}
+
+
+def _names(spec: str | dict[str, Any]) -> list[str]:
+    return [spec] if isinstance(spec, str) else [task["task"] for task in spec["task"]]
+
+
+def evaluate_with_harness(
+    opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None, out: Path
+) -> None:
+    """Runs the tasks, prints their table and writes harness.json. Raises UserError."""
+    from lm_eval.utils import make_table
+
+    began = time.monotonic()
+    content = run_harness(opened, specs, limits, limit)
+    print(make_table(content))
+    checkpoint = opened.checkpoint
+    origin = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.progress.step, "limit": limit}
+    seconds = time.monotonic() - began
+    path = write_result(
+        out, "harness", without_nan({**content, **origin, "context": limits.context, "seconds": seconds})
+    )
+    print(f"{path}: the results of lm-evaluation-harness", flush=True)

@@ -1,0 +1,111 @@
+"""A checkpoint as the model of this rank: in one process, or in any layout of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from model.language_model import LanguageModel, routing_statistics
+from model.parallel.context import ParallelContext
+from pretrain.checkpoint.convert import find_data, progress_bar
+from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.state import load_weights
+from pretrain.config.loading import apply_override, parse_config, to_json
+from pretrain.config.rules import check_ranks, choose_backends
+from pretrain.config.schema import Config
+from pretrain.engine.micro_steps import Evaluator
+from pretrain.engine.without_engine import ModelEvaluator
+from pretrain.evaluation.likelihood import Place
+from pretrain.parallel.agreement import agreed
+from pretrain.parallel.context import parallel_context
+from pretrain.saved_model.loading import tokenizer_of
+from pretrain.saved_model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that answers, on this rank."""
+
+    checkpoint: Checkpoint
+    config: Config
+    """The run's, with this evaluation's layout, batch and place of the data."""
+    tokenizer: Tokenizer
+    evaluator: Evaluator
+    place: Place
+
+
+def evaluation_config(
+    checkpoint: Checkpoint, saved: Config, *, data: Sequence[str], overrides: Sequence[str], batch: int, ranks: int
+) -> tuple[Config, Tokenizer]:
+    """The configuration to evaluate with, and the tokenizer. `data`: folders of prepared data, where they are looked
+    for if they are no longer where the run read them. `overrides`: --set; the layout is that of data parallelism alone
+    unless they say otherwise. Raises UserError."""
+    tree = to_json(saved)
+    tree["parallel"], tree["deepspeed"] = {}, {}
+    tree["train"] |= {"precision": "fp32", "recompute": "none", "cuda_graph": "off"}
+    tree["train"] |= {"record_routing": False, "replay_routing": None}
+    tree["batch"] = {"global_sequences": batch * ranks, "micro_sequences": batch}
+    for override in overrides:
+        if not override.startswith(("parallel.", "evaluate.", "kernels.")):
+            raise UserError(
+                f"--set {override}: an evaluation takes keys of parallel, evaluate and kernels; the rest is the "
+                f"checkpoint's"
+            )
+        apply_override(tree, override)
+    tokenizer = tokenizer_of(checkpoint, data)
+    if find_data(checkpoint)[0] is None and (place := _data_place(checkpoint, data)) is not None:
+        tree["data"]["manifest"] = place
+    config = parse_config(tree)
+    check_ranks(config, ranks)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"checkpoint {checkpoint.path}: its model knows {config.model.vocab_size} tokens, its tokenizer has "
+            f"{tokenizer.vocab_size}; name the data that the run read with --data"
+        )
+    return config, tokenizer
+
+
+def _data_place(checkpoint: Checkpoint, data: Sequence[str]) -> str | None:
+    """The first folder of `data` that holds what the run read."""
+    for place in data:
+        try:
+            find_data(checkpoint, place)
+        except UserError:
+            continue
+        return place
+    return None
+
+
+def open_model(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, device: torch.device) -> OpenedModel:
+    """Checks every file of the checkpoint and loads this rank's part of its weights, fp32. Collective; several ranks
+    need a process group. Raises UserError, agreed."""
+    has_group = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
+
+    def check() -> None:
+        read = progress_bar(checkpoint.path.name, checkpoint.bytes) if world_size == 1 else None
+        if problem := checkpoint.damaged_file(rank=rank, world_size=world_size, read=read):
+            raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
+
+    agreed(check)
+    parallel = parallel_context(config) if has_group else ParallelContext()
+    backends = agreed(lambda: choose_backends(config, device.type))
+    in_stages = parallel.pipeline_size > 1
+    module: Any
+    if in_stages:
+        from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
+
+        module = PipelineStage(config, parallel, backends)
+    else:
+        module = LanguageModel(config.model, parallel, backends, seed=config.train.seed)
+    agreed(lambda: load_weights(checkpoint, module, parallel))
+    module.requires_grad_(False).eval().to(device)
+    for _, statistics in routing_statistics(module):
+        statistics.to(device)
+    evaluator = ModelEvaluator(module, in_stages=in_stages)
+    return OpenedModel(checkpoint, config, tokenizer, evaluator, Place(parallel, device))

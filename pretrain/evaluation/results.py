@@ -1,0 +1,92 @@
+"""What an evaluation leaves: a table on the terminal, and a JSON file for each task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_json
+from common.folders import check_writable_folder
+from common.tables import text_table
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.evaluation.tasks import TaskResult
+
+FOLDER = "evaluation"
+MOST_GROUPS = 10
+"""A task with more groups than this shows their mean alone; the file has all."""
+
+
+def results_folder(checkpoint: Checkpoint) -> Path:
+    """RUN/evaluation/step-NNNNNNNN for a checkpoint of a run folder; else `evaluation` beside the checkpoint."""
+    path = checkpoint.path.absolute()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return run / FOLDER / path.name
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError if no file can be written there."""
+    check_writable_folder(folder, "--out")
+
+
+def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """Writes NAME.json, whole or not at all, in place of an earlier one of the same task. Raises UserError."""
+    path = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**content, "time": time.time()})
+    except OSError as error:
+        raise UserError(f"--out: {error.filename or path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def described(result: TaskResult) -> dict[str, Any]:
+    """A result as JSON."""
+    return {
+        "task": result.name,
+        **result.values,
+        "examples": result.examples,
+        "groups": result.groups,
+        "questions_left_out": result.left_out,
+        "texts_cut": result.cut,
+    }
+
+
+def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
+    """Rows of the table: task, group, metric, value, examples."""
+    rows: list[tuple[str, ...]] = [
+        (result.name, "", key, number(value), f"{result.examples:,}") for key, value in result.values.items()
+    ]
+    if len(result.groups) <= MOST_GROUPS:
+        rows += [
+            (result.name, name, "accuracy", number(group["accuracy"]), f"{group['examples']:,}")
+            for name, group in result.groups.items()
+        ]
+    return rows
+
+
+def notes_of(result: TaskResult, context: int) -> list[str]:
+    """What one should know about a result."""
+    notes = []
+    if result.cut:
+        notes.append(
+            f"{result.name}: {result.cut:,} texts have more than the {context} tokens that the model looks back to; "
+            f"their beginning was cut off (--context)"
+        )
+    if result.left_out:
+        notes.append(
+            f"{result.name}: {result.left_out:,} questions of the files have other than ten candidates and were left "
+            f"out"
+        )
+    return notes
+
+
+def number(value: float) -> str:
+    """Four decimals, or two for what is large."""
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.2f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    return text_table(("task", "group", "metric", "value", "examples"), rows, left=(0, 1, 2))

@@ -1,0 +1,81 @@
+"""The tasks of a run while it trains: evaluate.tasks, every evaluate.tasks_every_steps and after the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.strict_json import without_nan
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.engine.micro_steps import Evaluator
+from pretrain.evaluation.examples import Encoder
+from pretrain.evaluation.likelihood import Limits, Place, learned_context
+from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
+from pretrain.report.monitor import Monitor
+from pretrain.saved_model.tokenizer import Tokenizer
+
+
+def check_places(config: Config) -> None:
+    """Raises UserError if the files of a task are not there. Reads none of them."""
+    for name, given in config.evaluate.tasks.items():
+        path = find_files(name, given)
+        if not path.exists():
+            raise UserError(f"evaluate.tasks.{name}: there is no {path}; name the file or folder, or remove the task")
+
+
+class RunTasks(NamedTuple):
+    """The tasks of a run as ids, on this rank: read once a start."""
+
+    prepared: tuple[PreparedTask, ...]
+    every_steps: int
+    limits: Limits
+
+    @classmethod
+    def open(cls, config: Config, sources: Sources) -> RunTasks:
+        """Raises UserError."""
+        settings = config.evaluate
+        if not settings.tasks:
+            return NO_TASKS
+        limits = Limits(config.batch.micro_sequences, learned_context(config.model))
+        encoder = Encoder(Tokenizer(sources.sources[0].manifest))
+        try:
+            prepared = [
+                PreparedTask.of(name, find_files(name, given), encoder, limit=settings.tasks_limit or None)
+                for name, given in settings.tasks.items()
+            ]
+            for task in prepared:
+                task.check(limits)
+        except UserError as error:
+            raise UserError(f"evaluate.tasks.{error}") from None
+        return cls(tuple(prepared), settings.tasks_every_steps, limits)
+
+    def are_due(self, step: int, last: int) -> bool:
+        """After step `step` of a start that ends with step `last`."""
+        return bool(self.prepared) and (
+            step == last or (self.every_steps > 0 and step > 0 and step % self.every_steps == 0)
+        )
+
+    def evaluate(
+        self,
+        evaluator: Evaluator,
+        place: Place,
+        monitor: Monitor | None,
+        step: int,
+        goes_on: Callable[[int], bool],
+    ) -> None:
+        """Computes all tasks after optimizer step `step` and records them; nothing is recorded where `goes_on`, which
+        is collective too, asks to stop (see `answer`). Collective. Raises UserError."""
+        results: list[TaskResult] = []
+        for task in self.prepared:
+            found = task.evaluate(evaluator, self.limits, place, goes_on=goes_on)
+            if found is None:
+                return
+            results.append(found)
+        for result in results if monitor is not None else ():
+            assert monitor is not None
+            monitor.evaluation(step, result.name, without_nan(result.values), examples=result.examples)
+
+
+NO_TASKS = RunTasks((), 0, Limits(1, 1))

@@ -1,0 +1,122 @@
+"""The adapter to lm-evaluation-harness: its numbers are those of our tasks; refusals without the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from pretrain.cli.evaluate import main
+from pretrain.evaluation import harness_run
+from pretrain.evaluation.harness_run import task_specs
+from tests.harness import run_ranks
+from tests.pretrain.evaluation import published
+from tests.pretrain.runs import small_config, train_runs
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason='lm_eval is not installed: pip install -e ".[eval]"'
+)
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness")
+    config = small_config(prepared, "train.steps=1", "evaluate.sequences=0", "model.sequence_length=64")
+    run_ranks(train_runs, 1, [(config, folder / "run")])
+    return folder / "run"
+
+
+def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    file = published.lambada(tmp_path)
+    ours, local = {"path": str(tmp_path)}, dict.fromkeys(("train", "validation", "test"), str(file))
+    lines = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+    tasks = [{"task": "lambada_openai", **lines}, {"task": "switchall_cbt", "dataset_kwargs": ours}]
+    assert task_specs(f"hellaswag, lambada_openai={file},switchall_cbt={tmp_path},arc_easy") == [
+        "hellaswag",
+        "arc_easy",
+        {"group": "local files", "task": tasks},
+    ]
+    assert task_specs("hellaswag") == ["hellaswag"]
+    for text, words in ((",a", "'' is no task"), ("a=", "'a=' is no task"), ("a=/gone", "a: there is no /gone")):
+        with pytest.raises(UserError, match=f"--harness: {re.escape(words)}"):
+            task_specs(text)
+    names = {path.stem for path in harness_run.TASK_FILES.glob("*.yaml")}
+    assert names == {"switchall_lambada", "switchall_blimp", "switchall_cbt"}
+
+
+def test_without_the_package_it_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([str(tmp_path), "--harness", "hellaswag"]) == 2
+    printed = capsys.readouterr().err
+    assert 'pip install -e ".[eval]"' in printed and printed.count("\n") == 1
+
+
+@needs_lm_eval
+@pytest.mark.slow  # lm_eval takes seconds to import; test_tasks.py has the numbers of the tasks
+def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
+    file, blimp, cbt = published.lambada(tmp_path), published.blimp(tmp_path), published.cbt(tmp_path)
+    named = f"lambada_openai={file},switchall_lambada={tmp_path},switchall_blimp={blimp},switchall_cbt={cbt}"
+    assert main([str(run), "--harness", named, "--tasks", f"lambada={file},blimp={blimp}", "--batch", "3"]) == 0
+    folder = run / "evaluation" / "step-00000001"
+    results = json.loads((folder / "harness.json").read_text())["results"]
+    ours = json.loads((folder / "lambada.json").read_text())
+    for name in ("lambada_openai", "switchall_lambada"):
+        assert results[name]["acc,none"] == ours["accuracy"]
+        assert results[name]["perplexity,none"] == pytest.approx(ours["perplexity"], rel=1e-6)
+    groups = json.loads((folder / "blimp.json").read_text())["groups"].values()
+    pairs = sum(group["accuracy"] * group["examples"] for group in groups) / sum(group["examples"] for group in groups)
+    assert results["switchall_blimp"]["acc,none"] == pytest.approx(pairs)
+    assert 0 <= results["switchall_cbt"]["acc_norm,none"] <= 1
+
+
+@needs_lm_eval
+@pytest.mark.slow  # as above
+def test_rolling_and_generated_texts(run: Path) -> None:
+    from pretrain.evaluation.harness import HarnessModel
+
+    model = HarnessModel.create_from_arg_string(f"pretrained={run},batch_size=2")
+    saved_model, tokenizer = model._opened.evaluator.module, model._opened.tokenizer
+    assert isinstance(saved_model, torch.nn.Module)
+    text = "river house letter morning captain water " * 12
+
+    def request(*args: Any) -> SimpleNamespace:
+        return SimpleNamespace(args=args)
+
+    ids = tokenizer.encode(text)
+    expected = 0.0
+    for first in range(0, len(ids), 64):
+        window = [tokenizer.eos_id if first == 0 else ids[first - 1], *ids[first : first + 63]]
+        targets = torch.tensor(ids[first : first + 64])
+        with torch.no_grad():
+            logits: torch.Tensor = saved_model.logits(torch.tensor([window]))[0][0, : len(targets)]  # type: ignore[operator]
+        if len(targets) == 64:
+            expected -= float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        else:  # the last window keeps as much context as fits
+            whole = torch.tensor([ids[-65:-1]])
+            with torch.no_grad():
+                logits = saved_model.logits(whole)[0][0, -len(targets) :]  # type: ignore[operator]
+            expected -= float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    short, long, empty = model.loglikelihood_rolling([request("A river"), request(text), request("")])
+    assert math.isfinite(short) and empty == 0.0 and long == pytest.approx(expected, rel=1e-5)
+
+    settings = {"until": ["\n\n"], "max_gen_toks": 6}
+    made = model.generate_until([request("The river", settings), request("A", settings), request("", settings)])
+    tokens = tokenizer.encode("The river")
+    for _ in range(6):
+        with torch.no_grad():
+            tokens.append(int(saved_model.logits(torch.tensor([tokens]))[0][0, -1].argmax()))  # type: ignore[operator]
+    kept = [t for t in tokens if t != tokenizer.eos_id]
+    assert made[0] == tokenizer.decode(kept)[len("The river") :].partition("\n\n")[0] and len(made) == 3
+    with pytest.raises(UserError, match="a task draws its texts"):
+        model.generate_until([request("A", {"do_sample": True, "temperature": 0.7})])

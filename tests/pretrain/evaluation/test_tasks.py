@@ -1,0 +1,251 @@
+"""What launch/evaluate.py computes of a checkpoint, against a loop over single texts; batches, layouts, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.language_model import build_model
+from pretrain.cli.evaluate import main
+from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
+from pretrain.evaluation import models
+from pretrain.saved_model import SavedModel, load_model
+from tests.harness import run_ranks
+from tests.pretrain.evaluation import published
+from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.saved import rewrite_state
+
+STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64")
+EVEN = "model.feedforward.num_experts=6"
+CONTEXT = 128
+"""Two windows of 64: what the model with a memory of one window looks back to."""
+
+
+@pytest.fixture(scope="module")
+def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two runs: `rope`, and `xl` with Transformer-XL's memory, which also computes tasks after its step; and
+    of the published files."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    paths = {"lambada": published.lambada(folder), "blimp": published.blimp(folder), "cbt": published.cbt(folder)}
+    tasks = f"evaluate.tasks={json.dumps({name: str(path) for name, path in paths.items()})}"
+    xl = small_config(prepared, *STEPS, EVEN, "model.position.type=xl", tasks)
+    run_ranks(train_runs, 1, [(small_config(prepared, *STEPS, EVEN), folder / "rope"), (xl, folder / "xl")])
+    return folder
+
+
+def evaluated(run: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a checkpoint, by task."""
+    assert main([str(run), *arguments]) == 0
+    return {path.stem: json.loads(path.read_text()) for path in (run / "evaluation" / "step-00000001").glob("*.json")}
+
+
+def tasks_of(folder: Path) -> str:
+    return f"lambada={folder},blimp={folder / 'blimp'},cbt={folder / 'CBTest'}"
+
+
+class Loop:
+    """One text after the other, each alone in a forward pass of a model that has no memory."""
+
+    def __init__(self, saved: SavedModel, context: int) -> None:
+        position = saved.config.model.position.model_copy(update={"memory_chunks": 0})
+        self.model = build_model(saved.config.model.model_copy(update={"position": position}), seed=0).eval()
+        self.model.load_state_dict(saved.model.state_dict())
+        self.encode, self.eos, self.context = saved.tokenizer.encode, saved.tokenizer.eos_id, context
+
+    @torch.no_grad()
+    def log_likelihoods(self, context: list[int], target: list[int]) -> tuple[torch.Tensor, bool]:
+        """Of each token of the target, and whether greedy decoding gives it."""
+        ids = context + target
+        inputs = ids[:-1][-self.context :]
+        logits = self.model.logits(torch.tensor([inputs]))[0][0, -len(target) :].double()
+        right = bool((logits.argmax(-1) == torch.tensor(target)).all())
+        return logits.log_softmax(-1)[range(len(target)), target], right
+
+    def lambada(self, path: Path) -> dict[str, float]:
+        hits, sums = [], []
+        for line in path.read_text().splitlines():
+            text = json.loads(line)["text"]
+            context = self.encode(text[: text.rindex(" ")])
+            values, hit = self.log_likelihoods(context, self.encode(text)[len(context) :])
+            hits.append(hit)
+            sums.append(float(values.sum()))
+        return {"accuracy": float(np.mean(hits)), "perplexity": math.exp(-float(np.mean(sums)))}
+
+    def blimp(self, folder: Path) -> dict[str, float]:
+        of_sets = []
+        for path in folder.glob("*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            sums = [
+                [
+                    float(self.log_likelihoods([self.eos], self.encode(row[key]))[0].sum())
+                    for key in row
+                    if "sentence" in key
+                ]
+                for row in rows
+            ]
+            of_sets.append(np.mean([good > bad for good, bad in sums]))
+        return {"accuracy": float(np.mean(of_sets))}
+
+    def cbt(self, folder: Path) -> dict[str, float]:
+        of_kinds = []
+        for path in folder.glob("*_test_*.txt"):
+            hits = []
+            for block in path.read_text().split("\n\n")[:3]:  # the fourth has nine candidates
+                lines = [line.split(" ", 1)[1] for line in block.splitlines()]
+                question, answer, _, candidates = lines[20].split("\t")
+                text = " ".join([*lines[:20], question])
+                for apart, together in (
+                    (" , ''", ',"'),
+                    ("`` ", '"'),
+                    (" n't", "n't"),
+                    (" .", "."),
+                    (" ,", ","),
+                    (" !", "!"),
+                ):
+                    text = text.replace(apart, together)
+                before, after = text.split(" XXXXX")
+                context, means = self.encode(before), {}
+                for word in candidates.split("|"):
+                    target = self.encode(f"{before} {word}{after}")[len(context) :]
+                    means[word] = float(self.log_likelihoods(context, target)[0].mean())
+                hits.append(max(means, key=lambda word: means[word]) == answer)
+            of_kinds.append(np.mean(hits))
+        return {"accuracy": float(np.mean(of_kinds))}
+
+
+@pytest.mark.parametrize("name, context", [("rope", CONTEXT // 2), ("xl", CONTEXT)])
+def test_the_numbers_are_those_of_a_loop_over_single_texts(runs: Path, name: str, context: int) -> None:
+    found = evaluated(runs / name, "--tasks", f"validation,{tasks_of(runs)}", "--batch", "5")
+    loop = Loop(load_model(runs / name), context)
+    expected = {
+        "lambada": loop.lambada(runs / "lambada_test.jsonl"),
+        "blimp": loop.blimp(runs / "blimp" / "data"),
+        "cbt": loop.cbt(runs / "CBTest" / "data"),
+    }
+    for task, values in expected.items():
+        assert {key: found[task][key] for key in values} == pytest.approx(values, rel=1e-5), task
+    assert found["lambada"]["context"] == context and found["cbt"]["texts_cut"] == 12 * 10
+    assert found["cbt"]["questions_left_out"] == 4 and found["cbt"]["examples"] == 12
+    assert {key: group["examples"] for key, group in found["blimp"]["groups"].items()} == {
+        "adjunct_island": 5,
+        "npi_present_1": 7,
+        "wh_island": 6,
+    }
+    events = [json.loads(line) for line in (runs / name / "events.jsonl").read_text().splitlines()]
+    validation = next(event for event in events if event["event"] == "validation")
+    assert found["validation"]["loss"] == pytest.approx(validation["loss"], rel=1e-5)
+    of_run = {event["task"]: event for event in events if event["event"] == "evaluation"}
+    assert set(of_run) == ({"lambada", "blimp", "cbt"} if name == "xl" else set())
+    for task, event in of_run.items():
+        for key, value in expected[task].items():
+            assert event["step"] == 1 and event[key] == pytest.approx(value, rel=1e-5), task
+
+
+def test_the_batch_changes_nothing(runs: Path) -> None:
+    found = [
+        evaluated(runs / "xl", "--tasks", f"lambada={runs},cbt={runs / 'CBTest'}", "--limit", "2", "--batch", batch)
+        for batch in ("1", "7")
+    ]
+    for other in found[1:]:
+        for task in ("lambada", "cbt"):
+            numbers = {
+                key: found[0][task][key] for key in ("accuracy", "perplexity", "examples") if key in found[0][task]
+            }
+            assert {key: other[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5), task
+    assert found[0]["lambada"]["examples"] == 2 and found[0]["cbt"]["examples"] == 8 and found[0]["cbt"]["limit"] == 2
+
+
+def evaluate_on_ranks(rank: int, runs: list[tuple[Path, Choices]]) -> None:
+    for run, choices in runs:
+        evaluate_checkpoint(run, choices, torch.device("cpu"))
+
+
+def test_tensor_and_pipeline_parallel_ranks_give_the_numbers_of_one_process(runs: Path) -> None:
+    wanted: dict[str, str | None] = {"validation": None, "lambada": str(runs), "blimp": str(runs / "blimp")}
+    layouts = {
+        "rope": ("parallel.tensor=2", "parallel.pipeline=2"),
+        "xl": ("parallel.tensor=2", "parallel.sequence=true"),  # and two data-parallel ranks
+    }
+    commands = [
+        (runs / name, Choices(wanted=wanted, batch=3, overrides=layout, out=runs / name / "four"))
+        for name, layout in layouts.items()
+    ]
+    run_ranks(evaluate_on_ranks, 4, commands)
+    for name in layouts:
+        one = evaluated(runs / name, "--tasks", f"validation,lambada={runs},blimp={runs / 'blimp'}")
+        for task in wanted:
+            many = json.loads((runs / name / "four" / f"{task}.json").read_text())
+            numbers = {key: one[task][key] for key in ("accuracy", "perplexity", "loss") if key in one[task]}
+            assert {key: many[key] for key in numbers} == pytest.approx(numbers, rel=1e-5), (name, task)
+            assert many.get("groups") == one[task].get("groups"), (name, task)
+
+
+def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(words: str, *arguments: str, run: Path = runs / "rope") -> None:
+        capsys.readouterr()
+        assert main([str(run), "--out", str(tmp_path / "out"), *arguments]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(words, printed) and printed.count("\n") == 1, printed
+
+    refused("RUN: .*gone is not there", run=tmp_path / "gone")
+    refused("--tasks: 'squad' is none of validation, lambada, blimp, cbt", "--tasks", "lambada,squad")
+    refused("--tasks: 'lambada=' is none of", "--tasks", "lambada=")
+    refused("--tasks: 'validation=x' is none of", "--tasks", "validation=x")
+    refused("--tasks: names cbt twice", "--tasks", "cbt,cbt=x")
+    refused("--batch: is 0; the least is 1", "--batch", "0")
+    refused("--limit: is -1; the least is 1", "--limit", "-1")
+    refused("--device: is cuda, but torch finds no usable GPU", "--device", "cuda")
+    refused("--out: .*lambada_test.jsonl is a file", "--out", str(runs / "lambada_test.jsonl"))
+    refused("--set train.steps=3: an evaluation takes keys of parallel", "--set", "train.steps=3")
+    refused("parallel: 1 ranks cannot be divided", "--set", "parallel.tensor=2")
+    refused(f"lambada: there is no {tmp_path / 'none'}; download", "--tasks", f"lambada={tmp_path / 'none'}")
+    (tmp_path / "wrong.jsonl").write_text('{"text": "two words"}\nnothing\n')
+    refused("lambada: .*wrong.jsonl line 2: is not JSON", "--tasks", f"lambada={tmp_path / 'wrong.jsonl'}")
+    refused(
+        "cbt: a target has .* tokens, more than the 1 of the model's context",
+        "--tasks",
+        f"cbt={runs / 'CBTest'}",
+        "--context",
+        "1",
+    )
+    assert not (tmp_path / "out").exists()
+
+    copy = shutil.copytree(runs / "rope", tmp_path / "copy")
+    checkpoint = copy / "checkpoints" / "step-00000001"
+    rewrite_state(checkpoint, lambda state: state["config"]["data"].update(manifest=str(tmp_path / "gone")))
+    refused("no tokenizer: data.manifest: there is no .*gone.*--data", run=copy)
+    assert main([str(copy), "--data", str(prepared), "--limit", "4"]) == 0  # validation: the split moved too
+    other = shutil.copytree(prepared, tmp_path / "other")
+    (other / "tokenizer.model").write_bytes(b"another")
+    refused("no tokenizer: .*tokenizer.model .*(bytes|does not match)", "--data", str(other), run=copy)
+
+    shard = checkpoint / "rank-00000.safetensors"
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.startswith("master/final_norm.weight"))
+    tensors[name].fill_(float("nan"))
+    save_file(tensors, shard)
+    rewrite_state(checkpoint, lambda state: state["files"][shard.name].update(bytes=shard.stat().st_size))
+    arguments = ("--data", str(prepared), "--tasks", f"lambada={runs}")
+    refused("rank-00000.safetensors does not match its sha256; name an earlier one", *arguments, run=copy)
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    rewrite_state(checkpoint, lambda state: state["files"][shard.name].update(sha256=digest))
+    refused("lambada: the outputs of checkpoint .*step-00000001 are not finite", *arguments, run=copy)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "tokenizer_of", lambda *names: SimpleNamespace(vocab_size=10**6))
+    assert main([str(runs / "rope"), "--limit", "1"]) == 2
+    assert re.search(r"its model knows \d+ tokens, its tokenizer has 1000000", capsys.readouterr().err)
