@@ -30,6 +30,7 @@ import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.compare
 import pretrain.cli.evaluate
+import pretrain.cli.export
 import pretrain.cli.plan
 import pretrain.cli.status
 import pretrain.cli.train
@@ -50,6 +51,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/analyze.py": pretrain.cli.analyze.main,
     "launch/evaluate.py": pretrain.cli.evaluate.main,
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
+    "launch/export.py": pretrain.cli.export.main,
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,
     "launch/status.py": pretrain.cli.status.main,

@@ -60,6 +60,7 @@ ROOMS = {
         "report",
         "views",
         "analysis",
+        "export",
         "resilience",
         "evaluation",
         "trainer",

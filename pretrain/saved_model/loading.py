@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from common.errors import ConfigError, UserError
+from data_prep.shards.format import Manifest
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
@@ -42,22 +44,15 @@ def load_model(
     yet, a damaged one, one of another version, no tokenizer.
     """
     checkpoint = find_checkpoint(Path(run_or_checkpoint))
-    try:
+    with while_it_is_there(checkpoint):
         return _loaded(checkpoint, torch.device(device), data, verify=verify)
-    except Exception:
-        if checkpoint.path.is_dir():
-            raise
-        raise UserError(
-            f"RUN: {checkpoint.path} was removed while it was read, by a run that goes on (checkpoint.keep_last); give "
-            f"the command again for the newest one"
-        ) from None
 
 
 def _loaded(checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool) -> SavedModel:
     config = config_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, data)
-    if verify and (problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes))):
-        raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
+    if verify:
+        check_files(checkpoint)
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
     load_weights(checkpoint, model, ParallelContext())
@@ -94,6 +89,26 @@ def find_checkpoint(place: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{error}{earlier}") from None
 
 
+@contextlib.contextmanager
+def while_it_is_there(checkpoint: Checkpoint) -> Iterator[None]:
+    """What fails inside because a run that goes on has removed the checkpoint is raised as a UserError that says so."""
+    try:
+        yield
+    except Exception:
+        if checkpoint.path.is_dir():
+            raise
+        raise UserError(
+            f"RUN: {checkpoint.path} was removed while it was read, by a run that goes on (checkpoint.keep_last); give "
+            f"the command again for the newest one"
+        ) from None
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Compares every file with its sha256, with a progress bar. Raises DamagedCheckpoint."""
+    if problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes)):
+        raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
+
+
 def config_of(checkpoint: Checkpoint) -> Config:
     """The configuration of the run that wrote a checkpoint. Raises UserError."""
     try:
@@ -105,10 +120,15 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 
 def tokenizer_of(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
-    """The one inside the checkpoint, else that of the data that the configuration names, else that of the first folder
-    of `data` that fits. Raises UserError."""
+    """What `find_tokenizer` finds, to encode and decode with. Raises UserError."""
+    return Tokenizer(find_tokenizer(checkpoint, data)[0])
+
+
+def find_tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> tuple[StoredTokenizer, Manifest | None]:
+    """The tokenizer inside the checkpoint, else that of the data that the configuration names, else that of the first
+    folder of `data` that fits; and the manifest of these data, where they were looked for. Raises UserError."""
     if (inside := StoredTokenizer.inside(checkpoint)) is not None:
-        return Tokenizer(inside)
+        return inside, None
     manifest, reason = find_data(checkpoint)
     refusals = []
     for place in data if manifest is None else ():
@@ -119,4 +139,4 @@ def tokenizer_of(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenize
             refusals.append(str(error))
     if manifest is None:
         raise UserError(f"checkpoint {checkpoint.path}: no tokenizer: {refusals[0] if refusals else reason}")
-    return Tokenizer(manifest)
+    return StoredTokenizer.of(manifest), manifest

@@ -1,0 +1,151 @@
+"""The model card (README.md) of an export: what the model is, what it costs, what it was trained on, how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig, XLConfig
+from model.costs import attention_macs
+from model.counted_costs import count_macs
+from pretrain.report.model_text import model_family, model_text, parameter_count
+
+NO_LICENSE = "unknown"
+MOST_INPUTS = 20
+"""Raw files that are named; of more only the first ones are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says beside the model's configuration."""
+
+    name: str
+    """Of the run."""
+    license: str
+    """Of the weights: an identifier that the Hugging Face hub knows, or `unknown`."""
+    dtype: str
+    origin: dict[str, Any]
+    """The content of training.json."""
+    provenance: dict[str, Any] | None
+    """`provenance` and `totals` of the data's manifest, where it was found."""
+    tokens_are_bytes: bool
+    has_eos: bool
+
+
+def card(model: ModelConfig, facts: CardFacts) -> str:
+    """The text, with the header that the Hugging Face hub reads."""
+    parts = [
+        _header(facts),
+        f"# {facts.name}\n\nA {model_family(model)} language model: {model_text(model)}.\n",
+        _usage(model, facts),
+        "## The model\n\n" + _table(_model_rows(model, facts)),
+        "## How it was trained\n\n" + _table(_training_rows(model, facts)),
+        "## Data\n\n" + _data(facts),
+        "## Results\n\n" + _results(facts),
+        _license(facts),
+    ]
+    return "\n".join(parts)
+
+
+def _header(facts: CardFacts) -> str:
+    return (
+        f"---\nlicense: {facts.license}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags:\n- switchall\n- custom_code\n---\n"
+    )
+
+
+def _usage(model: ModelConfig, facts: CardFacts) -> str:
+    notes = [
+        "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
+        "transformers (5.0 or newer), and the tokenizer sentencepiece."
+    ]
+    if facts.dtype != "float32":
+        notes.append(f"The weights were rounded to {facts.dtype}; training kept them in float32.")
+    if model.memory_length:
+        notes.append(
+            f"The text is cut into chunks of {model.sequence_length} tokens from its first one; a token sees its own "
+            f"chunk up to itself and the {model.memory_length} tokens before it. The cache keeps no more than that."
+        )
+    else:
+        notes.append(
+            f"It was trained on windows of {model.sequence_length} tokens; with more it works outside of what it has "
+            f"seen."
+        )
+    if not facts.has_eos:
+        notes.append("No token ends a text: limit what is generated with `max_new_tokens`.")
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'name = "."  # this folder, or what it is called on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)\n"
+        'inputs = tokenizer(["The river"], return_tensors="pt")\n'
+        "print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50))[0])\n"
+        "```\n\n" + "\n\n".join(notes) + "\n"
+    )
+
+
+def _model_rows(model: ModelConfig, facts: CardFacts) -> Iterable[tuple[str, str]]:
+    count, macs = parameter_count(model), count_macs(model)
+    yield "parameters", f"{count.total:,}"
+    if count.active != count.total:
+        yield "used for a token", f"{count.active:,}"
+    per_token = macs.model / model.sequence_length
+    yield "multiply-accumulates for a token", f"{per_token:,.0f} (forward, {model.sequence_length} tokens, counted)"
+    yield "of one attention layer, for a window", f"{attention_macs(model):,} (by the formula of arXiv 2312.07987)"
+    yield "vocabulary", f"{model.vocab_size:,}"
+    yield "positions", "relative (Transformer-XL)" if isinstance(model.position, XLConfig) else "rotary"
+    yield "weights", facts.dtype
+
+
+def _training_rows(model: ModelConfig, facts: CardFacts) -> Iterable[tuple[str, str]]:
+    origin, config = facts.origin, facts.origin["config"]
+    yield "steps", f"{origin['step']:,}"
+    yield "tokens read", f"{origin['tokens']:,}"
+    yield "batch", f"{config['batch']['global_sequences']:,} sequences of {model.sequence_length:,} tokens"
+    yield "learning rate", f"{config['optimizer']['learning_rate']:g}"
+    yield "precision", str(config["train"]["precision"])
+    if model.dropout:
+        yield "dropout", f"{model.dropout:g}"
+    yield "software", ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
+    if origin["source"]:
+        yield "weights", origin["source"]
+
+
+def _data(facts: CardFacts) -> str:
+    digest = facts.origin["data_digest"]
+    known = f"The data set has the digest `{digest}`." if digest else "The data set is not recorded."
+    if facts.provenance is None:
+        return f"{known}\n"
+    totals, inputs = facts.provenance["totals"], facts.provenance["inputs"]
+    rows = [
+        (split, f"{sums['documents']:,} documents, {sums['tokens']:,} tokens, {sums['text_bytes']:,} bytes of text")
+        for split, sums in totals.items()
+    ]
+    files = [f"- `{entry['name']}` ({entry['format']}), sha256 `{entry['sha256']}`" for entry in inputs[:MOST_INPUTS]]
+    if len(inputs) > MOST_INPUTS:
+        files.append(f"- and {len(inputs) - MOST_INPUTS:,} more files")
+    return f"{known} `training.json` has the settings.\n\n{_table(rows)}\nMade from\n\n" + "\n".join(files) + "\n"
+
+
+def _results(facts: CardFacts) -> str:
+    rows = []
+    for key, what in (("loss", "loss of the last training step"), ("validation_loss", "validation loss")):
+        if (loss := facts.origin[key]) is not None:
+            extra = f"; {loss / math.log(2):.4f} bits per byte" if facts.tokens_are_bytes else ""
+            rows.append((what, f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}{extra}"))
+    return _table(rows) if rows else "None was recorded with these weights.\n"
+
+
+def _license(facts: CardFacts) -> str:
+    said = f"`{facts.license}`" if facts.license != NO_LICENSE else "not stated by who exported them"
+    return (
+        "## Licence\n\nThe code in this folder (`*_switchall.py`) is under Apache-2.0 (`LICENSE`). The weights: "
+        f"{said}.\n"
+    )
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n"

@@ -1,0 +1,159 @@
+"""An export, or what transformers saved after fine-tuning one, back as configuration, weights and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError, UserError
+from model.config import ModelConfig
+from model.parameters import owner_of, parameter_specs
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
+from pretrain.checkpoint.weights import WeightsOrigin
+from pretrain.config.loading import parse_config
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from pretrain.export.folder import CONFIG, INDEX, ORIGIN, WEIGHTS
+from pretrain.export.hf_config import model_config
+from pretrain.export.tokenizer_config import stored_tokenizer
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An opened export."""
+
+    folder: Path
+    config: Config
+    """Of the run, without places on its machine; of a folder without training.json the defaults with its model."""
+    tensors: dict[str, Callable[[], Tensor]]
+    """By canonical name, a tied output layer excepted: functions that read a whole parameter, as fp32."""
+    tokenizer: StoredTokenizer
+    origin: dict[str, Any] | None
+    """The content of training.json."""
+
+    def weights_origin(self) -> WeightsOrigin:
+        """What a checkpoint of these weights records (`write_weights`). Of a folder without training.json, which
+        transformers saved, steps and losses are not known."""
+        source, known = f"the export {self.folder.name}", self.origin
+        if known is None:
+            return WeightsOrigin(config=self.config, source=source, tokenizer=self.tokenizer)
+        return WeightsOrigin(
+            config=self.config,
+            source=source,
+            tokenizer=self.tokenizer,
+            manifest_digest=known["data_digest"],
+            progress=Progress(known["step"], known["sequences"]),
+            loss=known["loss"],
+            validation_loss=known["validation_loss"],
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder looks like one that `open_export` reads."""
+    return (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+
+
+def open_export(folder: Path) -> Exported:
+    """Opens a folder that launch/export.py, or transformers' save_pretrained, wrote. Names, shapes and dtypes of all
+    tensors are checked without reading them. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name one that launch/export.py wrote")
+    origin = _origin(folder)
+    text = _text(folder / CONFIG)
+    run = None if origin is None else dict(origin["config"])
+    model = model_config(text, str(folder / CONFIG), None if run is None else run["model"])
+    try:
+        config = parse_config({**(run or {}), "model": model.model_dump(mode="json")})
+    except ConfigError as error:
+        raise UserError(f"{folder / ORIGIN}: another version wrote its configuration ({error})") from None
+    tokenizer = stored_tokenizer(folder, None if origin is None else origin["tokenizer"])
+    if tokenizer.entry.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.entry.vocab_size} pieces, the model {model.vocab_size}; they do "
+            f"not belong together"
+        )
+    return Exported(folder=folder, config=config, tensors=_tensors(folder, model), tokenizer=tokenizer, origin=origin)
+
+
+def _origin(folder: Path) -> dict[str, Any] | None:
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    tree = _json(path)
+    needed = {"step", "sequences", "loss", "validation_loss", "data_digest", "tokenizer", "config"}
+    if not isinstance(tree, dict) or not needed <= tree.keys() or "model" not in tree["config"]:
+        raise UserError(f"{path} is not of an export; restore it, or remove it to import without it")
+    return tree
+
+
+def _tensors(folder: Path, model: ModelConfig) -> dict[str, Callable[[], Tensor]]:
+    """Raises UserError for a tensor that is missing, unknown or of another shape."""
+    shapes = {name: spec.shape for name, spec in parameter_specs(model).items() if owner_of(name, model) == name}
+    places: dict[str, Path] = {}
+    for path in _files(folder):
+        for name, shape, dtype in _headers(path):
+            if name != owner_of(name, model):
+                continue  # a copy of the embedding
+            if name not in shapes:
+                raise UserError(f"{path}: has {name}, which this model has not; config.json and weights differ")
+            if shape != shapes[name] or dtype not in ("F32", "BF16", "F16"):
+                raise UserError(
+                    f"{path}: {name} is {dtype} {list(shape)}, the model's is {list(shapes[name])}; config.json and "
+                    f"weights differ"
+                )
+            places[name] = path
+    if missing := next((name for name in shapes if name not in places), None):
+        raise UserError(f"{folder}: its weights have no {missing}; export the model again")
+    return {name: (lambda name=name: _read(places[name], name)) for name in shapes}  # type: ignore[misc]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    tree = _json(folder / INDEX)
+    try:
+        files = sorted(set(tree["weight_map"].values()))
+        if any(Path(name).name != name for name in files):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{folder / INDEX} is no index of weights; export the model again") from None
+    return [folder / name for name in files]
+
+
+def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of the tensors of a file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); export the model again") from None
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.float()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; name a folder that launch/export.py wrote") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); export the model again") from None

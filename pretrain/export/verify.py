@@ -1,0 +1,86 @@
+"""An export, loaded with transformers, against the checkpoint that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from model.language_model import LanguageModel
+from model.memory import layer_memories, separate_streams
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.saved_model.loading import load_model
+from pretrain.saved_model.tokenizer import Tokenizer
+
+TOLERANCE = 1e-5
+"""Largest difference of logits between fp32 weights and themselves, times the largest logit if that is above 1."""
+TEXT = (
+    "The old library stood at the end of the street, between the bakery and the river.\nEvery morning Anna opened its "
+    "heavy door, lit the lamps, and put back the 37 books that had come in the day before.\n"
+)
+CHUNKS = 3
+"""Windows of the model that are compared: with memory the later ones see it."""
+
+
+def check_transformers(option: str) -> None:
+    """Raises UserError where transformers is missing."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{option}: needs the package transformers; install it with `pip install -e .[export]`, or leave it out"
+        ) from None
+
+
+def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool) -> str:
+    """Compares ids, text and logits, on the CPU. Returns what was found, in a line; with `is_exact` raises UserError
+    if logits differ."""
+    from transformers.utils import logging
+
+    from pretrain.export.modeling_switchall import SwitchAllForCausalLM
+    from pretrain.export.tokenization_switchall import SwitchAllTokenizer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    saved = load_model(checkpoint.path, verify=False)
+    ids = _check_tokenizer(SwitchAllTokenizer.from_pretrained(folder), saved.tokenizer)
+    length = CHUNKS * saved.config.model.sequence_length
+    tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
+    with torch.no_grad():
+        expected = logits_of(saved.model, tokens)
+        del saved  # one model in memory at a time
+        model = SwitchAllForCausalLM.from_pretrained(folder).eval()
+        found = model(tokens).logits.float()
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if is_exact and not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(
+            f"{folder}: logits differ by {difference:.1e} from those of the checkpoint; this is an error of the "
+            f"exporter, please report it"
+        )
+    return f"transformers gives the same ids, and logits that differ by at most {difference:.1e}"
+
+
+def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory."""
+    if not model.config.memory_length:
+        return model.logits(tokens)[0]
+    stream, parts = torch.zeros(1, dtype=torch.int64), []
+    with separate_streams(model, stream, 1):
+        for chunk in tokens.split(model.config.sequence_length, dim=1):
+            parts.append(model.logits(chunk, stream)[0])
+            for _, memory in layer_memories(model):
+                memory.advance()
+    return torch.cat(parts, dim=1)
+
+
+def _check_tokenizer(theirs: Any, ours: Tokenizer) -> list[int]:
+    try:
+        ids = ours.encode(TEXT)
+    except UserError:
+        return list(range(min(ours.vocab_size, 200)))  # symbols of other texts than this one
+    if theirs.encode(TEXT) != ids or theirs.decode(ids) != ours.decode(ids):
+        raise UserError("the exported tokenizer gives other ids; this is an error of the exporter, please report it")
+    return ids

@@ -1,0 +1,124 @@
+"""The modelling file of exports against the model that was trained: logits, cache, padding, gradients.
+
+tests/pretrain/export/test_fresh.py, slow, does it where nothing of this project is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.language_model import LanguageModel
+from pretrain.export.hf_config import hf_config
+from pretrain.export.layers_switchall import SigmaMoE, relative_shift
+from tests.pretrain.export.models import CHUNK, MODELS, model_of, our_logits, some_tokens
+
+LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
+
+
+def theirs(model: LanguageModel, attention: str) -> Any:
+    """The same weights in the exported file's classes, in evaluation mode."""
+    from pretrain.export.configuration_switchall import SwitchAllConfig
+    from pretrain.export.modeling_switchall import SwitchAllForCausalLM
+
+    tree = hf_config(model.config, dtype="float32", special={"eos_token_id": 1, "pad_token_id": 0})
+    found = SwitchAllForCausalLM._from_config(SwitchAllConfig(**tree), attn_implementation=attention)
+    found.load_state_dict(model.state_dict())
+    return found.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name: str) -> None:
+    ours, tokens = model_of(name), some_tokens(2, LENGTH)
+    logits = our_logits(ours, tokens).detach()
+    # A memory carries no gradient, while here keys get one from all later tokens: the same within a chunk.
+    text = tokens[:, :CHUNK] if ours.config.memory_length else tokens
+    F.cross_entropy(our_logits(ours, text)[:, :-1].flatten(0, 1), text[:, 1:].flatten()).backward()
+    gradients = {parameter: value.grad for parameter, value in ours.named_parameters()}
+    for attention in ("sdpa", "eager"):
+        model = theirs(ours, attention)
+        output = model(tokens, output_hidden_states=True, output_attentions=attention == "eager")
+        assert torch.allclose(output.logits, logits, atol=TOLERANCE, rtol=0)
+        model(text, labels=text).loss.backward()
+        found = {parameter: value.grad for parameter, value in model.named_parameters()}
+        assert found.keys() == gradients.keys()
+        for parameter, gradient in found.items():
+            assert torch.allclose(gradient, gradients[parameter], atol=TOLERANCE, rtol=1e-4), parameter
+    states = [tuple(state.shape) for state in output.hidden_states]
+    assert states == [(2, LENGTH, ours.config.d_model)] * (ours.config.num_layers + 1)
+    assert torch.allclose(model.head(output.hidden_states[-1]), logits, atol=TOLERANCE)
+    heads = (2, ours.config.attention.num_heads, LENGTH, LENGTH)
+    assert [tuple(weights.shape) for weights in output.attentions] == [heads] * ours.config.num_layers
+    sums = torch.stack(output.attentions).sum(-1)
+    assert torch.allclose(sums, torch.ones_like(sums)) and not output.attentions[0].triu(1).any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_and_padding(name: str) -> None:
+    """Pieces of a text with the cache give what the text gives in one go; rows with padding what they give alone."""
+    ours, tokens = model_of(name), some_tokens(2, LENGTH)
+    with torch.no_grad():
+        model, logits = theirs(ours, "sdpa"), our_logits(ours, tokens)
+        cache, parts = None, []
+        for piece in tokens.split([5, 1, 1, 9, LENGTH - 16], dim=1):
+            output = model(piece, cache=cache, use_cache=True)
+            cache = output.cache
+            parts.append(output.logits)
+        assert torch.allclose(torch.cat(parts, dim=1), logits, atol=TOLERANCE, rtol=0)
+        if ours.config.memory_length:
+            kept = cache.layers[0].keys.shape[2]
+            assert kept == min(LENGTH, ours.config.memory_length + CHUNK - 1) < LENGTH
+
+        pad = 4
+        mask = torch.ones(2, LENGTH + pad, dtype=torch.int64)
+        mask[0, :pad] = mask[1, LENGTH:] = 0
+        rows = torch.zeros_like(mask)
+        rows[0, pad:], rows[1, :LENGTH] = tokens
+        padded = model(rows, attention_mask=mask).logits
+        assert torch.allclose(padded[0, pad:], logits[0], atol=TOLERANCE, rtol=0)
+        assert torch.allclose(padded[1, :LENGTH], logits[1], atol=TOLERANCE, rtol=0) and padded.isfinite().all()
+
+
+def test_what_is_refused() -> None:
+    model, tokens = theirs(model_of("dense"), "sdpa"), some_tokens(2, 5)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 4\]; \[2, 5\] is needed"):
+        model(tokens, attention_mask=torch.ones(2, 4))
+    cache = model(tokens).cache
+    model.train().gradient_checkpointing_enable()
+    assert model(tokens).cache is None
+    with pytest.raises(ValueError, match="a cache cannot be given"):
+        model(tokens, cache=cache)
+
+
+def test_experts_of_a_compiler_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed shapes instead of a loop over the chosen experts."""
+    layer, x = theirs(model_of("switchall xl"), "sdpa").blocks[0].feedforward, torch.randn(2, 5, 22)
+    assert isinstance(layer, SigmaMoE)
+    by_loop = layer(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(layer(x), by_loop, atol=1e-6) and by_loop.abs().max() > 0.1
+
+
+def test_relative_shift() -> None:
+    """Against its definition, index by index."""
+    x = torch.arange(4 * 9).view(4, 9)
+    shifted = relative_shift(x)
+    for i in range(4):
+        for j in range(9 - 4 + i + 1):
+            assert shifted[i, j] == x[i, j + 3 - i]
+
+
+def test_dropouts_act_in_training_alone() -> None:
+    model = theirs(model_of("switchall"), "sdpa")
+    tokens = some_tokens(1, 9)
+    model.config.attention["expert_dropout"] = 0.5
+    for block in model.blocks:
+        block.attention.dropout = block.feedforward.dropout = 0.5
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
