@@ -55,7 +55,7 @@ lock: install  ## write constraints.txt anew, from pyproject.toml and PyPI; pins
 data: install  ## raw sample -> tokenizer -> shards in data/sample
 	$(BIN)/python -m data_prep run --config configs/data/sample.json
 
-demo: data  ## raw text -> tokenizer -> shards -> DeepSpeed training in 2 ranks (RANKS=) -> validation perplexity
+demo: data  ## raw text -> tokenizer -> shards -> DeepSpeed training in 2 ranks (RANKS=) -> its curves -> three sentences
 	@# A free port: 29500, the launcher's default, may belong to another job of this machine.
 	@# Without its log, whose last line would stand below ours, and without its warning that there is no GPU.
 	command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null || export DS_ACCELERATOR=cpu; \
@@ -63,6 +63,12 @@ demo: data  ## raw text -> tokenizer -> shards -> DeepSpeed training in 2 ranks 
 	  --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
 	  launch/pretrain.py \
 	  --config configs/switchall_tiny.json --run-dir $(DEMO_RUN)
+	@echo
+	@$(BIN)/python launch/compare.py $(DEMO_RUN)
+	@echo
+	@echo "The model continues three sentences (python launch/generate.py $(DEMO_RUN) --interactive continues yours):"
+	@$(BIN)/python launch/generate.py $(DEMO_RUN) --prompt "The first" --prompt "In the" --prompt "It is" \
+	  --tokens 60 --until . --seed 1
 	@echo
 	@echo "Watch it:   $(BIN)/python -m tensorboard.main --logdir $(DEMO_RUN)/tensorboard"
 	@echo "Metrics:    $(DEMO_RUN)/metrics.jsonl"

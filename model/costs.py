@@ -81,6 +81,20 @@ def attention_memory(config: ModelConfig) -> int:
     return matrices + 4 * H * h * T + selectors + xl * 2 * H * T * h
 
 
+def cache_floats(config: ModelConfig) -> int:
+    """Numbers that a cache of keys and values keeps of one token in all layers (model/cache.py): 2 L H h; one head
+    with MoA, whose keys and values are shared."""
+    attention = config.attention
+    heads = 1 if isinstance(attention, MoAConfig) else attention.num_heads
+    return 2 * config.num_layers * heads * attention.head_dim
+
+
+def dense_cache_floats(config: ModelConfig) -> int:
+    """As `cache_floats`, of dense attention as wide as the model, H h = d: what the paper's dense models have, up to
+    rounding."""
+    return 2 * config.num_layers * config.d_model
+
+
 def feedforward_macs(config: ModelConfig) -> int:
     """MACs of one feed-forward layer on one sequence."""
     d, T, feedforward = config.d_model, config.sequence_length, config.feedforward

@@ -31,6 +31,7 @@ import pretrain.cli.checkpoint
 import pretrain.cli.compare
 import pretrain.cli.evaluate
 import pretrain.cli.export
+import pretrain.cli.generate
 import pretrain.cli.plan
 import pretrain.cli.status
 import pretrain.cli.train
@@ -56,6 +57,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/smoke.py": pretrain.smoke.cli.main,
     "launch/status.py": pretrain.cli.status.main,
     "launch/compare.py": pretrain.cli.compare.main,
+    "launch/generate.py": pretrain.cli.generate.main,
     "launch/doctor.py": launch.doctor.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,6 +54,9 @@ def test_a_clean_checkout_installs_and_its_first_commands_run(version: str, tmp_
 def test_the_demo_trains_to_its_end(tmp_path: Path) -> None:
     """Two ranks by DeepSpeed's launcher, whose console script cannot start in such a path."""
     tree = checkout(tmp_path)
-    run(tree, "make", "demo")
+    said = run(tree, "make", "demo")
+    written = re.findall(r"(?m)^--- \d of 3\n(The first|In the|It is).+", said)
+    assert written == ["The first", "In the", "It is"]
+    assert (tree / "runs" / "demo" / "curves" / "comparison.html").stat().st_size > 10_000
     outcome = json.loads((tree / "runs" / "demo" / "outcome.json").read_text())
     assert (outcome["exit_code"], outcome["step"]) == (0, 300)

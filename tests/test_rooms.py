@@ -61,6 +61,8 @@ ROOMS = {
         "views",
         "analysis",
         "export",
+        "generation",
+        "api",
         "resilience",
         "evaluation",
         "trainer",

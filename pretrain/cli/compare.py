@@ -1,4 +1,4 @@
-"""Command line of launch/compare.py: what tells runs apart, as text, picture and page."""
+"""Command line of launch/compare.py: what tells runs apart, or the curves of one, as text, picture and page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="launch/compare.py",
         description="Compares runs with the first one: the settings and versions that differ, losses at equal steps, "
         "tokens and training FLOPs, and the first step at which a value differs, by how much. Prints tables and writes "
-        f"{PICTURE} and {PAGE}, which needs no network. Runs may still go on.",
+        f"{PICTURE} and {PAGE}, which needs no network. Of a single run: its losses and curves. Runs may still go on.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/one runs/other")
     parser.add_argument(
@@ -35,7 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         "layouts in a few steps)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where both files go (default: FIRST_RUN/comparison/OTHER_RUNS)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where both files go (default: FIRST_RUN/comparison/OTHER_RUNS, of a single run RUN/curves)",
     )
     return parser
 
@@ -48,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> None:
     """Raises UserError and OSError."""
-    if len(args.runs) < 2:
-        raise UserError("RUN: name two runs or more; python launch/status.py shows a single one")
     if not args.tolerance >= 0:
         raise UserError(f"--tolerance: is {args.tolerance}; it must be 0 or more")
     runs = open_runs([RunView.open(path) for path in args.runs])
@@ -69,5 +70,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def default_folder(runs: Sequence[Run]) -> Path:
     """In the first run, named after the others."""
+    if len(runs) == 1:
+        return runs[0].view.path / "curves"
     names = "-".join(re.sub(r"[^\w.=-]+", "-", run.label).strip("-.") for run in runs[1:])
     return runs[0].view.path / "comparison" / (names[:100] or "other")

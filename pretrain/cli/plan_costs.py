@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.costs import (
     attention_macs,
     attention_memory,
+    cache_floats,
     feedforward_macs,
     feedforward_memory,
     formula_parameters,
@@ -28,7 +29,8 @@ published: the convention of the paper's tables. Eq. 13: the paper's equation, S
 selectors. floats: activations, for which there is only one formula for both conventions.
 counted: matrix products of the built model with a full memory. model: all layers and the output layer.
 ratios are of counted MACs to {baseline}{where}.
-FLOPs: of training, per token, 6 x active matmul parameters + attention."""
+FLOPs: of training, per token, 6 x active matmul parameters + attention.
+cache: of generation, keys and values of one token in all layers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Costs:
     feedforward_floats: int
     model_macs_counted: int
     model_macs_ratio: float | None
+    cache_floats: int
     training_flops_per_token: int
+    cache_ratio: float | None
+    """Not in the table, which is as wide as it can be."""
 
 
 def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -113,7 +118,9 @@ def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> lis
                 feedforward_floats=feedforward_memory(model),
                 model_macs_counted=macs.model,
                 model_macs_ratio=macs.model / reference.model if comparable else None,
+                cache_floats=cache_floats(model),
                 training_flops_per_token=training_flops_per_token(model),
+                cache_ratio=cache_floats(model) / cache_floats(first) if comparable else None,
             )
         )
     return rows
@@ -135,12 +142,13 @@ def table(rows: Sequence[Costs]) -> str:
         ("", "floats"),
         ("model MACs", "counted"),
         ("", "ratio"),
+        ("cache", "floats"),
         ("training", "FLOPs"),
     ]
     lines = [[upper for upper, _ in heads], [lower for _, lower in heads]]
     names = _short_names([row.config for row in rows])
     for name, row in zip(names, rows, strict=True):
-        lines.append([name, *map(_cell, dataclasses.astuple(row)[1:])])
+        lines.append([name, *map(_cell, dataclasses.astuple(row)[1:-1])])
     widths = [max(len(line[column]) for line in lines[1:]) for column in range(len(heads))]
     # A group's title stands above its columns and begins at the left of the first.
     starts = [2 * column + sum(widths[:column]) for column in range(len(heads))]

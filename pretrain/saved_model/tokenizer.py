@@ -15,6 +15,8 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 
 SPACE_SYMBOL = "\u2581"
 """SentencePiece's sign for a blank."""
+UNKNOWN_TEXT = " \u2047 "
+"""What SentencePiece decodes the unknown id to."""
 
 
 class Tokenizer:
@@ -53,7 +55,7 @@ class Tokenizer:
         if (ids < 0).any():
             value = data[int(np.argmax(ids < 0))]
             raise UserError(
-                f"--text: holds the byte {value:#04x}, which is none of the {len(self._values)} that the run's data "
+                f"the text holds the byte {value:#04x}, which is none of the {len(self._values)} that the run's data "
                 f"have; leave such characters out"
             )
         return ids.tolist()
@@ -63,6 +65,19 @@ class Tokenizer:
         if self._model is None:
             return self._values[np.asarray(ids, np.int64)].tobytes().decode("utf-8", errors="replace")
         return str(self._model.decode([int(number) for number in ids]))
+
+    def content(self, number: int) -> bytes:
+        """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS)
+        nothing."""
+        if self._model is None:
+            return self._values[number].tobytes()
+        if self._model.is_control(number):
+            return b""
+        if self._model.is_byte(number):
+            return bytes([int(self._model.id_to_piece(number)[3:-1], 16)])
+        if self._model.is_unknown(number):
+            return UNKNOWN_TEXT.encode()
+        return str(self._model.id_to_piece(number)).replace(SPACE_SYMBOL, " ").encode()
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""

@@ -31,14 +31,19 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndar
 
 
 def drawn(runs: Sequence[Run]) -> bytes:
-    """PNG: losses against steps, tokens and FLOPs, how far the others are from the first, gradient norm, speed."""
+    """PNG: losses against steps, tokens and FLOPs, how far the others are from the first (of a single run: its learning
+    rate), gradient norm, speed."""
     figure = Figure(figsize=(15, 8.5), dpi=100)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3)
     for axes, (axis, name) in zip(grid[0], AXES.items(), strict=True):
         _curves(axes, runs, axis, "loss")
         axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
-    _distance(grid[1, 0], runs)
+    if len(runs) > 1:
+        _distance(grid[1, 0], runs)
+    else:
+        _curves(grid[1, 0], runs, "step", "lr")
+        grid[1, 0].set(title="learning rate", xlabel="steps", ylabel="learning rate")
     for axes, key, title, unit in (
         (grid[1, 1], "grad_norm", "gradient norm before clipping", "norm"),
         (grid[1, 2], "tokens_per_second", "speed", "tokens per second"),
@@ -86,4 +91,5 @@ def page(runs: Sequence[Run], tolerance: float, png: bytes) -> str:
         cells = [tuple(map(escape, row)) for row in rows]
         numbers = range(1, len(header)) if not title.startswith("What") else ()
         parts.append(html_page.table(tuple(map(escape, header)), cells, numbers=numbers) if rows else "<p>nothing</p>")
-    return html_page.page("Comparison of " + ", ".join(run.label for run in runs), parts)
+    what = "Curves of " if len(runs) == 1 else "Comparison of "
+    return html_page.page(what + ", ".join(run.label for run in runs), parts)

@@ -19,15 +19,16 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
     """Everything that is compared."""
     labels = [run.label for run in runs]
     found: list[Table] = []
-    rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
-    found.append(("What differs", ("setting", *labels), rows))
+    if len(runs) > 1:
+        rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
+        found.append(("What differs", ("setting", *labels), rows))
     for axis, name in AXES.items():
         places = [
             (_place(place), *(_loss(value, values[0], number) for number, value in enumerate(values)))
             for place, values in losses(runs, axis)
         ]
         if places:
-            found.append((f"Loss at equal {name}", (name, *labels), places))
+            found.append((f"Loss {'by' if len(runs) == 1 else 'at equal'} {name}", (name, *labels), places))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found

@@ -41,6 +41,8 @@ def test_costs_table_from_another_directory(plan: Callable[..., str]) -> None:
     assert dense[0] == "c4_dense_262m" and {"262.5M", "5.369G", "1.000"} <= set(dense)
     # published, Eq. 13
     assert switchhead[0] == "c4_switchhead_262m" and switchhead[3:5] == ["2.358G", "2.819G"]
+    # keys and values of 18 layers: 4 heads of 112 against 16 of 64
+    assert (dense[-2], switchhead[-2]) == ("36.86k", "16.13k")
     assert "ratios are of counted MACs to c4_dense_262m" in printed
     assert max(map(len, printed.splitlines())) <= 140
 
@@ -59,6 +61,7 @@ def test_costs_as_json_with_a_baseline_and_a_folder(tmp_path: Path, plan: Callab
     ]
     assert [row["attention_macs_ratio"] for row in rows[:2]] == [1, 1]  # as many products, fewer matrices
     assert rows[2]["attention_macs_published"] == 170_364_928
+    assert [row["cache_ratio"] for row in rows] == [1, 1, 2 * 76 / (2 * 205)]
     assert rows[2]["attention_macs_ratio"] == rows[2]["attention_macs_counted"] / rows[0]["attention_macs_counted"]
 
 

@@ -10,6 +10,8 @@ from model.config import DenseFeedForwardConfig, ModelConfig, SwitchHeadConfig
 from model.costs import (
     attention_macs,
     attention_memory,
+    cache_floats,
+    dense_cache_floats,
     feedforward_macs,
     feedforward_memory,
     formula_parameters,
@@ -379,6 +381,15 @@ def test_attention_costs_generalise_to_other_expert_projections() -> None:
     assert attention_macs(ODD["switchhead_all-rope-dense"]) == value_output + 2 * product + 4 * gate
     assert attention_macs(ODD["switchhead_each-rope-dense"]) == value_output + product + 2 * gate + selector
     assert attention_macs(ODD["switchhead_shared-rope-dense"]) == value_output - selector
+
+
+def test_the_cache_is_two_to_four_times_smaller_than_the_dense_models() -> None:
+    """H h of each against H h of the dense model with as many parameters; MoA has one head of keys and values."""
+    for corpus, size, ratio in (("c4", "47m", 2.70), ("c4", "262m", 2.29), ("wt103", "262m", 3.88)):
+        dense, switchhead = (paper(f"{corpus}_{kind}_{size}") for kind in ("dense", "switchhead"))
+        assert round(cache_floats(dense) / cache_floats(switchhead), 2) == ratio
+        assert dense_cache_floats(switchhead) == pytest.approx(cache_floats(dense), rel=0.005)
+    assert [cache_floats(odd(attention)) for attention in (SWITCHHEAD, MOA)] == [2 * 3 * 3 * 8, 2 * 3 * 8]
 
 
 def test_training_flops_are_three_forward_passes() -> None:

@@ -114,10 +114,19 @@ def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureF
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"comparison.html", "comparison.png"}
 
 
+def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "a", [row(n, 6.0 - n) for n in range(1, 4)])
+    assert main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Loss by steps\nsteps ") and re.search(r"(?m)^3 +3\.0000$", printed)
+    assert "differs" not in printed and f"{run / 'curves' / 'comparison.html'}: the page" in printed
+    page = (run / "curves" / "comparison.html").read_text()
+    assert "<title>Curves of a</title>" in page and "data:image/png" in page
+
+
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["good"], "RUN: name two runs or more"),
         (["good", "missing"], "RUN: there is no folder"),
         (["good", "none"], "is no run folder"),
         (["good", "empty"], "has no step in metrics.jsonl yet"),

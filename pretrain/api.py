@@ -1,0 +1,136 @@
+"""Trained models in notebooks and programs: `open_model(run)`, then ask it. docs/use.md shows each call.
+
+A text is a str, or ids that it was made of. Everything is computed as in validation: fp32, without dropout, in chunks
+of sequence_length tokens with the memory of a model that has one; tensors lie on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from model.decoding import hidden_states, uncached_logits
+from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
+from pretrain.generation import Generated, Sampling, Settings, generate
+from pretrain.saved_model import SavedModel, load_model
+
+Text = str | Sequence[int]
+
+
+class TextLoss(NamedTuple):
+    """How well a model predicts a text of N tokens, from the second on."""
+
+    tokens: Tensor
+    """fp32 [N - 1]: -log p of each, in nats."""
+    mean: float
+    """nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    """All of them over the bytes of the text (UTF-8) behind the first token's."""
+
+
+class AttentionMaps(NamedTuple):
+    """Attention of one window of the text."""
+
+    weights: dict[int, Tensor]
+    """Layer -> fp32 [heads, queries, keys], rows sum to 1; with MoA a token's chosen experts, best first."""
+    first_query: int
+    """Position in the text of the first query,"""
+    first_key: int
+    """and of the first key, which is in the memory if there is one."""
+
+
+def open_model(run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = ()) -> OpenModel:
+    """The newest checkpoint of a run folder, or the named checkpoint; arguments and errors of
+    `pretrain.saved_model.load_model`."""
+    return OpenModel(load_model(run_or_checkpoint, device=device, data=data))
+
+
+class OpenModel:
+    """A trained model. `model`, `tokenizer`, `config` and `checkpoint` are those of SavedModel."""
+
+    def __init__(self, saved: SavedModel) -> None:
+        self.saved = saved
+        self.model, self.tokenizer, self.config, self.checkpoint = saved
+
+    def __repr__(self) -> str:
+        step, config = self.checkpoint.progress.step, self.config.model
+        return f"OpenModel({self.checkpoint.path}, step {step:,}, {config.num_layers} layers of {config.d_model})"
+
+    def encode(self, text: Text) -> list[int]:
+        """Ids of a text. Raises UserError if there are none, or one that the model does not have."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else [int(number) for number in text]
+        if not ids:
+            raise UserError("text: is empty; give some words")
+        rows = self.model.config.vocab_size
+        if wrong := [number for number in ids if not 0 <= number < rows]:
+            raise UserError(f"text: holds the id {wrong[0]}, but the model's ids are 0 to {rows - 1}")
+        return ids
+
+    def pieces(self, text: Text) -> list[str]:
+        """What each token stands for."""
+        return self.tokenizer.pieces(self.encode(text))
+
+    def logits(self, text: Text) -> Tensor:
+        """fp32 [N, vocab_size]: of what follows each token."""
+        return uncached_logits(self.model, self.encode(text)).cpu()
+
+    def hidden_states(self, text: Text) -> Tensor:
+        """fp32 [num_layers + 1, N, d_model]: of the embedding and behind every block, before the final norm."""
+        return torch.cat(list(hidden_states(self.model, self.encode(text))), dim=1).cpu()
+
+    def loss(self, text: Text) -> TextLoss:
+        """Raises UserError for a text of one token, which nothing predicts."""
+        ids = self.encode(text)
+        if len(ids) < 2:
+            raise UserError("text: is a single token; a loss needs one that follows")
+        targets = torch.tensor(ids[1:])[:, None]
+        tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
+        total = float(tokens.sum(dtype=torch.float64))
+        size = sum(len(self.tokenizer.content(number)) for number in ids[1:])
+        mean = total / len(tokens)
+        return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
+
+    def attention(self, text: Text, *, layers: Sequence[int] | None = None, window: int = 0) -> AttentionMaps:
+        """Of `layers` (None: all) and the window of sequence_length tokens with this number, from 0."""
+        config = self.model.config
+        ids, wanted = self.encode(text), list(range(config.num_layers)) if layers is None else list(layers)
+        if wrong := [layer for layer in wanted if not 0 <= layer < config.num_layers]:
+            raise UserError(f"layers: there is no layer {wrong[0]}; the model's are 0 to {config.num_layers - 1}")
+        windows = -(-len(ids) // config.sequence_length)
+        if not 0 <= window < windows:
+            raise UserError(
+                f"window: is {window}, but the text has {windows} of {config.sequence_length} tokens, from 0"
+            )
+        trace = self._trace(ids, Request(wanted, window, config.sequence_length))
+        weights = {layer: torch.from_numpy(found) for layer, found in trace.maps.items()}
+        return AttentionMaps(weights, trace.first_query, trace.first_key)
+
+    def routing(self, text: Text) -> list[RouterTrace]:
+        """The experts that every router chooses for each token, and their gates; empty for a model without experts."""
+        return self._trace(self.encode(text), Request([])).routers
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        tokens: int | None = None,
+        samples: int = 1,
+        until: str | None = None,
+        **sampling: Any,
+    ) -> list[Generated]:
+        """Continues a prompt, or several, `samples` times each, by `tokens` tokens at most (None: 100, or as
+        many as the context has room for), to the first `until`.
+        `sampling`: temperature, top_k, top_p, seed (`pretrain.generation.Sampling`). Raises UserError."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings = Settings(tokens=tokens, samples=samples, sampling=Sampling(**sampling), until=until)
+        return generate(self.saved, prompts, settings)
+
+    def _trace(self, ids: Sequence[int], request: Request) -> Trace:
+        return trace_text(self.model, ids, request)

@@ -1,0 +1,178 @@
+"""launch/generate.py: what it prints, where, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain.generation.texts
+import pretrain.saved_model.loading
+from pretrain.cli.generate import main
+from pretrain.saved_model import load_model
+
+Printed = tuple[int, str, str]
+PROMPT = "gab de"
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are hashed by tests of the loader."""
+    monkeypatch.setattr(pretrain.saved_model.loading.Checkpoint, "damaged_file", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    def run(*arguments: object) -> Printed:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_a_text_with_and_without_a_cache(trained: Path, generate: Callable[..., Printed]) -> None:
+    options = ("--prompt", PROMPT, "--tokens", 6, "--seed", 3)
+    code, text, said = generate(trained, *options)
+    assert code == 0 and text.startswith(PROMPT) and len(text) > len(PROMPT) + 1 and text.endswith("\n")
+    # 2 layers of 2 heads x 6, keys and values, 4 bytes; as wide as the model: 24.
+    assert "tokens/s with a cache" in said and "0.2 KiB a token" in said
+    assert "= d_model = 24) keeps 0.4 KiB, 2.00 times" in said
+    assert generate(trained, *options, "--no-cache")[1] == text
+    assert "tokens/s without a cache" in generate(trained, *options, "--no-cache")[2]
+    assert generate(trained, *options[:-1], 4)[1] != text
+
+
+def test_json_of_several_prompts_and_samples(
+    trained: Path, generate: Callable[..., Printed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["gab de", "\x1b[31m", "fé"]
+    (tmp_path / "p.txt").write_text("gab de\n\n\x1b[31m\r\nfé\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    options = ("--tokens", 4, "--samples", 2, "--json", "--batch", 3)
+    code, out, _ = generate(trained, "--prompts", tmp_path / "p.jsonl", *options)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and out.isascii() and "\x1b" not in out
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in prompts for s in (0, 1)]
+    assert all(row["ended"] or len(row["ids"]) == 4 for row in rows)
+    assert generate(trained, "--prompts", tmp_path / "p.txt", *options)[1] == out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "p.txt").read_bytes())))
+    assert generate(trained, "--prompts", "-", *options)[1] == out
+    alone = generate(trained, "--prompt", "fé", *options)[1]
+    assert alone.splitlines() == out.splitlines()[4:]
+    code, out, _ = generate(trained, "--prompt", "a", "--prompt", "b", "--tokens", 2)
+    assert out.startswith("--- 1 of 2\na") and "\n--- 2 of 2\nb" in out
+
+
+def test_a_terminal_is_not_steered(
+    trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(*_args: object, **_options: object) -> Iterator[tuple[int, int]]:
+        yield from ((0, number) for number in of_escape)
+
+    saved = load_model(trained, verify=False)
+    of_escape = saved.tokenizer.encode("\x1b[2Ja")
+    monkeypatch.setattr(pretrain.generation.texts, "continued", says)
+    options = ("--prompt", "b\r", "--tokens", len(of_escape))
+    assert generate(trained, *options)[1] == "b\r \x1b[2Ja\n"  # a file gets what the model wrote
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate(trained, *options)[1] == "b\\r \\x1b[2Ja\n"
+
+
+def test_a_conversation(trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line each; what is wrong with one is said, and the next is asked for; the end of input ends it."""
+    lines = iter([PROMPT, "", "gab " * 30, PROMPT])
+
+    def read(_sign: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    code, out, said = generate(trained, "--interactive", "--tokens", 3)
+    first, second, end = out.split("\n")[0], out.split("\n")[1], out.split("\n")[2:]
+    assert code == 0 and first == second and first.startswith(PROMPT) and end == ["", ""]
+    assert said.startswith("error: the prompt: has ") and "give --slide" in said
+
+
+def test_ctrl_c_ends_a_text_early(
+    trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: object, **_options: object) -> Iterator[tuple[int, int]]:
+        yield 0, 20
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain.generation.texts, "continued", interrupted)
+    code, out, _ = generate(trained, "--prompt", PROMPT)
+    assert code == 130 and out.startswith(PROMPT) and out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt", ""], "--prompt: is empty; give some words"),
+        (["--prompt", "gab " * 30], "--prompt: has .* tokens, and the model's context is model.sequence_length = 16"),
+        (["--prompt", "a", "--tokens", "17"], r"--tokens: 17 after the .* give at most --tokens 1\d, or --slide"),
+        (["--prompt", "a", "--tokens", "0"], "--tokens: is 0; the least is 1"),
+        (["--prompt", "a", "--until", ""], "--until: is empty; give the words"),
+        (["--prompt", "a", "--samples", "0"], "--samples: is 0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature: is -1.0; give 0"),
+        (["--prompt", "a", "--top-p", "1.1"], "--top-p: is 1.1; give a probability"),
+        (["--prompt", "a", "--top-k", "-2"], "--top-k: is -2"),
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read: No such file"),
+        (["--prompts", "EMPTY"], "--prompts: .*empty has no line with a prompt"),
+        (["--prompts", "BAD.jsonl"], "--prompts: line 1 of .*bad.jsonl has no text under the key prompt"),
+        (["--prompts", "BINARY"], "--prompts: .*binary is no text in UTF-8 .byte 1."),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], words: str, trained: Path, generate: Callable[..., Printed], tmp_path: Path
+) -> None:
+    for name, content in (("empty", b"\n \n"), ("bad.jsonl", b'{"text": 1}\n'), ("binary", b"a\xff")):
+        (tmp_path / name).write_bytes(content)
+        arguments = [str(tmp_path / name) if a.lower() == name else a for a in arguments]
+    code, out, said = generate(trained, *arguments)
+    assert (code, out) == (2, "") and said.count("\n") == 1
+    assert re.match("error: " + words, said), said
+
+
+def test_a_damaged_checkpoint(trained: Path, generate: Callable[..., Printed], tmp_path: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "rope")
+    (shard,) = copy.rglob("rank-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, _, said = generate(copy, "--prompt", "a")
+    assert code == 2 and re.fullmatch(r"error: .*rank-00000.safetensors is .* bytes, not .*\n", said), said
+
+
+def test_logits_that_are_not_finite_and_ids_that_do_not_fit(
+    trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def altered(change: Callable[[Any], None]) -> Callable[..., Any]:
+        def load(*args: Any, **options: Any) -> Any:
+            saved = load_model(*args, **options)
+            change(saved)
+            return saved
+
+        return load
+
+    def with_change(change: Callable[[Any], None]) -> None:
+        monkeypatch.setattr(pretrain.saved_model, "load_model", altered(change))
+
+    with_change(lambda saved: saved.model.final_norm.weight.fill_(torch.nan))
+    code, _, said = generate(trained, "--prompt", "a")
+    assert code == 2 and "step-00000001 (step 1): the logits of new token 1 of --prompt are not finite" in said
+    with_change(lambda saved: vars(saved.tokenizer).update(vocab_size=401))
+    code, _, said = generate(trained, "--prompt", "a")
+    assert code == 2 and "its tokenizer has 401 ids, but model.vocab_size is 400" in said
+    with_change(lambda saved: vars(saved.tokenizer).update(eos_id=None))
+    code, _, said = generate(trained, "--prompt", "a", "--tokens", 3)
+    assert code == 0 and said.startswith("the run's data have no id that ends a text: texts end after --tokens\n")

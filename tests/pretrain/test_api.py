@@ -1,0 +1,123 @@
+"""pretrain/api.py against plain use of the model, and the example notebook, run from its first cell to its last."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from model.config import XLConfig
+from model.language_model import build_model
+from pretrain.api import OpenModel, open_model
+from tests.pretrain.saved import whole_tensors
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebooks" / "use_a_model.ipynb"
+TEXT = "gab de fab\nc"
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Path) -> OpenModel:
+    return open_model(trained)
+
+
+def test_logits_hidden_states_and_losses(opened: OpenModel) -> None:
+    ids = opened.encode(TEXT)
+    assert 2 < len(ids) <= 16
+    logits = opened.model.logits(torch.tensor([ids]))[0][0]
+    assert torch.allclose(opened.logits(TEXT), logits, atol=1e-5) and torch.equal(
+        opened.logits(ids), opened.logits(TEXT)
+    )
+
+    hidden = opened.hidden_states(TEXT)
+    weights = whole_tensors(opened.checkpoint.path, prefixes=("master/",))
+    assert hidden.shape == (3, len(ids), 24) and torch.equal(hidden[0], weights["master/embedding.weight"][ids])
+    norm = torch.nn.functional.layer_norm(
+        hidden[-1], (24,), weights["master/final_norm.weight"], weights["master/final_norm.bias"]
+    )
+    assert torch.allclose(norm @ weights["master/head.weight"].T + weights["master/head.bias"], logits, atol=1e-5)
+
+    loss = opened.loss(TEXT)
+    expected = [-float(logits[place].double().log_softmax(0)[ids[place + 1]]) for place in range(len(ids) - 1)]
+    assert loss.tokens.tolist() == pytest.approx(expected, abs=1e-5)
+    assert loss.mean == pytest.approx(sum(expected) / len(expected)) and loss.perplexity == pytest.approx(
+        math.exp(loss.mean)
+    )
+    size = len(TEXT.encode()) - len(opened.tokenizer.decode(ids[:1]).encode())
+    assert loss.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size)
+
+
+def test_maps_and_choices_and_texts(opened: OpenModel) -> None:
+    maps = opened.attention(TEXT, layers=[1])
+    n = len(opened.encode(TEXT))
+    assert (
+        list(maps.weights) == [1]
+        and maps.weights[1].shape == (2, n, n)
+        and (maps.first_query, maps.first_key) == (0, 0)
+    )
+    assert torch.allclose(maps.weights[1].sum(2), torch.ones(2, n), atol=1e-5)
+    xl = opened.config.model.model_copy(update={"position": XLConfig()})
+    memory = OpenModel(opened.saved._replace(model=build_model(xl, seed=1).eval()))
+    with_memory = memory.attention(TEXT * 4, window=1)
+    assert list(with_memory.weights) == [0, 1] and (with_memory.first_query, with_memory.first_key) == (16, 0)
+    names = [router.name for router in opened.routing(TEXT)]
+    assert (
+        names[:3] == ["blocks.0.attention.value", "blocks.0.attention.output", "blocks.0.feedforward"]
+        and len(names) == 6
+    )
+    first, second = opened.generate("gab", tokens=5, samples=2, seed=4)
+    assert (first.prompt, first.sample, second.sample) == ("gab", 0, 1) and first.ids != second.ids
+    assert opened.generate(["de", "gab"], tokens=5, seed=4)[1] == first
+    assert "rope/checkpoints/step-00000001, step 1, 2 layers of 24" in repr(opened)
+
+
+def test_a_text_ends_where_it_is_told(opened: OpenModel) -> None:
+    free, other = opened.generate(["gab", "de"], tokens=12, seed=4)
+    word = free.text[4:6]
+    ended = opened.generate(["gab", "de"], tokens=12, seed=4, until=word)
+    assert ended[0].is_ended and ended[0].text == free.text[: free.text.index(word) + 2] != free.text
+    assert len(ended[0].ids) < 12 and free.ids[: len(ended[0].ids)] == ended[0].ids
+    assert ended[1].text == other.text[: other.text.index(word) + 2] if word in other.text else ended[1] == other
+
+
+def test_what_is_refused(opened: OpenModel) -> None:
+    def refused(words: str, call: Any, *args: Any, **options: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            call(*args, **options)
+
+    refused("text: is empty", opened.logits, "")
+    refused("text: holds the id 400, but the model's ids are 0 to 399", opened.logits, [3, 400])
+    refused("text: is a single token", opened.loss, [3])
+    refused("layers: there is no layer 2", opened.attention, TEXT, layers=[2])
+    refused("window: is 1, but", opened.attention, TEXT, window=1)
+    refused("the prompt: is empty", opened.generate, "")
+    refused("prompt 2: is empty", opened.generate, ["a", ""])
+    refused("--top-p: is 0", opened.generate, "a", top_p=0.0)
+
+
+def test_the_notebook_runs(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a run in the place of the demo's. It is stored without outputs, which would hold paths of a machine."""
+    content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"]) and len(cells) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    for cell in cells:
+        # As in a notebook every cell sees what the cells before it defined.
+        text = "".join(cell["source"]).replace("The river had risen in the night", "gab de fab c")
+        text = text.replace("tokens=20", "tokens=5")
+        exec(compile(text, cell["id"], "exec"), variables)
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed and "head 1: the last token looks" in printed and "blocks.1.feedforward" in printed
+    assert len(re.findall(r"^'The river", printed, re.MULTILINE)) == 2
