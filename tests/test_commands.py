@@ -32,6 +32,7 @@ import pretrain.cli.compare
 import pretrain.cli.evaluate
 import pretrain.cli.export
 import pretrain.cli.generate
+import pretrain.cli.import_weights
 import pretrain.cli.plan
 import pretrain.cli.status
 import pretrain.cli.train
@@ -53,6 +54,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/evaluate.py": pretrain.cli.evaluate.main,
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
     "launch/export.py": pretrain.cli.export.main,
+    "launch/import_weights.py": pretrain.cli.import_weights.main,
     "launch/plan.py": pretrain.cli.plan.main,
     "launch/smoke.py": pretrain.smoke.cli.main,
     "launch/status.py": pretrain.cli.status.main,

@@ -55,6 +55,7 @@ ROOMS = {
         "parallel",
         "engine",
         "checkpoint",
+        "imports",
         "saved_model",
         "routing",
         "report",

@@ -1,0 +1,108 @@
+"""Command line of launch/import_weights.py: weights of other programs as a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from pretrain.cli.refusals import exit_code_of
+from pretrain.config.loading import load_config
+
+if TYPE_CHECKING:
+    from pretrain.imports.authors import Imported
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/import_weights.py",
+        description="Writes weights of other programs as a checkpoint of weights alone, which the other commands read "
+        "like any other and which a new run begins with (train.init_from). Nothing in a file is executed. Sources: "
+        "weights of the SwitchHead authors' modules (github.com/RobertCsordas/switchhead and moe_layer) and their "
+        "training checkpoints (moe_attention), files of torch.save or safetensors. docs/use.md has examples.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the file of weights")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    parser.add_argument(
+        "--from",
+        dest="kind",
+        choices=("auto", *READERS),
+        default="auto",
+        help="what SOURCE is (default: auto, by its content)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration of a run of the same model, e.g. configs/paper/c4_switchhead_47m.json, whose data have the "
+        "tokenizer of the weights",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override one dotted key of the configuration, repeatable: --set model.attention.num_heads=4",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model that the weights were trained with (default: that of the configuration's data)",
+    )
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="what a module of SOURCE is here, {} being a block's number, repeatable: "
+        "'layers.{}.att=blocks.{}.attention'. NEW is one of embedding, blocks.{}.attention_norm, blocks.{}.attention, "
+        "blocks.{}.feedforward_norm, blocks.{}.feedforward, final_norm, head; those of training checkpoints are known",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    args = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError and OSError."""
+    imported = READERS[_kind(args)](args)
+    from pretrain.checkpoint.convert import progress_bar
+    from pretrain.checkpoint.state import full_shapes
+    from pretrain.checkpoint.weights import write_weights
+
+    shapes = full_shapes(imported.origin.config.model)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    checkpoint = write_weights(args.to, imported.origin, imported.tensors, wrote=progress_bar(args.to.name, 4 * count))
+    if imported.ignored:
+        more = f" and {len(imported.ignored) - 1} more" if len(imported.ignored) > 1 else ""
+        print(f"left out, for no output depends on it: {imported.ignored[0]}{more}", flush=True)
+    print(f"{checkpoint.path}: {len(shapes)} tensors, {count:,} parameters, {imported.origin.source}", flush=True)
+
+
+def _kind(args: argparse.Namespace) -> str:
+    """What SOURCE is: --from, or found out from its content."""
+    return "authors" if args.kind == "auto" else str(args.kind)
+
+
+def _authors(args: argparse.Namespace) -> Imported:
+    from pretrain.imports.authors import read_authors  # here: torch, for which --help need not wait
+    from pretrain.imports.names import parse_rename
+
+    if args.config is None:
+        raise UserError("--config: name the configuration of the model that SOURCE holds, e.g. one of configs/paper")
+    renames = [parse_rename(text) for text in args.rename]
+    config = load_config(args.config, args.overrides)
+    return read_authors(args.source, config, renames=renames, tokenizer=args.tokenizer)
+
+
+READERS: dict[str, Callable[[argparse.Namespace], Imported]] = {"authors": _authors}
+"""--from -> what reads such a source."""
