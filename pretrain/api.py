@@ -46,10 +46,12 @@ class AttentionMaps(NamedTuple):
     """and of the first key, which is in the memory if there is one."""
 
 
-def open_model(run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = ()) -> OpenModel:
+def open_model(
+    run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), ema: bool = False
+) -> OpenModel:
     """The newest checkpoint of a run folder, or the named checkpoint; arguments and errors of
     `pretrain.saved_model.load_model`."""
-    return OpenModel(load_model(run_or_checkpoint, device=device, data=data))
+    return OpenModel(load_model(run_or_checkpoint, device=device, data=data, ema=ema))
 
 
 class OpenModel:

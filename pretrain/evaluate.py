@@ -113,9 +113,10 @@ def evaluate(
 def validate(
     trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool, stopping: Callable[[], bool]
 ) -> float | None:
-    """Validates on the held-out split; after the last step also prints the unigram perplexity of the same tokens.
-    Collective; before every batch it calls `stopping`, which is collective too. Returns the loss on every rank, or
-    None: without a validation split, after a request to stop, or if the loss is not finite."""
+    """Validates on the held-out split, with evaluate.ema the moving average of the weights too; after the last step
+    also prints the unigram perplexity of the same tokens. Collective; before every batch it calls `stopping`, which is
+    collective too. Returns the loss of the weights on every rank, or None: without a validation split, after a request
+    to stop, or if the loss is not finite."""
     reader, config, phases = trainer.data.validation, trainer.setup.config, trainer.setup.phases
     if reader is None:
         return None
@@ -126,7 +127,15 @@ def validate(
 
     phases.enter("validation")
     setup = trainer.setup
-    values = evaluate(trainer.executor, reader, config, setup.parallel, setup.device, before_batch=goes_on)
+
+    def evaluated() -> dict[str, float] | None:
+        return evaluate(trainer.executor, reader, config, setup.parallel, setup.device, before_batch=goes_on)
+
+    values = evaluated()
+    if values is not None and config.evaluate.ema and trainer.average is not None:
+        with trainer.average.in_place_of_weights():
+            averaged = evaluated()
+        values = None if averaged is None else values | _of_average(averaged)
     if values is None or monitor is None:
         return None if values is None else finite(values["loss"])
     if is_last:
@@ -135,6 +144,11 @@ def validate(
     if is_last and math.isfinite(values["loss"]):
         print(_last_line(values, config.evaluate.split), flush=True)
     return finite(values["loss"])
+
+
+def _of_average(values: dict[str, float]) -> dict[str, float]:
+    """The values of a validation of the moving average, under their own names."""
+    return {f"ema_{key}": value for key, value in values.items() if key != "tokens"}
 
 
 def _last_line(values: dict[str, float], split: str) -> str:

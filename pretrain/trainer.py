@@ -33,6 +33,7 @@ from pretrain.engine.details import DetailsReading, Survey
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.micro_steps import Executor, PlainExecutor
+from pretrain.engine.moving_average import MovingAverage
 from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepReport
 from pretrain.evaluation.training import NO_TASKS, RunTasks
@@ -110,6 +111,8 @@ class Trainer:
     """Takes details of some steps."""
     tape: Tape | None = None
     """Records or replays the choices of routers."""
+    average: MovingAverage | None = None
+    """Of the weights, with train.ema_decay."""
 
     def __post_init__(self) -> None:
         self._laps = Laps(self.setup.device)
@@ -140,6 +143,8 @@ class Trainer:
         surveyed = self.survey if self.survey is not None and self.survey.is_due(number) else None
         self.executor.before_update = surveyed.begin() if surveyed is not None else None
         output = self.executor.train(given.batches, self.setup.phases)  # forward, backward, clipping, update
+        if self.average is not None:
+            self.average.update(output.grad_norm)
         if surveyed is not None:
             enter("details")
             details = surveyed.end(rate)
@@ -190,6 +195,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     data = open_training_data(config, setup.sources, parallel, device, skipped=progress.skipped_ranges)
     for _, memory in layer_memories(engine.module):
         memory.assign(data.stream.streams().to(device), config.batch.global_sequences)
+    average = MovingAverage(engine, config.train.ema_decay) if config.train.ema_decay else None
     if resumed is not None:
         phases.enter("loading the training state")
         _load_training_state(setup, resumed, engine)
@@ -203,6 +209,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
         data,
         Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous, alive=phases.alive),
         survey=Survey(engine, config, parallel, device, reduce.router_names) if has_board else None,
+        average=average,
     )
 
 

@@ -16,7 +16,7 @@ from common.errors import UserError
 from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.state import read
+from pretrain.checkpoint.state import check_kind, read
 from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
@@ -54,6 +54,8 @@ def average(
         if problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes)):
             raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}")
     readers = [Reader(checkpoint) for checkpoint in checkpoints]
+    for reader in readers:
+        check_kind(reader, kind)
     newest = max(checkpoints, key=lambda checkpoint: checkpoint.progress.step)
     shapes = newest.state["parameters"]
 

@@ -23,10 +23,10 @@ from pretrain.config.loading import parse_config
 MODEL, CONFIG, WEIGHTS = "model.safetensors", "config.json", "weights.json"
 
 
-def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
+def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = False) -> None:
     """Checks the files of the checkpoint `folder` and writes its fp32 weights to `out`/model.safetensors, with
-    config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. Raises UserError;
-    `out` then holds what it held before."""
+    config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. `ema`: the moving
+    average instead of the weights. Raises UserError; `out` then holds what it held before."""
     checkpoint = Checkpoint.open(folder)
     found, reason = StoredTokenizer.inside(checkpoint), ""
     if found is None:
@@ -44,9 +44,9 @@ def convert(folder: Path, out: Path, *, data: str | None = None) -> None:
             made.append(tokenizer)
             replace_file(out / tokenizer, [(found.folder / tokenizer).read_bytes()])
         made += [WEIGHTS, CONFIG, MODEL]
-        write_json(out / WEIGHTS, _description(checkpoint, found))
+        write_json(out / WEIGHTS, {**_description(checkpoint, found), "moving_average": ema})
         write_json(out / CONFIG, checkpoint.state["config"])
-        size = _write_weights(checkpoint, out / (MODEL + PARTIAL))
+        size = _write_weights(checkpoint, out / (MODEL + PARTIAL), "ema" if ema else "master")
         os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: if it is there, everything is
     count, step = len(checkpoint.state["parameters"]), checkpoint.progress.step
     print(f"{out / MODEL}: {count} tensors, {size:,} bytes, of step {step}", flush=True)
@@ -103,7 +103,7 @@ def _description(checkpoint: Checkpoint, tokenizer: StoredTokenizer | None) -> d
     }
 
 
-def _write_weights(checkpoint: Checkpoint, path: Path) -> int:
+def _write_weights(checkpoint: Checkpoint, path: Path, kind: str) -> int:
     """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
@@ -112,10 +112,11 @@ def _write_weights(checkpoint: Checkpoint, path: Path) -> int:
     from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
 
     reader = Reader(checkpoint)
+    state.check_kind(reader, kind)
 
     def parameter(name: str, shape: list[int]) -> torch.Tensor:
         tensor = torch.empty(shape)
-        state.read(reader, checkpoint, {f"master/{name}": single_fragment(tensor)})
+        state.read(reader, checkpoint, {f"{kind}/{name}": single_fragment(tensor)})
         return tensor
 
     entries = [

@@ -3,6 +3,7 @@
     master/NAME, exp_avg/NAME, exp_avg_sq/NAME   fp32, of the whole parameter. The last of several pipeline stages also
                              saves its copy of a tied embedding, as head.weight: sums in another order may tell it from
                              the first stage's in the last bit
+    ema/NAME                 fp32, the moving average of the weights, of runs with train.ema_decay
     memory/LAYER             [streams, m, d], Transformer-XL: inputs of the last tokens of every stream of text
     routing/NAME             fp64, a router's mean routing distribution; MoA's other statistics: routing/NAME/STATISTIC
     rng/cpu/RANK             uint8 (training itself draws nothing, see model/dropout.py; no other generator is saved)
@@ -39,7 +40,7 @@ from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, single_f
 from pretrain.checkpoint.planners import LoadPlanner
 from pretrain.checkpoint.storage import Reader
 from pretrain.data.progress import Progress
-from pretrain.engine.zero_state import optimizer_steps, pieces, set_optimizer_steps
+from pretrain.engine.zero_state import AVERAGE, Piece, optimizer_steps, pieces, set_optimizer_steps
 
 State = dict[str, Fragments]
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -54,7 +55,7 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     state = {_rng_key(dist.get_rank()): single_fragment(torch.get_rng_state())}
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
         if is_first_part or specs[piece.name].divided is not None:
-            for kind, value in {"master": piece.master, **piece.moments}.items():
+            for kind, value in piece.tensors.items():
                 assert value.dtype == torch.float32
                 state[f"{kind}/{piece.name}"] = _fragments(value, piece.start, specs[piece.name], parallel)
     for name, memory in layer_memories(engine.module):
@@ -87,9 +88,11 @@ def described(engine: Any, progress: Progress) -> dict[str, Any]:
     }
 
 
-def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) -> None:
-    """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights."""
+def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext, *, kind: str = "master") -> None:
+    """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights, or of their
+    moving average (`kind` ema). Raises UserError."""
     reader, config = Reader(checkpoint), model.config
+    check_kind(reader, kind)
     specs = parameter_specs(config)
     state: State = {}
     for name, parameter in model.named_parameters():
@@ -101,21 +104,35 @@ def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext) 
             raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
         assert parameter.is_contiguous()
         fragments = _fragments(parameter.detach().view(-1), 0, specs[name], parallel)
-        state[_saved_as(reader, "master", name, config)] = fragments
+        state[_saved_as(reader, kind, name, config)] = fragments
     read(reader, checkpoint, state)
+
+
+def check_kind(reader: Reader, kind: str) -> None:
+    """Raises UserError if a moving average is wanted, and the checkpoint holds none."""
+    names = reader.read_metadata().state_dict_metadata
+    if kind == AVERAGE and not any(name.startswith(f"{AVERAGE}/") for name in names):
+        raise UserError(
+            f"{reader.what}: holds no moving average of the weights; leave --ema out, or train with train.ema_decay"
+        )
 
 
 def load_training_state(
     checkpoint: Checkpoint, engine: Any, parallel: ParallelContext, *, with_memory: bool = True
 ) -> None:
     """Restores this rank's masters, moments, step counters, routing statistics, loss scale and RNG state and, if
-    `with_memory`, the memory of the streams that were assigned to this rank. Nothing is communicated."""
+    `with_memory`, the memory of the streams that were assigned to this rank. A moving average that the checkpoint does
+    not have begins at its weights. Nothing is communicated."""
     reader, config = Reader(checkpoint), engine.module.config
     saved = reader.read_metadata().state_dict_metadata
     specs = parameter_specs(config)
     state: State = {}
+    begun: list[Piece] = []
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
-        for kind, value in {"master": piece.master, **piece.moments}.items():
+        for kind, value in piece.tensors.items():
+            if kind == AVERAGE and _saved_as(reader, kind, piece.name, config) not in saved:
+                begun.append(piece)
+                continue
             fragments = _fragments(value, piece.start, specs[piece.name], parallel)
             state[_saved_as(reader, kind, piece.name, config)] = fragments
     for name, statistics in routing_statistics(engine.module):
@@ -135,6 +152,9 @@ def load_training_state(
 
     read(reader, checkpoint, state)
 
+    for piece in begun:
+        assert piece.average is not None
+        piece.average.copy_(piece.master)
     for memory, kept in memories:
         memory.kept = kept.to(memory.streams.device)
     if has_generator:

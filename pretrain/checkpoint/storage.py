@@ -247,7 +247,7 @@ class Reader(StorageReader):
             try:
                 self._metadata = self._parse()
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                raise DamagedCheckpoint(f"{self._what}: {TENSORS_FILE} cannot be read ({error})") from None
+                raise DamagedCheckpoint(f"{self.what}: {TENSORS_FILE} cannot be read ({error})") from None
         return self._metadata
 
     def _parse(self) -> Metadata:
@@ -265,7 +265,7 @@ class Reader(StorageReader):
         return Metadata(tensors, storage_data=places)
 
     @property
-    def _what(self) -> str:
+    def what(self) -> str:
         return f"checkpoint {self._checkpoint.path}"
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -288,7 +288,7 @@ class Reader(StorageReader):
                     for item in items:
                         _read(file, item, planner)
             except (OSError, safetensors.SafetensorError) as error:
-                raise DamagedCheckpoint(f"{self._what}: {name} cannot be read ({error})") from None
+                raise DamagedCheckpoint(f"{self.what}: {name} cannot be read ({error})") from None
         result: Future[None] = Future()
         result.set_result(None)
         return result

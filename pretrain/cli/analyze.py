@@ -66,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where prepared data are now, for the tokenizer, if they are not where a run read them; repeatable",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models compute (default: cpu)")
     return parser
 
@@ -100,7 +103,7 @@ def analyze(args: argparse.Namespace) -> None:
     device = device_named(args.device)
     found = []
     for path, label in zip(paths, report.labels(paths), strict=True):
-        saved = load_model(path, device=str(device), data=args.data)
+        saved = load_model(path, device=str(device), data=args.data, ema=args.ema)
         ids = report.encoded(saved, text, settings)
         with tqdm(total=len(ids), desc=label, unit=" tokens", leave=False, disable=None) as bar:
             found.append(report.findings_of(saved, label, ids, settings, bar.update))

@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
     )
+    convert.add_argument(
+        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
+    )
     average = commands.add_parser(
         "average",
         help="the mean of the weights of several checkpoints, as a checkpoint",
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "average":
         average_of(args)
     else:
-        convert(_newest(args.folder), args.out, data=args.data)
+        convert(_newest(args.folder), args.out, data=args.data, ema=args.ema)
     return 0
 
 

@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where prepared data are now, for tokenizer and held-out split, if they are not where the run read them; "
         "repeatable",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
@@ -120,6 +123,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
         data=tuple(args.data),
         out=args.out,
         overrides=tuple(args.overrides),
+        ema=args.ema,
     )
     if ranks.world_size == 1:
         evaluate_checkpoint(args.run, choices, device_named(args.device))

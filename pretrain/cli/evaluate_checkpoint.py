@@ -43,6 +43,8 @@ class Choices:
     data: tuple[str, ...] = ()
     out: Path | None = None
     overrides: tuple[str, ...] = ()
+    ema: bool = False
+    """The moving average instead of the weights; its results have a folder of their own."""
 
 
 def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> None:
@@ -61,9 +63,10 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
             ranks=world_size,
         )
     )
-    out = (choices.out or results.results_folder(checkpoint)).absolute()
+    folder = results.results_folder(checkpoint)
+    out = (choices.out or folder.with_name(folder.name + "-ema" * choices.ema)).absolute()
     agreed(lambda: results.check_folder(out))
-    opened = open_model(checkpoint, config, tokenizer, device)
+    opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
     limits = Limits(choices.batch, choices.context or learned_context(config.model))
     is_first = opened.place.parallel.is_first
     rows: list[tuple[str, ...]] = []
@@ -75,7 +78,8 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
         if is_first:
             results.write_result(out, name, found.content)
     if is_first and rows:
-        print(f"{visible(str(checkpoint.path))}: step {checkpoint.progress.step:,}")
+        of = ", moving average of the weights" if choices.ema else ""
+        print(f"{visible(str(checkpoint.path))}: step {checkpoint.progress.step:,}{of}")
         print("\n".join([results.table(rows), *(f"note: {note}" for note in notes)]))
         print(f"{out}: a JSON file for each task", flush=True)
     if specs:
@@ -105,6 +109,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
         content = {**results.described(result), "context": limits.context}
         rows, notes = results.rows_of(result), results.notes_of(result, limits.context)
     content |= {"limit": choices.limit, "checkpoint": str(checkpoint.path.absolute())}
+    content |= {"moving_average": True} if choices.ema else {}
     content |= {"step": checkpoint.progress.step, "seconds": time.monotonic() - began}
     return Evaluated(content, rows, notes)
 

@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where prepared data are now, for the tokenizer, if they are not where the run read them; repeatable",
     )
     parser.add_argument(
+        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="load the folder with transformers before it gets its name, and compare ids and logits with the "
@@ -87,7 +90,12 @@ def run(args: argparse.Namespace) -> None:
     if args.verify:
         check_transformers("--verify")
     options = ExportOptions(
-        dtype=args.dtype, most_bytes=most_bytes, license=args.license, data=args.data, verify=args.verify
+        dtype=args.dtype,
+        most_bytes=most_bytes,
+        license=args.license,
+        data=args.data,
+        verify=args.verify,
+        ema=args.ema,
     )
     export(find_checkpoint(args.run), args.to, options)
 

@@ -60,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where prepared data are now, for the tokenizer, if they are not where the run read them; repeatable",
     )
     parser.add_argument(
+        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where the model computes (default: cpu)"
     )
     return parser
@@ -132,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     settings = Settings(args.tokens, sampling, args.samples, args.batch, not args.no_cache, args.slide, args.until)
     prompts = [] if args.interactive else _prompts(args)
-    saved, cost = load_model(args.run, device=str(device_named(args.device)), data=args.data), Cost()
+    device, cost = str(device_named(args.device)), Cost()
+    saved = load_model(args.run, device=device, data=args.data, ema=args.ema)
     if saved.tokenizer.eos_id is None:
         _say("the run's data have no id that ends a text: texts end after --tokens")
     printer = _Printer(as_json=args.json)

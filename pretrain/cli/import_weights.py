@@ -13,7 +13,7 @@ from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 
 if TYPE_CHECKING:
-    from pretrain.imports.authors import Imported
+    from pretrain.imports.imported import Imported
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,9 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Writes weights of other programs as a checkpoint of weights alone, which the other commands read "
         "like any other and which a new run begins with (train.init_from). Nothing in a file is executed. Sources: "
         "weights of the SwitchHead authors' modules (github.com/RobertCsordas/switchhead and moe_layer) and their "
-        "training checkpoints (moe_attention), files of torch.save or safetensors. docs/use.md has examples.",
+        "training checkpoints (moe_attention), files of torch.save or safetensors; folders that launch/export.py, or "
+        "transformers after fine-tuning one, wrote. docs/use.md has examples.",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the file of weights")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the file of weights, or the exported folder")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
     parser.add_argument(
         "--from",
@@ -37,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="configuration of a run of the same model, e.g. configs/paper/c4_switchhead_47m.json, whose data have the "
-        "tokenizer of the weights",
+        help="for the authors' weights: configuration of a run of the same model, e.g. "
+        "configs/paper/c4_switchhead_47m.json, whose data have the tokenizer of the weights",
     )
     parser.add_argument(
         "--set",
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _kind(args: argparse.Namespace) -> str:
     """What SOURCE is: --from, or found out from its content."""
-    return "authors" if args.kind == "auto" else str(args.kind)
+    if args.kind != "auto":
+        return str(args.kind)
+    return "huggingface" if args.source.is_dir() else "authors"
 
 
 def _authors(args: argparse.Namespace) -> Imported:
@@ -104,5 +107,26 @@ def _authors(args: argparse.Namespace) -> Imported:
     return read_authors(args.source, config, renames=renames, tokenizer=args.tokenizer)
 
 
-READERS: dict[str, Callable[[argparse.Namespace], Imported]] = {"authors": _authors}
+def _huggingface(args: argparse.Namespace) -> Imported:
+    from pretrain.export.reading import open_export  # here: torch, for which --help need not wait
+    from pretrain.imports.imported import Imported
+
+    for option, given in (
+        ("--config", args.config),
+        ("--tokenizer", args.tokenizer),
+        ("--rename", args.rename),
+        ("--set", args.overrides),
+    ):
+        if given:
+            raise UserError(
+                f"{option}: an exported folder has its own configuration, tokenizer and names; leave it out"
+            )
+    exported = open_export(args.source)
+    return Imported(origin=exported.weights_origin(), tensors=exported.tensors)
+
+
+READERS: dict[str, Callable[[argparse.Namespace], Imported]] = {
+    "authors": _authors,
+    "huggingface": _huggingface,
+}
 """--from -> what reads such a source."""

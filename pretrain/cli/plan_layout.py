@@ -36,5 +36,8 @@ def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) ->
     for stage, which, entry, holds in rows:
         sizes = (entry.weights, entry.optimizer, entry.weights + entry.optimizer)
         table.append([stage, which, entry.parameters, *(f"{size / 2**30:.3f}" for size in sizes), holds])
-    print("\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments")
+    average = ", moving average" if config.train.ema_decay else ""
+    print(
+        f"\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments{average}"
+    )
     print(text_table(header, table, left={0, 1, 6}))

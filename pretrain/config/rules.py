@@ -72,6 +72,11 @@ def check_rules(config: Config) -> None:
         )
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
+    if config.evaluate.ema and not config.train.ema_decay:
+        raise ConfigError(
+            "evaluate.ema: there is no moving average to validate, because train.ema_decay is 0 (off); set "
+            "train.ema_decay to 0.999, or evaluate.ema to false"
+        )
     if config.train.init_from is not None and not config.train.init_from.strip():
         raise ConfigError("train.init_from: is empty; set it to a checkpoint (step-...), a run folder or null")
     _check_allow_changes(config)

@@ -145,6 +145,10 @@ class TrainConfig(Section):
     """Checkpoint (of weights alone too), or run folder for its newest, whose weights the run begins with instead of
     random ones: at step 0, with a new optimizer, for example on other data. Shapes and tokenizer must be the same;
     other settings of the model may differ, and are printed. A run that has checkpoints continues from those."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """d of an exponential moving average of the weights, a = d a + (1 - d) w after every update: 0.999 averages over
+    about 1,000 steps. It begins at the initial weights, which still count d^n after n steps. 4 bytes per parameter,
+    divided like the optimizer's states; in checkpoints. Training itself is the same. 0: off."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """On a GPU, the same numbers bit by bit whenever the same start is repeated or a run is resumed, at the price of a
     slower attention: torch's deterministic algorithms, without cuDNN's attention. false: gradients of attention, and so
@@ -323,6 +327,9 @@ class EvaluateConfig(Section):
     """With memory: number of parallel streams that the windows are divided into, each read in order with memory carried
     along (the paper's validation); fewer if a stream would have only one window. Other models take every window by
     itself."""
+    ema: bool = Field(False, json_schema_extra=FREE)
+    """Validate the moving average of the weights (train.ema_decay) too, after the weights: ema_loss, ema_perplexity.
+    Doubles the time of a validation."""
     tasks: dict[Literal["lambada", "blimp", "cbt"], str] = Field(default_factory=dict, json_schema_extra=FREE)
     """Tasks that the run computes while it trains, and the published files of each, e.g. {"lambada": "raw/lambada"}: a
     file or folder, below the current directory or the repository. docs/use.md says what they are."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""A moving average of the weights lies beside the moments, in AdamW's state, under a key that AdamW does not know."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Piece:
     """[n] fp32 weights."""
     moments: dict[str, Tensor]
     """exp_avg and exp_avg_sq, [n] fp32 each."""
+    average: Tensor | None = None
+    """[n] fp32 moving average of the weights, if the run keeps one."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by kind, as checkpoints name them."""
+        average = {} if self.average is None else {AVERAGE: self.average}
+        return {"master": self.master, **self.moments, **average}
 
 
 def pieces(engine: Any, *, rank: int, world_size: int, for_saving: bool) -> Iterator[Piece]:
@@ -44,12 +54,42 @@ def pieces(engine: Any, *, rank: int, world_size: int, for_saving: bool) -> Iter
             continue
         start, length, flat, offset = located
         state = _adam_state(_torch_optimizer(engine), flat)
+        part = slice(offset, offset + length)
         yield Piece(
             name=name,
             start=start,
-            master=flat.detach().view(-1)[offset : offset + length],
-            moments={key: state[key].view(-1)[offset : offset + length] for key in MOMENTS},
+            master=flat.detach().view(-1)[part],
+            moments={key: state[key].view(-1)[part] for key in MOMENTS},
+            average=state[AVERAGE].view(-1)[part] if AVERAGE in state else None,
         )
+
+
+def keep_average(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Puts a copy of all master weights of this rank beside Adam's moments: (copy, master) of each flat tensor, fp32,
+    padding included."""
+    optimizer = _torch_optimizer(engine)
+    if engine.zero_optimization_stage() == 3:  # its param_groups are empty between steps
+        flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    else:
+        flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pairs = []
+    for flat in flats:
+        average = _adam_state(optimizer, flat)[AVERAGE] = flat.detach().clone()
+        pairs.append((average, flat.detach()))
+    return pairs
+
+
+def refresh_weights(engine: Any) -> None:
+    """Gives the model the values that the master weights have now, as an optimizer step does. Collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    with torch.no_grad():
+        if stage in (1, 2):
+            optimizer.update_lp_params()
+        elif stage == 3:
+            optimizer.checkpoint_event_prologue()  # whole parameters become parts again
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()  # those that stay whole are gathered
 
 
 def optimizer_steps(engine: Any) -> int:

@@ -81,9 +81,11 @@ def _data_place(checkpoint: Checkpoint, data: Sequence[str]) -> str | None:
     return None
 
 
-def open_model(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, device: torch.device) -> OpenedModel:
-    """Checks every file of the checkpoint and loads this rank's part of its weights, fp32. Collective; several ranks
-    need a process group. Raises UserError, agreed."""
+def open_model(
+    checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, device: torch.device, *, ema: bool = False
+) -> OpenedModel:
+    """Checks every file of the checkpoint and loads this rank's part of its weights, or with `ema` of their moving
+    average, fp32. Collective; several ranks need a process group. Raises UserError, agreed."""
     has_group = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
 
@@ -103,7 +105,7 @@ def open_model(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, dev
         module = PipelineStage(config, parallel, backends)
     else:
         module = LanguageModel(config.model, parallel, backends, seed=config.train.seed)
-    agreed(lambda: load_weights(checkpoint, module, parallel))
+    agreed(lambda: load_weights(checkpoint, module, parallel, kind="ema" if ema else "master"))
     module.requires_grad_(False).eval().to(device)
     for _, statistics in routing_statistics(module):
         statistics.to(device)

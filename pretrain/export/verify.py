@@ -35,7 +35,7 @@ def check_transformers(option: str) -> None:
         ) from None
 
 
-def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool) -> str:
+def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool, ema: bool = False) -> str:
     """Compares ids, text and logits, on the CPU. Returns what was found, in a line; with `is_exact` raises UserError
     if logits differ."""
     from transformers.utils import logging
@@ -45,7 +45,7 @@ def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool) -> str:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    saved = load_model(checkpoint.path, verify=False)
+    saved = load_model(checkpoint.path, verify=False, ema=ema)
     ids = _check_tokenizer(SwitchAllTokenizer.from_pretrained(folder), saved.tokenizer)
     length = CHUNKS * saved.config.model.sequence_length
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.state import read
+from pretrain.checkpoint.state import check_kind, read
 from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
 from pretrain.export.folder import INDEX, WEIGHTS, shard_name
 
@@ -35,17 +35,24 @@ def shards_of(shapes: Mapping[str, list[int]], itemsize: int, most_bytes: int) -
 
 
 def write_weights(
-    folder: Path, checkpoint: Checkpoint, *, dtype: str, most_bytes: int, wrote: Callable[[int], None]
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    most_bytes: int,
+    wrote: Callable[[int], None],
+    ema: bool = False,
 ) -> int:
-    """Writes the checkpoint's weights in `dtype` to `folder`, and an index if there is more than one file; returns
+    """Writes the checkpoint's weights, or with `ema` their moving average, in `dtype` to `folder`, and an index if there is more than one file; returns
     the bytes of the tensors. A parameter is in memory at a time. `wrote` is called with the size of every block.
     Raises UserError."""
     shapes: dict[str, list[int]] = checkpoint.state["parameters"]
-    reader, kind = Reader(checkpoint), DTYPES[dtype]
+    reader, kind, held = Reader(checkpoint), DTYPES[dtype], "ema" if ema else "master"
+    check_kind(reader, held)
 
     def parameter(name: str) -> Tensor:
         tensor = torch.empty(shapes[name])
-        read(reader, checkpoint, {f"master/{name}": single_fragment(tensor)})
+        read(reader, checkpoint, {f"{held}/{name}": single_fragment(tensor)})
         rounded = tensor.to(kind)
         if not rounded.isfinite().all() and tensor.isfinite().all():
             raise UserError(f"--dtype: {name} has values that {dtype} has not; use bfloat16 or float32")

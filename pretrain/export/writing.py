@@ -45,6 +45,8 @@ class ExportOptions:
     """Folders of prepared data, where to look for the tokenizer."""
     verify: bool = False
     """Whether the folder is loaded with transformers, and its logits compared, before it gets its name."""
+    ema: bool = False
+    """Whether the moving average is exported instead of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,17 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
     check_files(checkpoint)
     with new_folder(out, OPTION) as place:
         wrote = progress_bar("writing weights", size)
-        write_weights(place, checkpoint, dtype=options.dtype, most_bytes=options.most_bytes, wrote=wrote)
+        write_weights(
+            place,
+            checkpoint,
+            dtype=options.dtype,
+            most_bytes=options.most_bytes,
+            wrote=wrote,
+            ema=options.ema,
+        )
         _write_rest(place, source, options, name=out.name)
-        found = verify(place, checkpoint, is_exact=options.dtype == "float32") if options.verify else ""
+        is_exact = options.dtype == "float32"
+        found = verify(place, checkpoint, is_exact=is_exact, ema=options.ema) if options.verify else ""
         count = len(list(place.iterdir()))
     print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of weights, {count} files", flush=True)
     if found:
@@ -105,6 +115,9 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
     """Everything but the weights."""
     model, tokenizer, content = source.config.model, source.tokenizer, source.content
     origin = origin_of(source.checkpoint, source.config, tokenizer)
+    if options.ema:  # the losses are those of the weights
+        decay = source.config.train.ema_decay
+        origin |= {"source": f"moving average, decay {decay:g} a step", "loss": None, "validation_loss": None}
     special = special_ids(tokenizer, content)
     write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
@@ -13,19 +12,10 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.imports.layers import Lazy, convert
+from pretrain.imports.imported import Imported
+from pretrain.imports.layers import convert
 from pretrain.imports.names import AUTHORS, State
 from pretrain.imports.reading import read_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What an import writes: the same for every kind of source."""
-
-    origin: WeightsOrigin
-    tensors: dict[str, Lazy]
-    ignored: list[str] = field(default_factory=list)
-    """Keys of the source that no output depends on."""
 
 
 def read_authors(

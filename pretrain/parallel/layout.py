@@ -49,7 +49,7 @@ class RankBytes:
     weights: int
     """Bytes of the weights that the rank computes with."""
     optimizer: int
-    """Bytes of fp32 master weights and Adam's moments."""
+    """Bytes of fp32 master weights, Adam's moments and, with train.ema_decay, a moving average of the weights."""
 
 
 def rank_bytes(config: Config, data_size: int) -> list[RankBytes]:
@@ -65,7 +65,8 @@ def rank_bytes(config: Config, data_size: int) -> list[RankBytes]:
         elements = _elements(config, data_size, stage)
         total = sum(elements.values())
         replicas = {"expert": data_size * parallel.tensor // parallel.expert, "tensor": data_size, None: data_size}
-        states = {0: 8, 1: MASTER_AND_MOMENTS, 2: MASTER_AND_MOMENTS, 3: MASTER_AND_MOMENTS}[parallel.zero]
+        states = MASTER_AND_MOMENTS if parallel.zero else MASTER_AND_MOMENTS - 4
+        states += 4 if config.train.ema_decay else 0
         if parallel.zero == 0:
             optimizer = states * total
         else:

@@ -110,6 +110,11 @@ class Curves:
         where = "validation" if split == "validation" else f"{split} split"
         names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
         points = {f"{names[key]}/{where}": float(v) for key, v in values.items() if key in names and v is not None}
+        points |= {
+            f"{name}/{where} of the moving average": float(values[f"ema_{key}"])
+            for key, name in names.items()
+            if values.get(f"ema_{key}") is not None
+        }
         for writer in self._writers:
             writer.scalars(at, points)
 

@@ -16,6 +16,8 @@ from pretrain.report.startup import DerivedValue
 
 BYTES_PER_PARAMETER = 12
 """fp32 weight and two moments of Adam (checkpoint/state.py)."""
+BYTES_OF_AVERAGE = 4
+"""fp32 moving average of a weight, with train.ema_decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class CheckpointSpace:
     """What a run's checkpoints take, bytes."""
 
     size: int
-    """Bytes of one checkpoint: 12 per parameter, and the memory of all streams."""
+    """Bytes of one checkpoint: `per_parameter`, and the memory of all streams."""
+    per_parameter: int = BYTES_PER_PARAMETER
     kept: int
     """Checkpoints that the run keeps at its end: no more than it saves."""
     there: int
@@ -42,10 +45,11 @@ class CheckpointSpace:
         return max(1, min(2, self.kept + 1) - self.there) * self.size
 
     def row(self) -> DerivedValue:
+        memory = " + memory" if self.size % self.per_parameter else ""
         return DerivedValue(
             "checkpoints",
             f"{self.kept} of {self.size:,} bytes",
-            f"12 x parameters{' + memory' if self.size % BYTES_PER_PARAMETER else ''}; keep_last, keep_best and "
+            f"{self.per_parameter} x parameters{memory}; keep_last, keep_best and "
             f"keep_every_steps; with one being written {self.wanted:,} bytes more, {self.free:,} are free",
         )
 
@@ -73,8 +77,10 @@ def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     saving, model = config.checkpoint, config.model
     saved = -(-config.train.steps // saving.every_steps)
     forever = config.train.steps // saving.keep_every_steps if saving.keep_every_steps else 0
+    per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema_decay else 0)
     return CheckpointSpace(
-        size=BYTES_PER_PARAMETER * _parameters(model) + _memory_bytes(config),
+        size=per_parameter * _parameters(model) + _memory_bytes(config),
+        per_parameter=per_parameter,
         kept=min(saved, saving.keep_last + saving.keep_best + forever),
         there=len(list_checkpoints(run_dir / "checkpoints")),
         free=free_bytes(run_dir.absolute()),

@@ -126,6 +126,8 @@ class Monitor:
             what = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}"
         if values.get("bits_per_byte") is not None:
             what += f"  bits per byte {values['bits_per_byte']:.4f}"
+        if values.get("ema_loss") is not None:
+            what += f"; moving average: loss {values['ema_loss']:.4f}  perplexity {values['ema_perplexity']:.2f}"
         where = "" if split == "validation" else f" on the {split} split"
         print(f"validation after step {step}{where}: {what}", flush=True)
 

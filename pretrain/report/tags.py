@@ -96,7 +96,7 @@ def layout() -> dict[str, dict[str, list[object]]]:
 
     return {
         "how well it learns": {
-            "loss": chart("^loss/(train|validation)$"),
+            "loss": chart("^loss/(train|validation|validation of the moving average)$"),
             "perplexity": chart("^perplexity/"),
             "gradient norm": chart("^optimizer/gradient norm$"),
             "learning rate": chart("^optimizer/learning rate$"),

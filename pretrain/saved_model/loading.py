@@ -35,27 +35,35 @@ class SavedModel(NamedTuple):
 
 
 def load_model(
-    run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), verify: bool = True
+    run_or_checkpoint: str | Path,
+    *,
+    device: str = "cpu",
+    data: Sequence[str | Path] = (),
+    verify: bool = True,
+    ema: bool = False,
 ) -> SavedModel:
     """The model of a checkpoint (step-...), or of the newest checkpoint of a run folder, and its tokenizer.
 
     `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
-    longer where the run read them. `verify`: compare every file with its sha256 first. Raises UserError: no checkpoint
-    yet, a damaged one, one of another version, no tokenizer.
+    longer where the run read them. `verify`: compare every file with its sha256 first. `ema`: the moving average of the
+    weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
+    version, no tokenizer, no moving average.
     """
     checkpoint = find_checkpoint(Path(run_or_checkpoint))
     with while_it_is_there(checkpoint):
-        return _loaded(checkpoint, torch.device(device), data, verify=verify)
+        return _loaded(checkpoint, torch.device(device), data, verify=verify, kind="ema" if ema else "master")
 
 
-def _loaded(checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool) -> SavedModel:
+def _loaded(
+    checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool, kind: str
+) -> SavedModel:
     config = config_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, data)
     if verify:
         check_files(checkpoint)
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
-    load_weights(checkpoint, model, ParallelContext())
+    load_weights(checkpoint, model, ParallelContext(), kind=kind)
     model.requires_grad_(False).eval().to(place)
     for _, statistics in routing_statistics(model):
         statistics.to(place)

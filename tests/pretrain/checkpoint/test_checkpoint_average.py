@@ -76,7 +76,7 @@ def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.Capture
     refused("model.position.fraction is 0.25, but 0.5 in ", one, two, rotated)
     wide = checkpoint(tmp_path, prepared, 4, "model.feedforward.expert_size=9")
     refused("model.feedforward.expert_size is 9, but 7 in", one, wide)
-    refused("holds no ema/embedding.weight", one, "--ema")
+    refused("holds no moving average of the weights; leave --ema out", one, "--ema")
     refused("there is no folder", one, tmp_path / "gone")
     rewrite_state(two, lambda state: state.update(tokenizer_sha256="0" * 64))
     refused("was trained with another tokenizer than", one, two)

@@ -164,10 +164,8 @@ def part(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def logits(
-    state: State, tokens: Tensor, layers: int, *, sizes: dict[str, Any], active: int, names: dict[str, str]
-) -> Tensor:
-    """A whole SwitchAll model on one text [T] -> [T, V]. `names`: what attention, feedforward, attention_norm,
+def logits(state: State, tokens: Tensor, *, sizes: dict[str, Any], active: int, names: dict[str, str]) -> Tensor:
+    """A SwitchAll model of two blocks on one text [T] -> [T, V]. `names`: what attention, feedforward, attention_norm,
     feedforward_norm of block {}, embedding, final_norm and head are called."""
 
     def norm(x: Tensor, name: str) -> Tensor:
