@@ -115,9 +115,9 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
             shutil.rmtree(newest)
         return opened(path)
 
-    def removed_while_read(*arguments: Any) -> None:
+    def removed_while_read(*arguments: Any, **named: Any) -> None:
         shutil.rmtree(copy / "checkpoints" / "step-00000001")
-        load(*arguments)
+        load(*arguments, **named)
 
     monkeypatch.setattr(Checkpoint, "open", removed_first)
     assert find_checkpoint(copy).progress.step == 1
