@@ -43,9 +43,9 @@ def write_weights(
     wrote: Callable[[int], None],
     ema: bool = False,
 ) -> int:
-    """Writes the checkpoint's weights, or with `ema` their moving average, in `dtype` to `folder`, and an index if there is more than one file; returns
-    the bytes of the tensors. A parameter is in memory at a time. `wrote` is called with the size of every block.
-    Raises UserError."""
+    """Writes the checkpoint's weights in `dtype` to `folder`, or with `ema` their moving average, and an index if there
+    is more than one file; returns the bytes of the tensors. A parameter is in memory at a time. `wrote` is called with
+    the size of every block. Raises UserError."""
     shapes: dict[str, list[int]] = checkpoint.state["parameters"]
     reader, kind, held = Reader(checkpoint), DTYPES[dtype], "ema" if ema else "master"
     check_kind(reader, held)

@@ -3,21 +3,25 @@ validated without a trace."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import ConfigError, UserError
 from model.language_model import build_model
 from model.memory import layer_memories, separate_streams
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.cli.evaluate import main as evaluate
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.evaluate import evaluation_windows
+from pretrain.export.writing import ExportOptions, export
 from pretrain.report.disk_space import checkpoint_space
-from pretrain.saved_model import load_model
+from pretrain.saved_model import find_checkpoint, load_model
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, spoil_losses_of_steps, train_with
 from tests.pretrain.runs import assert_bit_identical, small_config, trainer_of
@@ -129,7 +133,7 @@ def begin_late_and_divide_anew(rank: int, prepared: Path, folder: Path) -> None:
     experts = "model.feedforward.num_experts=6"
     old = config_of(prepared, ("parallel.zero=2", experts), "train.ema_decay=0", f"train.stop_after_steps={STOP}")
     allowed = 'checkpoint.allow_changes=["train.ema_decay"]'
-    new = config_of(prepared, ("parallel.zero=2", experts), allowed)
+    new = config_of(prepared, ("parallel.zero=2", experts), allowed, "evaluate.ema=true")
     for config in (old, new):
         assert train_with(rank, config, folder / "run", lambda trainer: None) == "FINISHED"
     checkpoint = Checkpoint.open(list_checkpoints(folder / "run" / "checkpoints")[-1])
@@ -152,6 +156,14 @@ def test_it_may_begin_late_and_any_layout_continues_it(prepared: Path, tmp_path:
         weights, average = kept(run, step)
         expected = {name: DECAY * expected[name] + (1.0 - DECAY) * weights[name] for name in weights}
     assert all(torch.allclose(average[name], expected[name], atol=1e-6) for name in average)
+    assert evaluate(["--ema", str(run)]) == 0
+    found = json.loads((run / "evaluation" / f"step-{STEPS:08d}-ema" / "validation.json").read_text())
+    assert (
+        found["loss"] == pytest.approx(events(run, "validation")[-1]["ema_loss"], rel=1e-5) and found["moving_average"]
+    )
+    export(find_checkpoint(run), tmp_path / "exported", ExportOptions(ema=True))
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in average.items())
     again = whole_tensors(list_checkpoints(tmp_path / "again")[-1], prefixes=("ema/",))
     assert all(torch.equal(again[f"ema/{name}"], value) for name, value in average.items())
 

@@ -16,11 +16,13 @@ from model.language_model import build_model
 from pretrain.cli.import_weights import main
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.export.writing import ExportOptions, export
 from pretrain.imports.layers import attention
 from pretrain.imports.names import State
-from pretrain.saved_model import load_model
+from pretrain.saved_model import find_checkpoint, load_model
 from tests.pretrain.imports.authors_layers import dense, logits, moa, random_state, switchhead
 from tests.pretrain.runs import small_config
+from tests.pretrain.saved import whole_tensors
 
 D, H, h, E, K, T, M = 12, 2, 5, 3, 2, 5, 4
 XL, ROPE = "model.position.type=xl", 'model.position={"type": "rope", "fraction": 0.9}'
@@ -249,6 +251,10 @@ def test_a_model_of_public_modules_under_names_of_its_own(prepared: Path, tmp_pa
     assert main([*command, *(part for rename in renames for part in ("--rename", rename))]) == 0
     compare(tmp_path / "out", state, MODULES)
     assert load_model(tmp_path / "out").tokenizer.decode(load_model(tmp_path / "out").tokenizer.encode("a b")) == "a b"
+    export(find_checkpoint(tmp_path / "out"), tmp_path / "exported", ExportOptions())
+    assert main([str(tmp_path / "exported"), "--to", str(tmp_path / "again")]) == 0
+    first, again = (whole_tensors(tmp_path / name) for name in ("out", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in first.items())
 
 
 class Executes:
@@ -323,5 +329,7 @@ def test_what_does_not_fit_is_named(
     source.unlink()
     assert main(["w.pth", "--config", "config.json", "--to", "out"]) == 2
     assert "SOURCE: w.pth is not there; name a file of weights" in capsys.readouterr().err
+    assert main([str(tmp_path), "--config", "config.json", "--to", "out"]) == 2
+    assert "--config: an exported folder has its own configuration" in capsys.readouterr().err
     assert main(["w.pth", "--to", "out"]) == 2
     assert "--config: name the configuration of the model that SOURCE holds" in capsys.readouterr().err
