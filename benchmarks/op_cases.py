@@ -45,6 +45,10 @@ class Case(NamedTuple):
     @property
     def widths(self) -> tuple[int, ...]:
         """Those that a backend may refuse (`resolve`)."""
+        if self.op.startswith("switchhead"):
+            _, E, *sides = self.leaves["experts"].shape
+            d, h = sides if self.op == "switchhead_value" else sides[::-1]
+            return d, h, E, self.constants["index"].shape[-1]
         return tuple(self.leaves["up"].shape[1:]) if self.op == "sigma_moe" else ()
 
 

@@ -5,7 +5,9 @@
 | reference  | plain PyTorch and its autograd: the specification         | any        | any                    |
 | cpu        | rows sorted by expert, GEMMs into preallocated outputs    | CPU        | fp64, fp32, bf16, fp16 |
 | grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
-| dense      | one torch.mm over all experts: SwitchHead's two ops       | CPU, CUDA  | fp64, fp32, bf16, fp16 |
+| dense      | torch.mm over all experts: SwitchHead's two ops, and the  | CPU, CUDA  | fp64, fp32, bf16, fp16 |
+|            | backward pass of route                                    |            |                        |
+| sets       | F.grouped_mm by the set of chosen experts: the same two   | CPU, CUDA  | fp32, bf16, fp16       |
 | triton     | our GPU kernels (model/kernels/triton)                    | CUDA       | fp32, bf16, fp16       |
 | cuda       | CUDA C++ (model/kernels/cuda): route alone, by name only  | CUDA       | fp32, bf16, fp16       |
 
@@ -18,6 +20,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -33,6 +36,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "model.kernels.cpu.route",
         "triton": "model.kernels.triton.route",
         "cuda": "model.kernels.cuda.route",
+        "dense": "model.kernels.dense.route",
     },
     "sigma_moe": {
         "cpu": "model.kernels.cpu.sigma_moe",
@@ -43,11 +47,13 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "model.kernels.cpu.switchhead_value",
         "triton": "model.kernels.triton.switchhead_value",
         "dense": "model.kernels.dense.switchhead_value",
+        "sets": "model.kernels.sets.switchhead_value",
     },
     "switchhead_output": {
         "cpu": "model.kernels.cpu.switchhead_output",
         "triton": "model.kernels.triton.switchhead_output",
         "dense": "model.kernels.dense.switchhead_output",
+        "sets": "model.kernels.sets.switchhead_output",
     },
     "expert_linear": {
         "cpu": "model.kernels.cpu.expert_linear",
@@ -72,9 +78,12 @@ BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modu
 
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_SETS = 20
+"""Sets of chosen experts of one head that `sets` takes: each has a copy of its experts. 3 of 6 experts are 20, which
+copy every expert ten times."""
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
 """What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
-which needs nvcc, everywhere; and `dense`, but for the shapes of `ON_CUDA` (model/kernels/choice.py)."""
+which needs nvcc, everywhere; and `dense` and `sets`, but for the shapes of `ON_CUDA` (model/kernels/choice.py)."""
 
 
 def resolve(
@@ -82,9 +91,9 @@ def resolve(
 ) -> str:
     """The backend that computes `op` on `device_type`; ValueError with the reason where `requested` cannot.
 
-    `dtype` of the tensors and `widths` (d_model, expert size), where given, are checked against the limits of
-    F.grouped_mm and of the Triton kernels. `auto` takes the first of `PREFERENCE` that works, and warns where that is
-    not the op's fastest on the device.
+    `dtype` of the tensors and `widths` (sigma_moe: d_model, expert size; SwitchHead's ops: d_model, head_dim, experts
+    of a head, chosen ones), where given, are checked against the limits of F.grouped_mm and of the Triton kernels.
+    `auto` takes the first of `PREFERENCE` that works, and warns where that is not the op's fastest on the device.
     """
     if op not in BACKENDS:
         raise ValueError(f"no op {op!r}: there is {', '.join(BACKENDS)}")
@@ -125,12 +134,16 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
         return "it runs on CPU tensors only"
     if backend == "grouped_mm":
         return grouped_mm_limit(device_type, dtype, widths)
+    if backend == "sets":
+        return sets_limit(device_type, dtype, widths)
     if backend == "triton":
         return triton_limit(device_type, dtype)
     if backend == "cuda":
         return cuda_limit(op, device_type, dtype)
     if backend == "dense" and device_type not in ("cpu", "cuda"):
         return f"it was written for CPU and CUDA, not {device_type}"
+    if backend == "dense" and op == "route" and device_type == "cuda":
+        return triton_limit(device_type, dtype)  # forward it is the Triton kernels
     return None
 
 
@@ -175,6 +188,18 @@ def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequen
             if width % multiple != 0:
                 return f"F.grouped_mm needs rows of n * 16 bytes: {width} is no multiple of {multiple} ({dtype})"
     return None
+
+
+def sets_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
+    """Why SwitchHead's tokens cannot be grouped by the set of their experts, or None. `widths`: d_model, head_dim,
+    experts of a head, chosen ones."""
+    if not widths:
+        return grouped_mm_limit(device_type, dtype, ())
+    d_model, head_dim, num_experts, k = widths
+    sets = math.comb(num_experts, k)
+    if sets > MOST_SETS:
+        return f"{k} of {num_experts} experts are {sets} sets, and it copies the weights of at most {MOST_SETS}"
+    return grouped_mm_limit(device_type, dtype, (d_model, k * head_dim))
 
 
 @functools.cache

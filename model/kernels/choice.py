@@ -49,13 +49,19 @@ class Backends:
     def choose(cls, requested: str, model: ModelConfig, *, device_type: str, dtype: torch.dtype) -> Backends:
         """`requested` (kernels.backend) for every op that has such a backend, `auto` for the others. Raises ValueError
         with the reason where the op has it but cannot use it here."""
-        widths = (model.d_model, model.feedforward.expert_size) if isinstance(model.feedforward, SigmaMoEConfig) else ()
+        widths: dict[str, tuple[int, ...]] = {}
+        if isinstance(model.feedforward, SigmaMoEConfig):
+            widths["sigma_moe"] = model.d_model, model.feedforward.expert_size
+        if isinstance(model.attention, SwitchHeadConfig):
+            a = model.attention
+            of_heads: tuple[int, ...] = model.d_model, a.head_dim, a.num_experts, a.active_experts
+            widths |= dict.fromkeys(("switchhead_value", "switchhead_output"), of_heads)
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"
             if wanted == "auto" and op.startswith("switchhead") and device_type == "cuda" and dtype.itemsize == 2:
                 wanted = _measured(model)
-            chosen[op] = resolve(wanted, op, device_type, dtype=dtype, widths=widths if op == "sigma_moe" else ())
+            chosen[op] = resolve(wanted, op, device_type, dtype=dtype, widths=widths.get(op, ()))
         return cls(**chosen)
 
     def __str__(self) -> str:

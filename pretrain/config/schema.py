@@ -297,14 +297,15 @@ class MonitorConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes the ops of model/kernels."""
 
-    backend: Literal["auto", "reference", "cpu", "grouped_mm", "dense", "triton", "cuda"] = Field(
+    backend: Literal["auto", "reference", "cpu", "grouped_mm", "dense", "sets", "triton", "cuda"] = Field(
         "auto", json_schema_extra=FREE
     )
     """auto: the fastest that the device has. reference: plain PyTorch, the specification. cpu: sorted rows, for CPUs.
     grouped_mm: F.grouped_mm for sigma-MoE, auto for the other ops. dense: one GEMM over all experts for SwitchHead's
-    projections, auto for the other ops. triton: our GPU kernels, CUDA only (on the CPU an
-    interpreter for tests, with TRITON_INTERPRET=1). cuda: CUDA C++ for routing (needs nvcc), auto for the other ops.
-    The choice per op is printed at start."""
+    projections, two for the gradients of routing, auto for the other ops. sets: F.grouped_mm for SwitchHead's
+    projections, by the set of experts that a token chose (bf16 on CUDA; at most 20 sets), auto for the other ops.
+    triton: our GPU kernels, CUDA only (on the CPU an interpreter for tests, with TRITON_INTERPRET=1). cuda: CUDA C++
+    for routing (needs nvcc), auto for the other ops. The choice per op is printed at start."""
 
 
 class EvaluateConfig(Section):

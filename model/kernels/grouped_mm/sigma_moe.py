@@ -59,10 +59,12 @@ def expert_gradients(
 
 
 def _sum_rows(rows: Tensor, order: Tensor, scores: Tensor, x: Tensor) -> Tensor:
-    """As `sum_slots`, on any device, in the dtype of `x`: a gather and a sum in fp32, deterministic."""
+    """As `sum_slots`, on any device, in the dtype of `x`: a gather and a sum in one pass, deterministic."""
+    if scores.numel() == 0:
+        return torch.zeros_like(x)
     if len(order) < scores.numel():
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return rows[inverse(order, scores.numel())].view(*scores.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+    return F.embedding_bag(inverse(order, scores.numel()).view(scores.shape), rows, mode="sum").to(x.dtype)
 
 
 def _check_grouped_mm(x: Tensor, up_experts: Tensor) -> None:

@@ -23,7 +23,12 @@ from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
-STRATEGIES = {"cpu": ("all", "sets", "experts"), "triton": ("gated", "sorted"), "dense": ("fused", "plain")}
+STRATEGIES = {
+    "cpu": ("all", "sets", "experts"),
+    "triton": ("gated", "sorted"),
+    "dense": ("fused", "plain"),
+    "sets": ("fused", "plain"),
+}
 """How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py,
 model/kernels/triton/gated_gemm.py and model/kernels/dense/gemms.py."""
 
@@ -92,7 +97,7 @@ def choose_strategy(backend: str, num_tokens: int, num_experts: int, k: int) -> 
 def _resolve_strategy(op: str, backend: str, strategy: str | None, choice: Choice, experts: Tensor) -> str:
     check_backend(op, backend)
     N, _, k = choice.index.shape
-    if strategy is None and backend == "dense":
+    if strategy is None and backend in ("dense", "sets"):
         on_gpu = experts.device.type == "cuda" and triton_limit("cuda", experts.dtype) is None
         return "fused" if on_gpu else "plain"
     if strategy is None:

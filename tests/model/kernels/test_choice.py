@@ -18,7 +18,9 @@ SWITCHHEAD = ("switchhead_value", "switchhead_output")
 def chosen(name: str, requested: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Of SwitchHead's two ops, in a shipped configuration."""
     backends = Backends.choose(requested, load_config(CONFIGS / name, []).model, device_type=device, dtype=dtype)
-    assert {vars(backends)[op] for op in vars(backends) if op not in SWITCHHEAD} <= {"triton", "cpu", "reference"}
+    others = {vars(backends)[op] for op in vars(backends) if op not in (*SWITCHHEAD, "route")}
+    assert others <= {"triton", "cpu", "reference"}
+    assert backends.route == ("dense" if requested == "dense" else backends.elementwise)
     return [vars(backends)[op] for op in SWITCHHEAD]
 
 
@@ -39,7 +41,7 @@ def test_dense_can_be_asked_for_everywhere() -> None:
     assert chosen(name, "dense") == chosen(name, "dense", "cpu") == ["dense"] * 2
     model = load_config(CONFIGS / name, []).model
     printed = str(Backends.choose("dense", model, device_type="cpu", dtype=torch.float64))
-    assert printed.startswith("route cpu, switchhead_value dense, switchhead_output dense, expert_linear cpu")
+    assert printed.startswith("route dense, switchhead_value dense, switchhead_output dense, expert_linear cpu")
 
 
 def test_rows_are_shapes_of_shipped_configurations_and_name_backends() -> None:
@@ -50,4 +52,12 @@ def test_rows_are_shapes_of_shipped_configurations_and_name_backends() -> None:
         if a.type == "switchhead":
             shapes.add((model.d_model, a.num_heads, a.head_dim, a.num_experts, a.active_experts))
     assert choice.ON_CUDA.keys() <= shapes
-    assert set(choice.ON_CUDA.values()) <= {"triton", "dense"}
+    assert set(choice.ON_CUDA.values()) <= {"triton", "dense", "sets"}
+
+
+def test_sets_of_experts_are_refused_before_anything_is_built() -> None:
+    assert chosen("switchall_1b.json", "sets") == chosen("switchall_1b.json", "sets", "cpu") == ["sets"] * 2
+    with pytest.raises(ValueError, match=r"^kernels\.backend=sets cannot compute switchhead_value .* are 70 sets"):
+        chosen("paper/wt103_switchhead_262m.json", "sets")
+    with pytest.raises(ValueError, match="takes bfloat16 on CUDA"):
+        chosen("switchall_1b.json", "sets", dtype=torch.float16)

@@ -48,6 +48,17 @@ def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_per_rank_by_the_gemms_of_all_experts_and_of_sets(prepared: Path) -> None:
+    """The backends of SwitchHead's projections that are asked for by name, whose gradients overlap with the sum over
+    ranks as those of the others do. One rank's are held by test_switchhead.py, the division by test_matrix.py."""
+    reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), 3, (0, 2))
+    keys = ("batch.micro_sequences=8", "parallel.tensor=2")
+    configs = [config_of(prepared, "switchall", *keys, f"kernels.backend={backend}") for backend in ("dense", "sets")]
+    for backend, trace in zip(("dense", "sets"), run_ranks(engine_trace, 2, configs, 3, (0, 2))[0], strict=True):
+        assert_same(trace, reference, f"TP 2, {backend}")
+
+
+@pytest.mark.slow
 def test_reference_kernels_and_four_way_division(prepared: Path) -> None:
     model, sizes = "switchall", ("model.feedforward.num_experts=8", "model.vocab_size=404")
     reference = plain_trace(config_of(prepared, model, *sizes, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
