@@ -38,6 +38,15 @@ NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 """torch ends a process whose NCCL thread has stood still for this many seconds (480 if unset)."""
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU that this process may use; None without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an unusable driver
+        if torch.cuda.is_available():  # GPU-ONLY gpu-memory
+            return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
 def device_type(wanted: str = "auto") -> str:
     """`cuda` or `cpu`, what this machine's ranks compute on. `wanted` is train.device; `auto` takes DeepSpeed's own
     variable DS_ACCELERATOR, and where it is not set a usable GPU, else the CPU. Raises UserError where there is a GPU

@@ -54,6 +54,7 @@ ROOMS = {
         "data",
         "parallel",
         "engine",
+        "planning",
         "checkpoint",
         "imports",
         "saved_model",

@@ -72,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --dry-run: check the layout for N ranks (default: the product of the parallel sizes)",
     )
+    parser.add_argument(
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: estimate the memory of a rank, and the largest batch.micro_sequences that fits a device "
+        "of so many GiB (default: this machine's GPU; without one no estimate)",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 
@@ -89,11 +96,13 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             raise UserError(
                 "--ranks: goes with --dry-run and must be at least 1; a run has as many as the launcher starts"
             )
+        if args.device_memory is not None and (not args.dry_run or not args.device_memory > 0.0):
+            raise UserError("--device-memory: goes with --dry-run and must be above 0, in GiB, e.g. 80")
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
         if args.dry_run:
-            dry_run(config, args.ranks or smallest_world(config), run_dir)
+            dry_run(config, args.ranks or smallest_world(config), run_dir, device_gib=args.device_memory)
             return 0
         sources, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:
@@ -140,23 +149,31 @@ def preflight(config: Config, world_size: int, run_dir: Path, device: str | None
     return sources, data_size
 
 
-def dry_run(config: Config, world_size: int, run_dir: Path) -> None:
+def dry_run(config: Config, world_size: int, run_dir: Path, *, device_gib: float | None = None) -> None:
     """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
-    whole checkpoint, and hashes the shards if asked to."""
-    from pretrain.gpus import planned_device_type
+    whole checkpoint, and hashes the shards if asked to. At last it estimates the memory of a rank, for a device of
+    `device_gib` GiB or the GPU that is here."""
+    from pretrain.gpus import gpu_memory, planned_device_type
     from pretrain.report.model_text import parameter_count
     from pretrain.resume import candidates, newest_valid
 
     count = parameter_count(config.model)
     print(json.dumps(to_json(config), indent=1))
     print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
-    sources, data_size = preflight(config, world_size, run_dir, planned_device_type(config.train.device))
+    device = planned_device_type(config.train.device)
+    sources, data_size = preflight(config, world_size, run_dir, device)
     if config.data.verify == "full":
         sources.check("full", show_progress=True)
     _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
     for reason in damaged:
         print(f"would be passed over: {reason}")
     print_derived(config, data_size, sources, run_dir)
+    capacity = gpu_memory() if device_gib is None else int(device_gib * 2**30)
+    if capacity is not None:
+        from pretrain.report.memory_text import memory_rows
+
+        for row in memory_rows(config, data_size, device, capacity):
+            print(f"  {row.name:<19}  {row.value:<12}  {row.formula}", flush=True)
 
 
 def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Stop) -> int:

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain import gpus
 from pretrain.cli.train import main
+from pretrain.config.schema import Config
+from pretrain.report import memory_text
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.startup import DerivedValue
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
@@ -70,6 +74,26 @@ def test_dry_run_prints_the_resolved_tree_and_derived_values(
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 
+def test_a_dry_run_says_what_fits_a_device(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the size that is given, or of this machine's GPU; without either nothing is estimated."""
+
+    def rows(config: Config, data_size: int, device: str, capacity: int) -> list[DerivedValue]:
+        return [DerivedValue("largest micro-batch", "2", f"{data_size} ranks, {device}, {capacity} bytes")]
+
+    monkeypatch.setattr(memory_text, "memory_rows", rows)
+    for more, gpu, said in (
+        (["--device-memory", "1.5"], None, "8 ranks, cpu, 1610612736 bytes"),
+        ([], 4096, "8 ranks, cpu, 4096 bytes"),
+        ([], None, None),
+    ):
+        monkeypatch.setattr(gpus, "gpu_memory", lambda gpu=gpu: gpu)
+        assert main(arguments_for("switchall_tiny.json", prepared, "--dry-run", "--ranks", "8", *more)) == 0
+        printed = capsys.readouterr().out
+        assert ("largest micro-batch" in printed) is (said is not None) and (said or "") in printed
+
+
 def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--set", "evaluate.sequences=0", "--dry-run", "--ranks", "64")
     assert main(arguments_for("switchall_1b.json", prepared, *more)) == 0
@@ -103,6 +127,8 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
         (["--dry-run", "--ranks", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP"),
         (["--ranks", "3"], "--ranks: goes with --dry-run"),
+        (["--device-memory", "80"], "--device-memory: goes with --dry-run"),
+        (["--dry-run", "--device-memory", "0"], "--device-memory: goes with --dry-run and must be above 0"),
     ],
 )
 def test_refusals_are_one_message_without_traceback(

@@ -1,0 +1,159 @@
+"""How much memory a rank needs at its highest point: an estimate, without a device.
+
+Weights, master weights and moments are counted from what the layers declare (pretrain/parallel/layout.py), activations
+are traced (traced.py), and what DeepSpeed's ZeRO optimizer holds of gradients is read from its code (0.19.8). A test
+compares all with an allocator's counts. Not counted: the CUDA context, NCCL, what the allocator cannot use, what a
+kernel needs for itself, CUDA graphs. What is not known is not estimated: `why_unknown` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from model.layers import layer_specs
+from model.parameter_spec import prefixed
+from pretrain.config.rules import choose_backends
+from pretrain.config.schema import Config
+from pretrain.engine import zero_1
+from pretrain.engine.deepspeed_json import deepspeed_json
+from pretrain.parallel.layout import rank_bytes
+from pretrain.planning.traced import Activations, TracedRun, traced
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUCKET = 500_000_000
+"""Elements of a bucket of gradients where nothing sets reduce_bucket_size: DeepSpeed's default."""
+USABLE = 0.9
+"""Share of a device's memory that an estimate may fill; the rest is for what is not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one rank."""
+
+    weights: int
+    """What the rank computes with."""
+    optimizer: int
+    """fp32 master weights and Adam's moments."""
+    gradients: int
+    """Sums that are kept between micro-steps."""
+    memory: int
+    """Transformer-XL memory of all its streams, as it is read and as it is written."""
+    buckets: int
+    """Buffers of gradients on their way to other ranks, in the last backward pass."""
+    update: int
+    """What an update needs besides: gradients as one tensor, and Adam's own."""
+    activations: Activations
+    micro_steps: int
+
+    @property
+    def resting(self) -> int:
+        """Between steps."""
+        return self.weights + self.optimizer + self.memory
+
+    @property
+    def total(self) -> int:
+        """At the highest point of a step: in the last micro-step at the loss or right after it, or in the update."""
+        before = self.gradients if self.micro_steps > 1 else 0
+        at_loss = before + max(self.activations.peak, self.buckets + self.activations.kept)
+        at_end = self.gradients + self.buckets + self.activations.of_a_layer
+        return self.resting + max(at_loss, at_end, self.gradients + self.update)
+
+
+def why_unknown(config: Config) -> str | None:
+    """What rules an estimate out; None if there is one."""
+    parallel = config.parallel
+    for key in ("tensor", "pipeline", "expert"):
+        if getattr(parallel, key) > 1:
+            return f"parallel.{key} = {getattr(parallel, key)}: activations of divided models are not traced"
+    if parallel.zero == 3:
+        return "parallel.zero = 3: how many parameters DeepSpeed holds at once depends on its own prefetching"
+    if parallel.offload_optimizer:
+        return "parallel.offload_optimizer: DeepSpeed moves gradients to the CPU while the backward pass goes on"
+    return None
+
+
+def estimate(config: Config, data_size: int, device_type: str, *, micro_sequences: int | None = None) -> MemoryEstimate:
+    """Of a rank of a run whose `why_unknown` is None, on `cuda` or `cpu`. `micro_sequences`: instead of the run's."""
+    micro = micro_sequences or config.batch.micro_sequences
+    (held,), model = rank_bytes(config, data_size), config.model
+    count, share, dtype = held.parameters, -(-held.parameters // data_size), DTYPES[config.train.precision]
+    zero = config.parallel.zero
+    streams = config.batch.global_sequences // data_size
+    run = TracedRun(
+        model,
+        micro,
+        config.train.recompute,
+        choose_backends(config, device_type),
+        dtype,
+        config.data.document_mask,
+    )
+    # ZeRO updates a rank's share as one tensor; without it each parameter is one.
+    at_once = share if zero else max(math.prod(s.shape) for s in prefixed(dict(layer_specs(model))).values())
+    adam = 0 if device_type == "cuda" else 8 * at_once  # torch's fused AdamW needs nothing; the other one two tensors
+    return MemoryEstimate(
+        weights=held.weights,
+        optimizer=held.optimizer,
+        gradients=(2 if dtype == torch.float16 else 4) * (share if zero == 2 else count),
+        memory=2 * streams * model.num_layers * model.memory_length * model.d_model * dtype.itemsize,
+        buckets=_buckets(config, data_size, dtype),
+        update=(4 * share if zero else 0) + adam,
+        activations=traced(run),
+        micro_steps=config.batch.global_sequences // (micro * data_size),
+    )
+
+
+def _buckets(config: Config, data_size: int, dtype: torch.dtype) -> int:
+    """Bytes of DeepSpeed's buffers of gradients. ZeRO 0 copies the gradients of a bucket when it reduces them."""
+    settings = deepspeed_json(config, data_size)["zero_optimization"]
+    elements = int(settings.get("reduce_bucket_size", BUCKET))
+    if config.parallel.zero == 0:
+        return 4 * min(elements, rank_bytes(config, data_size)[0].parameters) if data_size > 1 else 0
+    if not settings.get("contiguous_gradients", True):
+        return 0
+    buffers = 2 if settings.get("overlap_comm", False) else 1
+    itemsize = 4 if zero_1.is_used(config) else dtype.itemsize
+    return buffers * elements * itemsize
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which micro-batches fit a device."""
+
+    capacity: int
+    """Bytes of the device."""
+    largest: int | None
+    """The largest batch.micro_sequences whose estimate fills at most USABLE of it; None: not even one sequence does."""
+    needed: int
+    """Bytes of it, or of one sequence."""
+    next_larger: int | None
+    """The smallest that does not fit; None: the largest possible one fits."""
+    needed_next: int | None
+
+
+def largest_micro_batch(config: Config, data_size: int, device_type: str, capacity: int) -> Fit:
+    """Among the micro-batches that divide the rank's share of a step. An estimate rises with the micro-batch, so a
+    bisection finds it: a few traces."""
+    share = config.batch.global_sequences // data_size
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+
+    def needed(index: int) -> int:
+        return estimate(config, data_size, device_type, micro_sequences=sizes[index]).total
+
+    fits, does_not = -1, len(sizes)
+    while does_not - fits > 1:
+        middle = (fits + does_not) // 2
+        if needed(middle) <= USABLE * capacity:
+            fits = middle
+        else:
+            does_not = middle
+    is_last = does_not == len(sizes)
+    return Fit(
+        capacity,
+        sizes[fits] if fits >= 0 else None,
+        needed(max(fits, 0)),
+        None if is_last else sizes[does_not],
+        None if is_last else needed(does_not),
+    )

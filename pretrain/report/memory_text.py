@@ -1,0 +1,54 @@
+"""The memory that a run will need, in words: rows beside the derived values of a dry run."""
+
+from __future__ import annotations
+
+from pretrain.config.schema import Config
+from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
+from pretrain.report.startup import DerivedValue
+
+GIB = 2**30
+
+
+def memory_rows(config: Config, data_size: int, device_type: str, capacity: int) -> list[DerivedValue]:
+    """The estimate for the run as it is, and the largest micro-batch that fits `capacity` bytes."""
+    unknown = why_unknown(config)
+    if unknown is not None:
+        return [DerivedValue("memory of a rank", "not estimated", unknown)]
+    return [
+        _estimate_row(estimate(config, data_size, device_type)),
+        _fit_row(largest_micro_batch(config, data_size, device_type, capacity)),
+    ]
+
+
+def _estimate_row(found: MemoryEstimate) -> DerivedValue:
+    parts = {
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "gradients": found.gradients,
+        "their buffers": found.buckets,
+        "memory": found.memory,
+        "activations": found.activations.peak,
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    layer = f"{found.activations.of_a_layer / GIB:.3f} a block"
+    return DerivedValue(
+        "memory of a rank",
+        f"{found.total / GIB:.2f} GiB",
+        f"estimated: {listed} ({layer}), which are not all there at once; not counted: CUDA context, NCCL, "
+        "fragments, kernels' own",
+    )
+
+
+def _fit_row(found: Fit) -> DerivedValue:
+    capacity = f"{USABLE:.0%} of {found.capacity / GIB:.1f} GiB"
+    if found.largest is None:
+        what = f"one sequence needs {found.needed / GIB:.2f} GiB, more than {capacity}: divide the model or recompute"
+        return DerivedValue("largest micro-batch", "none", what)
+    more = ""
+    if found.next_larger is not None and found.needed_next is not None:
+        more = f"; {found.next_larger} would need {found.needed_next / GIB:.2f}"
+    return DerivedValue(
+        "largest micro-batch",
+        f"{found.largest}",
+        f"batch.micro_sequences that fits {capacity}: {found.needed / GIB:.2f} GiB{more}",
+    )
