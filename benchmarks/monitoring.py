@@ -4,9 +4,10 @@ r"""What it costs to be watched, measured: a step with everything that a run wri
 
 One process trains three copies of the model in turns, a block of steps each: `off` writes nothing, `curves` writes
 metrics.jsonl, the terminal's lines and TensorBoard at every step, `details` also takes details (norms by group,
-histograms, pictures) in one step of every block. A block ends when all of it is on the disk and drawn. The ratios are
-medians over the rounds of block / block of the same round, so that what else the machine does cancels; the last line
-spreads the details over monitor.details_every_steps.
+histograms, pictures) in one step of every block. A block ends when all of it is on the disk and drawn. Both the time
+that passes and the time that processors work for it, in all threads, are measured: on a machine that others use too the
+second is the one to read, on a CPU. The ratios are medians over the rounds of block / block of the same round; the last
+lines spread the details over monitor.details_every_steps.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from pretrain.report.start_facts import start_facts
 from pretrain.trainer import RunSetup, Trainer, build_trainer
 
 KINDS = ("off", "curves", "details")
+CLOCKS = ("passed", "worked")
 
 
 @dataclass
@@ -46,9 +48,9 @@ class Watched:
     monitor: Monitor | None
     progress: Progress
 
-    def block(self, steps: int) -> float:
-        """Seconds of so many steps."""
-        setup, start = self.trainer.setup, time.perf_counter()
+    def block(self, steps: int) -> tuple[float, float]:
+        """Seconds of so many steps: those that pass, and those that processors work."""
+        setup, start, worked = self.trainer.setup, time.perf_counter(), time.process_time()
         for _ in range(steps):
             launched = self.trainer.launch(self.progress, self.trainer.read_input(self.progress))
             result = launched.read()
@@ -58,7 +60,7 @@ class Watched:
                 self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
         if self.monitor is not None:
             self.monitor.flush()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - worked
 
 
 def watched(kind: str, config: Config, folder: Path, device: torch.device) -> Watched:
@@ -87,7 +89,7 @@ def main() -> None:
     every = load_config(args.config, args.overrides).monitor.details_every_steps
     configs = {kind: load_config(args.config, [*args.overrides, *keys[kind]]) for kind in KINDS}
     device = devices.start(Ranks.from_environment(), configs["off"].train)
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     loads = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         runs = {kind: watched(kind, configs[kind], Path(folder) / kind, device) for kind in KINDS}
@@ -102,24 +104,31 @@ def main() -> None:
             if run.monitor is not None:
                 run.monitor.close()
             run.trainer.close()
-    report(seconds, loads, args.block, every, args.json)
+    times = {
+        clock: {kind: [pair[number] for pair in pairs] for kind, pairs in seconds.items()}
+        for number, clock in enumerate(CLOCKS)
+    }
+    ratios = {clock: report(clock, found, args.block, every) for clock, found in times.items()}
+    print(f"load of the machine {min(loads):.1f} to {max(loads):.1f}")
+    if args.json is not None:
+        about = {"block": args.block, "details_every_steps": every, "load": loads, "torch": torch.__version__}
+        args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, **about}))
     devices.stop()
 
 
-def report(seconds: dict[str, list[float]], loads: list[float], block: int, every: int, target: Path | None) -> None:
-    """`every`: the steps between details in a run."""
+def report(clock: str, seconds: dict[str, list[float]], block: int, every: int) -> dict[str, float]:
+    """Prints and returns the ratio of each kind, and of all with details every so many steps."""
     ratios = {
         kind: statistics.median(own / off for own, off in zip(found, seconds["off"], strict=True))
         for kind, found in seconds.items()
     }
+    print(f"seconds a step, {clock}:")
     for kind, found in seconds.items():
         spread = " ".join(f"{value / block:.4f}" for value in found)
-        print(f"{kind:8} {statistics.median(found) / block:.4f} s a step, ratio {ratios[kind]:.4f}   ({spread})")
-    whole = ratios["curves"] + ((ratios["details"] - ratios["curves"]) * block / every if every else 0.0)
-    print(f"monitored / not monitored, details every {every} steps: {whole:.4f}  (load of the machine {loads[-1]:.1f})")
-    if target is not None:
-        rows = {"seconds": seconds, "ratios": ratios, "ratio": whole, "block": block, "load": loads}
-        target.write_text(json.dumps({**rows, "details_every_steps": every, "torch": torch.__version__}))
+        print(f"  {kind:8} {statistics.median(found) / block:.4f}, ratio {ratios[kind]:.4f}   ({spread})")
+    ratios["all"] = ratios["curves"] + ((ratios["details"] - ratios["curves"]) * block / every if every else 0.0)
+    print(f"  monitored / not monitored, details every {every} steps: {ratios['all']:.4f}")
+    return ratios
 
 
 if __name__ == "__main__":

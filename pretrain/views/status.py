@@ -139,9 +139,9 @@ def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:
             continue
         experts, active = (setting(config, f"model.{kind}.{key}") for key in ("num_experts", "active_experts"))
         has_limit = isinstance(experts, int) and isinstance(active, int) and active > 0
-        text = f"{name} {load:.2f}" + (f" of at most {experts / active:.3g}" if has_limit else "")
+        text = f"{name} {load:.2f}" + (f" of {experts / active:.3g}" if has_limit else "")
         parts.append(text + (f", {unused:.0f} unused" if isinstance(unused, int | float) and unused else ""))
-    return f"busiest {'; '.join(parts)} (1 is even)" if parts else ""
+    return f"{'; '.join(parts)} (busiest; 1 is even)" if parts else ""  # a narrow terminal cuts the end
 
 
 def memory_text(newest: dict[str, Any]) -> str:

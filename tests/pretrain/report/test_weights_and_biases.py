@@ -277,7 +277,8 @@ def test_the_real_package_offline(prepared: Path, tmp_path: Path, monkeypatch: p
     assert {"model.d_model", "software"} <= settings
     losses = [(row["_step"], row["loss/train"]) for row in history if "loss/train" in row]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in metrics(run_dir)]
-    assert [row["_step"] for row in history if "loss/validation" in row] == [2, 3, 4, 6]  # 3: the end of the first start
+    # Step 3 was the last of the first start.
+    assert [row["_step"] for row in history if "loss/validation" in row] == [2, 3, 4, 6]
     assert [row["_step"] for row in history if "gradient norm by group/experts" in row] == [1, 2, 4, 6]
     keys_of_rows = {key for row in history for key in row}
     for words in ("selection scores/attention output/block 00", "load of the experts/feed-forward", "events/started"):

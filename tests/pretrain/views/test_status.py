@@ -64,7 +64,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "time left  60 s, until " in text  # 30 steps of 2 s
     assert "loss       4.0000 (mean of 10 steps 4.4500)" in text
     assert "speed      16 tokens/s, 2 s a step" in text
-    assert "busiest attention 1.50 of at most 2; feed-forward 3.00 of at most 4, 2 unused (1 is even)" in text
+    assert "attention 1.50 of 2; feed-forward 3.00 of 4, 2 unused (busiest; 1 is even)" in text
     assert "started after step 0 on 2 ranks" in text
     assert max(map(len, text.splitlines()[:-1])) <= 100
 
