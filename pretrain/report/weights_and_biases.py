@@ -163,6 +163,16 @@ class WeightsAndBiases:
         import wandb
 
         config = self._config
+        # The command line, the remote of a repository and what is printed may hold passwords.
+        settings: dict[str, Any] = {
+            "console": "off",
+            "disable_git": True,
+            "save_code": False,
+            "silent": True,
+            "x_disable_meta": True,
+        }
+        if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):  # else a process waits at its exit for ever
+            settings["finish_timeout"] = 0.8 * CLOSE_SECONDS
         run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
@@ -171,8 +181,7 @@ class WeightsAndBiases:
             dir=str(self._run_dir),
             mode=config.wandb,
             resume="allow",
-            # The command line, the remote of a repository and what is printed may hold passwords.
-            settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True, x_disable_meta=True),
+            settings=wandb.Settings(**settings),
         )
         where = f"`wandb sync {Path(run.dir).parent}` sends it" if config.wandb == "offline" else run.url
         print(f"{NAME}: {where}", flush=True)
