@@ -7,7 +7,8 @@ metrics.jsonl, the terminal's lines and TensorBoard at every step, `details` als
 histograms, pictures) in one step of every block. A block ends when all of it is on the disk and drawn. Both the time
 that passes and the time that processors work for it, in all threads, are measured: on a machine that others use too the
 second is the one to read, on a CPU. The ratios are medians over the rounds of block / block of the same round; the last
-lines spread the details over monitor.details_every_steps.
+lines spread the details over monitor.details_every_steps. `calls` is the work of the main thread in what a step tells
+the monitor, measured by itself: of a percent, where ratios of whole steps scatter by more.
 """
 
 import argparse
@@ -47,6 +48,8 @@ class Watched:
     trainer: Trainer
     monitor: Monitor | None
     progress: Progress
+    called: float = 0.0
+    """Seconds that the main thread has worked in the monitor's calls."""
 
     def block(self, steps: int) -> tuple[float, float]:
         """Seconds of so many steps: those that pass, and those that processors work."""
@@ -55,9 +58,11 @@ class Watched:
             launched = self.trainer.launch(self.progress, self.trainer.read_input(self.progress))
             result = launched.read()
             self.progress = self.progress.after_step(setup.config.batch.global_sequences, updated=True)
+            before = time.thread_time()
             if self.monitor is not None:
                 values = step_values(setup.config, self.trainer.data, result, self.progress, setup.device)
                 self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
+            self.called += time.thread_time() - before
         if self.monitor is not None:
             self.monitor.flush()
         return time.perf_counter() - start, time.process_time() - worked
@@ -95,6 +100,7 @@ def main() -> None:
         runs = {kind: watched(kind, configs[kind], Path(folder) / kind, device) for kind in KINDS}
         for run in runs.values():
             run.block(args.block)  # the first steps allocate, and tell what is told once
+            run.called = 0.0
         for number in range(args.rounds):
             for place in range(len(KINDS)):
                 kind = KINDS[(number + place) % len(KINDS)]
@@ -109,10 +115,20 @@ def main() -> None:
         for number, clock in enumerate(CLOCKS)
     }
     ratios = {clock: report(clock, found, args.block, every) for clock, found in times.items()}
+    off = statistics.median(times["worked"]["off"]) / args.block
+    calls = {kind: run.called / (args.block * args.rounds) for kind, run in runs.items() if kind != "off"}
+    for kind, spent in calls.items():
+        print(f"calls, {kind}: {1000 * spent:.2f} ms a step, {spent / off:.2%} of one that is not monitored")
     print(f"load of the machine {min(loads):.1f} to {max(loads):.1f}")
     if args.json is not None:
-        about = {"block": args.block, "details_every_steps": every, "load": loads, "torch": torch.__version__}
-        args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, **about}))
+        about = {
+            "block": args.block,
+            "details_every_steps": every,
+            "load": loads,
+            "calls": calls,
+            "torch": torch.__version__,
+        }
+        args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, "calls": calls, **about}))
     devices.stop()
 
 
