@@ -27,7 +27,7 @@ def test_a_run_that_goes_on(prepared: Path, tmp_path: Path, capsys: pytest.Captu
     other, run = tmp_path / "other", tmp_path / "run"
     run_ranks(train_runs, 1, [(small_config(prepared, "train.steps=5"), other)])
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(to_json(small_config(prepared, *keys, "train.steps=200"))))
+    config.write_text(json.dumps(to_json(small_config(prepared, *keys, "train.steps=100"))))
     (tmp_path / "text").write_text("a word and another word. " * 40)
     programs = {
         "status": lambda: pretrain.cli.status.main([str(run)]),
