@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from common import html_page
 from pretrain.views.comparison import AXES, Run
@@ -39,6 +40,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
     for axes, (axis, name) in zip(grid[0], AXES.items(), strict=True):
         _curves(axes, runs, axis, "loss")
         axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
+        if axis != "step":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1.5T
     if len(runs) > 1:
         _distance(grid[1, 0], runs)
     else:
