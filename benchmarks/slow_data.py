@@ -27,7 +27,7 @@ def main() -> int:
         time.sleep(args.seconds)
         return read(prefetcher, consumed)
 
-    Prefetcher._read = slow  # type: ignore[method-assign]
+    Prefetcher._read = slow  # type: ignore[method-assign, assignment]
     from pretrain.cli.train import main as train
 
     return train(args.arguments)
