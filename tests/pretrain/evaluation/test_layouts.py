@@ -1,4 +1,4 @@
-"""Tasks while a run trains: the same numbers in every layout, on the board and in events, again after a resume."""
+"""Tasks while a run trains: the same numbers in every layout, and once for each step that is due, whatever stops."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 
 from pretrain.config.schema import Config
-from pretrain.report.tags import layout as board
-from pretrain.views.reading import RunView
-from pretrain.views.status import screen, summary
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import metrics, small_config, train_runs
@@ -59,40 +56,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], lab
         assert numbers == pytest.approx({key: other[key] for key in numbers}, rel=1e-4), label
 
 
-def test_tasks_while_a_run_trains(files: Path, prepared: Path, tmp_path: Path) -> None:
-    """On one rank for two steps; ZeRO 3 and a pipeline compute the same after the first."""
-    whole = config_of(prepared, files, "evaluate.tasks_every_steps=1", "train.steps=2", "monitor.tensorboard=true")
-    run_ranks(train_runs, 1, [(whole, tmp_path / "whole")])
-    expected = events(tmp_path / "whole")
-    assert [(e["step"], e["task"], e["examples"]) for e in expected] == [
-        (1, "lambada", 2),
-        (1, "blimp", 6),
-        (2, "lambada", 2),
-        (2, "blimp", 6),
-    ]
-    assert all(0 <= e["accuracy"] <= 1 and (e["task"] == "blimp" or e["perplexity"] > 1) for e in expected)
-    stops = ("train.steps=2", "train.stop_after_steps=1")
-    layouts = ("zero 3", "pipeline")
-    run_ranks(
-        train_runs, 2, [(config_of(prepared, files, *stops, *LAYOUTS[name][1]), tmp_path / name) for name in layouts]
-    )
-    for name in layouts:
-        assert_same(events(tmp_path / name), expected[:2], name)
-
-    view = RunView.open(tmp_path / "whole")
-    shown = screen(view, width=200, now=0.0)
-    assert f"lambada {expected[2]['accuracy']:.1%} after step 2" in shown
-    assert summary(view)["tasks"]["blimp"]["accuracy"] == expected[3]["accuracy"]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    curves = EventAccumulator(str(next((tmp_path / "whole" / "tensorboard").rglob("events.*")).parent))
-    curves.Reload()
-    points = [(p.step, p.value) for p in curves.Scalars("tasks/lambada perplexity")]
-    assert points == [(e["step"], pytest.approx(e["perplexity"])) for e in expected if e["task"] == "lambada"]
-    assert board()["how well it learns"]["accuracy of tasks"][1] == ["^tasks/.* accuracy$"]
-
-
-@pytest.mark.slow  # of one step: test_tasks_while_a_run_trains
+@pytest.mark.slow  # that tasks are computed once a step: test_tasks.py
 def test_a_run_that_goes_on_evaluates_what_a_stop_prevented(files: Path, prepared: Path, tmp_path: Path) -> None:
     every = ("evaluate.tasks_every_steps=2", "train.steps=3", "checkpoint.every_steps=2")
     whole = config_of(prepared, files, *every)
@@ -107,7 +71,7 @@ def test_a_run_that_goes_on_evaluates_what_a_stop_prevented(files: Path, prepare
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow  # test_tasks_while_a_run_trains has ZeRO 3 and a pipeline
+@pytest.mark.slow  # test_tasks.py has ZeRO 3 and a pipeline
 @pytest.mark.parametrize("position", ["rope", "xl"])
 def test_every_layout(files: Path, prepared: Path, tmp_path: Path, position: str) -> None:
     steps = ("train.steps=1", f"model.position.type={position}")

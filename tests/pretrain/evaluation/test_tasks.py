@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.language_model import build_model
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
 from pretrain.evaluation import models
+from pretrain.report.tags import layout as board
 from pretrain.saved_model import SavedModel, load_model
+from pretrain.views.reading import RunView
+from pretrain.views.status import screen, summary
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
@@ -28,6 +32,7 @@ from tests.pretrain.saved import rewrite_state
 
 STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64")
 EVEN = "model.feedforward.num_experts=6"
+XL = (EVEN, "model.position.type=xl")
 CONTEXT = 128
 """Two windows of 64: what the model with a memory of one window looks back to."""
 
@@ -38,10 +43,19 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     of the published files."""
     folder = tmp_path_factory.mktemp("evaluated")
     paths = {"lambada": published.lambada(folder), "blimp": published.blimp(folder), "cbt": published.cbt(folder)}
-    tasks = f"evaluate.tasks={json.dumps({name: str(path) for name, path in paths.items()})}"
-    xl = small_config(prepared, *STEPS, EVEN, "model.position.type=xl", tasks)
+    xl = small_config(prepared, *STEPS, *XL, tasks_of_a_run(paths), "monitor.tensorboard=true")
     run_ranks(train_runs, 1, [(small_config(prepared, *STEPS, EVEN), folder / "rope"), (xl, folder / "xl")])
     return folder
+
+
+def tasks_of_a_run(paths: dict[str, Path]) -> str:
+    return f"evaluate.tasks={json.dumps({name: str(path) for name, path in paths.items()})}"
+
+
+def evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """What a run recorded while it trained, by task."""
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return {event["task"]: event for event in found if event["event"] == "evaluation"}
 
 
 def evaluated(run: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -145,11 +159,40 @@ def test_the_numbers_are_those_of_a_loop_over_single_texts(runs: Path, name: str
     events = [json.loads(line) for line in (runs / name / "events.jsonl").read_text().splitlines()]
     validation = next(event for event in events if event["event"] == "validation")
     assert found["validation"]["loss"] == pytest.approx(validation["loss"], rel=1e-5)
-    of_run = {event["task"]: event for event in events if event["event"] == "evaluation"}
+    of_run = evaluations(runs / name)
     assert set(of_run) == ({"lambada", "blimp", "cbt"} if name == "xl" else set())
     for task, event in of_run.items():
         for key, value in expected[task].items():
             assert event["step"] == 1 and event[key] == pytest.approx(value, rel=1e-5), task
+
+
+def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, prepared: Path, tmp_path: Path) -> None:
+    tasks = tasks_of_a_run({"lambada": runs, "blimp": runs / "blimp"})
+    layouts = {"zero 3": "parallel.zero=3", "pipeline": "parallel.pipeline=2"}
+    configs = [
+        (small_config(prepared, *STEPS, *XL, tasks, "evaluate.sequences=0", layout), tmp_path / name)
+        for name, layout in layouts.items()
+    ]
+    run_ranks(train_runs, 2, configs)
+    expected = evaluations(runs / "xl")
+    for name in layouts:
+        found = evaluations(tmp_path / name)
+        assert set(found) == {"lambada", "blimp"}
+        for task, event in found.items():
+            keys = ("step", "accuracy", "examples", *(["perplexity"] if task == "lambada" else []))
+            assert [event[key] for key in keys] == pytest.approx([expected[task][key] for key in keys], rel=1e-5), name
+
+
+def test_a_run_shows_its_tasks(runs: Path) -> None:
+    view, events = RunView.open(runs / "xl"), evaluations(runs / "xl")
+    assert f"lambada {events['lambada']['accuracy']:.1%} after step 1" in screen(view, width=200, now=0.0)
+    assert summary(view)["tasks"]["blimp"]["accuracy"] == events["blimp"]["accuracy"]
+    (folder,) = {path.parent for path in (runs / "xl" / "tensorboard").glob("events.*")}
+    curves = EventAccumulator(str(folder))
+    curves.Reload()
+    points = [(point.step, point.value) for point in curves.Scalars("tasks/lambada perplexity")]
+    assert points == [(1, pytest.approx(events["lambada"]["perplexity"]))]
+    assert board()["how well it learns"]["accuracy of tasks"][1] == ["^tasks/.* accuracy$"]
 
 
 def test_the_batch_changes_nothing(runs: Path) -> None:
