@@ -46,8 +46,8 @@ def evaluation_config(
     for if they are no longer where the run read them. `overrides`: --set; the layout is that of data parallelism alone
     unless they say otherwise. Raises UserError."""
     tree = to_json(saved)
-    tree["parallel"], tree["deepspeed"] = {}, {}
-    tree["train"] |= {"precision": "fp32", "recompute": "none", "cuda_graph": "off"}
+    tree["parallel"], tree["deepspeed"], tree["kernels"] = {}, {}, {}
+    tree["train"] |= {"precision": "fp32", "recompute": "none", "cuda_graph": "off", "compile": "off"}
     tree["train"] |= {"record_routing": False, "replay_routing": None}
     tree["batch"] = {"global_sequences": batch * ranks, "micro_sequences": batch}
     for override in overrides:
