@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,29 @@ class Tokenizer:
         """Ids of a text, without EOS. Raises UserError for a byte that has no id."""
         if self._model is None:
             return self._numbers(text.encode("utf-8"))
-        parts = re.findall(r"[^\n]*\n|[^\n]+", text) if self._by_line else [text]
-        return [number for part in parts for number in self._model.encode(part)]
+        if self._by_line:
+            lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+            return [number for line in lines for number in self._model.encode(line)]
+        if SPACE_SYMBOL not in text or not (symbol := self._space_symbol):
+            return list(self._model.encode(text))
+        newline = len(self._model.encode("\n"))
+        first, *others = text.split(SPACE_SYMBOL)
+        ids = list(self._model.encode(first))
+        for part in others:  # after a newline, which is cut off again, so that nothing is put before it
+            ids += symbol + (self._model.encode("\n" + part)[newline:] if part else [])
+        return ids
+
+    @functools.cached_property
+    def _space_symbol(self) -> list[int]:
+        """Its three bytes, as the data have them, since SentencePiece takes the character for a blank. Empty where the
+        model has no bytes, or cannot be cut at newlines: there the data have a blank."""
+        model = self._model
+        assert model is not None
+        symbol = [model.piece_to_id(f"<0x{value:02X}>") for value in SPACE_SYMBOL.encode()]
+        pieces, newline = [model.id_to_piece(n) for n in range(model.vocab_size())], model.encode("\n")
+        can_cut = newline and pieces[newline[-1]] in ("\n", "<0x0A>")
+        is_across = any("\n" in piece and piece != "\n" for piece in pieces)
+        return symbol if can_cut and not is_across and all(map(model.is_byte, symbol)) else []
 
     def _numbers(self, data: bytes) -> list[int]:
         numbers = np.full(BYTE_VALUES, -1)

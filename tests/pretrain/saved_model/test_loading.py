@@ -147,6 +147,16 @@ def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
         tokenizer()
 
 
+def test_the_sign_for_a_blank_is_what_the_data_have(prepared: Path) -> None:
+    """SentencePiece itself takes it for a blank."""
+    reference, tokenizer = TextTokenizer.load(prepared / "tokenizer.model"), Tokenizer(Manifest.load(prepared))
+    for text in ("a \u2581 word\n\u2581\u2581b\u2581", "\u2581", "\u2581 c"):
+        assert (
+            tokenizer.encode(text) == reference.encode(text).tolist()
+            and tokenizer.decode(tokenizer.encode(text)) == text
+        )
+
+
 def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     raw = json.loads((prepared / "manifest.json").read_text())
     manifest = Manifest.load(prepared)
