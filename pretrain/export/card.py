@@ -136,6 +136,11 @@ def _results(facts: CardFacts) -> str:
         if (loss := facts.origin[key]) is not None:
             extra = f"; {loss / math.log(2):.4f} bits per byte" if facts.tokens_are_bytes else ""
             rows.append((what, f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}{extra}"))
+    for found in facts.origin["evaluations"]:
+        measures = ", ".join(
+            f"{key.replace('_', ' ')} {value:.4f}" for key, value in found.items() if isinstance(value, float)
+        )
+        rows.append((found["task"], f"{measures} ({found['examples']:,} examples)"))
     return _table(rows) if rows else "None was recorded with these weights.\n"
 
 

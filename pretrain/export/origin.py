@@ -5,6 +5,7 @@ Places on the machine of the training are left out: of a path to data its last p
 
 from __future__ import annotations
 
+import json
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -12,8 +13,11 @@ from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.evaluation.results import results_folder
 
 FORMAT_VERSION = 1
+MEASURES = ("loss", "perplexity", "accuracy", "bits_per_byte")
+"""Numbers of an evaluation that a model card shows."""
 PATHS = (("data", "cache_dir"), ("train", "init_from"), ("train", "replay_routing"), ("checkpoint", "resume"))
 """Keys whose value is a place on a machine; they become their defaults."""
 
@@ -29,6 +33,7 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
         "tokens": progress.consumed_sequences * config.model.sequence_length,
         "loss": state["loss"],
         "validation_loss": state["validation_loss"],
+        "evaluations": evaluations_of(checkpoint),
         "data_digest": state["manifest_digest"],
         "tokenizer": tokenizer.entry.model_dump(mode="json"),
         "by_line": tokenizer.by_line,
@@ -37,21 +42,36 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
     }
 
 
+def evaluations_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What launch/evaluate.py found for this checkpoint: task, measures and number of examples of each."""
+    folder, found = results_folder(checkpoint), []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            measured = {key: float(result[key]) for key in MEASURES if result.get(key) is not None}
+            found.append({"task": str(result["task"]), **measured, "examples": int(result["examples"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of lm-evaluation-harness, or of the user
+    return found
+
+
 def without_places(config: Config) -> dict[str, Any]:
     """The configuration as JSON, for other machines."""
     tree = to_json(config)
     defaults = to_json(Config(model=config.model))
     for section, key in PATHS:
-        if key in tree[section]:
-            tree[section][key] = defaults[section][key]
-    for entry in (tree["data"], *tree["data"]["sources"]):
-        entry["manifest"] = _last_part(entry["manifest"])
-    return tree
+        tree[section][key] = defaults[section][key]
+    return {key: value if key == "description" else _shortened(value) for key, value in tree.items()}
 
 
-def _last_part(place: str) -> str:
-    """The name of a data set's folder; a relative path, as in the configurations of the project, stays."""
-    path = PurePosixPath(place)
-    if not path.is_absolute() and ":" not in place and not place.startswith("~"):
-        return place
+def _shortened(value: Any) -> Any:
+    """`value` with the last part of every absolute path and URL in it: of a manifest the name of its folder. A relative
+    path, as in the configurations of the project, stays."""
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner) for inner in value]
+    if not isinstance(value, str) or not (value.startswith(("/", "~")) or "://" in value):
+        return value
+    path = PurePosixPath(value)
     return path.parent.name if path.name == "manifest.json" else path.name

@@ -117,7 +117,8 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
     origin = origin_of(source.checkpoint, source.config, tokenizer)
     if options.ema:  # the losses are those of the weights
         decay = source.config.train.ema_decay
-        origin |= {"source": f"moving average, decay {decay:g} a step", "loss": None, "validation_loss": None}
+        origin |= {"loss": None, "validation_loss": None, "evaluations": []}
+        origin["source"] = f"moving average, decay {decay:g} a step"
     special = special_ids(tokenizer, content)
     write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)

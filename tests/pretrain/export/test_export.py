@@ -21,9 +21,12 @@ from model.language_model import LanguageModel
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint.weights import write_weights
 from pretrain.cli.export import main
+from pretrain.config.loading import parse_config
+from pretrain.evaluation.results import results_folder
 from pretrain.export import writing
 from pretrain.export.folder import CODE
 from pretrain.export.hf_config import hf_config, model_config
+from pretrain.export.origin import without_places
 from pretrain.export.reading import is_export, open_export
 from pretrain.export.weights import shards_of
 from tests.pretrain.export.models import MODELS, checkpoint_of, config_of, model_of
@@ -79,6 +82,10 @@ def test_the_folder_is_complete(
 
 
 def test_the_card_says_what_the_model_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    results = results_folder(checkpoint)
+    results.mkdir(parents=True)
+    (results / "lambada.json").write_text('{"task": "lambada", "accuracy": 0.25, "perplexity": 31.5, "examples": 5153}')
+    (results / "harness.json").write_text("[]")
     assert main([str(checkpoint.path), "--to", str(tmp_path / "mine")]) == 0
     card = (tmp_path / "mine" / "README.md").read_text()
     total = sum(parameter.numel() for parameter in model_of(TIED).parameters())
@@ -89,6 +96,7 @@ def test_the_card_says_what_the_model_is(checkpoint: Checkpoint, tmp_path: Path)
         "| validation loss | 5.2500 nats per token, perplexity 190.57 |",
         "| train | 800 documents, 82,094 tokens",
         "- `c4-train.json.gz` (c4), sha256 `",
+        "| lambada | perplexity 31.5000, accuracy 0.2500 (5,153 examples) |",
         "The weights: not stated",
     ):
         assert words in card, card
@@ -237,6 +245,25 @@ def test_other_refusals(
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
     refused(place, out, "rank-00000.safetensors does not match its sha256", capsys, "--data", str(prepared))
+
+
+def test_places_of_the_machine_are_left_out() -> None:
+    tree = {
+        "model": config_of("dense").model_dump(mode="json"),
+        "description": "of /home/me",
+        "data": {"sources": [_source("/home/me/c4/manifest.json"), _source("s3://key@bucket/pes2o")]},
+        "evaluate": {"tasks": {"lambada": "~/raw/lambada", "blimp": "raw/blimp"}},
+        "checkpoint": {"resume": "/home/me/runs/one"},
+    }
+    left = without_places(parse_config(tree))
+    assert [source["manifest"] for source in left["data"]["sources"]] == ["c4", "pes2o"]
+    assert left["evaluate"]["tasks"] == {"lambada": "lambada", "blimp": "raw/blimp"}
+    assert (left["checkpoint"]["resume"], left["description"]) == ("auto", "of /home/me")
+    assert left["data"]["manifest"] == "data/sample/manifest.json" and parse_config(left).model == config_of("dense")
+
+
+def _source(manifest: str) -> dict[str, Any]:
+    return {"manifest": manifest, "weight": 1.0}
 
 
 def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
