@@ -35,9 +35,12 @@ class SwitchAllTokenizer(PreTrainedTokenizer):
             import sentencepiece
 
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._content)
+            self._names = [self._pieces.id_to_piece(number) for number in range(self._pieces.vocab_size())]
             self._prepare_blanks()
         else:
             self._ids = {value: number for number, value in enumerate(self._content)}
+            self._names = [f"<0x{value:02X}>" for value in self._content]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         kwargs.setdefault("split_special_tokens", True)
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("clean_up_tokenization_spaces", False)
@@ -46,9 +49,8 @@ class SwitchAllTokenizer(PreTrainedTokenizer):
     def _prepare_blanks(self) -> None:
         """How a text with SentencePiece's sign for a blank is encoded: that sign as its three bytes, the rest as if it
         came after a newline, so that nothing is put before it. Not where the model cannot be cut at newlines."""
-        pieces = self._pieces
+        pieces, names = self._pieces, self._names
         self._newline = pieces.encode("\n")
-        names = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
         last = names[self._newline[-1]] if self._newline else ""
         self._blank = [pieces.piece_to_id(f"<0x{value:02X}>") for value in BLANK.encode("utf-8")]
         can_cut = last in ("\n", "<0x0A>") and not any("\n" in name and name != "\n" for name in names)
@@ -57,14 +59,13 @@ class SwitchAllTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return len(self._ids) if self._pieces is None else int(self._pieces.vocab_size())
+        return len(self._names)
 
     def get_vocab(self) -> dict[str, int]:
-        vocabulary = {self._convert_id_to_token(number): number for number in range(self.vocab_size)}
-        return vocabulary | self.added_tokens_encoder
+        return self._numbers | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self._convert_id_to_token(number) for number in self._encoded(text)]
+        return [self._names[number] for number in self._encoded(text)]
 
     def _encoded(self, text: str) -> list[int]:
         if self._pieces is None:
@@ -84,15 +85,12 @@ class SwitchAllTokenizer(PreTrainedTokenizer):
         return numbers
 
     def _convert_token_to_id(self, token: str) -> int:
-        if self._pieces is not None:
-            return int(self._pieces.piece_to_id(token))
-        return self._ids[int(token[3:-1], 16)]
+        if token in self._numbers or self._pieces is None:
+            return self._numbers[token]
+        return int(self._pieces.unk_id())
 
     def _convert_id_to_token(self, index: int) -> str:
-        if self._pieces is not None:
-            known = index < self._pieces.vocab_size()
-            return str(self._pieces.id_to_piece(index)) if known else f"<unused {index}>"
-        return f"<0x{self._content[index]:02X}>" if index < len(self._content) else f"<unused {index}>"
+        return self._names[index] if index < len(self._names) else f"<unused {index}>"
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._text([self._convert_token_to_id(token) for token in tokens])
