@@ -251,13 +251,17 @@ def test_places_of_the_machine_are_left_out() -> None:
     tree = {
         "model": config_of("dense").model_dump(mode="json"),
         "description": "of /home/me",
-        "data": {"sources": [_source("/home/me/c4/manifest.json"), _source("s3://key@bucket/pes2o")]},
+        "data": {
+            "cache_dir": "/scratch/me",
+            "sources": [_source("/home/me/c4/manifest.json"), _source("s3://key@bucket/pes2o")],
+        },
         "evaluate": {"tasks": {"lambada": "~/raw/lambada", "blimp": "raw/blimp"}},
         "checkpoint": {"resume": "/home/me/runs/one"},
     }
     left = without_places(parse_config(tree))
     assert [source["manifest"] for source in left["data"]["sources"]] == ["c4", "pes2o"]
     assert left["evaluate"]["tasks"] == {"lambada": "lambada", "blimp": "raw/blimp"}
+    assert left["data"]["cache_dir"] is None
     assert (left["checkpoint"]["resume"], left["description"]) == ("auto", "of /home/me")
     assert left["data"]["manifest"] == "data/sample/manifest.json" and parse_config(left).model == config_of("dense")
 
