@@ -54,8 +54,7 @@ def task_specs(text: str) -> list[str | dict[str, Any]]:
 def run_harness(
     opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None
 ) -> dict[str, Any]:
-    """The results of lm-evaluation-harness: `results`, `versions`, `n-shot`, `configs`, `n-samples`. Raises
-    UserError."""
+    """The results of lm-evaluation-harness by task: `results`, `versions`, `n-shot`, `n-samples`. Raises UserError."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -82,7 +81,7 @@ def run_harness(
         ) from None
     assert found is not None
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-    return {key: found[key] for key in kept if key in found}
+    return {key: {name: of for name, of in found[key].items() if name != LOCAL} for key in kept if key in found}
 
 
 def _names(spec: str | dict[str, Any]) -> list[str]:
