@@ -229,6 +229,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "MoA": ("paper/wt103_moa_8heads_47m", ()),
     "dense": ("paper/c4_dense_rope_244m", ()),
     "computed again": ("switchall_tiny", ("train.recompute=selective",)),
+    "GEMMs of all experts": ("switchall_1b", ("kernels.backend=dense",)),
+    "GEMMs of sets of experts": ("switchall_1b", ("kernels.backend=sets",)),
 }
 QUICK = ("dropout everywhere", "XL", "MoA", "computed again")
 
