@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 
 def pinned(package: str) -> str:
     """Its version in the lock."""
-    found = re.search(rf"(?m)^{package}==([^ ;]+)", (REPOSITORY / "constraints.txt").read_text())
+    found = re.search(rf"(?m)^{package}==([^\s;]+)", (REPOSITORY / "constraints.txt").read_text())
     assert found is not None
     return found[1]
 
