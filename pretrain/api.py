@@ -1,4 +1,4 @@
-"""Trained models in notebooks and programs: `open_model(run)`, then ask it. docs/use.md shows each call.
+"""Trained models in notebooks and programs: `open_model(place)`, then ask it. docs/use.md shows each call.
 
 A text is a str, or ids that it was made of. Everything is computed as in validation: fp32, without dropout, in chunks
 of sequence_length tokens with the memory of a model that has one; tensors lie on the CPU.
@@ -17,8 +17,9 @@ from torch import Tensor
 from common.errors import UserError
 from model.decoding import hidden_states, uncached_logits
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
+from pretrain.export.loading import load_any
 from pretrain.generation import Generated, Sampling, Settings, generate
-from pretrain.saved_model import SavedModel, load_model
+from pretrain.saved_model import SavedModel
 
 Text = str | Sequence[int]
 
@@ -47,11 +48,11 @@ class AttentionMaps(NamedTuple):
 
 
 def open_model(
-    run_or_checkpoint: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), ema: bool = False
+    place: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), ema: bool = False
 ) -> OpenModel:
-    """The newest checkpoint of a run folder, or the named checkpoint; arguments and errors of
+    """The newest checkpoint of a run folder, the named checkpoint, or an export; arguments and errors of
     `pretrain.saved_model.load_model`."""
-    return OpenModel(load_model(run_or_checkpoint, device=device, data=data, ema=ema))
+    return OpenModel(load_any(place, device=device, data=data, ema=ema))
 
 
 class OpenModel:

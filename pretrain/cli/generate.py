@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "run",
         type=Path,
         metavar="RUN",
-        help="run folder (the newest checkpoint is taken) or checkpoint (step-...)",
+        help="run folder (the newest checkpoint is taken), checkpoint (step-...), or a folder of launch/export.py",
     )
     _add_prompts(parser.add_mutually_exclusive_group(required=True))
     _add_sampling(parser)
@@ -128,15 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError and OSError."""
-    from pretrain.generation import Sampling, Settings  # here: torch, for which --help need not wait
+    from pretrain.export.loading import load_any  # here: torch, for which --help need not wait
+    from pretrain.generation import Sampling, Settings
     from pretrain.generation.ids import Cost
-    from pretrain.saved_model import load_model
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     settings = Settings(args.tokens, sampling, args.samples, args.batch, not args.no_cache, args.slide, args.until)
     prompts = [] if args.interactive else _prompts(args)
     device, cost = str(device_named(args.device)), Cost()
-    saved = load_model(args.run, device=device, data=args.data, ema=args.ema)
+    saved = load_any(args.run, device=device, data=args.data, ema=args.ema)
     if saved.tokenizer.eos_id is None:
         _say("the run's data have no id that ends a text: texts end after --tokens")
     printer = _Printer(as_json=args.json)

@@ -15,6 +15,8 @@ from common.errors import UserError
 from model.config import XLConfig
 from model.language_model import build_model
 from pretrain.api import OpenModel, open_model
+from pretrain.export.writing import ExportOptions, export
+from pretrain.saved_model import load_model
 from tests.pretrain.saved import whole_tensors
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebooks" / "use_a_model.ipynb"
@@ -52,6 +54,20 @@ def test_logits_hidden_states_and_losses(opened: OpenModel) -> None:
     assert loss.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size)
 
 
+def test_a_model_on_a_cpu_is_ready_for_single_tokens(opened: OpenModel, trained: Path) -> None:
+    """Other ops for the same logits."""
+    plain = load_model(trained)
+    ids = torch.tensor([opened.encode(TEXT)])
+    assert torch.allclose(plain.model.logits(ids)[0], opened.model.logits(ids)[0], atol=1e-5)
+    for name, found in (("cpu", plain.model), ("reference", opened.model)):
+        for block in found.blocks:
+            attention: Any = block.get_submodule("attention")
+            feedforward: Any = block.get_submodule("feedforward")
+            b = attention.backends
+            assert (b.route, b.switchhead_value, b.switchhead_output) == (name, name, name)
+            assert feedforward.backends.sigma_moe == "cpu"
+
+
 def test_maps_and_choices_and_texts(opened: OpenModel) -> None:
     maps = opened.attention(TEXT, layers=[1])
     n = len(opened.encode(TEXT))
@@ -74,6 +90,13 @@ def test_maps_and_choices_and_texts(opened: OpenModel) -> None:
     assert (first.prompt, first.sample, second.sample) == ("gab", 0, 1) and first.ids != second.ids
     assert opened.generate(["de", "gab"], tokens=5, seed=4)[1] == first
     assert "rope/checkpoints/step-00000001, step 1, 2 layers of 24" in repr(opened)
+
+
+def test_an_export_is_opened_like_its_run(opened: OpenModel, tmp_path: Path) -> None:
+    export(opened.checkpoint, tmp_path / "exported", ExportOptions())
+    exported = open_model(tmp_path / "exported")
+    assert torch.equal(exported.logits(TEXT), opened.logits(TEXT)) and "exported, step 1, 2 layers" in repr(exported)
+    assert exported.generate("gab", tokens=5, seed=4) == opened.generate("gab", tokens=5, seed=4)
 
 
 def test_a_text_ends_where_it_is_told(opened: OpenModel) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import pretrain.export.loading
 import pretrain.generation.texts
 import pretrain.saved_model.loading
 from pretrain.cli.generate import main
@@ -165,7 +166,7 @@ def test_logits_that_are_not_finite_and_ids_that_do_not_fit(
         return load
 
     def with_change(change: Callable[[Any], None]) -> None:
-        monkeypatch.setattr(pretrain.saved_model, "load_model", altered(change))
+        monkeypatch.setattr(pretrain.export.loading, "load_model", altered(change))
 
     with_change(lambda saved: saved.model.final_norm.weight.fill_(torch.nan))
     code, _, said = generate(trained, "--prompt", "a")

@@ -1,0 +1,50 @@
+"""A trained model for a program, from wherever it lies: a run, a checkpoint, or an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+from model.decoding import prefer_single_tokens
+from model.kernels.choice import Backends
+from model.language_model import LanguageModel, routing_statistics
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.data.progress import Progress
+from pretrain.export.reading import is_export, open_export
+from pretrain.saved_model import SavedModel, Tokenizer, load_model
+
+
+def load_any(
+    place: str | Path, *, device: str = "cpu", data: Sequence[str | Path] = (), ema: bool = False
+) -> SavedModel:
+    """As `pretrain.saved_model.load_model`, of an export too, and ready to generate (`prefer_single_tokens`). Raises
+    UserError."""
+    folder = Path(place)
+    if not is_export(folder):
+        saved = load_model(folder, device=device, data=data, ema=ema)
+    elif ema:
+        raise UserError(f"--ema: {folder} is an export, which holds one set of weights; leave the option out")
+    else:
+        saved = load_export(folder, device=device)
+    prefer_single_tokens(saved.model)
+    return saved
+
+
+def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
+    """A folder that launch/export.py, or transformers' save_pretrained, wrote. Its `checkpoint` is this folder, with
+    the progress that the export records (else step 0). Raises UserError."""
+    exported = open_export(folder)
+    config, origin, place = exported.config, exported.origin, torch.device(device)
+    backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+    model = LanguageModel(config.model, backends=backends, seed=config.train.seed).requires_grad_(False)
+    for name, read in exported.tensors.items():  # a tied output layer is the embedding's
+        model.get_parameter(name).copy_(read())
+    model.eval().to(place)
+    for _, statistics in routing_statistics(model):
+        statistics.to(place)
+    progress = Progress(0, 0) if origin is None else Progress(origin["step"], origin["sequences"])
+    checkpoint = Checkpoint(folder, {"progress": progress.to_json()})
+    return SavedModel(model, Tokenizer(exported.tokenizer), config, checkpoint)
