@@ -88,8 +88,9 @@ def load_by_block(load: dict[str, Tensor]) -> dict[str, Tensor]:
     return {kind: torch.cat([blocks[block] for block in sorted(blocks)]) for kind, blocks in kinds.items()}
 
 
-def layout() -> dict[str, dict[str, list[object]]]:
-    """The page of custom scalars: what a person looks at first. Charts name tags by regular expressions."""
+def layout(*, has_tasks: bool) -> dict[str, dict[str, list[object]]]:
+    """The page of custom scalars: what a person looks at first. Charts name tags by regular expressions; without tasks
+    theirs would be empty."""
 
     def chart(*patterns: str) -> list[object]:
         return ["Multiline", list(patterns)]
@@ -100,7 +101,7 @@ def layout() -> dict[str, dict[str, list[object]]]:
             "perplexity": chart("^perplexity/"),
             "gradient norm": chart("^optimizer/gradient norm$"),
             "learning rate": chart("^optimizer/learning rate$"),
-            "accuracy of tasks": chart("^tasks/.* accuracy$"),
+            **({"accuracy of tasks": chart("^tasks/.* accuracy$")} if has_tasks else {}),
         },
         "how its experts are used": {
             "busiest expert (1 is even)": chart("^routing/all .* layers/busiest"),

@@ -66,7 +66,8 @@ class TensorBoard:
         kept = {
             key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values.items()
         }
-        for part in (*summaries.hparams(kept, dict.fromkeys(COMPARED, 0.0)), summaries.custom_scalars(tags.layout())):
+        page = tags.layout(has_tasks=any(key.startswith("evaluate.tasks.") for key in values))
+        for part in (*summaries.hparams(kept, dict.fromkeys(COMPARED, 0.0)), summaries.custom_scalars(page)):
             self._main.add(0, part)
 
     def flush(self) -> None:
