@@ -126,7 +126,7 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
     names: dict[tuple[str, int], str] = {}
     for module in modules:
         for position, case in enumerate(cases([module])):
-            for architecture in TENSOR_CORE:
+            for architecture in case.architectures:
                 decides = key(case, architecture, triton_version)
                 job = Job(module, position, kernel_name(case), case.name, architecture, decides, case.is_gemm)
                 if names.setdefault((case.name, architecture), job.key) != job.key:

@@ -16,6 +16,7 @@ from model.dropout import Draw
 from model.kernels.ops.elementwise import dropout, layer_norm
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from model.kernels.ops.relative_attention import Inputs, relative_attention
 from model.kernels.ops.route import Choice, group_choices, route
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.ops.switchhead import switchhead_output, switchhead_value
@@ -49,6 +50,8 @@ class Case(NamedTuple):
             _, E, *sides = self.leaves["experts"].shape
             d, h = sides if self.op == "switchhead_value" else sides[::-1]
             return d, h, E, self.constants["index"].shape[-1]
+        if self.op == "relative_attention":
+            return tuple(self.leaves["k"].shape[3:])
         return tuple(self.leaves["up"].shape[1:]) if self.op == "sigma_moe" else ()
 
 
@@ -155,6 +158,22 @@ def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
     return Case("expert_linear", shape, leaves, constants, compute, 4 * N * k * d * h, per_token)
 
 
+def attention_case(B: int, T: int, H: int, h: int, *, shared: bool = False, biases: bool = False) -> Case:
+    """Transformer-XL's, of T tokens after as many of memory. `shared`: one head of keys, values and position keys, as
+    MoA; `biases`: the two terms have queries of their own, as the dense baseline."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        position = t.get("position_queries", t["content_queries"])
+        inputs = Inputs(t["content_queries"], position, t["k"], t["v"], t["position_keys"])
+        return (relative_attention(inputs, backend=backend),)
+
+    L, K, names = 2 * T, 1 if shared else H, ("content_queries", "position_queries") if biases else ("content_queries",)
+    leaves = {name: normal(B, T, H, h, scale=h**-0.5) for name in names}
+    leaves |= {"k": normal(B, L, K, h), "v": normal(B, L, K, h), "position_keys": normal(L, K, h)}
+    shape = f"B={B} T={T} H={H} h={h} K={K}{' biases' if biases else ''}"
+    return Case("relative_attention", shape, leaves, {}, compute, 6 * B * H * T * L * h, (*names, "k", "v"))
+
+
 def loss_case(N: int, d: int, V: int) -> Case:
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         return (linear_cross_entropy(t["hidden"], t["weight"], t["bias"], t["targets"], backend=backend)[0],)
@@ -209,6 +228,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(value_case, 37, 24, 2, 5, 2, 8),
             partial(output_case, 37, 24, 2, 5, 2, 8),
             partial(expert_linear_case, 37, 24, 4, 2, 16),
+            partial(attention_case, 2, 7, 2, 8, biases=True),
             partial(loss_case, 37, 24, 50),
             partial(dropout_case, 3, 5, 24),
             partial(norm_case, 3, 5, 24, 0.2),
@@ -223,6 +243,8 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(value_case, 1000, 412, 2, 8, 2, 76),
         partial(output_case, 1000, 412, 2, 8, 2, 76),
         partial(expert_linear_case, 1000, 416, 10, 4, 88),
+        partial(attention_case, 3, 333, 2, 76),
+        partial(attention_case, 3, 221, 4, 88, shared=True),
         partial(loss_case, 1000, 412, 8001),
         partial(dropout_case, 3, 333, 412),
         *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
@@ -254,12 +276,16 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(sigma_moe_case, N, d, 32, 4, 128),
         partial(route_case, N, d, 4, 4, 2),
         partial(route_case, N, d, 1, 32, 4),
+        partial(attention_case, 8, N // 8, 4, 112),
+        partial(attention_case, 8, N // 8, 16, 64, biases=True),
         partial(loss_case, N, d, 8000),
         partial(dropout_case, 8, N // 8, d),
         *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.2)),
         *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
         *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
         partial(expert_linear_case, N, d, 16, 4, 146),
+        partial(attention_case, 8, N // 8, 2, 132),
+        partial(attention_case, 8, N // 8, 8, 146, shared=True),
     ]
 
 

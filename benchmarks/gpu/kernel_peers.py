@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.timing import Clock, Inputs, Work
+from model.kernels.ops import relative_attention as attention
 
 Tensors = dict[str, Tensor]
 WATCHED = (
@@ -110,6 +111,18 @@ def _cut_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Te
     return found
 
 
+def _attention_leaves(t: Tensors) -> list[Tensor]:
+    names = ("content_queries", "k", "v", "position_keys", "position_queries")
+    return [_leaf(t[name]) for name in names if name in t]
+
+
+def _attention_of_operators(
+    content: Tensor, k: Tensor, v: Tensor, position_keys: Tensor, position: Tensor | None = None
+) -> Tensor:
+    queries = content, content if position is None else position
+    return attention.relative_attention_reference(attention.Inputs(*queries, k, v, position_keys))
+
+
 PEERS: dict[str, list[Peer]] = {
     "switchhead_value": [Peer("cuBLAS, all experts", _value_product, torch.mm)],
     "switchhead_output": [Peer("cuBLAS, all experts", _output_product, torch.mm)],
@@ -117,6 +130,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("F.grouped_mm, sorted rows", _sorted_rows, _grouped_products),
         Peer("cuBLAS, one expert", _sorted_rows, _dense_products),
     ],
+    "relative_attention": [Peer("torch's operators", _attention_leaves, _attention_of_operators)],
     "linear_cross_entropy": [
         Peer("F.cross_entropy", _loss_leaves, _plain_loss),
         *([Peer("cut_cross_entropy", _loss_leaves, _cut_cross_entropy)] if "cut_cross_entropy" in importable() else []),

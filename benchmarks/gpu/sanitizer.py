@@ -90,7 +90,7 @@ def reached(context: Context, *, tiny: bool) -> dict[str, Any]:
 def _eight_warps() -> set[str]:
     from benchmarks import compiled
 
-    shipped = ("1024", "2048", "1b", "259m", "32000", "8000")
+    shipped = ("1024", "2048", "1b", "259m", "32000", "8000", "attention")
     cases = compiled.cases(compiled.case_modules())
     return {
         case.kernel.fn.__name__

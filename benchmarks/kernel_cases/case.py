@@ -41,6 +41,8 @@ class CompileCase:
     is_gemm: bool = False
     """Must contain the tensor-core instructions of the architecture."""
     divisible: frozenset[str] = field(default_factory=frozenset)
+    architectures: tuple[int, ...] = (80, 90, 100)
+    """Those that it is for, where a kernel has other tiles on another."""
 
     def __post_init__(self) -> None:
         names = list(self.kernel.arg_names)

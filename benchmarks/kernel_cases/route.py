@@ -78,7 +78,7 @@ def _cases(
 
 def _case(
     name: str, kernel: Any, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, Any],
-    options: dict[str, int], *, is_gemm: bool = False, load_bytes: int = 16,
+    options: dict[str, Any], *, is_gemm: bool = False, load_bytes: int = 16,
 ) -> CompileCase:  # fmt: skip
     kinds = {n: f"*{t}" for n, t in pointers.items()} | integers | dict.fromkeys(constants, "constexpr")
     return CompileCase(

@@ -55,7 +55,7 @@ class DenseAttention(nn.Module):
         position = config.position
         self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
         self.parallel = parallel
-        self.backend = backends.elementwise
+        self.backends = backends
         self.num_heads = self.parallel.share(self.config.num_heads)
         H, h = self.num_heads, self.config.head_dim
         self.query = nn.Linear(config.d_model, H * h, bias=False)
@@ -84,10 +84,16 @@ class DenseAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
             scale = enter_shards(self.scale, self.parallel.tensor_group)
-            attended = relative_attention(q, k, v, self.position.weight, scale=scale, seen=documents, **biases)
+            attended = relative_attention(
+                *(q, k, v, self.position.weight),
+                scale=scale,
+                backend=self.backends.relative_attention,
+                seen=documents,
+                **biases,
+            )
         else:
             tables = self.rope(documents, L, context.device)
-            q, k = rotate(q, k, tables, backend=self.backend)
+            q, k = rotate(q, k, tables, backend=self.backends.elementwise)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents)
         y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)

@@ -130,7 +130,9 @@ class MoAAttention(nn.Module):
         if self.rope is None:
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
-            return relative_attention(q, key, value, weight, scale=scale, seen=documents).transpose(1, 2)
+            backend = self.backends.relative_attention
+            attended = relative_attention(q, key, value, weight, scale=scale, backend=backend, seen=documents)
+            return attended.transpose(1, 2)
         tables = self.rope(documents, key.shape[1], q.device)
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))

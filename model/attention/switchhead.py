@@ -149,7 +149,9 @@ class SwitchHeadAttention(nn.Module):
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = relative_attention(q, k, v, self.position.weight, scale=h**-0.5, seen=documents)
+            backend = self.backends.relative_attention
+            weight = self.position.weight
+            attended = relative_attention(q, k, v, weight, scale=h**-0.5, backend=backend, seen=documents)
         else:
             tables = self.rope(documents, L, context.device)
             backend = self.backends.elementwise

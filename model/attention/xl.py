@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import LayerCache
 from model.documents import Seen
+from model.kernels.ops.relative_attention import Inputs, weighted
+from model.kernels.ops.relative_attention import relative_attention as attend
 
 BASE = 10000.0
 """Base of the geometric progression of the sinusoids' wavelengths."""
@@ -22,15 +22,6 @@ def sinusoids(distances: Tensor, d_model: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model].float()
 
 
-def relative_shift(x: Tensor) -> Tensor:
-    """out[..., i, j] = x[..., i, j + T - 1 - i] for `x` [..., T, L], without an index tensor; if j + T - 1 - i is L or
-    more (keys after the query), the value is meaningless."""
-    T, L = x.shape[-2:]
-    # One more column shifts row i by i places against the rows of a [T, L] matrix.
-    padded = F.pad(x, (1, 0)).reshape(*x.shape[:-2], (L + 1) * T)
-    return padded[..., T:].view(x.shape)
-
-
 def relative_attention(
     q: Tensor,
     k: Tensor,
@@ -38,6 +29,7 @@ def relative_attention(
     position_weight: Tensor,
     *,
     scale: Tensor | float,
+    backend: str,
     content_bias: Tensor | None = None,
     position_bias: Tensor | None = None,
     seen: Seen | None = None,
@@ -47,17 +39,17 @@ def relative_attention(
     `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, H or 1, L, h] (1: shared by the
     heads); `position_weight` [H h or h, d_model] maps r to all heads' position keys; u = `content_bias` and v =
     `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32. With a cache in `seen` k and
-    v are those of the T new tokens, and the context is what it keeps.
+    v are those of the T new tokens, and the context is what it keeps. `backend` is a resolved one; a cache is read with
+    torch's operators.
     """
     if isinstance(seen, LayerCache):
         return _cached_attention(seen, q, k, v, position_weight, scale, content_bias, position_bias)
     assert seen is None, "documents and Transformer-XL exclude each other; refused by the configuration"
-    T, L = q.shape[2], k.shape[2]
-    position_keys = _position_keys(torch.arange(L - 1, -1, -1, device=q.device), position_weight, q)
+    position_keys = _position_keys(torch.arange(k.shape[2] - 1, -1, -1, device=q.device), position_weight, q)
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
-    logits = for_content @ k.transpose(2, 3) + relative_shift(for_position @ position_keys.transpose(1, 2))
-    future = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
-    return _weighted(logits, future, v)
+    queries, keys = (for_content.transpose(1, 2), for_position.transpose(1, 2)), (k.transpose(1, 2), v.transpose(1, 2))
+    inputs = Inputs(*queries, *keys, position_keys.transpose(0, 1))
+    return attend(inputs, backend=backend).transpose(1, 2)
 
 
 def _cached_attention(
@@ -77,7 +69,7 @@ def _cached_attention(
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
     distance = cache.now.distance[:, None].expand(-1, q.shape[1], -1, -1)
     logits = for_content @ k.transpose(2, 3) + (for_position @ position_keys.transpose(1, 2)).gather(3, distance)
-    return _weighted(logits, ~cache.now.seen, v)
+    return weighted(logits, ~cache.now.seen, v)
 
 
 def _position_keys(distances: Tensor, position_weight: Tensor, q: Tensor) -> Tensor:
@@ -94,9 +86,3 @@ def _queries(
     for_content = (q if content_bias is None else q + content_bias[:, None]) * scale
     for_position = for_content if content_bias is position_bias else (q + position_bias[:, None]) * scale  # type: ignore[index]
     return for_content, for_position
-
-
-def _weighted(logits: Tensor, unseen: Tensor, v: Tensor) -> Tensor:
-    """The values `v` [B, H or 1, L, h] by the softmax of `logits` [B, H, T, L] where not `unseen`."""
-    weights = logits.masked_fill(unseen, -math.inf).softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32))
-    return weights.to(v.dtype) @ v

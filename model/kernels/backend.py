@@ -59,6 +59,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "model.kernels.cpu.expert_linear",
         "triton": "model.kernels.triton.expert_linear",
     },
+    "relative_attention": {
+        "triton": "model.kernels.triton.relative_attention",
+    },
     "linear_cross_entropy": {
         "cpu": "model.kernels.cpu.linear_cross_entropy",
         "triton": "model.kernels.triton.linear_cross_entropy",
@@ -81,6 +84,9 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_SETS = 20
 """Sets of chosen experts of one head that `sets` takes: each has a copy of its experts. 3 of 6 experts are 20, which
 copy every expert ten times."""
+RELATIVE_ATTENTION_WIDTHS = {(8, 0): 256, (9, 0): 256, (10, 0): 256}
+"""Compute capability -> the widest head whose Triton kernels pass benchmarks/compiled.py there; 128 on others, where a
+block has less shared memory."""
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
 """What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
 which needs nvcc, everywhere; and `dense` and `sets`, but for the shapes of `ON_CUDA` (model/kernels/choice.py)."""
@@ -92,15 +98,17 @@ def resolve(
     """The backend that computes `op` on `device_type`; ValueError with the reason where `requested` cannot.
 
     `dtype` of the tensors and `widths` (sigma_moe: d_model, expert size; SwitchHead's ops: d_model, head_dim, experts
-    of a head, chosen ones), where given, are checked against the limits of F.grouped_mm and of the Triton kernels.
-    `auto` takes the first of `PREFERENCE` that works, and warns where that is not the op's fastest on the device.
+    of a head, chosen ones; relative_attention: head_dim), where given, are checked against the limits of F.grouped_mm
+    and of the Triton kernels. `auto` takes the first of `PREFERENCE` that works, and warns where that is not the op's
+    fastest on the device.
     """
     if op not in BACKENDS:
         raise ValueError(f"no op {op!r}: there is {', '.join(BACKENDS)}")
     reasons = {name: _why_not(name, op, device_type, dtype, widths) for name in BACKENDS[op]}
     possible = [name for name, reason in reasons.items() if reason is None]
     if requested == "auto":
-        chosen = min(set(possible) & set(PREFERENCE), key=PREFERENCE.index)
+        # On the CPU `triton` is an interpreter.
+        chosen = next(name for name in PREFERENCE if name in possible and (name, device_type) != ("triton", "cpu"))
         if device_type == "cuda" and reasons.get("triton") is not None:
             _warn_slower(op, chosen, str(reasons["triton"]))
     elif requested in possible:
@@ -137,7 +145,8 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
     if backend == "sets":
         return sets_limit(device_type, dtype, widths)
     if backend == "triton":
-        return triton_limit(device_type, dtype)
+        limit = triton_limit(device_type, dtype)
+        return limit or (relative_attention_limit(device_type, dtype, widths) if op == "relative_attention" else None)
     if backend == "cuda":
         return cuda_limit(op, device_type, dtype)
     if backend == "dense" and device_type not in ("cpu", "cuda"):
@@ -163,6 +172,26 @@ def triton_limit(device_type: str, dtype: torch.dtype | None) -> str | None:
     if dtype is not None and dtype not in TRITON_DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return None
+
+
+def relative_attention_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
+    """Why the Triton kernels of relative_attention do not take heads of these widths, or None. What they leave out
+    does not fit the registers of a GPU."""
+    if device_type == "cuda" and dtype == torch.float32:
+        return "its Triton kernels take bfloat16 and float16 on CUDA, not torch.float32"
+    widest = RELATIVE_ATTENTION_WIDTHS.get(cuda_capability(), 128)
+    for width in widths:
+        if width > widest:
+            return f"its Triton kernels take heads of at most {widest} columns here, not {width}"
+    return None
+
+
+def cuda_capability() -> tuple[int, int]:
+    """Of the current GPU; (9, 0), that of an H100, without one and before a rank has chosen its own, because to ask
+    starts CUDA."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_capability()  # GPU-ONLY cuda-capability
+    return 9, 0
 
 
 def cuda_limit(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:

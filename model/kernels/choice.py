@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
 from model.kernels.backend import BACKENDS, resolve
 
 
@@ -42,6 +42,7 @@ class Backends:
     switchhead_output: str = "reference"
     expert_linear: str = "reference"
     sigma_moe: str = "reference"
+    relative_attention: str = "reference"
     linear_cross_entropy: str = "reference"
     elementwise: str = "reference"
 
@@ -56,6 +57,8 @@ class Backends:
             a = model.attention
             of_heads: tuple[int, ...] = model.d_model, a.head_dim, a.num_experts, a.active_experts
             widths |= dict.fromkeys(("switchhead_value", "switchhead_output"), of_heads)
+        if isinstance(model.position, XLConfig):
+            widths["relative_attention"] = (model.attention.head_dim,)
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"

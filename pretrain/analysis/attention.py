@@ -12,9 +12,10 @@ from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
 from model.attention.rope import apply_rope, last_rows
 from model.attention.switchhead import SwitchHeadAttention
-from model.attention.xl import relative_shift, sinusoids
+from model.attention.xl import sinusoids
 from model.config import Projection
 from model.kernels.ops.expert_linear import expert_linear
+from model.kernels.ops.relative_attention import relative_shift
 from model.kernels.ops.route import Choice, group_choices
 from model.kernels.ops.switchhead import switchhead_value
 from pretrain.analysis.routers import routers_of, routing_of

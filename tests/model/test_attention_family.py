@@ -12,11 +12,12 @@ import model.attention.dense as dense_module
 import model.attention.switchhead as switchhead_module
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
-from model.attention.xl import relative_shift, sinusoids
+from model.attention.xl import sinusoids
 from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.initialization import initial_value
 from model.kernels.choice import Backends
+from model.kernels.ops.relative_attention import relative_shift
 from model.kernels.ops.route import Routing
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late

@@ -33,6 +33,7 @@ BODIES = {
     "switchhead_value": ("_value", "_value_backward"),
     "switchhead_output": ("_output", "_output_backward"),
     "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
+    "relative_attention": ("_relative_attention", "_relative_attention_backward"),
     "linear_cross_entropy": ("_linear_cross_entropy",),
     "elementwise": (
         *("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
@@ -52,7 +53,7 @@ def test_every_op_is_covered() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", BACKENDS)
+@pytest.mark.parametrize("op", sorted(BACKENDS.keys() - {"relative_attention"}))  # which has limits of its own
 def test_auto_on_cuda_is_triton(op: str, dtype: torch.dtype) -> None:
     assert resolve("auto", op, "cuda", dtype=dtype, widths=(412, 100)) == "triton"
     assert resolve("auto", op, "cpu", dtype=dtype) == "cpu"
@@ -182,6 +183,11 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         yield 1, lambda y: (new(N, k, h), x, order, load, into, "triton")
         yield 2, lambda *_: (narrow, gates, order, load, out_of, "triton")
         yield 3, lambda y: (new(N, d), narrow, gates, order, load, out_of, "triton")
+    elif op == "relative_attention":
+        heads, shared = new(3, 40, H, 12), new(3, 56, 1, 12)
+        tensors = heads, heads, shared, shared, new(56, 1, 12)
+        yield 0, lambda: (*tensors, "triton")
+        yield 1, lambda out, log_sum: (new(3, 40, H, 12), out, log_sum, *tensors, "triton")
     elif op == "linear_cross_entropy":
         yield 0, lambda: (x, new(V, d), new(V), integers(N), -100, True, True, "", 0, "triton")
     elif op == "elementwise":
@@ -282,9 +288,12 @@ class OpCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", ["switchhead", "moa"])
+@pytest.mark.parametrize("attention", ["switchhead", "moa", "moa xl"])
 def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> None:
     overrides = ("model.dropout=0.1", "model.feedforward.expert_dropout=0.1")
+    attention, _, position = attention.partition(" ")
+    if position == "xl":
+        overrides += ("model.position.type=xl", "model.position.memory_chunks=0")
     config = small_config(prepared, *([MOA] if attention == "moa" else []), *overrides).model
     backends = Backends.choose("auto", config, device_type="cuda", dtype=torch.bfloat16)
     assert set(vars(backends).values()) == {"triton"}
@@ -293,9 +302,10 @@ def test_a_model_on_cuda_calls_triton_alone(prepared: Path, attention: str) -> N
         tokens = torch.zeros(2, config.sequence_length, dtype=torch.int64)
         model(tokens, tokens, torch.arange(2))[0].backward()
     own = {"switchhead": {"switchhead_value", "switchhead_output"}, "moa": {"expert_linear", "expert_linear_sum"}}
-    both_ways = {"route", "sigma_moe"} | own[attention]
+    both_ways = {"route", "sigma_moe", "relative_attention" if position else "rotate", "layer_norm", "dropout"}
+    both_ways |= own[attention]
     expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
-    expected |= {"dropout", "keep_mask", "rotate", "rotate_backward", "layer_norm", "layer_norm_backward"}
+    expected = (expected | {"keep_mask"}) - {"dropout_backward"}
     assert {name for name, _ in calls.found} == expected
     assert {backend for _, backend in calls.found} == {"triton"}
 
