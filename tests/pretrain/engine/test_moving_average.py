@@ -160,9 +160,8 @@ def test_it_may_begin_late_and_any_layout_continues_it(prepared: Path, tmp_path:
     assert all(torch.allclose(average[name], expected[name], atol=1e-6) for name in average)
     assert evaluate(["--ema", str(run)]) == 0
     found = json.loads((run / "evaluation" / f"step-{STEPS:08d}-ema" / "validation.json").read_text())
-    assert (
-        found["loss"] == pytest.approx(events(run, "validation")[-1]["ema_loss"], rel=1e-5) and found["moving_average"]
-    )
+    in_bf16 = events(run, "validation")[-1]["ema_loss"]
+    assert found["loss"] == pytest.approx(in_bf16, rel=3e-3) and found["moving_average"]
     export(find_checkpoint(run), tmp_path / "exported", ExportOptions(ema=True))
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in average.items())
