@@ -50,6 +50,22 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     if hasattr(engine.optimizer, "check_grad_overflow"):
         # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
         engine.optimizer.check_grad_overflow = True
+    if config.parallel.offload_optimizer and config.parallel.zero < 3:
+        _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
     return engine
+
+
+def _drop_skipped_gradients(optimizer: Any) -> None:
+    """DeepSpeed 0.19.8 keeps the fp32 sums of a skipped update's gradients if the optimizer is offloaded: with bf16 and
+    fp16 the next step would add to what is not finite, and no later step would update. Without offload it drops them,
+    as this does."""
+    reset = optimizer.reset_cpu_buffers  # called after every step, done or skipped
+
+    def reset_and_drop() -> None:
+        reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+    optimizer.reset_cpu_buffers = reset_and_drop

@@ -30,6 +30,7 @@ QUICK = [
     ("train.precision=bf16", "parallel.zero=2"),
     ("train.precision=fp32", "parallel.zero=3"),
     ("train.precision=fp32", "parallel.pipeline=2"),
+    ("train.precision=bf16", "parallel.offload_optimizer=true", "parallel.zero=2"),
 ]
 THOROUGH = [
     ("train.precision=bf16", "parallel.zero=1"),
@@ -41,6 +42,8 @@ THOROUGH = [
     ("train.precision=fp32", "parallel.expert=2", "parallel.zero=1", "model.feedforward.num_experts=6"),
     ("train.precision=bf16", "parallel.expert=2", "parallel.zero=2", "model.feedforward.num_experts=6"),
     ("train.precision=fp32", "parallel.offload_optimizer=true", "parallel.zero=2"),
+    ("train.precision=bf16", "parallel.offload_optimizer=true", "parallel.zero=1"),
+    ("train.precision=bf16", "parallel.offload_optimizer=true", "parallel.zero=3"),
 ]
 
 
