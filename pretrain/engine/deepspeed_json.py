@@ -7,6 +7,11 @@ from typing import Any
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
 
+BUCKET_ELEMENTS = 50_000_000
+"""Elements of gradients that ZeRO reduces together. DeepSpeed sets buffers of as many aside, whatever the size of the
+model: of its own 500 million they take 1 to 2 GB, and most of a model of a billion parameters waits for the end of the
+backward pass."""
+
 
 def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""
@@ -23,6 +28,8 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.zero:
+        derived["zero_optimization"]["reduce_bucket_size"] = BUCKET_ELEMENTS
     if config.parallel.pipeline > 1:
         # Dividing what travels over tensor-parallel ranks would silently give wrong numbers under sequence parallelism.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

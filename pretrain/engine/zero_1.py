@@ -18,11 +18,6 @@ from torch import Tensor
 
 from pretrain.config.schema import Config
 
-BUCKET_ELEMENTS = 50_000_000
-"""Elements that are reduced together: two fp32 buffers of 200 MB. DeepSpeed's 500 million would leave most of a model
-of a billion parameters to be reduced after the backward pass."""
-
-
 def is_used(config: Config) -> bool:
     """Whether this run's optimizer would otherwise be BF16_Optimizer, and need not be."""
     parallel = config.parallel
@@ -38,7 +33,6 @@ def settings() -> dict[str, Any]:
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
     }
 
 

@@ -24,7 +24,7 @@ from pretrain.planning.traced import Activations, TracedRun, traced
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET = 500_000_000
-"""Elements of a bucket of gradients where nothing sets reduce_bucket_size: DeepSpeed's default."""
+"""Elements of a bucket of gradients at ZeRO 0, where nothing sets reduce_bucket_size: DeepSpeed's default."""
 USABLE = 0.9
 """Share of a device's memory that an estimate may fill; the rest is for what is not counted."""
 
