@@ -233,7 +233,7 @@ def test_a_zip_gives_its_one_member_and_nothing_else(
     assert "enwik8.zip is damaged" in one_error(capsys)
 
 
-@pytest.mark.parametrize("corpus", ["enwik8", "wikitext"])
+@pytest.mark.parametrize("corpus", ["enwik8", pytest.param("wikitext", marks=pytest.mark.slow)])
 def test_two_workers_and_small_chunks_give_the_same_bytes_and_a_second_run_nothing_to_do(
     corpus: str,
     request: pytest.FixtureRequest,

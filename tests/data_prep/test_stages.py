@@ -216,6 +216,7 @@ def test_stopped_after_every_few_files_and_continued(
     assert max(written[name] for name in stages if name.endswith(".json")) == 1
 
 
+@pytest.mark.slow  # test_stopped_after_every_few_files_and_continued is killed elsewhere
 def test_a_half_removed_work_folder_is_not_taken_for_finished_stages(
     raw: tuple[Path, dict[str, Any]], clean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -193,8 +194,8 @@ def test_layout_prints_what_the_documentation_shows(plan: Callable[..., str]) ->
     """The command and its output in docs/parallelism.md, line by line."""
     text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
     command, _, after = text.partition("python launch/plan.py layout configs/switchall_1b.json")[2].partition("\n")
-    block = after.partition(":\n\n")[2].partition("\n\nA run prints")[0]
-    shown = [line.strip() for line in block.splitlines() if line.strip()]
+    indented = itertools.takewhile(lambda line: not line or line[0] == " ", after.partition(":\n\n")[2].splitlines())
+    shown = [line.strip() for line in indented if line]
     assert len(shown) == 9 and shown[0].startswith("8 ranks = pipeline 2")
     text = plan("layout", str(ROOT / "configs" / "switchall_1b.json"), *command.split())
     printed = [line.strip() for line in text.splitlines() if line.strip()]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import op_cases
 from benchmarks.gpu import timing
 from benchmarks.gpu.timing import Times, Work, backward_of, draw, forward_of, measure, number_of_sets, times
+from model.kernels.backend import BACKENDS
 
 CPU = torch.device("cpu")
 VIEWS = {"detach", "alias", "view", "transpose"}
@@ -87,12 +88,13 @@ CASES = op_cases.equality_cases(small=True)
 def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
     sets = [draw(build, CPU, torch.float32, seed) for seed in range(2)]
     op = sets[0].case.op
+    backend = "cpu" if "cpu" in BACKENDS[op] else "triton"
     with Log() as log:
         clock = FakeClock(log)
-        measure(clock, [forward_of(inputs, "cpu") for inputs in sets], 3)
+        measure(clock, [forward_of(inputs, backend) for inputs in sets], 3)
         forward = [*log.lines]
         log.lines.clear()
-        works = [backward_of(inputs, "cpu", clock) for inputs in sets]
+        works = [backward_of(inputs, backend, clock) for inputs in sets]
         before = len(log.lines)
         measure(clock, works, 3)
         backward = log.lines[before:]

@@ -27,7 +27,7 @@ def train_in_forms(rank: int, runs: list[tuple[Config, Path, bool]]) -> None:
         train_runs(rank, [(config, folder)])
 
 
-@pytest.mark.parametrize("precision, zero", [("fp32", 0), ("bf16", 1)])
+@pytest.mark.parametrize("precision, zero", [pytest.param("fp32", 0, marks=pytest.mark.slow), ("bf16", 1)])
 def test_a_run_goes_on_in_the_other_form(prepared: Path, tmp_path: Path, precision: str, zero: int) -> None:
     """Whatever form saved: masters and moments stay those of the run that never changed its form, to rounding."""
     keys = (f"train.precision={precision}", f"parallel.zero={zero}", "evaluate.sequences=0", "train.steps=4")

@@ -42,6 +42,7 @@ def test_the_named_steps_are_recorded_on_the_first_slice(prepared: Path, tmp_pat
     ]
 
 
+@pytest.mark.slow  # the fast one ends where its steps do
 def test_a_run_that_ends_early_writes_what_it_has(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=2", "evaluate.sequences=0", "monitor.profile_steps=[2, 9]")
     run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])

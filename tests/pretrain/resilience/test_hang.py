@@ -73,7 +73,8 @@ def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sle
     return codes
 
 
-@pytest.mark.parametrize("stopped", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_slow_is_not_hung_and_patient_phases_may_take_their_time has a fast watchdog
+@pytest.mark.parametrize("stopped", [0, 2])
 def test_a_stopped_rank_is_named_and_killed(prepared: Path, tmp_path: Path, stopped: int) -> None:
     """Rank 0 too, although it hosts the store by which the ranks have met."""
     run_dir = tmp_path / "run"
