@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pretrain.config.schema import Config
 
+
 def is_used(config: Config) -> bool:
     """Whether this run's optimizer would otherwise be BF16_Optimizer, and need not be."""
     parallel = config.parallel
