@@ -259,12 +259,14 @@ def _report(saved: SavedModel, settings: Settings, cost: Cost) -> str:
     """What the texts cost, and how large the cache is beside that of a dense model."""
     from model.costs import cache_floats, dense_cache_floats
 
-    speed = cost.tokens / max(cost.seconds, 1e-9)
     parts = [
-        f"{cost.tokens:,} tokens in {cost.seconds:.2f} s: {speed:,.1f} tokens/s "
-        f"{'with' if settings.is_cached else 'without'} a cache"
+        f"{cost.tokens:,} tokens in {cost.seconds:.2f} s, {cost.prompt_seconds:.2f} s of them for the prompts' "
+        f"{cost.prompt_tokens:,} and the first after each"
     ]
-    parts.append(f"{cost.prompt_tokens:,} of prompts read in {cost.prompt_seconds:.2f} s of them")
+    # The first pass of a process also pays for what it loads, so it is no part of the rate.
+    if further := cost.tokens - cost.first_tokens:
+        speed = further / max(cost.seconds - cost.prompt_seconds, 1e-9)
+        parts.append(f"after that {speed:,.1f} tokens/s {'with' if settings.is_cached else 'without'} a cache")
     if settings.is_cached:
         config = saved.config.model
         own, dense = 4 * cache_floats(config), 4 * dense_cache_floats(config)

@@ -47,6 +47,8 @@ class Cost:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     """Until the first ids were known."""
+    first_tokens: int = 0
+    """Those first ids: one a text."""
     cache_bytes: int = 0
     """The largest at any time."""
 
@@ -95,6 +97,7 @@ def continued(
         cost.seconds += time.perf_counter() - started
         if is_first:
             cost.prompt_seconds += time.perf_counter() - began
+            cost.first_tokens += len(chosen)
             is_first = False
         for text, number in zip(live, chosen, strict=True):
             texts[text].append(number)
