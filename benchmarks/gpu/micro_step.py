@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.language_model import LanguageModel
 
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 FLOPs a second by the maker's data sheet: what a published utilisation is a share of."""
 COSTLIEST = 10
 STEPS = 5
 
@@ -97,14 +95,15 @@ def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> d
 def utilisation(config: ModelConfig, tokens_per_second: float, context: Context) -> dict[str, float]:
     """Model FLOPs a second over the measured ceiling, and over the data sheet's where the card is known."""
     from model.costs import training_flops_per_token
+    from pretrain.planning.devices import device_of_card
 
     rate = tokens_per_second * training_flops_per_token(config)
     found = {"flops_of_ceiling": round(rate / ceilings(context)[1], 4)}
     if context.device.type == "cuda":
-        card = torch.cuda.get_device_name(context.device)
-        peak = next((peak for short, peak in DATASHEET.items() if short in card), None)
+        known = device_of_card(torch.cuda.get_device_name(context.device))
+        peak = known.flops["bf16"] if known is not None else None
         if peak is not None:
-            found["mfu"] = round(rate / peak, 4)
+            found["mfu"] = round(rate / peak.value, 4)
     return found
 
 

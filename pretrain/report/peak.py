@@ -8,32 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.device import device_name
+from pretrain.planning.devices import device_of_card
 
 MEASURED_SECONDS = 0.15
-DATA_SHEETS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "MI300X": 1307.4e12,
-    "MI250X": 383e12,
-}
-"""Part of a device's name -> dense bf16 (V100, T4: fp16) FLOP/s with fp32 sums, by its maker's data sheet."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +21,6 @@ class Peak:
     """Where the number comes from, in words."""
 
 
-def data_sheet(name: str) -> float | None:
-    """FLOP/s of the device with this name; None if it is not known. The longest name that fits counts."""
-    fitting = [part for part in DATA_SHEETS if part.lower() in name.lower()]
-    return DATA_SHEETS[max(fitting, key=len)] if fitting else None
-
-
 def find_peak(device: torch.device, precision: str, given: float | None) -> Peak | None:
     """`given` (monitor.peak_flops), or the data sheet's, or measured; None if nothing is known."""
     if given is not None:
@@ -57,8 +28,9 @@ def find_peak(device: torch.device, precision: str, given: float | None) -> Peak
     if device.type == "cpu":
         return measured()
     name = device_name(device)
-    flops = data_sheet(name) if precision != "fp32" else None
-    return None if flops is None else Peak(flops, f"data sheet of {name}, dense {precision}")
+    known = device_of_card(name)
+    figure = known.flops[precision] if known is not None and precision != "fp32" else None
+    return None if figure is None else Peak(figure.value, f"data sheet of {name}, dense {precision}")
 
 
 def measured(seconds: float = MEASURED_SECONDS) -> Peak:

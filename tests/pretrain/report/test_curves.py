@@ -213,21 +213,6 @@ def test_laps_add_up_to_the_time_between_two_ends(monkeypatch: pytest.MonkeyPatc
     assert second.seconds() == {"reading": 4.0, "forward": 5.0}
 
 
-@pytest.mark.parametrize(
-    "name, flops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA GB200", 2500e12),
-        ("Unheard Of 9000", None),
-    ],
-)
-def test_data_sheets(name: str, flops: float | None) -> None:
-    assert peak.data_sheet(name) == flops
-
-
 def test_the_peak_of_a_cpu_is_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 0.05, 0.06, 0.11, 0.16])
     monkeypatch.setattr("pretrain.report.peak.time.perf_counter", lambda: next(times))
