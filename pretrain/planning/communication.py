@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """One call, or `count` equal ones in a row."""
 
     kind: str

@@ -58,7 +58,7 @@ def test_data_parallel() -> None:
 
 def test_a_short_reduction_is_hidden_whole_and_no_more() -> None:
     config, machine = sixteen()
-    small = GRADIENTS._replace(num_bytes=0)
+    small = replace(GRADIENTS, num_bytes=0)
     assert step_terms(config, machine, [work(small)], FAST).between == 0.0
     assert step_terms(config, machine, [work(small)], SLOW).between == pytest.approx(0.1)
 
@@ -91,7 +91,7 @@ def test_pipeline_stages_wait_for_the_slowest() -> None:
 
 def test_zero_2_reduces_in_every_micro_step() -> None:
     config, machine = sixteen("parallel.zero=2", 'deepspeed={"zero_optimization": {"overlap_comm": true}}')
-    every = GRADIENTS._replace(part="micro-step", count=2)
+    every = replace(GRADIENTS, part="micro-step", count=2)
     one = 0.1 + 2 * 15 / 16 * 80 / 8
     assert step_terms(config, machine, [work(every)], SLOW).between == pytest.approx(2 * one)
     assert step_terms(config, machine, [work(every)], FAST).between == pytest.approx(2 * (one - 1 / 3))
