@@ -38,8 +38,8 @@ class Rates(NamedTuple):
 
 
 def sent_bytes(kind: str, ranks: int, num_bytes: int) -> float:
-    """Bytes that one rank sends in a collective on a tensor of `num_bytes` (`Collective.num_bytes`): nccl-tests'
-    PERFORMANCE.md has the same factors. An all-reduce is a reduce-scatter and an all-gather."""
+    """Bytes that one rank sends in a collective on a tensor of `num_bytes` (`Collective.num_bytes`): nccl-tests
+    counts with the same factors. An all-reduce is a reduce-scatter and an all-gather."""
     shares = {
         "all_reduce": 2 * (ranks - 1) / ranks,
         "all_gather": (ranks - 1) / ranks,
