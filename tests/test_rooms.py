@@ -71,6 +71,7 @@ ROOMS = {
         "saving",
         "evaluate",
         "resume",
+        "segment",
         "loop",
         "cli",
         "smoke",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pretrain.loop
+import pretrain.segment
 from common.errors import UserError
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
@@ -28,7 +28,7 @@ DUE = ("train.steps=7", "evaluate.every_steps=3", "checkpoint.every_steps=4")
 def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
     """What rank 0 does, in order."""
     log: list[str] = []
-    agree, read, validate = Control.agree, LaunchedStep.read, pretrain.loop.validate
+    agree, read, validate = Control.agree, LaunchedStep.read, pretrain.segment.validate
     numbers: dict[int, int] = {}
 
     def agreeing(self: Control, *arguments: Any) -> Any:
@@ -44,7 +44,7 @@ def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
         return validate(trainer, monitor, step, **options | {"stopping": lambda: False})
 
     def prepare(trainer: Trainer) -> None:
-        launch, save, compare = trainer.launch, trainer.saver.save, pretrain.loop.ReplicaCheck.__call__
+        launch, save, compare = trainer.launch, trainer.saver.save, pretrain.segment.ReplicaCheck.__call__
 
         def launching(progress: Progress, given: Any) -> LaunchedStep:
             log.append(f"launch {progress.step + 1}")
@@ -61,9 +61,9 @@ def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
             return compare(self)
 
         trainer.launch, trainer.saver.save = launching, saving  # type: ignore[method-assign]
-        pretrain.loop.ReplicaCheck.__call__ = comparing  # type: ignore[method-assign]
+        pretrain.segment.ReplicaCheck.__call__ = comparing  # type: ignore[method-assign]
 
-    Control.agree, LaunchedStep.read, pretrain.loop.validate = agreeing, reading, validating  # type: ignore[method-assign]
+    Control.agree, LaunchedStep.read, pretrain.segment.validate = agreeing, reading, validating  # type: ignore[method-assign]
     assert train_with(rank, config, run_dir, prepare) == "FINISHED"
     return log
 

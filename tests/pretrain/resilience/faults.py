@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import pretrain.loop
+import pretrain.segment
 from common.errors import UserError
 from model.layers import Head
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.engine.step_sums import StepSums
 from pretrain.resilience.guard import RunFailed
 from pretrain.resilience.signals import Stop
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
@@ -50,14 +54,14 @@ def train_with(
     rank: int, config: Config, run_dir: Path, prepare: Callable[..., None], *arguments: Any, stop: Stop | None = None
 ) -> str:
     """Trains with `prepare(trainer, *arguments)` called on every trainer that is built. How it ended."""
-    build = pretrain.loop.build_trainer
+    build = pretrain.segment.build_trainer
 
     def build_and_prepare(*args: Any, **options: Any) -> Trainer:
         trainer = build(*args, **options)
         prepare(trainer, *arguments)
         return trainer
 
-    pretrain.loop.build_trainer = build_and_prepare  # type: ignore[assignment]
+    pretrain.segment.build_trainer = build_and_prepare  # type: ignore[assignment]
     try:
         code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
         return code.name
@@ -66,7 +70,7 @@ def train_with(
     except UserError as error:
         return f"REFUSED: {error}"
     finally:
-        pretrain.loop.build_trainer = build  # type: ignore[assignment]
+        pretrain.segment.build_trainer = build  # type: ignore[assignment]
 
 
 def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:
@@ -86,6 +90,30 @@ def spoil_losses_of_steps(trainer: Trainer, wrong: tuple[int, ...], rank: int) -
         now = [0]
         before_steps(trainer, lambda step: now.__setitem__(0, step))
         spoil_loss(trainer, lambda: now[0] in wrong and trainer.engine.module.training)
+
+
+def spike_in_steps(trainer: Trainer, steps: tuple[int, ...]) -> None:
+    """The losses of `steps` are read as 50 nats too high."""
+    reduce, now = trainer.reduce, [0]
+    before_steps(trainer, lambda step: now.__setitem__(0, step))
+
+    def spiked(*args: Any, **options: Any) -> SimpleNamespace:
+        report, height = reduce(*args, **options), 50.0 * (now[0] in steps)
+
+        def read() -> StepSums:
+            sums = report.read()
+            return replace(sums, loss=sums.loss + height)
+
+        return SimpleNamespace(read=read)
+
+    trainer.reduce = spiked  # type: ignore[assignment]
+
+
+def spike_on_position(trainer: Trainer, position: int) -> None:
+    """The step of 8 sequences that reads `position` of the data order has a loss 50 nats too high."""
+    left_out = {p for first, end in trainer.data.stream._skipped for p in range(first, end)}
+    read = [p for p in range(1000) if p not in left_out]
+    spike_in_steps(trainer, (read.index(position) // 8 + 1,) if position in read else ())
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +12,11 @@ import pytest
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.data.progress import Progress
-from pretrain.engine.step_sums import StepSums
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
+from tests.pretrain.resilience.faults import events, outcome, spike_in_steps, spike_on_position, train_with
 from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
 
 
@@ -78,13 +74,6 @@ SPIKY = (
 )
 
 
-def spike_on_position(trainer: Trainer, position: int) -> None:
-    """The step of 8 sequences that reads `position` of the data order has a loss 50 nats too high."""
-    left_out = {p for first, end in trainer.data.stream._skipped for p in range(first, end)}
-    read = [p for p in range(1000) if p not in left_out]
-    spike_in_steps(trainer, (read.index(position) // 8 + 1,) if position in read else ())
-
-
 @pytest.mark.parametrize(
     "memory, thorough",
     [
@@ -136,22 +125,6 @@ def test_a_spike_is_rolled_back_its_data_left_out_and_the_course_is_repeatable(
     run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), other)])
     for ours, theirs in zip(metrics(other), metrics(record_only), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
-
-
-def spike_in_steps(trainer: Trainer, steps: tuple[int, ...]) -> None:
-    reduce, now = trainer.reduce, [0]
-    before_steps(trainer, lambda step: now.__setitem__(0, step))
-
-    def spiked(*args: Any, **options: Any) -> SimpleNamespace:
-        report, height = reduce(*args, **options), 50.0 * (now[0] in steps)
-
-        def read() -> StepSums:
-            sums = report.read()
-            return replace(sums, loss=sums.loss + height)
-
-        return SimpleNamespace(read=read)
-
-    trainer.reduce = spiked  # type: ignore[assignment]
 
 
 _models: list[weakref.ref] = []

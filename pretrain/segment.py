@@ -1,0 +1,340 @@
+"""The steps from one start on: launch, read, judge the result, validate, save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from common.strict_json import finite
+from pretrain.checkpoint import layout
+from pretrain.data.progress import Progress
+from pretrain.evaluate import validate
+from pretrain.evaluation.likelihood import Place
+from pretrain.parallel.agreement import agreed, raise_agreed
+from pretrain.report.metrics import step_values
+from pretrain.report.monitor import Monitor, Origin
+from pretrain.report.profile import StepProfiler
+from pretrain.report.run_folder import RunFolder
+from pretrain.report.start_facts import start_facts
+from pretrain.resilience.control import Control
+from pretrain.resilience.guard import Diverged, ReplicasDiffer
+from pretrain.resilience.replicas import ReplicaCheck
+from pretrain.resilience.rollback import Rollback
+from pretrain.resilience.spikes import SpikeDetector
+from pretrain.resume import StartPoint, branch_start, record_start
+from pretrain.routing.tape import open_tape
+from pretrain.saving import save
+from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
+
+
+@dataclass(frozen=True)
+class SegmentEnd:
+    """Where a segment ended, and why; after the last step both reasons are None."""
+
+    step: int
+    rollback: Rollback | None = None
+    """The rollback that is needed."""
+    stopped: str | None = None
+    """What stopped it, after a checkpoint was saved."""
+
+
+def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
+    """Builds everything for the steps after `start`. Collective."""
+    config, parallel = setup.config, setup.parallel
+    trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
+    last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+    settings, step = config.resilience, start.progress.step
+    steps = range(step + 1, last + 1)
+    trainer.tape = open_tape(config, setup.sources, trainer.engine.module, parallel, folder.path, steps)
+
+    def prepare() -> Monitor | None:
+        if not parallel.is_first:
+            return None
+        record_start(folder, start, config, layout(trainer.engine, parallel), last_step=last)
+        tokens = start.progress.consumed_sequences * config.model.sequence_length
+        origin = Origin(step, tokens, last, setup.device, dist.get_world_size())
+        return Monitor(
+            config, folder, origin, facts=start_facts(config, layout(trainer.engine, parallel), setup.device)
+        )
+
+    monitor = agreed(prepare)
+    replicas = None
+    if settings.replica_check_every_steps and dist.get_world_size() > 1:
+        replicas = ReplicaCheck(trainer.engine, parallel, control.group)
+    # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
+    window = settings.spike_window_steps
+    spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
+    profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
+    return Segment(
+        trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, profiler, _saved_step=step
+    )
+
+
+@dataclass
+class Segment:
+    """The steps from one start on: to the end, to a stop, or to a rollback."""
+
+    trainer: Trainer
+    folder: RunFolder
+    monitor: Monitor | None
+    control: Control
+    replicas: ReplicaCheck | None
+    spikes: SpikeDetector
+    start: StartPoint
+    progress: Progress
+    last: int
+    profiler: StepProfiler
+    _launched: LaunchedStep | None = None
+    """The step after `progress`, if the device may still be computing it."""
+    _loss: float | None = None
+    """Loss of the last step; None if it is not finite."""
+    _validation_loss: float | None = None
+    """Loss on the held-out split after the last step, if it was validated."""
+    _saved_step: int = 0
+    """Of the newest checkpoint, or of the start."""
+    _spike: str | None = None
+    """On rank 0: the spike for which the run must go back, until the others know."""
+
+    @property
+    def setup(self) -> RunSetup:
+        return self.trainer.setup
+
+    @property
+    def _ahead(self) -> Progress:
+        """`progress`, or that after the launched step. Step and data of the next do not depend on how that one ends."""
+        return self.progress if self._launched is None else self._after_step(updated=True)
+
+    def _after_step(self, *, updated: bool) -> Progress:
+        return self.progress.after_step(self.setup.config.batch.global_sequences, updated=updated)
+
+    def run(self) -> SegmentEnd:
+        """All steps, with what comes between them. Collective.
+
+        The scalars of a step are read after the next one is launched, so that the device never waits for the host. Only
+        where something is made of the step (a checkpoint, a validation, a comparison, the end) or where a spike must
+        undo it before the next, nothing is launched before they are read."""
+        stopping, rollback = False, None
+        if self._validation_is_missing():
+            self._validate()
+        if self._tasks_are_missing():
+            self._evaluate_tasks()
+        while self._ahead.step < self.last and not stopping and rollback is None:
+            stopping, rollback = self._next_step()
+        if rollback is not None:
+            self.trainer.saver.wait()
+            return SegmentEnd(self.progress.step, rollback)
+        stopping = stopping or self.control.stopping()
+        self.setup.phases.enter("checkpoint")
+        self.trainer.saver.finish()
+        return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
+
+    def _next_step(self) -> tuple[bool, Rollback | None]:
+        """Launches the next step, unless the ranks agree to stop or to go back; then reads the one before. If something
+        is due after the step, it is done. Returns whether to stop, and a rollback if one is needed."""
+        phases = self.setup.phases
+        phases.step = self._ahead.step + 1
+        self.profiler.before(phases.step)
+        given = self.trainer.read_input(self._ahead)
+        phases.enter("waiting for the batches of other ranks")
+        stopping, rollback = self._agree(given.error)
+        if stopping and rollback is None:
+            self._settle()
+            return self._between_steps(stopping) if self.progress.step != self._saved_step else (True, None)
+        if rollback is not None:
+            return stopping, rollback
+        launched = self.trainer.launch(self._ahead, given)
+        self.profiler.after(phases.step)
+        self._settle()
+        self._launched = launched
+        is_due = self._is_anything_due()
+        if is_due or self._spikes_are_undone():
+            self._settle()
+        if not is_due:
+            return False, None
+        phases.enter("agreeing on what is next")
+        stopping, rollback = self._agree()
+        return (stopping, rollback) if rollback is not None else self._between_steps(stopping)
+
+    def _settle(self) -> None:
+        """Reads the launched step, if there is one: its line in metrics.jsonl, and what follows from it. Raises
+        Diverged, on every rank."""
+        if self._launched is None:
+            return
+        self.setup.phases.enter("reading the step's sums")
+        result, config = self._launched.read(), self.setup.config
+        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
+        is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
+        self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
+        self._launched = None
+        self._loss, self._validation_loss = finite(result.sums.loss), None
+        if self.monitor is not None:
+            values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
+            self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
+        self._judge(result.sums.loss)
+
+    def _judge(self, loss: float) -> None:
+        """What follows from the last step's loss. Raises Diverged."""
+        settings, step, skipped = self.setup.config.resilience, self.progress.step, self.progress.skipped_updates
+        if skipped:
+            self.folder.event("skipped_update", step=step, loss=repr(loss), in_a_row=skipped)
+        if skipped >= settings.max_skipped_updates:
+            raise Diverged(
+                f"step {step}: loss {loss}: the updates of {skipped} steps in a row were skipped, because loss or "
+                f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). The last "
+                f"checkpoint stands: resume from it with a lower learning rate (--set optimizer.learning_rate=... "
+                f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
+            )
+        spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
+        if spike is None:
+            return
+        print(f"loss spike after step {step}: {spike}", flush=True)
+        self.folder.event("loss_spike", step=step, reason=spike)
+        self._spike = spike if self._spikes_are_undone() else None
+
+    def _agree(self, error: Exception | None = None) -> tuple[bool, Rollback | None]:
+        """One message of all ranks, about the batches of the next step (`error`: why this rank has none) and the last
+        step that was read: whether to stop, and a rollback if one is needed. Raises `error`, or PeerFailed."""
+        step, skipped = self.progress.step, self.progress.skipped_updates
+        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0)
+        is_spike, any_skipped, any_updated = said.flags
+        assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
+        if is_spike:
+            reason = self.control.from_first_rank(lambda: self._spike)
+            steps = self.setup.config.resilience.spike_skip_steps
+            return said.stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=steps)
+        if not said.stopping:
+            if said.first_failed is not None:
+                self._settle()
+            raise_agreed(error, said.first_failed)
+        return said.stopping, None
+
+    def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:
+        """What is due after a step that was read, with none launched: comparison, validation, checkpoint. Returns
+        whether to stop, and a rollback if one is needed."""
+        assert self._launched is None
+        config, self.setup.phases.step = self.setup.config, self.progress.step
+        rollback = self._compare_replicas(stopping)
+        if rollback is not None:
+            return stopping, rollback
+        if not stopping and self._is_due(config.evaluate.every_steps):
+            self._validate()
+            stopping = self.control.stopping()
+        if not stopping and self.setup.tasks.are_due(self.progress.step, self.last):
+            self._evaluate_tasks()
+            stopping = self.control.stopping()
+        if stopping or self._is_due(config.checkpoint.every_steps):
+            self._save()
+        return stopping, None
+
+    def _is_anything_due(self) -> bool:
+        """After the launched step."""
+        config = self.setup.config
+        replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
+        tasks = self.setup.tasks.every_steps
+        return any(map(self._is_due, (config.evaluate.every_steps, config.checkpoint.every_steps, replicas, tasks)))
+
+    def _spikes_are_undone(self) -> bool:
+        """Whether a spike makes the run go back. Then the next step waits until the loss is known: else
+        the run would have to forget a step that it launched."""
+        settings = self.setup.config.resilience
+        return settings.spike_threshold > 0.0 and settings.spike_action == "rollback"
+
+    def _compare_replicas(self, stopping: bool) -> Rollback | None:
+        """Compares replicas after the configured number of steps, and before a save. Raises ReplicasDiffer."""
+        settings, saves = self.setup.config.resilience, self.setup.config.checkpoint.every_steps
+        if self.replicas is None or not (
+            stopping or self._is_due(settings.replica_check_every_steps) or self._is_due(saves)
+        ):
+            return None
+        self.setup.phases.enter("comparing replicas")
+        different = self.replicas()
+        if not different:
+            return None
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        reason = f"replicas differ after step {self.progress.step}: {'; '.join(different[:3])}{more}"
+        self.folder.event("replicas_differ", step=self.progress.step, tensors=different[:100])
+        if settings.replica_action == "stop":
+            raise ReplicasDiffer(
+                f"{reason}. The last checkpoint was saved before; check the memory of those machines or, if other "
+                "machines end in the same way, the layer of that parameter: its gradient must be the same on all"
+            )
+        return self._go_back(reason, ReplicasDiffer)
+
+    def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:
+        """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
+        were too many before."""
+        settings, done = self.setup.config.resilience, len(self.start.rollbacks)
+        if done >= settings.max_rollbacks:
+            raise failure(
+                f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
+            )
+        sequences = self.setup.config.batch.global_sequences
+        steps = min(steps, self.progress.step, self.progress.consumed_sequences // sequences)
+        consumed = self.progress.consumed_sequences - steps * sequences
+        rollback = Rollback(
+            reason=reason,
+            at_step=self.progress.step,
+            first_step=self.progress.step - max(1, steps) + 1,
+            skipped=self.trainer.data.stream.range_of(consumed, steps * sequences) if steps else None,
+            branch_start=branch_start(self.setup.config, self.start.checkpoint),
+        )
+        if self.monitor is not None:
+            skipped = rollback.skipped
+            data = f", leaving out the positions {skipped[0]} to {skipped[1] - 1} of the data" if skipped else ""
+            print(f"going back to before step {rollback.first_step}{data}: {reason}", flush=True)
+        self.folder.event("rollback", **vars(rollback))
+        return rollback
+
+    def _validation_is_missing(self) -> bool:
+        """Whether a stop prevented the validation that was due after the step that this segment starts from."""
+        due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
+        changes = [key for key in self.start.changes if key.startswith("evaluate.")]
+        if any(key != "evaluate.every_steps" and not key.startswith("evaluate.tasks") for key in changes):
+            return due  # because settings differ from the checkpoint's
+        return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
+
+    def _tasks_are_missing(self) -> bool:
+        """As `_validation_is_missing`."""
+        step = self.progress.step
+        if step == 0 or not self.setup.tasks.are_due(step, self.last):
+            return False
+        if {"evaluate.tasks", "evaluate.tasks_limit"} & set(self.start.changes):
+            return True
+        return not self.control.from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
+
+    def _evaluate_tasks(self) -> None:
+        def goes_on(done: int) -> bool:
+            self.setup.phases.enter("evaluation of tasks")  # every call is a sign of life
+            return not self.control.stopping()
+
+        place = Place(self.setup.parallel, self.setup.device)
+        self.setup.tasks.evaluate(self.trainer.executor, place, self.monitor, self.progress.step, goes_on)
+
+    def _validate(self) -> None:
+        is_last = self.progress.step >= self.last
+        self._validation_loss = validate(
+            self.trainer, self.monitor, self.progress.step, is_last=is_last, stopping=self.control.stopping
+        )
+
+    def _save(self) -> None:
+        """Writes a checkpoint, or begins to write it. Collective."""
+        self.setup.phases.enter("checkpoint")
+        self._saved_step = self.progress.step
+        if self.monitor is not None:
+            self.monitor.flush()
+        losses = {"loss": self._loss, "validation_loss": self._validation_loss}
+        save(self.trainer, self.folder, self.progress, branch_start(self.setup.config, self.start.checkpoint), losses)
+
+    def _is_due(self, every: int) -> bool:
+        """After the last step, launched ones included."""
+        step = self._ahead.step
+        return step == self.last or (every > 0 and step % every == 0)
+
+    def close(self) -> None:
+        """Frees the engine, so that another can be built."""
+        self.profiler.close()
+        self.trainer.close()
+        if self.monitor is not None:
+            self.monitor.close()
