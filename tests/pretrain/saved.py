@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def whole_tensors(folder: Path, *, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
@@ -44,3 +44,21 @@ def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     (folder / "state.json").write_bytes(content)
     marker = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "commit.json").write_text(json.dumps(marker))
+
+
+def add_moving_average(folder: Path, average: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives a checkpoint of one rank what `train.ema_decay` keeps: `average` of each of its weights. Returns them."""
+    (shard,) = folder.glob("rank-*.safetensors")
+    tensors, index = load_file(shard), json.loads((folder / "tensors.json").read_text())
+    for key in [key for key in tensors if key.startswith("master/")]:
+        tensors[key.replace("master/", "ema/", 1)] = average(tensors[key])
+    for name in [name for name in index["tensors"] if name.startswith("master/")]:
+        index["tensors"][name.replace("master/", "ema/", 1)] = index["tensors"][name]
+    save_file(tensors, shard)
+    (folder / "tensors.json").write_text(json.dumps(index))
+    entries = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in (shard, folder / "tensors.json")
+    }
+    rewrite_state(folder, lambda state: state["files"].update(entries))
+    return {name.removeprefix("ema/"): value for name, value in whole_tensors(folder, prefixes=("ema/",)).items()}

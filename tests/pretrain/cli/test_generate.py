@@ -17,8 +17,10 @@ import torch
 import pretrain.export.loading
 import pretrain.generation.texts
 import pretrain.saved_model.loading
+from model.language_model import build_model
 from pretrain.cli.generate import main
 from pretrain.saved_model import load_model
+from tests.pretrain.saved import add_moving_average
 
 Printed = tuple[int, str, str]
 PROMPT = "gab de"
@@ -52,6 +54,26 @@ def test_a_text_with_and_without_a_cache(trained: Path, generate: Callable[..., 
     assert generate(trained, *options, "--no-cache")[1] == text
     assert "tokens/s without a cache" in generate(trained, *options, "--no-cache")[2]
     assert generate(trained, *options[:-1], 4)[1] != text
+
+
+def test_the_moving_average_writes(trained: Path, generate: Callable[..., Printed], tmp_path: Path) -> None:
+    """By greedy decoding of a model that is built with it, one whole text after the other."""
+    run = shutil.copytree(trained, tmp_path / "averaged")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    options = ("--prompt", PROMPT, "--tokens", 6, "--temperature", 0, "--json")
+    code, out, said = generate(run, *options, "--ema")
+    assert (code, out) == (2, "") and "holds no moving average of the weights; leave --ema out" in said
+    average = add_moving_average(checkpoint, lambda weight: weight.flip(-1) + 0.05)
+    saved = load_model(run, verify=False)
+    model = build_model(saved.config.model, seed=0).eval()
+    model.load_state_dict(average)
+    ids = saved.tokenizer.encode(PROMPT)
+    length = len(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model.logits(torch.tensor([ids]))[0][0, -1, : saved.tokenizer.vocab_size].argmax()))
+    found, of_weights = (json.loads(generate(run, *options, *more)[1])["ids"] for more in (("--ema",), ()))
+    assert found == ids[length:] and found != of_weights
 
 
 def test_json_of_several_prompts_and_samples(

@@ -23,7 +23,7 @@ from pretrain.export.writing import ExportOptions, export
 from pretrain.report.disk_space import checkpoint_space
 from pretrain.saved_model import find_checkpoint, load_model
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, spoil_losses_of_steps, train_with
+from tests.pretrain.resilience.faults import events, spike_on_position, spoil_losses_of_steps, train_with
 from tests.pretrain.runs import assert_bit_identical, small_config, trainer_of
 from tests.pretrain.saved import whole_tensors
 
@@ -176,3 +176,23 @@ def test_what_goes_with_it(prepared: Path, tmp_path: Path) -> None:
         checkpoint_space(small_config(prepared, *keys), tmp_path) for keys in ((), ("train.ema_decay=0.9",))
     )
     assert average.size * 3 == without.size * 4 and average.row().formula.startswith("16 x parameters")
+
+
+def test_a_rollback_takes_it_back(prepared: Path, tmp_path: Path) -> None:
+    """Position 36 (step 5) is bad: steps 4 and 5 go, with what they added to the average of step 3."""
+    spiky = ("resilience.spike_window_steps=8", "resilience.spike_threshold=5", "resilience.spike_action=rollback")
+    keys = ("train.steps=6", "evaluate.sequences=0", "resilience.spike_skip_steps=2", *spiky)
+    config = config_of(prepared, ("train.precision=fp32", "parallel.zero=1"), *keys)
+    assert run_ranks(train_with, 1, config, tmp_path, spike_on_position, 36) == ["FINISHED"]
+    (rollback,) = events(tmp_path, "rollback")
+    assert (rollback["at_step"], rollback["first_step"], rollback["skipped"]) == (5, 4, [24, 40])
+    _, average = kept(tmp_path, 1)
+    for step in range(2, 7):
+        weights, after = kept(tmp_path, step)
+        for name, value in weights.items():
+            expected = DECAY * average[name].double() + (1.0 - DECAY) * value.double()
+            assert torch.allclose(after[name].double(), expected, rtol=0, atol=1e-6), f"{name} after step {step}"
+        average = after
+    (undone,) = (tmp_path / "checkpoints").glob("superseded-*")
+    before = whole_tensors(undone, prefixes=("ema/",))
+    assert not torch.equal(before["ema/embedding.weight"], kept(tmp_path, 4)[1]["embedding.weight"])
