@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.terminal import visible
+from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import device_named, exit_code_of
 
 
@@ -59,17 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="which window of model.sequence_length tokens the maps show, counted from 1 (default: 1; later ones show "
         "the memory of models that have one)",
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="where prepared data are now, for the tokenizer, if they are not where a run read them; repeatable",
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models compute (default: cpu)")
+    add_data(parser)
+    add_ema(parser)
+    add_device(parser)
     return parser
 
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.tables import text_table
 from pretrain.checkpoint.convert import convert, progress_bar
 from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.cli.options import add_ema
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
 
@@ -52,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
     )
-    convert.add_argument(
-        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
-    )
+    add_ema(convert)
     average = commands.add_parser(
         "average",
         help="the mean of the weights of several checkpoints, as a checkpoint",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import device_named, exit_code_of
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
@@ -49,18 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="most tokens that the model looks back to (default: as in training, sequence_length and the memory); of "
         "longer texts the beginning is cut off",
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="where prepared data are now, for tokenizer and held-out split, if they are not where the run read them; "
-        "repeatable",
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    add_data(parser, used_for="for tokenizer and held-out split")
+    add_ema(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from pretrain.cli.options import add_data, add_ema
 from pretrain.cli.refusals import exit_code_of
 
 UNITS = {"MB": 10**6, "GB": 10**9}
@@ -50,16 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="licence of the weights for the model card, as the Hugging Face hub calls it, e.g. apache-2.0 or "
         "cc-by-4.0 (default: unknown)",
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="where prepared data are now, for the tokenizer, if they are not where the run read them; repeatable",
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
-    )
+    add_data(parser)
+    add_ema(parser)
     parser.add_argument(
         "--verify",
         action="store_true",

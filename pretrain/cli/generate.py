@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.terminal import visible
+from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import device_named, exit_code_of
 
 if TYPE_CHECKING:
@@ -52,19 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute the whole text for every token: the same texts, slowly, to compare with",
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="where prepared data are now, for the tokenizer, if they are not where the run read them; repeatable",
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="the moving average (train.ema_decay) instead of the weights"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where the model computes (default: cpu)"
-    )
+    add_data(parser)
+    add_ema(parser)
+    add_device(parser)
     return parser
 
 
