@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Says what is wrong, where (key, file, rank) and which value or command would work."""
@@ -17,3 +19,12 @@ class DataError(UserError):
 
 class PassingError(DataError):
     """The user did nothing wrong: the same command may succeed later, and it continues where it was."""
+
+
+Problem = Callable[[UserError], None]
+"""Takes what is wrong: `refuse` raises it, a list's `append` keeps it, so that a check can go on and find the rest."""
+
+
+def refuse(error: UserError) -> None:
+    """The Problem of a program that ends at the first one."""
+    raise error

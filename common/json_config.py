@@ -122,9 +122,46 @@ def validate(model: type[Model], tree: dict[str, Any]) -> Model:
         # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
         return model.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = _sorted(error)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(_describe(model, problems[0]) + more) from None
+
+
+def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None, list[ConfigError]]:
+    """The configuration, and every problem of it, one ConfigError each. Beside unknown keys alone there is a
+    configuration, that of the other keys; beside other problems it is None."""
+    try:
+        _refuse_unprintable(tree)
+        return model.model_validate_json(json.dumps(tree)), []
+    except ConfigError as error:
+        return None, [error]
+    except ValidationError as error:
+        problems = _sorted(error)
+    found = [ConfigError(_describe(model, problem)) for problem in problems]
+    if any(problem["type"] != "extra_forbidden" for problem in problems):
+        return None, found
+    known = json.loads(json.dumps(tree))
+    for problem in problems:
+        _remove(known, problem["loc"])
+    try:
+        return model.model_validate_json(json.dumps(known)), found
+    except ValidationError:
+        return None, found
+
+
+def _sorted(error: ValidationError) -> list[ErrorDetails]:
+    """Unknown keys first."""
+    return sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+
+
+def _remove(tree: Any, place: tuple[int | str, ...]) -> None:
+    """Removes a key of a tree. `place` is pydantic's, with the kind of a section as one more part."""
+    *sections, leaf = place
+    for part in sections:
+        is_there = part in tree if isinstance(tree, dict) else isinstance(part, int)
+        if is_there:
+            tree = tree[part]
+    tree.pop(leaf, None)
 
 
 def _refuse_unprintable(value: Any, key: str = "") -> None:

@@ -71,6 +71,7 @@ ROOMS = {
         "saving",
         "evaluate",
         "resume",
+        "preflight",
         "segment",
         "loop",
         "cli",

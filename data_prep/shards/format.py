@@ -16,9 +16,13 @@ A prepared folder holds
 All of it is data: JSON, raw integers and safetensors, never pickle. Imports: numpy, safetensors and pydantic.
 """
 
+import errno
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +31,19 @@ import safetensors
 import safetensors.numpy
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from common.errors import DataError
+from common.errors import DataError, Problem, refuse
 from common.hashing import sha256_file, sha256_json
 from common.splits import SPLITS, SplitName
 from data_prep.shards.manifest_records import BYTE_VALUES as BYTE_VALUES
-from data_prep.shards.manifest_records import Provenance, Record, Sha256, ShardEntry, SplitTotals, TokenizerEntry
+from data_prep.shards.manifest_records import (
+    Provenance,
+    Record,
+    RecordFile,
+    Sha256,
+    ShardEntry,
+    SplitTotals,
+    TokenizerEntry,
+)
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -164,37 +176,68 @@ class Manifest(Record):
     def _record_files(self) -> list[str]:
         return [record.file for record in self.provenance.records]
 
-    def check(self, level: Literal["size", "full"], show_progress: bool = False) -> None:
-        """Compares the folder with the manifest; raises one DataError that names the file, the difference and
-        the fix.
+    def check(self, level: Literal["size", "full"], show_progress: bool = False, problem: Problem = refuse) -> None:
+        """Compares the folder with the manifest; one DataError for each file that differs, which names the file, the
+        difference and the fix. It is raised, unless `problem` takes it.
 
-        Always: every file is there with its size; tokenizer and indexes are hashed and the indexes validated.
-        `full` also hashes every shard; `show_progress` shows a bar for that.
+        Always: every file is there with its size and may be read; tokenizer and indexes are hashed and the indexes
+        validated. `full` also hashes every shard; `show_progress` shows a bar for that.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
+
+        def passes(check: Callable[[], object]) -> bool:
+            try:
+                check()
+                return True
+            except DataError as error:
+                problem(error)
+                return False
+
         entries = self._entries()
+        passes(self._check_tokenizer)
+        whole = [entry for entry in entries if passes(partial(_check_shard, self.folder / entry.file, entry))]
+        for entry in entries:
+            passes(partial(ShardIndex.load, self, entry))
+        if level == "size":
+            return
+        for record in self.provenance.records:  # not data: training does without them
+            passes(partial(_check_record, self.folder / record.file, record))
+        from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
+
+        total = sum(entry.bytes for entry in whole)
+        with byte_bar(total=total, description="hashing shards", enabled=show_progress) as bar:
+            for entry in whole:
+                passes(partial(_check_hash, self.folder / entry.file, entry.sha256, bar.update))
+
+    def _check_tokenizer(self) -> None:
         if self.tokenizer.file is not None:
             tokenizer = self.folder / self.tokenizer.file
             if not tokenizer.is_file():
                 raise DataError(f"missing file {tokenizer}; {REBUILD}")
-            _expect("sha256", tokenizer, self.tokenizer.sha256, sha256_file(tokenizer))
-        for entry in entries:
-            check_size(self.folder / entry.file, entry.bytes)
-        for entry in entries:
-            ShardIndex.load(self, entry)
-        if level == "size":
-            return
-        for record in self.provenance.records:  # not data: training does without them
-            path = self.folder / record.file
-            check_size(path, record.bytes)
-            _expect("sha256", path, record.sha256, sha256_file(path))
-        from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
+            _check_hash(tokenizer, self.tokenizer.sha256)
 
-        total = sum(entry.bytes for entry in entries)
-        with byte_bar(total=total, description="hashing shards", enabled=show_progress) as bar:
-            for entry in entries:
-                path = self.folder / entry.file
-                _expect("sha256", path, entry.sha256, sha256_file(path, on_bytes=bar.update))
+
+def _check_shard(path: Path, entry: ShardEntry) -> None:
+    check_size(path, entry.bytes)
+    if not os.access(path, os.R_OK):
+        raise DataError(_unreadable(path, os.strerror(errno.EACCES)))
+
+
+def _check_record(path: Path, record: RecordFile) -> None:
+    check_size(path, record.bytes)
+    _check_hash(path, record.sha256)
+
+
+def _check_hash(path: Path, sha256: str | None, on_bytes: Callable[[int], object] | None = None) -> None:
+    try:
+        found = sha256_file(path, on_bytes)
+    except OSError as error:
+        raise DataError(_unreadable(path, error.strerror)) from None
+    _expect("sha256", path, sha256, found)
+
+
+def _unreadable(path: Path, reason: str | None) -> str:
+    return f"{path} cannot be read: {reason}; let its owner give this user read permission"
 
 
 def _expect(what: str, path: Path, expected: object, found: object) -> None:
@@ -234,7 +277,10 @@ class ShardIndex:
         """Reads an index, checks its hash, then that it is consistent with the shard. Raises DataError."""
         path = manifest.folder / entry.index_file
         check_size(path, entry.index_bytes)
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise DataError(_unreadable(path, error.strerror)) from None
         _expect("sha256", path, entry.index_sha256, hashlib.sha256(raw).hexdigest())
         try:
             arrays = safetensors.numpy.load(raw)

@@ -19,6 +19,9 @@ from common.errors import UserError
 from common.paths import REPOSITORY, find_input
 from common.urls import URL
 from launch.slurm import job
+from pretrain.config.loading import load_config
+from pretrain.config.rules import check_device, rank_problems
+from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
 
@@ -98,7 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job.need_sbatch()
         args.config = config_file(args.config)
         run_dir = run_folder(args.config, args.run_dir)
-        _check(args, run_dir)
+        problems = _check(args, run_dir)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if problems:
+            return ExitCode.REFUSED
         # A copy, because the file may be edited while the job waits or runs, and every restart reads it again.
         content = args.config.read_bytes()
         logs = run_dir / "slurm"
@@ -127,12 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, run_dir: Path) -> None:
-    """Checks everything that can be wrong before the job gets a node; warnings and derived values go to stderr."""
-    from pretrain.cli.train import preflight, print_derived
-    from pretrain.config.loading import load_config
-    from pretrain.config.rules import check_device, check_ranks
-
+def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
+    """Checks everything that can be wrong before the job gets a node, and returns what is wrong with the run, all at
+    once; warnings and derived values go to stderr. Raises UserError for options of the job."""
     limit = job.seconds_of(args.time)
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
@@ -146,14 +150,18 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
             f"train.device={device}"
         )
     if args.after is None:
-        with contextlib.redirect_stdout(sys.stderr):
-            sources, data_size = preflight(config, num_ranks, run_dir, device)
-            print_derived(config, data_size, sources, run_dir)
-        data = [source.manifest.folder for source in sources.sources]
+        wanted = Wanted(
+            config=args.config,
+            option="--config",
+            overrides=args.overrides,
+            run_dir=run_dir,
+            num_ranks=num_ranks,
+            device=device,
+        )
+        problems, data = _check_run(wanted)
     else:
-        check_ranks(config, num_ranks)
+        problems, data = list(rank_problems(config, num_ranks)), _future_data(config)
         check_device(config, device)
-        data = _future_data(config)
         print(
             f"--after {args.after}: data ({', '.join(map(str, data)) or 'behind URLs'}) and an earlier checkpoint are "
             f"checked when the job starts, not now; where they do not fit it ends with exit code 2",
@@ -165,6 +173,23 @@ def _check(args: argparse.Namespace, run_dir: Path) -> None:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
+    return problems
+
+
+def _check_run(wanted: Wanted) -> tuple[list[UserError], list[Path]]:
+    """What is wrong with the run, and the folders of its data sets."""
+    from pretrain.cli.train import print_derived
+
+    examination = Examination(wanted)
+    examination.check_settings()
+    examination.check_run(thorough=False)
+    run = examination.run
+    if not examination.is_sound or run is None:
+        return examination.checks.problems, []
+    assert run.sources is not None and run.data_size is not None and run.run_dir is not None
+    with contextlib.redirect_stdout(sys.stderr):
+        print_derived(run.config, run.data_size, run.sources, run.run_dir)
+    return [], [source.manifest.folder for source in run.sources.sources]
 
 
 def _check_gpus(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.shapes import check_shapes
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
@@ -43,6 +44,7 @@ def initial_checkpoint(config: Config, tokenizer_sha256: str | None) -> Checkpoi
             f"{KEY}: {path} was trained with another tokenizer than this run's data have, so its embedding means other "
             f"pieces; prepare the data with its tokenizer, or leave the key out"
         )
+    check_shapes(checkpoint, config.model, KEY)
     return checkpoint
 
 

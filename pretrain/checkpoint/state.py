@@ -38,6 +38,7 @@ from model.parameters import owner_of, parameter_specs
 from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
 from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, single_fragment
 from pretrain.checkpoint.planners import LoadPlanner
+from pretrain.checkpoint.shapes import full_shapes
 from pretrain.checkpoint.storage import Reader
 from pretrain.data.progress import Progress
 from pretrain.engine.zero_state import AVERAGE, Piece, optimizer_steps, pieces, set_optimizer_steps
@@ -242,11 +243,6 @@ def layout(engine: Any, parallel: ParallelContext) -> dict[str, int]:
         "expert": parallel.expert_size,
         "zero": engine.zero_optimization_stage(),
     }
-
-
-def full_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Shape of every parameter of the model by canonical name; a tied output layer's is the embedding's."""
-    return {name: list(spec.shape) for name, spec in parameter_specs(config).items() if owner_of(name, config) == name}
 
 
 @functools.cache

@@ -30,7 +30,8 @@ from pretrain.checkpoint.folder import (
     digest_entry,
     holds_checkpoint_files_alone,
 )
-from pretrain.checkpoint.state import code_versions, full_shapes
+from pretrain.checkpoint.shapes import full_shapes
+from pretrain.checkpoint.state import code_versions
 from pretrain.checkpoint.storage import NAMES, Entry, chunk_key, commit, write_safetensors
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import to_json
@@ -70,7 +71,7 @@ def write_weights(
 ) -> Checkpoint:
     """Writes the new checkpoint `folder`, whole or not at all, and returns it opened.
 
-    `tensors`: by canonical name (`checkpoint.state.full_shapes`; a tied output layer has none of its own), functions
+    `tensors`: by canonical name (`checkpoint.shapes.full_shapes`; a tied output layer has none of its own), functions
     that give the whole parameter in fp32; each is called once, and one result is held at a time. `wrote` is called with
     the size of every block. Raises UserError, which names `option` if the folder is there already, a tensor that is
     missing, unknown or of the wrong shape, and what the disk refuses.

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises UserError and OSError."""
     imported = READERS[_kind(args)](args)
     from pretrain.checkpoint.convert import progress_bar
-    from pretrain.checkpoint.state import full_shapes
+    from pretrain.checkpoint.shapes import full_shapes
     from pretrain.checkpoint.weights import write_weights
 
     shapes = full_shapes(imported.origin.config.model)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import at_least
 from common.errors import UserError
 from common.terminal import reader_may_leave
 from pretrain.report.exit_codes import ExitCode
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_costs(commands)
     _add_match(commands)
     _add_layout(commands)
+    _add_check(commands)
     return parser
 
 
@@ -76,6 +78,31 @@ def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
 
 
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="everything that can be wrong with a run, all at once, without a GPU",
+        description="Checks configuration, layout, data, tokenizer, disk space, permissions, checkpoint, packages and "
+        "evaluation files of a run on N ranks. All that is wrong is listed at once, each with its key and the fix; a "
+        "start would name the first. Writes nothing. Exit code 0: all is well, 2: something is wrong.",
+    )
+    check.add_argument("config", metavar="CONFIG", help="run configuration, or a run folder")
+    check.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help="number of ranks (default: the smallest, tensor x pipeline x expert)",
+    )
+    check.add_argument("--run-dir", metavar="DIR", help="run folder (default: as for launch/pretrain.py, runs/NAME)")
+    check.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what the ranks compute on (default: train.device; where that is auto, what this machine has)",
+    )
+    check.add_argument("--json", action="store_true", help="print all results as JSON")
+    _add_overrides(check, "of CONFIG")
+
+
 def _add_overrides(parser: argparse.ArgumentParser, whose: str) -> None:
     parser.add_argument(
         "--set",
@@ -100,6 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from pretrain.cli.plan_layout import print_layout
 
                 print_layout(args.config, args.ranks, args.overrides)
+            elif args.command == "check":
+                from pretrain.cli.plan_check import print_check
+                from pretrain.preflight.whole import Wanted
+
+                wanted = Wanted(
+                    config=args.config,
+                    option="CONFIG",
+                    overrides=args.overrides,
+                    run_dir=args.run_dir,
+                    num_ranks=args.ranks,
+                    device=args.device,
+                )
+                return print_check(wanted, as_json=args.json)
             else:
                 from pretrain.cli.plan_match import print_match
 

@@ -18,8 +18,9 @@ from common.errors import UserError
 from common.json_config import describe_keys
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.loading import load_config, to_json
-from pretrain.config.rules import check_device, check_ranks, smallest_world
 from pretrain.config.schema import FREE, Config
+from pretrain.preflight.run import PlannedRun, preflight
+from pretrain.preflight.whole import Examination, Wanted
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode, exit_codes_help
 from pretrain.report.run_paths import config_file, run_folder
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check configuration, data and layout, print the resolved configuration and derived values, and stop",
+        help="make all checks of `launch/plan.py check`, print the resolved configuration and derived values, and stop",
     )
     parser.add_argument(
         "--ranks",
@@ -98,12 +99,18 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             )
         if args.device_memory is not None and (not args.dry_run or not args.device_memory > 0.0):
             raise UserError("--device-memory: goes with --dry-run and must be above 0, in GiB, e.g. 80")
+        if args.dry_run:
+            wanted = Wanted(
+                config=args.config,
+                option="--config",
+                overrides=args.overrides,
+                run_dir=args.run_dir,
+                num_ranks=args.ranks,
+            )
+            return dry_run(wanted, device_gib=args.device_memory)
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
-        if args.dry_run:
-            dry_run(config, args.ranks or smallest_world(config), run_dir, device_gib=args.device_memory)
-            return 0
         sources, data_size = preflight(config, ranks.world_size, run_dir)
         if ranks.rank == 0:
             print_derived(config, data_size, sources, run_dir)
@@ -115,64 +122,46 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return ExitCode.REFUSED
 
 
-def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
-    """Checks everything that can be refused without a process group or an allocation. Returns the data sets and DP
-    size. `device`: the ranks' (cuda or cpu); None: that of train.device on this machine."""
-    from pretrain.checkpoint.initial import initial_checkpoint
-    from pretrain.data.sources import open_sources
-    from pretrain.gpus import device_type
-    from pretrain.report.disk_space import checkpoint_space
-    from pretrain.report.weights_and_biases import check_installed
-    from pretrain.resume import candidates, changed_settings, newest_committed
+def dry_run(wanted: Wanted, *, device_gib: float | None = None) -> int:
+    """Prints configuration and parameters, then makes all checks of `plan.py check`, and prints what follows from the
+    configuration. At last it estimates the memory of a rank, for a device of `device_gib` GiB or the GPU that is here.
+    Returns the exit code."""
+    from pretrain.cli.plan_check import print_errors, print_line, print_warnings
 
-    check_installed(config.monitor)
-    data_size = check_ranks(config, world_size)
-    check_device(config, device or device_type(config.train.device))
-    sources = open_sources(config)
-    sources.check("size")
-    newest = newest_committed(candidates(config, run_dir))
-    if newest is not None:
-        changed_settings(config, newest, sources.digest)
-    else:
-        initial_checkpoint(config, sources.tokenizer.sha256)
-    checkpoint_space(config, run_dir).check()
-    if config.evaluate.tasks:
-        from pretrain.evaluation.training import check_places
+    examination = Examination(wanted)
+    examination.check_settings()
+    config = examination.config
+    if config is not None:
+        from pretrain.report.model_text import parameter_count
 
-        check_places(config)
-    if config.train.replay_routing is not None:
-        from pretrain.routing.tape import open_record
-
-        first = 0 if newest is None else newest.progress.step
-        last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
-        open_record(config, sources).check_steps(range(first + 1, last + 1))
-    return sources, data_size
+        count = parameter_count(config.model)
+        print(json.dumps(to_json(config), indent=1))
+        print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
+    for outcome in examination.checks.outcomes:
+        print_line(outcome)
+    examination.tell = print_line
+    examination.check_run(thorough=True)
+    if not examination.is_sound:
+        print_errors(examination)
+        return ExitCode.REFUSED
+    planned = examination.run
+    assert config is not None and planned is not None and planned.run_dir is not None
+    assert planned.sources is not None and planned.data_size is not None
+    print_warnings(planned.passed_over)
+    print_derived(config, planned.data_size, planned.sources, planned.run_dir)
+    _print_memory(planned, device_gib)
+    return 0
 
 
-def dry_run(config: Config, world_size: int, run_dir: Path, *, device_gib: float | None = None) -> None:
-    """Prints configuration and parameters, then checks data, layout and checkpoints as a run would: reads the newest
-    whole checkpoint, and hashes the shards if asked to. At last it estimates the memory of a rank, for a device of
-    `device_gib` GiB or the GPU that is here."""
-    from pretrain.gpus import gpu_memory, planned_device_type
-    from pretrain.report.model_text import parameter_count
-    from pretrain.resume import candidates, newest_valid
+def _print_memory(planned: PlannedRun, device_gib: float | None) -> None:
+    from pretrain.gpus import gpu_memory
 
-    count = parameter_count(config.model)
-    print(json.dumps(to_json(config), indent=1))
-    print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
-    device = planned_device_type(config.train.device)
-    sources, data_size = preflight(config, world_size, run_dir, device)
-    if config.data.verify == "full":
-        sources.check("full", show_progress=True)
-    _, damaged = newest_valid(candidates(config, run_dir), rank=0, world_size=1, gather=lambda found: [found])
-    for reason in damaged:
-        print(f"would be passed over: {reason}")
-    print_derived(config, data_size, sources, run_dir)
+    assert planned.data_size is not None
     capacity = gpu_memory() if device_gib is None else int(device_gib * 2**30)
     if capacity is not None:
         from pretrain.report.memory_text import memory_rows
 
-        for row in memory_rows(config, data_size, device, capacity):
+        for row in memory_rows(planned.config, planned.data_size, planned.device, capacity):
             print(f"  {row.name:<19}  {row.value:<12}  {row.formula}", flush=True)
 
 

@@ -15,17 +15,46 @@ from pretrain.config.schema import Config
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
     """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError, which names
     `option` as the argument that `path` came from."""
+    tree = _read(path, option)
+    for override in _in_order(overrides):
+        apply_override(tree, override)
+    _correct_description(tree, path, overrides)
+    return parse_config(tree)
+
+
+def inspect_config(
+    path: Path, overrides: Sequence[str] = (), *, option: str = "--config"
+) -> tuple[Config | None, list[ConfigError]]:
+    """As `load_config`, with every problem of the file and of the overrides, but for rules that join keys (see
+    `broken_rules`). The configuration is None where the problems leave none."""
+    try:
+        tree = _read(path, option)
+    except ConfigError as error:
+        return None, [error]
+    problems = []
+    for override in _in_order(overrides):
+        try:
+            apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(error)
+    _correct_description(tree, path, overrides)
+    config, found = json_config.validate_all(Config, tree)
+    return config, problems + found
+
+
+def _read(path: Path, option: str) -> dict[str, Any]:
     tree = json_config.read_tree(path, option)
     if "model" not in tree and "input" in tree:
         raise ConfigError(
             f"{option}: {path} prepares data (python -m data_prep run --config {path}); configurations of runs are "
             "in configs and configs/paper"
         )
-    # Types first: a new type resets its section, and must not discard a key that stands before it on the line.
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
-        apply_override(tree, override)
-    _correct_description(tree, path, overrides)
-    return parse_config(tree)
+    return tree
+
+
+def _in_order(overrides: Sequence[str]) -> list[str]:
+    """Types first: a new type resets its section, and must not discard a key that stands before it on the line."""
+    return sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type"))
 
 
 DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parallel", "evaluate", "deepspeed")

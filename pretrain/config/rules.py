@@ -4,82 +4,117 @@ from __future__ import annotations
 
 import difflib
 import math
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
-from common.urls import URL, may_hold_secret, without_secrets
 from pretrain.config.compile_rules import check_compile
+from pretrain.config.data_rules import check_data
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.graph_rules import check_graphs
 from pretrain.config.keys import fields
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import LARGEST_PERIOD, whole_weights
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
 
 
 def check_rules(config: Config) -> None:
-    """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError."""
+    """Rules that need no knowledge of the machine or the number of ranks. Raises ConfigError at the first that is
+    broken."""
+    for rule in RULES.values():
+        rule(config)
+
+
+def broken_rules(config: Config) -> dict[str, ConfigError]:
+    """Every broken rule by its name in RULES, and what it says."""
+    found = {name: _error_of(rule, config) for name, rule in RULES.items()}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _error_of(check: Callable[..., object], *arguments: Any, **options: Any) -> ConfigError | None:
+    try:
+        check(*arguments, **options)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _check_recompute(config: Config) -> None:
     if config.parallel.zero == 3 and config.train.recompute == "selective":
         raise ConfigError(
             "train.recompute: selective does not go with parallel.zero = 3 (DeepSpeed gathers other parameters "
             "inside the repeated forward pass than in the first, so torch's record of kept products does not match); "
             "set train.recompute to full or none, or parallel.zero to 2"
         )
-    check_deepspeed(config)
-    check_graphs(config)
-    check_compile(config)
-    _check_routing_record(config)
-    _check_tensor(config)
-    _check_pipeline(config)
-    _check_offload(config)
-    _check_sequence(config)
-    _check_expert(config)
-    _check_data(config)
+
+
+def _check_precision(config: Config) -> None:
     if config.parallel.zero == 0 and config.train.precision != "fp32":
         raise ConfigError(
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
             f"but train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
         )
+
+
+def _check_keep_best(config: Config) -> None:
     if config.checkpoint.keep_best and config.evaluate.sequences == 0:
         raise ConfigError(
             f"checkpoint.keep_best: {config.checkpoint.keep_best} needs validation losses, but evaluate.sequences is "
             f"0; set evaluate.sequences to 256, or checkpoint.keep_best to 0"
         )
+
+
+def _check_spikes(config: Config) -> None:
     if config.resilience.spike_action == "rollback" and config.resilience.spike_threshold == 0:
         raise ConfigError(
             "resilience.spike_action: rollback never happens, because resilience.spike_threshold is 0 (off); set the "
             "threshold to 10, or spike_action to warn"
         )
+
+
+def _check_batch(config: Config) -> None:
     batch = config.batch
     if batch.global_sequences % batch.micro_sequences:
         raise ConfigError(
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
             f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
+
+
+def _check_hang_timeout(config: Config) -> None:
     if 0 < config.resilience.hang_timeout_seconds < 1:
         raise ConfigError(
             f"resilience.hang_timeout_seconds: {config.resilience.hang_timeout_seconds:g} s is shorter than any step; "
             f"set it to at least 1 (540 is the default), or to 0 to turn it off"
         )
+
+
+def _check_profiled_steps(config: Config) -> None:
     profiled = config.monitor.profile_steps
     if profiled is not None and profiled[0] > profiled[1]:
         raise ConfigError(
             f"monitor.profile_steps: {list(profiled)} ends before it begins; name the first and the last step, e.g. "
             f"[{profiled[0]}, {profiled[0] + 2}]"
         )
+
+
+def _check_resume(config: Config) -> None:
     if not config.checkpoint.resume.strip():
         raise ConfigError("checkpoint.resume: is empty; set it to auto, never or the path of a step-... folder")
+
+
+def _check_average(config: Config) -> None:
     if config.evaluate.ema and not config.train.ema_decay:
         raise ConfigError(
             "evaluate.ema: there is no moving average to validate, because train.ema_decay is 0 (off); set "
             "train.ema_decay to 0.999, or evaluate.ema to false"
         )
+
+
+def _check_init_from(config: Config) -> None:
     if config.train.init_from is not None and not config.train.init_from.strip():
         raise ConfigError("train.init_from: is empty; set it to a checkpoint (step-...), a run folder or null")
-    _check_allow_changes(config)
 
 
 def _check_routing_record(config: Config) -> None:
@@ -213,87 +248,6 @@ def _check_expert(config: Config) -> None:
             )
 
 
-def _check_data(config: Config) -> None:
-    """Mixtures need a short schedule and names; memory needs contiguous text."""
-    data = config.data
-    names = source_names(config)
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ConfigError(f"data.sources: two sources are called {repeated}; give each a `name` of its own")
-    period = sum(whole_weights([source.weight for source in data.sources])) if data.sources else 1
-    if period > LARGEST_PERIOD:
-        raise ConfigError(
-            f"data.sources: the weights add up to {period} in whole numbers, but the schedule has at most "
-            f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
-        )
-    for location in [source.manifest for source in data.sources] or [data.manifest]:
-        if URL.match(location) and may_hold_secret(location):
-            raise ConfigError(
-                f"data.{'sources' if data.sources else 'manifest'}: the URL of {without_secrets(location)} has a "
-                f"password or a query, which the files of a run would keep; leave it out and give credentials in the "
-                f"environment or in fsspec's own configuration"
-            )
-        if URL.match(location) and data.cache_dir is None:
-            raise ConfigError(
-                f"data.cache_dir: {location} is a URL; name a folder on a disk of each node for its shards"
-            )
-        if URL.match(location) and data.verify == "full":
-            raise ConfigError(
-                f"data.verify: full would fetch every shard of {location} at start, and each is hashed when it is "
-                f"fetched; set it to size"
-            )
-    if data.document_mask and config.model.position.type != "rope":
-        raise ConfigError(
-            "data.document_mask: Transformer-XL positions and memory reach across documents on purpose; set it to "
-            "false, or model.position.type to rope"
-        )
-    if data.document_mask and config.model.memory_length:
-        raise ConfigError(
-            f"data.document_mask: memory reaches across documents on purpose; set it to false, or "
-            f"model.position.memory_chunks to 0 (it is {config.model.position.memory_chunks})"
-        )
-    if data.document_mask and config.parallel.pipeline > 1:
-        raise ConfigError(
-            f"data.document_mask: no document index travels between pipeline stages; set it to false, or "
-            f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
-        )
-    _check_order(config)
-
-
-def _check_order(config: Config) -> None:
-    """Streams are contiguous text of one data set."""
-    data = config.data
-    if data.max_tokens is not None and data.sources:
-        raise ConfigError(
-            "data.max_tokens: limits one data set, not a mixture of data.sources; set it to null and lower the weight "
-            "of a source, or prepare fewer of its raw files"
-        )
-    if not config.reads_streams:
-        return
-    has_memory = config.model.memory_length > 0
-    reason = "memory reads contiguous streams" if has_memory else "data.order is streams"
-    otherwise = "model.position.memory_chunks to 0" if has_memory else "data.order to shuffled"
-    if data.order == "shuffled":
-        raise ConfigError(f"data.order: {reason}, nothing is shuffled; set it to streams, or {otherwise}")
-    if len(data.sources) > 1:
-        raise ConfigError(
-            f"data.sources: {reason}, which are cut from one data set; name one source, or set {otherwise}"
-        )
-    if data.shuffle_block_windows:
-        raise ConfigError(f"data.shuffle_block_windows: {reason}, nothing is shuffled; set it to 0, or {otherwise}")
-
-
-def source_names(config: Config) -> list[str]:
-    """Names of data.sources: as given, or the folders'."""
-    return [source.name or folder_name(source.manifest) for source in config.data.sources]
-
-
-def folder_name(manifest: str) -> str:
-    """Name of the folder of a manifest, which is given as the folder or as the file in it."""
-    path = PurePosixPath(manifest)
-    return (path.parent if path.suffix == ".json" else path).name
-
-
 def smallest_world(config: Config) -> int:
     """The fewest ranks that the parallel sizes allow."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.expert
@@ -301,30 +255,39 @@ def smallest_world(config: Config) -> int:
 
 def check_ranks(config: Config, world_size: int) -> int:
     """Checks that the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
+    for error in rank_problems(config, world_size):
+        raise error
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def rank_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+    """Everything that does not fit `world_size` ranks."""
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     if world_size % model_ranks:
-        raise ConfigError(
+        yield ConfigError(
             f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
             f"start {_nearest_multiple(world_size, model_ranks)} ranks"
         )
+        return  # there is no data-parallel size
     data_size, expert = world_size // model_ranks, config.parallel.expert
     if data_size % expert:
-        raise ConfigError(
+        yield ConfigError(
             f"parallel.expert: {expert} does not divide the {data_size} data-parallel ranks (ranks / (tensor x "
             f"pipeline)); set parallel.expert to {_largest_divisor(data_size, expert)} or start "
             f"{_nearest_multiple(data_size, expert) * model_ranks} ranks"
         )
-    sequences = config.batch.micro_sequences * data_size
-    if config.batch.global_sequences % sequences:
-        raise ConfigError(
-            f"batch.global_sequences: {config.batch.global_sequences} is not divisible by batch.micro_sequences x DP = "
-            f"{config.batch.micro_sequences} x {data_size} = {sequences}; set it to "
-            f"{_nearest_multiple(config.batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
+    batch, sequences = config.batch, config.batch.micro_sequences * data_size
+    if batch.global_sequences % sequences and batch.global_sequences % batch.micro_sequences == 0:  # else: _check_batch
+        yield ConfigError(
+            f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences x DP = "
+            f"{batch.micro_sequences} x {data_size} = {sequences}; set it to "
+            f"{_nearest_multiple(batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
             f"fewer ranks"
         )
-    check_graphs(config, data_size=data_size)
-    check_compile(config, data_size=data_size)
-    return data_size
+    for check in (check_graphs, check_compile):
+        error = _error_of(check, config, data_size=data_size)
+        if error is not None:
+            yield error
 
 
 def check_device(config: Config, device_type: str) -> None:
@@ -370,3 +333,29 @@ def _check_allow_changes(config: Config) -> None:
         if entry not in known and not entry.startswith("deepspeed."):
             close = difflib.get_close_matches(entry, sorted(known), n=1, cutoff=0.0)[0]
             raise ConfigError(f"checkpoint.allow_changes: {entry!r} is no key; the nearest known key is {close}")
+
+
+RULES: dict[str, Callable[[Config], None]] = {
+    "recomputation": _check_recompute,
+    "deepspeed": check_deepspeed,
+    "graphs": check_graphs,
+    "compile": check_compile,
+    "routing record": _check_routing_record,
+    "tensor": _check_tensor,
+    "pipeline": _check_pipeline,
+    "offload": _check_offload,
+    "sequence": _check_sequence,
+    "expert": _check_expert,
+    "data": check_data,
+    "precision": _check_precision,
+    "keep_best": _check_keep_best,
+    "spikes": _check_spikes,
+    "batch": _check_batch,
+    "hang timeout": _check_hang_timeout,
+    "profiled steps": _check_profiled_steps,
+    "resume": _check_resume,
+    "moving average": _check_average,
+    "initial weights": _check_init_from,
+    "allowed changes": _check_allow_changes,
+}
+"""In the order in which they are checked."""

@@ -14,10 +14,10 @@ from data_prep.shards.format import Manifest, TokenizerEntry
 from common.urls import URL
 from pretrain.config.schema import Config
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
-from common.errors import UserError
+from common.errors import Problem, UserError, refuse
 from pretrain.config.source_weights import whole_weights
 from common.paths import find_input
-from pretrain.config.rules import folder_name, source_names
+from pretrain.config.data_rules import folder_name, source_names
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,29 @@ class Sources:
     @classmethod
     def load(cls, config: Config) -> Sources:
         """Loads every manifest. Raises UserError or DataError; reads no shard."""
+        sources = cls.find(config, refuse)
+        assert sources is not None
+        return sources
+
+    @classmethod
+    def find(cls, config: Config, problem: Problem) -> Sources | None:
+        """As `load`; None if `problem` took that a manifest cannot be loaded."""
         data = config.data
-        if not data.sources:
-            manifest, cache = _load(data.manifest, "data.manifest", config)
-            return cls((Source("data.manifest", folder_name(data.manifest), manifest, 1, cache),))
-        weights = whole_weights([source.weight for source in data.sources])
-        keys = [f"data.sources.{index}.manifest" for index in range(len(weights))]
-        loaded = [_load(source.manifest, key, config) for source, key in zip(data.sources, keys, strict=True)]
-        manifests, caches = zip(*loaded, strict=True)
-        for key, manifest in zip(keys, manifests, strict=True):
-            if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
-                raise UserError(
-                    f"{key}: {manifest.folder} was made with another tokenizer (sha256 "
-                    f"{_short(manifest.tokenizer)}) than {manifests[0].folder} ({_short(manifests[0].tokenizer)}), so "
-                    f"its ids mean other pieces; prepare one of them again with the other's tokenizer"
-                )
-            same = next(k for k, other in zip(keys, manifests, strict=True) if other.digest == manifest.digest)
-            if same != key:
-                raise UserError(f"{key}: is the same data set as {same}; name it once, with the sum of the weights")
-        return cls(tuple(map(Source, keys, source_names(config), manifests, weights, caches)))
+        locations = [source.manifest for source in data.sources] or [data.manifest]
+        keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
+        names = source_names(config) or [folder_name(data.manifest)]
+        weights = whole_weights([source.weight for source in data.sources]) or [1]
+        found = []
+        for location, key, name, weight in zip(locations, keys, names, weights, strict=True):
+            try:
+                manifest, cache = _load(location, key, config)
+            except UserError as error:
+                problem(error)
+                continue
+            found.append(Source(key, name, manifest, weight, cache))
+        for source in found:
+            _check_beside(source, found, problem)
+        return cls(tuple(found)) if len(found) == len(locations) else None
 
     @property
     def key(self) -> str:
@@ -82,12 +86,12 @@ class Sources:
         """The one tokenizer."""
         return self.sources[0].manifest.tokenizer
 
-    def check(self, level: Literal["size", "full"], show_progress: bool = False) -> None:
+    def check(self, level: Literal["size", "full"], show_progress: bool = False, problem: Problem = refuse) -> None:
         """Calls `Manifest.check` of each data set that is not behind a URL; a shard behind a URL is checked when it is
         fetched."""
         for source in self.sources:
             if source.cache is None:
-                source.manifest.check(level, show_progress)
+                source.manifest.check(level, show_progress, problem)
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
@@ -109,16 +113,46 @@ class Sources:
 def open_sources(config: Config) -> Sources:
     """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
     sources = Sources.load(config)
+    check_vocabulary(sources, config)
+    for source in sources.sources:
+        check_text(source, config)
+    return sources
+
+
+def check_vocabulary(sources: Sources, config: Config) -> None:
+    """Raises UserError if the tokenizer has more pieces than the model has rows."""
     vocab_size = sources.tokenizer.vocab_size
     if vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} rows cannot hold the tokenizer's {vocab_size} pieces; set it "
             f"to {vocab_size} or more"
         )
-    for source in sources.sources:
-        _check_splits(source, config)
-        _check_train_tokens(source.manifest, config)
-    return sources
+
+
+def check_text(source: Source, config: Config) -> None:
+    """Raises UserError if a split that the run reads is not there, or too short."""
+    _check_splits(source, config)
+    _check_train_tokens(source.manifest, config)
+
+
+def _check_beside(source: Source, others: list[Source], problem: Problem) -> None:
+    """All have the tokenizer of the first, and none comes twice."""
+    first, same = others[0], next(other for other in others if other.manifest.digest == source.manifest.digest)
+    theirs, ours = first.manifest, source.manifest
+    if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
+        problem(
+            UserError(
+                f"{source.key}: {ours.folder} was made with another tokenizer (sha256 {_short(ours.tokenizer)}) than "
+                f"{theirs.folder} ({_short(theirs.tokenizer)}), so its ids mean other pieces; prepare one of them "
+                f"again with the other's tokenizer"
+            )
+        )
+    if same is not source:
+        problem(
+            UserError(
+                f"{source.key}: is the same data set as {same.key}; name it once, with the sum of the weights"
+            )
+        )
 
 
 def _check_splits(source: Source, config: Config) -> None:

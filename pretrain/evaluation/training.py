@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.errors import Problem, UserError, refuse
 from common.strict_json import without_nan
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
@@ -17,12 +17,14 @@ from pretrain.report.monitor import Monitor
 from pretrain.saved_model.tokenizer import Tokenizer
 
 
-def check_places(config: Config) -> None:
-    """Raises UserError if the files of a task are not there. Reads none of them."""
+def check_places(config: Config, problem: Problem = refuse) -> None:
+    """A UserError for each task whose files are not there, raised unless `problem` takes it. Reads none of them."""
     for name, given in config.evaluate.tasks.items():
         path = find_files(name, given)
         if not path.exists():
-            raise UserError(f"evaluate.tasks.{name}: there is no {path}; name the file or folder, or remove the task")
+            problem(
+                UserError(f"evaluate.tasks.{name}: there is no {path}; name the file or folder, or remove the task")
+            )
 
 
 class RunTasks(NamedTuple):

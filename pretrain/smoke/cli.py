@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from pretrain.cli.train import preflight
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
+from pretrain.preflight.run import preflight
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder

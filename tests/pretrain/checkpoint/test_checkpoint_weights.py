@@ -115,16 +115,20 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [e["path"] for e in events if e["event"] == "initial_weights"] == [str(place)]
 
-    def refused(words: str, where: str, digest: str | None) -> None:
+    def refused(words: str, where: str, digest: str | None, *more: str) -> None:
         with pytest.raises(UserError, match=words):
-            initial_checkpoint(small_config(prepared, f"train.init_from={where}"), digest)
+            initial_checkpoint(small_config(prepared, f"train.init_from={where}", *more), digest)
 
     refused("train.init_from: there is no folder .*gone", str(tmp_path / "gone"), None)
     refused("is no checkpoint and holds none", str(tmp_path), None)
     refused("train.init_from: .* trained with another tokenizer", str(place), "0" * 64)
-    found = initial_checkpoint(small_config(prepared, f"train.init_from={run}"), state["tokenizer_sha256"])
+    own = state["tokenizer_sha256"]
+    refused(r"of another model: head.weight is \[400, 24\] here and missing there; give", str(run), own)
+    other = r"embedding.weight is \[400, 12\] here and \[400, 24\] there \(and \d+ more parameters\); give the model"
+    refused(other, str(run), own, TIED, "model.d_model=12")
+    found = initial_checkpoint(small_config(prepared, f"train.init_from={run}", TIED), own)
     assert found is not None and found.path == end
     shutil.copytree(place, tmp_path / "unknown")
     unknown = {"weights_only": {"source": "a test", "tokenizer": None}, "tokenizer_sha256": None}
     rewrite_state(tmp_path / "unknown", lambda s: s.update(unknown))
-    assert initial_checkpoint(small_config(prepared, f"train.init_from={tmp_path / 'unknown'}"), "0" * 64)
+    assert initial_checkpoint(small_config(prepared, f"train.init_from={tmp_path / 'unknown'}", TIED), "0" * 64)

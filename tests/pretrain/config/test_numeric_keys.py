@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError
 from model.language_model import build_model
 from model.memory import layer_memories
 from pretrain.cli import train as cli
 from pretrain.config.keys import fields
 from pretrain.config.loading import load_config
-from pretrain.config.rules import smallest_world
+from pretrain.preflight.whole import Wanted
 from pretrain.report.model_text import parameter_count
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
@@ -56,16 +56,17 @@ def test_extreme_numbers(
     refused = []
     for value in VALUES:
         override = f"{key}={value}"
-        try:
-            config = load_config(TINY, [f"data.manifest={prepared}", *small, *needs, override])
-            cli.dry_run(config, smallest_world(config), tmp_path / "run")
-        except UserError as error:
+        overrides = [f"data.manifest={prepared}", *small, *needs, override]
+        wanted = Wanted(config=TINY, option="--config", overrides=overrides, run_dir=tmp_path / "run")
+        code = cli.dry_run(wanted)
+        printed = capsys.readouterr()
+        if code:
             refused.append(value)
             section, _, leaf = key.rpartition(".")
-            message = str(error)
-            assert "\n" not in message and section in message and leaf in message, f"{override}: {message}"
+            message = printed.err.splitlines()[0]
+            assert message.startswith("error: ") and section in message and leaf in message, f"{override}: {message}"
         else:
-            assert "run folder" in capsys.readouterr().out, override
+            assert "run folder" in printed.out, override
     assert {"-1", "1e400", "NaN"} <= set(refused)
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pretrain.cli.train import preflight
 from pretrain.config.schema import MonitorConfig
+from pretrain.preflight.run import preflight
 from pretrain.report import weights_and_biases
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.run_folder import RunFolder

@@ -1,0 +1,61 @@
+"""`plan.py check`: everything that can be wrong with a run, found without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from common.terminal import visible
+from pretrain.preflight.checklist import Outcome
+from pretrain.preflight.whole import Examination, Wanted
+from pretrain.report.exit_codes import ExitCode
+
+
+def print_check(wanted: Wanted, *, as_json: bool) -> int:
+    """Makes all checks and prints a line for each; what is wrong goes to stderr. Returns the exit code: REFUSED where
+    anything is wrong."""
+    examination = Examination(wanted, (lambda outcome: None) if as_json else print_line)
+    examination.check_settings()
+    examination.check_run(thorough=True)
+    if as_json:
+        run = examination.run
+        content = {
+            "config": str(wanted.config),
+            "ranks": None if run is None else run.world_size,
+            "device": None if run is None else run.device,
+            "passed": examination.is_sound,
+            "checks": [outcome.to_json() for outcome in examination.checks.outcomes],
+        }
+        print(json.dumps(content, indent=1))
+    else:
+        print_warnings(examination.checks.warnings)
+        print_errors(examination)
+        print(summary(examination), flush=True)
+    return 0 if examination.is_sound else ExitCode.REFUSED
+
+
+def print_line(outcome: Outcome) -> None:
+    """One check, as soon as it is done: some take seconds."""
+    print(visible(outcome.line()), flush=True)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(visible(f"warning: {warning}"), flush=True)
+
+
+def print_errors(examination: Examination) -> None:
+    """What is wrong, a sentence each, on stderr."""
+    for error in examination.checks.problems:
+        print(visible(f"error: {error}"), file=sys.stderr, flush=True)
+
+
+def summary(examination: Examination) -> str:
+    """The last line."""
+    outcomes = examination.checks.outcomes
+    wrong, left_out = len(examination.checks.problems), sum(outcome.passed is None for outcome in outcomes)
+    if not wrong:
+        return f"all {len(outcomes)} checks passed; nothing was written"
+    later = f"; {left_out} checks need what is wrong put right first" if left_out else ""
+    return f"{wrong} problem{'s' * (wrong > 1)} in {len(outcomes)} checks{later}; nothing was written"

@@ -1,0 +1,226 @@
+"""The checks of a run whose configuration is known. A start makes them on every rank, before the ranks meet.
+
+Modules that import torch are imported inside functions, because refusals do not wait for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from pretrain.config.rules import check_device, choose_backends, rank_problems
+from pretrain.config.schema import Config
+from pretrain.preflight.checklist import Blocked, Checklist, Outcome
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.data.sources import Sources
+    from pretrain.report.disk_space import CheckpointSpace
+
+NO_DATA = "the data sets could not be opened"
+MOST_FILES = 5
+"""Damaged files of a run's data sets that are named: a folder that was not copied has thousands."""
+
+
+@dataclass
+class PlannedRun:
+    """What is checked, and what the checks have found so far."""
+
+    config: Config
+    world_size: int
+    run_dir: Path | None
+    """None: it cannot be a run folder."""
+    device: str
+    """cuda or cpu: what the ranks compute on."""
+    broken: frozenset[str] = frozenset()
+    """Names of rules (pretrain/config/rules.py) that the configuration breaks."""
+    folder: Path | None = None
+    """Where the checkpoints would be written although there can be no run folder, to ask for free space."""
+    data_size: int | None = None
+    sources: Sources | None = None
+    newest: Checkpoint | None = None
+    has_checkpoint: bool | None = None
+    """None: not known."""
+    passed_over: tuple[str, ...] = ()
+    """Why newer checkpoints than the one that a start continues from do not count."""
+
+    def check(self, checks: Checklist, *, thorough: bool) -> None:
+        """Makes every check. `thorough`: what else a dry run reads: the newest checkpoint, and every shard if
+        data.verify asks for it, which a start does when its ranks have met."""
+        checks.do("packages", self._packages)
+        checks.do("layout", self._layout)
+        checks.do("device", self._device)
+        checks.do("data sets", self._data_sets)
+        checks.do("tokenizer", self._tokenizer)
+        checks.do("text", self._text)
+        checks.do("shards", lambda found: self._shards(found, thorough=thorough))
+        checks.do("checkpoint", lambda found: self._checkpoint(found, thorough=thorough))
+        checks.do("disk", self._disk)
+        checks.do("evaluation", self._evaluation)
+        checks.do("routing record", self._routing)
+
+    def _packages(self, found: Outcome) -> str:
+        from pretrain.report.weights_and_biases import check_installed
+
+        monitor = self.config.monitor
+        check_installed(monitor)
+        return "wandb is installed" if monitor.wandb != "off" else "no optional package is needed"
+
+    def _layout(self, found: Outcome) -> str:
+        problems = list(rank_problems(self.config, self.world_size))
+        for error in problems:
+            found.problem(error)
+        if problems:
+            return ""
+        parallel, batch = self.config.parallel, self.config.batch
+        self.data_size = self.world_size // (parallel.tensor * parallel.pipeline)
+        expert = f", experts over {parallel.expert} data-parallel ranks" * (parallel.expert > 1)
+        micro_steps = batch.global_sequences // (batch.micro_sequences * self.data_size)
+        return (
+            f"{self.world_size:,} ranks = pipeline {parallel.pipeline} x data {self.data_size:,} x tensor "
+            f"{parallel.tensor}{expert}; ZeRO {parallel.zero}; {batch.global_sequences:,} sequences a step = "
+            f"{micro_steps} x {batch.micro_sequences} on each data-parallel rank"
+        )
+
+    def _device(self, found: Outcome) -> str:
+        check_device(self.config, self.device)
+        kernels = choose_backends(self.config, self.device)
+        return f"{self.config.train.precision} on {self.device}; kernels: {kernels}"
+
+    def _data_sets(self, found: Outcome) -> str:
+        from pretrain.data.sources import Sources
+
+        if "data" in self.broken:
+            raise Blocked("a rule of the data section is broken")
+        self.sources = Sources.find(self.config, found.problem)
+        if self.sources is None:
+            return ""
+        return "; ".join(
+            f"{source.manifest.folder}, digest {source.manifest.digest[:12]}" for source in self.sources.sources
+        )
+
+    def _opened(self) -> Sources:
+        if self.sources is None:
+            raise Blocked(NO_DATA)
+        return self.sources
+
+    def _tokenizer(self, found: Outcome) -> str:
+        from pretrain.data.sources import check_vocabulary
+
+        sources = self._opened()
+        check_vocabulary(sources, self.config)
+        rows = self.config.model.vocab_size
+        return f"{sources.tokenizer.vocab_size:,} pieces for model.vocab_size = {rows:,} rows"
+
+    def _text(self, found: Outcome) -> str:
+        from pretrain.data.sources import check_text
+        from pretrain.data.warnings import data_warnings
+
+        sources = self._opened()
+        for source in sources.sources:
+            try:
+                check_text(source, self.config)
+            except UserError as error:  # of one source; the others are checked too
+                found.problem(error)
+        if found.problems:
+            return ""
+        found.warnings += data_warnings(self.config, sources)
+        held_out = self.config.evaluate.split if self.config.evaluate.sequences else None
+        tokens = sum(source.manifest.num_tokens("train") for source in sources.sources)
+        return f"{tokens:,} tokens to train on" + (f", and a {held_out} split" if held_out else "")
+
+    def _shards(self, found: Outcome, *, thorough: bool) -> str:
+        sources = self._opened()
+        is_full = thorough and self.config.data.verify == "full"
+        sources.check("full" if is_full else "size", show_progress=is_full, problem=found.problem)
+        if (more := len(found.problems) - MOST_FILES) > 1:
+            del found.problems[MOST_FILES:]
+            found.problem(UserError(f"{sources.key}: {more:,} more of its files are wrong; copy the data set again"))
+        entries = [e for source in sources.sources for of_split in source.manifest.splits.values() for e in of_split]
+        what = "sha256" if is_full else "size (data.verify=full hashes them)"
+        return f"{len(entries):,} shards: each has its {what} and may be read; indices and tokenizer by sha256"
+
+    def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
+        from pretrain.checkpoint.initial import KEY, initial_checkpoint
+        from pretrain.checkpoint.shapes import check_shapes
+        from pretrain.resume import candidates, changed_settings, named_checkpoint, newest_committed, newest_valid
+
+        resume = self.config.checkpoint.resume
+        if self.broken & {"resume", "initial weights"}:
+            raise Blocked("no checkpoint is named")
+        if self.run_dir is None and resume in ("auto", "never"):
+            raise Blocked("there can be no run folder")
+        paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
+        newest = self.newest = newest_committed(paths)
+        self.has_checkpoint = newest is not None
+        if newest is None:
+            if self.config.train.init_from is None:
+                return "none yet; the run begins at step 0"
+            initial = initial_checkpoint(self.config, self._opened().tokenizer.sha256)
+            assert initial is not None
+            return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
+        # Of data sets that could not be opened, nothing is said here.
+        digest = self.sources.digest if self.sources is not None else newest.state["manifest_digest"]
+        changed_settings(self.config, newest, digest)
+        check_shapes(newest, self.config.model, "checkpoint.resume")
+        if thorough:
+            valid, damaged = newest_valid(paths, rank=0, world_size=1, gather=lambda found: [found])
+            self.passed_over = tuple(f"a checkpoint would be passed over: {reason}" for reason in damaged)
+            found.warnings += self.passed_over
+            newest = valid or newest
+        how = "every file has its sha256" if thorough else "every file has its size"
+        return f"continues from {newest.path}, step {newest.progress.step:,}: {how}, and its settings go with these"
+
+    def _disk(self, found: Outcome) -> str:
+        space = self.space()
+        space.check()
+        if warning := space.warning():
+            found.warnings.append(warning)
+        return (
+            f"{space.kept} checkpoints of {space.size:,} bytes are kept; with one being written {space.wanted:,} bytes "
+            f"more, {space.free:,} are free"
+        )
+
+    def space(self) -> CheckpointSpace:
+        """What the checkpoints take. Raises UserError."""
+        from pretrain.report.disk_space import checkpoint_space
+
+        folder = self.run_dir or self.folder
+        assert folder is not None
+        return checkpoint_space(self.config, folder)
+
+    def _evaluation(self, found: Outcome) -> str:
+        tasks = self.config.evaluate.tasks
+        if not tasks:
+            return "no evaluate.tasks"
+        from pretrain.evaluation.training import check_places
+
+        check_places(self.config, found.problem)
+        return f"the files of {', '.join(tasks)} are there"
+
+    def _routing(self, found: Outcome) -> str:
+        train = self.config.train
+        if train.replay_routing is None:
+            return "none is replayed"
+        from pretrain.routing.tape import open_record
+
+        if self.has_checkpoint is None or "routing record" in self.broken:
+            raise Blocked("it is not known which steps of which record are needed")
+        first = 0 if self.newest is None else self.newest.progress.step
+        last = min(train.steps, train.stop_after_steps or train.steps)
+        open_record(self.config, self._opened()).check_steps(range(first + 1, last + 1))
+        return f"{train.replay_routing} holds the steps {first + 1:,} to {last:,}"
+
+
+def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
+    """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
+    fault. Returns the data sets and DP size. `device`: the ranks' (cuda or cpu); None: that of train.device on this
+    machine."""
+    from pretrain.gpus import device_type
+
+    run = PlannedRun(config, world_size, run_dir, device or device_type(config.train.device))
+    run.check(Checklist(stops=True), thorough=False)
+    assert run.sources is not None and run.data_size is not None
+    return run.sources, run.data_size

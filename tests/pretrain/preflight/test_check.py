@@ -1,0 +1,181 @@
+"""`plan.py check`: mistakes that are planted in a set-up without any are all found in one call, each with its key and
+the fix."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from data_prep.shards.format import manifest_digest
+from pretrain.cli.plan import main
+from pretrain.config.loading import to_json
+from pretrain.preflight.checklist import Blocked, Checklist, Outcome
+from tests.pretrain.runs import small_config
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a configuration, and a copy of its data."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, tmp_path / "data")
+    tree = to_json(small_config(tmp_path / "data", "train.device=cpu", "checkpoint.every_steps=10"))
+    (tmp_path / "c.json").write_text(json.dumps(tree))
+    return tmp_path
+
+
+def checked(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, list[str]]:
+    """Exit code, what was said, and what is wrong, of a check of c.json."""
+    code = main(["check", "c.json", *more])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err.splitlines()
+
+
+def with_another_tokenizer(data: Path, copy: Path) -> None:
+    """A copy of a data set whose ids were made by another tokenizer, as its manifest has it."""
+    shutil.copytree(data, copy)
+    tokenizer = (copy / "tokenizer.model").read_bytes() + b"\0"
+    (copy / "tokenizer.model").write_bytes(tokenizer)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256(tokenizer).hexdigest()
+    manifest["digest"] = manifest_digest(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(place.rglob("*"))
+    code, said, wrong = checked(capsys, "--ranks", "4")
+    assert (code, wrong) == (0, [])
+    assert "4 ranks = pipeline 1 x data 4 x tensor 1; ZeRO 1; 8 sequences a step = 1 x 2" in said
+    assert "400 pieces for model.vocab_size = 400 rows" in said and said.rstrip().endswith("nothing was written")
+    assert "WRONG" not in said and "not checked" not in said and sorted(place.rglob("*")) == before
+    assert main(["check", "c.json", "--ranks", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["ranks"], report["device"]) == (True, 4, "cpu")
+    assert all(check["passed"] is True for check in report["checks"])
+
+
+def test_all_mistakes_are_found_in_one_call(
+    place: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = place / "data" / "train-00001.tar"
+    os.truncate(shard, 1000)
+    with_another_tokenizer(place / "data", place / "other")
+    (place / "run").write_text("a file in the run folder's place")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000, 0, 1000))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    sources = [{"manifest": str(place / name), "weight": 1} for name in ("data", "other")]
+    checkpoint = trained / "checkpoints" / "step-00000001"
+    keys = [
+        "model.d_modell=48",
+        "model.vocab_size=384",
+        "batch.global_sequences=9",
+        "parallel.tensor=4",
+        "train.precision=fp16",
+        f"data.sources={json.dumps(sources)}",
+        f"checkpoint.resume={checkpoint}",
+        "evaluate.tasks.lambada=no/where",
+        "train.replay_routing=no/record",
+        "monitor.wandb=online",
+    ]
+    sets = [part for key in keys for part in ("--set", key)]
+    code, said, wrong = checked(capsys, *sets, "--ranks", "6", "--run-dir", "run")
+    expected = [
+        ("model.d_modell: unknown key", "the nearest known key is model.d_model"),
+        ("parallel.tensor: 4 does not divide model.attention.num_heads = 2", "set parallel.tensor to 1"),
+        ("batch.global_sequences: 9 is not divisible by batch.micro_sequences = 2", "set it to"),
+        (f"--run-dir: {place}/run is a file and not a folder", "name another folder"),
+        ("monitor.wandb: is online, but the package wandb is not installed", 'pip install -e ".[wandb]"'),
+        ("parallel: 6 ranks cannot be divided into groups of tensor x pipeline = 4", "start 8 ranks"),
+        ("train.precision: fp16 needs CUDA", "set train.precision to bf16 or fp32"),
+        ("data.sources.1.manifest: ", "was made with another tokenizer", "prepare one of them again"),
+        ("model.vocab_size: 384 rows cannot hold the tokenizer's 400 pieces", "set it to 400 or more"),
+        (f"{shard} does not match the manifest: expected bytes", "prepare the data again"),
+        (f"{place}/other/train-00001.tar does not match the manifest: expected bytes", "prepare the data again"),
+        ("batch.global_sequences: was 8 in ", "model.vocab_size", "allow all changes with"),
+        ("--run-dir: the disk of ", "has no room for checkpoints of", "make room or choose another --run-dir"),
+        ("evaluate.tasks.lambada: there is no ", "name the file or folder, or remove the task"),
+        ("train.replay_routing: no/record holds no record.json", "name the run folder of a run with"),
+    ]
+    for line, (first, *words) in zip(wrong, expected, strict=True):
+        assert line.startswith(f"error: {first}") and all(word in line for word in words), line
+    assert code == 2 and said.splitlines()[-1].startswith(f"{len(expected)} problems in ")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere.json"], "CONFIG: there is no file nowhere.json"),
+        (["."], "CONFIG: . is a folder and holds no run"),
+        (["c.json", "--set", "train.steps=-3"], "train.steps: input should be greater than"),
+        (["c.json", "--set", "train.device=cpu", "--device", "cuda"], "--device: is cuda, but train.device is cpu"),
+        (["c.json", "--set", "data.manifest=gone"], "data.manifest: there is no"),
+    ],
+)
+def test_one_mistake_is_one_sentence(
+    place: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {words}") and printed.err.count("\n") == 1, printed.err
+    assert "not checked" in printed.out or "WRONG" in printed.out
+
+
+def test_what_needs_the_data_is_not_checked_without_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "data" / "manifest.json").write_text("none")
+    assert main(["check", "c.json", "--json"]) == 2
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert found["data sets"]["problems"][0]["key"] == f"{place}/data/manifest.json is not JSON (Expecting value"
+    assert [name for name, check in found.items() if check["passed"] is None] == ["tokenizer", "text", "shards"]
+    assert found["disk"]["passed"] and found["checkpoint"]["passed"]
+
+
+def test_a_folder_without_its_shards_is_told_in_a_few_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in (place / "data").glob("*.tar"):
+        shard.unlink()
+    for index in (place / "data").glob("*.safetensors"):
+        index.unlink()
+    code, _, wrong = checked(capsys)
+    assert code == 2 and len(wrong) == 6 and all(line.startswith("error: missing file ") for line in wrong[:5])
+    assert "more of its files are wrong; copy the data set again" in wrong[5]
+
+
+def test_a_shard_that_may_not_be_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked of the system and not tried: root may read everything."""
+    shard, access = place / "data" / "train-00000.tar", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard and access(path, mode))
+    code, _, wrong = checked(capsys)
+    assert code == 2
+    assert wrong == [f"error: {shard} cannot be read: Permission denied; let its owner give this user read permission"]
+
+
+def test_a_list_of_checks_goes_on_where_a_start_ends() -> None:
+    def two(found: Outcome) -> str:
+        for name in ("a", "b"):
+            found.problem(UserError(name))
+        return "said"
+
+    def blocked(found: Outcome) -> str:
+        raise Blocked("of two")
+
+    heard: list[str] = []
+    checks = Checklist(tell=lambda outcome: heard.append(outcome.name))
+    for name, check in (("two", two), ("again", two), ("late", blocked), ("good", lambda found: "fine")):
+        checks.do(name, check)
+    assert [str(error) for error in checks.problems] == ["a", "b"], "what was said is not said again"
+    assert [outcome.passed for outcome in checks.outcomes] == [False, None, None, True]
+    assert heard == ["two", "again", "late", "good"]
+    with pytest.raises(UserError, match=r"^a$"):
+        Checklist(stops=True).do("two", two)
