@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.parallel.agreement import agreed
+from pretrain.parallel.rounds import maximum
 from pretrain.resilience.signals import Stop
 
 
@@ -22,8 +24,20 @@ class Agreement(NamedTuple):
     flags: list[bool]
 
 
+def said(rank: int, size: int, failed: bool, stopping: bool, *flags: bool) -> Tensor:
+    """What a rank says, [2 + flags] int64: the largest of what all say is their agreement."""
+    return torch.tensor([size - rank if failed else 0, stopping, *flags], dtype=torch.int64)
+
+
+def agreement(largest: Tensor, size: int) -> Agreement:
+    """What the largest of the numbers of `size` ranks mean."""
+    failed, stopping, *flags = largest.tolist()
+    return Agreement(size - failed if failed else None, bool(stopping), [bool(flag) for flag in flags])
+
+
 class Control:
-    """One reduction of a few bytes on CPUs, which waits for no kernel. Every method is collective over all ranks."""
+    """A few bytes that all ranks tell each other on CPUs, which waits for no kernel. Every method is collective over
+    all ranks."""
 
     def __init__(self, stop: Stop, group: Any) -> None:
         self._stop, self.group = stop, group
@@ -32,11 +46,8 @@ class Control:
         """One message: did any rank fail with `error`, was any asked to stop, and for each flag, is it set on any
         rank?"""
         size = dist.get_world_size()
-        failed = size - dist.get_rank() if error is not None else 0
-        values = torch.tensor([failed, self._stop.requested is not None, *flags], dtype=torch.int64)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        failed, stopping, *others = values.tolist()
-        return Agreement(size - failed if failed else None, bool(stopping), [bool(value) for value in others])
+        own = said(dist.get_rank(), size, error is not None, self._stop.requested is not None, *flags)
+        return agreement(maximum(own, self.group), size)
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""

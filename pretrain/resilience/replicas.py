@@ -14,6 +14,7 @@ from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
+from pretrain.parallel.rounds import maximum
 
 CHUNK = 2**22
 """Elements that are multiplied at a time: 64 MiB beside the model."""
@@ -30,36 +31,39 @@ class ReplicaCheck:
     """
 
     def __init__(self, engine: Any, parallel: ParallelContext, group: Any) -> None:
-        """Collective over `group`: all ranks, with tensors on the CPU."""
+        """Collective. `group`: all ranks, with tensors on the CPU."""
         self._engine, self._parallel, self._group = engine, parallel, group
-        keys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(keys, [key for key, _ in self._tensors()], group=group)
-        self._keys: list[list[str]] = keys
-        self._longest = max(len(own) for own in keys)
-
-    @property
-    def num_compared(self) -> int:
-        """Tensors of this rank that another rank holds as well."""
-        holders: dict[str, int] = defaultdict(int)
-        for own in self._keys:
-            for key in own:
-                holders[key] += 1
-        return sum(holders[key] > 1 for key in self._keys[dist.get_rank()])
+        self.own_keys = [key for key, _ in self._tensors()]
+        """The names of what this rank holds."""
+        self._keys = _of_all_ranks(self.own_keys, parallel)
+        place = {key: number for number, key in enumerate(self._keys)}
+        self._places = torch.tensor([place[key] for key in self.own_keys], dtype=torch.int64)
 
     def __call__(self) -> list[str]:
         """What differs, and on which ranks; the same list on every rank, empty if all is well. Collective; reads every
-        weight once."""
-        own = torch.zeros(self._longest, dtype=torch.int64)
+        weight once. Each rank hears the smallest and the largest checksum of every tensor of the model; only of those
+        that differ does it hear every rank's."""
         sums = [checksum(value) for _, value in self._tensors()]
-        if sums:
-            own[: len(sums)] = torch.stack(sums).cpu()
-        gathered = [torch.empty_like(own) for _ in self._keys]
-        dist.all_gather(gathered, own, group=self._group)
-        holders: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for rank, (keys, values) in enumerate(zip(self._keys, gathered, strict=True)):
-            for key, value in zip(keys, values.tolist(), strict=False):
-                holders[key][value].append(rank)
-        return [_difference(key, list(by_value.values())) for key, by_value in holders.items() if len(by_value) > 1]
+        own = torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+        smallest, largest = extremes(own, self._places, len(self._keys), self._group)
+        different = torch.nonzero(smallest != largest).view(-1)
+        return self._differences(own, different) if len(different) else []
+
+    def _differences(self, own: Tensor, different: Tensor) -> list[str]:
+        """Which ranks differ in the tensors number `different` [n] of all; collective."""
+        said = torch.zeros(2, len(self._keys), dtype=torch.int64)  # whether this rank holds it, and its checksum
+        said[:, self._places] = torch.stack([torch.ones_like(own), own])
+        said = said[:, different].contiguous()
+        gathered = [torch.empty_like(said) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, said, group=self._group)
+        found = []
+        for column, number in enumerate(different.tolist()):
+            by_value: dict[int, list[int]] = defaultdict(list)
+            for rank, (holds, value) in enumerate(part[:, column].tolist() for part in gathered):
+                if holds:
+                    by_value[value].append(rank)
+            found.append(_difference(self._keys[number], list(by_value.values())))
+        return found
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank holds, under a name that is the same on all ranks with the same numbers."""
@@ -74,6 +78,33 @@ class ReplicaCheck:
             for kind, value in statistics.state().items():
                 # Sums over data-parallel ranks; tensor-parallel ranks may add up in another order.
                 yield f"routing {kind} of {name}, tensor-parallel rank {parallel.tensor_rank}", value
+
+
+def extremes(own: Tensor, places: Tensor, num_keys: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number, both [num_keys] int64, that any rank has of each key; collective over `group`. `own`
+    [n] int64: this rank's, of the keys number `places` [n]."""
+    largest = maximum(both_ways(own, places, num_keys), group)
+    return ~largest[num_keys:], largest[:num_keys]
+
+
+def both_ways(own: Tensor, places: Tensor, num_keys: int) -> Tensor:
+    """[2 num_keys] int64, whose maximum over ranks has the largest number of each key, and the smallest as ~x, which
+    turns the order of int64 around and cannot overflow. What a rank does not hold is below all."""
+    values = torch.full((2, num_keys), torch.iinfo(torch.int64).min)
+    values[:, places] = torch.stack([own, ~own])
+    return values.view(-1)
+
+
+def _of_all_ranks(keys: list[str], parallel: ParallelContext) -> list[str]:
+    """The keys of all ranks, each once, in the same order everywhere. Data-parallel ranks have the same ones, so only
+    the ranks of the other dimensions ask each other. Collective."""
+    found = set(keys)
+    for group in (parallel.tensor_group, parallel.expert_group, parallel.pipeline_group):
+        if group is not None:
+            theirs: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(theirs, sorted(found), group=group)
+            found = set().union(*theirs)
+    return sorted(found)
 
 
 def checksum(value: Tensor) -> Tensor:
