@@ -41,6 +41,9 @@ NAME_SECONDS = 60.0
 REMINDER_SECONDS = 15.0
 """After this time a rank says what it waits for: ranks start within seconds of each other, unless one is missing."""
 
+EACH_WITH_EACH = 64
+"""Up to so many ranks gloo connects each with each when a group is made: 63 connections a group and rank."""
+
 
 class Unreachable(RuntimeError):
     """The ranks cannot reach each other: a fault of a node or of the network, which the next start may not meet."""
@@ -48,8 +51,8 @@ class Unreachable(RuntimeError):
 
 def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.0) -> torch.device:
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
-    `timeout_seconds`: how long the ranks wait for each other, here and in collectives. Raises UserError
-    and Unreachable."""
+    `timeout_seconds`: how long the ranks wait for each other, here and in collectives. Raises UserError and
+    Unreachable."""
     device_name = device_type(settings.device)
     _set_threads(ranks, settings.threads)
     for key, value in {
@@ -85,8 +88,28 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         # leaves a lock file on which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        _prepare_connections(ranks.world_size)
         _meet(ranks, backend, timeout_seconds)
     return device
+
+
+def _prepare_connections(world_size: int) -> None:
+    """For many ranks: lets gloo connect two ranks when they first speak, and this process open enough connections.
+    Each with each would take N - 1 connections of every rank for every group, and of the store by which they meet 8 N^3
+    bytes: each rank lists a number for each other one, and reads everybody's list. Raises UserError."""
+    if world_size <= EACH_WITH_EACH:
+        return
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # Rank 0 has one to every rank for the store and, while a checkpoint is written, one for the saver's group.
+    needed = 2 * world_size + 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"ulimit -n: {world_size} ranks need {needed} open files in a process, and this machine allows {hard}; "
+            f"raise its hard limit (nofile in /etc/security/limits.conf, LimitNOFILE of slurmd)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:

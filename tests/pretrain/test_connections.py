@@ -1,0 +1,40 @@
+"""Many ranks: gloo connects those that speak to each other, and a process may open as many files as that takes."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+
+from common.errors import UserError
+from pretrain import device
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The limits of open files, the newest last, of a process that begins with 1,024 of 8,192."""
+    found = [(1024, 8192)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: found[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: found.append(limits))
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+    return found
+
+
+def test_few_ranks_change_nothing(limits: list[tuple[int, int]]) -> None:
+    device._prepare_connections(64)
+    assert len(limits) == 1 and "TORCH_GLOO_LAZY_INIT" not in os.environ
+
+
+def test_many_ranks_connect_when_they_speak_and_may_open_a_socket_for_each(limits: list[tuple[int, int]]) -> None:
+    device._prepare_connections(1024)
+    assert limits[-1] == (3072, 8192) and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+
+
+def test_a_limit_that_is_too_low_is_refused_with_the_number(limits: list[tuple[int, int]]) -> None:
+    with pytest.raises(UserError, match=r"ulimit -n: 16384 ranks need 33792 open files in a process.* allows 8192; "):
+        device._prepare_connections(16384)
+    limits.append((1024, resource.RLIM_INFINITY))
+    device._prepare_connections(16384)
+    assert limits[-1] == (33792, resource.RLIM_INFINITY)
