@@ -2,7 +2,8 @@
 
 Nothing is sent while all is well. A rank whose main thread has not entered a new phase for the time allowed writes a
 report and its stacks into RUN_DIR/hang; all ranks that are alive do so at about the same time, because they wait for
-the same one. Then those that wrote nothing, or are behind the others, are named. That needs neither network nor rank 0.
+the same one. Then the first of them reads all reports and names those that wrote nothing, or are behind the others.
+That needs neither network nor rank 0.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from pretrain.resilience.signals import Stop
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, in a C-level handler that needs no interpreter lock."""
 
+READER = "reader"
+"""Empty file in RUN_DIR/hang: the rank that made it reads all reports."""
+READ_SECONDS = 0.002
+"""For each report, how long the others wait for the message of the one that reads them all."""
+LISTED = 16
+"""Absent ranks that the message names."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -37,6 +45,9 @@ class Report:
     identity: dict[str, Any]
     waited_seconds: float
     record: Record
+
+    def write(self, hang: Path) -> None:
+        write_json(hang / f"rank-{self.rank:05d}.json", asdict(self))
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class Watchdog:
         self._timeout = hang_timeout_seconds
         self._grace = min(30.0, max(2.0, hang_timeout_seconds / 4))
         """How long to wait for reports: ranks begin to wait within a step of each other."""
+        self._pause = min(2.0, 0.1 * max(1.0, len(peers.identities) / 64))
+        """Between two looks for the message: all ranks together look about a thousand times a second at most."""
         self._folder.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # a full disk: the last words of this rank are missed, no more
             phases.keep_in(self._folder / f"rank-{self._rank:05d}.phase")
@@ -128,37 +141,48 @@ class Watchdog:
         self._hang.mkdir(exist_ok=True)
         with open(path.with_suffix(".stacks"), "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        write_json(path, asdict(Report(self._rank, self._identities[self._rank], waited, record)))
-        deadline = time.monotonic() + self._grace
-        while time.monotonic() < deadline and len(self._reports()) < len(self._identities):
-            time.sleep(0.1)
+        Report(self._rank, self._identities[self._rank], waited, record).write(self._hang)
+        is_reader, deadline = self._becomes_reader(), time.monotonic() + self._grace
         message = self._hang / "message.txt"
+        while time.monotonic() < deadline and not message.exists() and not (is_reader and self._all_have_reported()):
+            time.sleep(self._pause)
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
         if self._phases.record.count != record.count and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
+            if is_reader:
+                (self._hang / READER).unlink(missing_ok=True)
             self._reporting.clear()
             return
-        reports = self._reports()
-        silent = [rank for rank in range(len(self._identities)) if rank not in reports]
-        if self._rank == min(reports):
-            text = describe(reports, silent, self._last_words(silent), self._timeout, self._hang)
-            self._publish(text, message)
-        self._end_silent_ranks_here(reports, silent)
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 5.0 + READ_SECONDS * len(self._identities)
         while not message.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+            is_reader = is_reader or self._becomes_reader()  # the one before went on
+            if is_reader:
+                self._describe_for_all(message)
+            else:
+                time.sleep(self._pause)
+        self._end_silent_ranks_here()
         self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
 
-    def _reports(self) -> dict[int, Report]:
-        found = {}
-        for path in self._hang.glob("rank-*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                tree = json.loads(path.read_text(encoding="utf-8"))
-                found[tree["rank"]] = Report(**{**tree, "record": Record(**tree["record"])})
-        return found
+    def _becomes_reader(self) -> bool:
+        """Whether this rank is the one that reads all reports: the first to ask. If all did, a thousand ranks would
+        open a million files, again and again."""
+        try:
+            os.close(os.open(self._hang / READER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            return False
+        return True
+
+    def _all_have_reported(self) -> bool:
+        return sum(name.endswith(".json") for name in os.listdir(self._hang)) >= len(self._identities)
+
+    def _describe_for_all(self, message: Path) -> None:
+        reports = read_reports(self._hang)
+        silent = [rank for rank in range(len(self._identities)) if rank not in reports]
+        words = self._last_words(silent[:LISTED])
+        self._publish(describe(reports, silent, words, self._timeout, self._hang), message)
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
-        """For every silent rank: where it was last, and what its process does now."""
+        """For each of the ranks `silent`: where it was last, and what its process does now."""
         words = {}
         for rank in silent:
             identity, record = self._identities[rank], read(self._folder / f"rank-{rank:05d}.phase")
@@ -180,15 +204,17 @@ class Watchdog:
             file.write(dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
         write_file(path, f"{text}\n".encode())
 
-    def _end_silent_ranks_here(self, reports: dict[int, Report], silent: list[int]) -> None:
+    def _end_silent_ranks_here(self) -> None:
         """Once per machine: makes its silent ranks write their stacks, if they can, and kills them."""
-        if self._rank != min(rank for rank in reports if self._is_here(rank)):
+        here = [rank for rank in range(len(self._identities)) if self._is_here(rank)]
+        silent = [rank for rank in here if not (self._hang / f"rank-{rank:05d}.json").exists()]
+        if self._rank != min(set(here) - set(silent)):
             return
         stacks = {}
-        for rank in filter(self._is_here, silent):
+        for rank in silent:
             with contextlib.suppress(OSError):  # opened now: a rank that is woken removes its file when it leaves
                 stacks[rank] = open(self._folder / f"rank-{rank:05d}.stacks", "rb")  # noqa: SIM115
-        victims = [self._identities[rank]["pid"] for rank in silent if self._is_here(rank) and self._runs(rank)]
+        victims = [self._identities[rank]["pid"] for rank in silent if self._runs(rank)]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, DUMP_SIGNAL)
@@ -199,7 +225,7 @@ class Watchdog:
             with contextlib.suppress(OSError), file:
                 (self._hang / f"rank-{rank:05d}.stacks").write_bytes(file.read())
         for rank in silent:
-            if self._is_here(rank) and self._runs(rank):
+            if self._runs(rank):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._identities[rank]["pid"], signal.SIGKILL)
 
@@ -210,16 +236,29 @@ class Watchdog:
         return is_alive(self._identities[rank])
 
 
+def read_reports(hang: Path) -> dict[int, Report]:
+    """The reports in the folder, by rank."""
+    found = {}
+    for path in hang.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            found[tree["rank"]] = Report(**{**tree, "record": Record(**tree["record"])})
+    return found
+
+
 def describe(
     reports: dict[int, Report], silent: list[int], last_words: dict[int, str], timeout: float, folder: Path
 ) -> str:
     """One message that says which ranks did not arrive, and where."""
     furthest = max(reports.values(), key=lambda report: report.record.count)
     behind = {rank: report for rank, report in reports.items() if report.record.count < furthest.record.count}
-    absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent]
+    absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent[:LISTED]]
     absent += [
-        f"rank {rank}: still in {report.record} on {report.identity['host']}" for rank, report in sorted(behind.items())
+        f"rank {rank}: still in {report.record} on {report.identity['host']}"
+        for rank, report in sorted(behind.items())[: LISTED - len(absent)]
     ]
+    if (unnamed := len(silent) + len(behind) - len(absent)) > 0:
+        absent.append(f"and {unnamed} more")
     if not absent:
         absent = ["no rank is behind: one is stuck inside this phase (see the stacks), or the network is"]
     waiting = [rank for rank in sorted(reports) if rank not in behind]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -14,8 +15,9 @@ import torch
 
 import tests.harness as harness
 from pretrain.phases import Phases, Record, read
+from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import Peers, Report, Watchdog, describe
+from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import events, outcome, train_with
 from tests.pretrain.runs import small_config
@@ -135,6 +137,61 @@ def test_slow_is_not_hung_and_patient_phases_may_take_their_time(tmp_path: Path)
     watchdog.close()
     assert not (tmp_path / "ranks").exists()
     assert psutil.pid_exists(os.getpid())
+
+
+class Left(Stop):
+    """Notes with which code the process would have been left."""
+
+    def __init__(self, codes: list[int]) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def leave(self, code: ExitCode, message: str) -> NoReturn:
+        self.codes.append(code)
+        raise SystemExit  # ends the watchdog's thread
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five nodes of a rank each: if every rank read all reports, N ranks would read N x N files."""
+    reads: list[int] = []
+
+    def counted(hang: Path) -> dict[int, Report]:
+        found = read_reports(hang)
+        reads.append(len(found))
+        return found
+
+    monkeypatch.setattr("pretrain.resilience.watchdog.read_reports", counted)
+    identities = [{"host": f"node-{rank}", "boot": "", "namespace": "", "pid": 1, "start": 1} for rank in range(5)]
+    codes: list[int] = []
+    watchdogs = [
+        Watchdog(tmp_path, Phases(), Left(codes), Peers(rank, identities), hang_timeout_seconds=0.2, lock=None)
+        for rank in range(5)
+    ]
+    deadline = time.monotonic() + 30
+    while len(codes) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for watchdog in watchdogs:
+        watchdog.close()
+    assert codes == [5] * 5 and reads == [5]
+    message = (tmp_path / "hang" / "message.txt").read_text()
+    assert "no rank is behind" in message and "Waiting: ranks 0-4," in message
+    assert [event["message"] for event in events(tmp_path, "hang")] == [message.strip()]
+
+
+def test_a_message_names_some_of_many_absent_ranks() -> None:
+    record = Record(0.0, 7, 2, "forward")
+    reports = {rank: Report(rank, {"host": "a"}, 31.0, record) for rank in range(100, 200)}
+    reports[150] = Report(150, {"host": "b"}, 31.0, Record(0.0, 6, 2, "reading batches"))
+    text = describe(reports, list(range(100)), {rank: f"process {rank}" for rank in range(LISTED)}, 30.0, Path("hang"))
+    assert (
+        text.count("no sign of life") == LISTED
+        and f"; and {100 + 1 - LISTED} more. Waiting: ranks 100-149, 151-199" in text
+    )
+    few = describe(reports, [3], {3: "process 3"}, 30.0, Path("hang"))
+    assert (
+        "rank 3: no sign of life" in few and "rank 150: still in phase 'reading batches'" in few and "more" not in few
+    )
 
 
 def test_nobody_is_blamed_if_all_are_in_the_same_phase() -> None:
