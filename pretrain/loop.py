@@ -24,6 +24,7 @@ from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start
 from pretrain.segment import Segment, SegmentEnd, build_segment
+from pretrain.together import check_data
 from pretrain.trainer import RunSetup
 
 
@@ -35,9 +36,10 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
     (the last checkpoint stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
+    check_same(f"{sources.key} (digest)", sources.digest)
+    sources = check_data(sources, config)
     parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
     setup = RunSetup(config, sources, parallel, device, tasks=tasks)
-    check_same(f"{sources.key} (digest)", sources.digest)
     folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)

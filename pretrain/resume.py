@@ -94,13 +94,13 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
     return changes_since(saved, config, manifest_digest)
 
 
-def newest_committed(paths: list[Path]) -> Checkpoint | None:
-    """The first of `paths` that is committed and whose files have their sizes; not collective, reads no tensor. Raises
-    UserError as `newest_valid`."""
+def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:
+    """The first of `paths` that is committed and, with `check_sizes`, whose files have their sizes; not collective,
+    reads no tensor. Raises UserError as `newest_valid`."""
     reasons: list[str] = []
     for path in paths:
         try:
-            return Checkpoint.open(path)
+            return Checkpoint.open(path, world_size=1 if check_sizes else 0)
         except DamagedCheckpoint as error:
             reasons.append(str(error))
     _refuse_without(reasons)
@@ -120,7 +120,7 @@ def newest_valid(
         checkpoint: Checkpoint | None = None
         problem: str | None = None
         try:
-            checkpoint = Checkpoint.open(path)
+            checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
             problem = f"checkpoint {path}: {damaged}" if damaged else None
         except DamagedCheckpoint as error:

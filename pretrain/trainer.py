@@ -185,9 +185,9 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     model = _build_model(setup)
     if resumed is not None:
         phases.enter("loading the weights")
-        agreed(lambda: checkpoints.load_weights(resumed, model, parallel))
+        checkpoints.load_weights_together(resumed, model, parallel)
     else:
-        load_initial(config, setup.sources.tokenizer.sha256, model, parallel, agreed)
+        load_initial(config, setup.sources.tokenizer.sha256, model, parallel)
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
     _compile_blocks(setup, engine)

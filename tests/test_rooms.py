@@ -69,6 +69,7 @@ ROOMS = {
         "api",
         "trainer",
         "saving",
+        "together",
         "evaluate",
         "resume",
         "preflight",

@@ -51,6 +51,9 @@ TOKENIZER_FILE = "tokenizer.model"
 MEMBER_SUFFIX = ".tok.bin"
 INDEX_SUFFIX = ".idx.safetensors"
 TAR_BLOCK_BYTES = 512
+Part = tuple[int, int]
+"""(number, of): of several processes that check a folder together, this one's number and how many they are."""
+WHOLE: Part = (0, 1)
 REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`"
 
 
@@ -84,6 +87,7 @@ class Manifest(Record):
     digest: Sha256
     """sha256 of the canonical JSON of everything else: the identity of the data set."""
     _folder: Path = PrivateAttr(default=Path())
+    _root: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check_sums(self) -> "Manifest":
@@ -102,8 +106,9 @@ class Manifest(Record):
         return self
 
     @classmethod
-    def load(cls, path: str | Path) -> "Manifest":
-        """Reads and validates a manifest; `path` is manifest.json or its folder. Raises DataError."""
+    def load(cls, path: str | Path, *, follow_links: bool = True) -> "Manifest":
+        """Reads and validates a manifest; `path` is manifest.json or its folder. Raises DataError. `follow_links`
+        False: whether a shard is a link that leads elsewhere is left to `check` and to the reader that opens it."""
         file = Path(path)
         if file.is_dir():
             file = file / MANIFEST_FILE
@@ -117,13 +122,21 @@ class Manifest(Record):
             raise DataError(f"cannot read {file}: {error.strerror}") from None
         manifest = cls._parse(file, raw)
         manifest._folder = file.parent
-        root = file.parent.resolve()
-        for name in [manifest.tokenizer.file or "", *manifest._shard_files(), *manifest._record_files()]:
-            if not (root / name).resolve().is_relative_to(root):
-                raise DataError(
-                    f"{file}: {name} leads out of the manifest's folder (a link?); store the file inside it"
-                )
+        shards = manifest._shard_files() if follow_links else []
+        for name in [manifest.tokenizer.file or "", *shards, *manifest._record_files()]:
+            manifest.inside(name)
         return manifest
+
+    def inside(self, name: str) -> Path:
+        """The file `name` of the data set. Raises DataError if a link leads out of the manifest's folder."""
+        if self._root is None:
+            self._root = self.folder.resolve()
+        if not (self._root / name).resolve().is_relative_to(self._root):
+            raise DataError(
+                f"{self.folder / MANIFEST_FILE}: {name} leads out of the manifest's folder (a link?); store the file "
+                f"inside it"
+            )
+        return self.folder / name
 
     @classmethod
     def _parse(cls, file: Path, raw: bytes) -> "Manifest":
@@ -163,6 +176,11 @@ class Manifest(Record):
                 return entries
         raise DataError(f"{self.folder / MANIFEST_FILE} has no split {name!r}; it has {', '.join(self.splits)}")
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards."""
+        return sum(entry.bytes for entry in self._entries())
+
     def num_tokens(self, split: str) -> int:
         """Token ids in a split, EOS included."""
         return sum(entry.tokens for entry in self.split(split))
@@ -176,12 +194,19 @@ class Manifest(Record):
     def _record_files(self) -> list[str]:
         return [record.file for record in self.provenance.records]
 
-    def check(self, level: Literal["size", "full"], show_progress: bool = False, problem: Problem = refuse) -> None:
+    def check(
+        self,
+        level: Literal["size", "full"],
+        show_progress: bool = False,
+        problem: Problem = refuse,
+        part: Part = WHOLE,
+    ) -> None:
         """Compares the folder with the manifest; one DataError for each file that differs, which names the file, the
         difference and the fix. It is raised, unless `problem` takes it.
 
         Always: every file is there with its size and may be read; tokenizer and indexes are hashed and the indexes
-        validated. `full` also hashes every shard; `show_progress` shows a bar for that.
+        validated. `full` also hashes every shard; `show_progress` shows a bar for that. Only the files of `part` are
+        looked at, where several processes check a folder together.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
 
@@ -193,14 +218,16 @@ class Manifest(Record):
                 problem(error)
                 return False
 
-        entries = self._entries()
-        passes(self._check_tokenizer)
-        whole = [entry for entry in entries if passes(partial(_check_shard, self.folder / entry.file, entry))]
+        number, of = part
+        entries = self._entries()[number::of]
+        if number == 0:
+            passes(self._check_tokenizer)
+        whole = [entry for entry in entries if passes(partial(self._check_shard, entry))]
         for entry in entries:
             passes(partial(ShardIndex.load, self, entry))
         if level == "size":
             return
-        for record in self.provenance.records:  # not data: training does without them
+        for record in self.provenance.records if number == 0 else ():  # not data: training does without them
             passes(partial(_check_record, self.folder / record.file, record))
         from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
 
@@ -209,18 +236,18 @@ class Manifest(Record):
             for entry in whole:
                 passes(partial(_check_hash, self.folder / entry.file, entry.sha256, bar.update))
 
+    def _check_shard(self, entry: ShardEntry) -> None:
+        path = self.inside(entry.file)
+        check_size(path, entry.bytes)
+        if not os.access(path, os.R_OK):
+            raise DataError(_unreadable(path, os.strerror(errno.EACCES)))
+
     def _check_tokenizer(self) -> None:
         if self.tokenizer.file is not None:
             tokenizer = self.folder / self.tokenizer.file
             if not tokenizer.is_file():
                 raise DataError(f"missing file {tokenizer}; {REBUILD}")
             _check_hash(tokenizer, self.tokenizer.sha256)
-
-
-def _check_shard(path: Path, entry: ShardEntry) -> None:
-    check_size(path, entry.bytes)
-    if not os.access(path, os.R_OK):
-        raise DataError(_unreadable(path, os.strerror(errno.EACCES)))
 
 
 def _check_record(path: Path, record: RecordFile) -> None:
@@ -275,7 +302,7 @@ class ShardIndex:
     @classmethod
     def load(cls, manifest: Manifest, entry: ShardEntry) -> "ShardIndex":
         """Reads an index, checks its hash, then that it is consistent with the shard. Raises DataError."""
-        path = manifest.folder / entry.index_file
+        path = manifest.inside(entry.index_file)
         check_size(path, entry.index_bytes)
         try:
             raw = path.read_bytes()

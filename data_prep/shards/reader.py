@@ -29,7 +29,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, entry: ShardEntry, verify_on_first_read: bool) -> None:
         self._entry = entry
-        self._path = manifest.folder / entry.file
+        self._path = manifest.inside(entry.file)
         self._dtype = manifest.numpy_dtype
         self._unverified = verify_on_first_read
         check_size(self._path, entry.bytes)

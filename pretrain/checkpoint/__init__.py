@@ -29,7 +29,14 @@ from pretrain.checkpoint.folder import (
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.saver import Saver
-    from pretrain.checkpoint.state import layout, load_training_state, load_weights, owned_state, versions
+    from pretrain.checkpoint.state import (
+        layout,
+        load_training_state,
+        load_weights,
+        load_weights_together,
+        owned_state,
+        versions,
+    )
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,6 +49,7 @@ __all__ = [
     "list_checkpoints",
     "load_training_state",
     "load_weights",
+    "load_weights_together",
     "owned_state",
     "set_aside_newer",
     "step_of",
@@ -55,7 +63,7 @@ def __getattr__(name: str) -> Any:
         from pretrain.checkpoint import saver
 
         return saver.Saver
-    if name in ("layout", "load_training_state", "load_weights", "owned_state", "versions"):
+    if name in ("layout", "load_training_state", "load_weights", "load_weights_together", "owned_state", "versions"):
         from pretrain.checkpoint import state
 
         return getattr(state, name)

@@ -53,8 +53,9 @@ class Checkpoint:
         return None if entry is None else str(entry["source"])
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Checks the commit marker, parses state.json and checks that the files are there with their sizes.
+    def open(cls, path: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoint:
+        """Checks the commit marker, parses state.json and checks that the files are there with their sizes: this rank's
+        share of them; none of them where world_size is 0.
 
         Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but has another format."""
         try:
@@ -78,16 +79,11 @@ class Checkpoint:
                 f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "
                 f"version that wrote it, or choose another --run-dir"
             )
-        for name, entry in files.items():
+        for name in files:
             if Path(name).name != name:
                 raise DamagedCheckpoint(f"checkpoint {path}: file name {name!r} leaves the folder")
-            try:
-                size = (path / name).stat().st_size if (path / name).exists() else None
-            except OSError as error:
-                raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
-            if size != entry["bytes"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}, not {entry['bytes']} bytes")
+        for name in sorted(files)[rank::world_size] if world_size else ():
+            _check_size(path, name, files[name]["bytes"])
         return cls(path, state)
 
     def damaged_file(
@@ -103,6 +99,20 @@ class Checkpoint:
             if found != self.state["files"][name]["sha256"]:
                 return f"{name} does not match its sha256"
         return None
+
+
+def _check_size(path: Path, name: str, expected: int) -> None:
+    """Raises DamagedCheckpoint unless the file `name` of the checkpoint `path` has this size."""
+    size: int | None = None
+    try:
+        size = (path / name).stat().st_size
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+    if size != expected:
+        found = "missing" if size is None else f"{size} bytes"
+        raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}, not {expected} bytes")
 
 
 def _unreadable(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ from pretrain.checkpoint.shapes import check_shapes
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.parallel.agreement import agreed
 
 KEY = "train.init_from"
 
 
-def initial_checkpoint(config: Config, tokenizer_sha256: str | None) -> Checkpoint | None:
+def initial_checkpoint(
+    config: Config, tokenizer_sha256: str | None, *, rank: int = 0, world_size: int = 1
+) -> Checkpoint | None:
     """What train.init_from names, opened; None if it is null. `tokenizer_sha256`: of the run's data, None for bytes.
-    Raises UserError."""
+    `rank`, `world_size`: see `Checkpoint.open`. Raises UserError."""
     place = config.train.init_from
     if place is None:
         return None
@@ -36,7 +38,7 @@ def initial_checkpoint(config: Config, tokenizer_sha256: str | None) -> Checkpoi
                 f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder"
             )
         path = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
     theirs, weights_only = checkpoint.state["tokenizer_sha256"], checkpoint.state.get("weights_only")
     is_known = theirs is not None or weights_only is None or weights_only["tokenizer"] is not None
     if is_known and theirs != tokenizer_sha256:
@@ -48,31 +50,28 @@ def initial_checkpoint(config: Config, tokenizer_sha256: str | None) -> Checkpoi
     return checkpoint
 
 
-def load_initial(
-    config: Config,
-    tokenizer_sha256: str | None,
-    model: Any,
-    parallel: ParallelContext,
-    agreed: Callable[[Callable[[], None]], None],
-) -> None:
+def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, parallel: ParallelContext) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
     checked the files; does nothing without train.init_from. The first rank says where the weights come from, and which
-    settings of the model differ. Collective: `agreed` makes one rank's UserError everybody's."""
-    from pretrain.checkpoint.state import load_weights  # imports DCP, which a dry run does without
+    settings of the model differ. Collective; raises UserError, agreed."""
+    from pretrain.checkpoint.state import load_weights_together  # imports DCP, which a dry run does without
 
-    def load() -> None:
-        checkpoint = initial_checkpoint(config, tokenizer_sha256)
+    def check() -> Checkpoint:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        checkpoint = initial_checkpoint(config, tokenizer_sha256, rank=rank, world_size=world_size)
         assert checkpoint is not None
-        if problem := checkpoint.damaged_file(rank=dist.get_rank(), world_size=dist.get_world_size()):
+        if problem := checkpoint.damaged_file(rank=rank, world_size=world_size):
             raise DamagedCheckpoint(f"{KEY}: checkpoint {checkpoint.path}: {problem}; name another")
-        load_weights(checkpoint, model, parallel)
-        if parallel.is_first:
-            print(f"initial weights: {checkpoint.path} (step {checkpoint.progress.step})", flush=True)
-            for key, (then, now) in model_changes(checkpoint, config).items():
-                print(f"  not as there: {key}: {json.dumps(then)} -> {json.dumps(now)}", flush=True)
+        return checkpoint
 
-    if config.train.init_from is not None:
-        agreed(load)
+    if config.train.init_from is None:
+        return
+    checkpoint = agreed(check)
+    load_weights_together(checkpoint, model, parallel)
+    if parallel.is_first:
+        print(f"initial weights: {checkpoint.path} (step {checkpoint.progress.step})", flush=True)
+        for key, (then, now) in model_changes(checkpoint, config).items():
+            print(f"  not as there: {key}: {json.dumps(then)} -> {json.dumps(now)}", flush=True)
 
 
 def model_changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:

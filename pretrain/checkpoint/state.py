@@ -18,7 +18,7 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from model.config import ModelConfig
 from model.language_model import routing_statistics
 from model.memory import LayerMemory, layer_memories
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import local_shape, shard_place
+from model.parallel.sharding import local_shape, shard_place, sharded_axis
 from model.parameter_spec import ParameterSpec
 from model.parameters import owner_of, parameter_specs
 from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
@@ -41,7 +41,10 @@ from pretrain.checkpoint.planners import LoadPlanner
 from pretrain.checkpoint.shapes import full_shapes
 from pretrain.checkpoint.storage import Reader
 from pretrain.data.progress import Progress
+from pretrain.device import on_collective_device
 from pretrain.engine.zero_state import AVERAGE, Piece, optimizer_steps, pieces, set_optimizer_steps
+from pretrain.parallel.agreement import agreed
+from pretrain.parallel.groups import replica_group
 
 State = dict[str, Fragments]
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -89,9 +92,40 @@ def described(engine: Any, progress: Progress) -> dict[str, Any]:
     }
 
 
-def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext, *, kind: str = "master") -> None:
+def load_weights_together(
+    checkpoint: Checkpoint, model: Any, parallel: ParallelContext, *, kind: str = "master"
+) -> None:
+    """As `load_weights`, but of the ranks that hold the same part of a parameter one reads it and sends it to the
+    others; they take turns. If each read everything, N ranks would open N files each. Collective; without a process
+    group this process reads all. Raises UserError, agreed."""
+    specs, senders = parameter_specs(model.config), {}
+    for number, (name, _) in enumerate(model.named_parameters()):
+        group = replica_group(parallel, sharded_axis(specs[name], expert_size=parallel.expert_size) == "expert")
+        if group is not None:
+            senders[name] = (group, number % dist.get_world_size(group))
+    others = {name for name, (group, sender) in senders.items() if dist.get_rank(group) != sender}
+    agreed(lambda: load_weights(checkpoint, model, parallel, kind=kind, without=others))
+    for name, parameter in model.named_parameters():
+        if name in senders:
+            group, sender = senders[name]
+            own = parameter.detach()
+            sent = on_collective_device(own)
+            dist.broadcast(sent, group=group, group_src=sender)
+            if sent is not own:
+                own.copy_(sent)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    model: Any,
+    parallel: ParallelContext,
+    *,
+    kind: str = "master",
+    without: Set[str] = frozenset(),
+) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights, or of their
-    moving average (`kind` ema). Raises UserError."""
+    moving average (`kind` ema), but for the parameters named in `without`, which must be there and keep their values.
+    Raises UserError."""
     reader, config = Reader(checkpoint), model.config
     check_kind(reader, kind)
     specs = parameter_specs(config)
@@ -104,9 +138,11 @@ def load_weights(checkpoint: Checkpoint, model: Any, parallel: ParallelContext, 
         if shape != saved:
             raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
         assert parameter.is_contiguous()
-        fragments = _fragments(parameter.detach().view(-1), 0, specs[name], parallel)
-        state[_saved_as(reader, kind, name, config)] = fragments
-    read(reader, checkpoint, state)
+        if name not in without:
+            fragments = _fragments(parameter.detach().view(-1), 0, specs[name], parallel)
+            state[_saved_as(reader, kind, name, config)] = fragments
+    if state:
+        read(reader, checkpoint, state)
 
 
 def check_kind(reader: Reader, kind: str) -> None:

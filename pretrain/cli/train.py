@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
-        sources, data_size = preflight(config, ranks.world_size, run_dir)
+        sources, data_size = preflight(config, ranks.world_size, run_dir, alone=ranks.world_size == 1)
         if ranks.rank == 0:
             print_derived(config, data_size, sources, run_dir)
         return run(config, sources, run_dir, ranks, stop)
@@ -169,7 +169,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
     """Joins the process group and trains."""
     from pretrain import device as devices
     from pretrain.loop import train
-    from pretrain.parallel.agreement import PeerFailed, agreed
+    from pretrain.parallel.agreement import PeerFailed
     from pretrain.resilience.guard import RunFailed, collective_timeout
 
     try:
@@ -179,8 +179,6 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
         return ExitCode.PEER_DIED
     stop.enter(ProcessState.STARTING)
     try:
-        if config.data.verify == "full":  # one reader: N ranks would read the data set N times
-            agreed(lambda: sources.check("full", show_progress=True) if ranks.rank == 0 else None)
         return train(config, sources, run_dir, device, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

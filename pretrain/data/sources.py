@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from data_prep.shards.cache import ShardCache
-from data_prep.shards.format import Manifest, TokenizerEntry
+from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry
 from common.urls import URL
 from pretrain.config.schema import Config
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
@@ -39,16 +40,18 @@ class Sources:
     """All data sets of a run, which share a tokenizer."""
 
     sources: tuple[Source, ...]
+    hashed: bool = False
+    """Whether the sha256 of every shard was checked, so that no reader has to."""
 
     @classmethod
-    def load(cls, config: Config) -> Sources:
-        """Loads every manifest. Raises UserError or DataError; reads no shard."""
-        sources = cls.find(config, refuse)
+    def load(cls, config: Config, *, follow_links: bool = True) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard. `follow_links`: see `Manifest.load`."""
+        sources = cls.find(config, refuse, follow_links=follow_links)
         assert sources is not None
         return sources
 
     @classmethod
-    def find(cls, config: Config, problem: Problem) -> Sources | None:
+    def find(cls, config: Config, problem: Problem, *, follow_links: bool = True) -> Sources | None:
         """As `load`; None if `problem` took that a manifest cannot be loaded."""
         data = config.data
         locations = [source.manifest for source in data.sources] or [data.manifest]
@@ -58,7 +61,7 @@ class Sources:
         found = []
         for location, key, name, weight in zip(locations, keys, names, weights, strict=True):
             try:
-                manifest, cache = _load(location, key, config)
+                manifest, cache = _load(location, key, config, follow_links=follow_links)
             except UserError as error:
                 problem(error)
                 continue
@@ -86,12 +89,18 @@ class Sources:
         """The one tokenizer."""
         return self.sources[0].manifest.tokenizer
 
-    def check(self, level: Literal["size", "full"], show_progress: bool = False, problem: Problem = refuse) -> None:
-        """Calls `Manifest.check` of each data set that is not behind a URL; a shard behind a URL is checked when it is
-        fetched."""
+    def check(
+        self,
+        level: Literal["size", "full"],
+        show_progress: bool = False,
+        problem: Problem = refuse,
+        part_of: Callable[[Manifest], Part] = lambda manifest: WHOLE,
+    ) -> None:
+        """Calls `Manifest.check` of each data set that is not behind a URL, with this process's part of it; a shard
+        behind a URL is checked when it is fetched."""
         for source in self.sources:
             if source.cache is None:
-                source.manifest.check(level, show_progress, problem)
+                source.manifest.check(level, show_progress, problem, part_of(source.manifest))
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
@@ -101,7 +110,7 @@ class Sources:
                 split,
                 config.model.sequence_length,
                 # A cache hashes what it fetches and what it finds.
-                verify_on_first_read=config.data.verify == "size" and source.cache is None,
+                verify_on_first_read=config.data.verify == "size" and source.cache is None and not self.hashed,
                 hold=source.cache.hold if source.cache else None,
                 max_tokens=config.data.max_tokens if split == "train" else None,
             )
@@ -110,9 +119,9 @@ class Sources:
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
-def open_sources(config: Config) -> Sources:
+def open_sources(config: Config, *, follow_links: bool = True) -> Sources:
     """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
-    sources = Sources.load(config)
+    sources = Sources.load(config, follow_links=follow_links)
     check_vocabulary(sources, config)
     for source in sources.sources:
         check_text(source, config)
@@ -192,7 +201,7 @@ def _check_train_tokens(manifest: Manifest, config: Config) -> None:
         raise UserError(f"data.max_tokens: {most} is less than one window of model.sequence_length = {T}; raise it")
 
 
-def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache | None]:
+def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tuple[Manifest, ShardCache | None]:
     if URL.match(location):
         assert config.data.cache_dir is not None  # rules.py
         folder = Path(os.path.expanduser(config.data.cache_dir)).absolute()
@@ -206,7 +215,7 @@ def _load(location: str, key: str, config: Config) -> tuple[Manifest, ShardCache
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
             f"{recipe if known else 'FILE, one of configs/data or your own'}"
         )
-    return Manifest.load(path), None
+    return Manifest.load(path, follow_links=follow_links), None
 
 
 def _below_data(location: str) -> str:

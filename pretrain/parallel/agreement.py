@@ -28,6 +28,16 @@ def agreed(function: Callable[[], Result]) -> Result:
     return result
 
 
+def said_by_first(function: Callable[[], None]) -> None:
+    """As `agreed`, but the first rank raises what any rank has met: people read its output, and not that of rank
+    4711."""
+    _, error = attempt(function)
+    words: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(words, None if error is None else str(error))
+    first = next((text for text in words if text is not None), None)
+    agree(None if first is None else UserError(first))
+
+
 def attempt(function: Callable[[], Result]) -> tuple[Result, Exception | None]:
     """What `function` returns, and the UserError that it raises, for `agree`; not collective. With an
     error the result is None, and `agree` raises."""

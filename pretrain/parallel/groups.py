@@ -52,6 +52,20 @@ def _grid(pipeline: int, data: int, tensor: int, expert: int) -> Any:
     return HyperCommGrid([tensor, expert, data // expert, pipeline], ["tp", "ep", "dp", "pp"])
 
 
+def replica_group(parallel: ParallelContext, of_experts: bool) -> Any:
+    """The ranks that hold the same values as this one of a parameter, or with `of_experts` of one that is divided over
+    the expert-parallel ranks; None if there is no other. Not collective: the groups are there."""
+    if not of_experts:
+        return parallel.data_group
+    groups = process_groups(
+        pipeline=parallel.pipeline_size,
+        data=parallel.data_size,
+        tensor=parallel.tensor_size,
+        expert=parallel.expert_size,
+    )
+    return groups.expert_replicas if dist.get_world_size(groups.expert_replicas) > 1 else None
+
+
 def tied_group(parallel: ParallelContext) -> Any:
     """The first and the last pipeline stage of this rank's model, which hold one tied weight; collective over all
     ranks. None on a stage between them."""

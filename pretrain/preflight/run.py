@@ -38,6 +38,9 @@ class PlannedRun:
     """Names of rules (pretrain/config/rules.py) that the configuration breaks."""
     folder: Path | None = None
     """Where the checkpoints would be written although there can be no run folder, to ask for free space."""
+    alone: bool = True
+    """False: one of the run's ranks, which leaves out what has to be looked up for every file of the data or of a
+    checkpoint. The ranks do that together once they have met (together.py, resume.py)."""
     data_size: int | None = None
     sources: Sources | None = None
     newest: Checkpoint | None = None
@@ -94,7 +97,7 @@ class PlannedRun:
 
         if "data" in self.broken:
             raise Blocked("a rule of the data section is broken")
-        self.sources = Sources.find(self.config, found.problem)
+        self.sources = Sources.find(self.config, found.problem, follow_links=self.alone)
         if self.sources is None:
             return ""
         return "; ".join(
@@ -133,6 +136,8 @@ class PlannedRun:
 
     def _shards(self, found: Outcome, *, thorough: bool) -> str:
         sources = self._opened()
+        if not self.alone:
+            return "left to all ranks together"
         is_full = thorough and self.config.data.verify == "full"
         sources.check("full" if is_full else "size", show_progress=is_full, problem=found.problem)
         if (more := len(found.problems) - MOST_FILES) > 1:
@@ -153,12 +158,13 @@ class PlannedRun:
         if self.run_dir is None and resume in ("auto", "never"):
             raise Blocked("there can be no run folder")
         paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
-        newest = self.newest = newest_committed(paths)
+        newest = self.newest = newest_committed(paths, check_sizes=self.alone)
         self.has_checkpoint = newest is not None
         if newest is None:
             if self.config.train.init_from is None:
                 return "none yet; the run begins at step 0"
-            initial = initial_checkpoint(self.config, self._opened().tokenizer.sha256)
+            known = self._opened().tokenizer.sha256
+            initial = initial_checkpoint(self.config, known, world_size=1 if self.alone else 0)
             assert initial is not None
             return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
         # Of data sets that could not be opened, nothing is said here.
@@ -214,13 +220,15 @@ class PlannedRun:
         return f"{train.replay_routing} holds the steps {first + 1:,} to {last:,}"
 
 
-def preflight(config: Config, world_size: int, run_dir: Path, device: str | None = None) -> tuple[Sources, int]:
+def preflight(
+    config: Config, world_size: int, run_dir: Path, device: str | None = None, *, alone: bool = True
+) -> tuple[Sources, int]:
     """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
     fault. Returns the data sets and DP size. `device`: the ranks' (cuda or cpu); None: that of train.device on this
-    machine."""
+    machine. `alone`: see PlannedRun."""
     from pretrain.gpus import device_type
 
-    run = PlannedRun(config, world_size, run_dir, device or device_type(config.train.device))
+    run = PlannedRun(config, world_size, run_dir, device or device_type(config.train.device), alone=alone)
     run.check(Checklist(stops=True), thorough=False)
     assert run.sources is not None and run.data_size is not None
     return run.sources, run.data_size
