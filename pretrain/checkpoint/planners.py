@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from common.errors import UserError
 from pretrain.checkpoint.fragments import Fragments
 
 
-class SavePlanner(DefaultSavePlanner):
-    """Saves {name: Fragments}. The global plan is DCP's: it refuses rectangles that overlap or leave a gap."""
+@dataclass
+class AgreedPlan:
+    """What the ranks agreed on when they last saved, as this rank knows it."""
 
-    def __init__(self) -> None:
+    local: SavePlan | None = None
+    """What this rank had to save, and `final`: what it was told to save."""
+    final: SavePlan | None = None
+    everybodys: list[SavePlan] = field(default_factory=list)
+    """On the first rank: the local plans of all ranks, and `metadata`: what they make together."""
+    metadata: Metadata | None = None
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Saves {name: Fragments}. The global plan is DCP's: it refuses rectangles that overlap or leave a gap. It is made
+    when a rank has other rectangles than at the save before, as `agreed` remembers it; else no rank sends any, and the
+    first rank plans nothing."""
+
+    def __init__(self, agreed: AgreedPlan | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._agreed = agreed or AgreedPlan()
+
+    def create_local_plan(self) -> SavePlan:
+        self._local = super().create_local_plan()
+        known = self._agreed.local
+        return SavePlan([], usable=False) if known is not None and known.items == self._local.items else self._local
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        agreed = self._agreed
+        if agreed.metadata is None or any(plan.usable for plan in all_plans):
+            known = agreed.everybodys or all_plans
+            plans = [new if new.usable else old for new, old in zip(all_plans, known, strict=True)]
+            all_plans, metadata = super().create_global_plan(plans)
+            agreed.everybodys, agreed.metadata = plans, metadata
+        assert agreed.metadata is not None
+        return all_plans, agreed.metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        if new_plan.usable:
+            self._agreed.local, self._agreed.final = self._local, new_plan
+        assert self._agreed.final is not None
+        return super().finish_plan(self._agreed.final)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         fragments: Fragments = self.state_dict[index.fqn]

@@ -27,7 +27,7 @@ from common.errors import UserError
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
 from pretrain.checkpoint.fragments import Chunk, Fragments
-from pretrain.checkpoint.planners import SavePlanner
+from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
 from pretrain.checkpoint.state import State, constants, described, owned_state
 from pretrain.checkpoint.storage import Writer
 from pretrain.data.progress import Progress
@@ -76,6 +76,7 @@ class Saver:
         self._constants = constants(engine, parallel)
         self._group = _own_group(dist.group.WORLD)
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._plan = AgreedPlan()
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
         self._errors: list[str] = []
@@ -160,7 +161,7 @@ class Saver:
     def _write(self, state: State, writer: Writer) -> str | None:
         """Returns, the same on every rank, why the checkpoint could not be written; None if it is committed."""
         try:
-            dcp.save(state, storage_writer=writer, planner=SavePlanner(), process_group=self._group)
+            dcp.save(state, storage_writer=writer, planner=SavePlanner(self._plan), process_group=self._group)
         except dcp.CheckpointException as failure:
             rank, (error, _) = min(failure.failures.items(), key=lambda entry: entry[0])
             if not isinstance(error, UserError | OSError):

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -186,7 +187,8 @@ class Writer(StorageWriter):
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{self.partial}: {error.strerror}") from None
-        return [SavePlan(p.items, storage_data=f"rank-{rank:05d}.safetensors") for rank, p in enumerate(plans)]
+        # A plan that is the same as at the save before comes without items and is marked as such.
+        return [replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         def entry(item: WriteItem) -> Entry:

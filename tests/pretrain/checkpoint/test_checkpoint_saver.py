@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+import pretrain.checkpoint.saver
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
+from pretrain.checkpoint.fragments import single_fragment
+from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs, trainer_of
+from tests.pretrain.runs import one_step, small_config, train_runs, trainer_of
 from tests.pretrain.saved import whole_tensors
 
 
@@ -57,6 +60,47 @@ def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_pa
         found, expected = whole_tensors(ours), whole_tensors(theirs)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def save_four_times(rank: int, config: Config, folder: Path) -> list[int]:
+    """How many rectangles this rank sends to the first one at each save; from the third on the second rank has one
+    more."""
+    trainer, sent = trainer_of(config), []
+    create = SavePlanner.create_local_plan
+
+    def created(planner: SavePlanner) -> Any:
+        plan = create(planner)
+        sent.append(len(plan.items))
+        return plan
+
+    SavePlanner.create_local_plan = created  # type: ignore[method-assign]
+    owned = pretrain.checkpoint.saver.owned_state
+
+    def owned_and_more(*args: Any) -> Any:
+        return owned(*args) | {"more": single_fragment(torch.arange(5.0))}
+
+    for step in range(4):
+        if step == 2 and rank == 1:
+            pretrain.checkpoint.saver.owned_state = owned_and_more
+        one_step(trainer, Progress(step, 8 * step))
+        trainer.saver.save(folder, Progress(step, 8 * step), extra={}, retention=Retention(keep_last=9))
+        trainer.saver.finish()
+    trainer.engine.destroy()
+    return sent
+
+
+def test_a_plan_is_made_once_and_again_where_a_rank_has_more_to_save(prepared: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(save_four_times, 2, small_config(prepared), tmp_path)
+    assert first[0] > 30 and first[1:] == [0, 0, 0]
+    assert second[0] > 30 and second[1:] == [0, second[0] + 1, 0]
+    folders = list_checkpoints(tmp_path)
+    states = [whole_tensors(folder) for folder in folders]
+    assert [("more" in state) for state in states] == [False, False, True, True]
+    weight = min(name for name in states[0] if name.startswith("master/blocks."))
+    assert not torch.equal(states[1][weight], states[3][weight])
+    for folder in folders:
+        checkpoint = Checkpoint.open(folder)
+        assert checkpoint.damaged_file() is None and len(checkpoint.state["files"]) == 3
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
