@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
-        sources, _ = preflight(config, ranks.world_size, run_dir / "smoke")
+        sources, _ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -114,6 +114,10 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
     except devices.Unreachable as error:
         print(f"{VERDICT}FAILED: {error}", flush=True)
         return ExitCode.PEER_DIED
+    except UserError as error:  # such as a port that is taken: every rank of the node finds it
+        if ranks.local_rank == 0:
+            print(f"{VERDICT}FAILED: {error}", flush=True)
+        return ExitCode.REFUSED
     stop.enter(ProcessState.STARTING)
     speaks, code = ranks.rank == 0, ExitCode.UNFORESEEN
     try:

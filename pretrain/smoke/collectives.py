@@ -19,6 +19,8 @@ from torch import Tensor
 from pretrain.device import synchronize
 
 REPEATS = 5
+EVERY_PAIR = 64
+"""Up to so many ranks every pair exchanges."""
 WIDTH = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 """Bytes over the slowest link are this times S (W - 1) / W, as nccl-tests count them ("bus bandwidth")."""
 
@@ -96,13 +98,19 @@ def _cases(rank: int, size: int, elements: int, device: torch.device) -> Iterato
     yield "broadcast", broadcast, base + size - 1
 
 
+def distances(size: int) -> list[int]:
+    """Between ranks that exchange: all of them, so that every ordered pair does; for many ranks powers of two, or a
+    thousand ranks would take a thousand rounds, in each of which every rank hears from every other."""
+    return list(range(1, size)) if size <= EVERY_PAIR else [1 << bit for bit in range((size - 1).bit_length())]
+
+
 def _pairs(rank: int, size: int, elements: int, device: torch.device, faults: list[str]) -> list[Measured]:
-    """Point to point, every ordered pair of ranks once: in round s rank r sends to r + s and receives from r - s. Of
-    the bandwidths the slowest pair's is given, with its ranks: it tells which link or node is slow."""
+    """Point to point: in the round of distance s rank r sends to r + s and receives from r - s (`distances`). Of the
+    bandwidths the slowest pair's is given, with its ranks: it tells which link or node is slow."""
     base = torch.arange(elements, device=device, dtype=torch.float32) % 251
     own = base + rank
     slowest: tuple[float, str] | None = None
-    for shift in range(1, size):
+    for shift in distances(size):
         target, source = (rank + shift) % size, (rank - shift) % size
 
         def exchange(target: int = target, source: int = source) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pretrain.checkpoint.folder import digest_entry
 from pretrain.config.loading import to_json
 from pretrain.smoke import cli
-from pretrain.smoke.collectives import check_collectives
+from pretrain.smoke.collectives import check_collectives, distances
 from tests.harness import run_ranks
 from tests.launch.test_entry_points import ROOT
 from tests.pretrain.runs import small_config
@@ -101,6 +101,11 @@ def test_a_collective_that_lies_is_named() -> None:
     for name, words in wanted.items():
         assert run_ranks(lying, 2, name) == [[words]] * 2
     assert run_ranks(lying_pair, 2) == [["point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"]] * 2
+
+
+def test_every_pair_of_few_ranks_exchanges_and_some_of_many() -> None:
+    assert distances(5) == [1, 2, 3, 4] and len(distances(64)) == 63
+    assert distances(65) == [1, 2, 4, 8, 16, 32, 64] and distances(16384)[-1] == 8192
 
 
 def test_a_resume_that_differs_is_named(tmp_path: Path) -> None:
