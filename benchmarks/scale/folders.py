@@ -1,0 +1,50 @@
+"""Files that ranks make in the run folder beside a checkpoint's, and who reads them when the run hangs."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.scale.figures import Figure
+from pretrain.phases import Phases, Record
+from pretrain.resilience.watchdog import Report, describe, read_reports
+
+
+def figures(ranks: int) -> list[Figure]:
+    identity = {"host": "node-0001", "boot": "0" * 36, "namespace": "pid:[1]", "pid": 1, "start": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        beats, hang = Path(folder) / "ranks", Path(folder) / "hang"
+        beats.mkdir()
+        hang.mkdir()
+        started = time.process_time()
+        for rank in range(ranks):
+            phases = Phases()
+            phases.keep_in(beats / f"rank-{rank:05d}.phase")
+            phases.enter("forward")
+            phases.close()
+        phase_seconds = time.process_time() - started
+        record = Record(0.0, 7, 3, "adding up over ranks")
+        for rank in range(1, ranks):
+            Report(rank, identity, 600.0, record).write(hang)
+        started = time.process_time()
+        reports = read_reports(hang)
+        silent = [rank for rank in range(ranks) if rank not in reports]
+        text = describe(reports, silent, {0: "process 1 on node-0000"}, 600.0, hang) if reports else ""
+        read_seconds = time.process_time() - started
+        assert ranks == 1 or "Did not arrive: rank 0: no sign of life" in text
+        phase_bytes = sum(path.stat().st_size for path in beats.iterdir())
+
+    def row(what: str, value: float, unit: str) -> Figure:
+        return Figure("run folder", what, value, unit)
+
+    return [
+        row("ranks/: files while the run goes on", 2 * ranks, "files"),
+        row("  bytes of phases", phase_bytes, "bytes"),
+        row("  CPU of a rank to begin one", 1e3 * phase_seconds / ranks, "ms"),
+        row("hang/: files after a hang", 2 * ranks + 2, "files"),
+        row("  reports that are read: by one rank", ranks, "files"),
+        row("  by all, ten times a second, before", ranks * ranks, "files"),
+        row("  CPU to read and describe them once", 1e3 * read_seconds, "ms"),
+        row("slurm/: logs of a job", ranks + 1, "files"),
+    ]

@@ -1,0 +1,37 @@
+"""The largest of every rank's numbers reaches every rank in as many rounds as the number of ranks has binary digits."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.scale.control import play
+from pretrain.parallel import rounds
+from pretrain.parallel.rounds import maximum
+from tests.harness import run_ranks
+
+
+def test_every_rank_has_the_maximum_whatever_their_number() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in range(1, 70):
+        values = [torch.randint(-(2**62), 2**62, (3,), generator=generator) for _ in range(size)]
+        values[size // 2][0] = torch.iinfo(torch.int64).min
+        expected, played = torch.stack(values).amax(0), play(values)
+        assert all(torch.equal(result, expected) for result in played.results), size
+        assert played.rounds == (size - 1).bit_length() and len(played.results) == size
+        assert played.bytes_sent == played.rounds * 24
+
+
+def _both(rank: int) -> tuple[list[int], list[int]]:
+    values = torch.tensor([rank, -rank, 7, (rank * 5) % 3])
+    reduced = values.clone()
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    ring = maximum(values, dist.group.WORLD)
+    assert torch.equal(ring, reduced) and values.tolist()[0] == rank
+    rounds.AROUND_THE_RING = 1
+    return [maximum(values, dist.group.WORLD) for _ in range(3)][-1].tolist(), reduced.tolist()
+
+
+def test_over_gloo_it_is_the_reduction_of_all_ranks() -> None:
+    for found, reduced in run_ranks(_both, 5):
+        assert found == reduced == [4, 0, 7, 2]
