@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.errors import ConfigError
-from pretrain.config.graph_rules import Obstacle, collective_regularisers
+from pretrain.config.obstacles import Obstacle, check, of_the_host
 from pretrain.config.schema import Config
 
 
 def check_compile(config: Config, *, data_size: int | None = None) -> None:
     """Raises ConfigError if train.compile is on where that is impossible. What depends on the number of data-parallel
     ranks counts only where it is given."""
-    found = next(_obstacles(config, data_size), None)
-    if config.train.compile == "on" and found is not None:
-        raise ConfigError(
-            f"train.compile: on does not go with {found.what} ({found.reason}); set it to auto{found.fix}"
-        )
+    check("train.compile", config.train.compile, next(_obstacles(config, data_size), None))
 
 
 def compile_decision(config: Config, *, data_size: int) -> tuple[bool, str]:
@@ -48,11 +43,4 @@ def _obstacles(config: Config, data_size: int | None) -> Iterator[Obstacle]:
     if train.recompute == "selective":
         reason = "torch.compile decides by itself what is computed again"
         yield Obstacle("train.recompute = selective", reason, ", or train.recompute to none or full")
-    for key in ("record_routing", "replay_routing"):
-        if getattr(train, key):
-            yield Obstacle(f"train.{key}", "the host takes part in each choice", f", or remove train.{key}")
-    if config.deepspeed.get("flops_profiler", {}).get("enabled"):
-        reason = "it counts what the model calls, and a program calls other operators"
-        yield Obstacle("deepspeed.flops_profiler.enabled", reason, ", or remove deepspeed.flops_profiler")
-    if data_size is not None and data_size > 1:
-        yield from collective_regularisers(config, data_size)
+    yield from of_the_host(config, data_size, instead="a program calls other operators")

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from common.errors import ConfigError
+from pretrain.config.obstacles import Obstacle, check, of_the_host
 from pretrain.config.schema import Config
 
 AUTO_TAKES_THEM = False
 """Whether `auto` records graphs where nothing stands in the way. False until `python -m benchmarks.gpu run` and `speed`
 have shown on a GPU that losses are the same and steps faster: a wrong graph would give wrong numbers without a word."""
-
-
-class Obstacle(NamedTuple):
-    """Why a run cannot have graphs."""
-
-    what: str
-    """The setting, as `key = value`."""
-    reason: str
-    fix: str
-    """What makes it possible, beside train.cuda_graph = auto."""
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.reason}"
 
 
 def obstacle(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> Obstacle | None:
@@ -35,10 +21,7 @@ def obstacle(config: Config, *, data_size: int | None = None, device_type: str |
 def check_graphs(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> None:
     """Raises ConfigError if train.cuda_graph is on where graphs are impossible."""
     found = obstacle(config, data_size=data_size, device_type=device_type)
-    if config.train.cuda_graph == "on" and found is not None:
-        raise ConfigError(
-            f"train.cuda_graph: on does not go with {found.what} ({found.reason}); set it to auto{found.fix}"
-        )
+    check("train.cuda_graph", config.train.cuda_graph, found)
 
 
 def graph_decision(config: Config, *, data_size: int, device_type: str) -> tuple[bool, str]:
@@ -57,7 +40,7 @@ def graph_decision(config: Config, *, data_size: int, device_type: str) -> tuple
 
 
 def _obstacles(config: Config, data_size: int | None, device_type: str | None) -> Iterator[Obstacle]:
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     if device_type not in (None, "cuda"):
         yield Obstacle("a CPU", "only a GPU has them", "")
     if parallel.pipeline > 1:
@@ -72,25 +55,4 @@ def _obstacles(config: Config, data_size: int | None, device_type: str | None) -
     if parallel.zero == 3:
         reason = "parameters are gathered anew in each micro-step, at other addresses"
         yield Obstacle("parallel.zero = 3", reason, ", or parallel.zero to 2")
-    for key in ("record_routing", "replay_routing"):
-        if getattr(train, key):
-            yield Obstacle(f"train.{key}", "the host takes part in each choice", f", or remove train.{key}")
-    if config.deepspeed.get("flops_profiler", {}).get("enabled"):
-        reason = "it counts what the model calls, and a replay calls nothing"
-        yield Obstacle("deepspeed.flops_profiler.enabled", reason, ", or remove deepspeed.flops_profiler")
-    if data_size is not None and data_size > 1:
-        yield from collective_regularisers(config, data_size)
-
-
-def collective_regularisers(config: Config, data_size: int) -> Iterator[Obstacle]:
-    """Regularisers that sum over ranks in every micro-step."""
-    model = config.model
-    for section, key, weights in (
-        ("feedforward", "entropy_scope", ("entropy_weight",)),
-        ("attention", "loss_scope", ("switch_loss_weight", "cv_loss_weight")),
-    ):
-        layer = getattr(model, section)
-        if getattr(layer, key, None) == "micro_batch" and any(getattr(layer, weight) for weight in weights):
-            name = f"model.{section}.{key}"
-            reason = f"it is a collective of {data_size} ranks in each layer"
-            yield Obstacle(f"{name} = micro_batch", reason, f", or {name} to global_batch")
+    yield from of_the_host(config, data_size, instead="a replay calls nothing")

@@ -13,6 +13,7 @@ from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.route import Choice
+from tests.model.kernels.chosen import chosen_experts
 
 
 class Shape(NamedTuple):
@@ -22,7 +23,7 @@ class Shape(NamedTuple):
     E: int
     k: int
     experts: str = "random"
-    """random; one: every token chooses expert E - 1 first; single: one expert has one token, another none."""
+    """See chosen.py."""
 
 
 SHAPES = {
@@ -79,16 +80,7 @@ def make_case(op: str, shape: Shape, dtype: torch.dtype, *, gates_dtype: torch.d
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, dtype=torch.float64, generator=generator)
 
-    preference = normal(N, E)
-    if experts == "one":
-        preference[:, E - 1] += 100
-    elif experts == "single":
-        preference[:, 0] -= 100
-        preference[:, 1] -= 50
-        preference[5, 1] += 100
-    index = preference.topk(k).indices
-    order = index.flatten().sort(stable=True).indices
-    load = index.flatten().bincount(minlength=E)
+    index, order, load = chosen_experts(normal(N, E), k, experts)
     if op == "expert_linear":
         leaves = (normal(N, d).to(dtype), (normal(E, d, h) / d**0.5).to(dtype))
         grad = normal(N, k, h).to(dtype)

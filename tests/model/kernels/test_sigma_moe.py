@@ -13,6 +13,7 @@ from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
+from tests.model.kernels.chosen import chosen_experts
 
 
 class Shape(NamedTuple):
@@ -22,7 +23,7 @@ class Shape(NamedTuple):
     G: int
     k: int
     experts: str = "random"
-    """random; one: every token chooses expert E - 1 first; single: one expert has one token, another none."""
+    """See chosen.py."""
     swiglu: bool = False
     """Instead of ReLU: the first matrix has twice the columns."""
 
@@ -89,16 +90,7 @@ def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | N
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, dtype=torch.float64, generator=generator)
 
-    preference = normal(N, E)
-    if experts == "one":
-        preference[:, E - 1] += 100
-    elif experts == "single":
-        preference[:, 0] -= 100
-        preference[:, 1] -= 50
-        preference[5, 1] += 100
-    index = preference.topk(k).indices
-    order = index.flatten().sort(stable=True).indices
-    load = index.flatten().bincount(minlength=E)
+    index, order, load = chosen_experts(normal(N, E), k, experts)
     W = 2 * G if swiglu else G
     x, up, down = normal(N, d).to(dtype), (normal(E, d, W) / d**0.5).to(dtype), (normal(E, G, d) / G**0.5).to(dtype)
     scores = normal(N, k).sigmoid().to(scores_dtype or dtype)
