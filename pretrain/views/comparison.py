@@ -22,6 +22,8 @@ NOT_COMPARED = {"step", "memory_bytes", "memory_peak_bytes", "memory_reserved_by
 """Values of a step that two equal runs need not share: those of the machine."""
 WINDOW = 20
 """Points, at most, whose mean is the loss at a place: single losses scatter by more than runs differ."""
+VALIDATIONS = 8
+"""Most validations that are listed."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,15 @@ def places(runs: Sequence[Run], axis: str, count: int = 6) -> list[float]:
 def losses(runs: Sequence[Run], axis: str) -> list[tuple[float, list[float]]]:
     """A place and the loss of every run there."""
     return [(place, [run.loss_at(axis, place) for run in runs]) for place in places(runs, axis)]
+
+
+def validation_losses(runs: Sequence[Run]) -> list[tuple[float, list[float]]]:
+    """A step and the loss of every run on the held-out split after it, NaN where a run was not validated: some steps,
+    evenly among all, with the first and the last."""
+    found = [dict(run.view.validations()) for run in runs]
+    steps = sorted(set().union(*found))
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), VALIDATIONS)).round().astype(int))
+    return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]
 
 
 def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Difference]]:

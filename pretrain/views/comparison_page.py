@@ -32,8 +32,8 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndar
 
 
 def drawn(runs: Sequence[Run]) -> bytes:
-    """PNG: losses against steps, tokens and FLOPs, how far the others are from the first (of a single run: its learning
-    rate), gradient norm, speed."""
+    """PNG: losses against steps (those of validations as dots), tokens and FLOPs, how far the others are from the first
+    (of a single run: its learning rate), gradient norm, speed."""
     figure = Figure(figsize=(15, 8.5), dpi=100)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3)
@@ -42,6 +42,10 @@ def drawn(runs: Sequence[Run]) -> bytes:
         axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
         if axis != "step":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1.5T
+    for number, run in enumerate(runs):
+        if validations := run.view.validations():
+            grid[0, 0].plot(*zip(*validations, strict=True), "o", color=f"C{number}", markersize=5)
+            grid[0, 0].set_title("training loss, validation loss (dots) against steps")
     if len(runs) > 1:
         _distance(grid[1, 0], runs)
     else:

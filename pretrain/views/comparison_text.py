@@ -9,7 +9,7 @@ from typing import Any
 
 from common.tables import text_table
 from common.terminal import visible
-from pretrain.views.comparison import AXES, Run, differences, differing_facts, losses
+from pretrain.views.comparison import AXES, Run, differences, differing_facts, losses, validation_losses
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
@@ -22,16 +22,22 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
     if len(runs) > 1:
         rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
         found.append(("What differs", ("setting", *labels), rows))
-    for axis, name in AXES.items():
-        places = [
-            (_place(place), *(_loss(value, values[0], number) for number, value in enumerate(values)))
-            for place, values in losses(runs, axis)
-        ]
-        if places:
-            found.append((f"Loss {'by' if len(runs) == 1 else 'at equal'} {name}", (name, *labels), places))
+    how = "by" if len(runs) == 1 else "at equal"
+    for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
+        if places := _places(losses(runs, axis)):
+            found.append((f"Loss {how} {name}", (name, *labels), places))
+    if places := _places(validation_losses(runs)):
+        found.append((f"Validation loss {how} steps", ("steps", *labels), places))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found
+
+
+def _places(rows: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, ...]]:
+    return [
+        (_place(place), *(_loss(value, values[0], number) for number, value in enumerate(values)))
+        for place, values in rows
+    ]
 
 
 def text(runs: Sequence[Run], tolerance: float) -> str:

@@ -116,9 +116,15 @@ def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "a", [row(n, 6.0 - n) for n in range(1, 4)])
+    validations = [{"event": "validation", "time": 0.0, "step": n, "loss": 5.0 + n / 8} for n in range(20)]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in validations))
     assert main([str(run)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Loss by steps\nsteps ") and re.search(r"(?m)^3 +3\.0000$", printed)
+    assert "Loss by tokens" not in printed, "the same losses once more"
+    listed = re.findall(r"(?m)^(\d+) +(\d\.\d{4})$", printed.partition("Validation loss by steps\n")[2])
+    assert [int(step) for step, _ in listed] == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert all(float(loss) == 5.0 + int(step) / 8 for step, loss in listed)
     assert "differs" not in printed and f"{run / 'curves' / 'comparison.html'}: the page" in printed
     page = (run / "curves" / "comparison.html").read_text()
     assert "<title>Curves of a</title>" in page and "data:image/png" in page
