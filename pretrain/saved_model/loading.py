@@ -80,6 +80,11 @@ def find_checkpoint(place: Path) -> Checkpoint:
     folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
     found = list_checkpoints(folder)
     if not found:
+        if (place / "generation_config.json").exists():
+            raise UserError(
+                f"RUN: {place} is an export; launch/generate.py and pretrain.api.open_model read it, for other commands "
+                f"make it a checkpoint: python launch/import_weights.py {place} --to FOLDER"
+            )
         is_run = folder != place or (place / "config.json").exists()
         raise UserError(
             f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"
