@@ -82,6 +82,8 @@ class Task:
     """The examples of a file or folder. Raises UserError with file and line."""
     is_right: Callable[[Sequence[Answer]], bool]
     """Whether the answers about an example's targets are right."""
+    groups: int = 0
+    """Published groups of examples, whose mean is the result; 0: there are none."""
     has_perplexity: bool = False
     """Whether the perplexity of the right target says something."""
 

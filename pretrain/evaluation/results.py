@@ -12,7 +12,7 @@ from common.files import write_json
 from common.folders import check_writable_folder
 from common.tables import text_table
 from pretrain.checkpoint.folder import Checkpoint
-from pretrain.evaluation.tasks import TaskResult
+from pretrain.evaluation.tasks import TASKS, TaskResult
 
 FOLDER = "evaluation"
 MOST_GROUPS = 10
@@ -69,7 +69,12 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
 
 def notes_of(result: TaskResult, context: int) -> list[str]:
     """What one should know about a result."""
-    notes = []
+    notes, published = [], TASKS[result.name].groups
+    if len(result.groups) < published:
+        notes.append(
+            f"{result.name}: the mean is over {len(result.groups)} of the {published} published files; numbers of "
+            f"others are over all"
+        )
     if result.cut:
         notes.append(
             f"{result.name}: {result.cut:,} texts have more than the {context} tokens that the model looks back to; "

@@ -12,7 +12,8 @@ import pytest
 from common.errors import UserError
 from pretrain.evaluation.cbt import detokenized
 from pretrain.evaluation.examples import limited
-from pretrain.evaluation.tasks import TASKS
+from pretrain.evaluation.results import notes_of
+from pretrain.evaluation.tasks import TASKS, TaskResult
 from tests.pretrain.evaluation import published
 
 
@@ -35,6 +36,18 @@ def test_blimp_is_one_group_for_each_file(tmp_path: Path) -> None:
     assert [e.targets for e in examples] == [(row["sentence_good"], row["sentence_bad"]) for row in rows]
     assert {e.context for e in examples} == {""}
     assert len(limited(examples, 2)) == 6 and limited(examples, None) == examples
+
+
+def test_a_mean_over_some_of_the_published_files_says_so() -> None:
+    def notes(task: str, *groups: str) -> list[str]:
+        return notes_of(
+            TaskResult(task, {"accuracy": 0.5}, {group: {"accuracy": 0.5} for group in groups}, 9, 0, 0), 16
+        )
+
+    (note,) = notes("blimp", *published.SETS)
+    assert note.startswith("blimp: the mean is over 3 of the 67 published files")
+    assert notes("cbt", "NE", "V")[0].startswith("cbt: the mean is over 2 of the 4 published files")
+    assert not notes("blimp", *published.ALL_SETS) and not notes("cbt", "NE", "CN", "V", "P") and not notes("lambada")
 
 
 def test_a_question_of_cbt_is_the_page_before_and_ten_ends(tmp_path: Path) -> None:

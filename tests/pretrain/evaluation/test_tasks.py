@@ -96,20 +96,23 @@ class Loop:
             sums.append(float(values.sum()))
         return {"accuracy": float(np.mean(hits)), "perplexity": math.exp(-float(np.mean(sums)))}
 
-    def blimp(self, folder: Path) -> dict[str, float]:
-        of_sets = []
+    def blimp_sets(self, folder: Path) -> dict[str, float]:
+        """File -> accuracy."""
+        of_sets = {}
         for path in folder.glob("*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             sums = [
                 [
                     float(self.log_likelihoods([self.eos], self.encode(row[key]))[0].sum())
-                    for key in row
-                    if "sentence" in key
+                    for key in ("sentence_good", "sentence_bad")
                 ]
                 for row in rows
             ]
-            of_sets.append(np.mean([good > bad for good, bad in sums]))
-        return {"accuracy": float(np.mean(of_sets))}
+            of_sets[path.stem] = float(np.mean([good > bad for good, bad in sums]))
+        return of_sets
+
+    def blimp(self, folder: Path) -> dict[str, float]:
+        return {"accuracy": float(np.mean(list(self.blimp_sets(folder).values())))}
 
     def cbt(self, folder: Path) -> dict[str, float]:
         of_kinds = []
@@ -164,6 +167,21 @@ def test_the_numbers_are_those_of_a_loop_over_single_texts(runs: Path, name: str
     for task, event in of_run.items():
         for key, value in expected[task].items():
             assert event["step"] == 1 and event[key] == pytest.approx(value, rel=1e-5), task
+
+
+@pytest.mark.slow  # the test above has three sets
+def test_blimp_with_all_its_sets(runs: Path, tmp_path: Path) -> None:
+    """The mean is over the 67 files, however many pairs a file has: 12 to 78 here."""
+    place = published.blimp(tmp_path, 12, published.ALL_SETS)
+    assert len(list((place / "data").iterdir())) == 67
+    for name, context in (("rope", CONTEXT // 2), ("xl", CONTEXT)):
+        out = tmp_path / name
+        assert main([str(runs / name), "--tasks", f"blimp={place}", "--out", str(out)]) == 0
+        found = json.loads((out / "blimp.json").read_text())
+        expected = Loop(load_model(runs / name), context).blimp_sets(place / "data")
+        assert {group: values["accuracy"] for group, values in found["groups"].items()} == expected
+        assert found["accuracy"] == pytest.approx(sum(expected.values()) / 67, rel=1e-12)
+        assert len(set(expected.values())) > 20 and found["examples"] == sum(range(12, 79))
 
 
 def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, prepared: Path, tmp_path: Path) -> None:
