@@ -227,5 +227,6 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
-        print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
+        if key != "description":  # of a run with --set it names the keys that are printed here anyway
+            print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from pretrain.cli.options import add_data, add_device, add_ema
+from pretrain.cli.options import add_data, add_device, add_ema, add_overrides
 from pretrain.cli.refusals import device_named, exit_code_of
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
@@ -56,14 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="a key of parallel (the layout), evaluate (the held-out split) or kernels; repeatable",
-    )
+    add_overrides(parser, "a key of parallel (the layout), evaluate (the held-out split) or kernels; repeatable")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 

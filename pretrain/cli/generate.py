@@ -261,10 +261,12 @@ def _report(saved: SavedModel, settings: Settings, cost: Cost) -> str:
     if settings.is_cached:
         config = saved.config.model
         own, dense = 4 * cache_floats(config), 4 * dense_cache_floats(config)
-        parts.append(
-            f"cache of {_size(cost.cache_bytes)}, {_size(own)} a token; dense attention as wide as the model "
-            f"(heads x head_dim = d_model = {config.d_model:,}) keeps {_size(dense)}, {dense / own:.2f} times as much"
-        )
+        parts.append(f"cache of {_size(cost.cache_bytes)}, {_size(own)} a token")
+        if dense != own:
+            parts.append(
+                f"dense attention as wide as the model (heads x head_dim = d_model = {config.d_model:,}) keeps "
+                f"{_size(dense)}, {dense / own:.2f} times as much"
+            )
     return "; ".join(parts)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from pretrain.cli.options import add_overrides
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 
@@ -41,14 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for the authors' weights: configuration of a run of the same model, e.g. "
         "configs/paper/c4_switchhead_47m.json, whose data have the tokenizer of the weights",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="override one dotted key of the configuration, repeatable: --set model.attention.num_heads=4",
-    )
+    add_overrides(parser, "override one dotted key of the configuration, repeatable: --set model.attention.num_heads=4")
     parser.add_argument(
         "--tokenizer",
         type=Path,
