@@ -104,6 +104,24 @@ def test_experts_of_a_compiler_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.allclose(layer(x), by_loop, atol=1e-6) and by_loop.abs().max() > 0.1
 
 
+@pytest.mark.slow  # test_experts_of_a_compiler_are_the_same has what is computed otherwise there
+@pytest.mark.parametrize("name", ["switchall", "switchall xl", "dense xl", "moa xl, sigmoid"])
+def test_logits_and_gradients_of_inductor(name: str) -> None:
+    """Programs of torch.compile's own compiler, in one graph, against the model operator by operator."""
+    torch._dynamo.reset()
+    model, tokens = theirs(model_of(name), "sdpa"), some_tokens(2, LENGTH)
+    expected = model(tokens, use_cache=False, labels=tokens)
+    expected.loss.backward()
+    gradients = {parameter: value.grad for parameter, value in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    found = compiled(tokens, use_cache=False, labels=tokens)
+    assert torch.allclose(found.logits, expected.logits, atol=TOLERANCE, rtol=0)
+    found.loss.backward()
+    for parameter, value in model.named_parameters():
+        assert torch.allclose(value.grad, gradients[parameter], atol=TOLERANCE, rtol=1e-4), parameter
+
+
 def test_relative_shift() -> None:
     """Against its definition, index by index."""
     x = torch.arange(4 * 9).view(4, 9)
