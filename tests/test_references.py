@@ -73,6 +73,36 @@ def test_a_file_that_is_gone_is_found(tmp_path: Path, text: str) -> None:
     assert [name.rpartition("/")[2] for name in missing(tmp_path / "module.py")] == ["gone.py"]
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page ends in, as GitHub makes it."""
+    headings = re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        place = page.parent / name if name else page
+        if not link.startswith("http") and (
+            not place.exists() or (anchor and place.suffix == ".md" and anchor not in anchors(place))
+        ):
+            yield link
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    pages = [ROOT / name for name in FILES if name.endswith(".md")]
+    broken = {page.relative_to(ROOT).as_posix(): list(broken_links(page)) for page in pages}
+    assert not {page: links for page, links in broken.items() if links}
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page, of `two` parts\n[1](page.md#a-page-of-two-parts) [2](#three) [3](gone.png) [4](http://a/b)"
+    )
+    assert list(broken_links(page)) == ["#three", "gone.png"]
+
+
 def test_the_glossary_names_what_is_there() -> None:
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     named = re.findall(r"`([A-Za-z_.]+)` in `([\w./]+[.]py)`", text)
