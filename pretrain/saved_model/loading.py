@@ -82,8 +82,8 @@ def find_checkpoint(place: Path) -> Checkpoint:
     if not found:
         if (place / "generation_config.json").exists():
             raise UserError(
-                f"RUN: {place} is an export; launch/generate.py and pretrain.api.open_model read it, for other commands "
-                f"make it a checkpoint: python launch/import_weights.py {place} --to FOLDER"
+                f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
+                f"commands make a checkpoint of it: python launch/import_weights.py {place} --to FOLDER"
             )
         is_run = folder != place or (place / "config.json").exists()
         raise UserError(
