@@ -59,7 +59,7 @@ def blimp(folder: Path, count: int = 5, sets: tuple[str, ...] = SETS) -> Path:
     place.mkdir(parents=True)
     for number, name in enumerate(sets):
         lines = []
-        for pair in range(count + number):
+        for pair in range(count + number % 10):
             good = draw.choices(WORDS, k=draw.randint(3, 9))
             row = {
                 "sentence_good": " ".join(good).capitalize() + ".",
