@@ -97,9 +97,7 @@ def test_links_of_pages_lead_somewhere() -> None:
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(
-        "# A page, of `two` parts\n[1](page.md#a-page-of-two-parts) [2](#three) [3](gone.png) [4](http://a/b)"
-    )
+    page.write_text("# A page, of `two` parts\n[1](#a-page-of-two-parts) [2](#three) [3](gone.png) [4](http://a/b)")
     assert list(broken_links(page)) == ["#three", "gone.png"]
 
 
