@@ -84,7 +84,7 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
     (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
-    refused(tmp_path / "empty", "is an export; .* python launch/import_weights.py .*empty --to FOLDER")
+    refused(tmp_path / "empty", "is an export, .* python launch/import_weights.py .*empty --to FOLDER")
 
     copy = shutil.copytree(run, tmp_path / "copy")
     newest = copy / "checkpoints" / "step-00000002"
