@@ -243,6 +243,12 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     return {"memory_bytes": now, "memory_peak_bytes": peak}
 
 
+def memory_before(device: torch.device) -> int:
+    """Bytes that `memory_bytes` counts in this process now although nothing of a run is there yet: on a CPU code and
+    libraries, on a GPU nothing."""
+    return memory_bytes(device)["memory_bytes"] if device.type == "cpu" else 0
+
+
 def write_memory_snapshot(path: Path, device: torch.device) -> bool:
     """What holds the memory of a GPU, in the format of torch's memory_viz, a pickle that nothing here reads. Returns
     whether there is one: a CPU has none. Raises OSError."""

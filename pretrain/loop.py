@@ -15,6 +15,7 @@ from pretrain.data.sources import Sources
 from pretrain.evaluation.training import RunTasks
 from pretrain.parallel.agreement import agreed, check_same, check_shared
 from pretrain.parallel.context import parallel_context
+from pretrain.report.estimate import SideBySide
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.profile import note_full_memory
 from pretrain.report.run_folder import RunFolder
@@ -28,9 +29,17 @@ from pretrain.together import check_data
 from pretrain.trainer import RunSetup
 
 
-def train(config: Config, sources: Sources, run_dir: Path, device: torch.device, stop: Stop | None = None) -> ExitCode:
+def train(
+    config: Config,
+    sources: Sources,
+    run_dir: Path,
+    device: torch.device,
+    stop: Stop | None = None,
+    side_by_side: SideBySide | None = None,
+) -> ExitCode:
     """Runs until train.steps, train.stop_after_steps or a request in `stop`, and goes back to a checkpoint when
-    `config.resilience` says so. Collective; the process group must exist.
+    `config.resilience` says so. `side_by_side`, of rank 0, compares what is expected with what is measured. Collective;
+    the process group must exist.
 
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
     (the last checkpoint stands)."""
@@ -39,7 +48,7 @@ def train(config: Config, sources: Sources, run_dir: Path, device: torch.device,
     check_same(f"{sources.key} (digest)", sources.digest)
     sources = check_data(sources, config)
     parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
-    setup = RunSetup(config, sources, parallel, device, tasks=tasks)
+    setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
     folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)

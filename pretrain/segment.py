@@ -10,9 +10,11 @@ import torch.distributed as dist
 from common.strict_json import finite
 from pretrain.checkpoint import layout
 from pretrain.data.progress import Progress
+from pretrain.device import memory_before, memory_bytes
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
 from pretrain.parallel.agreement import agreed, raise_agreed
+from pretrain.report.estimate import COMPARED_AFTER
 from pretrain.report.metrics import step_values
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.profile import StepProfiler
@@ -42,7 +44,7 @@ class SegmentEnd:
 
 def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
     """Builds everything for the steps after `start`. Collective."""
-    config, parallel = setup.config, setup.parallel
+    config, parallel, before = setup.config, setup.parallel, memory_before(setup.device)
     trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
     settings, step = config.resilience, start.progress.step
@@ -55,9 +57,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         record_start(folder, start, config, layout(trainer.engine, parallel), last_step=last)
         tokens = start.progress.consumed_sequences * config.model.sequence_length
         origin = Origin(step, tokens, last, setup.device, dist.get_world_size())
-        return Monitor(
-            config, folder, origin, facts=start_facts(config, layout(trainer.engine, parallel), setup.device)
-        )
+        facts = start_facts(config, layout(trainer.engine, parallel), setup.device)
+        return Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
 
     monitor = agreed(prepare)
     replicas = None
@@ -68,8 +69,9 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
     return Segment(
-        trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, profiler, _saved_step=step
-    )
+        trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, profiler, before,
+        _saved_step=step,
+    )  # fmt: skip
 
 
 @dataclass
@@ -86,6 +88,8 @@ class Segment:
     progress: Progress
     last: int
     profiler: StepProfiler
+    memory_before: int
+    """Bytes that this process had before its model was built, see device.memory_before."""
     _launched: LaunchedStep | None = None
     """The step after `progress`, if the device may still be computing it."""
     _loss: float | None = None
@@ -173,6 +177,15 @@ class Segment:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
             self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
         self._judge(result.sums.loss)
+        if self.progress.step == self.start.progress.step + COMPARED_AFTER:
+            self._measure()
+
+    def _measure(self) -> None:
+        """One message of all ranks, once: what the first steps took, beside what was expected."""
+        peak = memory_bytes(self.setup.device)["memory_peak_bytes"] - self.memory_before
+        largest = self.control.largest(peak)
+        if self.monitor is not None:
+            self.monitor.measured(self.progress.step, largest)
 
     def _judge(self, loss: float) -> None:
         """What follows from the last step's loss. Raises Diverged."""

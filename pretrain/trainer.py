@@ -40,6 +40,7 @@ from pretrain.evaluation.training import NO_TASKS, RunTasks
 from pretrain.late_reading import Laps, Stopwatch
 from pretrain.parallel.agreement import agreed, attempt
 from pretrain.phases import Phases
+from pretrain.report.estimate import SideBySide
 from pretrain.report.metrics import StepResult
 from pretrain.routing.tape import Flips, Tape
 
@@ -55,6 +56,8 @@ class RunSetup:
     phases: Phases = field(default_factory=Phases)
     tasks: RunTasks = NO_TASKS
     """evaluate.tasks."""
+    side_by_side: SideBySide | None = None
+    """On rank 0: says what is expected of this start, and what it takes."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ need them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import textwrap
@@ -22,7 +23,9 @@ from pretrain.config.schema import FREE, Config
 from pretrain.preflight.run import PlannedRun, preflight
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.ranks import Ranks
+from pretrain.report.estimate import SideBySide
 from pretrain.report.exit_codes import ExitCode, exit_codes_help
+from pretrain.report.forecast import Forecast
 from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import ProcessState, Stop
 
@@ -111,10 +114,16 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
-        sources, data_size = preflight(config, ranks.world_size, run_dir, alone=ranks.world_size == 1)
-        if ranks.rank == 0:
-            print_derived(config, data_size, sources, run_dir)
-        return run(config, sources, run_dir, ranks, stop)
+        with contextlib.ExitStack() as stack:
+            side_by_side = None
+            if ranks.rank == 0:  # as early as can be: it takes a few seconds
+                forecast = Forecast(config, ranks.world_size)
+                stack.callback(forecast.close)
+                side_by_side = SideBySide(forecast.take)
+            sources, data_size = preflight(config, ranks.world_size, run_dir, alone=ranks.world_size == 1)
+            if ranks.rank == 0:
+                print_derived(config, data_size, sources, run_dir)
+            return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
         # Before the ranks have met, all ranks of a node find the same fault, and one of them reports it.
         if ranks.local_rank == 0 or stop.step_aside():
@@ -165,7 +174,14 @@ def _print_memory(planned: PlannedRun, device_gib: float | None) -> None:
             print(f"  {row.name:<19}  {row.value:<12}  {row.formula}", flush=True)
 
 
-def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Stop) -> int:
+def run(
+    config: Config,
+    sources: Sources,
+    run_dir: Path,
+    ranks: Ranks,
+    stop: Stop,
+    side_by_side: SideBySide | None = None,
+) -> int:
     """Joins the process group and trains."""
     from pretrain import device as devices
     from pretrain.loop import train
@@ -179,7 +195,7 @@ def run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: Sto
         return ExitCode.PEER_DIED
     stop.enter(ProcessState.STARTING)
     try:
-        return train(config, sources, run_dir, device, stop)
+        return train(config, sources, run_dir, device, stop, side_by_side)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED

@@ -28,6 +28,8 @@ SHOWN_EVENTS = {
     "changed_setting",
     "checkpoint_failed",
     "checkpoint_passed_over",
+    "estimate_compared",
+    "estimated",
     "hang",
     "lock_taken_over",
     "loss_spike",

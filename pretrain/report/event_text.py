@@ -40,6 +40,12 @@ def _collapsed(event: Row) -> str:
     return f"{_step(event)}: collapsed routers: {', '.join(names[:3])}{more}"
 
 
+def _compared(event: Row) -> str:
+    warnings = event.get("warnings")
+    warned = [f"warning: {text}" for text in warnings] if isinstance(warnings, list) else []
+    return "; ".join([f"estimate and measurement after {_step(event)}: {event.get('text', '?')}", *warned])
+
+
 TEXTS = {
     "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} ranks",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
@@ -60,6 +66,8 @@ TEXTS = {
         f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
     ),
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",
+    "estimated": lambda e: f"memory of a rank: {e.get('text', '?')}",
+    "estimate_compared": _compared,
     "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
 }
 """By kind."""

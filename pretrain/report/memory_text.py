@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
+from pretrain.report.estimate import RunEstimate
 from pretrain.report.startup import DerivedValue
 
 GIB = 2**30
@@ -18,6 +20,16 @@ def memory_rows(config: Config, data_size: int, device_type: str, capacity: int)
         _estimate_row(estimate(config, data_size, device_type)),
         _fit_row(largest_micro_batch(config, data_size, device_type, capacity)),
     ]
+
+
+def run_estimate(config: Config, num_ranks: int, device_type: str) -> RunEstimate:
+    """What is expected of a run, of the rank that needs most."""
+    unknown = why_unknown(config)
+    if unknown is not None:
+        return RunEstimate(None, device_type, f"not estimated ({unknown})")
+    found = estimate(config, check_ranks(config, num_ranks), device_type)
+    row = _estimate_row(found)
+    return RunEstimate(found.total, device_type, f"{row.value} {row.formula}")
 
 
 def _estimate_row(found: MemoryEstimate) -> DerivedValue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pretrain.checkpoint import versions
 from pretrain.config.schema import Config, MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
+from pretrain.report.estimate import TIMED, SideBySide
 from pretrain.report.peak import Peak, find_peak
 from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_text
 from pretrain.report.run_folder import RunFolder
@@ -42,10 +44,16 @@ class Monitor:
     """Gives a line per step to the run folder (metrics.jsonl), curves to its boards, a terse line to the terminal."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, origin: Origin, *, facts: Mapping[str, str] | None = None
+        self,
+        config: Config,
+        folder: RunFolder,
+        origin: Origin,
+        *,
+        facts: Mapping[str, str] | None = None,
+        side_by_side: SideBySide | None = None,
     ) -> None:
-        """`facts`: title -> text of what tells this start from others. Raises UserError if a board cannot
-        be written."""
+        """`facts`: title -> text of what tells this start from others. `side_by_side`: what is expected of it. Raises
+        UserError if a board cannot be written."""
         self._whole, self._config, self._model = config, config.monitor, config.model
         self._folder, self._origin = folder, origin
         self._first, self._last = origin.step, origin.last_step
@@ -60,6 +68,8 @@ class Monitor:
         if writers:
             self._curves = Curves(writers, config, self._at, facts or {})
             folder.listen(self._curves.event)
+        self._side_by_side, self._step_seconds = side_by_side, collections.deque[float](maxlen=TIMED)
+        self._look()
 
     def step(
         self,
@@ -88,6 +98,19 @@ class Monitor:
             loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
             print(f"step {step:>{len(str(self._last))}}/{self._last}  {loss}, update skipped", flush=True)
         self._warn_of_collapse(step, self._collapse.step(load))
+        self._step_seconds.append(values["step_seconds"])
+        self._look()
+
+    def _look(self) -> None:
+        """Says what is expected, and what was measured, as soon as it is known."""
+        if self._side_by_side is not None:
+            self._side_by_side.look(self._folder.event)
+
+    def measured(self, step: int, memory_bytes: int) -> None:
+        """What the steps up to `step` took, on the rank that took most."""
+        if self._side_by_side is not None:
+            self._side_by_side.measure(step, memory_bytes, self._step_seconds)
+            self._look()
 
     def _position(self, step: int, tokens: int) -> Position:
         return Position(step, tokens, float(tokens) * self._flops_per_token)

@@ -49,6 +49,12 @@ class Control:
         own = said(dist.get_rank(), size, error is not None, self._stop.requested is not None, *flags)
         return agreement(maximum(own, self.group), size)
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        values = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return int(values)
+
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
         return self.agree(None).stopping

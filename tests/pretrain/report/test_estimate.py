@@ -1,0 +1,173 @@
+"""What is expected of a run beside what it takes: once, after 20 steps of a start, and at the price of no number."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain.segment
+from pretrain.cli import forecast as child
+from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+from pretrain.loop import train
+from pretrain.planning.memory import estimate
+from pretrain.report.estimate import LIBRARIES, Comparison, Measured, RunEstimate, SideBySide
+from pretrain.report.event_text import event_text
+from pretrain.report.forecast import Forecast
+from tests.harness import run_ranks
+from tests.pretrain.runs import metrics, small_config
+
+GIB = 1 << 30
+
+
+def compared(
+    memory: tuple[int | None, int], *, device: str = "cuda", step: tuple[tuple[float, float] | None, float] = (None, 1)
+) -> Comparison:
+    return Comparison(20, RunEstimate(memory[0], device, "", step[0]), Measured(memory[1], step[1]))
+
+
+@pytest.mark.parametrize(
+    "found, warned",
+    [
+        (compared((100 * GIB, 115 * GIB)), []),
+        (compared((100 * GIB, 116 * GIB)), ["memory is 16% above the estimate"]),
+        (compared((100 * GIB, 84 * GIB)), ["memory is 16% below the estimate"]),
+        # A process on a CPU gains code too, which is not the model's.
+        (compared((GIB, GIB + LIBRARIES), device="cpu"), []),
+        (compared((GIB, GIB + LIBRARIES + GIB // 5), device="cpu"), ["memory is "]),
+        (compared((GIB, GIB // 2), device="cpu"), ["memory is 50% below the estimate"]),
+        (compared((None, 5)), []),
+        (compared((None, 5), step=((1.0, 2.0), 2.29)), []),
+        (compared((None, 5), step=((1.0, 2.0), 2.4)), ["a step takes 20% above the estimate"]),
+        (compared((None, 5), step=((1.0, 2.0), 0.5)), ["a step takes 50% below the estimate"]),
+        (compared((GIB, 2 * GIB), step=((1.0, 2.0), 4.0)), ["memory is 100% above", "a step takes 100% above"]),
+    ],
+)
+def test_a_warning_above_fifteen_percent(found: Comparison, warned: list[str]) -> None:
+    assert len(found.warnings) == len(warned)
+    assert all(text.startswith(words) for text, words in zip(found.warnings, warned, strict=True)), found.warnings
+
+
+def test_the_words_say_what_was_measured() -> None:
+    on_gpu = compared((2 * GIB, GIB), step=((0.5, 1.0), 0.75))
+    assert on_gpu.text == (
+        "memory of the rank with most 1.00 GiB (tensors at its peak), estimated 2.00 GiB; a step 0.75 s, estimated 0.5 "
+        "to 1 s"
+    )
+    assert "resident memory above that before the model" in compared((GIB, GIB), device="cpu").text
+    assert compared((None, GIB)).text == ""
+    event = {"event": "estimate_compared", "time": 0.0, **on_gpu.to_json()}
+    assert event_text(event, 0.0).endswith(f"after step 20: {on_gpu.text}; warning: {on_gpu.warnings[0]}")
+    estimated = RunEstimate(GIB, "cuda", "1.00 GiB", (0.5, 1.0))
+    assert RunEstimate.from_json(json.loads(json.dumps(estimated.to_json()))) == estimated
+    assert estimated.line() == "memory of a rank: 1.00 GiB; a step: 0.5 to 1 s estimated"
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_each_is_said_once_whichever_comes_first(is_late: bool) -> None:
+    found = RunEstimate(GIB, "cuda", "1.00 GiB")
+    arrived = [] if is_late else [found]
+    said: list[tuple[str, int | None]] = []
+    both = SideBySide(lambda: arrived.pop() if arrived else None)
+
+    def look() -> None:
+        both.look(lambda kind, **values: said.append((kind, values.get("step"))))
+
+    look()
+    assert said == ([] if is_late else [("estimated", None)])
+    both.measure(20, GIB, [3.0, 1.0, 2.0])
+    look()
+    if is_late:
+        assert said == []
+        arrived.append(found)
+    for _ in range(2):
+        both.measure(40, 9 * GIB, [9.0])  # of a later segment
+        look()
+    assert said == [("estimated", None), ("estimate_compared", 20)]
+
+
+def run_of(rank: int, config: Config, run_dir: Path) -> None:
+    """With the comparison after 3 steps, and memory that is told and not measured."""
+    pretrain.segment.COMPARED_AFTER = 3
+    pretrain.segment.memory_before = lambda device: 100 * (rank + 1)
+    pretrain.segment.memory_bytes = lambda device: {"memory_peak_bytes": 1000 * (rank + 2)}
+    estimates = [RunEstimate(2500, "cuda", "2,500 bytes"), None]  # the second look finds it
+    side_by_side = SideBySide(lambda: estimates.pop() if estimates else None) if rank == 0 else None
+    train(config, pretrain.data.sources.Sources.load(config), run_dir, torch.device("cpu"), side_by_side=side_by_side)
+
+
+def runs_of(rank: int, configs: list[tuple[Config, Path]]) -> None:
+    for config, run_dir in configs:
+        run_of(rank, config, run_dir)
+
+
+def test_a_run_compares_the_rank_that_takes_most_and_a_shorter_one_says_nothing(prepared: Path, tmp_path: Path) -> None:
+    keys = ("evaluate.sequences=0", "batch.micro_sequences=4")
+    lengths = {2: small_config(prepared, *keys, "train.steps=2")}
+    lengths[4] = small_config(prepared, *keys, "train.steps=4", "monitor.tensorboard=true")
+    run_ranks(runs_of, 2, [(config, tmp_path / str(steps)) for steps, config in lengths.items()])
+    for steps in lengths:
+        rows = [json.loads(line) for line in (tmp_path / str(steps) / "events.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in rows if row["event"] == "estimated"] == ["2,500 bytes"]
+        both = [row for row in rows if row["event"] == "estimate_compared"]
+        assert len(both) == (steps >= 3)
+        for row in both:
+            assert (row["step"], row["measured"]["memory_bytes"]) == (3, 3000 - 200), "of rank 1"
+            seconds = [line["step_seconds"] for line in metrics(tmp_path / str(steps))[:3]]
+            assert row["measured"]["step_seconds"] == sorted(seconds)[1]
+            assert row["warnings"] == []
+    shown = b"".join(path.read_bytes() for path in (tmp_path / "4" / "tensorboard").rglob("*tfevents*"))
+    assert b"memory of a rank: 2,500 bytes" in shown and b"(tensors at its peak), estimated 0.00 GiB" in shown
+
+
+# ---------------------------------------------------------------------------------------- the process that estimates
+
+
+def taken(forecast: Forecast) -> RunEstimate | None:
+    """What arrives within a while."""
+    deadline = time.monotonic() + 60
+    while forecast._process is not None and time.monotonic() < deadline:
+        if (found := forecast.take()) is not None:
+            return found
+        time.sleep(0.01)
+    return None
+
+
+def test_a_process_of_its_own_gives_the_estimate(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(prepared)
+    monkeypatch.setenv("RANK", "0")
+    script = (
+        "import json, os, sys; given = json.load(sys.stdin); assert 'RANK' not in os.environ;"
+        "print(json.dumps({'memory_bytes': given['ranks'], 'device_type': 'cpu',"
+        " 'text': str(given['config']['train']['steps']), 'step_seconds': [1, 2]}))"
+    )
+    python = (sys.executable, "-I", "-c")
+    assert taken(Forecast(config, 3, (*python, script))) == RunEstimate(3, "cpu", "30", (1.0, 2.0))
+    for failing in ("raise SystemExit(1)", "print('no JSON')", "print('{}')"):
+        assert taken(Forecast(config, 3, (*python, failing))) is None
+    assert taken(Forecast(config, 3, ("/nowhere/python",))) is None
+    endless = Forecast(config, 3, (*python, "import time; time.sleep(1000)"))
+    process: Any = endless._process
+    assert endless.take() is None
+    endless.close()
+    assert process.returncode == -9 and endless.take() is None
+
+
+def test_what_the_process_computes(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(prepared, "train.device=cpu")
+    monkeypatch.setattr("os.nice", lambda by: None)
+    monkeypatch.setattr("signal.alarm", lambda seconds: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"config": to_json(config), "ranks": 2})))
+    assert child.main() == 0
+    found = RunEstimate.from_json(json.loads(capsys.readouterr().out))
+    assert (found.memory_bytes, found.device_type) == (estimate(config, 2, "cpu").total, "cpu")
+    assert "GiB estimated: weights" in found.text
