@@ -22,6 +22,7 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.report.startup import DerivedValue
 
 ROOT = Path(__file__).resolve().parents[2]
+DRY = ("--dry-run",)
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
 
 
@@ -65,7 +66,7 @@ def test_dry_run_prints_the_resolved_tree_and_derived_values(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments_for("switchall_tiny.json", prepared, "--dry-run", "--ranks", "8")) == 0
+    assert main(arguments_for("switchall_tiny.json", prepared, *DRY, "--ranks", "4")) == 0
     printed = capsys.readouterr().out
     tree, end = json.JSONDecoder().raw_decode(printed)
     assert tree["data"]["manifest"] == str(prepared)
@@ -84,18 +85,18 @@ def test_a_dry_run_says_what_fits_a_device(
 
     monkeypatch.setattr(memory_text, "memory_rows", rows)
     for more, gpu, said in (
-        (["--device-memory", "1.5"], None, "8 ranks, cpu, 1610612736 bytes"),
-        ([], 4096, "8 ranks, cpu, 4096 bytes"),
+        (["--device-memory", "1.5"], None, "4 ranks, cpu, 1610612736 bytes"),
+        ([], 4096, "4 ranks, cpu, 4096 bytes"),
         ([], None, None),
     ):
         monkeypatch.setattr(gpus, "gpu_memory", lambda gpu=gpu: gpu)
-        assert main(arguments_for("switchall_tiny.json", prepared, "--dry-run", "--ranks", "8", *more)) == 0
+        assert main(arguments_for("switchall_tiny.json", prepared, *DRY, "--ranks", "4", *more)) == 0
         printed = capsys.readouterr().out
         assert ("largest micro-batch" in printed) is (said is not None) and (said or "") in printed
 
 
 def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--set", "evaluate.sequences=0", "--dry-run", "--ranks", "64")
+    more = ("--set", "evaluate.sequences=0", *DRY, "--ranks", "64")
     assert main(arguments_for("switchall_1b.json", prepared, *more)) == 0
     printed = capsys.readouterr().out
     assert "1,117,441,280" in printed and "437,964,032" in printed
@@ -114,7 +115,7 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
         "error: train.device: is cuda, but torch finds no usable GPU here; --set train.device=cpu"
     )
     assert message.count("\n") == 1
-    assert main(arguments_for("switchall_1b.json", prepared, *more, "--set", "train.device=cpu", "--dry-run")) == 0
+    assert main(arguments_for("switchall_1b.json", prepared, *more, "--set", "train.device=cpu", *DRY)) == 0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,10 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
         (["--set", "batch.global_sequences=30"], "batch.global_sequences: 30 is not divisible"),
         (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
-        (["--dry-run", "--ranks", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP"),
+        (
+            [*DRY, "--ranks", "3"],
+            "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP",
+        ),
         (["--ranks", "3"], "--ranks: goes with --dry-run"),
         (["--device-memory", "80"], "--device-memory: goes with --dry-run"),
         (["--dry-run", "--device-memory", "0"], "--device-memory: goes with --dry-run and must be above 0"),
@@ -159,6 +163,8 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "train.steps=4",
         "--set",
         "batch.global_sequences=4",
+        "--set",
+        "batch.micro_sequences=4",
         "--set",
         "model.sequence_length=32",
         "--set",
