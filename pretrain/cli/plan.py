@@ -10,6 +10,7 @@ from pathlib import Path
 from common.arguments import at_least
 from common.errors import UserError
 from common.terminal import reader_may_leave
+from pretrain.cli.plan_machine import add_fit, add_search
 from pretrain.report.exit_codes import ExitCode
 
 
@@ -22,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_match(commands)
     _add_layout(commands)
     _add_check(commands)
+    for add in (add_fit, add_search):
+        _add_overrides(add(commands), "of CONFIG, e.g. parallel.tensor=2")
     return parser
 
 
@@ -140,6 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     device=args.device,
                 )
                 return print_check(wanted, as_json=args.json)
+            elif args.command == "fit":
+                from pretrain.cli.plan_fit import print_fit
+
+                print_fit(args)
+            elif args.command == "search":
+                from pretrain.cli.plan_search import print_search
+
+                print_search(args)
             else:
                 from pretrain.cli.plan_match import print_match
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from model.costs import attention_macs, feedforward_macs
 from pretrain.config.schema import Config
 
@@ -20,11 +22,16 @@ def stage_bounds(config: Config) -> list[int]:
     """Stage s holds the layers bounds[s] .. bounds[s + 1] - 1 of the model's list: each has at least one block, and the
     longest stage is as short as possible. Among such divisions it is the one with short early stages, because a stage
     keeps the activations of as many micro-steps as stages follow it."""
-    costs, stages = layer_costs(config), config.parallel.pipeline
-    blocks = config.model.num_layers
+    return list(_bounds(tuple(layer_costs(config)), config.parallel.pipeline))
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """Of layers with these costs: embedding, blocks, final norm, output layer."""
+    blocks = len(costs) - 3
     assert stages <= blocks, "a stage without a block"
     # Units are the blocks; the first brings the embedding along, the last the final norm and the output layer.
-    unit = costs[1 : blocks + 1]
+    unit = list(costs[1 : blocks + 1])
     unit[0] += costs[0]
     unit[-1] += sum(costs[blocks + 1 :])
     best: dict[tuple[int, int], tuple[int, list[int]]] = {(0, 0): (0, [0])}  # (stages, blocks) -> longest, cuts
@@ -35,4 +42,4 @@ def stage_bounds(config: Config) -> list[int]:
                 (max(longest, sum(unit[start:end])), [*cuts, end]) for (longest, cuts), start in before
             )
     cuts = best[stages, blocks][1]
-    return [0, *(cut + 1 for cut in cuts[1:-1]), len(costs)]
+    return (0, *(cut + 1 for cut in cuts[1:-1]), len(costs))

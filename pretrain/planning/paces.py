@@ -55,11 +55,13 @@ def paces(config: Config, machine: Machine, measured: Measurements) -> Paces:
     memory = _memory(machine, measured, lines)
     inside, between, starts = _link_rates(machine, lines)
     launch = _launches(config, machine, measured, lines)
+    repeated = _repeated(config, lines)
     fast, slow = (
         Pace(
             flops=compute[end] * peak,
             memory=memory[end],
             launches=launch[end],
+            repeated=repeated[end],
             rates=Rates(inside[end], between[end], starts[0][end], starts[1][end]),
             hides=end == 0,
         )
@@ -180,3 +182,12 @@ def _launches(config: Config, machine: Machine, measured: Measurements, lines: l
     value = f"{count.low:g} to {count.high:g} a block and micro-step, {each.low:g} to {each.high:g} {each.unit} each"
     lines.append(Assumption("launches by the host", value, f"{count.why}; {each.why}"))
     return count.low * each.low * MICRO, count.high * each.high * MICRO
+
+
+def _repeated(config: Config, lines: list[Assumption]) -> Ends:
+    """Bytes that selective recomputation reads and writes again, as `Pace.repeated` counts."""
+    assumed = catalogue().assumptions["repeated by selective recomputation"]
+    if config.train.recompute == "selective":
+        value = f"{assumed.low:g} to {assumed.high:g} {assumed.unit}"
+        lines.append(Assumption("repeated by selective recomputation", value, assumed.why))
+    return assumed.low, assumed.high

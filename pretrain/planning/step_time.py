@@ -1,8 +1,9 @@
 """How long an optimizer step takes: arithmetic from peaks, bandwidths and efficiencies, all of which are listed with
 the result. Two ends of a range are computed, one with what helps everywhere and one with what does not.
 
-    slot  = max(FLOPs / (peak x efficiency), launches x time of a launch) + gradients added up + links of a micro-step
-    step  = (micro-steps + stages - 1) x slot of the slowest stage + links of the update + Adam
+    micro-step = max(FLOPs / (peak x efficiency), launches x time of a launch) + gradients added up + its links
+                 + what selective recomputation repeats
+    step       = (micro-steps + stages - 1) x micro-step of the slowest stage + links of the update + Adam
 
 The fast end hides the reduction of gradients behind the backward pass (two thirds of the computing), where the engine
 overlaps them, half of what the tensor groups send, and the messages between stages. The slow end hides nothing.
@@ -37,7 +38,8 @@ class Terms:
     host: float = 0.0
     """The GPU waits for the host to launch kernels."""
     memory: float = 0.0
-    """Gradients that are added up, and Adam: bound by the bandwidth of the GPU's memory."""
+    """Gradients that are added up, what selective recomputation repeats, and Adam: bound by the bandwidth of the GPU's
+    memory."""
     inside: float = 0.0
     """Links inside a node."""
     between: float = 0.0
@@ -61,6 +63,9 @@ class StageWork:
     flops: float
     """Of a micro-step, executed ones: recomputation included."""
     blocks: int
+    activations: float
+    """Numbers in the hidden states between the blocks, all together: what selective recomputation repeats grows with
+    them. 0 without it."""
     parameters: int
     """That the rank computes with."""
     optimizer: int
@@ -79,6 +84,8 @@ class Pace:
     """Bytes a second."""
     launches: float
     """Seconds in which the host launches a block, forward and backward."""
+    repeated: float
+    """Bytes read and written for each of `StageWork.activations`."""
     rates: Rates
     hides: bool
     """Whether communication is hidden behind computing where the engine allows it."""
@@ -120,6 +127,7 @@ def stage_works(config: Config, data_size: int, collectives: Sequence[Sequence[C
         StageWork(
             flops=flops,
             blocks=blocks,
+            activations=blocks * _repeated_width(config),
             parameters=held[stage].parameters,
             optimizer=held[stage].optimizer,
             collectives=tuple(collectives[stage]),
@@ -136,9 +144,9 @@ def step_terms(config: Config, machine: Machine, works: Sequence[StageWork], pac
     where = spreads(config, data_size, machine.gpus_per_node)
     overlaps = pace.hides and _reduces_in_the_backward_pass(config, data_size)
     links = Links(where, overlaps, _gradient_bytes(config))
-    slot = max((_slot(work, micro_steps, pace, links) for work in works), key=_total)
-    update = max((_update(work, pace, links, behind=slot.compute) for work in works), key=_total)
-    return Terms(bubble=(parallel.pipeline - 1) * slot.total).plus(slot, micro_steps).plus(update)
+    slowest = max((_micro_step(work, micro_steps, pace, links) for work in works), key=_total)
+    update = max((_update(work, pace, links, behind=slowest.compute) for work in works), key=_total)
+    return Terms(bubble=(parallel.pipeline - 1) * slowest.total).plus(slowest, micro_steps).plus(update)
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class Links:
         return BACKWARD * computing if self.overlaps else 0.0
 
 
-def _slot(work: StageWork, micro_steps: int, pace: Pace, links: Links) -> Terms:
+def _micro_step(work: StageWork, micro_steps: int, pace: Pace, links: Links) -> Terms:
     """A micro-step of a rank."""
     computing = work.flops / pace.flops
     launching = work.blocks * pace.launches
@@ -173,7 +181,7 @@ def _slot(work: StageWork, micro_steps: int, pace: Pace, links: Links) -> Terms:
     own = Terms(
         compute=computing,
         host=max(0.0, launching - computing),
-        memory=links.gradient_bytes * work.parameters / pace.memory,
+        memory=(links.gradient_bytes * work.parameters + pace.repeated * work.activations) / pace.memory,
     )
     return own.plus(sent).plus(_less(reductions, links.hidden(computing)))
 
@@ -214,6 +222,15 @@ def _less(terms: Terms, hidden: float) -> Terms:
     """`terms` of communication, `hidden` seconds shorter."""
     total = terms.total
     return terms.plus(terms, -min(hidden, total) / total) if total else terms
+
+
+def _repeated_width(config: Config) -> float:
+    """Numbers in the hidden state of a micro-step on a rank, where selective recomputation repeats what is made of
+    it."""
+    if config.train.recompute != "selective":
+        return 0.0
+    tokens = config.batch.micro_sequences * config.model.sequence_length
+    return tokens * config.model.d_model / (config.parallel.tensor if config.parallel.sequence else 1)
 
 
 def _total(terms: Terms) -> float:

@@ -21,13 +21,14 @@ from pretrain.planning.step_time import (
     blocks_of_stages,
     model_flops,
     stage_flops,
+    stage_works,
     step_terms,
 )
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 ONE_BILLION = CONFIGS / "switchall_1b.json"
 RATES = Rates(inside=10.0, between=1.0, start_inside=0.01, start_between=0.1)
-SLOW = Pace(flops=100.0, memory=1000.0, launches=0.1, rates=RATES, hides=False)
+SLOW = Pace(flops=100.0, memory=1000.0, launches=0.1, repeated=7.0, rates=RATES, hides=False)
 FAST = replace(SLOW, hides=True)
 GRADIENTS = Collective("all_reduce", "data", 16, 80, "update")
 WEIGHTS = Collective("all_gather", "data", 16, 40, "update")
@@ -41,7 +42,7 @@ def sixteen(*overrides: str) -> tuple[Config, Machine]:
 
 
 def work(*collectives: Collective, flops: float = 50.0) -> StageWork:
-    return StageWork(flops=flops, blocks=2, parameters=20, optimizer=40, collectives=collectives)
+    return StageWork(flops=flops, blocks=2, activations=0.0, parameters=20, optimizer=40, collectives=collectives)
 
 
 def test_data_parallel() -> None:
@@ -69,6 +70,21 @@ def test_the_host_is_waited_for_where_it_launches_more_slowly() -> None:
     assert (terms.compute, terms.host) == (pytest.approx(0.1), pytest.approx(0.3))
 
 
+def test_selective_recomputation_reads_and_writes_again() -> None:
+    config, machine = sixteen("train.recompute=selective")
+    (stage,) = stage_works(config, 16, [[]])
+    assert stage.activations == 18 * 2048 * 2048  # blocks, tokens, d_model
+    repeated = replace(work(), activations=30.0)
+    more = step_terms(config, machine, [repeated], SLOW).memory - step_terms(config, machine, [work()], SLOW).memory
+    assert more == pytest.approx(2 * 7 * 30 / 1000)
+    (halved,) = stage_works(load_config(ONE_BILLION, [*HALVES, "train.recompute=selective"]), 8, [[]])
+    assert halved.activations == 8 * stage.activations / 2
+    assert stage_works(load_config(ONE_BILLION), 16, [[]])[0].activations == 0.0
+
+
+HALVES = ("parallel.tensor=2", "parallel.sequence=true")
+
+
 def test_links_of_a_micro_step() -> None:
     config, machine = sixteen("parallel.tensor=2")  # 8 data ranks: four micro-steps
     tensor = Collective("all_reduce", "tensor", 2, 30, "micro-step", count=8)
@@ -83,10 +99,10 @@ def test_pipeline_stages_wait_for_the_slowest() -> None:
     stages = [work(message), work(message, flops=80.0), work(message), work()]
     slow = step_terms(config, machine, stages, SLOW)
     # BF16_Optimizer moves 18 bytes a parameter, and a message takes 5.1 s between nodes.
-    slot = 0.8 + 18 * 20 / 1000 + 5.1
-    assert slow.bubble == pytest.approx(3 * slot)
-    assert slow.total == pytest.approx((8 + 3) * slot + 0.1)
-    assert step_terms(config, machine, stages, FAST).total == pytest.approx((8 + 3) * (slot - 5.1) + 0.1)
+    one = 0.8 + 18 * 20 / 1000 + 5.1
+    assert slow.bubble == pytest.approx(3 * one)
+    assert slow.total == pytest.approx((8 + 3) * one + 0.1)
+    assert step_terms(config, machine, stages, FAST).total == pytest.approx((8 + 3) * (one - 5.1) + 0.1)
 
 
 def test_zero_2_reduces_in_every_micro_step() -> None:

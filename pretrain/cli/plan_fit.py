@@ -1,0 +1,315 @@
+"""`plan.py fit`: whether a run fits a machine and how long it takes, for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.tables import text_table
+from pretrain.cli.plan_costs import short
+from pretrain.config.loading import load_config, to_json
+from pretrain.planning.fit import FitReport, fit
+from pretrain.planning.layout_plan import CONTROL, StageMemory, StepTime
+from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.measured import RESULTS
+from pretrain.planning.memory import USABLE
+
+WIDTH = 120
+
+
+def print_fit(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    config = load_config(args.config, args.overrides, option="CONFIG")
+    report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
+    if args.json:
+        print(json.dumps(as_json(report), indent=1))
+    else:
+        print("\n".join(lines_of(args.config, report)))
+
+
+def machine_options(args: argparse.Namespace) -> MachineOptions:
+    return MachineOptions(
+        gpu=args.gpu,
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+        interconnect=args.interconnect,
+        ports_per_node=args.ports_per_node,
+        memory_gib=args.memory,
+        peak_tflops=args.peak_tflops,
+        link_gb_per_second=args.link_gb_per_second,
+    )
+
+
+def tell(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr, flush=True)
+
+
+def lines_of(path: Path, report: FitReport) -> Iterator[str]:
+    """The report for a terminal: the verdict first, what it rests on last."""
+    yield from _verdict(path, report)
+    yield from _memory(report)
+    yield from _traffic(report)
+    yield from _time(report)
+    yield from _assumptions(report)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def machine_text(found: Machine) -> str:
+    """Nodes, GPUs and the links between them."""
+    text = f"{found.num_gpus} x {found.device.what}: {counted(found.num_nodes, 'node')} of {found.gpus_per_node}"
+    if found.gpus_per_node > 1:
+        text += f", {found.device.link} inside"
+    if found.interconnect is not None:
+        text += f", {found.ports_per_node} x {found.interconnect.name} between"
+    return text
+
+
+def _verdict(path: Path, report: FitReport) -> Iterator[str]:
+    config, parallel = report.config, report.config.parallel
+    yield f"{path} on {machine_text(report.machine)}"
+    yield (
+        f"layout: data {report.data_size} x tensor {parallel.tensor} x pipeline {parallel.pipeline}, expert "
+        f"{parallel.expert}, ZeRO {parallel.zero}, sequence {str(parallel.sequence).lower()}, recompute "
+        f"{config.train.recompute}; {counted(report.micro_steps, 'micro-step')} of "
+        f"{counted(config.batch.micro_sequences, 'sequence')}"
+    )
+    yield ""
+    yield f"verdict:    {verdict(report)}"
+    yield f"constraint: {report.constraint}"
+    if report.fits is False:
+        yield f"change:     {change_text(report)}"
+    if report.time is not None:
+        yield f"time:       {whole_run(report, report.time)}"
+    else:
+        yield f"time:       unknown: {report.why_no_time}"
+
+
+def verdict(report: FitReport) -> str:
+    """One sentence."""
+    if report.why_no_memory is not None:
+        return f"unknown: the memory is not estimated ({report.why_no_memory})"
+    assert report.needed is not None
+    needed = f"{report.needed / GIB:.2f} GiB"
+    if report.usable is None or report.machine.capacity is None:
+        return f"unknown: a GPU needs {needed}, but how much it has is not known (--memory GIB)"
+    has = f"{report.usable / GIB:.2f} GiB ({USABLE:.0%} of {report.machine.capacity / GIB:.1f})"
+    if report.fits:
+        return f"fits: the fullest GPU needs {needed} of {has}"
+    return f"does not fit: the fullest GPU needs {needed}, it has {has}"
+
+
+def change_text(report: FitReport) -> str:
+    """The one change, or that there is none."""
+    found = report.change
+    if found is None:
+        return f"no single one makes it fit ({report.tried} traced); plan.py search tries combinations"
+    sets = " ".join(f"--set {override}" for override in found.overrides)
+    time = f", {range_text(found.time)} a step" if found.time else ""
+    return f"{sets} (then {found.total / GIB:.2f} GiB{time})"
+
+
+def range_text(time: StepTime) -> str:
+    """Seconds of a step."""
+    return f"{seconds_text(time.fast.total)} to {seconds_text(time.slow.total)}"
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def whole_run(report: FitReport, time: StepTime) -> str:
+    """Step, tokens a second and the run, in hours and GPU-hours."""
+    config = report.config
+    tokens = config.batch.global_sequences * config.model.sequence_length
+    hours = [config.train.steps * terms.total / 3600 for terms in time]
+    gpu_hours = [value * report.machine.num_gpus for value in hours]
+    return (
+        f"{range_text(time)} a step, {short(int(tokens / time.slow.total))} to {short(int(tokens / time.fast.total))} "
+        f"tokens a second; {config.train.steps:,} steps take {hours[0]:,.4g} to {hours[1]:,.4g} h, "
+        f"{gpu_hours[0]:,.4g} to {gpu_hours[1]:,.4g} GPU-hours, without validation and start-up"
+    )
+
+
+def _memory(report: FitReport) -> Iterator[str]:
+    if not report.stages:
+        return
+    yield "\nmemory of a rank at the highest point of a step, GiB; not all of it is there at once"
+    header = ["stage", "blocks", "parameters", *(name for name, _ in memory_parts(report.stages[0])), "highest"]
+    rows = [
+        [
+            str(stage.stage),
+            stage.blocks,
+            stage.parameters,
+            *(f"{size / GIB:.3f}" for _, size in memory_parts(stage)),
+            f"{stage.total / GIB:.2f}",
+        ]
+        for stage in report.stages
+    ]
+    yield text_table(header, rows)
+    staging = max(stage.staging for stage in report.stages)
+    if staging:
+        node = staging * report.machine.gpus_per_node
+        yield (
+            f"CPU memory for a checkpoint on its way: {staging / GIB:.3f} GiB a rank, up to {node / GIB:.2f} GiB a "
+            "node (none with checkpoint.asynchronous=false)"
+        )
+
+
+def memory_parts(stage: StageMemory) -> list[tuple[str, int]]:
+    """Names and bytes of what a rank holds, in the order of the table."""
+    found = stage.estimate
+    parts = [
+        ("weights", found.weights),
+        ("optimizer", found.optimizer),
+        ("gradients", found.gradients),
+        ("ZeRO buffers", found.buckets),
+        ("update", found.update),
+    ]
+    if found.memory:
+        parts.append(("XL memory", found.memory))
+    return [
+        *parts,
+        ("kept by a block", found.activations.of_a_layer),
+        ("kept activations", found.activations.kept),
+        ("their peak", found.activations.peak),
+        ("of it logits", stage.logits),
+    ]
+
+
+def _traffic(report: FitReport) -> Iterator[str]:
+    rows = [
+        [
+            str(stage),
+            row.part,
+            row.kind,
+            f"{row.group} ({row.ranks})",
+            row.link,
+            row.calls,
+            f"{row.tensor_bytes / 1e9:.3f}",
+            f"{row.sent / 1e9:.3f}",
+        ]
+        for stage, rows in enumerate(report.traffic)
+        for row in rows
+        if row.ranks > 1 and row.part != CONTROL
+    ]
+    if not rows:
+        yield "\nno GPU sends anything to another one"
+        return
+    yield "\ncommunication of a rank in a step, GB of tensors and GB that it sends by rings"
+    yield text_table(
+        ["stage", "when", "kind", "group (ranks)", "link", "calls", "tensors", "sent"], rows, left={0, 1, 2, 3, 4}
+    )
+    control = [row for rows in report.traffic for row in rows if row.part == CONTROL]
+    if control:
+        sent = max(sum(row.tensor_bytes for row in rows if row.part == CONTROL) for rows in report.traffic)
+        yield f"and {sent:,} bytes between the CPUs of the ranks: errors, stop requests, spikes"
+
+
+TERMS = {
+    "compute": "computing",
+    "host": "waiting for launches",
+    "memory": "adding gradients, Adam",
+    "inside": "links inside a node",
+    "between": "links between nodes",
+    "bubble": "pipeline bubble",
+}
+
+
+def _time(report: FitReport) -> Iterator[str]:
+    flops = f"\nFLOPs of a step: {report.model_flops:.4g} that the model needs"
+    if report.executed_flops > 1.001 * report.model_flops:
+        flops += f", {report.executed_flops:.4g} with the repeated forward passes"
+    yield flops
+    if report.config.parallel.pipeline > 1:
+        yield f"pipeline: stages are idle for {report.bubble:.1%} of the micro-steps"
+    if report.time is None:
+        return
+    fast, slow = report.time
+    yield "time of a step, by the slowest stage"
+    rows = [
+        [name, seconds_text(getattr(fast, term)), seconds_text(getattr(slow, term))]
+        for term, name in TERMS.items()
+        if getattr(fast, term) or getattr(slow, term)
+    ]
+    yield text_table(["", "fast", "slow"], [*rows, ["all", seconds_text(fast.total), seconds_text(slow.total)]])
+
+
+def _assumptions(report: FitReport) -> Iterator[str]:
+    yield "\nwhat this rests on"
+    machine_lines = [f"assumed: {line}" for line in report.machine.assumed]
+    memory = report.machine.device.memory
+    if memory is not None:
+        machine_lines.append(
+            f"memory of a GPU: {memory.value / 1e9:.4g} GB = {memory.value / GIB:.1f} GiB, of which an estimate may "
+            f"fill {USABLE:.0%} (--memory gives your own) [{memory.source}]"
+        )
+    if report.machine.device.note:
+        machine_lines.append(f"{report.machine.device.name}: {report.machine.device.note}")
+    lines = [f"{line.what}: {line.value} [{line.source}]" for line in report.assumptions]
+    for line in [*machine_lines, *lines]:
+        yield textwrap.fill(
+            line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+    yield (
+        "  not counted: CUDA context, NCCL's buffers, memory that the allocator cannot use, uneven choices of experts, "
+        "input,\n    validation, checkpoints, stragglers"
+    )
+
+
+def as_json(report: FitReport) -> dict[str, Any]:
+    """Exact numbers: bytes and seconds."""
+    tokens = report.config.batch.global_sequences * report.config.model.sequence_length
+    time: dict[str, Any] | None = None
+    if report.time is not None:
+        time = {
+            end: dataclasses.asdict(terms)
+            | {
+                "total": terms.total,
+                "tokens_per_second": tokens / terms.total,
+                "run_hours": report.config.train.steps * terms.total / 3600,
+                "run_gpu_hours": report.config.train.steps * terms.total / 3600 * report.machine.num_gpus,
+            }
+            for end, terms in zip(("fast", "slow"), report.time, strict=True)
+        }
+    return {
+        "fits": report.fits,
+        "verdict": verdict(report),
+        "constraint": report.constraint,
+        "change": None
+        if report.change is None
+        else {"set": list(report.change.overrides), "needed_bytes": report.change.total},
+        "machine": {
+            "device": report.machine.device.name,
+            "gpus": report.machine.num_gpus,
+            "gpus_per_node": report.machine.gpus_per_node,
+            "memory_bytes": report.machine.capacity,
+            "usable_bytes": report.usable,
+            "interconnect": report.machine.interconnect.name if report.machine.interconnect else None,
+            "ports_per_node": report.machine.ports_per_node,
+        },
+        "layout": to_json(report.config)["parallel"] | {"data": report.data_size, "micro_steps": report.micro_steps},
+        "why_no_memory": report.why_no_memory,
+        "stages": [
+            {"stage": stage.stage, "blocks": stage.blocks, "parameters": stage.parameters}
+            | dict(memory_parts(stage))
+            | {"needed_bytes": stage.total, "checkpoint_staging_bytes": stage.staging}
+            for stage in report.stages
+        ],
+        "traffic": [[row._asdict() for row in rows] for rows in report.traffic],
+        "model_flops": report.model_flops,
+        "executed_flops": report.executed_flops,
+        "pipeline_bubble": report.bubble,
+        "why_no_time": report.why_no_time,
+        "seconds": time,
+        "assumptions": [line._asdict() for line in report.assumptions],
+        "assumed": list(report.machine.assumed),
+    }

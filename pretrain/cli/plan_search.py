@@ -1,0 +1,148 @@
+"""`plan.py search`: the legal layouts of a run on a machine, ranked, and a configuration file with the best."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.tables import text_table
+from pretrain.cli.plan_fit import machine_options, machine_text, seconds_text
+from pretrain.config.loading import load_config
+from pretrain.planning.layout_file import check_target, chosen_tree, write_config
+from pretrain.planning.machine import GIB, Machine, machine
+from pretrain.planning.measured import RESULTS
+from pretrain.planning.memory import USABLE
+from pretrain.planning.search import SHOWN, Found, SearchReport, search
+
+
+def print_search(args: argparse.Namespace) -> None:
+    """Raises UserError; also where nothing fits."""
+    if args.write is not None:
+        check_target(args.write, force=args.force)  # before a search of minutes
+    config = load_config(args.config, args.overrides, option="CONFIG")
+    found = machine(machine_options(args))
+    with tqdm(leave=False, disable=True if args.json else None, file=sys.stderr) as bar:
+        counted = ""
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal counted
+            if what != counted:
+                counted = what
+                bar.reset(total)
+                bar.set_description(what)
+            bar.update(done - bar.n)
+
+        report = search(config, found, results=args.results or RESULTS, progress=progress)
+    if args.json:
+        print(json.dumps(as_json(report, found), indent=1))
+    else:
+        print("\n".join(lines_of(args.config, report, found)))
+    if not report.best:
+        raise UserError(
+            f"--gpus: no layout fits {found.num_gpus} x {found.device.name}; give more GPUs, larger ones, or a smaller "
+            "batch.global_sequences or model"
+        )
+    if args.write is not None:
+        _write(args, report.best[0], found)
+
+
+def _write(args: argparse.Namespace, best: Found, found: Machine) -> None:
+    words = f"{found.num_gpus} x {found.device.name}"
+    tree = chosen_tree(args.config, args.overrides, best.layout.overrides(), words)
+    write_config(args.write, tree, force=args.force)
+    print(
+        f"wrote {args.write}: check it with python launch/pretrain.py --config {args.write} --dry-run --ranks "
+        f"{found.num_gpus}",
+        file=sys.stderr if args.json else sys.stdout,
+    )
+
+
+def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
+    """The table of the best, and why the others are not in it."""
+    yield f"{path} on {machine_text(found)}"
+    capacity = USABLE * (found.capacity or 0)
+    yield (
+        f"{report.layouts:,} layouts, {report.traced} of them traced; an estimate may fill "
+        f"{capacity / GIB:.1f} GiB ({USABLE:.0%} of the memory)\n"
+    )
+    if report.best:
+        rows = [_row(number, one, capacity, found.num_gpus) for number, one in enumerate(report.best, 1)]
+        yield text_table(_header(), rows)
+        yield "\nthe first as options: " + " ".join(f"--set {setting}" for setting in settings(report.best[0]))
+    if report.excluded or report.refused:
+        yield "\nnot in the table"
+    for reason, count in sorted(report.excluded.items(), key=lambda item: -item[1]):
+        yield f"  {count:>7,}  {reason}"
+    for key, (count, said) in sorted(report.refused.items(), key=lambda item: -item[1][0]):
+        yield f"  {count:>7,}  refused by a rule of {key}, e.g. {said.partition(': ')[2]}"
+    yield "\ntimes are ranges from data sheets and assumed efficiencies: plan.py fit prints them for one layout"
+
+
+def _header() -> list[str]:
+    return [
+        "",
+        "step",
+        "headroom GiB",
+        "data",
+        "tensor",
+        "pipeline",
+        "expert",
+        "ZeRO",
+        "sequence",
+        "recompute",
+        "micro_sequences",
+    ]
+
+
+def _row(number: int, one: Found, capacity: float, gpus: int) -> list[object]:
+    layout = one.layout
+    return [
+        str(number),
+        f"{seconds_text(one.time.fast.total)} - {seconds_text(one.time.slow.total)}",
+        f"{(capacity - one.needed) / GIB:.1f}",
+        gpus // (layout.tensor * layout.pipeline),
+        layout.tensor,
+        layout.pipeline,
+        layout.expert,
+        layout.zero,
+        "yes" if layout.sequence else "no",
+        layout.recompute,
+        layout.micro_sequences,
+    ]
+
+
+def settings(one: Found) -> list[str]:
+    """KEY=VALUE of a layout."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in one.layout.overrides().items()
+    ]
+
+
+def as_json(report: SearchReport, found: Machine) -> dict[str, Any]:
+    """Exact numbers: bytes and seconds."""
+    return {
+        "usable_bytes": int(USABLE * (found.capacity or 0)),
+        "layouts": report.layouts,
+        "traced": report.traced,
+        "best": [
+            {
+                "set": one.layout.overrides(),
+                "seconds": {"fast": dataclasses.asdict(one.time.fast), "slow": dataclasses.asdict(one.time.slow)},
+                "total_seconds": {"fast": one.time.fast.total, "slow": one.time.slow.total},
+                "needed_bytes": one.needed,
+            }
+            for one in report.best
+        ],
+        "excluded": report.excluded,
+        "refused": {key: {"count": count, "example": said} for key, (count, said) in report.refused.items()},
+        "shown": SHOWN,
+    }

@@ -1,0 +1,176 @@
+"""One layout on one machine: what its ranks hold, what they send, and how long a step takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from pretrain.config.schema import Config
+from pretrain.parallel.layout import rank_bytes
+from pretrain.planning.communication import Collective
+from pretrain.planning.links import sent_bytes, spreads
+from pretrain.planning.machine import Machine
+from pretrain.planning.memory import USABLE, MemoryEstimate, estimate
+from pretrain.planning.paces import Paces
+from pretrain.planning.rough_traffic import rough_collectives
+from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
+from pretrain.planning.step_time import Terms, blocks_of_stages, stage_works, step_terms
+
+CONTROL = "control"
+"""`Collective.part` of what travels between CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage."""
+
+    stage: int
+    blocks: int
+    parameters: int
+    estimate: MemoryEstimate
+    logits: int
+    """Of one chunk of tokens, in `estimate.activations`; 0 where the stage has no output layer."""
+    staging: int
+    """In CPU memory, for a checkpoint that is written while training goes on."""
+
+    @property
+    def total(self) -> int:
+        return self.estimate.total
+
+
+class StepTime(NamedTuple):
+    fast: Terms
+    slow: Terms
+
+    @property
+    def middle(self) -> float:
+        """Seconds, half way between the ends: what layouts are ranked by."""
+        return (self.fast.total + self.slow.total) / 2
+
+    @property
+    def mean(self) -> Terms:
+        """Every term half way between the ends."""
+        return Terms().plus(self.fast, 0.5).plus(self.slow, 0.5)
+
+
+class Traffic(NamedTuple):
+    """All equal collectives of a rank in an optimizer step."""
+
+    part: str
+    kind: str
+    group: str
+    ranks: int
+    link: str
+    calls: int
+    tensor_bytes: int
+    """Of all calls together, as `Collective.num_bytes` counts them."""
+    sent: float
+    """Bytes that the rank sends."""
+
+
+def data_size(config: Config, machine: Machine) -> int:
+    return machine.num_gpus // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def micro_steps(config: Config, machine: Machine) -> int:
+    return config.batch.global_sequences // (config.batch.micro_sequences * data_size(config, machine))
+
+
+def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
+    """Of every pipeline stage; for a configuration whose memory is estimated (memory.why_unknown)."""
+    held = rank_bytes(config, data_size(config, machine))
+    last = config.parallel.pipeline - 1
+    return [
+        StageMemory(
+            stage=stage,
+            blocks=blocks,
+            parameters=held[stage].parameters,
+            estimate=estimate(config, machine.num_gpus, machine.device.device_type),
+            logits=logits_bytes(config) if stage == last else 0,
+            staging=staging_bytes(config, held[stage].parameters, data_size(config, machine)),
+        )
+        for stage, blocks in enumerate(blocks_of_stages(config))
+    ]
+
+
+def logits_bytes(config: Config) -> int:
+    """Bytes of the logits that a rank holds at once: those of a chunk of tokens, in fp32."""
+    row = 4 * -(-config.model.vocab_size // config.parallel.tensor)
+    tokens = config.batch.micro_sequences * config.model.sequence_length
+    return row * max(1, min(tokens, CHUNK_BYTES // row))
+
+
+def staging_bytes(config: Config, parameters: int, data_size: int) -> int:
+    """Bytes of the buffer that a rank copies its share of a checkpoint to: fp32 weights and moments, and the moving
+    average. Nothing where training waits for the files."""
+    if not config.checkpoint.asynchronous:
+        return 0
+    return -(-parameters * (16 if config.train.ema_decay else 12) // data_size)
+
+
+def at_least(config: Config, machine: Machine) -> int:
+    """Bytes of a rank that are there at the end of a forward pass in any case, without a trace: weights, optimizer, and
+    the input of each block, which the backward pass needs, for every micro-step that a stage has begun. A bound below
+    the estimate."""
+    parallel, item = config.parallel, 4 if config.train.precision == "fp32" else 2
+    size = data_size(config, machine)
+    tokens = config.batch.micro_sequences * config.model.sequence_length
+    hidden = item * tokens * config.model.d_model // (parallel.tensor if parallel.sequence else 1)
+    needed = 0
+    for held, blocks in zip(rank_bytes(config, size), blocks_of_stages(config), strict=True):
+        begun = min(micro_steps(config, machine), parallel.pipeline - held.stage)
+        optimizer = 0 if parallel.offload_optimizer else held.optimizer
+        needed = max(needed, held.weights + optimizer + begun * blocks * hidden)
+    return needed
+
+
+def fits(memories: Sequence[StageMemory], machine: Machine) -> bool:
+    assert machine.capacity is not None
+    return all(memory.total <= USABLE * machine.capacity for memory in memories)
+
+
+def step_time(config: Config, machine: Machine, paces: Paces, *, rough: bool = False) -> StepTime:
+    """`rough`: with collectives by arithmetic instead of those of a rehearsed step, which takes seconds."""
+    count = rough_collectives if rough else collectives_of_step
+    collectives = [count(config, machine.num_gpus, stage) for stage in range(config.parallel.pipeline)]
+    works = stage_works(config, data_size(config, machine), collectives)
+    return StepTime(*(step_terms(config, machine, works, pace) for pace in (paces.fast, paces.slow)))
+
+
+def traffic(config: Config, machine: Machine, collectives: Sequence[Collective]) -> list[Traffic]:
+    """Equal collectives of a rank's step together, the largest first."""
+    where = spreads(config, data_size(config, machine), machine.gpus_per_node)
+    found: dict[tuple[str, str, str, int], list[float]] = {}
+    for one in collectives:
+        sums = found.setdefault((one.part, one.kind, one.group, one.ranks), [0, 0, 0.0])
+        sums[0] += one.count
+        sums[1] += one.count * one.num_bytes
+        sums[2] += one.count * sent_bytes(one.kind, one.ranks, one.num_bytes)
+    rows = [
+        Traffic(
+            part=part,
+            kind=kind,
+            group=group,
+            ranks=ranks,
+            link="CPU network" if part == CONTROL else (where[group].link if ranks > 1 else "none"),
+            calls=int(calls),
+            tensor_bytes=int(size),
+            sent=sent,
+        )
+        for (part, kind, group, ranks), (calls, size, sent) in found.items()
+    ]
+    return sorted(rows, key=lambda row: (-row.sent, row.part, row.kind, row.group))
+
+
+def bubble(config: Config, machine: Machine) -> float:
+    """Share of a step's micro-steps in which a pipeline stage waits: (stages - 1) / (micro-steps + stages - 1)."""
+    stages = config.parallel.pipeline
+    return (stages - 1) / (micro_steps(config, machine) + stages - 1)
+
+
+def rounded(seconds: float) -> float:
+    """Three digits: what an estimate can tell apart."""
+    return 0.0 if seconds == 0 else round(seconds, 2 - math.floor(math.log10(seconds)))

@@ -1,0 +1,82 @@
+"""What a rank sends in a step, by arithmetic: enough to rank hundreds of layouts, each in a millisecond.
+
+The collectives themselves are counted where the engine is rehearsed (communication.py); what is left out here is small:
+norms, counts of routers, the embedding, the output layer and its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.config import SigmaMoEConfig
+from pretrain.config.schema import Config
+from pretrain.parallel.layout import rank_bytes
+from pretrain.planning.communication import Collective
+from pretrain.planning.step_time import blocks_of_stages
+
+FP32 = 4
+"""Bytes in which gradients are summed over ranks (`communication_data_type`)."""
+
+
+def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
+    """Of a rank of a pipeline stage in an optimizer step, in no order."""
+    return [*_gradients_and_weights(config, num_ranks, stage), *_activations(config, num_ranks, stage)]
+
+
+def micro_steps_of(config: Config, num_ranks: int) -> int:
+    data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    return config.batch.global_sequences // (config.batch.micro_sequences * data)
+
+
+def expert_parameters(config: Config, stage: int) -> int:
+    """Of sigma-MoE experts that expert-parallel ranks divide, on one rank of a stage; 0 without expert parallelism."""
+    feedforward, expert = config.model.feedforward, config.parallel.expert
+    if expert == 1 or not isinstance(feedforward, SigmaMoEConfig):
+        return 0
+    one = config.model.d_model * (feedforward.up_width + feedforward.expert_size)
+    return blocks_of_stages(config)[stage] * feedforward.num_experts // expert * one
+
+
+def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterator[Collective]:
+    """ZeRO's: gradients are summed once a step, or at stages 2 and 3 in every micro-step; weights are gathered after
+    the update, at stage 3 for each pass."""
+    parallel, weight = config.parallel, FP32 if config.train.precision == "fp32" else 2
+    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    micro_steps = micro_steps_of(config, num_ranks)
+    experts = expert_parameters(config, stage)
+    rest = rank_bytes(config, data)[stage].parameters - experts
+    groups = [("data", data, rest), ("expert data", data * parallel.tensor // parallel.expert, experts)]
+    for group, ranks, parameters in groups:
+        if ranks == 1 or not parameters:
+            continue
+        part, times = ("micro-step", micro_steps) if parallel.zero >= 2 else ("update", 1)
+        kind = "reduce_scatter" if parallel.zero == 3 else "all_reduce"
+        yield Collective(kind, group, ranks, FP32 * parameters, part, times)
+        if parallel.zero == 3:
+            yield Collective("all_gather", group, ranks, weight * parameters, "micro-step", 2 * micro_steps)
+        elif parallel.zero:
+            yield Collective("all_gather", group, ranks, weight * parameters, "update")
+
+
+def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collective]:
+    """Hidden states, four times a block and micro-step (docs/parallelism.md), and at the borders of stages."""
+    parallel, model = config.parallel, config.model
+    item = FP32 if config.train.precision == "fp32" else 2
+    micro_steps, blocks = micro_steps_of(config, num_ranks), blocks_of_stages(config)[stage]
+    tokens = config.batch.micro_sequences * model.sequence_length
+    hidden = item * tokens * model.d_model
+    passes = (
+        5 if config.train.recompute == "full" else 4
+    )  # `full` sends again what the first half of a forward pass does
+    if parallel.tensor > 1:
+        kinds = ("all_gather", "reduce_scatter") if parallel.sequence else ("all_reduce",)
+        for kind in kinds:
+            yield Collective(kind, "tensor", parallel.tensor, hidden, "micro-step", passes * blocks * micro_steps)
+    if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
+        routed = hidden * model.feedforward.active_experts // (parallel.tensor if parallel.sequence else 1)
+        times = (6 if config.train.recompute == "full" else 4) * blocks * micro_steps
+        yield Collective("all_to_all", "expert", parallel.expert, routed, "micro-step", times)
+    borders = (stage > 0) + (stage < parallel.pipeline - 1)
+    if borders:
+        state = hidden // (parallel.tensor if parallel.sequence else 1)
+        yield Collective("send", "pipeline", parallel.pipeline, state, "micro-step", borders * micro_steps)

@@ -1,0 +1,183 @@
+"""Verdicts, the binding constraint and the one change, with memory and traffic by hand; and one whole estimate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from common.errors import ConfigError
+from pretrain.cli.plan import main
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+from pretrain.planning import fit as planning
+from pretrain.planning import layout_plan
+from pretrain.planning.communication import Collective
+from pretrain.planning.fit import fit, with_overrides
+from pretrain.planning.layout_plan import traffic
+from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+
+ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
+TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
+NOWHERE = Path("no records")
+
+
+class Total(NamedTuple):
+    """In place of a traced estimate."""
+
+    total: int
+
+
+def h100(gpus: int, **options: Any) -> Machine:
+    return machine(MachineOptions(gpu="h100-80gb", gpus=gpus, **options))
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], float]], list[Config]]:
+    """Takes the GiB that a configuration needs, and gives the list of configurations that were asked for."""
+
+    def install(needed: Callable[[Config], float]) -> list[Config]:
+        asked: list[Config] = []
+
+        def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+            asked.append(config)
+            return Total(int(needed(config) * GIB))
+
+        def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
+            size = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+            found = [Collective("all_reduce", "data", size, 10**9, "update")]
+            if config.parallel.tensor > 1:
+                found.append(Collective("all_reduce", "tensor", config.parallel.tensor, 10**9, "micro-step", 100))
+            return found
+
+        monkeypatch.setattr(layout_plan, "estimate", estimate)
+        for name in ("collectives_of_step", "rough_collectives"):
+            monkeypatch.setattr(layout_plan, name, collectives)
+        monkeypatch.setattr(planning, "collectives_of_step", collectives)
+        monkeypatch.setattr(planning, "why_unknown", lambda config: None)
+        return asked
+
+    return install
+
+
+ByHand = Callable[[Callable[[Config], float]], list[Config]]
+
+
+def test_what_fits(by_hand: ByHand) -> None:
+    by_hand(lambda config: 60.0)
+    report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
+    assert report.fits and report.change is None and report.needed == 60 * GIB
+    assert report.constraint.startswith("computing")
+    assert (report.data_size, report.micro_steps, report.bubble) == (8, 8, 0.0)
+    by_hand(lambda config: 67.1)  # 90% of 80e9 bytes are 67.06 GiB
+    assert fit(load_config(ONE_BILLION), h100(8), results=NOWHERE).fits is False
+
+
+def test_the_change_is_the_one_that_costs_least_time(by_hand: ByHand) -> None:
+    def needed(config: Config) -> float:
+        small = config.batch.micro_sequences <= 2 or config.train.recompute == "full" or config.parallel.tensor > 1
+        return 50.0 if small else 70.0
+
+    asked = by_hand(needed)
+    report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
+    assert report.constraint == "memory of the GPU"
+    assert report.change is not None and report.change.overrides == ("batch.micro_sequences=2",)
+    assert report.change.total == 50 * GIB and report.change.time is not None
+    # Recomputing everything would fit too, and a link that is used 100 times a step; both take longer.
+    tried = {(config.batch.micro_sequences, config.train.recompute, config.parallel.tensor) for config in asked}
+    assert (8, "full", 1) not in tried and not any(tensor > 1 for _, _, tensor in tried)
+
+
+@pytest.mark.parametrize(
+    "helps, expected",
+    [
+        (lambda config: config.train.recompute == "full", ("train.recompute=full",)),
+        (lambda config: config.parallel.zero == 2, ("parallel.zero=2",)),
+        (lambda config: config.parallel.tensor == 4, ("parallel.tensor=4", "parallel.sequence=true")),
+        (lambda config: config.parallel.pipeline == 2, ("parallel.pipeline=2",)),
+        (lambda config: config.parallel.expert == 8, ("parallel.expert=8",)),
+        (lambda config: config.parallel.offload_optimizer, ("parallel.offload_optimizer=true",)),
+    ],
+)
+def test_every_kind_of_change_is_found(
+    by_hand: ByHand, helps: Callable[[Config], bool], expected: tuple[str, ...]
+) -> None:
+    by_hand(lambda config: 50.0 if helps(config) else 70.0)
+    config = load_config(ONE_BILLION)
+    report = fit(config, h100(8), results=NOWHERE)
+    assert report.change is not None and report.change.overrides == expected
+    assert fit(with_overrides(config, expected), h100(8), results=NOWHERE).fits
+
+
+def test_no_single_change_is_enough(by_hand: ByHand) -> None:
+    by_hand(lambda config: 1000.0)
+    report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
+    assert report.fits is False and report.change is None and report.tried > 5
+
+
+def test_what_binds(by_hand: ByHand) -> None:
+    by_hand(lambda config: 1.0)
+    slow = h100(64, interconnect="ethernet-10")
+    report = fit(load_config(ONE_BILLION), slow, results=NOWHERE)
+    assert report.constraint.startswith("the link between nodes (Ethernet), ")
+    inner = fit(load_config(ONE_BILLION, ["parallel.tensor=8"]), h100(8, link_gb_per_second=1.0), results=NOWHERE)
+    assert inner.constraint.startswith("the link inside a node (NVLink 4)")
+    small = load_config(ONE_BILLION, ["model.d_model=256", "batch.micro_sequences=1"])
+    assert fit(small, h100(1), results=NOWHERE).constraint.startswith("the host, which launches kernels")
+    stages = load_config(ONE_BILLION, ["parallel.pipeline=8", "batch.global_sequences=8"])
+    assert fit(stages, h100(8), results=NOWHERE).constraint.startswith("pipeline stages that wait")
+
+
+def test_what_is_not_known_is_said_and_not_estimated(by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand(lambda config: 1.0)
+    unknown = machine(MachineOptions(gpu="prototype", gpus=1, memory_gib=2.0))
+    report = fit(load_config(ONE_BILLION), unknown, results=NOWHERE)
+    assert report.fits and report.time is None and "--peak-tflops" in str(report.why_no_time)
+    cpu = fit(load_config(ONE_BILLION), machine(MachineOptions(gpu="cpu", gpus=2)), results=NOWHERE)
+    assert cpu.fits is None and cpu.time is None
+    monkeypatch.setattr(planning, "why_unknown", lambda config: "parallel.zero = 3: because")
+    report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
+    assert report.fits is None and report.why_no_memory == "parallel.zero = 3: because" and report.time is not None
+
+
+def test_equal_collectives_are_one_line() -> None:
+    calls = [Collective("all_reduce", "data", 8, 80, "update"), Collective("all_reduce", "data", 8, 160, "update", 2)]
+    calls += [Collective("all_gather", "data", 1, 80, "update"), Collective("all_gather", "world", 8, 24, "control")]
+    first, control, alone = traffic(load_config(ONE_BILLION), h100(8), calls)
+    assert (first.calls, first.tensor_bytes, first.sent) == (3, 400, 2 * 7 / 8 * 400)
+    assert (first.link, control.link, alone.link, alone.sent) == ("inside a node", "CPU network", "none", 0.0)
+
+
+def test_a_run_that_would_be_refused_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^batch.global_sequences: 512 is not divisible"):
+        fit(load_config(ONE_BILLION), machine(MachineOptions(gpu="h100-80gb", gpus=3)), results=NOWHERE)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The real estimate, of the smallest shipped model."""
+    line = ["fit", str(TINY), "--gpus", "2", "--gpu", "h100-80gb", "--results", str(tmp_path)]
+    assert main(line) == 0
+    text = capsys.readouterr().out
+    for part in ("verdict:    fits", "constraint: ", "time:       ", "memory of a rank", "communication of a rank"):
+        assert part in text
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["stages"][0]["needed_bytes"] > found["stages"][0]["weights"] > 0
+    assert 0 < found["seconds"]["fast"]["total"] < found["seconds"]["slow"]["total"]
+    assert {row["source"] for row in found["assumptions"]} and found["machine"]["gpus_per_node"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--gpus", "2", "--gpu", "h100"], "error: --gpu: 'h100' is not in the table of devices"),
+        (["--gpus", "-2", "--gpu", "h100-80gb"], "error: --gpus: -2 is impossible"),
+        (["--gpus", "2", "--gpu", "h100-80gb", "--set", "parallel.tensor=5"], "error: parallel.tensor: 5 does not"),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(TINY), *arguments]) == 2
+    assert said in capsys.readouterr().err

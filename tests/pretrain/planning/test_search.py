@@ -1,0 +1,186 @@
+"""The search beside a ranking by brute force, and the file that it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from common.errors import ConfigError, UserError
+from pretrain.cli import train
+from pretrain.cli.plan import main
+from pretrain.config.loading import load_config, parse_config, to_json
+from pretrain.config.rules import check_ranks
+from pretrain.config.schema import Config
+from pretrain.planning import layout_plan, search
+from pretrain.planning.communication import Collective
+from pretrain.planning.layout_file import chosen_tree
+from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.measured import Measurements
+from pretrain.planning.paces import paces
+from pretrain.planning.search import Layout
+from tests.pretrain.runs import small_config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+ONE_BILLION = CONFIGS / "switchall_1b.json"
+NOWHERE = Path("no records")
+SMALL = ("model.num_layers=2", "batch.global_sequences=8")
+"""Of the 1B model: a space of a few hundred layouts on four GPUs."""
+
+
+class Total(NamedTuple):
+    total: int
+
+
+def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+    """In place of a trace: what divides less or keeps more needs more."""
+    parallel, kept = config.parallel, {"none": 9.0, "selective": 5.0, "full": 2.0}[config.train.recompute]
+    shared = 30.0 / parallel.zero if parallel.zero else 60.0
+    divided = parallel.tensor * parallel.pipeline
+    total = (shared + kept * config.batch.micro_sequences * (0.8 if parallel.sequence else 1)) / divided + stage
+    return Total(int(total * GIB))
+
+
+def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
+    parallel = config.parallel
+    data = num_ranks // (parallel.tensor * parallel.pipeline)
+    found = [Collective("all_reduce", "data", data, 4 * 10**8 // parallel.tensor, "update")]
+    found += [Collective("all_gather", "data", data, 10**8, "micro-step", 2)] * (parallel.zero == 3)
+    found += [Collective("all_reduce", "tensor", parallel.tensor, 10**8, "micro-step", 16)] * (parallel.tensor > 1)
+    found += [Collective("all_to_all", "expert", parallel.expert, 10**8, "micro-step", 8)] * (parallel.expert > 1)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_plan, "estimate", estimate)
+    for name in ("collectives_of_step", "rough_collectives"):
+        monkeypatch.setattr(layout_plan, name, collectives)
+    monkeypatch.setattr(search, "why_unknown", lambda config: None)
+
+
+def h100(gpus: int) -> Machine:
+    return machine(MachineOptions(gpu="h100-80gb", gpus=gpus))
+
+
+def by_brute_force(config: Config, found: Machine) -> tuple[list[Layout], int]:
+    """All legal layouts that fit, the best first, and how many are legal: through JSON and the public rules."""
+    pace = paces(config, found, Measurements())
+    sizes = range(1, found.num_gpus + 1)
+    ranked, legal = [], 0
+    for layout in itertools.starmap(
+        Layout,
+        itertools.product(sizes, sizes, sizes, range(4), (False, True), ("none", "selective", "full"), range(1, 9)),
+    ):
+        if found.num_gpus % (layout.tensor * layout.pipeline):
+            continue
+        tree: dict[str, Any] = to_json(config)
+        for key, value in layout.overrides().items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        try:
+            candidate = parse_config(tree)
+            check_ranks(candidate, found.num_gpus)
+        except ConfigError:
+            continue
+        legal += 1
+        needed = max(memory.total for memory in layout_plan.stage_memories(candidate, found))
+        if needed <= 0.9 * 80e9:
+            time = layout_plan.step_time(candidate, found, pace).middle
+            ranked.append((layout_plan.rounded(time), needed, layout))
+    return [layout for _, _, layout in sorted(ranked)], legal
+
+
+def test_the_best_are_those_of_brute_force() -> None:
+    config, found = load_config(ONE_BILLION, SMALL), h100(2)
+    expected, legal = by_brute_force(config, found)
+    told: list[tuple[str, int, int]] = []
+    report = search.search(config, found, results=NOWHERE, progress=lambda *said: told.append(said))
+    assert [one.layout for one in report.best] == expected[: search.SHOWN]
+    assert report.layouts == legal + sum(count for count, _ in report.refused.values())
+    # Everything is accounted for, and not all of it was traced.
+    assert len(report.best) + sum(report.excluded.values()) == legal
+    assert len(report.best) <= report.traced < legal
+    assert told == sorted(told) and told[-1][1] <= told[-1][2] == search.SHOWN
+
+
+def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_plan, "estimate", lambda *args, **kwargs: Total(1000 * GIB))
+    report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
+    assert not report.best and sum(report.excluded.values()) == report.excluded[search.FULL] > 4 * report.traced
+    monkeypatch.setattr(search, "MOST_REHEARSED", 3)
+    report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
+    assert report.traced <= 4 and any(reason.startswith("not rehearsed") for reason in report.excluded)
+
+
+def test_reasons() -> None:
+    report = search.search(load_config(ONE_BILLION, SMALL), h100(4), results=NOWHERE, progress=lambda *_: None)
+    assert {"parallel.zero", "parallel.expert", "train.recompute"} <= report.refused.keys()
+    assert report.refused["train.recompute"][1].startswith("train.recompute: selective does not go with")
+    assert any(reason.startswith("slower than") for reason in report.excluded)
+
+
+def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(layout_plan, "estimate", lambda *args, **kwargs: Total(1000 * GIB))
+    line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none"]
+    small = [argument for setting in SMALL for argument in ("--set", setting)]
+    assert main([*line, *small]) == 2
+    printed = capsys.readouterr()
+    assert "no layout fits 2 x h100-80gb" in printed.err and "activations do not fit" in printed.out
+    with pytest.raises(UserError, match="layouts cannot be ranked"):
+        search.search(
+            load_config(ONE_BILLION),
+            machine(MachineOptions(gpu="prototype", gpus=1, memory_gib=80)),
+            results=NOWHERE,
+            progress=lambda *_: None,
+        )
+
+
+def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "chosen.json"
+    line = [
+        "search",
+        str(ONE_BILLION),
+        "--gpus",
+        "2",
+        "--gpu",
+        "h100-80gb",
+        "--results",
+        "none",
+        "--set",
+        "train.seed=3",
+    ]
+    line += [argument for setting in SMALL for argument in ("--set", setting)] + ["--write", str(target)]
+    assert main(line) == 0
+    assert f"--config {target} --dry-run --ranks 2" in capsys.readouterr().out
+    chosen, original = load_config(target), load_config(ONE_BILLION)
+    check_ranks(chosen, 2)
+    assert chosen.train.seed == 3 and chosen.optimizer == original.optimizer and chosen.data == original.data
+    assert chosen.description.startswith("Layout by plan.py search for 2 x h100-80gb, of switchall_1b.json. SwitchAll")
+    assert main(line) == 0  # its own file is replaced
+    assert "Layout by" not in chosen.description[1:] and list(tmp_path.iterdir()) == [target]
+    target.write_text('{"mine": 1}', encoding="utf-8")
+    assert main(line) == 2 and target.read_text(encoding="utf-8") == '{"mine": 1}'
+    assert "was not made by plan.py search" in capsys.readouterr().err
+    assert main([*line, "--force"]) == 0 and json.loads(target.read_text(encoding="utf-8"))["batch"]
+    assert main([*line[:-1], str(tmp_path)]) == 2 and main([*line[:-1], str(tmp_path / "absent" / "x.json")]) == 2
+
+
+def test_a_file_of_a_file_of_the_search_says_once_what_it_is(tmp_path: Path) -> None:
+    chosen = {"parallel.zero": 2}
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(chosen_tree(ONE_BILLION, (), chosen, "2 x a")), encoding="utf-8")
+    again = chosen_tree(first, (), chosen, "4 x b")
+    assert again["description"].startswith("Layout by plan.py search for 4 x b, of first.json. SwitchAll with")
+
+
+def test_a_dry_run_takes_the_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    user, chosen = tmp_path / "user.json", tmp_path / "chosen.json"
+    user.write_text(json.dumps(to_json(small_config(prepared, "train.device=cpu"))), encoding="utf-8")
+    line = ["search", str(user), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none", "--write", str(chosen)]
+    assert main(line) == 0
+    assert train.main(["--config", str(chosen), "--dry-run", "--ranks", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    assert "Layout by plan.py search for 2 x h100-80gb" in capsys.readouterr().out
