@@ -127,7 +127,8 @@ def load_weights(
     moving average (`kind` ema), but for the parameters named in `without`, which must be there and keep their values.
     Raises UserError."""
     reader, config = Reader(checkpoint), model.config
-    check_kind(reader, kind)
+    if any(name not in without for name, _ in model.named_parameters()):  # else the index need not be read
+        check_kind(reader, kind)
     specs = parameter_specs(config)
     state: State = {}
     for name, parameter in model.named_parameters():

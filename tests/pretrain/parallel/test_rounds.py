@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -29,9 +31,17 @@ def _both(rank: int) -> tuple[list[int], list[int]]:
     ring = maximum(values, dist.group.WORLD)
     assert torch.equal(ring, reduced) and values.tolist()[0] == rank
     rounds.AROUND_THE_RING = 1
-    return [maximum(values, dist.group.WORLD) for _ in range(3)][-1].tolist(), reduced.tolist()
+    assert torch.equal(maximum(values, dist.group.WORLD), reduced)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as device.py sets it for many ranks
+    group = dist.new_group(backend="gloo")
+    everybody: list[int] | None = [-1] * 5 if rank == 0 else None
+    found = [maximum(values, group) for _ in range(3)][-1]
+    dist.gather_object(rank, everybody, group=group)
+    assert everybody in (None, [0, 1, 2, 3, 4])
+    return found.tolist(), reduced.tolist()
 
 
 def test_over_gloo_it_is_the_reduction_of_all_ranks() -> None:
+    """Up to 16 ranks gloo's own; in rounds; and in rounds of ranks that connect when they first speak."""
     for found, reduced in run_ranks(_both, 5):
         assert found == reduced == [4, 0, 7, 2]
