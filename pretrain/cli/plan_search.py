@@ -20,7 +20,7 @@ from pretrain.planning.layout_file import check_target, chosen_tree, write_confi
 from pretrain.planning.machine import GIB, Machine, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
-from pretrain.planning.search import SHOWN, Found, SearchReport, search
+from pretrain.planning.search import SHOWN, UNKNOWN, Found, SearchReport, search
 
 
 def print_search(args: argparse.Namespace) -> None:
@@ -46,9 +46,10 @@ def print_search(args: argparse.Namespace) -> None:
     else:
         print("\n".join(lines_of(args.config, report, found)))
     if not report.best:
+        known = " of those whose memory is estimated" if any(UNKNOWN in reason for reason in report.excluded) else ""
         raise UserError(
-            f"--gpus: no layout fits {found.num_gpus} x {found.device.name}; give more GPUs, larger ones, or a smaller "
-            "batch.global_sequences or model"
+            f"--gpus: no layout{known} fits {found.num_gpus} x {found.device.name}; give more GPUs, larger ones, or a "
+            "smaller batch.global_sequences or model"
         )
     if args.write is not None:
         _write(args, report.best[0], found)

@@ -135,6 +135,7 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
 
 
 SLOWER = f"slower than the {SHOWN} best, or as fast with less headroom"
+UNKNOWN = "memory not estimated"
 FULL = "memory: activations do not fit beside weights, gradients and optimizer"
 KINDS = ("none", "selective", "full")
 """train.recompute, what needs most memory first."""
@@ -202,7 +203,7 @@ def _excluded(config: Config, machine: Machine) -> str | None:
     if layout_plan.at_least(config, machine) > USABLE * (machine.capacity or 0):
         return "memory: weights, optimizer and the inputs of the blocks alone do not fit"
     unknown = why_unknown(config)
-    return None if unknown is None else f"memory not estimated: {unknown.partition(':')[0]}"
+    return None if unknown is None else f"{UNKNOWN}: {unknown.partition(':')[0].partition(' =')[0]}"
 
 
 def legal_layouts(config: Config, machine: Machine) -> tuple[list[Layout], dict[str, tuple[int, str]]]:

@@ -87,6 +87,11 @@ def test_how_groups_lie_over_nodes_of_eight(
     assert {name: found[name] for name in expected} == expected
 
 
+def test_the_node_with_fewest_ranks_of_a_group_counts() -> None:
+    found = spreads(load_config(ONE_BILLION, ["batch.global_sequences=48"]), 6, 4)
+    assert found["data"] == Spread(6, 2)  # four on the first node, two on the second
+
+
 RATES = Rates(inside=10.0, between=1.0, start_inside=0.25, start_between=0.5)
 
 

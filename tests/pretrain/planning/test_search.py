@@ -18,10 +18,12 @@ from pretrain.config.schema import Config
 from pretrain.planning import layout_plan, search
 from pretrain.planning.communication import Collective
 from pretrain.planning.layout_file import chosen_tree
+from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import Measurements
 from pretrain.planning.paces import paces
-from pretrain.planning.search import Layout
+from pretrain.planning.search import Found, Layout
+from pretrain.planning.step_time import Terms
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -66,11 +68,11 @@ def h100(gpus: int) -> Machine:
     return machine(MachineOptions(gpu="h100-80gb", gpus=gpus))
 
 
-def by_brute_force(config: Config, found: Machine) -> tuple[list[Layout], int]:
-    """All legal layouts that fit, the best first, and how many are legal: through JSON and the public rules."""
+def by_brute_force(config: Config, found: Machine) -> list[tuple[float, int, Layout]]:
+    """Time, bytes and layout of all legal layouts, the best first: through JSON and the public rules."""
     pace = paces(config, found, Measurements())
     sizes = range(1, found.num_gpus + 1)
-    ranked, legal = [], 0
+    ranked = []
     for layout in itertools.starmap(
         Layout,
         itertools.product(sizes, sizes, sizes, range(4), (False, True), ("none", "selective", "full"), range(1, 9)),
@@ -86,25 +88,38 @@ def by_brute_force(config: Config, found: Machine) -> tuple[list[Layout], int]:
             check_ranks(candidate, found.num_gpus)
         except ConfigError:
             continue
-        legal += 1
         needed = max(memory.total for memory in layout_plan.stage_memories(candidate, found))
-        if needed <= 0.9 * 80e9:
-            time = layout_plan.step_time(candidate, found, pace).middle
-            ranked.append((layout_plan.rounded(time), needed, layout))
-    return [layout for _, _, layout in sorted(ranked)], legal
+        time = layout_plan.step_time(candidate, found, pace).middle
+        ranked.append((layout_plan.rounded(time), needed, layout))
+    return sorted(ranked)
 
 
 def test_the_best_are_those_of_brute_force() -> None:
     config, found = load_config(ONE_BILLION, SMALL), h100(2)
-    expected, legal = by_brute_force(config, found)
-    told: list[tuple[str, int, int]] = []
-    report = search.search(config, found, results=NOWHERE, progress=lambda *said: told.append(said))
-    assert [one.layout for one in report.best] == expected[: search.SHOWN]
-    assert report.layouts == legal + sum(count for count, _ in report.refused.values())
-    # Everything is accounted for, and not all of it was traced.
-    assert len(report.best) + sum(report.excluded.values()) == legal
-    assert len(report.best) <= report.traced < legal
-    assert told == sorted(told) and told[-1][1] <= told[-1][2] == search.SHOWN
+    ranked = by_brute_force(config, found)
+    for memory_gib in (75.0, 40.0, 25.0):  # the fastest fit, some of them do not, few of any kind do
+        small = machine(MachineOptions(gpu="h100-80gb", gpus=2, memory_gib=memory_gib))
+        expected = [layout for _, needed, layout in ranked if needed <= 0.9 * memory_gib * GIB]
+        told: list[tuple[str, int, int]] = []
+        report = search.search(config, small, results=NOWHERE, progress=lambda *said: told.append(said))  # noqa: B023
+        assert [one.layout for one in report.best] == expected[: search.SHOWN]
+        # Everything is accounted for, and not all of it was traced.
+        assert report.layouts == len(ranked) + sum(count for count, _ in report.refused.values())
+        assert len(report.best) + sum(report.excluded.values()) == len(ranked)
+        assert len(report.best) <= report.traced < len(ranked)
+        assert told == sorted(told) and told[-1][1] <= told[-1][2] == search.SHOWN
+
+
+def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:
+    time = StepTime(Terms(compute=1.0), Terms(compute=2.0))
+    slower = StepTime(Terms(compute=1.0), Terms(compute=2.1))
+    layouts = [Layout(1, 1, 1, zero, False, "none", 1) for zero in range(4)]
+    given = [(time, 5), (slower, 1), (time, 4), (time, 4)]
+    found = [
+        Found(layout=layout, time=seconds, needed=needed)
+        for layout, (seconds, needed) in zip(layouts, given, strict=True)
+    ]
+    assert [one.layout.zero for one in sorted(found, key=lambda one: one.rank)] == [2, 3, 0, 1]
 
 
 def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) -> None:
