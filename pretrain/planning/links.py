@@ -46,6 +46,7 @@ def sent_bytes(kind: str, ranks: int, num_bytes: int) -> float:
         "reduce_scatter": (ranks - 1) / ranks,
         "all_to_all": (ranks - 1) / ranks,
         "broadcast": float(ranks > 1),
+        "reduce": float(ranks > 1),
         "send": 1.0,
         "receive": 0.0,  # its time is that of the send
         "barrier": 0.0,

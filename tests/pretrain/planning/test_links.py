@@ -59,6 +59,7 @@ def test_a_ring_sends_what_the_formulas_say(ranks: int) -> None:
 def test_the_other_kinds() -> None:
     assert sent_bytes("all_to_all", 4, 100) == 75  # a quarter stays
     assert sent_bytes("broadcast", 4, 100) == 100 and sent_bytes("broadcast", 1, 100) == 0
+    assert sent_bytes("reduce", 4, 100) == 100  # a chain of sums
     assert sent_bytes("send", 2, 100) == 100 and sent_bytes("receive", 2, 100) == 0
     assert sent_bytes("barrier", 4, 0) == 0
     with pytest.raises(KeyError):
