@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 import pretrain.together
 from common.errors import DataError, UserError
@@ -70,33 +69,33 @@ def test_many_ranks_hash_all_shards_once_if_the_share_of_each_is_small(
     assert not hashes_at_start(sources, 16)
 
 
-def _parts(rank: int, config: Config) -> list[object]:
-    """This rank's part of the data on a disk of its node and on a shared one, and what it made of a check."""
-    manifest = open_sources(config).sources[0].manifest
+def _parts(rank: int, configs: list[Config]) -> tuple[list[object], list[object]]:
+    """This rank's part of the data on a disk of its node and on a shared one; and what it made of a check of each
+    configuration's data."""
     parts: list[object] = []
+    checks: list[object] = []
     for kind in ("ext4", "lustre"):
         pretrain.together.filesystem_type = lambda path, kind=kind: kind  # type: ignore[assignment, misc]
         pretrain.together.os.environ.update(LOCAL_RANK="0", LOCAL_SIZE="1")
-        parts.append(part_of(manifest))
+        parts.append(part_of(open_sources(configs[0]).sources[0].manifest))
     pretrain.together.MANY_RANKS = 2
-    try:
-        sources = check_data(open_sources(config, follow_links=False), config)
-        parts.append(sources.hashed)
-        parts.append(sources.reader("train", config)._split._verify_on_first_read)  # type: ignore[attr-defined]
-    except (UserError, PeerFailed) as error:
-        parts.append(f"{type(error).__name__}: {error}")
-    dist.barrier()
-    return parts
+    for config in configs:
+        try:
+            sources = check_data(open_sources(config, follow_links=False), config)
+            checks.append((sources.hashed, sources.reader("train", config)._split._verify_on_first_read))  # type: ignore[attr-defined]
+        except (UserError, PeerFailed) as error:
+            checks.append(f"{type(error).__name__}: {error}")
+    return parts, checks
 
 
 def test_ranks_share_the_files_of_a_shared_disk_and_the_first_says_what_is_wrong(
     prepared: Path, tmp_path: Path
 ) -> None:
-    for rank, parts in enumerate(run_ranks(_parts, 2, small_config(prepared))):
-        assert parts == [(0, 1), (rank, 2), True, False]
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
-    shards = Manifest.load(copy).split("train")
-    flip(copy / shards[1].file)  # the second of all files: rank 1's
-    first, second = run_ranks(_parts, 2, small_config(copy))
-    assert second[2] == "PeerFailed: " and str(first[2]).startswith("UserError:") and shards[1].file in str(first[2])
+    shard = Manifest.load(copy).split("train")[1].file  # the second of all files: rank 1's
+    flip(copy / shard)
+    (first, found), (second, told) = run_ranks(_parts, 2, [small_config(prepared), small_config(copy)])
+    assert first == [(0, 1), (0, 2)] and second == [(0, 1), (1, 2)]
+    assert found[0] == told[0] == (True, False)
+    assert told[1] == "PeerFailed: " and str(found[1]).startswith("UserError:") and shard in str(found[1])

@@ -26,9 +26,7 @@ from tests.pretrain.runs import small_config
 SIX = "model.feedforward.num_experts=6"
 LAYOUTS = [
     (SIX,),
-    (SIX, "parallel.tensor=2"),
     (SIX, "parallel.pipeline=2"),
-    (SIX, "parallel.expert=2"),
     (SIX, "parallel.expert=2", "parallel.tensor=2", "parallel.sequence=true"),
 ]
 
