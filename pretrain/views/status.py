@@ -162,7 +162,7 @@ def next_text(view: RunView) -> str:
     if state is State.FINISHED:
         if view.step < (setting(view.config, "train.steps") or 0):
             return f"the same command with a later train.stop_after_steps goes on; {resume}"
-        return f"`python launch/checkpoint.py list {run}` shows its checkpoints"
+        return f"`python launch/generate.py {run} --interactive` lets it write; docs/use.md has the rest"
     if state is State.STOPPED:
         return f"start the same command again; {resume}"
     if state is State.DEAD:
