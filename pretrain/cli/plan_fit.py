@@ -126,6 +126,10 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
+def hours_text(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
 def whole_run(report: FitReport, time: StepTime) -> str:
     """Step, tokens a second and the run, in hours and GPU-hours."""
     config = report.config
@@ -134,8 +138,8 @@ def whole_run(report: FitReport, time: StepTime) -> str:
     gpu_hours = [value * report.machine.num_gpus for value in hours]
     return (
         f"{range_text(time)} a step, {short(int(tokens / time.slow.total))} to {short(int(tokens / time.fast.total))} "
-        f"tokens a second; {config.train.steps:,} steps take {hours[0]:,.4g} to {hours[1]:,.4g} h, "
-        f"{gpu_hours[0]:,.4g} to {gpu_hours[1]:,.4g} GPU-hours, without validation and start-up"
+        f"tokens a second; {config.train.steps:,} steps take {hours_text(hours[0])} to {hours_text(hours[1])} h, "
+        f"{hours_text(gpu_hours[0])} to {hours_text(gpu_hours[1])} GPU-hours, without validation and start-up"
     )
 
 

@@ -46,13 +46,22 @@ def print_search(args: argparse.Namespace) -> None:
     else:
         print("\n".join(lines_of(args.config, report, found)))
     if not report.best:
-        known = " of those whose memory is estimated" if any(UNKNOWN in reason for reason in report.excluded) else ""
-        raise UserError(
-            f"--gpus: no layout{known} fits {found.num_gpus} x {found.device.name}; give more GPUs, larger ones, or a "
-            "smaller batch.global_sequences or model"
-        )
+        raise UserError(_why_none(report, found))
     if args.write is not None:
         _write(args, report.best[0], found)
+
+
+def _why_none(report: SearchReport, found: Machine) -> str:
+    """Why no layout is left, and what would help."""
+    machine = f"{found.num_gpus} x {found.device.name}"
+    if not report.excluded:
+        _, said = max(report.refused.values())
+        return f"--gpus: the rules of configurations allow no layout on {machine}, e.g. {said}"
+    known = " of those whose memory is estimated" if any(UNKNOWN in reason for reason in report.excluded) else ""
+    return (
+        f"--gpus: no layout{known} fits {machine}; give more GPUs, larger ones, or a smaller batch.global_sequences or "
+        "model"
+    )
 
 
 def _write(args: argparse.Namespace, best: Found, found: Machine) -> None:

@@ -128,7 +128,7 @@ def constraint(machine: Machine, does_fit: bool | None, time: StepTime | None) -
     if does_fit is False:
         return "memory of the GPU"
     if time is None:
-        return "unknown, as the time of a step is"
+        return "not known, because the time of a step is not"
     mean = time.mean
     between = machine.interconnect.what if machine.interconnect else "none"
     words = {

@@ -62,7 +62,8 @@ class StageWork:
 
     flops: float
     """Of a micro-step, executed ones: recomputation included."""
-    blocks: int
+    launched: float
+    """Blocks whose kernels the host launches in a micro-step; a repeated forward pass counts as half a block."""
     activations: float
     """Numbers in the hidden states between the blocks, all together: what selective recomputation repeats grows with
     them. 0 without it."""
@@ -126,7 +127,7 @@ def stage_works(config: Config, data_size: int, collectives: Sequence[Sequence[C
     return [
         StageWork(
             flops=flops,
-            blocks=blocks,
+            launched=blocks * (1.0 if config.train.recompute == "none" else 1.5),
             activations=blocks * _repeated_width(config),
             parameters=held[stage].parameters,
             optimizer=held[stage].optimizer,
@@ -167,7 +168,7 @@ class Links:
 def _micro_step(work: StageWork, micro_steps: int, pace: Pace, links: Links) -> Terms:
     """A micro-step of a rank."""
     computing = work.flops / pace.flops
-    launching = work.blocks * pace.launches
+    launching = work.launched * pace.launches
     sent, reductions = Terms(), Terms()
     for collective in work.collectives:
         if collective.part != "micro-step":

@@ -145,6 +145,8 @@ def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, caps
     assert main([*line, *small]) == 2
     printed = capsys.readouterr()
     assert "no layout fits 2 x h100-80gb" in printed.err and "activations do not fit" in printed.out
+    assert main([*line, *small, "--gpus", "7", "--gpus-per-node", "7"]) == 2
+    assert "allow no layout on 7 x h100-80gb, e.g. " in capsys.readouterr().err
     with pytest.raises(UserError, match="layouts cannot be ranked"):
         search.search(
             load_config(ONE_BILLION),

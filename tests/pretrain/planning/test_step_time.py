@@ -42,7 +42,7 @@ def sixteen(*overrides: str) -> tuple[Config, Machine]:
 
 
 def work(*collectives: Collective, flops: float = 50.0) -> StageWork:
-    return StageWork(flops=flops, blocks=2, activations=0.0, parameters=20, optimizer=40, collectives=collectives)
+    return StageWork(flops=flops, launched=2, activations=0.0, parameters=20, optimizer=40, collectives=collectives)
 
 
 def test_data_parallel() -> None:
@@ -77,6 +77,7 @@ def test_selective_recomputation_reads_and_writes_again() -> None:
     repeated = replace(work(), activations=30.0)
     more = step_terms(config, machine, [repeated], SLOW).memory - step_terms(config, machine, [work()], SLOW).memory
     assert more == pytest.approx(2 * 7 * 30 / 1000)
+    assert stage.launched == 18 * 1.5 and stage_works(load_config(ONE_BILLION), 16, [[]])[0].launched == 18
     (halved,) = stage_works(load_config(ONE_BILLION, [*HALVES, "train.recompute=selective"]), 8, [[]])
     assert halved.activations == 8 * stage.activations / 2
     assert stage_works(load_config(ONE_BILLION), 16, [[]])[0].activations == 0.0
