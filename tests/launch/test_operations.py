@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.slurm import preparation, training
+from pretrain.cli import plan as plan_cli
 from pretrain.cli import train as cli
 from pretrain.config.keys import fields
 from pretrain.report.exit_codes import MEANING
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "launch/pretrain.py": cli.build_parser,
+    "launch/plan.py": plan_cli.build_parser,
     "launch/checkpoint.py": checkpoint_cli.build_parser,
     "launch/slurm/submit.py": training.build_parser,
     "launch/smoke.py": smoke_cli.build_parser,
@@ -28,9 +30,18 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 }
 
 
+def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Those of its subcommands too."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for subcommand in action.choices.values():
+                yield from options_of(subcommand)
+
+
 def test_every_option_key_file_and_target_exists() -> None:
     assert all(f" {script} " in TEXT for script in PARSERS), "the page shows each of them"
-    options = {option for build in PARSERS.values() for action in build()._actions for option in action.option_strings}
+    options = {option for build in PARSERS.values() for option in options_of(build())}
     sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type"}
     deepspeed = {"--log_level"}
     for option in set(re.findall(r"`(--[a-z_-]+)", TEXT)):
