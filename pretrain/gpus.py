@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -44,6 +45,16 @@ def gpu_memory() -> int | None:
         warnings.simplefilter("ignore")  # an unusable driver
         if torch.cuda.is_available():  # GPU-ONLY gpu-memory
             return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def card_name() -> str | None:
+    """The name of this machine's first GPU as its driver gives it, read without starting CUDA; None without one."""
+    for file in sorted(DRIVER.parent.glob("gpus/*/information")):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            found = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if found is not None:
+                return found[1].strip()
     return None
 
 

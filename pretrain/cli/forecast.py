@@ -17,12 +17,14 @@ def main() -> int:
     os.nice(19)
     signal.alarm(LONGEST_SECONDS)
     from pretrain.config.loading import parse_config
-    from pretrain.gpus import planned_device_type
+    from pretrain.gpus import card_name, planned_device_type
     from pretrain.report.memory_text import run_estimate
 
     given = json.load(sys.stdin)
     config = parse_config(given["config"])
-    found = run_estimate(config, given["ranks"], planned_device_type(config.train.device))
+    device = planned_device_type(config.train.device)
+    card = card_name() if device == "cuda" else None
+    found = run_estimate(config, given["ranks"], device, card=card, ranks_per_node=given["ranks_per_node"])
     print(json.dumps(found.to_json()))
     return 0
 

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         with contextlib.ExitStack() as stack:
             side_by_side = None
             if ranks.rank == 0:  # as early as can be: it takes a few seconds
-                forecast = Forecast(config, ranks.world_size)
+                forecast = Forecast(config, ranks)
                 stack.callback(forecast.close)
                 side_by_side = SideBySide(forecast.take)
             sources, data_size = preflight(config, ranks.world_size, run_dir, alone=ranks.world_size == 1)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from common.paths import REPOSITORY
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.ranks import Ranks
 from pretrain.report.estimate import RunEstimate
 
 COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.forecast")
@@ -22,8 +23,9 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE
 class Forecast:
     """On rank 0. A process that fails costs the estimate, not the run."""
 
-    def __init__(self, config: Config, num_ranks: int, command: Sequence[str] = COMMAND) -> None:
-        """Starts the process. `command` reads {config, ranks} and prints what RunEstimate.to_json gives."""
+    def __init__(self, config: Config, ranks: Ranks, command: Sequence[str] = COMMAND) -> None:
+        """Starts the process. `command` reads {config, ranks, ranks_per_node} and prints what RunEstimate.to_json
+        gives."""
         environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
         environment["OMP_NUM_THREADS"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
@@ -40,7 +42,8 @@ class Forecast:
             )
             assert self._process.stdin is not None
             with self._process.stdin as given:  # some KB: a pipe holds them, and nobody waits
-                json.dump({"config": to_json(config), "ranks": num_ranks}, given)
+                sizes = {"ranks": ranks.world_size, "ranks_per_node": ranks.local_size}
+                json.dump({"config": to_json(config), **sizes}, given)
         except OSError:  # no memory for a process, or it has ended already
             self.close()
 

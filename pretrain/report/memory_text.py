@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from common.errors import UserError
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
+from pretrain.planning.devices import device_of_card
+from pretrain.planning.layout_plan import step_time
+from pretrain.planning.machine import MachineOptions, machine
+from pretrain.planning.measured import measurements
 from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
+from pretrain.planning.paces import paces, why_no_time
 from pretrain.report.estimate import RunEstimate
 from pretrain.report.startup import DerivedValue
 
@@ -22,14 +28,33 @@ def memory_rows(config: Config, data_size: int, device_type: str, capacity: int)
     ]
 
 
-def run_estimate(config: Config, num_ranks: int, device_type: str) -> RunEstimate:
-    """What is expected of a run, of the rank that needs most."""
+def run_estimate(
+    config: Config, num_ranks: int, device_type: str, *, card: str | None = None, ranks_per_node: int = 1
+) -> RunEstimate:
+    """What is expected of a run, of the rank that needs most. `card`: the name that its driver gives to a GPU; a step's
+    time is estimated if it is in the table of devices."""
+    seconds = _step_seconds(config, num_ranks, card, ranks_per_node) if card is not None else None
     unknown = why_unknown(config)
     if unknown is not None:
-        return RunEstimate(None, device_type, f"not estimated ({unknown})")
+        return RunEstimate(None, device_type, f"not estimated ({unknown})", seconds)
     found = estimate(config, check_ranks(config, num_ranks), device_type)
     row = _estimate_row(found)
-    return RunEstimate(found.total, device_type, f"{row.value} {row.formula}")
+    return RunEstimate(found.total, device_type, f"{row.value} {row.formula}", seconds)
+
+
+def _step_seconds(config: Config, num_ranks: int, card: str, ranks_per_node: int) -> tuple[float, float] | None:
+    """From and to, by arithmetic alone; None where something of the machine is not known."""
+    device = device_of_card(card)
+    if device is None:
+        return None
+    try:
+        found = machine(MachineOptions(gpu=device.name, gpus=num_ranks, gpus_per_node=ranks_per_node))
+    except UserError:  # of options that a run does not have, such as the link between nodes
+        return None
+    if why_no_time(config, found) is not None:
+        return None
+    time = step_time(config, found, paces(config, found, measurements(device)), rough=True)
+    return time.fast.total, time.slow.total
 
 
 def _estimate_row(found: MemoryEstimate) -> DerivedValue:

@@ -13,14 +13,21 @@ import pytest
 import torch
 
 import pretrain.segment
+from pretrain import gpus
 from pretrain.cli import forecast as child
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.loop import train
+from pretrain.planning.layout_plan import step_time
+from pretrain.planning.machine import MachineOptions, machine
+from pretrain.planning.measured import measurements
 from pretrain.planning.memory import estimate
+from pretrain.planning.paces import paces
+from pretrain.ranks import Ranks
 from pretrain.report.estimate import LIBRARIES, Comparison, Measured, RunEstimate, SideBySide
 from pretrain.report.event_text import event_text
 from pretrain.report.forecast import Forecast
+from pretrain.report.memory_text import run_estimate
 from tests.harness import run_ranks
 from tests.pretrain.runs import metrics, small_config
 
@@ -130,6 +137,9 @@ def test_a_run_compares_the_rank_that_takes_most_and_a_shorter_one_says_nothing(
 # ---------------------------------------------------------------------------------------- the process that estimates
 
 
+THREE = Ranks(rank=0, local_rank=0, world_size=3, local_size=3)
+
+
 def taken(forecast: Forecast) -> RunEstimate | None:
     """What arrives within a while."""
     deadline = time.monotonic() + 60
@@ -149,11 +159,11 @@ def test_a_process_of_its_own_gives_the_estimate(prepared: Path, monkeypatch: py
         " 'text': str(given['config']['train']['steps']), 'step_seconds': [1, 2]}))"
     )
     python = (sys.executable, "-I", "-c")
-    assert taken(Forecast(config, 3, (*python, script))) == RunEstimate(3, "cpu", "30", (1.0, 2.0))
+    assert taken(Forecast(config, THREE, (*python, script))) == RunEstimate(3, "cpu", "30", (1.0, 2.0))
     for failing in ("raise SystemExit(1)", "print('no JSON')", "print('{}')"):
-        assert taken(Forecast(config, 3, (*python, failing))) is None
-    assert taken(Forecast(config, 3, ("/nowhere/python",))) is None
-    endless = Forecast(config, 3, (*python, "import time; time.sleep(1000)"))
+        assert taken(Forecast(config, THREE, (*python, failing))) is None
+    assert taken(Forecast(config, THREE, ("/nowhere/python",))) is None
+    endless = Forecast(config, THREE, (*python, "import time; time.sleep(1000)"))
     process: Any = endless._process
     assert endless.take() is None
     endless.close()
@@ -166,8 +176,27 @@ def test_what_the_process_computes(
     config = small_config(prepared, "train.device=cpu")
     monkeypatch.setattr("os.nice", lambda by: None)
     monkeypatch.setattr("signal.alarm", lambda seconds: None)
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"config": to_json(config), "ranks": 2})))
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO(json.dumps({"config": to_json(config), "ranks": 2, "ranks_per_node": 2}))
+    )
     assert child.main() == 0
     found = RunEstimate.from_json(json.loads(capsys.readouterr().out))
     assert (found.memory_bytes, found.device_type) == (estimate(config, 2, "cpu").total, "cpu")
     assert "GiB estimated: weights" in found.text
+
+
+def test_the_time_of_a_step_is_that_of_the_planner_where_the_gpu_is_known(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+    assert gpus.card_name() is None
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text("Model: \t NVIDIA H100 80GB HBM3\nIRQ:   1\n")
+    card = gpus.card_name()
+    assert card == "NVIDIA H100 80GB HBM3"
+    config = small_config(prepared, "train.precision=bf16", "parallel.zero=1")
+    found = run_estimate(config, 2, "cpu", card=card, ranks_per_node=2).step_seconds
+    eight = machine(MachineOptions(gpu="h100-80gb", gpus=2, gpus_per_node=2))
+    planned = step_time(config, eight, paces(config, eight, measurements(eight.device)), rough=True)
+    assert found == (planned.fast.total, planned.slow.total) and 0 < found[0] < found[1]
+    assert run_estimate(config, 2, "cpu", card="Some Accelerator", ranks_per_node=2).step_seconds is None
