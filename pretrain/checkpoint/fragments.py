@@ -7,6 +7,7 @@ rank needs another's elements to describe, save or restore its own.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,32 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
         *rectangles(shape, head, tail),
         *rectangles(shape, tail, stop),
     ]
+
+
+def fault_in(shape: Sequence[int], parts: Sequence[Rectangle], *, whole: bool) -> str:
+    """What keeps `parts` from being disjoint rectangles of the tensor `shape`, and with `whole` all of it; empty if
+    nothing does. Only rectangles that meet in one dimension are compared, the one in which they are shortest: cut from
+    flat ranges they are whole rows, and in the dimension of a row each would meet all others."""
+    if not shape:
+        return ""
+    for offsets, sizes in parts:
+        if any(o < 0 or n < 0 or o + n > size for o, n, size in zip(offsets, sizes, shape, strict=True)):
+            return f"the chunk at {offsets} of {sizes} elements leaves the shape {tuple(shape)}"
+    axis = min(range(len(shape)), key=lambda d: sum(sizes[d] for _, sizes in parts) / max(1, shape[d]))
+    ordered = sorted(parts, key=lambda part: part[0][axis])
+    active: list[tuple[int, int]] = []  # where those end that begin before this one, and their numbers
+    for number, (offsets, sizes) in enumerate(ordered):
+        del active[: bisect.bisect_right(active, (offsets[axis], len(ordered)))]
+        for _, other in active:
+            if _meet(ordered[other], (offsets, sizes)):
+                return f"overlapping chunks: {ordered[other]} and {(offsets, sizes)}"
+        bisect.insort(active, (offsets[axis] + sizes[axis], number))
+    elements = sum(math.prod(sizes) for _, sizes in parts)
+    return f"{elements} of {math.prod(shape)} elements" if whole and elements != math.prod(shape) else ""
+
+
+def _meet(one: Rectangle, other: Rectangle) -> bool:
+    return all(a < b + n and b < a + m for a, m, b, n in zip(*one, *other, strict=True))
 
 
 @dataclass(frozen=True)

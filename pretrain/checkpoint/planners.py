@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from common.errors import UserError
-from pretrain.checkpoint.fragments import Fragments
+from pretrain.checkpoint.fragments import Fragments, fault_in
 
 
 @dataclass
@@ -29,9 +30,10 @@ class AgreedPlan:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Saves {name: Fragments}. The global plan is DCP's: it refuses rectangles that overlap or leave a gap. It is made
-    when a rank has other rectangles than at the save before, as `agreed` remembers it; else no rank sends any, and the
-    first rank plans nothing."""
+    """Saves {name: Fragments}. The global plan is DCP's; that rectangles do not overlap or leave a gap is checked here,
+    because DCP (torch 2.13) compares nearly all pairs of some tensors (docs/scale.md). The plan is made when a rank has
+    other rectangles than at the save before, as `agreed` remembers it; else no rank sends any, and the first rank plans
+    nothing."""
 
     def __init__(self, agreed: AgreedPlan | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -47,7 +49,8 @@ class SavePlanner(DefaultSavePlanner):
         if agreed.metadata is None or any(plan.usable for plan in all_plans):
             known = agreed.everybodys or all_plans
             plans = [new if new.usable else old for new, old in zip(all_plans, known, strict=True)]
-            all_plans, metadata = super().create_global_plan(plans)
+            all_plans, metadata = create_default_global_save_plan(plans)
+            _check(metadata, whole=len(plans) > 1)
             agreed.everybodys, agreed.metadata = plans, metadata
         assert agreed.metadata is not None
         return all_plans, agreed.metadata
@@ -61,6 +64,13 @@ class SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         fragments: Fragments = self.state_dict[index.fqn]
         return fragments.__get_tensor_shard__(index)
+
+
+def _check(metadata: Metadata, *, whole: bool) -> None:
+    for name, saved in metadata.state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
+        if fault := fault_in(saved.size, [(chunk.offsets, chunk.sizes) for chunk in saved.chunks], whole=whole):
+            raise ValueError(f"{name}: {fault}")
 
 
 class LoadPlanner(DefaultLoadPlanner):

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.default_planner import _validate_global_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan
 
 from common.errors import UserError
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
-from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, rectangles, single_fragment
+from pretrain.checkpoint.fragments import (
+    Chunk,
+    Fragments,
+    Rectangle,
+    fault_in,
+    flat_range,
+    rectangles,
+    single_fragment,
+)
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.state import read
 from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
@@ -87,6 +105,36 @@ def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path:
     with pytest.raises(dcp.CheckpointException, match="overlapping chunks"):
         save(tmp_path, {"x": twice})
     assert not list(tmp_path.iterdir())
+
+
+def random_cuts(random: Random, shape: tuple[int, ...], pieces: int) -> list[Rectangle]:
+    """The rectangles of flat ranges that together are the tensor."""
+    cuts = sorted(random.sample(range(1, math.prod(shape)), pieces - 1))
+    return [part for start, stop in pairwise([0, *cuts, math.prod(shape)]) for part in rectangles(shape, start, stop)]
+
+
+def test_faults_of_rectangles_are_those_that_dcp_finds() -> None:
+    """Whole, or with a rectangle that is missing, there twice, moved or longer."""
+    random, seen = Random(3), set()
+    for _ in range(300):
+        shape = tuple(random.randint(2, 9) for _ in range(random.randint(1, 3)))
+        parts = random_cuts(random, shape, random.randint(2, min(6, math.prod(shape))))
+        random.shuffle(parts)
+        offsets, sizes = parts[0]
+        axis = random.randrange(len(shape))
+        longer = tuple(n + (d == axis) for d, n in enumerate(sizes))
+        moved = tuple(o + random.choice((-1, 1)) * (d == axis) for d, o in enumerate(offsets))
+        for others in ([parts[0]], [], [parts[0], parts[0]], [(moved, sizes)], [(offsets, longer)]):
+            given = [*parts[1:], *others]
+            chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in given if min(o) >= 0]
+            if len(chunks) < len(given):
+                assert "leaves the shape" in fault_in(shape, given, whole=True)
+                continue
+            saved = TensorStorageMetadata(TensorProperties(), torch.Size(shape), chunks)
+            expected = bool(_validate_global_plan([SavePlan([])] * 2, Metadata({"x": saved})))
+            assert bool(fault_in(shape, given, whole=True)) == expected, (shape, given)
+            seen.add((len(others), expected))
+    assert seen == {(1, False), (1, True), (0, True), (2, True)}
 
 
 def test_files_are_plain_safetensors_with_their_sha256(tmp_path: Path) -> None:
