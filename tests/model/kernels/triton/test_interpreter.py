@@ -71,6 +71,24 @@ def _add_atomically(x, out, n, BLOCK: tl.constexpr):
     tl.atomic_add(out + i % 2, tl.load(x + i, mask=i < n), mask=i < n)
 
 
+@triton.jit
+def _square(x):
+    return x * x + tl.zeros_like(x)
+
+
+@triton.jit
+def _norm(x):
+    return tl.sum(_square(x), axis=1)
+
+
+@triton.jit
+def _norms(x, out, N, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, 4)
+    rows = tl.load(x + i[:, None] * 4 + columns[None, :], mask=(i < N)[:, None], other=0.0)
+    tl.store(out + i, _norm(rows), mask=i < N)
+
+
 def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
 
@@ -156,6 +174,19 @@ def test_atomics_are_counted() -> None:
         assert out.tolist() == [20, 20]
     with pytest.raises(InterpreterError, match="bf16 atomics"):
         _add_atomically[(1,)](torch.ones(40, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16), 40, BLOCK=32)
+
+
+def test_helpers_are_called_and_the_language_is_itself_after_a_launch() -> None:
+    """A kernel's functions, and those that they call, find the language that was patched for it, once."""
+
+    def language() -> list[object]:
+        return [tl.load, tl.range, tl.reduce, tl.math.exp, tl.core.add, tl.core.reduce, tl.tensor.__add__, tl.tensor.T]
+
+    before, x, out = language(), normal(7, 4), torch.empty(7)
+    with recording():
+        _norms[(4,)](x, out, 7, BLOCK=2)
+    torch.testing.assert_close(out, x.square().sum(1))
+    assert all(now is then for now, then in zip(language(), before, strict=True))
 
 
 def test_repair_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
