@@ -187,6 +187,7 @@ def test_helpers_are_called_and_the_language_is_itself_after_a_launch() -> None:
         _norms[(4,)](x, out, 7, BLOCK=2)
     torch.testing.assert_close(out, x.square().sum(1))
     assert all(now is then for now, then in zip(language(), before, strict=True))
+    assert all(map(tl.core.is_builtin, (tl.load, tl.core.add, tl.core.reduce, tl.math.exp)))
 
 
 def test_repair_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
