@@ -120,8 +120,7 @@ class SigmaMoE(nn.Module):
             index = index - held.start
             if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device
                 return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late, held.start)
-            first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
-            order, load = order[first:last], load[held]
+            order, load = own_slots(order, load, held)
         return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late)
 
     def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
@@ -141,3 +140,10 @@ class SigmaMoE(nn.Module):
         up, down = late.weights
         experts = HeldExperts(up, down, first_expert)
         return sigma_moe(x, choice, experts, backend=self.backends.sigma_moe, slot=late.slot)
+
+
+def own_slots(order: Tensor, load: Tensor, held: slice) -> tuple[Tensor, Tensor]:
+    """Of all slots `order` [N k], sorted by expert, and choices per expert `load` [E] those of the experts `held`. Waits
+    for the device."""
+    first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
+    return order[first:last], load[held]
