@@ -143,7 +143,7 @@ class SigmaMoE(nn.Module):
 
 
 def own_slots(order: Tensor, load: Tensor, held: slice) -> tuple[Tensor, Tensor]:
-    """Of all slots `order` [N k], sorted by expert, and choices per expert `load` [E] those of the experts `held`. Waits
-    for the device."""
+    """Of all slots `order` [N k], sorted by expert, and choices per expert `load` [E], those of the experts `held`.
+    Waits for the device."""
     first, last = int(load[: held.start].sum()), int(load[: held.stop].sum())
     return order[first:last], load[held]

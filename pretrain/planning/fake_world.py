@@ -12,6 +12,7 @@ What that code reads from a tensor, or does outside of operators, has an answer 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from pretrain.config.schema import Config
 from pretrain.engine import step_sums
 from pretrain.parallel.stages import stage_bounds
 from pretrain.planning.record import Routed
+
 
 @contextlib.contextmanager
 def fake_world(config: Config, rank: int, num_ranks: int, device_type: str, routed: Routed) -> Iterator[None]:
@@ -72,21 +74,32 @@ def _patches(config: Config, device_type: str, routed: Routed) -> list[Any]:
 
     from pretrain.engine import optimizer, pipeline
 
-    is_fused = device_type == "cuda" and not config.parallel.offload_optimizer
-    rows = _Rows(routed)
+    rows, is_fused = _Rows(routed), optimizer.is_fused(config, torch.device(device_type))
+
+    def fused_there(*_: Any) -> bool:
+        return is_fused
+
     return [
         mock.patch.object(nn.Module, "_apply", _apply),
-        mock.patch.object(FakeTensor, "data_ptr", lambda self: 0, create=True),
-        mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda values: None),
-        mock.patch.object(pipeline, "initialize", lambda *args, **kwargs: None),
+        mock.patch.object(FakeTensor, "data_ptr", _no_address),
+        mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
+        mock.patch.object(pipeline, "initialize", _nothing),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
-        mock.patch.object(optimizer, "is_fused", lambda *args: is_fused),
+        mock.patch.object(optimizer, "is_fused", fused_there),
         mock.patch.object(dist, "all_gather_object", _AllParts(config)),
         *(mock.patch.object(module, "implementation", _late) for module in (expert_linear, sigma_moe, switchhead)),
         mock.patch.object(sigma_moe_layer, "own_slots", _own_slots),
         mock.patch.object(sigma_moe_layer.SigmaMoE, "_exchange", rows.exchange(sigma_moe_layer.SigmaMoE._exchange)),
         mock.patch.object(Exchange, "plan", rows.plan),
     ]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What no other rank hears, or no data is needed for."""
+
+
+def _no_address(tensor: Tensor) -> int:
+    return 0
 
 
 def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
@@ -183,9 +196,7 @@ class _AllParts:
 
     def __init__(self, config: Config) -> None:
         bounds, last = stage_bounds(config), config.model.num_layers
-        self._blocks = [
-            min(end, last + 1) - max(start, 1) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        self._blocks = [min(end, last + 1) - max(start, 1) for start, end in itertools.pairwise(bounds)]
 
     def __call__(self, parts: list[Any], own: Any, group: dist.ProcessGroup) -> None:
         assert isinstance(own, step_sums._Part)

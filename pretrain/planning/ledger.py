@@ -24,6 +24,7 @@ from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
 
+
 class Ledger(TorchDispatchMode):
     """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for the
     logits of a chunk of tokens."""
@@ -58,7 +59,9 @@ class Ledger(TorchDispatchMode):
         results = func(*args, **kwargs)
         part = self._current()
         for result in tree_leaves(results):
-            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
+            if not isinstance(result, Tensor) or result.device.type == "meta":
+                continue
+            if result.untyped_storage()._cdata not in given:
                 is_bucket = result.numel() == self.bucket and result.dim() == 1
                 self._add(result.untyped_storage(), BUCKETS if is_bucket else part)
         inside = 0

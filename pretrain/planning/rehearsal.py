@@ -32,6 +32,7 @@ from pretrain.planning.fake_world import fake_world
 from pretrain.planning.ledger import Ledger
 from pretrain.planning.record import GRADIENTS, RESTING, Rehearsal, Routed
 
+
 def rehearse(
     config: Config,
     num_ranks: int,
