@@ -86,7 +86,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "check",
         help="everything that can be wrong with a run, all at once, without a GPU",
         description="Checks configuration, layout, data, tokenizer, disk space, permissions, checkpoint, packages and "
-        "evaluation files of a run on N ranks. All that is wrong is listed at once, each with its key and the fix; a "
+        "evaluation files of a run on N ranks, and rehearses a training step: its memory, and whether the ranks of a "
+        "group call the same collectives. All that is wrong is listed at once, each with its key and the fix; a "
         "start would name the first. Writes nothing. Exit code 0: all is well, 2: something is wrong.",
     )
     check.add_argument("config", metavar="CONFIG", help="run configuration, or a run folder")
@@ -102,6 +103,13 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("cuda", "cpu"),
         help="what the ranks compute on (default: train.device; where that is auto, what this machine has)",
     )
+    check.add_argument(
+        "--rank",
+        type=at_least(0),
+        metavar="R",
+        help="rehearse the step of this rank too (default: those that stand for all)",
+    )
+    check.add_argument("--no-step", action="store_true", help="leave out the rehearsal of a training step")
     check.add_argument("--json", action="store_true", help="print all results as JSON")
     _add_overrides(check, "of CONFIG")
 
@@ -142,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     num_ranks=args.ranks,
                     device=args.device,
                 )
-                return print_check(wanted, as_json=args.json)
+                return print_check(wanted, as_json=args.json, rank=args.rank, with_step=not args.no_step)
             elif args.command == "fit":
                 from pretrain.cli.plan_fit import print_fit
 

@@ -12,12 +12,14 @@ from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 
 
-def print_check(wanted: Wanted, *, as_json: bool) -> int:
-    """Makes all checks and prints a line for each; what is wrong goes to stderr. Returns the exit code: REFUSED where
-    anything is wrong."""
+def print_check(wanted: Wanted, *, as_json: bool, rank: int | None = None, with_step: bool = True) -> int:
+    """Makes all checks and prints a line for each; what is wrong goes to stderr. `rank`: is rehearsed beside those that
+    stand for all; `with_step`: whether a step is rehearsed. Returns the exit code: REFUSED where anything is wrong."""
     examination = Examination(wanted, (lambda outcome: None) if as_json else print_line)
     examination.check_settings()
     examination.check_run(thorough=True)
+    if with_step:
+        examination.check_step(rank)
     if as_json:
         run = examination.run
         content = {

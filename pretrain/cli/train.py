@@ -77,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --dry-run: check the layout for N ranks (default: the product of the parallel sizes)",
     )
     parser.add_argument(
+        "--no-step", action="store_true", help="with --dry-run: leave out the rehearsal of a training step"
+    )
+    parser.add_argument(
         "--device-memory",
         type=float,
         metavar="GIB",
@@ -102,6 +105,8 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             )
         if args.device_memory is not None and (not args.dry_run or not args.device_memory > 0.0):
             raise UserError("--device-memory: goes with --dry-run and must be above 0, in GiB, e.g. 80")
+        if args.no_step and not args.dry_run:
+            raise UserError("--no-step: goes with --dry-run, which alone rehearses a step; leave it out")
         if args.dry_run:
             wanted = Wanted(
                 config=args.config,
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 run_dir=args.run_dir,
                 num_ranks=args.ranks,
             )
-            return dry_run(wanted, device_gib=args.device_memory)
+            return dry_run(wanted, device_gib=args.device_memory, with_step=not args.no_step)
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
@@ -131,10 +136,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return ExitCode.REFUSED
 
 
-def dry_run(wanted: Wanted, *, device_gib: float | None = None) -> int:
-    """Prints configuration and parameters, then makes all checks of `plan.py check`, and prints what follows from the
-    configuration. At last it estimates the memory of a rank, for a device of `device_gib` GiB or the GPU that is here.
-    Returns the exit code."""
+def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool = True) -> int:
+    """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
+    prints what follows from the configuration. At last it estimates the memory of a rank, for a device of
+    `device_gib` GiB or the GPU that is here. Returns the exit code."""
     from pretrain.cli.plan_check import print_errors, print_line, print_warnings
 
     examination = Examination(wanted)
@@ -150,6 +155,8 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None) -> int:
         print_line(outcome)
     examination.tell = print_line
     examination.check_run(thorough=True)
+    if with_step:
+        examination.check_step()
     if not examination.is_sound:
         print_errors(examination)
         return ExitCode.REFUSED

@@ -13,6 +13,7 @@ from pretrain.config.rules import RULES, broken_rules, smallest_world
 from pretrain.config.schema import Config
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.preflight.run import PlannedRun
+from pretrain.preflight.step import StepRehearsal
 from pretrain.report.run_paths import config_file, run_folder
 
 NO_CONFIG = "there is no configuration"
@@ -64,6 +65,11 @@ class Examination:
         ranks = self.wanted.num_ranks or smallest_world(self.config)
         self.run = PlannedRun(self.config, ranks, self._run_dir, self._device, self._broken, self._nearest_folder())
         self.run.check(self.checks, thorough=thorough)
+
+    def check_step(self, rank: int | None = None) -> None:
+        """A training step, rehearsed, if the run was checked. `rank`: one more that is rehearsed."""
+        if self.run is not None:
+            StepRehearsal(self.run, rank).check(self.checks)
 
     @property
     def is_sound(self) -> bool:

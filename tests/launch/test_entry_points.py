@@ -22,7 +22,8 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.report.startup import DerivedValue
 
 ROOT = Path(__file__).resolve().parents[2]
-DRY = ("--dry-run",)
+DRY = ("--dry-run", "--no-step")
+"""Steps are rehearsed in tests/pretrain/preflight."""
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
 
 
@@ -131,6 +132,7 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
             "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP",
         ),
         (["--ranks", "3"], "--ranks: goes with --dry-run"),
+        (["--no-step"], "--no-step: goes with --dry-run"),
         (["--device-memory", "80"], "--device-memory: goes with --dry-run"),
         (["--dry-run", "--device-memory", "0"], "--device-memory: goes with --dry-run and must be above 0"),
     ],

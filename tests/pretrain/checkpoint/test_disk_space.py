@@ -81,7 +81,7 @@ def test_the_limits_themselves() -> None:
     assert not CheckpointSpace(size=100, kept=3, there=0, free=400, folder=Path("run")).warning()
 
 
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("more", [[], ["--dry-run", "--no-step"]])
 def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_about(
     prepared: Path,
     tmp_path: Path,

@@ -52,7 +52,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(cli, "run", must_not_run)
     before = tree(Path.cwd())
     messages = []
-    for more in ([], ["--dry-run"]):
+    for more in ([], DRY):
         assert cli.main([*arguments, *more]) == 2
         messages.append(capsys.readouterr().err)
     start, dry = messages
@@ -79,6 +79,8 @@ def file(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda place: (place / name).write_bytes(content) and None
 
 
+DRY = ["--dry-run", "--no-step"]
+"""Steps are rehearsed in tests/pretrain/preflight."""
 CONFIG = ["--config", "small.json"]
 RESUME = [*CONFIG, "--run-dir", "new", "--set"]
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
@@ -250,7 +252,7 @@ def test_one_command_allows_every_changed_key(
     key, _, listed = advice.partition("=")
     assert key == "checkpoint.allow_changes"
     assert json.loads(listed) == ["optimizer.eps", "model.dropout", "optimizer.learning_rate", "train.seed"]
-    assert cli.main([*arguments, "--set", advice, "--dry-run"]) == 0
+    assert cli.main([*arguments, "--set", advice, *DRY]) == 0
 
 
 def test_advice_for_a_key_that_this_version_has_not(
@@ -263,7 +265,7 @@ def test_advice_for_a_key_that_this_version_has_not(
     assert message.startswith("schedule.ancient: was 1 in")
     advice = message.partition("--set '")[2].rstrip("'")
     assert advice == 'checkpoint.allow_changes=["schedule"]'
-    assert cli.main(["--config", "run", "--set", advice, "--dry-run"]) == 0
+    assert cli.main(["--config", "run", "--set", advice, *DRY]) == 0
 
 
 @pytest.mark.parametrize("given", ["run", "run/config.json", "./run/"])
@@ -282,7 +284,7 @@ def test_the_configuration_of_a_run_means_that_run(place: Path, given: str, monk
 
 def test_a_mark_at_the_beginning_of_a_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "marked.json").write_bytes(b"\xef\xbb\xbf" + (place / "small.json").read_bytes())
-    assert cli.main(["--config", "marked.json", "--dry-run"]) == 0
+    assert cli.main(["--config", "marked.json", *DRY]) == 0
 
 
 def test_a_dry_run_reads_the_checkpoint_that_a_start_would(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,7 +294,7 @@ def test_a_dry_run_reads_the_checkpoint_that_a_start_would(place: Path, capsys: 
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-        assert cli.main(["--config", "run", "--dry-run"]) == code
+        assert cli.main(["--config", "run", *DRY]) == code
         captured = capsys.readouterr()
         words = f"checkpoint {path.parent}: rank-00000.safetensors does not match its sha256"
         assert words in (captured.out if code == 0 else captured.err)

@@ -35,7 +35,7 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def checked(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, list[str]]:
     """Exit code, what was said, and what is wrong, of a check of c.json."""
-    code = main(["check", "c.json", *more])
+    code = main(["check", "c.json", "--no-step", *more])
     printed = capsys.readouterr()
     return code, printed.out, printed.err.splitlines()
 
@@ -58,7 +58,7 @@ def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.Ca
     assert "4 ranks = pipeline 1 x data 4 x tensor 1; ZeRO 1; 8 sequences a step = 1 x 2" in said
     assert "400 pieces for model.vocab_size = 400 rows" in said and said.rstrip().endswith("nothing was written")
     assert "WRONG" not in said and "not checked" not in said and sorted(place.rglob("*")) == before
-    assert main(["check", "c.json", "--ranks", "4", "--json"]) == 0
+    assert main(["check", "c.json", "--ranks", "4", "--json", "--no-step"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["passed"], report["ranks"], report["device"]) == (True, 4, "cpu")
     assert all(check["passed"] is True for check in report["checks"])
@@ -125,7 +125,7 @@ def test_all_mistakes_are_found_in_one_call(
 def test_one_mistake_is_one_sentence(
     place: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", *arguments]) == 2
+    assert main(["check", "--no-step", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {words}") and printed.err.count("\n") == 1, printed.err
     assert "not checked" in printed.out or "WRONG" in printed.out
@@ -133,7 +133,7 @@ def test_one_mistake_is_one_sentence(
 
 def test_what_needs_the_data_is_not_checked_without_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "data" / "manifest.json").write_text("none")
-    assert main(["check", "c.json", "--json"]) == 2
+    assert main(["check", "c.json", "--json", "--no-step"]) == 2
     found = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert found["data sets"]["problems"][0]["key"] == f"{place}/data/manifest.json is not JSON (Expecting value"
     assert [name for name, check in found.items() if check["passed"] is None] == ["tokenizer", "text", "shards"]

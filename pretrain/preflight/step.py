@@ -1,0 +1,167 @@
+"""A training step of a planned run, rehearsed: what a rank holds at its highest point, and whether the ranks of each
+group call the same collectives. This process plays a few ranks, one after the other, on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from common.errors import ConfigError, UserError
+from pretrain.config.schema import Config
+from pretrain.parallel.layout import group_ranks, mesh
+from pretrain.preflight.checklist import Blocked, Checklist, Outcome
+from pretrain.preflight.run import PlannedRun
+
+if TYPE_CHECKING:
+    from pretrain.planning.record import Rehearsal, Routed
+
+GIB = 1 << 30
+MOST_BLOCKS = 3
+"""Of a rehearsed model without pipeline stages. With three, the highest point lies where it lies with many."""
+NEEDED = ("rules", "layout", "device")
+"""Checks that must have passed: the step of another run is no answer."""
+SPLITS: dict[Routed, str] = {
+    "even": "tokens evenly split over experts",
+    "worst": "as many tokens as possible sent to one rank's experts",
+}
+
+
+class StepRehearsal:
+    """Of a planned run. A rank is rehearsed once for each number of blocks."""
+
+    def __init__(self, run: PlannedRun, rank: int | None = None) -> None:
+        """`rank`: is rehearsed beside those that stand for all."""
+        self._run, self._rank = run, rank
+        self._found: dict[tuple[int, int, Routed], Rehearsal] = {}
+        """By blocks, rank and split of tokens."""
+
+    def check(self, checks: Checklist) -> None:
+        """Makes two checks, collectives and memory."""
+        failed = next((o.name for o in checks.outcomes if o.name in NEEDED and not o.passed), None)
+        checks.do("collectives", lambda found: self._collectives(found, failed))
+        checks.do("memory", lambda found: self._memory(failed))
+
+    def _memory(self, failed: str | None) -> str:
+        self._need(failed)
+        ends, said, many = self._ends(), [], len(self._routings()) > 1
+        for routed in self._routings():
+            peak, rank = max((self._peak(rank, routed), rank) for rank in ends)
+            said.append(f"{peak / GIB:.2f} GiB on rank {rank:,}" + f", {SPLITS[routed]}" * many)
+        how = ", as many blocks add what the third one adds" if self._is_extrapolated else ""
+        return f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how})"
+
+    def _ends(self) -> list[int]:
+        """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""
+        ranks = mesh(self._run.config, self._data_size)
+        ends = dict.fromkeys(int(ranks[stage, 0, 0]) for stage in (0, -1))
+        if self._rank is not None and self._rank < self._run.world_size:
+            ends.setdefault(self._rank)
+        return list(ends)
+
+    @property
+    def _is_extrapolated(self) -> bool:
+        """A whole model of many blocks is not rehearsed: a thousand ranks take DeepSpeed a minute."""
+        config = self._run.config
+        return config.parallel.pipeline == 1 and config.model.num_layers > MOST_BLOCKS
+
+    def _peak(self, rank: int, routed: Routed) -> int:
+        """Bytes of a rank at the highest point of a step."""
+        layers = self._run.config.model.num_layers
+        if not self._is_extrapolated:
+            return self._rehearsed(layers, rank, routed).peak
+        fewer, most = (self._rehearsed(blocks, rank, routed).peak for blocks in (MOST_BLOCKS - 1, MOST_BLOCKS))
+        return most + (layers - MOST_BLOCKS) * (most - fewer)
+
+    def _collectives(self, found: Outcome, failed: str | None) -> str:
+        """Of a model with fewer blocks: they are all alike."""
+        self._need(failed)
+        from pretrain.planning.same_calls import first_difference, representatives
+
+        config, parallel = self._run.config, self._run.config.parallel
+        blocks = min(config.model.num_layers, parallel.pipeline if parallel.pipeline > 1 else MOST_BLOCKS - 1)
+        ranks = representatives(_with_blocks(config, blocks), self._data_size)
+        if self._rank is not None:
+            ranks.setdefault(self._rank, "--rank")
+        for routed in self._routings():
+            calls = {rank: self._rehearsed(blocks, rank, routed).calls for rank in ranks}
+            difference = first_difference(calls, is_even=routed == "even")
+            if difference is not None:
+                found.problem(
+                    ConfigError(
+                        f"{self._key(difference.group)}: {difference}: they would wait for each other for ever; let "
+                        f"the layer, or the setting, that makes the difference do the same on all of them"
+                    )
+                )
+        who = ", ".join(f"{rank:,} ({why})" for rank, why in ranks.items())
+        both = ", at the even and at the worst split of tokens over experts" if parallel.expert > 1 else ""
+        return (
+            f"every group has the same calls in the same order, by rank {who}, which stand for all, with {blocks} of "
+            f"the {config.model.num_layers} blocks{both}"
+        )
+
+    def _need(self, failed: str | None) -> None:
+        if failed is not None:
+            raise Blocked(f"{failed} has a fault")
+        if self._rank is not None and self._rank >= self._run.world_size:
+            last = self._run.world_size - 1
+            raise UserError(f"--rank: is {self._rank}, but the run has the ranks 0 to {last}; name one of them")
+
+    @property
+    def _data_size(self) -> int:
+        assert self._run.data_size is not None
+        return self._run.data_size
+
+    def _routings(self) -> tuple[Routed, ...]:
+        """How tokens are split over the ranks of an expert group."""
+        return ("even", "worst") if self._run.config.parallel.expert > 1 else ("even",)
+
+    def _rehearsed(self, blocks: int, rank: int, routed: Routed) -> Rehearsal:
+        """A step of `rank` in a model of so many blocks. Raises Blocked where none can be rehearsed."""
+        key = blocks, rank, routed
+        if key not in self._found:
+            run, config = self._run, _with_blocks(self._run.config, blocks)
+            try:
+                with _quiet():
+                    from pretrain.planning.rehearsal import rehearse
+
+                    self._found[key] = rehearse(config, run.world_size, rank, run.device, routed=routed)
+            except UserError:
+                raise
+            except Exception as error:  # of torch or DeepSpeed, which do not expect tensors without data
+                words = (str(error).strip().splitlines() or [""])[-1]
+                raise Blocked(f"no step can be rehearsed: {type(error).__name__}: {words}") from error
+        return self._found[key]
+
+    def _key(self, group: tuple[int, ...]) -> str:
+        """The setting that divides the run into such groups."""
+        for name, groups in group_ranks(self._run.config, self._data_size).items():
+            if name != "data" and any(set(group) <= set(row) for row in groups.tolist()):
+                return f"parallel.{name}"
+        return "parallel"
+
+
+def _with_blocks(config: Config, blocks: int) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": blocks})})
+
+
+def _listed(ranks: list[int]) -> str:
+    return " and ".join(f"{rank:,}" for rank in ranks)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed looks for no device, and what it and torch say of their own code is not shown."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,78 @@
+"""A rehearsal finds a layer that calls a collective on some ranks of a group alone."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from model.layers import Block
+from pretrain.config.rules import check_ranks
+from pretrain.planning import rehearsal
+from pretrain.preflight.checklist import Checklist
+from pretrain.preflight.run import PlannedRun
+from pretrain.preflight.step import StepRehearsal
+from tests.pretrain.runs import small_config
+
+TWO = ("parallel.tensor=2", "model.feedforward.num_experts=6")
+
+
+def rehearsed(prepared: Path, num_ranks: int, *overrides: str, rank: int | None = None) -> Checklist:
+    """The two checks of a step on the CPU."""
+    config = small_config(prepared, *overrides)
+    run = PlannedRun(config, num_ranks, None, "cpu", data_size=check_ranks(config, num_ranks))
+    checks = Checklist()
+    StepRehearsal(run, rank).check(checks)
+    return checks
+
+
+def test_a_collective_that_one_rank_does_not_call_is_found(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = Block.transform
+
+    @functools.wraps(transform)
+    def planted(self: Any, hidden: Any, *others: Any) -> Any:
+        if dist.get_rank() % 2 == 0:
+            dist.all_reduce(hidden.detach().clone(), group=self.attention.parallel.tensor_group)
+        return transform(self, hidden, *others)
+
+    monkeypatch.setattr(Block, "transform", planted)
+    collectives, memory = rehearsed(prepared, 2, *TWO).outcomes
+    assert memory.passed
+    (problem,) = map(str, collectives.problems)
+    assert problem.startswith("parallel.tensor: ") and "equal calls in their group of 2 ranks, rank 0 calls" in problem
+    assert problem.endswith("let the layer, or the setting, that makes the difference do the same on all of them")
+
+
+ALL = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, overrides",
+    [(2, TWO), (4, ("parallel.zero=3",)), (8, (*ALL, "model.feedforward.num_experts=6")), (4, ("model.num_layers=5",))],
+)
+def test_the_ranks_of_legal_layouts_call_the_same(prepared: Path, ranks: int, overrides: tuple[str, ...]) -> None:
+    """That differences are found is held by test_same_calls.py and by the test above."""
+    outcomes = rehearsed(prepared, ranks, "batch.micro_sequences=1", *overrides, rank=1).outcomes
+    assert [outcome.passed for outcome in outcomes] == [True, True], outcomes
+    collectives, memory = outcomes
+    assert "rank 0 (the first" in collectives.said and "which stand for all" in collectives.said
+    assert re.match(r"at the highest point of a step 0\.\d+ GiB on rank ", memory.said)
+    assert ("as many blocks add what the third one adds" in memory.said) is ("model.num_layers=5" in overrides)
+    assert ("as many tokens as possible" in memory.said) is ("parallel.expert=2" in overrides)
+
+
+def test_what_cannot_be_rehearsed_is_said(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise TypeError("and more\nno such operator\n")
+
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
+    collectives, memory = rehearsed(prepared, 1).outcomes
+    assert memory.passed is collectives.passed is None
+    assert memory.blocked_by == "no step can be rehearsed: TypeError: no such operator"
+    (problem,) = rehearsed(prepared, 1, rank=1).problems
+    assert str(problem) == "--rank: is 1, but the run has the ranks 0 to 0; name one of them"
