@@ -15,7 +15,7 @@ from common.tables import text_table
 from pretrain.cli.plan_costs import short
 from pretrain.config.loading import load_config, to_json
 from pretrain.planning.fit import FitReport, fit
-from pretrain.planning.layout_plan import CONTROL, StageMemory, StepTime
+from pretrain.planning.layout_plan import CONTROL, StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
@@ -95,9 +95,6 @@ def _verdict(path: Path, report: FitReport) -> Iterator[str]:
 
 def verdict(report: FitReport) -> str:
     """One sentence."""
-    if report.why_no_memory is not None:
-        return f"unknown: the memory is not estimated ({report.why_no_memory})"
-    assert report.needed is not None
     needed = f"{report.needed / GIB:.2f} GiB"
     if report.usable is None or report.machine.capacity is None:
         return f"unknown: a GPU needs {needed}, but how much it has is not known (--memory GIB)"
@@ -144,21 +141,22 @@ def whole_run(report: FitReport, time: StepTime) -> str:
 
 
 def _memory(report: FitReport) -> Iterator[str]:
-    if not report.stages:
-        return
     yield "\nmemory of a rank at the highest point of a step, GiB; not all of it is there at once"
-    header = ["stage", "blocks", "parameters", *(name for name, _ in memory_parts(report.stages[0])), "highest"]
+    names = [name for name in report.stages[0].parts if any(stage.parts[name] for stage in report.stages)]
     rows = [
         [
             str(stage.stage),
             stage.blocks,
             stage.parameters,
-            *(f"{size / GIB:.3f}" for _, size in memory_parts(stage)),
+            *(f"{stage.parts[name] / GIB:.3f}" for name in names),
             f"{stage.total / GIB:.2f}",
         ]
         for stage in report.stages
     ]
-    yield text_table(header, rows)
+    yield text_table(["stage", "blocks", "parameters", *names, "highest"], rows)
+    offloaded = max(stage.offloaded for stage in report.stages)
+    if offloaded:
+        yield f"CPU memory for the offloaded optimizer: {offloaded / GIB:.3f} GiB a rank"
     staging = max(stage.staging for stage in report.stages)
     if staging:
         node = staging * report.machine.gpus_per_node
@@ -166,27 +164,6 @@ def _memory(report: FitReport) -> Iterator[str]:
             f"CPU memory for a checkpoint on its way: {staging / GIB:.3f} GiB a rank, up to {node / GIB:.2f} GiB a "
             "node (none with checkpoint.asynchronous=false)"
         )
-
-
-def memory_parts(stage: StageMemory) -> list[tuple[str, int]]:
-    """Names and bytes of what a rank holds, in the order of the table."""
-    found = stage.estimate
-    parts = [
-        ("weights", found.weights),
-        ("optimizer", found.optimizer),
-        ("gradients", found.gradients),
-        ("ZeRO buffers", found.buckets),
-        ("update", found.update),
-    ]
-    if found.memory:
-        parts.append(("XL memory", found.memory))
-    return [
-        *parts,
-        ("kept by a block", found.activations.of_a_layer),
-        ("kept activations", found.activations.kept),
-        ("their peak", found.activations.peak),
-        ("of it logits", stage.logits),
-    ]
 
 
 def _traffic(report: FitReport) -> Iterator[str]:
@@ -301,11 +278,14 @@ def as_json(report: FitReport) -> dict[str, Any]:
             "ports_per_node": report.machine.ports_per_node,
         },
         "layout": to_json(report.config)["parallel"] | {"data": report.data_size, "micro_steps": report.micro_steps},
-        "why_no_memory": report.why_no_memory,
         "stages": [
             {"stage": stage.stage, "blocks": stage.blocks, "parameters": stage.parameters}
-            | dict(memory_parts(stage))
-            | {"needed_bytes": stage.total, "checkpoint_staging_bytes": stage.staging}
+            | stage.parts
+            | {
+                "needed_bytes": stage.total,
+                "checkpoint_staging_bytes": stage.staging,
+                "offloaded_optimizer_bytes": stage.offloaded,
+            }
             for stage in report.stages
         ],
         "traffic": [[row._asdict() for row in rows] for rows in report.traffic],

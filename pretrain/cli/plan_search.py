@@ -20,7 +20,7 @@ from pretrain.planning.layout_file import check_target, chosen_tree, write_confi
 from pretrain.planning.machine import GIB, Machine, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
-from pretrain.planning.search import SHOWN, UNKNOWN, Found, SearchReport, search
+from pretrain.planning.search import SHOWN, Found, SearchReport, search
 
 
 def print_search(args: argparse.Namespace) -> None:
@@ -57,10 +57,8 @@ def _why_none(report: SearchReport, found: Machine) -> str:
     if not report.excluded:
         _, said = max(report.refused.values())
         return f"--gpus: the rules of configurations allow no layout on {machine}, e.g. {said}"
-    known = " of those whose memory is estimated" if any(UNKNOWN in reason for reason in report.excluded) else ""
     return (
-        f"--gpus: no layout{known} fits {machine}; give more GPUs, larger ones, or a smaller batch.global_sequences or "
-        "model"
+        f"--gpus: no layout fits {machine}; give more GPUs, larger ones, or a smaller batch.global_sequences or model"
     )
 
 
@@ -80,7 +78,7 @@ def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
     yield f"{path} on {machine_text(found)}"
     capacity = USABLE * (found.capacity or 0)
     yield (
-        f"{report.layouts:,} layouts, {report.traced} of them traced; an estimate may fill "
+        f"{report.layouts:,} layouts, {report.traced} of them traced or rehearsed; an estimate may fill "
         f"{capacity / GIB:.1f} GiB ({USABLE:.0%} of the memory)\n"
     )
     if report.best:

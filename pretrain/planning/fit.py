@@ -18,7 +18,7 @@ from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.memory import USABLE, why_unknown
 from pretrain.planning.paces import Assumption, paces, why_no_time
 from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
-from pretrain.planning.step_time import blocks_of_stages, model_flops, stage_flops
+from pretrain.planning.step_time import model_flops, stage_flops
 
 Tell = Callable[[str], None]
 """Takes a line about what is done now: traces take seconds."""
@@ -41,8 +41,6 @@ class FitReport:
     data_size: int
     micro_steps: int
     stages: tuple[StageMemory, ...]
-    """Empty where the memory is not estimated."""
-    why_no_memory: str | None
     fits: bool | None
     """None: not known."""
     traffic: tuple[tuple[Traffic, ...], ...]
@@ -66,9 +64,9 @@ class FitReport:
         return None if self.machine.capacity is None else int(USABLE * self.machine.capacity)
 
     @property
-    def needed(self) -> int | None:
+    def needed(self) -> int:
         """Bytes of the rank that needs most."""
-        return max((stage.total for stage in self.stages), default=None)
+        return max(stage.total for stage in self.stages)
 
 
 def checked(config: Config, machine: Machine) -> None:
@@ -80,12 +78,13 @@ def checked(config: Config, machine: Machine) -> None:
 def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell = lambda line: None) -> FitReport:
     """Everything about a run on a machine. Raises ConfigError if it would be refused there."""
     checked(config, machine)
-    stages, unknown = _memories(config, machine, tell)
+    tell(_told(config))
+    stages = layout_plan.stage_memories(config, machine)
     measured = measurements(machine.device, results)
     no_time = why_no_time(config, machine)
     found = None if no_time else paces(config, machine, measured)
     time = layout_plan.step_time(config, machine, found) if found else None
-    does_fit = layout_plan.fits(stages, machine) if stages and machine.capacity is not None else None
+    does_fit = layout_plan.fits(stages, machine) if machine.capacity is not None else None
     change, tried = cheapest_change(config, machine, measured, tell) if does_fit is False else (None, 0)
     flops = stage_flops(config)
     ranks_of_a_stage = machine.num_gpus // config.parallel.pipeline
@@ -96,7 +95,6 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
         data_size=layout_plan.data_size(config, machine),
         micro_steps=steps,
         stages=tuple(stages),
-        why_no_memory=unknown,
         fits=does_fit,
         traffic=tuple(
             tuple(layout_plan.traffic(config, machine, collectives_of_step(config, machine.num_gpus, stage)))
@@ -114,13 +112,12 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
     )
 
 
-def _memories(config: Config, machine: Machine, tell: Tell) -> tuple[list[StageMemory], str | None]:
-    """Of every stage, or why they are not estimated."""
-    unknown = why_unknown(config)
-    if unknown is not None:
-        return [], unknown
-    tell(f"tracing the activations of {', '.join(f'{n} blocks' for n in sorted(set(blocks_of_stages(config))))}")
-    return layout_plan.stage_memories(config, machine), None
+def _told(config: Config) -> str:
+    """What takes the time."""
+    if why_unknown(config) is None:
+        return f"tracing the activations of {config.model.num_layers} blocks"
+    stages = config.parallel.pipeline
+    return f"rehearsing a step of {'the first rank' if stages == 1 else f'a rank of each of {stages} stages'}"
 
 
 def constraint(machine: Machine, does_fit: bool | None, time: StepTime | None) -> str:
@@ -166,7 +163,7 @@ def cheapest_change(
             checked(changed, machine)
         except ConfigError:
             continue
-        if why_unknown(changed) is None and layout_plan.at_least(changed, machine) <= USABLE * _capacity(machine):
+        if layout_plan.at_least(changed, machine) <= USABLE * _capacity(machine):
             candidates.append((overrides, changed, _time(changed, machine, measured)))
     order = sorted(range(len(candidates)), key=lambda number: (_seconds(candidates[number][2]), number))
     for tried, number in enumerate(order, 1):

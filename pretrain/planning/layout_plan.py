@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +15,9 @@ from pretrain.parallel.layout import rank_bytes
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
-from pretrain.planning.memory import USABLE, MemoryEstimate, estimate
+from pretrain.planning.memory import USABLE, MemoryEstimate, estimate, why_unknown
 from pretrain.planning.paces import Paces
+from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
 from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
 from pretrain.planning.step_time import Terms, blocks_of_stages, stage_works, step_terms
@@ -30,15 +33,14 @@ class StageMemory:
     stage: int
     blocks: int
     parameters: int
-    estimate: MemoryEstimate
-    logits: int
-    """Of one chunk of tokens, in `estimate.activations`; 0 where the stage has no output layer."""
+    parts: dict[str, int]
+    """What for, in the order of a table; not all of it is there at once."""
+    total: int
+    """At the highest point of a step."""
     staging: int
     """In CPU memory, for a checkpoint that is written while training goes on."""
-
-    @property
-    def total(self) -> int:
-        return self.estimate.total
+    offloaded: int
+    """In CPU memory, of the optimizer."""
 
 
 class StepTime(NamedTuple):
@@ -80,20 +82,76 @@ def micro_steps(config: Config, machine: Machine) -> int:
 
 
 def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
-    """Of every pipeline stage; for a configuration whose memory is estimated (memory.why_unknown)."""
+    """Of every pipeline stage. Where the model is in one piece its activations are traced (memory.py); elsewhere a step
+    of the first rank of each stage is rehearsed."""
     held = rank_bytes(config, data_size(config, machine))
-    last = config.parallel.pipeline - 1
-    return [
-        StageMemory(
-            stage=stage,
-            blocks=blocks,
-            parameters=held[stage].parameters,
-            estimate=estimate(config, machine.num_gpus, machine.device.device_type),
-            logits=logits_bytes(config) if stage == last else 0,
-            staging=staging_bytes(config, held[stage].parameters, data_size(config, machine)),
+    found = []
+    for stage, blocks in enumerate(blocks_of_stages(config)):
+        if why_unknown(config) is None:
+            traced = estimate(config, machine.num_gpus, machine.device.device_type)
+            parts, total, offloaded = _traced_parts(config, traced), traced.total, 0
+        else:
+            first = stage * machine.num_gpus // config.parallel.pipeline
+            rehearsal = rehearsed(config, machine.num_gpus, first, machine.device.device_type)
+            parts, total, offloaded = _rehearsed_parts(rehearsal), rehearsal.peak, rehearsal.elsewhere
+        found.append(
+            StageMemory(
+                stage=stage,
+                blocks=blocks,
+                parameters=held[stage].parameters,
+                parts=parts,
+                total=total,
+                staging=staging_bytes(config, held[stage].parameters, data_size(config, machine)),
+                offloaded=offloaded,
+            )
         )
-        for stage, blocks in enumerate(blocks_of_stages(config))
-    ]
+    return found
+
+
+_rehearsed: dict[tuple[str, int, int, str], Rehearsal] = {}
+
+
+def rehearsed(config: Config, num_ranks: int, rank: int, device_type: str) -> Rehearsal:
+    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr."""
+    key = config.model_dump_json(), num_ranks, rank, device_type
+    if key not in _rehearsed:
+        with contextlib.redirect_stdout(sys.stderr):
+            from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
+
+            _rehearsed[key] = rehearse(config, num_ranks, rank, device_type)
+    return _rehearsed[key]
+
+
+def _traced_parts(config: Config, found: MemoryEstimate) -> dict[str, int]:
+    return {
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "gradients": found.gradients,
+        "ZeRO buffers": found.buckets,
+        "XL memory": found.memory,
+        "update": found.update,
+        "kept by a block": found.activations.of_a_layer,
+        "kept activations": found.activations.kept,
+        "activations' peak": found.activations.peak,
+        "logits": logits_bytes(config),
+    }
+
+
+def _rehearsed_parts(found: Rehearsal) -> dict[str, int]:
+    blocks = [size for name, size in found.kept.items() if "blocks" in name]
+    return {
+        "weights": found.resting.get("weights", 0),
+        "optimizer": found.resting.get("optimizer", 0),
+        "gradients": max(found.resting.get("gradients", 0), found.at_peak.get("gradients", 0)),
+        "ZeRO buffers": max(found.resting.get("buckets", 0), found.at_peak.get("buckets", 0)),
+        "stage borders": found.resting.get("pipeline", 0),
+        "DeepSpeed's own": found.resting.get("engine", 0),
+        "XL memory": found.resting.get("memory", 0),
+        "update": found.at_peak.get("update", 0),
+        "kept by a block": max(blocks, default=0),
+        "kept activations": sum(found.kept.values()),
+        "logits": found.at_peak.get("logits", 0),
+    }
 
 
 def logits_bytes(config: Config) -> int:

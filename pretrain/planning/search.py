@@ -22,7 +22,7 @@ from pretrain.planning.fit import checked
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS, measurements
-from pretrain.planning.memory import USABLE, why_unknown
+from pretrain.planning.memory import USABLE
 from pretrain.planning.paces import Paces, paces, why_no_time
 
 SHOWN = 10
@@ -135,7 +135,6 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
 
 
 SLOWER = f"slower than the {SHOWN} best, or as fast with less headroom"
-UNKNOWN = "memory not estimated"
 FULL = "memory: activations do not fit beside weights, gradients and optimizer"
 KINDS = ("none", "selective", "full")
 """train.recompute, what needs most memory first."""
@@ -202,8 +201,7 @@ def _excluded(config: Config, machine: Machine) -> str | None:
     """Why a legal layout gets no estimate; None if it does."""
     if layout_plan.at_least(config, machine) > USABLE * (machine.capacity or 0):
         return "memory: weights, optimizer and the inputs of the blocks alone do not fit"
-    unknown = why_unknown(config)
-    return None if unknown is None else f"{UNKNOWN}: {unknown.partition(':')[0].partition(' =')[0]}"
+    return None
 
 
 def legal_layouts(config: Config, machine: Machine) -> tuple[list[Layout], dict[str, tuple[int, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,13 @@ SMALL = ("model.num_layers=2", "batch.global_sequences=8")
 """Of the 1B model: a space of a few hundred layouts on four GPUs."""
 
 
+def by_stage(estimate: Callable[..., Any]) -> Callable[[Config, Machine], list[Any]]:
+    """In place of layout_plan.stage_memories."""
+    return lambda config, found: [
+        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in range(config.parallel.pipeline)
+    ]
+
+
 class Total(NamedTuple):
     total: int
 
@@ -58,10 +66,9 @@ def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_plan, "estimate", estimate)
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(estimate))
     for name in ("collectives_of_step", "rough_collectives"):
         monkeypatch.setattr(layout_plan, name, collectives)
-    monkeypatch.setattr(search, "why_unknown", lambda config: None)
 
 
 def h100(gpus: int) -> Machine:
@@ -123,7 +130,7 @@ def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:
 
 
 def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_plan, "estimate", lambda *args, **kwargs: Total(1000 * GIB))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
     report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
     assert not report.best and sum(report.excluded.values()) == report.excluded[search.FULL] > 4 * report.traced
     monkeypatch.setattr(search, "MOST_REHEARSED", 3)
@@ -139,7 +146,7 @@ def test_reasons() -> None:
 
 
 def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(layout_plan, "estimate", lambda *args, **kwargs: Total(1000 * GIB))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
     line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none"]
     small = [argument for setting in SMALL for argument in ("--set", setting)]
     assert main([*line, *small]) == 2
