@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ WIDTH = 120
 
 def print_fit(args: argparse.Namespace) -> None:
     """Raises UserError."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     config = load_config(args.config, args.overrides, option="CONFIG")
     report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
     if args.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def print_search(args: argparse.Namespace) -> None:
     """Raises UserError; also where nothing fits."""
     if args.write is not None:
         check_target(args.write, force=args.force)  # before a search of minutes
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     config = load_config(args.config, args.overrides, option="CONFIG")
     found = machine(machine_options(args))
     with tqdm(leave=False, disable=True if args.json else None, file=sys.stderr) as bar:

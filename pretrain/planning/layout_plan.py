@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,7 +116,8 @@ def rehearsed(config: Config, num_ranks: int, rank: int, device_type: str) -> Re
     """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr."""
     key = config.model_dump_json(), num_ranks, rank, device_type
     if key not in _rehearsed:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
             _rehearsed[key] = rehearse(config, num_ranks, rank, device_type)
