@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from pretrain.config.schema import Config
-from pretrain.parallel.layout import rank_bytes
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
@@ -21,7 +20,7 @@ from pretrain.planning.paces import Paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
 from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
-from pretrain.planning.step_time import Terms, blocks_of_stages, stage_works, step_terms
+from pretrain.planning.step_time import Terms, blocks_of_stages, held_by_stages, stage_works, step_terms
 
 CONTROL = "control"
 """`Collective.part` of what travels between CPUs."""
@@ -85,7 +84,7 @@ def micro_steps(config: Config, machine: Machine) -> int:
 def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
     """Of every pipeline stage. Where the model is in one piece its activations are traced (memory.py); elsewhere a step
     of the first rank of each stage is rehearsed."""
-    held = rank_bytes(config, data_size(config, machine))
+    held = held_by_stages(config, data_size(config, machine))
     found = []
     for stage, blocks in enumerate(blocks_of_stages(config)):
         if why_unknown(config) is None:
@@ -180,7 +179,7 @@ def at_least(config: Config, machine: Machine) -> int:
     tokens = config.batch.micro_sequences * config.model.sequence_length
     hidden = item * tokens * config.model.d_model // (parallel.tensor if parallel.sequence else 1)
     needed = 0
-    for held, blocks in zip(rank_bytes(config, size), blocks_of_stages(config), strict=True):
+    for held, blocks in zip(held_by_stages(config, size), blocks_of_stages(config), strict=True):
         begun = min(micro_steps(config, machine), parallel.pipeline - held.stage)
         optimizer = 0 if parallel.offload_optimizer else held.optimizer
         needed = max(needed, held.weights + optimizer + begun * blocks * hidden)

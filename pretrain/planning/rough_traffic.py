@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from model.config import SigmaMoEConfig
 from pretrain.config.schema import Config
-from pretrain.parallel.layout import rank_bytes
 from pretrain.planning.communication import Collective
-from pretrain.planning.step_time import blocks_of_stages
+from pretrain.planning.step_time import blocks_of_stages, held_by_stages
 
 FP32 = 4
 """Bytes in which gradients are summed over ranks (`communication_data_type`)."""
@@ -44,7 +43,7 @@ def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterat
     data = num_ranks // (parallel.tensor * parallel.pipeline)
     micro_steps = micro_steps_of(config, num_ranks)
     experts = expert_parameters(config, stage)
-    rest = rank_bytes(config, data)[stage].parameters - experts
+    rest = held_by_stages(config, data)[stage].parameters - experts
     groups = [("data", data, rest), ("expert data", data * parallel.tensor // parallel.expert, experts)]
     for group, ranks, parameters in groups:
         if ranks == 1 or not parameters:

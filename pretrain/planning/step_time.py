@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from model.costs import training_flops_per_token
 from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.parallel.layout import rank_bytes
+from pretrain.parallel.layout import RankBytes, rank_bytes
 from pretrain.parallel.stages import stage_bounds
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import INSIDE, Rates, Spread, seconds, spreads
@@ -121,9 +121,21 @@ def blocks_of_stages(config: Config) -> list[int]:
     return [min(end - 1, last) - max(start, first) + 1 for start, end in itertools.pairwise(bounds)]
 
 
+_held: dict[tuple[object, ...], list[RankBytes]] = {}
+
+
+def held_by_stages(config: Config, data_size: int) -> list[RankBytes]:
+    """`rank_bytes`, each once in a process: a search asks for thousands of layouts, which differ in micro-batches."""
+    train = config.train
+    key = config.model, config.parallel, train.precision, train.recompute, train.ema_decay, data_size
+    if key not in _held:
+        _held[key] = rank_bytes(config, data_size)
+    return _held[key]
+
+
 def stage_works(config: Config, data_size: int, collectives: Sequence[Sequence[Collective]]) -> list[StageWork]:
     """collectives: of a rank of each stage."""
-    held = rank_bytes(config, data_size)
+    held = held_by_stages(config, data_size)
     return [
         StageWork(
             flops=flops,
