@@ -59,4 +59,4 @@ def test_the_demo_trains_to_its_end(tmp_path: Path) -> None:
     assert written == ["The first", "In the", "It is"]
     assert (tree / "runs" / "demo" / "curves" / "comparison.html").stat().st_size > 10_000
     outcome = json.loads((tree / "runs" / "demo" / "outcome.json").read_text())
-    assert (outcome["exit_code"], outcome["step"]) == (0, 300)
+    assert (outcome["exit_code"], outcome["step"]) == (0, 200)

@@ -38,6 +38,7 @@ class Training:
             "train.steps=100000",
             f"train.stop_after_steps={stop_after}",
             "batch.global_sequences=8",
+            "batch.micro_sequences=4",
             "model.dropout=0.1",
             "evaluate.every_steps=0",
             "evaluate.sequences=8",

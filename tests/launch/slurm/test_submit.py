@@ -58,6 +58,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Pa
         str(job.FOLDER / "submit.py"),
         *("--config", TINY, "--nodes", "2", "--cpu", "--ranks-per-node", "4", "--cpus-per-rank", "3", "--time", "1-12"),
         *("--partition", "gpu", "--account", "me", "--set", f"data.manifest={prepared}", "--set", "train.steps=50"),
+        *("--set", "batch.micro_sequences=4"),
         *("--run-dir", str(run_dir), "--allow-local", "--setup", "module load cuda", "--dry-run"),
         cwd=tmp_path,
     )
@@ -103,7 +104,7 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--nodes", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP = 4 x 3"),
+        (["--nodes", "3"], "batch.global_sequences: 32 is not divisible by batch.micro_sequences x DP = 8 x 3"),
         (["--set", "train.stepz=3"], "train.stepz: unknown key"),
         (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
@@ -159,7 +160,7 @@ def test_gpus_may_be_asked_for_in_sbatchs_own_words(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     """The run is then checked for GPUs: fp16, which CPUs refuse, passes."""
-    line = (f"--sbatch={option}", "--set", "train.precision=fp16", "--dry-run")
+    line = (f"--sbatch={option}", "--set", "train.precision=fp16", "--set", "batch.micro_sequences=4", "--dry-run")
     assert submit(prepared, tmp_path / "run", *line, where=("--ranks-per-node", "4")) == 0
     script = capsys.readouterr().out
     assert f"#SBATCH {option}\n" in script and "#SBATCH --ntasks-per-node=4\n" in script
