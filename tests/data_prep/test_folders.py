@@ -113,7 +113,7 @@ def test_prepared_data_on_a_disk_that_is_read_only_are_up_to_date(
     corpus: Corpus, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = corpus.write_config(tmp_path / "config.json", output=str(prepared))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
     assert main(["run", "--config", str(config)]) == 0
     assert capsys.readouterr().out.startswith("up to date")
     assert main(["run", "--config", str(config), "--force"]) == 2
