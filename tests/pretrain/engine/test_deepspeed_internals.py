@@ -84,7 +84,7 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
     ours = set().union(*map(defined, files))
     used = {name: path.relative_to(ROOT) for path in files for name in foreign_private_names(path)}
     assert "_hp_mapping" in used, "nothing was found: the test is blind"
-    # NamedTuple's own, those of torch's tensors and operators, what model/memory.py keeps, and one of transformers, which it documents.
+    # NamedTuple's own, those of torch's tensors and operators, the memory's, and one that transformers documents.
     others = {"_asdict", "_replace", "_fields", "_version", "_cdata", "_schema", "_written", "_attn_implementation"}
     unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours | others}
     assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
