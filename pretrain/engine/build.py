@@ -34,7 +34,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
         parameter.tensor_model_parallel = specs[name].divided is not None  # type: ignore[attr-defined]
     declare_experts(model, config.model, parallel)
-    optimizer = build_optimizer(model, config, device)
+    optimizer = build_optimizer(model, config)
     # Its bf16 optimizer prints the memory in use, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()), zero_1.chosen(config):
         engine, *_ = deepspeed.initialize(

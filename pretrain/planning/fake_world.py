@@ -34,7 +34,7 @@ from pretrain.planning.record import Routed
 
 
 @contextlib.contextmanager
-def fake_world(config: Config, rank: int, num_ranks: int, device_type: str, routed: Routed) -> Iterator[None]:
+def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Iterator[None]:
     """Inside, this process is rank `rank` of `num_ranks` and makes fake tensors. It must have no process group; it has
     none afterwards, and all is as it was."""
     import deepspeed
@@ -48,7 +48,7 @@ def fake_world(config: Config, rank: int, num_ranks: int, device_type: str, rout
         dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
         stack.callback(_forget_the_world)
         deepspeed.init_distributed(dist_backend="fake", verbose=False)
-        for patch in _patches(config, device_type, routed):
+        for patch in _patches(config, routed):
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
@@ -68,24 +68,19 @@ def _forget_the_world() -> None:
             setattr(groups, name, None)
 
 
-def _patches(config: Config, device_type: str, routed: Routed) -> list[Any]:
+def _patches(config: Config, routed: Routed) -> list[Any]:
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    from pretrain.engine import optimizer, pipeline
+    from pretrain.engine import pipeline
 
-    rows, is_fused = _Rows(routed), optimizer.is_fused(config, torch.device(device_type))
-
-    def fused_there(*_: Any) -> bool:
-        return is_fused
-
+    rows = _Rows(routed)
     return [
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(FakeTensor, "data_ptr", _no_address),
         mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
         mock.patch.object(pipeline, "initialize", _nothing),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
-        mock.patch.object(optimizer, "is_fused", fused_there),
         mock.patch.object(dist, "all_gather_object", _AllParts(config)),
         *(mock.patch.object(module, "implementation", _late) for module in (expert_linear, sigma_moe, switchhead)),
         mock.patch.object(sigma_moe_layer, "own_slots", _own_slots),

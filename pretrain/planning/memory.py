@@ -8,13 +8,10 @@ kernel needs for itself, CUDA graphs. What is not known is not estimated: `why_u
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from model.layers import layer_specs
-from model.parameter_spec import prefixed
 from pretrain.config.rules import choose_backends
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
@@ -44,7 +41,7 @@ class MemoryEstimate:
     buckets: int
     """Buffers of gradients on their way to other ranks, in the last backward pass."""
     update: int
-    """What an update needs besides: gradients as one tensor, and Adam's own."""
+    """What an update needs besides: gradients as one tensor. Fused AdamW needs nothing."""
     activations: Activations
     micro_steps: int
 
@@ -90,16 +87,13 @@ def estimate(config: Config, data_size: int, device_type: str, *, micro_sequence
         dtype,
         config.data.document_mask,
     )
-    # ZeRO updates a rank's share as one tensor; without it each parameter is one.
-    at_once = share if zero else max(math.prod(s.shape) for s in prefixed(dict(layer_specs(model))).values())
-    adam = 0 if device_type == "cuda" else 8 * at_once  # torch's fused AdamW needs nothing; the other one two tensors
     return MemoryEstimate(
         weights=held.weights,
         optimizer=held.optimizer,
         gradients=(2 if dtype == torch.float16 else 4) * (share if zero == 2 else count),
         memory=2 * streams * model.num_layers * model.memory_length * model.d_model * dtype.itemsize,
         buckets=_buckets(config, data_size, dtype),
-        update=(4 * share if zero else 0) + adam,
+        update=4 * share if zero else 0,
         activations=traced(run),
         micro_steps=config.batch.global_sequences // (micro * data_size),
     )

@@ -50,7 +50,7 @@ def rehearse(
     micro_steps = min(whole, most_micro_steps or (2 if stages == 1 else stages + 1))
     sequences = micro_steps * batch.micro_sequences * data_size
     shorter = config.model_copy(update={"batch": batch.model_copy(update={"global_sequences": sequences})})
-    with fake_world(config, rank, num_ranks, device_type, routed), Ledger() as ledger:
+    with fake_world(config, rank, num_ranks, routed), Ledger() as ledger:
         rehearsed = _Rank(shorter, device_type, ledger, streams=batch.global_sequences)
         rehearsed.step()
         rehearsed.settle()

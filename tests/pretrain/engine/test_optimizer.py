@@ -1,6 +1,6 @@
 """AdamW in both of its forms: the same updates to rounding, the same checkpoints, a step counter where each keeps it.
 
-The fused form runs on the CPU too, which this file uses; a run takes it on CUDA alone."""
+A run takes the fused one; checkpoints of before may come from the other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import pretrain.engine.optimizer
+import pretrain.engine.build
 from model.language_model import build_on_meta
 from pretrain.config.schema import Config
-from pretrain.engine.optimizer import build_optimizer, is_fused
+from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.zero_state import _adam_state, optimizer_steps, set_optimizer_steps
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, state_tensors, train_runs
@@ -23,8 +23,17 @@ from tests.pretrain.runs import small_config, state_tensors, train_runs
 def train_in_forms(rank: int, runs: list[tuple[Config, Path, bool]]) -> None:
     """As train_runs, each run with AdamW in the form that it names: fused or not."""
     for config, folder, fused in runs:
-        pretrain.engine.optimizer.is_fused = lambda *_, form=fused: form  # type: ignore[misc]
+        pretrain.engine.build.build_optimizer = build_optimizer if fused else plain_optimizer
         train_runs(rank, [(config, folder)])
+
+
+def plain_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """As `build_optimizer`, but what torch takes by itself on a CPU."""
+    fused = build_optimizer(model, config)
+    options = {key: value for key, value in fused.defaults.items() if key in ("lr", "betas", "eps")}
+    return torch.optim.AdamW(
+        [{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups], **options
+    )
 
 
 @pytest.mark.parametrize("precision, zero", [pytest.param("fp32", 0, marks=pytest.mark.slow), ("bf16", 1)])
@@ -65,16 +74,27 @@ def test_the_counter_is_where_adamw_keeps_it(fused: bool, place: str) -> None:
         assert optimizer_steps(engine) == 7
 
 
-@pytest.mark.parametrize(
-    "device, keys, expected",
-    [
-        ("cuda", (), True),
-        ("cuda", ("parallel.offload_optimizer=true", "parallel.zero=1"), None),  # its state is in CPU memory
-        ("cpu", (), None),  # torch's own choice, as ever: the numbers on a CPU stay
-    ],
-)
-def test_the_form_follows_the_device(prepared: Path, device: str, keys: tuple[str, ...], expected: bool | None) -> None:
+@pytest.mark.parametrize("keys", [(), ("parallel.offload_optimizer=true", "parallel.zero=1")])
+def test_a_run_takes_the_fused_form(prepared: Path, keys: tuple[str, ...]) -> None:
     config = small_config(prepared, *keys)
-    optimizer = build_optimizer(build_on_meta(config.model), config, torch.device(device))
-    assert [group["fused"] for group in optimizer.param_groups] == [expected] * len(optimizer.param_groups)
-    assert is_fused(config, torch.device(device)) is bool(expected)
+    optimizer = build_optimizer(build_on_meta(config.model), config)
+    assert [group["fused"] for group in optimizer.param_groups] == [True] * len(optimizer.param_groups)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_it_is_the_published_update(decay: float) -> None:
+    """Against AdamW's equations in fp64 (Loshchilov and Hutter 2019, algorithm 2), gradients from 1e-6 to 1."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(1003, generator=generator)
+    parameter, expected = torch.nn.Parameter(start.clone()), start.double()
+    optimizer = torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
+    first, second = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step in range(1, 6):
+        gradient = torch.randn(1003, generator=generator) * 10 ** (-6 * torch.rand(1003, generator=generator))
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.95 * second + 0.05 * gradient.double() ** 2
+        expected = (1 - 0.01 * decay) * expected
+        expected -= 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
