@@ -52,8 +52,9 @@ def rehearse(
     shorter = config.model_copy(update={"batch": batch.model_copy(update={"global_sequences": sequences})})
     with fake_world(config, rank, num_ranks, routed), Ledger() as ledger:
         rehearsed = _Rank(shorter, device_type, ledger, streams=batch.global_sequences)
-        rehearsed.step()
-        rehearsed.settle()
+        for _ in range(2 if config.parallel.zero == 3 else 1):  # ZeRO 3 knows the order of its gathers after two
+            rehearsed.step()
+            rehearsed.settle()
         ledger.calls.clear()
         ledger.forget_peak()
         resting = {part: size for part, size in ledger.parts.items() if size}
