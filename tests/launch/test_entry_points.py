@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DRY = ("--dry-run", "--no-step")
 """Steps are rehearsed in tests/pretrain/preflight."""
 TINY = str(ROOT / "configs" / "switchall_tiny.json")
+
+
+@pytest.fixture
+def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two checkpoints of a billion parameters, whatever this machine has left: a run without is refused."""
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
 
 
 def start(
@@ -96,13 +105,15 @@ def test_a_dry_run_says_what_fits_a_device(
         assert ("largest micro-batch" in printed) is (said is not None) and (said or "") in printed
 
 
-def test_the_1b_config_dry_runs_on_any_machine(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("roomy_disk")
+def test_the_1b_config_dry_runs_without_a_gpu(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--set", "evaluate.sequences=0", *DRY, "--ranks", "64")
     assert main(arguments_for("switchall_1b.json", prepared, *more)) == 0
     printed = capsys.readouterr().out
     assert "1,117,441,280" in printed and "437,964,032" in printed
 
 
+@pytest.mark.usefixtures("roomy_disk")
 def test_the_1b_config_never_trains_on_a_cpu_unasked(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
