@@ -1,0 +1,93 @@
+"""What a rank's tensors take in a real run, counted by the allocator, and what its process takes beside it.
+
+A process with tests/allocations.c preloaded runs this module: it reads {"ranks": N, "config": {...}} and prints a
+`Counted` for each rank, as a JSON list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.config.loading import parse_config, to_json
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from tests.harness import run_ranks
+from tests.pretrain.runs import one_step, trainer_of
+
+SOURCE = Path(__file__).resolve().parents[2] / "allocations.c"
+
+
+class Counted(NamedTuple):
+    """Bytes of one rank; what was there before its trainer was built is no part."""
+
+    resting: int
+    """Of tensors, between steps."""
+    peak: int
+    """Of tensors, at the highest point of a step."""
+    resident: int
+    """Of the process's resident memory, at the highest point of the same step."""
+
+
+def counted(config: Config, num_ranks: int, library: Path) -> list[Counted]:
+    """Trains three steps on gloo ranks and counts during the third. `library`: of `build`."""
+    told = json.dumps({"ranks": num_ranks, "config": to_json(config)})
+    environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, input=told, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Counted(*numbers) for numbers in json.loads(done.stdout.splitlines()[-1])]
+
+
+def build(folder: Path, compiler: str) -> Path:
+    """Compiles the counter."""
+    library = folder / "allocations.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def count(rank: int, config: Config) -> Counted:
+    """Of this rank."""
+    allocations = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    for function in (allocations.allocations_now, allocations.allocations_peak):
+        function.restype = ctypes.c_size_t
+    before, resident = allocations.allocations_now(), resident_bytes("VmRSS")
+    progress = Progress(0, 0)
+    trainer = trainer_of(config)
+    for _ in range(2):
+        one_step(trainer, progress)
+        progress = progress.after_step(config.batch.global_sequences, updated=True)
+    gc.collect()
+    resting = allocations.allocations_now()
+    allocations.allocations_forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+    one_step(trainer, progress)
+    highest = allocations.allocations_peak()
+    found = Counted(resting - before, highest - before, resident_bytes("VmHWM") - resident)
+    trainer.close()
+    return found
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS: now; VmHWM: at the highest point."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def main() -> None:
+    told: dict[str, Any] = json.load(sys.stdin)
+    print(json.dumps(run_ranks(count, told["ranks"], parse_config(told["config"]))))
+
+
+if __name__ == "__main__":
+    main()
