@@ -6,7 +6,7 @@ from common.errors import UserError
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning.devices import device_of_card
-from pretrain.planning.layout_plan import step_time
+from pretrain.planning.layout_plan import rehearsed, step_time
 from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
 from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
@@ -15,6 +15,7 @@ from pretrain.report.estimate import RunEstimate
 from pretrain.report.startup import DerivedValue
 
 GIB = 2**30
+NOT_COUNTED = "not counted: CUDA context, NCCL, fragments, kernels' own"
 
 
 def memory_rows(config: Config, data_size: int, device_type: str, capacity: int) -> list[DerivedValue]:
@@ -34,12 +35,22 @@ def run_estimate(
     """What is expected of a run, of the rank that needs most. `card`: the name that its driver gives to a GPU; a step's
     time is estimated if it is in the table of devices."""
     seconds = _step_seconds(config, num_ranks, card, ranks_per_node) if card is not None else None
-    unknown = why_unknown(config)
-    if unknown is not None:
-        return RunEstimate(None, device_type, f"not estimated ({unknown})", seconds)
+    if why_unknown(config) is not None:
+        return _rehearsed_estimate(config, num_ranks, device_type, seconds)
     found = estimate(config, check_ranks(config, num_ranks), device_type)
     row = _estimate_row(found)
     return RunEstimate(found.total, device_type, f"{row.value} {row.formula}", seconds)
+
+
+def _rehearsed_estimate(
+    config: Config, num_ranks: int, device_type: str, seconds: tuple[float, float] | None
+) -> RunEstimate:
+    """Of a layout whose activations are not traced: of the fullest of the first ranks of the stages."""
+    stages = config.parallel.pipeline
+    firsts = range(0, num_ranks, num_ranks // stages)
+    peak, rank = max((rehearsed(config, num_ranks, first, device_type).peak, first) for first in firsts)
+    what = f"of rank {rank:,}, at the highest point of a rehearsed step"
+    return RunEstimate(peak, device_type, f"{peak / GIB:.2f} GiB estimated: {what}; {NOT_COUNTED}", seconds)
 
 
 def _step_seconds(config: Config, num_ranks: int, card: str, ranks_per_node: int) -> tuple[float, float] | None:
@@ -71,8 +82,7 @@ def _estimate_row(found: MemoryEstimate) -> DerivedValue:
     return DerivedValue(
         "memory of a rank",
         f"{found.total / GIB:.2f} GiB",
-        f"estimated: {listed} ({layer}), which are not all there at once; not counted: CUDA context, NCCL, "
-        "fragments, kernels' own",
+        f"estimated: {listed} ({layer}), which are not all there at once; {NOT_COUNTED}",
     )
 
 

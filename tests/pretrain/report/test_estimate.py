@@ -23,6 +23,7 @@ from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
 from pretrain.planning.memory import estimate
 from pretrain.planning.paces import paces
+from pretrain.planning.rehearsal import rehearse
 from pretrain.ranks import Ranks
 from pretrain.report.estimate import LIBRARIES, Comparison, Measured, RunEstimate, SideBySide
 from pretrain.report.event_text import event_text
@@ -183,6 +184,26 @@ def test_what_the_process_computes(
     found = RunEstimate.from_json(json.loads(capsys.readouterr().out))
     assert (found.memory_bytes, found.device_type) == (estimate(config, 2, "cpu").total, "cpu")
     assert "GiB estimated: weights" in found.text
+
+
+@pytest.mark.parametrize(
+    "stages, keys",
+    [(2, ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")), (1, ("parallel.zero=3",))],
+)
+def test_a_divided_run_is_rehearsed(prepared: Path, stages: int, keys: tuple[str, ...]) -> None:
+    """By the process itself: what libraries print is no part of its answer."""
+    config = small_config(prepared, "train.device=cpu", *keys)
+    found = taken(Forecast(config, Ranks(rank=0, local_rank=0, world_size=4, local_size=4)))
+    assert found is not None and found.device_type == "cpu"
+    (peaks,) = run_ranks(peaks_of, 1, config, stages)
+    rank = peaks.index(max(peaks)) * (4 // stages)
+    assert found.memory_bytes == max(peaks) and f"of rank {rank}, at the highest point" in found.text
+
+
+def peaks_of(rank: int, config: Config, stages: int) -> list[int]:
+    """Of the first of 4 ranks of each stage."""
+    torch.distributed.destroy_process_group()
+    return [rehearse(config, 4, first, "cpu").peak for first in range(0, 4, 4 // stages)]
 
 
 def test_the_time_of_a_step_is_that_of_the_planner_where_the_gpu_is_known(
