@@ -16,7 +16,7 @@ from common.tables import text_table
 from pretrain.cli.plan_costs import short
 from pretrain.config.loading import load_config, to_json
 from pretrain.planning.fit import FitReport, fit
-from pretrain.planning.layout_plan import CONTROL, StepTime
+from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
@@ -182,7 +182,7 @@ def _traffic(report: FitReport) -> Iterator[str]:
         ]
         for stage, rows in enumerate(report.traffic)
         for row in rows
-        if row.ranks > 1 and row.part != CONTROL
+        if row.ranks > 1
     ]
     if not rows:
         yield "\nno GPU sends anything to another one"
@@ -191,10 +191,6 @@ def _traffic(report: FitReport) -> Iterator[str]:
     yield text_table(
         ["stage", "when", "kind", "group (ranks)", "link", "calls", "tensors", "sent"], rows, left={0, 1, 2, 3, 4}
     )
-    control = [row for rows in report.traffic for row in rows if row.part == CONTROL]
-    if control:
-        sent = max(sum(row.tensor_bytes for row in rows if row.part == CONTROL) for rows in report.traffic)
-        yield f"and {sent:,} bytes between the CPUs of the ranks: errors, stop requests, spikes"
 
 
 TERMS = {

@@ -17,7 +17,7 @@ from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.memory import USABLE, why_unknown
 from pretrain.planning.paces import Assumption, paces, why_no_time
-from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
+from pretrain.planning.rehearsed_traffic import rehearsed_collectives
 from pretrain.planning.step_time import model_flops, stage_flops
 
 Tell = Callable[[str], None]
@@ -87,6 +87,7 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
     does_fit = layout_plan.fits(stages, machine) if machine.capacity is not None else None
     change, tried = cheapest_change(config, machine, measured, tell) if does_fit is False else (None, 0)
     flops = stage_flops(config)
+    kind = machine.device.device_type
     ranks_of_a_stage = machine.num_gpus // config.parallel.pipeline
     steps = layout_plan.micro_steps(config, machine)
     return FitReport(
@@ -97,7 +98,7 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
         stages=tuple(stages),
         fits=does_fit,
         traffic=tuple(
-            tuple(layout_plan.traffic(config, machine, collectives_of_step(config, machine.num_gpus, stage)))
+            tuple(layout_plan.traffic(config, machine, rehearsed_collectives(config, machine.num_gpus, stage, kind)))
             for stage in range(config.parallel.pipeline)
         ),
         model_flops=model_flops(config),
@@ -114,10 +115,9 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
 
 def _told(config: Config) -> str:
     """What takes the time."""
-    if why_unknown(config) is None:
-        return f"tracing the activations of {config.model.num_layers} blocks"
     stages = config.parallel.pipeline
-    return f"rehearsing a step of {'the first rank' if stages == 1 else f'a rank of each of {stages} stages'}"
+    step = f"rehearsing a step of {'the first rank' if stages == 1 else f'a rank of each of {stages} stages'}"
+    return f"tracing activations and {step}" if why_unknown(config) is None else step
 
 
 def constraint(machine: Machine, does_fit: bool | None, time: StepTime | None) -> str:
@@ -209,7 +209,7 @@ def _doubled(size: int, most: int) -> Iterator[int]:
 def _time(config: Config, machine: Machine, measured: Measurements) -> StepTime | None:
     if why_no_time(config, machine):
         return None
-    return layout_plan.step_time(config, machine, paces(config, machine, measured), rough=True)
+    return layout_plan.step_time(config, machine, paces(config, machine, measured))
 
 
 def _seconds(time: StepTime | None) -> float:

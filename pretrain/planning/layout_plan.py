@@ -19,11 +19,7 @@ from pretrain.planning.memory import USABLE, MemoryEstimate, estimate, why_unkno
 from pretrain.planning.paces import Paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
-from pretrain.planning.rough_traffic import rough_collectives as collectives_of_step
 from pretrain.planning.step_time import Terms, blocks_of_stages, held_by_stages, stage_works, step_terms
-
-CONTROL = "control"
-"""`Collective.part` of what travels between CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +104,20 @@ def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
     return found
 
 
-_rehearsed: dict[tuple[str, int, int, str], Rehearsal] = {}
+_rehearsed: dict[tuple[str, int, int, str, int | None], Rehearsal] = {}
 
 
-def rehearsed(config: Config, num_ranks: int, rank: int, device_type: str) -> Rehearsal:
+def rehearsed(
+    config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int | None = None
+) -> Rehearsal:
     """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr."""
-    key = config.model_dump_json(), num_ranks, rank, device_type
+    key = config.model_dump_json(), num_ranks, rank, device_type, most_micro_steps
     if key not in _rehearsed:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
-            _rehearsed[key] = rehearse(config, num_ranks, rank, device_type)
+            _rehearsed[key] = rehearse(config, num_ranks, rank, device_type, most_micro_steps=most_micro_steps)
     return _rehearsed[key]
 
 
@@ -191,10 +189,9 @@ def fits(memories: Sequence[StageMemory], machine: Machine) -> bool:
     return all(memory.total <= USABLE * machine.capacity for memory in memories)
 
 
-def step_time(config: Config, machine: Machine, paces: Paces, *, rough: bool = False) -> StepTime:
-    """`rough`: with collectives by arithmetic instead of those of a rehearsed step, which takes seconds."""
-    count = rough_collectives if rough else collectives_of_step
-    collectives = [count(config, machine.num_gpus, stage) for stage in range(config.parallel.pipeline)]
+def step_time(config: Config, machine: Machine, paces: Paces) -> StepTime:
+    """With the traffic by arithmetic: a rehearsed step takes seconds."""
+    collectives = [rough_collectives(config, machine.num_gpus, stage) for stage in range(config.parallel.pipeline)]
     works = stage_works(config, data_size(config, machine), collectives)
     return StepTime(*(step_terms(config, machine, works, pace) for pace in (paces.fast, paces.slow)))
 
@@ -214,7 +211,7 @@ def traffic(config: Config, machine: Machine, collectives: Sequence[Collective])
             kind=kind,
             group=group,
             ranks=ranks,
-            link="CPU network" if part == CONTROL else (where[group].link if ranks > 1 else "none"),
+            link=where[group].link if ranks > 1 else "none",
             calls=int(calls),
             tensor_bytes=int(size),
             sent=sent,

@@ -54,23 +54,26 @@ def sent_bytes(kind: str, ranks: int, num_bytes: int) -> float:
     return shares[kind] * num_bytes
 
 
-def spreads(config: Config, data_size: int, gpus_per_node: int) -> dict[str, Spread]:
-    """Name of a group, as in `Collective.group`, -> how it lies. Nodes take neighbouring ranks."""
-    groups = group_ranks(config, data_size)
-    ranks = mesh(config, data_size)
-    groups["world"] = ranks.reshape(1, -1)
+def groups_of_ranks(config: Config, data_size: int) -> dict[str, np.ndarray]:
+    """Name of a group, as in `Collective.group` -> ranks [groups, ranks of a group]. Where two are the same ranks, the
+    more particular name comes first."""
+    ranks, groups = mesh(config, data_size), group_ranks(config, data_size)
     stages, data, tensor = ranks.shape
     expert = config.parallel.expert
     if expert > 1:  # ranks that hold the same experts
         apart = ranks.reshape(stages, data // expert, expert, tensor)
         groups["expert data"] = np.moveaxis(apart, 2, 1).reshape(stages * expert, -1)
-    groups["tied"] = np.stack([ranks[0], ranks[-1]], axis=-1).reshape(-1, 2)
-    found = {}
-    for name in (*DIMENSIONS, "expert", "expert data", "tied", "world"):
-        members = groups.get(name)
-        if members is not None:
-            found[name] = _spread(members, gpus_per_node)
-    return found
+    if stages > 1:
+        groups["tied"] = np.stack([ranks[0], ranks[-1]], axis=-1).reshape(-1, 2)
+    groups["model"] = np.moveaxis(ranks, 1, 0).reshape(data, -1)
+    groups["world"] = ranks.reshape(1, -1)
+    order = (*DIMENSIONS, "expert", "expert data", "tied", "model", "world")
+    return {name: groups[name] for name in order if name in groups}
+
+
+def spreads(config: Config, data_size: int, gpus_per_node: int) -> dict[str, Spread]:
+    """Name of a group -> how it lies. Nodes take neighbouring ranks."""
+    return {name: _spread(rows, gpus_per_node) for name, rows in groups_of_ranks(config, data_size).items()}
 
 
 def _spread(groups: np.ndarray, gpus_per_node: int) -> Spread:

@@ -1,7 +1,7 @@
 """What a rank sends in a step, by arithmetic: enough to rank hundreds of layouts, each in a millisecond.
 
-The collectives themselves are counted where the engine is rehearsed (communication.py); what is left out here is small:
-norms, counts of routers, the embedding, the output layer and its loss.
+The collectives themselves are counted where the engine is rehearsed (rehearsed_traffic.py); what is left out here is
+small: norms, counts of routers, the embedding, the output layer and its loss.
 """
 
 from __future__ import annotations

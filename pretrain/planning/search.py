@@ -114,7 +114,7 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         candidate = layout.applied(config)
         reason = _excluded(candidate, machine)
         if reason is None:
-            time = layout_plan.step_time(candidate, machine, pace, rough=True)
+            time = layout_plan.step_time(candidate, machine, pace)
             timed.append((layout_plan.rounded(time.middle), layout))
         else:
             excluded[reason] += 1

@@ -64,7 +64,7 @@ def _step_seconds(config: Config, num_ranks: int, card: str, ranks_per_node: int
         return None
     if why_no_time(config, found) is not None:
         return None
-    time = step_time(config, found, paces(config, found, measurements(device)), rough=True)
+    time = step_time(config, found, paces(config, found, measurements(device)))
     return time.fast.total, time.slow.total
 
 

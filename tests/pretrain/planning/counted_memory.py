@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from model.kernels.cpu import workers
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -29,7 +30,7 @@ class Counted(NamedTuple):
     """Bytes of one rank; what was there before its trainer was built is no part."""
 
     resting: int
-    """Of tensors, between steps."""
+    """Of tensors, between steps; without what CPU kernels keep for themselves, which no estimate counts."""
     peak: int
     """Of tensors, at the highest point of a step."""
     resident: int
@@ -66,7 +67,8 @@ def count(rank: int, config: Config) -> Counted:
         one_step(trainer, progress)
         progress = progress.after_step(config.batch.global_sequences, updated=True)
     gc.collect()
-    resting = allocations.allocations_now()
+    kept = sum(buffer.nbytes for buffer in workers._local.__dict__.get("buffers", {}).values())
+    resting = allocations.allocations_now() - kept
     allocations.allocations_forget_peak()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
     one_step(trainer, progress)

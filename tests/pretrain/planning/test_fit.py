@@ -19,7 +19,7 @@ from pretrain.planning.communication import Collective
 from pretrain.planning.fit import fit, with_overrides
 from pretrain.planning.layout_plan import traffic
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
-from pretrain.planning.record import Rehearsal
+from pretrain.planning.record import Call, Rehearsal
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
@@ -54,7 +54,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], flo
             asked.append(config)
             return Total(int(needed(config) * GIB))
 
-        def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
+        def collectives(config: Config, num_ranks: int, stage: int, device_type: str = "cuda") -> list[Collective]:
             size = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
             found = [Collective("all_reduce", "data", size, 10**9, "update")]
             if config.parallel.tensor > 1:
@@ -62,9 +62,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], flo
             return found
 
         monkeypatch.setattr(layout_plan, "stage_memories", by_stage(estimate))
-        for name in ("collectives_of_step", "rough_collectives"):
-            monkeypatch.setattr(layout_plan, name, collectives)
-        monkeypatch.setattr(planning, "collectives_of_step", collectives)
+        monkeypatch.setattr(layout_plan, "rough_collectives", collectives)
+        monkeypatch.setattr(planning, "rehearsed_collectives", collectives)
         return asked
 
     return install
@@ -149,10 +148,10 @@ def test_what_is_not_known_is_said_and_not_estimated(by_hand: ByHand) -> None:
 
 def test_equal_collectives_are_one_line() -> None:
     calls = [Collective("all_reduce", "data", 8, 80, "update"), Collective("all_reduce", "data", 8, 160, "update", 2)]
-    calls += [Collective("all_gather", "data", 1, 80, "update"), Collective("all_gather", "world", 8, 24, "control")]
-    first, control, alone = traffic(load_config(ONE_BILLION), h100(8), calls)
+    calls += [Collective("all_gather", "data", 1, 80, "update"), Collective("send", "world", 8, 24, "update")]
+    first, other, alone = traffic(load_config(ONE_BILLION), h100(8), calls)
     assert (first.calls, first.tensor_bytes, first.sent) == (3, 400, 2 * 7 / 8 * 400)
-    assert (first.link, control.link, alone.link, alone.sent) == ("inside a node", "CPU network", "none", 0.0)
+    assert (first.link, other.link, alone.link, alone.sent) == ("inside a node", "inside a node", "none", 0.0)
 
 
 def test_a_run_that_would_be_refused_is_refused() -> None:
@@ -191,17 +190,25 @@ def test_a_divided_layout_is_rehearsed(capsys: pytest.CaptureFixture[str], monke
     """Every stage by its first rank, with what it holds; what a rehearsal prints does not disturb the output."""
     asked: list[int] = []
 
-    def rehearse(config: Config, num_ranks: int, rank: int, device_type: str) -> Rehearsal:
+    def rehearse(config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int = 3) -> Rehearsal:
         asked.append(rank)
+        calls = [Call("send", (0, 4), "bfloat16", 500, 1000, "micro-step")] * most_micro_steps
+        calls.append(Call("all_reduce", (0, 1, 2, 3) if rank == 0 else (4, 5, 6, 7), "float32", 25, 100, "update"))
         resting = {"weights": 2 * GIB, "optimizer": 3 * GIB, "pipeline": GIB}
         at_peak = {**resting, "logits": GIB, "update": 5}
         kept = {"blocks.0": 7 * GIB, "blocks.1": 6 * GIB, "head": GIB}
-        return Rehearsal(2, resting, 0, 0, kept, 20 * GIB + rank, at_peak, [], [])
+        return Rehearsal(most_micro_steps, resting, 0, 0, kept, 20 * GIB + rank, at_peak, calls, [])
 
     monkeypatch.setattr(layout_plan, "rehearsed", rehearse)
     line = ["fit", str(ONE_BILLION), "--gpus", "8", "--gpu", "h100-80gb", "--set", "parallel.pipeline=2", "--json"]
     assert main([*line, "--results", "none"]) == 0
-    assert asked == [0, 4]
-    first, second = json.loads(capsys.readouterr().out)["stages"]
+    assert asked == [0, 4, 0, 0, 4, 4], "for memory, and for traffic with one micro-step more"
+    told = json.loads(capsys.readouterr().out)
+    (first, second), micro_steps = told["stages"], 512 // (8 * 4)
+    for rows in told["traffic"]:
+        assert [(row["kind"], row["group"], row["calls"], row["tensor_bytes"]) for row in rows] == [
+            ("send", "pipeline", micro_steps, 1000 * micro_steps),
+            ("all_reduce", "data", 1, 100),
+        ]
     assert first["kept by a block"] == 7 * GIB and first["kept activations"] == 14 * GIB
     assert first["stage borders"] == GIB and second["needed_bytes"] == 20 * GIB + 4

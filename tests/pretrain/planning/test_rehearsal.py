@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,12 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.planning.record import Call
 from pretrain.planning.rehearsal import rehearse
+from pretrain.planning.rehearsed_traffic import rehearsed_collectives
 from tests.harness import run_ranks
 from tests.pretrain.runs import one_step, small_config, trainer_of
 
+Sums = Counter[tuple[str, int, int]]
+"""(kind, ranks of the group, bytes of a call) -> calls in a step."""
 SIZES = ("model.num_layers=4", "model.attention.num_heads=4", "model.feedforward.num_experts=8")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO 0": (2, ("parallel.zero=0",)),
@@ -32,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2 PP2 DP2 SP EP2": (
         8, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "parallel.expert=2"),
     ),
-    "ZeRO 3, 8 ranks": (8, ("parallel.zero=3", "batch.micro_sequences=1")),
+    "ZeRO 3, 8 ranks": (8, ("parallel.zero=3", "batch.global_sequences=24")),
 }  # fmt: skip
 
 
@@ -115,6 +119,18 @@ def rehearsed_calls(rank: int, config: Config, num_ranks: int, played: list[int]
     return [rehearse(config, num_ranks, each, "cpu", most_micro_steps=99).calls for each in played]
 
 
+def planned(rank: int, config: Config, num_ranks: int) -> list[Sums]:
+    """What plan.py fit says that the first rank of each stage sends."""
+    dist.destroy_process_group()
+    found = []
+    for stage in range(config.parallel.pipeline):
+        sums: Sums = Counter()
+        for one in rehearsed_collectives(config, num_ranks, stage, "cpu"):
+            sums[one.kind, one.ranks, one.num_bytes if one.kind != "all_to_all" else 0] += one.count
+        found.append(sums)
+    return found
+
+
 def of_several(calls: list[Call]) -> list[tuple[Any, ...]]:
     """Kind, ranks and bytes of what is sent at all; of the exchange of tokens, whose sizes data decide, the count."""
     return [(c.kind, c.ranks, c.num_bytes if c.kind != "all_to_all" else 0) for c in calls if len(c.ranks) > 1]
@@ -126,7 +142,7 @@ def of_several(calls: list[Call]) -> list[tuple[Any, ...]]:
 def test_a_rehearsed_step_calls_the_collectives_of_a_real_one(prepared: Path, name: str) -> None:
     """All ranks of a run, in order, byte by byte."""
     ranks, overrides = LAYOUTS[name]
-    config = small_config(prepared, *SIZES, "model.sequence_length=8", "batch.micro_sequences=2", *overrides)
+    config = small_config(prepared, *SIZES, "model.sequence_length=8", "batch.micro_sequences=1", *overrides)
     real = run_ranks(measured_calls, ranks, config)
     played = [0, ranks - 1]
     (found,) = run_ranks(rehearsed_calls, 1, config, ranks, played)
@@ -134,3 +150,7 @@ def test_a_rehearsed_step_calls_the_collectives_of_a_real_one(prepared: Path, na
         expected = of_several(real[rank])
         assert of_several(calls) == expected, f"rank {rank}"
         assert len(expected) > 1
+    # Of a plan, where micro-steps that repeat are not rehearsed.
+    for stage, sums in enumerate(run_ranks(planned, 1, config, ranks)[0]):
+        calls = of_several(real[stage * ranks // config.parallel.pipeline])
+        assert sums == Counter((kind, len(members), size) for kind, members, size in calls), f"stage {stage}"

@@ -15,15 +15,15 @@ from tests.pretrain.planning.counted_memory import build, counted
 from tests.pretrain.runs import small_config
 
 SIZES = (
-    "model.d_model=128",
+    "model.d_model=192",
     "model.num_layers=4",
     "model.sequence_length=64",
     "batch.micro_sequences=1",
     "model.attention.num_heads=4",
-    "model.attention.head_dim=32",
+    "model.attention.head_dim=48",
     "model.feedforward.num_experts=8",
-    "model.feedforward.expert_size=64",
-    "deepspeed.zero_optimization.reduce_bucket_size=100000",
+    "model.feedforward.expert_size=96",
+    "deepspeed.zero_optimization.reduce_bucket_size=200000",
     "checkpoint.asynchronous=false",  # the copies of a checkpoint are in CPU memory, which is not estimated here
 )
 XL, BF16 = "model.position.type=xl", "train.precision=bf16"

@@ -67,8 +67,7 @@ def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_plan, "stage_memories", by_stage(estimate))
-    for name in ("collectives_of_step", "rough_collectives"):
-        monkeypatch.setattr(layout_plan, name, collectives)
+    monkeypatch.setattr(layout_plan, "rough_collectives", collectives)
 
 
 def h100(gpus: int) -> Machine:
