@@ -2,7 +2,7 @@ r"""Two optimizer steps on the same batch, in one process: the second loss is be
 process takes stands beside what was estimated.
 
     python -m benchmarks.two_steps --config configs/switchall_1b.json --set train.device=cpu \
-      --set batch.global_sequences=1 --set batch.micro_sequences=1 --set model.sequence_length=128 \
+      --set batch.global_sequences=1 --set batch.micro_sequences=1 --set model.sequence_length=32 \
       --set schedule.warmup_steps=0 --set data.manifest=data/mine/manifest.json
 
 The peak is that of the process's resident memory, before and after each part. What it had before the model was built
