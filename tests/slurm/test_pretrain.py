@@ -110,7 +110,7 @@ def test_ranks_that_miss_the_limit_are_requeued_too(runs: Training) -> None:
     number = runs.start("deaf", "--time", "1", "--python", str(deaf), stop_after=10)
     assert runs.finish("deaf", number)["Restarts"] == "1"
     text = (runs.logs("deaf") / f"{number}.log").read_text()
-    assert "time limit reached before the ranks were done; requeued, newest checkpoint: none" in text
+    assert "time limit reached before the ranks were done; requeued, newest checkpoint: none" in text, text
 
 
 def python_of(cluster: Cluster, node: str) -> psutil.Process:
