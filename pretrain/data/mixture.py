@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.config.source_weights import LARGEST_PERIOD
-
-
-
 
 
 class MixtureSchedule:

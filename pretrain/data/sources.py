@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from common.errors import Problem, UserError, refuse
+from common.paths import find_input
+from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry
-from common.urls import URL
-from pretrain.config.schema import Config
-from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
-from common.errors import Problem, UserError, refuse
-from pretrain.config.source_weights import whole_weights
-from common.paths import find_input
 from pretrain.config.data_rules import folder_name, source_names
+from pretrain.config.schema import Config
+from pretrain.config.source_weights import whole_weights
+from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def _check_beside(source: Source, others: list[Source], problem: Problem) -> Non
         )
     if same is not source:
         problem(
-            UserError(
-                f"{source.key}: is the same data set as {same.key}; name it once, with the sum of the weights"
-            )
+            UserError(f"{source.key}: is the same data set as {same.key}; name it once, with the sum of the weights")
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from pretrain.config.schema import Config
-from pretrain.data.windows import num_windows
 from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.sources import Sources
+from pretrain.data.windows import num_windows
 
 MAX_EPOCHS = 4
 """Text read up to four times teaches about as much as new text (Muennighoff et al., arXiv 2305.16264, section 6)."""

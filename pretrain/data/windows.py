@@ -17,8 +17,8 @@ from torch import Tensor
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import Hold, SplitReader
 from pretrain.config.schema import Config
-from pretrain.data.mixture import MixtureSchedule
 from pretrain.config.source_weights import whole_weights
+from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.order import window_order
 from pretrain.data.progress import Range, data_positions
 
