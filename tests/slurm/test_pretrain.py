@@ -110,7 +110,9 @@ def test_ranks_that_miss_the_limit_are_requeued_too(runs: Training) -> None:
     number = runs.start("deaf", "--time", "1", "--python", str(deaf), stop_after=10)
     assert runs.finish("deaf", number)["Restarts"] == "1"
     text = (runs.logs("deaf") / f"{number}.log").read_text()
-    assert "time limit reached before the ranks were done; requeued, newest checkpoint: none" in text, text
+    # SLURM tells ranks and job at once: on a busy machine the job may see the end of its ranks first.
+    why = "time limit reached before the ranks were done", "a rank failed (exit code 143; 128 + N: signal N)"
+    assert any(f"{words}; requeued, newest checkpoint: none" in text for words in why), text
 
 
 def python_of(cluster: Cluster, node: str) -> psutil.Process:
