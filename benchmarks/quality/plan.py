@@ -1,0 +1,79 @@
+"""What is trained: five models of one size on one text, each with a learning rate chosen in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common.paths import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs" / "quality"
+SEEDS = {"dense": 3, "dense_2heads": 2, "moa": 2, "switchhead": 3, "switchall": 2}
+"""Model -> how many seeds are trained: more for the two that the paper is about."""
+RATES = (0.001, 0.002, 0.004)
+TUNED_STEPS = 250
+"""2.05 million tokens, with a schedule of that length."""
+STEPS = 1000
+"""8.19 million tokens."""
+
+
+class Training(NamedTuple):
+    """One run."""
+
+    model: str
+    """Of configs/quality."""
+    rate: float
+    """Learning rate at its highest."""
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.steps}-{self.rate:g}-{self.seed}"
+
+    @property
+    def config(self) -> Path:
+        return CONFIGS / f"{self.model}.json"
+
+    @property
+    def overrides(self) -> list[str]:
+        """KEY=VALUE, beside the data and the run folder."""
+        return [
+            f"optimizer.learning_rate={self.rate}",
+            f"train.seed={self.seed}",
+            f"train.steps={self.steps}",
+            f"schedule.warmup_steps={self.steps // 10}",
+        ]
+
+
+def tuning() -> Iterator[Training]:
+    """The runs that choose a learning rate for each model."""
+    for model in SEEDS:
+        for rate in RATES:
+            yield Training(model, rate, 0, TUNED_STEPS)
+
+
+def chosen_rate(model: str, losses: dict[str, float]) -> float | None:
+    """The one whose short run ended with the lowest validation loss; None: not all have. `losses`: name of a run ->
+    its last validation loss, NaN if it failed."""
+    of_rates = {rate: losses.get(Training(model, rate, 0, TUNED_STEPS).name) for rate in RATES}
+    if any(loss is None for loss in of_rates.values()):
+        return None
+    finite = {rate: loss for rate, loss in of_rates.items() if loss is not None and loss == loss}
+    return min(finite, key=lambda rate: finite[rate]) if finite else None
+
+
+def compared(losses: dict[str, float]) -> Iterator[Training]:
+    """The runs whose perplexities are compared, of those models whose learning rate is known: first one seed of every
+    model, then the second."""
+    for seed in range(max(SEEDS.values())):
+        for model, seeds in SEEDS.items():
+            rate = chosen_rate(model, losses)
+            if seed < seeds and rate is not None:
+                yield Training(model, rate, seed, STEPS)
+
+
+def next_training(losses: dict[str, float]) -> Training | None:
+    """The first that has no result; None: all have."""
+    return next((run for run in (*tuning(), *compared(losses)) if run.name not in losses), None)

@@ -1,0 +1,81 @@
+"""The comparison as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality.plan import CONFIGS, SEEDS, STEPS, chosen_rate
+from benchmarks.quality.records import EVERY, Record
+from model.costs import attention_memory, formula_parameters, training_flops_per_token
+from pretrain.config.loading import load_config
+
+NAMES = {
+    "dense": "dense, 8 heads",
+    "dense_2heads": "dense, 2 heads",
+    "moa": "MoA, 4 of 8",
+    "switchhead": "SwitchHead, 2 heads",
+    "switchall": "SwitchAll, 2 heads",
+}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a line for each model, of what is there. Perplexity: mean, and the lowest and highest of the seeds."""
+    losses = {record.name: record.last_loss for record in records}
+    rows = [
+        "| model | parameters | MFLOP a token | attention floats | rate | seeds | perplexity | spread | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in SEEDS:
+        config = load_config(CONFIGS / f"{model}.json").model
+        rate = chosen_rate(model, losses)
+        whole = of_model(records, model)
+        cells = [NAMES[model], f"{formula_parameters(config).total:,}", f"{training_flops_per_token(config) / 1e6:.1f}"]
+        cells += [
+            f"{attention_memory(config):,}",
+            "" if rate is None else f"{rate:g}",
+            f"{len(whole)} of {SEEDS[model]}",
+        ]
+        if whole:
+            spread = [record.perplexity for record in whole]
+            cells += [f"{statistics.mean(spread):.2f}", f"{min(spread):.2f} to {max(spread):.2f}"]
+            cells += [f"{statistics.median(record.seconds[-1] for record in whole) / 60:.0f}"]
+        rows.append("| " + " | ".join([*cells, "", "", ""][:9]) + " |")
+    return "\n".join(rows)
+
+
+def of_model(records: Sequence[Record], model: str) -> list[Record]:
+    """Its compared runs, with the chosen learning rate."""
+    rate = chosen_rate(model, {record.name: record.last_loss for record in records})
+    return [r for r in records if r.model == model and r.steps == STEPS and r.rate == rate and not r.diverged]
+
+
+def picture(records: Sequence[Record], path: Path) -> None:
+    """PNG: validation perplexity against tokens, training FLOPs and minutes; a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for color, model in enumerate(SEEDS):
+        for number, record in enumerate(of_model(records, model)):
+            tokens = [step * record.tokens_per_step for step, _ in record.validations]
+            values = [math.exp(loss) for _, loss in record.validations]
+            minutes = [record.seconds[step // EVERY - 1] / 60 for step, _ in record.validations]
+            flops = [count * record.flops_per_token for count in tokens]
+            for axis, across in zip(axes, (tokens, flops, minutes), strict=True):
+                label = NAMES[model] if number == 0 else None
+                axis.plot(across, values, "o-", color=f"C{color}", markersize=3, linewidth=1, label=label)
+    for axis, label in zip(axes, ("tokens", "training FLOPs", "minutes of training"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation perplexity")
+    axes[0].set_yscale("log")
+    if axes[0].lines:
+        axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
