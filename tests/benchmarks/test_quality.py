@@ -1,0 +1,134 @@
+"""The order of the runs, what is kept of them, and that the models have equally many parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality.plan import (
+    CONFIGS,
+    RATES,
+    SEEDS,
+    STEPS,
+    TUNED_STEPS,
+    Training,
+    chosen_rate,
+    next_training,
+    tuning,
+)
+from benchmarks.quality.records import Record, keep, read_records, record_of
+from benchmarks.quality.table import picture, table
+from model.costs import formula_parameters
+from pretrain.config.loading import load_config
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, train_runs
+
+
+def record(training: Training, loss: float, *, diverged: bool = False) -> Record:
+    points = training.steps // 10
+    return Record(
+        *(training.name, training.model, training.rate, training.seed, training.steps, diverged, 8192, 2e7),
+        losses=[loss] * points,
+        validations=[(training.steps // 2, loss + 1), (training.steps, loss)],
+        seconds=[60.0 * number for number in range(points)],
+        origin={"torch": "2"},
+    )
+
+
+def test_models_have_equally_many_parameters_and_differ_in_the_layers_alone() -> None:
+    configs = {model: load_config(CONFIGS / f"{model}.json") for model in SEEDS}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == set(SEEDS)
+    totals = {model: formula_parameters(config.model).total for model, config in configs.items()}
+    assert 3e6 < totals["dense"] < 6e6
+    assert all(abs(total / totals["dense"] - 1) < 0.002 for total in totals.values()), totals
+    different = {"attention", "feedforward"}
+    same = [config.model.model_dump(exclude=different) for config in configs.values()]
+    same_runs = [config.model_dump(exclude={"model", "description"}) for config in configs.values()]
+    assert all(tree == same[0] for tree in same) and all(tree == same_runs[0] for tree in same_runs)
+    batch = configs["dense"].batch.global_sequences * configs["dense"].model.sequence_length
+    assert batch * TUNED_STEPS >= 2e6 and batch * STEPS >= 8e6
+
+
+def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
+    losses: dict[str, float] = {}
+    order = []
+    while (training := next_training(losses)) is not None:
+        order.append(training)
+        best = RATES[len(training.model) % 3]
+        losses[training.name] = abs(math.log(training.rate / best))
+    assert order[:15] == list(tuning()) and len(order) == 15 + 12
+    assert [training.seed for training in order[15:]] == sorted(training.seed for training in order[15:])
+    for model, seeds in SEEDS.items():
+        of_model = [training for training in order[15:] if training.model == model]
+        assert [training.seed for training in of_model] == list(range(seeds))
+        assert {training.rate for training in of_model} == {RATES[len(model) % 3]}
+
+
+def test_a_run_that_diverged_is_not_chosen() -> None:
+    names = [Training("dense", rate, 0, TUNED_STEPS).name for rate in RATES]
+    assert chosen_rate("dense", {names[0]: 3.0, names[1]: math.nan, names[2]: 4.0}) == RATES[0]
+    assert chosen_rate("dense", dict.fromkeys(names, math.nan)) is None
+    assert chosen_rate("dense", {names[0]: 3.0, names[1]: 2.0}) is None, "one has not been trained"
+
+
+def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
+    for number, training in enumerate(tuning()):
+        keep(record(training, 4.0 + number % 3), tmp_path / "results")
+    for seed, loss in enumerate((3.0, 3.2)):
+        keep(record(Training("moa", RATES[0], seed, STEPS), loss), tmp_path / "results")
+    keep(record(Training("moa", RATES[1], 0, STEPS), 1.0), tmp_path / "results")  # not the chosen rate
+    records = read_records(tmp_path / "results")
+    assert len(records) == 18
+    lines = table(records).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    mean = (math.exp(3.0) + math.exp(3.2)) / 2
+    (row,) = [line for line in lines if line.startswith("| MoA")]
+    assert f"| 2 of 2 | {mean:.2f} | {math.exp(3.0):.2f} to {math.exp(3.2):.2f} | 99 |" in row
+    picture(records, tmp_path / "quality.png")
+    assert matplotlib.image.imread(tmp_path / "quality.png").std() > 0.01
+    (tmp_path / "results" / "other.json").write_text("{}")
+    with pytest.raises(command.UserError, match=r"other.json is no record of a run"):
+        read_records(tmp_path / "results")
+
+
+def test_what_is_kept_of_a_run(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=20", "evaluate.every_steps=10")
+    run_ranks(train_runs, 1, [(config, tmp_path / "run")])
+    found = record_of(Training("dense", 0.004, 0, 20), tmp_path / "run", prepared, diverged=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found.losses == [round(sum(row["loss"] for row in rows[at : at + 10]) / 10, 4) for at in (0, 10)]
+    assert [step for step, _ in found.validations] == [10, 20] and found.steps == 20
+    assert found.tokens_per_step == 8 * 16 and found.last_loss == found.validations[-1][1]
+    assert found.seconds[1] == pytest.approx(sum(row["step_seconds"] for row in rows), abs=0.1)
+    assert set(found.origin) >= {"torch", "processor", "began", "data"}
+    keep(found, tmp_path / "results")
+    assert read_records(tmp_path / "results") == [found]
+
+
+def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, trained = [0, 3, 85], []
+
+    def train(training: Training, data: Path, runs: Path) -> tuple[int, Path]:
+        trained.append(training)
+        return codes[len(trained) - 1], runs / training.name
+
+    def read(training: Training, folder: Path, data: Path, *, diverged: bool) -> Record:
+        return record(training, 3.0, diverged=diverged)
+
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "record_of", read)
+    line = ["quality", "run", "--data", str(prepared), "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", line)
+    assert command.main() == 85
+    assert trained == list(tuning())[:3] and "the same command goes on" in capsys.readouterr().err
+    kept = {each.name: each.diverged for each in read_records(tmp_path / "results")}
+    assert kept == {trained[0].name: False, trained[1].name: True}
+    monkeypatch.setattr("sys.argv", ["quality", "run"])
+    assert command.main() == 2 and "error: --data: name the manifest.json" in capsys.readouterr().err
