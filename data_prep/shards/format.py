@@ -54,7 +54,7 @@ TAR_BLOCK_BYTES = 512
 Part = tuple[int, int]
 """(number, of): of several processes that check a folder together, this one's number and how many they are."""
 WHOLE: Part = (0, 1)
-REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`"
+REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`, or copy them again"
 
 
 def dtype_name(vocab_size: int) -> Literal["uint16", "uint32"]:

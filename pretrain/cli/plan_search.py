@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +69,9 @@ def _write(args: argparse.Namespace, best: Found, found: Machine) -> None:
     words = f"{found.num_gpus} x {found.device.name}"
     tree = chosen_tree(args.config, args.overrides, best.layout.overrides(), words)
     write_config(args.write, tree, force=args.force)
+    quoted = shlex.quote(str(args.write))
     print(
-        f"wrote {args.write}: check it with python launch/pretrain.py --config {args.write} --dry-run --ranks "
+        f"wrote {args.write}: check it with python launch/pretrain.py --config {quoted} --dry-run --ranks "
         f"{found.num_gpus}",
         file=sys.stderr if args.json else sys.stdout,
     )

@@ -158,6 +158,7 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     if with_step:
         examination.check_step()
     if not examination.is_sound:
+        print_warnings(examination.checks.warnings)
         print_errors(examination)
         return ExitCode.REFUSED
     planned = examination.run

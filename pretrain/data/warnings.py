@@ -19,7 +19,18 @@ PADDING = 128
 
 def data_warnings(config: Config, sources: Sources) -> list[str]:
     """One sentence per thing that is too small or too large, with key and remedy."""
-    return [*_epochs(config, sources), *_vocabulary(config, sources)]
+    return [*_epochs(config, sources), *_vocabulary(config, sources), *_held_out(config, sources)]
+
+
+def _held_out(config: Config, sources: Sources) -> list[str]:
+    wanted, split, T = config.evaluate.sequences, config.evaluate.split, config.model.sequence_length
+    there = sum(num_windows(source.manifest, split, T) for source in sources.sources) if wanted else 0
+    if wanted <= there:
+        return []
+    return [
+        f"evaluate.sequences: is {wanted:,}, but the {split} split has {there:,} sequences of {T:,} tokens: all "
+        f"are read; set it to {there}, or prepare more"
+    ]
 
 
 def _epochs(config: Config, sources: Sources) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError, refuse
+
+KEYED = re.compile(r"(--)?[a-z_]+([.\[-][a-z0-9_\]]+)*: ")
+"""How a message begins that names its key or option."""
 
 
 class Blocked(Exception):
@@ -25,10 +29,14 @@ class Outcome:
     """What does not keep the run from starting."""
     blocked_by: str = ""
     """Why the check was not made; empty if it was."""
+    _key: str = ""
     _stops: bool = False
 
     def problem(self, error: UserError) -> None:
-        """Takes what is wrong, or raises it where the program ends at the first fault."""
+        """Takes what is wrong, or raises it where the program ends at the first fault. An error without a key gets that
+        of the check."""
+        if self._key and not KEYED.match(str(error)):
+            error = type(error)(f"{self._key}: {error}")
         refuse(error) if self._stops else self.problems.append(error)
 
     @property
@@ -43,7 +51,7 @@ class Outcome:
         if self.problems:
             count = len(self.problems)
             return f"  WRONG   {self.name:<18}  {count} problem{'s' * (count > 1)}, said below"
-        return f"  ok      {self.name:<18}  {self.said}"
+        return f"  {'warning' if self.warnings else 'ok     '} {self.name:<18}  {self.said}"
 
     def to_json(self) -> dict[str, Any]:
         """A problem's key is what stands before its first colon."""
@@ -65,18 +73,20 @@ class Checklist:
         self.outcomes: list[Outcome] = []
         self._stops, self._tell = stops, tell
 
-    def do(self, name: str, check: Callable[[Outcome], str]) -> None:
+    def do(self, name: str, check: Callable[[Outcome], str], *, key: str = "") -> None:
         """Makes a check: it says what it checked, hands problems and warnings to its Outcome or raises a UserError, and
-        raises Blocked if it cannot be made."""
-        outcome = Outcome(name, _stops=self._stops)
+        raises Blocked if it cannot be made. `key`: what is to blame where a message does not say it."""
+        outcome = Outcome(name, _key=key, _stops=self._stops)
         try:
             outcome.said = check(outcome)
         except Blocked as blocked:
             outcome.blocked_by = str(blocked)
-        except (UserError, OSError) as error:
+        except UserError as error:
+            outcome.problem(error)
+        except OSError as error:
             if self._stops:
                 raise
-            outcome.problems.append(error if isinstance(error, UserError) else _of_the_system(error))
+            outcome.problem(_of_the_system(error))
         said = {str(problem) for earlier in self.outcomes for problem in earlier.problems}
         again = [problem for problem in outcome.problems if str(problem) in said]
         if again and len(again) == len(outcome.problems):

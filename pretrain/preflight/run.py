@@ -52,13 +52,14 @@ class PlannedRun:
     def check(self, checks: Checklist, *, thorough: bool) -> None:
         """Makes every check. `thorough`: what else a dry run reads: the newest checkpoint, and every shard if
         data.verify asks for it, which a start does when its ranks have met."""
+        data = "data.sources" if self.config.data.sources else "data.manifest"
         checks.do("packages", self._packages)
         checks.do("layout", self._layout)
         checks.do("device", self._device)
-        checks.do("data sets", self._data_sets)
-        checks.do("tokenizer", self._tokenizer)
-        checks.do("text", self._text)
-        checks.do("shards", lambda found: self._shards(found, thorough=thorough))
+        checks.do("data sets", self._data_sets, key=data)
+        checks.do("tokenizer", self._tokenizer, key=data)
+        checks.do("text", self._text, key=data)
+        checks.do("shards", lambda found: self._shards(found, thorough=thorough), key=data)
         checks.do("checkpoint", lambda found: self._checkpoint(found, thorough=thorough))
         checks.do("disk", self._disk)
         checks.do("evaluation", self._evaluation)
@@ -80,11 +81,11 @@ class PlannedRun:
         parallel, batch = self.config.parallel, self.config.batch
         self.data_size = self.world_size // (parallel.tensor * parallel.pipeline)
         expert = f", experts over {parallel.expert} data-parallel ranks" * (parallel.expert > 1)
-        micro_steps = batch.global_sequences // (batch.micro_sequences * self.data_size)
+        micro_steps, rest = divmod(batch.global_sequences, batch.micro_sequences * self.data_size)
+        shares = f" = {micro_steps} x {batch.micro_sequences} on each data-parallel rank" if not rest else ""
         return (
             f"{self.world_size:,} ranks = pipeline {parallel.pipeline} x data {self.data_size:,} x tensor "
-            f"{parallel.tensor}{expert}; ZeRO {parallel.zero}; {batch.global_sequences:,} sequences a step = "
-            f"{micro_steps} x {batch.micro_sequences} on each data-parallel rank"
+            f"{parallel.tensor}{expert}; ZeRO {parallel.zero}; {batch.global_sequences:,} sequences a step{shares}"
         )
 
     def _device(self, found: Outcome) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from common.errors import UserError
 from data_prep.shards.format import manifest_digest
 from pretrain.cli.plan import main
-from pretrain.config.loading import to_json
+from pretrain.cli.train import main as train_main
+from pretrain.config.loading import load_config, to_json
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
+from pretrain.report.disk_space import checkpoint_space
 from tests.pretrain.runs import small_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -100,8 +103,15 @@ def test_all_mistakes_are_found_in_one_call(
         ("train.precision: fp16 needs CUDA", "set train.precision to bf16 or fp32"),
         ("data.sources.1.manifest: ", "was made with another tokenizer", "prepare one of them again"),
         ("model.vocab_size: 384 rows cannot hold the tokenizer's 400 pieces", "set it to 400 or more"),
-        (f"{shard} does not match the manifest: expected bytes", "prepare the data again"),
-        (f"{place}/other/train-00001.tar does not match the manifest: expected bytes", "prepare the data again"),
+        (
+            f"data.sources: {shard} does not match the manifest: expected bytes",
+            "prepare the data again",
+            "or copy them",
+        ),
+        (
+            f"data.sources: {place}/other/train-00001.tar does not match the manifest: expected bytes",
+            "prepare the data",
+        ),
         ("batch.global_sequences: was 8 in ", "model.vocab_size", "allow all changes with"),
         ("--run-dir: the disk of ", "has no room for checkpoints of", "make room or choose another --run-dir"),
         ("evaluate.tasks.lambada: there is no ", "name the file or folder, or remove the task"),
@@ -135,7 +145,7 @@ def test_what_needs_the_data_is_not_checked_without_them(place: Path, capsys: py
     (place / "data" / "manifest.json").write_text("none")
     assert main(["check", "c.json", "--json", "--no-step"]) == 2
     found = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert found["data sets"]["problems"][0]["key"] == f"{place}/data/manifest.json is not JSON (Expecting value"
+    assert found["data sets"]["problems"][0]["key"] == "data.manifest"
     assert [name for name, check in found.items() if check["passed"] is None] == ["tokenizer", "text", "shards"]
     assert found["disk"]["passed"] and found["checkpoint"]["passed"]
 
@@ -146,7 +156,11 @@ def test_a_folder_without_its_shards_is_told_in_a_few_lines(place: Path, capsys:
     for index in (place / "data").glob("*.safetensors"):
         index.unlink()
     code, _, wrong = checked(capsys)
-    assert code == 2 and len(wrong) == 6 and all(line.startswith("error: missing file ") for line in wrong[:5])
+    assert (
+        code == 2
+        and len(wrong) == 6
+        and all(line.startswith("error: data.manifest: missing file ") for line in wrong[:5])
+    )
     assert "more of its files are wrong; copy the data set again" in wrong[5]
 
 
@@ -158,7 +172,22 @@ def test_a_shard_that_may_not_be_read(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard and access(path, mode))
     code, _, wrong = checked(capsys)
     assert code == 2
-    assert wrong == [f"error: {shard} cannot be read: Permission denied; let its owner give this user read permission"]
+    permission = f"{shard} cannot be read: Permission denied; let its owner give this user read permission"
+    assert wrong == [f"error: data.manifest: {permission}"]
+
+
+def test_warnings_are_seen_beside_errors(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a disk with room for two checkpoints and not for all that are kept: in its row, and by a dry run too."""
+    keys = ["--set", "checkpoint.every_steps=1", "--run-dir", str(place / "run")]
+    size = checkpoint_space(load_config(place / "c.json", [keys[1]]), place / "run").size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * size, 0, 2 * size))
+    (place / "data" / "manifest.json").write_text("none")
+    _, said, wrong = checked(capsys, *keys)
+    assert re.search(r"^  warning disk ", said, re.MULTILINE) and "no room for the" in said and len(wrong) == 1
+    assert train_main(["--config", "c.json", "--dry-run", "--no-step", *keys]) == 2
+    assert "warning: the disk of " in capsys.readouterr().out
 
 
 def test_a_list_of_checks_goes_on_where_a_start_ends() -> None:
