@@ -88,3 +88,16 @@ def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: py
     (warning,) = data_warnings(config, sources)
     assert warning.startswith("data.manifest: in its 26,279 tokens the rarest of the tokenizer's 400 pieces are met")
     assert "prepare 26,280 tokens" in warning
+
+
+def test_a_validation_longer_than_its_split_is_warned_of(prepared: Path) -> None:
+    """Of N tokens each window takes T, and the last one a target more."""
+    config = small_config(prepared)
+    there = (Sources.load(config).sources[0].manifest.num_tokens("validation") - 1) // config.model.sequence_length
+    for wanted, warned in ((0, False), (there, False), (there + 1, True)):
+        config = small_config(prepared, f"evaluate.sequences={wanted}")
+        found = [
+            line for line in data_warnings(config, Sources.load(config)) if line.startswith("evaluate.sequences: ")
+        ]
+        assert len(found) == warned
+        assert not found or f"has {there:,} sequences of 16 tokens" in found[0]
