@@ -37,6 +37,11 @@ def byte_bar(*, total: int, description: str, enabled: bool = True) -> "tqdm[Any
     )
 
 
+def count_bar(*, enabled: bool = True) -> "tqdm[Any]":
+    """A tqdm bar that counts things, removed at its end; what and how many may change (`set_description`, `reset`)."""
+    return tqdm(leave=False, mininterval=_interval_seconds(), miniters=1, disable=not enabled)
+
+
 @contextlib.contextmanager
 def heartbeat(description: str) -> Iterator[None]:
     """Says what started, how long it has been running (every 15 s), and how long it took."""

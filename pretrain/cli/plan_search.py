@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress_bar import count_bar
 from common.tables import text_table
 from pretrain.cli.plan_fit import machine_options, machine_text, seconds_text
 from pretrain.config.loading import load_config
@@ -32,7 +31,7 @@ def print_search(args: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     config = load_config(args.config, args.overrides, option="CONFIG")
     found = machine(machine_options(args))
-    with tqdm(leave=False, disable=True if args.json else None, file=sys.stderr) as bar:
+    with count_bar(enabled=not args.json) as bar:
         counted = ""
 
         def progress(what: str, done: int, total: int) -> None:

@@ -125,8 +125,9 @@ def speed_text(view: RunView) -> str:
     waits = [w for w in view.metrics.column("data_wait_seconds")[-RECENT_STEPS:] if math.isfinite(w)]
     if waits and seconds > 0 and sum(waits) / len(waits) > 0.05 * seconds:
         parts.append(f"{sum(waits) / len(waits) / seconds:.0%} of it waiting for data")
-    used = newest.get("flops_utilization")
-    parts += [f"{used:.1%} of the peak FLOP/s"] if isinstance(used, int | float) else []
+    used, took = newest.get("flops_utilization"), newest.get("step_seconds")
+    if isinstance(used, int | float) and isinstance(took, int | float) and seconds > 0:
+        parts.append(f"{used * took / seconds:.1%} of the peak FLOP/s")  # of the same steps as the time
     return ", ".join(parts)
 
 
