@@ -70,6 +70,6 @@ def test_kernels_compile(triton: tuple[str, Path]) -> None:
     done = run(folder, "benchmarks.compiled", "--check", "--recompile", again, "--markdown")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
     failed = {(row[0], row[1]) for row in rows if len(row) > 2 and row[-1]}
-    known = {("switchhead_value forward E4 1024x112 bf16", "100")}
-    assert failed == (set() if version == NEWEST else known), done.stdout + done.stderr
-    assert done.returncode == (0 if version == NEWEST else 1), done.stderr
+    known = {("switchhead_value forward E4 1024x112 bf16", "100")}  # which a sample need not have
+    assert failed <= (set() if version == NEWEST else known), done.stdout + done.stderr
+    assert done.returncode == (1 if failed else 0), done.stderr
