@@ -26,7 +26,8 @@ DEEPSPEED = {
     "get_tied_weights_and_groups",
     "runtime.pipe.topology": "pp_group dp_group slice_group",
     "runtime.zero.stage_1_and_2": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
-    "_fill_param_grad_accum_attribute grad_accum update_lp_params averaged_gradients reset_cpu_buffers",
+    "_fill_param_grad_accum_attribute grad_accum update_lp_params averaged_gradients reset_cpu_buffers "
+    "flatten unflatten",
     "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow "
     "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
     "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",
