@@ -16,7 +16,7 @@ from benchmarks.gpu.equality import DTYPES, backends_on, results
 from benchmarks.gpu.timing import draw
 from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases
 
-PROCESSES = 8
+PROCESSES = 16
 """At most; each holds a CUDA context and the tensors of one case."""
 
 
@@ -46,7 +46,7 @@ def compile_all(context: Context) -> dict[str, Any]:
         for number, case in enumerate(cases)
         if backends_on(case.op, device, DTYPES[dtype], case.widths).get("triton", "absent") is None
     ]
-    processes = 2 if context.tiny else max(1, min(PROCESSES, (os.cpu_count() or 2) // 2))
+    processes = 2 if context.tiny else max(1, min(PROCESSES, (os.cpu_count() or 2) - 1))
     deadline = time.monotonic() + 0.5 * context.remaining()
     begin = time.perf_counter()
     seconds: dict[str, float] = {}
