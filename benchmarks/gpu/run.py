@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -271,9 +272,11 @@ class Launch:
         return json.loads(path.read_text(encoding="utf-8"))["exit_code"] if path.exists() else None
 
     def _said(self) -> str:
+        """Its own error, or the exception that ended it; the launcher's last lines name the command line alone."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error:")]
-        return (errors or lines or ["nothing"])[-1][-500:]
+        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b", line)]
+        return (errors or raised or lines or ["nothing"])[-1][-500:]
 
 
 def script(config: str, run_dir: Path, manifest: Path, settings: list[str]) -> list[str]:
