@@ -39,7 +39,7 @@ from model.feedforward.sigma_moe import SigmaMoE
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import dropout, layer_norm
-from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from model.kernels.ops.linear_cross_entropy import chunk_bytes, linear_cross_entropy
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
@@ -279,7 +279,7 @@ class Head(nn.Linear):
 
     def _log_likelihood(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of `hidden` [n, d] and `targets` [n], a part at a time: logits take 4 bytes per token and class."""
-        at_once = max(1, CHUNK_BYTES // (4 * self.weight.shape[0] * self.parallel.tensor_size))
+        at_once = max(1, chunk_bytes(hidden.device.type) // (4 * self.weight.shape[0] * self.parallel.tensor_size))
         likelihoods, likeliest = [], []
         for part, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True):
             logits = gather_last(super().forward(part), self.parallel.tensor_group).float()

@@ -7,6 +7,7 @@ chunks, and the gradients of what all tokens share are added up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from model.kernels.backend import BACKENDS, resolve
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """||a - b|| / ||b|| of every tensor; half precision rounds the hidden activations of an op too."""
+NEAR_TIES = 2e-3
+"""How far the reference, plain PyTorch in the dtype, may be off instead, and others with it: in fp32 rounding decides on
+which side of a ReLU numbers near 0 fall. On an H200 a σ-MoE of 16.8 million hidden numbers is off by 9e-4 so."""
 REPEATING = ("triton", "cuda")
 """Backends that promise the same bits when repeated; of the others it is only recorded."""
 CHUNK_TOKENS = 1024
@@ -91,19 +95,27 @@ def same_bits(actual: Tensors, again: Tensors) -> bool:
 
 
 def check(
-    inputs: Inputs, dtype: torch.dtype, backend: str, wanted: Tensors | None
-) -> tuple[dict[str, object], Tensors]:
+    inputs: Inputs,
+    dtype: torch.dtype,
+    backend: str,
+    wanted: Tensors | None,
+    reference: dict[str, float] | None = None,
+) -> tuple[dict[str, Any], Tensors]:
     """Row of one backend, with `failed`, and the expected values: `wanted`, or computed if there are none yet or the
-    backend chose by itself."""
+    backend chose by itself. `reference`: the errors of the backend `reference`, None for itself."""
     actual, left = results(inputs, backend)
     again, _ = results(inputs, backend)
     chose = any(name in inputs.case.per_token and name not in inputs.tensors for name in left)
     if wanted is None or chose:
         wanted = expected(inputs, left)
     found, same = errors(actual, wanted), same_bits(actual, again)
-    worst = max(found, key=lambda name: found[name])
+    if reference is None:
+        limits = dict.fromkeys(found, max(TOLERANCE[dtype], NEAR_TIES))
+    else:
+        limits = {name: max(TOLERANCE[dtype], 1.05 * reference[name]) for name in found}
+    worst = max(found, key=lambda name: found[name] / limits[name])
     # `not <=`: a NaN fails.
-    failed = not all(value <= TOLERANCE[dtype] for value in found.values())
+    failed = not all(found[name] <= limits[name] for name in found)
     failed |= not same and backend in REPEATING
-    row = {"backend": backend, "worst": worst, "error": found[worst], "errors": found, "repeats": same}
+    row: dict[str, Any] = {"backend": backend, "worst": worst, "error": found[worst], "errors": found, "repeats": same}
     return row | {"failed": failed}, wanted

@@ -21,6 +21,8 @@ from torch import Tensor
 from benchmarks.op_cases import Build, Case
 
 Work = Callable[[], Any]
+LOSS_SCALE = 65536.0
+"""Of losses in fp16, as in training: a mean's gradients are too small for fp16 without."""
 WARM_UP = 3
 """Calls before a capture: compilation, handles, allocator."""
 
@@ -183,6 +185,8 @@ def draw(build: Build, device: torch.device, dtype: torch.dtype, seed: int) -> I
         outline = build()
     shapes = outline.compute(tensors_of(outline, dtype), "reference")
     upstream = [torch.randn(y.shape, dtype=y.dtype, device=device) for y in shapes]
+    if dtype == torch.float16:
+        upstream = [u if u.dim() else LOSS_SCALE * u for u in upstream]
     return Inputs(case, tensors, upstream)
 
 

@@ -64,13 +64,14 @@ def equality(context: Context, *, build: Build, dtype: str) -> dict[str, Any]:
     inputs = draw(build, context.device, kind, seed=0)
     case = inputs.case
     rows: list[dict[str, Any]] = []
-    wanted = None
+    wanted = reference = None
     for backend, why_not in backends_on(case.op, context.device.type, kind, case.widths).items():
         if why_not is not None:
             rows.append({"backend": backend, "skipped": why_not})
             continue
         try:
-            row, wanted = check(inputs, kind, backend, wanted)
+            row, wanted = check(inputs, kind, backend, wanted, reference)
+            reference = reference or row["errors"]
         except Exception as error:  # one broken kernel must not hide the others
             row = {"backend": backend, "failed": True, "reason": f"{type(error).__name__}: {str(error)[:1000]}"}
         rows.append(row)

@@ -4,9 +4,9 @@ r"""Quality of the models at a size that a CPU affords: tuned alike, trained on 
     python -m benchmarks.quality run --data data/c4/manifest.json    # many hours; again: goes on where it was
     python -m benchmarks.quality table                               # at any time; also writes the picture
 
-Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. One is trained
-at a time, by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. Of each, the metrics are kept in
---results, and its run folder can be removed.
+Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
+trained by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of
+each, the metrics are kept in --results, and its run folder can be removed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from benchmarks.quality.plan import Training, next_training
+from benchmarks.quality.plan import Training, missing
 from benchmarks.quality.records import RESULTS, keep, read_records, record_of
 from benchmarks.quality.table import picture, table
 from common.errors import DataError, UserError
@@ -37,6 +38,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="run: manifest of the prepared text, 8,000 pieces")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="run folders (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="table: the PNG that it writes")
     args = parser.parse_args()
@@ -48,7 +51,7 @@ def main() -> int:
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")
-        return run(args.data, args.runs, args.results, args.most)
+        return run(args.data, args.runs, args.results, args.most, args.jobs, args.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,30 +59,43 @@ def main() -> int:
         return 130
 
 
-def run(data: Path, runs: Path, results: Path, most: int) -> int:
-    """Trains what has no record yet. Returns the exit code: that of a run that did not end."""
-    for _ in range(most):
-        losses = {record.name: record.last_loss for record in read_records(results)}
-        training = next_training(losses)
-        if training is None:
-            break
-        print(f"== {training.name}, {len(losses)} of 27 runs have a result", flush=True)
-        code, folder = train(training, data, runs)
-        if code not in (0, ExitCode.DIVERGED):
-            print(f"error: {training.name} ended with exit code {code}; the same command goes on", file=sys.stderr)
-            return code
-        keep(record_of(training, folder, data, diverged=code != 0), results)
-    return 0
+def run(data: Path, runs: Path, results: Path, most: int, jobs: int, device: str) -> int:
+    """Trains what has no record yet. Returns the exit code: that of the first run that did not end, after which those
+    that run are awaited and no other begins."""
+    code, begun, running = 0, 0, dict[Future[tuple[int, Path]], Training]()
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        while True:
+            losses = {record.name: record.last_loss for record in read_records(results)}
+            for training in missing(losses):
+                if code == 0 and begun < most and len(running) < max(1, jobs) and training not in running.values():
+                    print(f"== {training.name}, {len(losses)} of 27 runs have a result", flush=True)
+                    log = runs / f"{training.name}.log" if jobs > 1 else None
+                    running[pool.submit(train, training, data, runs, device, log)] = training
+                    begun += 1
+            if not running:
+                return code
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                training = running.pop(future)
+                ended, folder = future.result()
+                if ended in (0, ExitCode.DIVERGED):
+                    keep(record_of(training, folder, data, diverged=ended != 0), results)
+                    continue
+                print(f"error: {training.name} ended with exit code {ended}; the same command goes on", file=sys.stderr)
+                code = code or ended
 
 
-def train(training: Training, data: Path, runs: Path) -> tuple[int, Path]:
-    """-> exit code and run folder. What exists is continued."""
+def train(training: Training, data: Path, runs: Path, device: str, log: Path | None = None) -> tuple[int, Path]:
+    """-> exit code and run folder. What exists is continued. `log`: where it says what it does, if not here."""
     folder = runs / training.name
     command = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(training.config)]
-    command += ["--run-dir", str(folder), "--set", f"data.manifest={data}"]
+    command += ["--run-dir", str(folder), "--set", f"data.manifest={data}", "--set", f"train.device={device}"]
     command += [part for override in training.overrides for part in ("--set", override)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, env=environment, check=False).returncode, folder
+    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+    if log is None:
+        return subprocess.run(command, env=environment, check=False).returncode, folder
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as to:
+        return subprocess.run(command, env=environment, check=False, stdout=to, stderr=to).returncode, folder
 
 
 if __name__ == "__main__":

@@ -74,6 +74,6 @@ def compared(losses: dict[str, float]) -> Iterator[Training]:
                 yield Training(model, rate, seed, STEPS)
 
 
-def next_training(losses: dict[str, float]) -> Training | None:
-    """The first that has no result; None: all have."""
-    return next((run for run in (*tuning(), *compared(losses)) if run.name not in losses), None)
+def missing(losses: dict[str, float]) -> Iterator[Training]:
+    """In their order, those without a result of which everything is known."""
+    return (training for training in (*tuning(), *compared(losses)) if training.name not in losses)

@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.quality.plan import Training
 from common.errors import DataError
 from common.files import write_json
 from data_prep.shards.format import Manifest
-from pretrain.views.reading import RunView
+from pretrain.views.reading import RunView, setting
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EVERY = 10
@@ -76,15 +78,17 @@ def record_of(training: Training, folder: Path, data: Path, *, diverged: bool) -
         seconds=[round(sum(times[:end]), 1) for end in ends],
         origin={
             **software,
-            "processor": processor(),
+            "processor": processor(setting(view.config, "train.device")),
             "began": datetime.fromtimestamp(float(opened.get("time", 0)), UTC).date().isoformat(),
             "data": Manifest.load(data).digest[:12],
         },
     )
 
 
-def processor() -> str:
-    """As Linux names it, or as Python does."""
+def processor(device: object) -> str:
+    """The GPU of a run on `cuda`; else the CPU as Linux names it, or as Python does."""
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -15,8 +15,6 @@ from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import braceexpand
-
 from common.errors import DataError, PassingError
 from common.hashing import sha256_stream
 from common.urls import PIPE, URL, WEB, without_secrets
@@ -188,6 +186,8 @@ def expand(pattern: str) -> list[str]:
     """Expands {a,b} and {00..09} in a pattern, as a shell and webdataset do."""
     if "{" not in pattern or Path(pattern).exists():
         return [pattern]
+    import braceexpand  # here: training reads shards, and needs none of what the preparation brings
+
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:

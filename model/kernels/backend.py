@@ -89,7 +89,7 @@ RELATIVE_ATTENTION_WIDTHS = {(8, 0): 256, (9, 0): 256, (10, 0): 256}
 block has less shared memory."""
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
 """What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
-which needs nvcc, everywhere; and `dense` and `sets`, but for the shapes of `ON_CUDA` (model/kernels/choice.py)."""
+which needs nvcc, everywhere; and `sets`. Which ops are `dense` on CUDA is in model/kernels/choice.py."""
 
 
 def resolve(

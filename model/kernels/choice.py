@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
 from model.kernels.backend import BACKENDS, resolve
 
-
-class ProjectionShape(NamedTuple):
-    """The shape of SwitchHead's projections, those of all tensor-parallel ranks together."""
-
-    d_model: int
-    num_heads: int
-    head_dim: int
-    num_experts: int
-    active_experts: int
-
-
-ON_CUDA: dict[ProjectionShape, str] = {
-    # To be measured on a GPU, all of them: `triton`, the default of every other shape, or `dense`.
-    ProjectionShape(1024, 4, 112, 4, 2): "triton",  # c4_switchhead_262m
-    ProjectionShape(2048, 8, 128, 4, 2): "triton",  # switchall_1b
-    ProjectionShape(412, 2, 76, 5, 3): "triton",  # c4_switchhead_47m
-    ProjectionShape(1024, 2, 132, 8, 4): "triton",  # wt103_switchhead_262m
-    ProjectionShape(128, 4, 32, 4, 2): "triton",  # switchall_tiny
-}
-"""What `kernels.backend=auto` takes on CUDA for `switchhead_value` and `switchhead_output`, in half precision. The one
-place that a measurement changes."""
+MOST_EXPERTS_OF_A_CHOICE = 3
+"""On CUDA in half precision `kernels.backend=auto` computes SwitchHead's projections as `dense`, all E experts at
+cuBLAS's rate, up to this many experts for each of the k chosen: E <= 3 k. At E = 2 k, six shapes, it took 0.27 to 0.55
+of the time of `triton`, forward and backward (H200, 2026-11-27, docs/gpu.md); its flops grow with E / k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +44,8 @@ class Backends:
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"
-            if wanted == "auto" and op.startswith("switchhead") and device_type == "cuda" and dtype.itemsize == 2:
-                wanted = _measured(model)
+            if wanted == "auto" and device_type == "cuda":
+                wanted = _measured(op, model, dtype)
             chosen[op] = resolve(wanted, op, device_type, dtype=dtype, widths=widths.get(op, ()))
         return cls(**chosen)
 
@@ -71,12 +53,10 @@ class Backends:
         return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
-def _measured(model: ModelConfig) -> str:
-    """The backend of `ON_CUDA` for SwitchHead's ops. `auto` for `triton`, which it prefers: where that cannot run, it
-    takes another and says why."""
+def _measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
+    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`."""
     a = model.attention
-    if not isinstance(a, SwitchHeadConfig):
-        return "auto"
-    shape = ProjectionShape(model.d_model, a.num_heads, a.head_dim, a.num_experts, a.active_experts)
-    found = ON_CUDA.get(shape, "triton")
-    return "auto" if found == "triton" else found
+    if op.startswith("switchhead") and isinstance(a, SwitchHeadConfig):
+        few = a.num_experts <= MOST_EXPERTS_OF_A_CHOICE * a.active_experts
+        return "dense" if few and dtype.itemsize == 2 else "auto"
+    return "dense" if op == "route" and dtype == torch.bfloat16 else "auto"

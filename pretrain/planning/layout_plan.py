@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from model.kernels.ops.linear_cross_entropy import chunk_bytes
 from pretrain.config.schema import Config
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
@@ -84,8 +84,9 @@ def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
     found = []
     for stage, blocks in enumerate(blocks_of_stages(config)):
         if why_unknown(config) is None:
-            traced = estimate(config, machine.num_gpus, machine.device.device_type)
-            parts, total, offloaded = _traced_parts(config, traced), traced.total, 0
+            kind = machine.device.device_type
+            traced = estimate(config, machine.num_gpus, kind)
+            parts, total, offloaded = _traced_parts(config, traced, kind), traced.total, 0
         else:
             first = stage * machine.num_gpus // config.parallel.pipeline
             rehearsal = rehearsed(config, machine.num_gpus, first, machine.device.device_type)
@@ -121,7 +122,7 @@ def rehearsed(
     return _rehearsed[key]
 
 
-def _traced_parts(config: Config, found: MemoryEstimate) -> dict[str, int]:
+def _traced_parts(config: Config, found: MemoryEstimate, device_type: str) -> dict[str, int]:
     return {
         "weights": found.weights,
         "optimizer": found.optimizer,
@@ -132,7 +133,7 @@ def _traced_parts(config: Config, found: MemoryEstimate) -> dict[str, int]:
         "kept by a block": found.activations.of_a_layer,
         "kept activations": found.activations.kept,
         "activations' peak": found.activations.peak,
-        "logits": logits_bytes(config),
+        "logits": logits_bytes(config, device_type),
     }
 
 
@@ -153,11 +154,11 @@ def _rehearsed_parts(found: Rehearsal) -> dict[str, int]:
     }
 
 
-def logits_bytes(config: Config) -> int:
+def logits_bytes(config: Config, device_type: str) -> int:
     """Bytes of the logits that a rank holds at once: those of a chunk of tokens, in fp32."""
     row = 4 * -(-config.model.vocab_size // config.parallel.tensor)
     tokens = config.batch.micro_sequences * config.model.sequence_length
-    return row * max(1, min(tokens, CHUNK_BYTES // row))
+    return row * max(1, min(tokens, chunk_bytes(device_type) // row))
 
 
 def staging_bytes(config: Config, parameters: int, data_size: int) -> int:

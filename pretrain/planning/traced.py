@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.kernels.dtypes import wide_dtype
-from model.kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from model.kernels.ops.linear_cross_entropy import chunk_bytes
 from model.language_model import LanguageModel
 from model.memory import layer_memories
 from model.recompute import Recompute
@@ -134,4 +134,4 @@ def _logits(args: tuple[Any, ...]) -> int:
     hidden, weight = args[:2]
     itemsize = wide_dtype(hidden.dtype).itemsize
     row = weight.shape[0] * itemsize
-    return int(row * max(1, min(hidden.shape[0], CHUNK_BYTES // row)))
+    return int(row * max(1, min(hidden.shape[0], chunk_bytes(hidden.device.type) // row)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import matplotlib.image
@@ -18,7 +19,7 @@ from benchmarks.quality.plan import (
     TUNED_STEPS,
     Training,
     chosen_rate,
-    next_training,
+    missing,
     tuning,
 )
 from benchmarks.quality.records import Record, keep, read_records, record_of
@@ -57,7 +58,7 @@ def test_models_have_equally_many_parameters_and_differ_in_the_layers_alone() ->
 def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
     losses: dict[str, float] = {}
     order = []
-    while (training := next_training(losses)) is not None:
+    while (training := next(missing(losses), None)) is not None:
         order.append(training)
         best = RATES[len(training.model) % 3]
         losses[training.name] = abs(math.log(training.rate / best))
@@ -115,7 +116,7 @@ def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(
 ) -> None:
     codes, trained = [0, 3, 85], []
 
-    def train(training: Training, data: Path, runs: Path) -> tuple[int, Path]:
+    def train(training: Training, data: Path, runs: Path, device: str, log: Path | None) -> tuple[int, Path]:
         trained.append(training)
         return codes[len(trained) - 1], runs / training.name
 
@@ -132,3 +133,32 @@ def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(
     assert kept == {trained[0].name: False, trained[1].name: True}
     monkeypatch.setattr("sys.argv", ["quality", "run"])
     assert command.main() == 2 and "error: --data: name the manifest.json" in capsys.readouterr().err
+
+
+def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decides(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    trained: list[Training] = []
+    running, most = set(), threading.Barrier(4, timeout=30)
+
+    def train(training: Training, data: Path, runs: Path, device: str, log: Path | None) -> tuple[int, Path]:
+        assert device == "cuda" and log == runs / f"{training.name}.log"
+        running.add(training)
+        trained.append(training)
+        if training in first:  # four of them wait for each other
+            most.wait()
+        at_once.append(len(running))
+        running.discard(training)
+        return 0, runs / training.name
+
+    def read(training: Training, folder: Path, data: Path, *, diverged: bool) -> Record:
+        return record(training, abs(math.log(training.rate / RATES[1])), diverged=diverged)
+
+    first = list(tuning())[:4]
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "record_of", read)
+    assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, "cuda") == 0
+    assert max(at_once) == 4 and len(trained) == len(set(trained)) == 27
+    assert set(trained[:15]) == set(tuning())
+    assert all(training.rate == RATES[1] for training in trained[15:])

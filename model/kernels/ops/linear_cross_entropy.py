@@ -29,7 +29,9 @@ from model.kernels.dtypes import gradient_dtype, wide_dtype
 from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
-"""Logits of one chunk. A chunk reads and writes the whole weight gradient once, so small chunks cost memory traffic."""
+"""Logits of one chunk on a CPU. A chunk reads and writes the whole weight gradient once, so small chunks cost memory
+traffic."""
+CHUNK_BYTES_ON_GPU = 4 * CHUNK_BYTES
 
 
 class Inputs(NamedTuple):
@@ -99,6 +101,11 @@ def linear_cross_entropy_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return token_loss.sum() / num_targets, token_loss.detach()
 
 
+def chunk_bytes(device_type: str) -> int:
+    """Of the logits that exist at once."""
+    return CHUNK_BYTES_ON_GPU if device_type == "cuda" else CHUNK_BYTES
+
+
 def local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
     """Column of each target, clamped into the shard, and whether the shard has it."""
     local = targets - first_class
@@ -126,7 +133,7 @@ def _linear_cross_entropy(
     `gradient_dtype`."""
     group = _resolve_process_group(GroupName(group_name)) if group_name else None
     inputs = Inputs(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
-    return implementation("linear_cross_entropy", backend).forward(inputs, CHUNK_BYTES)
+    return implementation("linear_cross_entropy", backend).forward(inputs, chunk_bytes(hidden.device.type))
 
 
 @_linear_cross_entropy.register_fake

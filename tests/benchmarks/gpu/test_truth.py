@@ -140,10 +140,20 @@ def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.
         sanitizer.reached(context(tmp_path, **{"racecheck tiny route": result}), tiny=False)
 
 
+OF_CUBLAS = "echo '========= Error: Race reported between Read access at nvjet_sm90_tss_192x128_h+0x9f0'"
+"""What the tool says of kernels that are not ours; the child that named its own has not run here."""
+
+
 @pytest.mark.parametrize(
     "script, error, words",
     [
         ("echo '========= Error: Race reported between Write and Read'; exit 9", Failed, "racecheck found: .*Race"),
+        (
+            f"{OF_CUBLAS}; echo '=========     at void choose_kernel(int)+0x150'; exit 9",
+            Failed,
+            "found: .*choose_kernel",
+        ),
+        (f"{OF_CUBLAS}; exit 9", Failed, "exit status 9"),
         ("echo '========= Error: Device not supported'; exit 1", Unavailable, "Device not supported"),
         ("echo 'Segmentation fault' >&2; exit 139", Failed, "exit status 139: Segmentation fault"),
         ("exit 0", Failed, "exit status 0"),
