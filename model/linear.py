@@ -18,6 +18,9 @@ from torch import Tensor
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late, Slot, enter_overlapped
 
+MULTIPLE = 8
+"""Halves in 16 bytes."""
+
 
 def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
     """`x` [..., d] and weights [w_i, d] -> [..., sum of w_i], the maps side by side; differentiable in all."""
@@ -27,8 +30,27 @@ def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
 def region_linear(x: Tensor, late: Late) -> Tensor:
     """`x` [..., d] and `late.weights` [w_i, d] -> [..., sum of w_i], the maps side by side."""
     if late.slot is None and len(late.weights) == 1:
-        return F.linear(x, late.weights[0])
+        return aligned_linear(x, late.weights[0])
     return _Linear.apply(late.slot, x, *late.weights)
+
+
+def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` [..., d] and `weight` [w, d] -> [..., w]. On a GPU in half precision widths that are no multiple of 8, such
+    as the hidden layers of the published models (4188), are filled up with zeros before the product: without, its rows
+    do not begin at 16 bytes, and cuBLAS takes kernels of an older GPU (docs/gpu.md)."""
+    columns, rows = padding(x, weight)
+    if not columns and not rows:
+        return F.linear(x, weight)
+    y = F.linear(F.pad(x, (0, columns)), F.pad(weight, (0, columns, 0, rows)))
+    return y[..., : len(weight)]
+
+
+def padding(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Columns and rows that `weight` lacks."""
+    if x.device.type != "cuda" or x.element_size() != 2:
+        return 0, 0
+    rows, columns = weight.shape
+    return -columns % MULTIPLE, -rows % MULTIPLE
 
 
 def column_linear(x: Tensor, weight: Tensor, parallel: ParallelContext) -> Tensor:

@@ -19,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """||a - b|| / ||b|| of every tensor; half precision rounds the hidden activations of an op too."""
 NEAR_TIES = 2e-3
-"""How far the reference, plain PyTorch in the dtype, may be off instead, and others with it: in fp32 rounding decides on
-which side of a ReLU numbers near 0 fall. On an H200 a σ-MoE of 16.8 million hidden numbers is off by 9e-4 so."""
+"""How far the reference, plain PyTorch in the dtype, may be off instead, and others with it: rounding decides on
+which side of a ReLU numbers near 0 fall. In fp32 a σ-MoE of 16.8 million hidden numbers is off by 9e-4 (H200)."""
 REPEATING = ("triton", "cuda")
 """Backends that promise the same bits when repeated; of the others it is only recorded."""
 CHUNK_TOKENS = 1024

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.language_model import LanguageModel
 
-COSTLIEST = 10
+COSTLIEST = 30
 STEPS = 5
 
 

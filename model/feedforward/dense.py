@@ -10,7 +10,7 @@ from model.distributions import Constant, dense_layer_weight
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import dropout
-from model.linear import column_linear
+from model.linear import aligned_linear, column_linear
 from model.parallel.context import ParallelContext
 from model.parallel.regions import between_regions, leave_region
 from model.parameter_spec import ParameterSpec, Specs
@@ -54,5 +54,5 @@ class DenseFeedForward(nn.Module):
             columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
             draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
             hidden = dropout(hidden, draw, backend=self.backend)
-        y = leave_region(F.linear(hidden, self.down.weight), self.parallel)
+        y = leave_region(aligned_linear(hidden, self.down.weight), self.parallel)
         return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pretrain.config.obstacles import Obstacle, check, of_the_host
 from pretrain.config.schema import Config
 
-AUTO_TAKES_THEM = False
+AUTO_TAKES_THEM = True
 """Whether `auto` records graphs where nothing stands in the way. False until `python -m benchmarks.gpu run` and `speed`
 have shown on a GPU that losses are the same and steps faster: a wrong graph would give wrong numbers without a word."""
 

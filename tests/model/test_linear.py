@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.linear import joint_linear
+from model import linear
+from model.linear import aligned_linear, joint_linear
 
 # tokens, d, widths
 SHAPES = [((5,), 7, (3, 4)), ((2, 3), 8, (1, 6, 5)), ((0,), 4, (2, 2)), ((300,), 64, (48, 48))]
@@ -41,3 +42,21 @@ def test_compiles_without_graph_break_and_counts_flops() -> None:
     with FlopCounterMode(display=False) as counter:
         joint_linear(*leaves).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 4 * 3 * 7
+
+
+@pytest.mark.parametrize("d, width", [(7, 13), (8, 13), (12, 16), (16, 24)])
+def test_filled_up_widths_give_the_same_product(d: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in half precision; and the product that it takes has whole multiples of 8."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, d, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(width, d, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, width, dtype=torch.float64)
+    expected = F.linear(x, weight)
+    assert linear.padding(x, weight) == (0, 0), "on a CPU nothing is filled up"
+    monkeypatch.setattr(linear, "padding", lambda x, weight: (-weight.shape[1] % 8, -weight.shape[0] % 8))
+    with FlopCounterMode(display=False) as counter:
+        found = aligned_linear(x, weight)
+    assert counter.get_total_flops() == 2 * 10 * (d + -d % 8) * (width + -width % 8)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(y, (x, weight), upstream) for y in (found, expected))
+    torch.testing.assert_close(*gradients)

@@ -3,7 +3,7 @@ device's own backend, `triton` or `cpu`.
 
 The Triton kernel of the gradients keeps the dense gradient on the chip, and reads scores again for every 64 columns of
 d_model. Here it is written once, R E numbers of fp32 a token, and cuBLAS multiplies it: beside bf16 as the sum of two
-bf16 numbers, exact to 2^-16 and on tensor cores; beside other dtypes in fp32 (on an H200 that takes five times as long).
+bf16 numbers, exact to 2^-16 and on tensor cores; beside other dtypes in fp32.
 """
 
 from __future__ import annotations
