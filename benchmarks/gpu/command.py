@@ -52,6 +52,8 @@ class Context:
     """Folder of the records: a part may read what an earlier one measured."""
     remaining: Callable[[], float]
     """Seconds that are left for this part and all after it."""
+    shared: bool = False
+    """Whether others use the device too: speeds of training are not recorded."""
     say: Callable[[str], None] = print
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Part -> result of every part that passed, of this run and of the record."""
@@ -73,6 +75,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="parts that are recorded too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the command, no GPU")
     parser.add_argument("--tiny", action="store_true", help="shapes for an interpreter: --device cpu needs it")
+    parser.add_argument(
+        "--shared", action="store_true", help="others use the GPU too: no speed of training is recorded"
+    )
     parser.add_argument(
         "--results", type=Path, help=f"folder of the records (default {record.RESULTS.relative_to(ROOT)})"
     )
@@ -119,7 +124,7 @@ def run_parts(
     if options.list:
         return _list(parts, done)
     device = torch.device(options.device)
-    context = Context(device=device, tiny=options.tiny, results=folder, remaining=remaining)
+    context = Context(device=device, tiny=options.tiny, results=folder, remaining=remaining, shared=options.shared)
     context.measured.update({name: entry.result for name, entry in done.items() if entry.status == PASSED})
     on = book.identity
     print(f"{on.card}, driver {on.driver}, torch {on.torch}, triton {on.triton}, revision {record.revision()}")

@@ -25,19 +25,27 @@ from typing import Any
 
 from benchmarks.gpu import carry
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
-from benchmarks.gpu.processes import ranks_below
+from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT
 
 STOPPED = 85
 """Exit code of a run that a signal stopped: start it again."""
 TINY_STEPS = 20
+MANY = 1000
+"""Steps of a run of which the first are compared; then it is killed, since it would write its last checkpoint."""
 CPU_TOLERANCE = 1e-3
 """Relative, of fp32 losses on a GPU and on a CPU: rounding decides a few near ties of the routers."""
 COMPILED_TOLERANCE = 1e-2
 """Relative, of bf16 losses with and without torch.compile, which rounds elsewhere."""
 COMPARED = ("loss", "grad_norm")
 SMALL = ("evaluate.sequences=0", "monitor.tensorboard=false", "train.seed=0")
-LARGE = (*SMALL, "batch.global_sequences=8", "batch.micro_sequences=8", "schedule.warmup_steps=5")
+LARGE = (
+    *SMALL,
+    "data.max_tokens=null",
+    "batch.global_sequences=8",
+    "batch.micro_sequences=8",
+    "schedule.warmup_steps=5",
+)
 TINY = (*LARGE, "train.precision=fp32")
 PUBLISHED = "configs/paper/c4_switchhead_262m.json"
 SHRUNK = ("model.num_layers=1", "model.sequence_length=16")
@@ -70,7 +78,7 @@ def tiny_losses(context: Context) -> dict[str, Any]:
     with _folder() as folder:
         lines = Launch(context, folder, "configs/switchall_tiny.json", "8k", settings).finish()
     losses = [lines[step]["loss"] for step in sorted(lines)]
-    result = {"losses": losses, "cpu": wanted["losses"], "tokens_per_second": _speed(lines)}
+    result = {"losses": losses, "cpu": wanted["losses"], "tokens_per_second": _speed(context, lines)}
     if len(losses) != len(wanted["losses"]):
         raise Failed(f"{len(losses)} steps, the CPU made {len(wanted['losses'])}", result)
     if None in losses:
@@ -84,22 +92,22 @@ def tiny_losses(context: Context) -> dict[str, Any]:
 
 def resumed(context: Context, *, steps: int) -> dict[str, Any]:
     """The 1B model: `steps` steps at once, and as many with SIGUSR1 on the way and a second start; equal numbers."""
-    settings = [*LARGE, f"train.steps={steps}", "train.deterministic=true", "checkpoint.asynchronous=false"]
+    settings = [*LARGE, f"train.steps={MANY}", "train.deterministic=true", "checkpoint.asynchronous=false"]
     config = "configs/switchall_1b.json"
     if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={steps}"]
+        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}"]
     data = "8k" if context.tiny else "32k"
     with _folder() as folder:
-        whole = Launch(context, folder / "whole", config, data, settings).finish()
+        whole = Launch(context, folder / "whole", config, data, settings).first(steps)
         shutil.rmtree(folder / "whole")
         launch = Launch(context, folder / "stopped", config, data, settings)
         stopped_after = launch.stop_after(steps // 3)
-        lines = Launch(context, folder / "stopped", config, data, settings).finish()
+        lines = Launch(context, folder / "stopped", config, data, settings).first(steps)
     result: dict[str, Any] = {
         "steps": steps,
         "stopped_after": stopped_after,
         "losses": [whole[step]["loss"] for step in sorted(whole)],
-        "tokens_per_second": _speed(whole),
+        "tokens_per_second": _speed(context, whole),
     }
     if not 0 < stopped_after < steps:
         raise Failed(f"SIGUSR1 stopped it after step {stopped_after} of {steps}: nothing was resumed", result)
@@ -114,20 +122,20 @@ def resumed(context: Context, *, steps: int) -> dict[str, Any]:
 def recorded(context: Context, *, name: str, steps: int) -> dict[str, Any]:
     """Micro-steps launched one by one, and recorded as CUDA graphs: equal numbers. Four micro-steps a step."""
     config, data = {"1b": ("configs/switchall_1b.json", "32k"), "262m": (PUBLISHED, "8k")}[name]
-    settings = [*LARGE, f"train.steps={steps}", "train.deterministic=true"]
+    settings = [*LARGE, f"train.steps={MANY}", "train.deterministic=true"]
     if context.tiny:
-        config, data, settings = "configs/switchall_tiny.json", "8k", [*TINY, f"train.steps={steps}"]
+        config, data, settings = "configs/switchall_tiny.json", "8k", [*TINY, f"train.steps={MANY}"]
     settings += ["batch.micro_sequences=2", "checkpoint.asynchronous=false"]
     on = "on" if context.device.type == "cuda" else "auto"
     with _folder() as folder:
-        one_by_one = Launch(context, folder / "off", config, data, [*settings, "train.cuda_graph=off"]).finish()
+        one_by_one = Launch(context, folder / "off", config, data, [*settings, "train.cuda_graph=off"]).first(steps)
         shutil.rmtree(folder / "off")
-        replayed = Launch(context, folder / "on", config, data, [*settings, f"train.cuda_graph={on}"]).finish()
+        replayed = Launch(context, folder / "on", config, data, [*settings, f"train.cuda_graph={on}"]).first(steps)
     result: dict[str, Any] = {
         "steps": steps,
         "losses": [replayed[step]["loss"] for step in sorted(replayed)],
-        "tokens_per_second": _speed(replayed),
-        "tokens_per_second_without": _speed(one_by_one),
+        "tokens_per_second": _speed(context, replayed),
+        "tokens_per_second_without": _speed(context, one_by_one),
         "different": different(one_by_one, replayed),
     }
     if len(replayed) != steps or None in result["losses"]:
@@ -140,19 +148,23 @@ def recorded(context: Context, *, name: str, steps: int) -> dict[str, Any]:
 def compiled(context: Context, *, steps: int) -> dict[str, Any]:
     """The published 262M model with its dropout and memory, its blocks compiled and not: losses that differ by rounding
     alone, and the tokens a second of both."""
-    config, settings = PUBLISHED, [*LARGE, f"train.steps={steps}"]
+    config, settings = PUBLISHED, [*LARGE, f"train.steps={MANY}"]
     if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={steps}", "model.dropout=0.2"]
+        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}", "model.dropout=0.2"]
     with _folder() as folder:
-        without = Launch(context, folder / "off", config, "8k", [*settings, "train.compile=off"]).finish()
+        without = Launch(
+            context, folder / "off", config, "8k", [*settings, "train.compile=off", "train.cuda_graph=off"]
+        ).first(steps)
         shutil.rmtree(folder / "off")
-        lines = Launch(context, folder / "on", config, "8k", [*settings, "train.compile=on"]).finish()
+        lines = Launch(
+            context, folder / "on", config, "8k", [*settings, "train.compile=on", "train.cuda_graph=off"]
+        ).first(steps)
     losses, expected = ([run[step]["loss"] for step in sorted(run)] for run in (lines, without))
     result: dict[str, Any] = {
         "losses": losses,
         "losses_without": expected,
-        "tokens_per_second": _speed(lines),
-        "tokens_per_second_without": _speed(without),
+        "tokens_per_second": _speed(context, lines),
+        "tokens_per_second_without": _speed(context, without),
     }
     if len(losses) != steps or len(expected) != steps or None in losses + expected:
         raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
@@ -166,13 +178,13 @@ def compiled(context: Context, *, steps: int) -> dict[str, Any]:
 def dropped_out(context: Context, *, steps: int) -> dict[str, Any]:
     """The published 262M model with its dropout and Transformer-XL memory: every loss is finite, and they fall."""
     config = PUBLISHED
-    settings = [*LARGE, f"train.steps={steps}"]
+    settings = [*LARGE, f"train.steps={MANY}"]
     if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={steps}", "model.dropout=0.2"]
+        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}", "model.dropout=0.2"]
     with _folder() as folder:
-        lines = Launch(context, folder, config, "8k", settings).finish()
+        lines = Launch(context, folder, config, "8k", settings).first(steps)
     losses = [lines[step]["loss"] for step in sorted(lines)]
-    result = {"losses": losses, "tokens_per_second": _speed(lines)}
+    result = {"losses": losses, "tokens_per_second": _speed(context, lines)}
     if len(losses) != steps or None in losses:
         raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
     if not (context.tiny or losses[-1] < losses[0]):  # few tokens are noise
@@ -241,6 +253,18 @@ class Launch:
             raise Failed(f"launch/pretrain.py ended with {code}: {self._said()}")
         return read_lines(self.run_dir)
 
+    def first(self, steps: int) -> Lines:
+        """The lines of so many steps, after which it is killed: its last checkpoint would take longer than they. Raises
+        Failed."""
+        while len(read_lines(self.run_dir)) < steps:
+            if self._process.poll() is not None:
+                raise Failed(f"it ended before step {steps}: {self._said()}")
+            self._check_time()
+            time.sleep(0.05)
+        end_all_below(self._process.pid)
+        self._process.wait()
+        return {step: line for step, line in read_lines(self.run_dir).items() if step <= steps}
+
     def stop_after(self, step: int) -> int:
         """Sends SIGUSR1 to the rank once `step` steps are recorded; the last step that it made. Raises Failed."""
         while not read_lines(self.run_dir).get(step):
@@ -263,7 +287,8 @@ class Launch:
 
     def _check_time(self) -> None:
         if self._context.remaining() <= 0:
-            self._process.terminate()
+            end_all_below(self._process.pid)
+            self._process.kill()
             self._process.wait(30)
             raise Failed(f"the time was over: {self._said()}")
 
@@ -303,8 +328,10 @@ def _carried(context: Context) -> Path:
     return folder
 
 
-def _speed(lines: Lines) -> float:
-    """Tokens a second of the second half of the steps: the first compile."""
+def _speed(context: Context, lines: Lines) -> float | None:
+    """Tokens a second of the second half of the steps: the first compile. None where others use the GPU too."""
+    if context.shared:
+        return None
     later = [line["tokens_per_second"] for step, line in lines.items() if 2 * step > max(lines)]
     return round(sorted(later)[len(later) // 2], 1)
 

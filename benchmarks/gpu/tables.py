@@ -93,7 +93,7 @@ def headline(entry: Entry) -> str:
     if "reason" in result:
         return str(result["reason"]).splitlines()[0][:160]
     for key, (unit, scale) in UNITS.items():
-        if key in result:
+        if result.get(key) is not None:
             return f"{result[key] / scale:.4g} {unit}"
     if "backends" in result:
         return "; ".join(f"{row['backend']} {_backend(row)}" for row in result["backends"] if "skipped" not in row)
@@ -193,7 +193,7 @@ def run_rows(entries: list[Entry]) -> Rows:
     for entry in entries:
         losses = entry.result.get("losses") or ["-"]
         ends = (f"{x:.4f}" if isinstance(x, float) else "-" for x in (losses[0], losses[-1]))
-        speed = entry.result.get("tokens_per_second", "-")
+        speed = entry.result.get("tokens_per_second") or "-"
         rows.append((entry.part, entry.status, *ends, str(speed), headline(entry) if "reason" in entry.result else ""))
     return rows
 

@@ -15,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="run folders (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs (default: %(default)s)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="run: of every run; repeatable")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="table: the PNG that it writes")
@@ -51,7 +53,8 @@ def main() -> int:
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")
-        return run(args.data, args.runs, args.results, args.most, args.jobs, args.device)
+        settings = [f"train.device={args.device}", *args.set]
+        return run(args.data, args.runs, args.results, args.most, args.jobs, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,7 +62,7 @@ def main() -> int:
         return 130
 
 
-def run(data: Path, runs: Path, results: Path, most: int, jobs: int, device: str) -> int:
+def run(data: Path, runs: Path, results: Path, most: int, jobs: int, settings: Sequence[str]) -> int:
     """Trains what has no record yet. Returns the exit code: that of the first run that did not end, after which those
     that run are awaited and no other begins."""
     code, begun, running = 0, 0, dict[Future[tuple[int, Path]], Training]()
@@ -70,7 +73,7 @@ def run(data: Path, runs: Path, results: Path, most: int, jobs: int, device: str
                 if code == 0 and begun < most and len(running) < max(1, jobs) and training not in running.values():
                     print(f"== {training.name}, {len(losses)} of 27 runs have a result", flush=True)
                     log = runs / f"{training.name}.log" if jobs > 1 else None
-                    running[pool.submit(train, training, data, runs, device, log)] = training
+                    running[pool.submit(train, training, data, runs, settings, log)] = training
                     begun += 1
             if not running:
                 return code
@@ -84,13 +87,15 @@ def run(data: Path, runs: Path, results: Path, most: int, jobs: int, device: str
                 code = code or ended
 
 
-def train(training: Training, data: Path, runs: Path, device: str, log: Path | None = None) -> tuple[int, Path]:
+def train(
+    training: Training, data: Path, runs: Path, settings: Sequence[str], log: Path | None = None
+) -> tuple[int, Path]:
     """-> exit code and run folder. What exists is continued. `log`: where it says what it does, if not here."""
     folder = runs / training.name
     command = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(training.config)]
-    command += ["--run-dir", str(folder), "--set", f"data.manifest={data}", "--set", f"train.device={device}"]
-    command += [part for override in training.overrides for part in ("--set", override)]
-    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+    command += ["--run-dir", str(folder), "--set", f"data.manifest={data}"]
+    command += [part for override in (*training.overrides, *settings) for part in ("--set", override)]
+    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if "train.device=cpu" in settings else {})
     if log is None:
         return subprocess.run(command, env=environment, check=False).returncode, folder
     log.parent.mkdir(parents=True, exist_ok=True)

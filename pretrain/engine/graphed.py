@@ -19,7 +19,8 @@ state, nor a sum of gradients over micro-steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -156,10 +157,11 @@ class GraphedForward:
         for memory, (kept, written) in zip(self._memories, memories, strict=True):
             memory.place(kept, written)
         try:
-            forward = self._make_graph()
-            with forward.recording():
-                opened, outputs = _forward(self._model, *static)
-            pieces = self._record_backward(opened, outputs[0])
+            with _other_leaves(self._model) as parameters:
+                forward = self._make_graph()
+                with forward.recording():
+                    opened, outputs = _forward(self._model, *static)
+                pieces = self._record_backward(opened, outputs[0], parameters)
         except RuntimeError as error:
             reason = (str(error) or repr(error)).splitlines()[0].rstrip(". ")
             raise UserError(
@@ -167,8 +169,11 @@ class GraphedForward:
             ) from error
         return _Recorded(forward, static, memories, pieces, outputs)
 
-    def _record_backward(self, opened: list[_Open], objective: Tensor) -> list[Piece]:
-        """Empties `opened`, so that no activation is held any longer than in a usual backward pass."""
+    def _record_backward(
+        self, opened: list[_Open], objective: Tensor, parameters: dict[nn.Parameter, nn.Parameter]
+    ) -> list[Piece]:
+        """Empties `opened`, so that no activation is held any longer than in a usual backward pass. `parameters`: of
+        `_other_leaves`."""
         result, result_gradient = objective.detach(), torch.ones_like(objective)
         zero = torch.zeros_like(result)
         pieces: list[Piece] = []
@@ -179,10 +184,8 @@ class GraphedForward:
             with graph.recording():
                 found = torch.autograd.grad(of.outputs, (*of.inputs, *of.parameters), gradients)
             gradients, own = found[: len(of.inputs)], found[len(of.inputs) :]
-            is_last = not pieces
-            pieces.append(
-                Piece(graph, of.parameters, own, result if is_last else zero, result_gradient if is_last else None)
-            )
+            is_last, theirs = not pieces, tuple(parameters[leaf] for leaf in of.parameters)
+            pieces.append(Piece(graph, theirs, own, result if is_last else zero, result_gradient if is_last else None))
         return pieces[::-1]
 
 
@@ -203,6 +206,22 @@ def _forward(model: LanguageModel, tokens: Tensor, targets: Tensor, *more: Tenso
     objective, sequence_loss, auxiliary_loss = model.end(given, targets)
     pieces.append(opened(given, [objective], model.final_norm, model.head))
     return pieces, (objective, sequence_loss, auxiliary_loss)
+
+
+@contextlib.contextmanager
+def _other_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Inside, the model's modules have new leaves in the place of their parameters, in the same memory -> leaf to
+    parameter. Autograd orders a gradient after the stream on which its leaf was first used; DeepSpeed's hooks keep that
+    of a parameter, the default stream, which must not be waited for in a recording."""
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for _, _, p in places}
+    for module, name, parameter in places:
+        module._parameters[name] = leaves[parameter]
+    try:
+        yield {leaf: parameter for parameter, leaf in leaves.items()}
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def _cut(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
@@ -116,7 +117,9 @@ def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(
 ) -> None:
     codes, trained = [0, 3, 85], []
 
-    def train(training: Training, data: Path, runs: Path, device: str, log: Path | None) -> tuple[int, Path]:
+    def train(
+        training: Training, data: Path, runs: Path, settings: Sequence[str], log: Path | None
+    ) -> tuple[int, Path]:
         trained.append(training)
         return codes[len(trained) - 1], runs / training.name
 
@@ -142,8 +145,10 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     trained: list[Training] = []
     running, most = set(), threading.Barrier(4, timeout=30)
 
-    def train(training: Training, data: Path, runs: Path, device: str, log: Path | None) -> tuple[int, Path]:
-        assert device == "cuda" and log == runs / f"{training.name}.log"
+    def train(
+        training: Training, data: Path, runs: Path, settings: Sequence[str], log: Path | None
+    ) -> tuple[int, Path]:
+        assert settings == ["train.device=cuda"] and log == runs / f"{training.name}.log"
         running.add(training)
         trained.append(training)
         if training in first:  # four of them wait for each other
@@ -158,7 +163,7 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     first = list(tuning())[:4]
     monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr(command, "record_of", read)
-    assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, "cuda") == 0
+    assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, ["train.device=cuda"]) == 0
     assert max(at_once) == 4 and len(trained) == len(set(trained)) == 27
     assert set(trained[:15]) == set(tuning())
     assert all(training.rate == RATES[1] for training in trained[15:])

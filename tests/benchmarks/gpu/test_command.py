@@ -38,6 +38,7 @@ class Parts:
 
     def run(self, parts: list[Part], **changes: Any) -> int:
         settings = {"seconds": 100.0, "only": None, "list": False, "again": False, "device": "cpu", "tiny": True}
+        settings["shared"] = False
         options = argparse.Namespace(command="truth", results=self.folder, **(settings | changes))
         self.ran = []
         return command.run_parts(options, parts, clock=lambda: self.now)

@@ -131,6 +131,25 @@ def test_what_cannot_be_recorded_is_one_sentence(prepared: Path) -> None:
         forward(*inputs)
 
 
+def test_a_recording_touches_no_parameter_of_autograd(prepared: Path) -> None:
+    """Whoever holds on to a parameter's node in autograd's graph, as DeepSpeed's hooks do, binds it to the stream on
+    which it was made: a recording that came by it would be refused by CUDA. So it has leaves of its own."""
+    config = config_of(prepared, "switchall", Layout(tied=True), "model.num_layers=1")
+    model, pool = build_model(config.model, seed=0), Pool()
+    forward = GraphedForward(model, pool.make_graph, taken_at_once=False)
+    parameters, seen = list(model.parameters()), []
+    for parameter in parameters:
+        parameter.register_hook(lambda grad: seen.append(pool.replays))
+    tokens = torch.zeros(2, config.model.sequence_length, dtype=torch.int64)
+    for call in range(3):
+        seen.clear()
+        objective, _, _ = forward(tokens, tokens, torch.arange(2))
+        assert not seen, "while it was recorded"
+        objective.backward()
+        assert len(seen) == len(parameters) and (call == 0 or min(seen) > 0)
+        assert all(now is before for now, before in zip(model.parameters(), parameters, strict=True))
+
+
 SMALL = ("model.num_layers=2", "evaluate.sequences=4", "evaluate.streams=2")
 CASES: dict[str, tuple[str, Layout, tuple[str, ...]]] = {
     "every dropout and regulariser": ("switchall", Layout(zero=0), ()),
