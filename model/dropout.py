@@ -42,8 +42,9 @@ class Draw(NamedTuple):
         if self.columns is None:
             return columns, 0
         width, held = self.columns
-        first, last, step = held.indices(width)
-        assert step == 1 and last - first == columns, f"{columns} columns are not {held} of {width}"
+        # Not held.indices(width): torch 2.11 cannot compile that.
+        first, last = held.start or 0, width if held.stop is None else held.stop
+        assert held.step is None and last - first == columns, f"{columns} columns are not {held} of {width}"
         return width, first
 
     def mask(self, shape: tuple[int, ...]) -> Tensor:

@@ -38,11 +38,26 @@ def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x` [..., d] and `weight` [w, d] -> [..., w]. On a GPU in half precision widths that are no multiple of 8, such
     as the hidden layers of the published models (4188), are filled up with zeros before the product: without, its rows
     do not begin at 16 bytes, and cuBLAS takes kernels of an older GPU (docs/gpu.md)."""
-    columns, rows = padding(x, weight)
-    if not columns and not rows:
-        return F.linear(x, weight)
-    y = F.linear(F.pad(x, (0, columns)), F.pad(weight, (0, columns, 0, rows)))
-    return y[..., : len(weight)]
+    filled = padding(x, weight)
+    return F.linear(x, weight) if filled == (0, 0) else _Filled.apply(x, weight, *filled)
+
+
+class _Filled(torch.autograd.Function):
+    """Keeps x as it is filled up, and the weight, which is filled up again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, columns: int, rows: int) -> Tensor:
+        ctx.columns, ctx.rows, x = columns, rows, F.pad(x, (0, columns))
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, F.pad(weight, (0, columns, 0, rows)))[..., : len(weight)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, (rows, columns) = F.pad(grad, (0, ctx.rows)), weight.shape
+        grad_x = grad @ F.pad(weight, (0, ctx.columns, 0, ctx.rows))
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return grad_x[..., :columns], grad_weight[:rows, :columns], None, None
 
 
 def padding(x: Tensor, weight: Tensor) -> tuple[int, int]:

@@ -4,7 +4,7 @@ r"""Quality of the models at a size that a CPU affords: tuned alike, trained on 
     python -m benchmarks.quality run --data data/c4/manifest.json    # many hours; again: goes on where it was
     python -m benchmarks.quality table                               # at any time; also writes the picture
 
-Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
+Twenty runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
 trained by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of
 each, the metrics are kept in --results, and its run folder can be removed.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from benchmarks.quality.plan import Training, missing
+from benchmarks.quality.plan import NUM_TRAININGS, Training, missing
 from benchmarks.quality.records import RESULTS, keep, read_records, record_of
 from benchmarks.quality.table import picture, table
 from common.errors import DataError, UserError
@@ -71,7 +71,7 @@ def run(data: Path, runs: Path, results: Path, most: int, jobs: int, settings: S
             losses = {record.name: record.last_loss for record in read_records(results)}
             for training in missing(losses):
                 if code == 0 and begun < most and len(running) < max(1, jobs) and training not in running.values():
-                    print(f"== {training.name}, {len(losses)} of 27 runs have a result", flush=True)
+                    print(f"== {training.name}, {len(losses)} of {NUM_TRAININGS} runs have a result", flush=True)
                     log = runs / f"{training.name}.log" if jobs > 1 else None
                     running[pool.submit(train, training, data, runs, settings, log)] = training
                     begun += 1

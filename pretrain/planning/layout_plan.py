@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.kernels.ops.linear_cross_entropy import chunk_bytes
+from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
 from pretrain.config.schema import Config
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
@@ -158,7 +158,7 @@ def logits_bytes(config: Config, device_type: str) -> int:
     """Bytes of the logits that a rank holds at once: those of a chunk of tokens, in fp32."""
     row = 4 * -(-config.model.vocab_size // config.parallel.tensor)
     tokens = config.batch.micro_sequences * config.model.sequence_length
-    return row * max(1, min(tokens, chunk_bytes(device_type) // row))
+    return row * chunk_tokens(tokens, row, chunk_bytes(device_type), device_type)
 
 
 def staging_bytes(config: Config, parameters: int, data_size: int) -> int:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.kernels.dtypes import wide_dtype
-from model.kernels.ops.linear_cross_entropy import chunk_bytes
+from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
 from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
 
 
@@ -127,8 +127,8 @@ class Ledger(TorchDispatchMode):
         """The op that computes the loss (model/kernels/ops/linear_cross_entropy.py) takes chunk by chunk of tokens:
         bytes of the logits of one, and two collectives for each if classes are divided."""
         dtype = wide_dtype(hidden.dtype)
-        rows, row = hidden.shape[0], weight.shape[0] * dtype.itemsize
-        chunk = max(1, min(rows, chunk_bytes(hidden.device.type) // row))
+        rows, row, kind = hidden.shape[0], weight.shape[0] * dtype.itemsize, hidden.device.type
+        chunk = chunk_tokens(rows, row, chunk_bytes(kind), kind)
         group_name = others[5]
         if group_name:
             ranks = tuple(dist.get_process_group_ranks(_resolve_process_group(GroupName(group_name))))

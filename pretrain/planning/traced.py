@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.kernels.dtypes import wide_dtype
-from model.kernels.ops.linear_cross_entropy import chunk_bytes
+from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
 from model.language_model import LanguageModel
 from model.memory import layer_memories
 from model.recompute import Recompute
@@ -132,6 +132,5 @@ class LiveBytes(TorchDispatchMode):
 def _logits(args: tuple[Any, ...]) -> int:
     """Bytes of the logits of one chunk of tokens: model/kernels/ops/linear_cross_entropy.py."""
     hidden, weight = args[:2]
-    itemsize = wide_dtype(hidden.dtype).itemsize
-    row = weight.shape[0] * itemsize
-    return int(row * max(1, min(hidden.shape[0], chunk_bytes(hidden.device.type) // row)))
+    row, kind = weight.shape[0] * wide_dtype(hidden.dtype).itemsize, hidden.device.type
+    return int(row * chunk_tokens(hidden.shape[0], row, chunk_bytes(kind), kind))

@@ -56,7 +56,8 @@ def test_filled_up_widths_give_the_same_product(d: int, width: int, monkeypatch:
     monkeypatch.setattr(linear, "padding", lambda x, weight: (-weight.shape[1] % 8, -weight.shape[0] % 8))
     with FlopCounterMode(display=False) as counter:
         found = aligned_linear(x, weight)
-    assert counter.get_total_flops() == 2 * 10 * (d + -d % 8) * (width + -width % 8)
+        gradients = torch.autograd.grad(found, (x, weight), upstream)
+    assert counter.get_total_flops() == 3 * 2 * 10 * (d + -d % 8) * (width + -width % 8)
     torch.testing.assert_close(found, expected)
-    gradients = (torch.autograd.grad(y, (x, weight), upstream) for y in (found, expected))
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (x, weight), upstream))
+    assert torch.autograd.gradcheck(aligned_linear, (x, weight))

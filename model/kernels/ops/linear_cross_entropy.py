@@ -32,6 +32,8 @@ CHUNK_BYTES = 128 * 2**20
 """Logits of one chunk on a CPU. A chunk reads and writes the whole weight gradient once, so small chunks cost memory
 traffic."""
 CHUNK_BYTES_ON_GPU = 4 * CHUNK_BYTES
+CHUNK_MULTIPLE = 256
+"""Tokens of a chunk on a GPU, so that only the last one leaves tiles of its products unfilled."""
 
 
 class Inputs(NamedTuple):
@@ -104,6 +106,13 @@ def linear_cross_entropy_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def chunk_bytes(device_type: str) -> int:
     """Of the logits that exist at once."""
     return CHUNK_BYTES_ON_GPU if device_type == "cuda" else CHUNK_BYTES
+
+
+def chunk_tokens(num_tokens: int, row_bytes: int, limit: int, device_type: str) -> int:
+    """How many tokens are taken at once, of which `limit` bytes hold the logits, `row_bytes` each. On a GPU a multiple
+    of CHUNK_MULTIPLE where there are more tokens."""
+    size = max(1, min(num_tokens, limit // row_bytes))
+    return size - size % CHUNK_MULTIPLE if device_type == "cuda" and CHUNK_MULTIPLE < size < num_tokens else size
 
 
 def local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from model.kernels.backend import triton_limit
 from model.kernels.dtypes import gradient_dtype
 from model.kernels.gemm import multiply
-from model.kernels.ops.linear_cross_entropy import Inputs
+from model.kernels.ops.linear_cross_entropy import Inputs, chunk_tokens
 from model.kernels.triton.launch import on_its_device
 
 LONGEST_BLOCK = 32768
@@ -138,7 +138,7 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
     inputs = inputs._replace(bias=bias, targets=targets)
     need_gradient, need_bias = need_hidden or need_weight, need_weight and bias is not None
     stride, _, _ = blocks(V, holds_row=False)
-    chunk_size = max(1, min(N, chunk_bytes // (stride * 4)))
+    chunk_size = chunk_tokens(N, stride * 4, chunk_bytes, hidden.device.type)
     logits = hidden.new_empty(chunk_size, stride, dtype=torch.float32)
     gradient = hidden.new_empty(chunk_size, stride) if need_gradient else None
     token_loss = hidden.new_empty(N, dtype=torch.float32)

@@ -68,7 +68,9 @@ def context(folder: Path) -> Context:
 def test_a_resume_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Path) -> None:
     result = run.resumed(context(tmp_path), steps=3)
     assert (result["different"], result["losses"], result["tokens_per_second"]) == ([], [3.0, 2.5, 2.0], 10.0)
-    assert all({"train.deterministic=true", f"train.steps={run.MANY}"} <= set(settings) for settings in launches.settings)
+    assert all(
+        {"train.deterministic=true", f"train.steps={run.MANY}"} <= set(settings) for settings in launches.settings
+    )
     assert len(launches.settings) == 3
     launches.later = [3.0, 2.5, float(np.nextafter(2.0, 3.0))]
     with pytest.raises(Failed, match="after the resume other numbers at step 3 loss"):
