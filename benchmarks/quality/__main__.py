@@ -4,7 +4,7 @@ r"""Quality of the models at a size that a CPU affords: tuned alike, trained on 
     python -m benchmarks.quality run --data data/c4/manifest.json    # many hours; again: goes on where it was
     python -m benchmarks.quality table                               # at any time; also writes the picture
 
-Twenty runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
+Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
 trained by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of
 each, the metrics are kept in --results, and its run folder can be removed.
 """

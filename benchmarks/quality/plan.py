@@ -11,7 +11,7 @@ from common.paths import REPOSITORY
 CONFIGS = REPOSITORY / "configs" / "quality"
 SEEDS = {"dense": 3, "dense_2heads": 2, "moa": 2, "switchhead": 3, "switchall": 2}
 """Model -> how many seeds are trained: more for the two that the paper is about."""
-RATES = (0.001, 0.002, 0.004, 0.008)
+RATES = (0.001, 0.002, 0.004)
 NUM_TRAININGS = len(SEEDS) * len(RATES) + sum(SEEDS.values())
 TUNED_STEPS = 250
 """2.05 million tokens, with a schedule of that length."""

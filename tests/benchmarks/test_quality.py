@@ -64,10 +64,10 @@ def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
         order.append(training)
         best = RATES[len(training.model) % 3]
         losses[training.name] = abs(math.log(training.rate / best))
-    assert order[:20] == list(tuning()) and len(order) == 20 + 12 == NUM_TRAININGS
-    assert [training.seed for training in order[20:]] == sorted(training.seed for training in order[20:])
+    assert order[:15] == list(tuning()) and len(order) == 15 + 12 == NUM_TRAININGS
+    assert [training.seed for training in order[15:]] == sorted(training.seed for training in order[15:])
     for model, seeds in SEEDS.items():
-        of_model = [training for training in order[20:] if training.model == model]
+        of_model = [training for training in order[15:] if training.model == model]
         assert [training.seed for training in of_model] == list(range(seeds))
         assert {training.rate for training in of_model} == {RATES[len(model) % 3]}
 
@@ -86,7 +86,7 @@ def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
         keep(record(Training("moa", RATES[0], seed, STEPS), loss), tmp_path / "results")
     keep(record(Training("moa", RATES[1], 0, STEPS), 1.0), tmp_path / "results")  # not the chosen rate
     records = read_records(tmp_path / "results")
-    assert len(records) == 23
+    assert len(records) == 18
     lines = table(records).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     mean = (math.exp(3.0) + math.exp(3.2)) / 2
@@ -166,5 +166,5 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     monkeypatch.setattr(command, "record_of", read)
     assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, ["train.device=cuda"]) == 0
     assert max(at_once) == 4 and len(trained) == len(set(trained)) == NUM_TRAININGS
-    assert set(trained[:20]) == set(tuning())
-    assert all(training.rate == RATES[1] for training in trained[20:])
+    assert set(trained[:15]) == set(tuning())
+    assert all(training.rate == RATES[1] for training in trained[15:])
