@@ -20,6 +20,8 @@ from benchmarks.gpu.record import FAILED, PASSED, SKIPPED, Entry
 DOCUMENT = record.ROOT / "docs" / "gpu.md"
 EMPTY = "Not run on a GPU yet.\n"
 Rows = list[tuple[str, ...]]
+FORMER = "racecheck reached"
+"""A part of records of 2026-11-27, which knew its own record alone; `race_rows` reads all."""
 
 
 def add_command(commands: Any) -> None:
@@ -131,13 +133,25 @@ def truth_rows(entries: list[Entry]) -> Rows:
     """A row per kind of check, model and dtype."""
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        if not entry.part.startswith("ceiling"):
+        if not entry.part.startswith("ceiling") and entry.part != FORMER:
             groups[" ".join(word for word in entry.part.split()[:3] if "=" not in word)].append(entry)
     rows: Rows = [("check", "parts", "passed", "failed", "skipped", "largest relative error")]
     for name, members in groups.items():
         counts = [sum(e.status == status for e in members) for status in (PASSED, FAILED, SKIPPED)]
         found = [row["error"] for e in members for row in e.result.get("backends", ()) if "error" in row]
         rows.append((name, str(len(members)), *map(str, counts), f"{max(found):.1e}" if found else "-"))
+    return rows
+
+
+def race_rows(entries: list[Entry]) -> Rows:
+    """Which kernels that run in 8 warps racecheck saw, and which not."""
+    from benchmarks.gpu import sanitizer
+
+    seen, others = sanitizer.reached({e.part: e.result for e in entries if e.status == PASSED})
+    rows: Rows = [("kernels in 8 warps", "which")]
+    if seen:
+        rows.append(("seen by racecheck", ", ".join(sorted(seen))))
+        rows.append(("not seen", ", ".join(sorted(others)) or "none"))
     return rows
 
 
@@ -201,6 +215,7 @@ def run_rows(entries: list[Entry]) -> Rows:
 TABLES: dict[str, tuple[str, Callable[[list[Entry]], Rows]]] = {
     "ceilings": ("truth", ceiling_rows),
     "truth": ("truth", truth_rows),
+    "races": ("truth", race_rows),
     "kernels": ("speed", kernel_rows),
     "block": ("speed", block_rows),
     "micro_steps": ("speed", step_rows),

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 from pretrain.config.obstacles import Obstacle, check, of_the_host
 from pretrain.config.schema import Config
 
-AUTO_TAKES_THEM = True
-"""Whether `auto` records graphs where nothing stands in the way. False until `python -m benchmarks.gpu run` and `speed`
-have shown on a GPU that losses are the same and steps faster: a wrong graph would give wrong numbers without a word."""
-
 
 def obstacle(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> Obstacle | None:
     """The first one; None where the micro-steps can be recorded. What depends on the number of data-parallel ranks or
@@ -24,18 +20,24 @@ def check_graphs(config: Config, *, data_size: int | None = None, device_type: s
     check("train.cuda_graph", config.train.cuda_graph, found)
 
 
+def takes_graphs(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> bool:
+    """Whether the micro-steps of a run are recorded, as far as what is given tells. `auto` records those that were
+    recorded on a GPU (docs/gpu.md): not compiled blocks."""
+    wanted = config.train.cuda_graph
+    if wanted == "auto" and config.train.compile != "on":
+        return obstacle(config, data_size=data_size, device_type=device_type) is None
+    return wanted == "on"
+
+
 def graph_decision(config: Config, *, data_size: int, device_type: str) -> tuple[bool, str]:
     """Whether this run's micro-steps are recorded, and a line that says so with the reason."""
     wanted = config.train.cuda_graph
-    found = obstacle(config, data_size=data_size, device_type=device_type)
-    if wanted == "on" or (wanted == "auto" and AUTO_TAKES_THEM and found is None):
+    if takes_graphs(config, data_size=data_size, device_type=device_type):
         return True, f"CUDA graphs (train.cuda_graph = {wanted})"
-    if wanted == "off":
-        reason = "train.cuda_graph = off"
-    elif found is not None:
-        reason = f"train.cuda_graph = auto; {found}"
-    else:
-        reason = "train.cuda_graph = auto; graphs have not been tried on a GPU, on takes them"
+    found = obstacle(config, data_size=data_size, device_type=device_type)
+    reason = f"train.cuda_graph = {wanted}"
+    if wanted == "auto":
+        reason += f"; {found}" if found is not None else "; no GPU has recorded compiled blocks yet, on takes them"
     return False, f"kernels launched one by one ({reason})"
 
 

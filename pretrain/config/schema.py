@@ -162,14 +162,14 @@ class TrainConfig(Section):
     """Forward and backward pass of a micro-step as recorded CUDA graphs, which the host replays instead of launching
     each kernel: faster where small micro-batches leave the GPU waiting for the host. The numbers are the same; a copy
     of all gradients (2 bytes per parameter in bf16) is kept. on: refused where that is impossible (a CPU, parallel
-    tensor, pipeline or expert above 1, ZeRO 3, recorded or replayed routing). auto: a line at start says what was
-    decided and why; until a GPU has measured them, no graphs. off: never."""
+    tensor, pipeline or expert above 1, ZeRO 3, recorded or replayed routing). auto: wherever it is possible; a line at
+    start says what was decided and why. off: never."""
     compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """Blocks compiled by torch.compile, which fuses what lies between the products. The numbers are the same to
     rounding; dropout masks and data to the last bit. The first step takes a minute or more, and on a CPU a C++ compiler
     must be installed. on: refused where that is impossible (parallel tensor or expert above 1, ZeRO 3, selective
-    recomputation, recorded or replayed routing). auto: a line at start says what was decided and why; until a GPU has
-    shown that it is faster, nothing is compiled. off: never."""
+    recomputation, recorded or replayed routing). auto: a line at start says what was decided and why; nothing is
+    compiled, since it was no faster where it was measured (CPU, H200). off: never."""
     record_routing: bool = Field(False, json_schema_extra=FREE)
     """Write the experts that every router chooses to RUN_DIR/routing, a byte for each choice of each token and step (in
     switchall_tiny 0.33 MB a step), for train.replay_routing of another run."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.costs import formula_parameters
+from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.schema import Config
 from pretrain.planning.devices import Device, device_of_card
 
@@ -73,7 +74,7 @@ def kind_of(config: Config) -> str:
     """Which micro-steps are the run's: train.compile and train.cuda_graph where they are on."""
     if config.train.compile == "on":
         return COMPILED
-    return GRAPHS if config.train.cuda_graph == "on" else LAUNCHED
+    return GRAPHS if takes_graphs(config, device_type="cuda") else LAUNCHED
 
 
 def has_experts(model: ModelConfig) -> bool:

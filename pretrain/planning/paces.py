@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from model.costs import training_flops_per_token
+from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.schema import Config
 from pretrain.planning.devices import GB, TERA, Figure, Range, catalogue
 from pretrain.planning.links import Rates
@@ -176,7 +177,8 @@ def _start(where: str, lines: list[Assumption]) -> Ends:
 
 def _launches(config: Config, machine: Machine, measured: Measurements, lines: list[Assumption]) -> Ends:
     """Seconds in which the host launches a block. In the time of a measured micro-step they are contained."""
-    if machine.device.device_type != "cuda" or config.train.cuda_graph == "on" or measured.of_model(config):
+    kind = machine.device.device_type
+    if kind != "cuda" or takes_graphs(config, device_type=kind) or measured.of_model(config):
         return 0.0, 0.0
     count, each = (catalogue().assumptions[name] for name in ("launches of a block", "launch of a kernel by the host"))
     value = f"{count.low:g} to {count.high:g} a block and micro-step, {each.low:g} to {each.high:g} {each.unit} each"

@@ -10,7 +10,6 @@ import pytest
 
 from common.errors import ConfigError
 from pretrain.cli.train import keys_help
-from pretrain.config import graph_rules
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.keys import fields, flatten
@@ -211,20 +210,21 @@ def test_graphs_and_programs_hold_no_collective_of_data_parallel_ranks(key: str,
         check_ranks(config, 2)
 
 
-def test_when_micro_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on` where it is possible; `auto`, too, once a GPU has shown that it may."""
+def test_when_micro_steps_are_recorded() -> None:
+    """`on` and `auto` where it is possible."""
 
-    def decided(key: str, device: str) -> tuple[bool, str]:
-        return graph_decision(load_config(TINY, [f"train.cuda_graph={key}"]), data_size=2, device_type=device)
+    def decided(key: str, device: str, *others: str) -> tuple[bool, str]:
+        config = load_config(TINY, [f"train.cuda_graph={key}", *others])
+        return graph_decision(config, data_size=2, device_type=device)
 
     with pytest.raises(ConfigError, match=r"train\.cuda_graph: on does not go with a CPU .*; set it to auto$"):
         check_device(load_config(TINY, ["train.cuda_graph=on"]), "cpu")
     assert decided("on", "cuda") == (True, "CUDA graphs (train.cuda_graph = on)")
     assert decided("off", "cuda") == (False, "kernels launched one by one (train.cuda_graph = off)")
-    for proven in (False, True):
-        monkeypatch.setattr(graph_rules, "AUTO_TAKES_THEM", proven)
-        assert decided("auto", "cuda")[0] is proven and not decided("auto", "cpu")[0]
-    assert "a CPU" in decided("auto", "cpu")[1]
+    assert decided("auto", "cuda") == (True, "CUDA graphs (train.cuda_graph = auto)")
+    assert not decided("auto", "cpu")[0] and "a CPU" in decided("auto", "cpu")[1]
+    compiled, words = decided("auto", "cuda", "train.compile=on")
+    assert not compiled and "compiled blocks" in words and decided("on", "cuda", "train.compile=on")[0]
 
 
 def test_broken_files(tmp_path: Path) -> None:
