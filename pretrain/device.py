@@ -1,7 +1,7 @@
 """Where this process computes: device, collective backend, threads. Branches that only a GPU takes are here and in
 gpus.py.
 
-Branches marked `GPU-ONLY name` were never executed in development; docs/untested-on-gpu.md lists them and a test
+No test executes branches marked `GPU-ONLY name`; docs/untested-on-gpu.md says which have run, and a test
 compares the two.
 """
 

@@ -1,7 +1,7 @@
 """Which device a run computes on, why a GPU that is there cannot be used, and the one GPU of this process.
 
-Together with device.py this is where torch.cuda is called. Branches marked `GPU-ONLY name` were never executed in
-development (docs/untested-on-gpu.md).
+Together with device.py this is where torch.cuda is called. No test executes branches marked `GPU-ONLY name`
+(docs/untested-on-gpu.md).
 """
 
 from __future__ import annotations

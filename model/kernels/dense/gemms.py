@@ -22,7 +22,7 @@ from model.kernels.ops.switchhead import Inputs
 
 CHUNK_BYTES = 256 * 2**20
 """Largest [C, H, E, h] of a chunk: 32768 tokens of switchall_1b in bf16, 8 KB each. A micro-batch of any shipped
-configuration is one chunk. Whether chunks that fit the L2 cache are faster is to be measured on a GPU."""
+configuration is one chunk."""
 CHUNK_MULTIPLE = 256
 """Tokens of a chunk are a multiple of it, so that only the last one leaves tiles of its GEMMs unfilled."""
 

@@ -19,7 +19,7 @@ def chosen(name: str, requested: str = "auto", device: str = "cuda", dtype: torc
     backends = Backends.choose(requested, load_config(CONFIGS / name, []).model, device_type=device, dtype=dtype)
     others = {vars(backends)[op] for op in vars(backends) if op not in (*SWITCHHEAD, "route")}
     assert others <= {"triton", "cpu", "reference"}
-    measured = requested == "auto" and device == "cuda" and dtype == torch.bfloat16
+    measured = requested in ("auto", "sets") and device == "cuda" and dtype == torch.bfloat16
     assert backends.route == ("dense" if measured or requested == "dense" else backends.elementwise)
     return [vars(backends)[op] for op in SWITCHHEAD]
 
@@ -43,6 +43,15 @@ def test_many_experts_left_out_are_not_multiplied() -> None:
             "auto", model.model_copy(update={"attention": attention}), device_type="cuda", dtype=torch.bfloat16
         )
         assert (found.switchhead_value, found.switchhead_output) == (backend, backend)
+
+
+@pytest.mark.parametrize("name, backend", [("wt103_moa_8heads_262m", "reference"), ("c4_switchhead_262m", "triton")])
+def test_wide_heads_of_transformer_xl_are_left_to_torch(name: str, backend: str) -> None:
+    model = load_config(CONFIGS / "paper" / f"{name}.json", []).model
+    found = Backends.choose("auto", model, device_type="cuda", dtype=torch.bfloat16)
+    assert found.relative_attention == backend
+    asked = Backends.choose("triton", model, device_type="cuda", dtype=torch.bfloat16)
+    assert asked.relative_attention == "triton"
 
 
 def test_dense_can_be_asked_for_everywhere() -> None:
