@@ -2,7 +2,7 @@ r"""Quality of the models at a size that a CPU affords: tuned alike, trained on 
 
     python -m data_prep run --config configs/data/c4.json            # or --set input=... for other text: 20 MB at least
     python -m benchmarks.quality run --data data/c4/manifest.json    # many hours; again: goes on where it was
-    python -m benchmarks.quality table                               # at any time; also writes the picture
+    python -m benchmarks.quality table --page docs/benchmarks.md     # at any time; also writes the picture
 
 Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
 trained by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.quality.plan import NUM_TRAININGS, Training, missing
 from benchmarks.quality.records import RESULTS, keep, read_records, record_of
-from benchmarks.quality.table import picture, table
+from benchmarks.quality.table import origins, page, picture, table
 from common.errors import DataError, UserError
 from common.paths import REPOSITORY
 from pretrain.report.exit_codes import ExitCode
@@ -44,12 +44,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="table: the PNG that it writes")
+    parser.add_argument("--page", type=Path, help="table: also the page that has it between its marks")
     args = parser.parse_args()
     try:
         if args.what == "table":
             records = read_records(args.results)
-            print(table(records))
+            print(f"{origins(records)}\n\n{table(records)}")
             picture(records, args.picture)
+            if args.page is not None:
+                args.page.write_text(page(args.page.read_text(encoding="utf-8"), records), encoding="utf-8")
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")

@@ -12,6 +12,7 @@ from benchmarks.quality.records import EVERY, Record
 from model.costs import attention_memory, formula_parameters, training_flops_per_token
 from pretrain.config.loading import load_config
 
+BEGIN, END = "<!-- benchmarks.quality: begin -->\n", "<!-- benchmarks.quality: end -->"
 NAMES = {
     "dense": "dense, 8 heads",
     "dense_2heads": "dense, 2 heads",
@@ -44,6 +45,28 @@ def table(records: Sequence[Record]) -> str:
             cells += [f"{statistics.median(record.seconds[-1] for record in whole) / 60:.0f}"]
         rows.append("| " + " | ".join([*cells, "", "", ""][:9]) + " |")
     return "\n".join(rows)
+
+
+def origins(records: Sequence[Record]) -> str:
+    """On what the runs of the table were made, a line for each machine and text."""
+    found: dict[tuple[str, ...], int] = {}
+    for record in (one for model in SEEDS for one in of_model(records, model)):
+        keys = ("processor", "torch", "deepspeed", "began", "data")
+        on = tuple(record.origin.get(key, "unknown") for key in keys)
+        found[on] = found.get(on, 0) + 1
+    return "\n".join(
+        f"{count} runs: {card}, torch {torch}, DeepSpeed {deepspeed}, {date}; data set {data}."
+        for (card, torch, deepspeed, date, data), count in sorted(found.items())
+    )
+
+
+def page(text: str, records: Sequence[Record]) -> str:
+    """`text` with the table between its two marks anew. Raises ValueError if it lacks them."""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"the page lacks {BEGIN.strip()} or {END.strip()}")
+    return f"{before}{mark}{origins(records)}\n\n{table(records)}\n{end}{after}"
 
 
 def of_model(records: Sequence[Record], model: str) -> list[Record]:

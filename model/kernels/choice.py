@@ -16,8 +16,8 @@ of the time of `triton`, forward and backward (H200, 2026-11-27, docs/gpu.md); i
 
 
 WIDEST_FAST_HEAD = 128
-"""On CUDA `auto` computes Transformer-XL attention with wider heads by torch's operators: 0.53 ms against 0.68 with heads
-of 132 columns, 2.0 against 3.6 with 146 (H200, 2026-11-27)."""
+"""On CUDA `auto` computes Transformer-XL attention with wider heads by torch's operators: 0.53 ms against 0.68 with
+heads of 132 columns, 2.0 against 3.6 with 146 (H200, 2026-11-27)."""
 
 
 @dataclass(frozen=True, kw_only=True)

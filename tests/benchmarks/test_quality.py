@@ -24,8 +24,9 @@ from benchmarks.quality.plan import (
     missing,
     tuning,
 )
-from benchmarks.quality.records import Record, keep, read_records, record_of
-from benchmarks.quality.table import picture, table
+from benchmarks.quality.records import RESULTS, Record, keep, read_records, record_of
+from benchmarks.quality.table import page, picture, table
+from common.paths import REPOSITORY
 from model.costs import formula_parameters
 from pretrain.config.loading import load_config
 from tests.harness import run_ranks
@@ -168,3 +169,10 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     assert max(at_once) == 4 and len(trained) == len(set(trained)) == NUM_TRAININGS
     assert set(trained[:15]) == set(tuning())
     assert all(training.rate == RATES[1] for training in trained[15:])
+
+
+def test_the_page_has_the_table_of_the_records() -> None:
+    text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page(text, read_records(RESULTS)) == text, "python -m benchmarks.quality table --page docs/benchmarks.md"
+    with pytest.raises(ValueError, match=r"lacks <!-- benchmarks.quality: begin -->"):
+        page("no marks", [])
