@@ -25,7 +25,22 @@ GATED = {
 SORTED = {(412, 112): 2, (412, 76): 2, (412, 56): 2, (412, 48): 2}
 """SwitchHead with 2 of 5 experts: (d, h) -> heads."""
 
-GATED_ROWS = ((112, 2), (128, 2), (76, 3), (132, 4), (32, 2))
+GATED_ROWS = (
+    (112, 2),
+    (128, 2),
+    (76, 3),
+    (132, 4),
+    (32, 2),
+    (48, 2),
+    (56, 2),
+    (64, 3),
+    (76, 2),
+    (100, 2),
+    (126, 3),
+    (171, 3),
+    (197, 2),
+    (256, 2),
+)
 """SwitchHead with `kernels.backend=dense`: (h, chosen experts) that `auto` takes on CUDA."""
 
 MOA = {(1024, 146): 16, (412, 88): 10}

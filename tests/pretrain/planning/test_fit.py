@@ -131,7 +131,7 @@ def test_what_binds(by_hand: ByHand) -> None:
     assert report.constraint.startswith("the link between nodes (Ethernet), ")
     inner = fit(load_config(ONE_BILLION, ["parallel.tensor=8"]), h100(8, link_gb_per_second=1.0), results=NOWHERE)
     assert inner.constraint.startswith("the link inside a node (NVLink 4)")
-    small = load_config(ONE_BILLION, ["model.d_model=256", "batch.micro_sequences=1"])
+    small = load_config(ONE_BILLION, ["model.d_model=256", "batch.micro_sequences=1", "train.cuda_graph=off"])
     assert fit(small, h100(1), results=NOWHERE).constraint.startswith("the host, which launches kernels")
     stages = load_config(ONE_BILLION, ["parallel.pipeline=8", "batch.global_sequences=8"])
     assert fit(stages, h100(8), results=NOWHERE).constraint.startswith("pipeline stages that wait")

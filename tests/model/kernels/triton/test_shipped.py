@@ -116,7 +116,9 @@ def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Laun
     bodies = op_bodies()
     with FakeTensorMode(), torch.no_grad():
         for name, args in calls:
-            given = [torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Described) else a for a in args]
+            given = [
+                torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Described) else a for a in args
+            ]
             bodies[name](*("fused" if a == "plain" else a for a in given))  # the model ran on a CPU
     return found
 
