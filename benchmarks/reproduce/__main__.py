@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.paths import REPOSITORY
-from common.terminal import reader_may_leave
+from common.terminal import reader_may_leave, visible
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,12 +40,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 --check found a difference, 2 refused."""
     args = parser().parse_args(arguments)
+    code = 0
     try:
         with reader_may_leave():
-            return _table(args) if args.command == "table" else _hours(args)
+            code = _table(args) if args.command == "table" else _hours(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
+    return code
 
 
 def _table(args: argparse.Namespace) -> int:
@@ -55,7 +57,7 @@ def _table(args: argparse.Namespace) -> int:
 
     default = Path(RUNS)
     runs, unknown = found_runs(args.runs or ([default] if default.is_dir() else []))
-    print(report(runs, unknown, as_markdown=args.markdown))
+    print(visible(report(runs, unknown, as_markdown=args.markdown)))
     return 0
 
 
