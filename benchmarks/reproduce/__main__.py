@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.paths import REPOSITORY
 from common.terminal import reader_may_leave, visible
 
 
@@ -77,8 +76,7 @@ def _hours(args: argparse.Namespace) -> int:
         hours.PAGE.write_text(after, encoding="utf-8")
         return 0
     if after != before:
-        page = hours.PAGE.relative_to(REPOSITORY)
-        print(f"{page}: its tables are not what the records give: python -m benchmarks.reproduce hours --write")
+        print(f"{hours.NAME}: its tables are not what the records give: python -m benchmarks.reproduce hours --write")
     return int(after != before)
 
 

@@ -20,7 +20,8 @@ from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import Assumption, paces, why_no_time
 
-PAGE = REPOSITORY / "docs" / "reproduce.md"
+NAME = "docs/reproduce.md"
+PAGE = REPOSITORY / NAME
 HEAD = ("row", "published", "tokens", "GPU hours", "rests on")
 MARKED = re.compile(
     r"(<!-- benchmarks\.reproduce hours --gpu (\S+): begin -->\n)(.*?)(<!-- benchmarks\.reproduce hours: end -->)",
@@ -116,7 +117,7 @@ def updated(text: str, results: Path = RESULTS) -> str:
     """A page with every marked part anew. Raises UserError if no part is marked."""
     if not MARKED.search(text):
         raise UserError(
-            f"{PAGE.relative_to(REPOSITORY)}: no part is marked; put the tables between "
+            f"{NAME}: no part is marked; put the tables between "
             "`<!-- benchmarks.reproduce hours --gpu h200: begin -->` and `<!-- benchmarks.reproduce hours: end -->`"
         )
     return MARKED.sub(lambda found: found[1] + block(found[2], results) + found[4], text)
