@@ -58,10 +58,10 @@ class PaperRun:
     @property
     def progress(self) -> str:
         """Why it has not seen all tokens, in words."""
-        state = self.view.state
+        state, step = self.view.state, f"after step {self.view.step:,}"
         if state is State.FINISHED:
-            return f"its own train.steps are {setting(self.view.config, 'train.steps'):,}"
-        return state.value if state.goes_on else f"{state.value} after step {self.view.step:,}"
+            return f"ended {step}, as it was told"
+        return f"{state.value} {step}"
 
     def differences(self) -> list[str]:
         """What changes the result and is not the published configuration's: keys, and the rest in words."""

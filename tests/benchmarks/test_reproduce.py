@@ -107,6 +107,7 @@ def test_a_finished_run_stands_beside_the_published_figure(tmp_path: Path, capsy
     assert (mine["ours"], mine["split"], mine["state"], mine["run"]) == ("1.110", "test", "finished", str(bits))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer_is_read(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the real trainer leaves, of a model that is small instead of published; also while it is half way."""
     config = small_config(prepared, "train.steps=4", "evaluate.every_steps=2")
@@ -120,7 +121,7 @@ def test_a_run_of_the_trainer_is_read(prepared: Path, tmp_path: Path, monkeypatc
     first, second = found
     row = Row("small", "20.00", "validation")
     assert (first.tokens, second.tokens) == (2 * 8 * 16, 4 * 8 * 16) and second.is_whole and not first.is_whole
-    assert state(row, second) == "finished" and state(row, first) == "unfinished: stopped after step 2"
+    assert state(row, second) == "finished" and state(row, first) == "unfinished: ended after step 2, as it was told"
     events = [json.loads(line) for line in (second.view.path / "events.jsonl").read_text().splitlines()]
     last = [event for event in events if event["event"] == "validation"][-1]
     ((*_, ours, _, _, _, _),) = rows_of(row, [second])
@@ -135,7 +136,7 @@ def test_unfinished_rows_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     first, second = shown(capsys, stopped, short)["c4_dense_47m"]
     assert first["state"] == "unfinished: stopped after step 41,000, ours is of step 40,000"
     assert first["ours"] == "26.00" and first["tokens"] == f"{41_000 * 64 * 256:,}"
-    assert second["state"] == "unfinished: its own train.steps are 500; differs in train.steps"
+    assert second["state"] == "unfinished: ended after step 500, as it was told; differs in train.steps"
 
 
 def test_missing_rows_come_with_their_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
