@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reproduce.published import Row, Table, command, config_of, overrides, tables, tokens_wanted
+from benchmarks.reproduce.published import (
+    ZERO_SHOT,
+    Row,
+    Table,
+    command,
+    config_of,
+    overrides,
+    tables,
+    tokens_wanted,
+    zero_shot_command,
+)
 from benchmarks.reproduce.table import markdown
 from common.errors import UserError
 from common.paths import REPOSITORY
@@ -70,7 +80,7 @@ def block(gpu: str, results: Path = RESULTS) -> str:
     parts = [_part(table, on, measured, bases) for table in tables()]
     notes = [f"- **{letter}**: {_basis_text(basis)}" for basis, letter in bases.items()]
     rests = f"GPU hours are those of one {on.device.what}. What they rest on:\n\n" + "\n".join(notes)
-    return "\n\n".join([*parts, f"### What the hours rest on\n\n{rests}"]) + "\n"
+    return "\n\n".join([*parts, _zero_shot(), f"### What the hours rest on\n\n{rests}"]) + "\n"
 
 
 def _part(table: Table, on: Machine, measured: Measurements, bases: dict[tuple[Assumption, ...], str]) -> str:
@@ -87,6 +97,14 @@ def _part(table: Table, on: Machine, measured: Measurements, bases: dict[tuple[A
     text = f"### {table.title}: {table.unit}\n\n{markdown(HEAD, rows)}\n\n"
     text += f"Together {range_text(*ends)} GPU hours.\n\n"
     return text + "\n".join(f"    {line}" for line in _commands(table.rows))
+
+
+def _zero_shot() -> str:
+    """The published accuracies, and the commands that evaluate two trained models."""
+    tasks = {"lambada": "LAMBADA", "blimp": "BLiMP", "cbt": "CBT"}
+    rows = [(f"`{name}`", *(f"{found[task]:.1f}" for task in tasks)) for name, found in ZERO_SHOT.items()]
+    commands = "\n".join(f"    {zero_shot_command(name)}" for name in ZERO_SHOT)
+    return f"### Zero-shot: accuracy in percent\n\n{markdown(('row', *tasks.values()), rows)}\n\n{commands}"
 
 
 def _commands(rows: Sequence[Row]) -> Iterator[str]:

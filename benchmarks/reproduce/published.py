@@ -67,6 +67,12 @@ REPEATED = (
     _Repeated("Which projections", "wt103_dense_2heads_47m", "wt103_ablation_o_47m", r"dense with 2 heads (\d+\.\d+)"),
 )
 
+ZERO_SHOT = {
+    "c4_switchhead_262m": {"lambada": 29.4, "blimp": 79.6, "cbt": 83.3},
+    "c4_dense_262m": {"lambada": 28.2, "blimp": 76.1, "cbt": 83.6},
+}
+"""Published accuracy in percent of models without training for the task."""
+
 
 @functools.cache
 def config_of(name: str) -> Config:
@@ -108,6 +114,11 @@ def command(row: Row) -> str:
     words = ["deepspeed --num_gpus 1 launch/pretrain.py", f"--config configs/paper/{row.name}.json"]
     words += [f"--run-dir {RUNS}/{row.name}", *(f"--set {override}" for override in overrides(row.name))]
     return " ".join(words)
+
+
+def zero_shot_command(name: str) -> str:
+    """What evaluates a trained model as the table of zero-shot tasks does."""
+    return f"python launch/evaluate.py {RUNS}/{name} --tasks {','.join(ZERO_SHOT[name])} --device cuda"
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reproduce.published import config_of, names, tokens_wanted
 from common import json_config
@@ -47,13 +48,24 @@ class PaperRun:
         return max([*self.view.validations(split), *self._evaluations(split)], key=lambda found: found[0], default=None)
 
     def _evaluations(self, split: str) -> Iterator[tuple[int, float]]:
-        """Of the whole split, with the weights themselves."""
-        for path in sorted((self.view.path / "evaluation").glob("*/validation.json")):
+        for one in self._evaluated("validation"):
+            if one.get("split") == split and isinstance(one.get("loss"), float):
+                yield one["step"], one["loss"]
+
+    def accuracy(self, task: str) -> tuple[int, float] | None:
+        """Step and percent of the newest evaluation of a task: of the run itself, or launch/evaluate.py's."""
+        own = self.view.tasks().get(task)
+        is_whole = own is not None and not setting(self.view.config, "evaluate.tasks_limit")
+        every = [*([own] if own is not None and is_whole else []), *self._evaluated(task)]
+        found = [(one["step"], 100 * one["accuracy"]) for one in every if isinstance(one.get("accuracy"), float)]
+        return max(found, key=lambda one: one[0], default=None)
+
+    def _evaluated(self, task: str) -> Iterator[dict[str, Any]]:
+        """What launch/evaluate.py left: all examples, with the weights themselves."""
+        for path in sorted((self.view.path / "evaluation").glob(f"*/{task}.json")):
             one = read_object(path)
-            step, loss = one.get("step"), one.get("loss")
-            plain = one.get("limit") is None and not one.get("moving_average")
-            if one.get("split") == split and plain and isinstance(step, int) and isinstance(loss, float):
-                yield step, loss
+            if isinstance(one.get("step"), int) and one.get("limit") is None and not one.get("moving_average"):
+                yield one
 
     @property
     def progress(self) -> str:

@@ -61,7 +61,7 @@ def shown(capsys: pytest.CaptureFixture[str], *folders: Path) -> dict[str, list[
     found: dict[str, list[dict[str, str]]] = {}
     for line in capsys.readouterr().out.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("|") and cells[0] in names():
+        if line.startswith("|") and cells[0] in names() and len(cells) == len(HEAD):
             found.setdefault(cells[0], []).append(dict(zip(HEAD, cells, strict=True)))
     return found
 
@@ -145,7 +145,7 @@ def test_missing_rows_come_with_their_command(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "--config configs/paper/c4_dense_47m.json" not in printed
     assert "  deepspeed --num_gpus 1 launch/pretrain.py --config configs/paper/pes2o_dense_47m.json" in printed
-    assert printed.count(" missing") == sum(len(table.rows) for table in tables()) - 1
+    assert printed.count(" missing") == sum(len(table.rows) for table in tables()) - 1 + 6
 
 
 def test_a_row_of_another_split_waits_for_its_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +163,29 @@ def test_a_row_of_another_split_waits_for_its_evaluation(tmp_path: Path, capsys:
         assert [row["ours"] for row in shown(capsys, run)["wt103_switchhead_47m"]] == ["12.40", "-", "-"]
     file.write_text(json.dumps(result))
     assert [row["ours"] for row in shown(capsys, run)["wt103_switchhead_47m"]] == ["12.40", "12.30", "12.30"]
+
+
+def test_zero_shot_tasks_are_read_from_a_run_and_from_evaluations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", "c4_switchhead_262m", losses={100_000: 2.8})
+    assert main(["table", "--runs", str(run)]) == 0
+    assert "launch/evaluate.py runs/paper/c4_switchhead_262m --tasks lambada,blimp,cbt" in capsys.readouterr().out
+    with open(run / "events.jsonl", "a") as file:
+        event = {"event": "evaluation", "step": 100_000, "task": "lambada", "accuracy": 0.301}
+        file.write(json.dumps(event) + "\n")
+    folder = run / "evaluation" / "step-00090000"
+    folder.mkdir(parents=True)
+    for task in ("lambada", "blimp"):
+        (folder / f"{task}.json").write_text(json.dumps({"step": 90_000, "accuracy": 0.5, "limit": None}))
+    (folder / "cbt.json").write_text(json.dumps({"step": 90_000, "accuracy": 0.5, "limit": 3}))
+    assert main(["table", "--markdown", "--runs", str(run)]) == 0
+    printed = capsys.readouterr().out.partition("### Zero-shot, accuracy in percent")[2]
+    assert f"| c4_switchhead_262m | lambada | 29.4 | 30.1 | finished | {run} |" in printed
+    assert f"| c4_switchhead_262m | blimp | 79.6 | 50.0 | finished, ours is of step 90,000 | {run} |" in printed
+    assert f"| c4_switchhead_262m | cbt | 83.3 | - | not evaluated | {run} |" in printed
+    assert "| c4_dense_262m | cbt | 83.6 | - | missing |  |" in printed
+    assert "runs/paper/c4_switchhead_262m" not in printed and "runs/paper/c4_dense_262m --tasks" in printed
 
 
 @pytest.mark.parametrize("name", ["c4_dense_47m", "pes2o_dense_47m", "wt103_switchall_47m", "pes2o_switchhead_262m"])
