@@ -84,8 +84,9 @@ class PaperRun:
             for key in published
             if key in mine and mine[key] != published[key] and not any(_is_under(key, one) for one in ignored)
         ]
-        if mine.get("data.manifest") not in (published["data.manifest"], str(Path(published["data.manifest"]).parent)):
-            keys.append(f"data.manifest ({mine.get('data.manifest')})")
+        manifest = mine.get("data.manifest")
+        if not isinstance(manifest, str) or _corpus(manifest) != _corpus(published["data.manifest"]):
+            keys.append(f"data.manifest ({manifest})")
         return keys + self._regularised()
 
     def _regularised(self) -> list[str]:
@@ -176,6 +177,12 @@ def figure(loss: float, *, bits: bool) -> str:
     if not math.isfinite(loss):
         return "not finite"
     return f"{loss / math.log(2):.3f}" if bits else f"{math.exp(min(loss, 700.0)):.2f}"
+
+
+def _corpus(manifest: str) -> tuple[str, ...]:
+    """The last two folders, as paper/c4: the corpus, wherever the prepared data lie."""
+    path = Path(manifest)
+    return (path.parent if path.suffix == ".json" else path).parts[-2:]
 
 
 def _is_under(key: str, prefix: str) -> bool:

@@ -191,7 +191,7 @@ def test_zero_shot_tasks_are_read_from_a_run_and_from_evaluations(
 @pytest.mark.parametrize("name", ["c4_dense_47m", "pes2o_dense_47m", "wt103_switchall_47m", "pes2o_switchhead_262m"])
 def test_a_run_is_the_row_of_its_corpus(tmp_path: Path, name: str) -> None:
     """Also with data elsewhere, with another description, or with both if the folder's name is kept."""
-    kept = f"/far/{Path(str(config_of(name).data.manifest)).parent.name}/manifest.json"
+    kept = f"/far/paper/{Path(str(config_of(name).data.manifest)).parent.name}"
     folders = [
         write_run(tmp_path / "plain", name),
         write_run(tmp_path / "moved", name, "data.manifest=/far/away/manifest.json", "train.seed=3"),
@@ -199,6 +199,8 @@ def test_a_run_is_the_row_of_its_corpus(tmp_path: Path, name: str) -> None:
         write_run(tmp_path / "both", name, f"data.manifest={kept}", "description=mine"),
     ]
     assert [recognised(RunView.open(run)) for run in folders] == [name] * 4
+    data = [any("data.manifest" in key for key in runs.PaperRun(name, RunView.open(f)).differences()) for f in folders]
+    assert data == [False, True, False, False]
 
 
 def test_every_published_model_is_recognised(tmp_path: Path) -> None:
