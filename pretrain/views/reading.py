@@ -203,8 +203,9 @@ class RunView:
         found = self.last("started").get("last_step", setting(self.config, "train.steps"))
         return found if isinstance(found, int) else None
 
-    def validations(self) -> list[tuple[int, float]]:
-        """Step and loss of those that still count: a start from before a step computes its validation again."""
+    def validations(self, split: str = "validation") -> list[tuple[int, float]]:
+        """Step and loss of those on a split that still count: a start from before a step computes its validation
+        again."""
         found: dict[int, float] = {}
         for event in self.events:
             step, loss = event.get("step"), event.get("loss")
@@ -212,7 +213,7 @@ class RunView:
                 continue
             if event["event"] == "started":
                 found = {s: value for s, value in found.items() if s <= step}
-            elif event["event"] == "validation" and event.get("split", "validation") == "validation":
+            elif event["event"] == "validation" and event.get("split", "validation") == split:
                 found[step] = loss if isinstance(loss, int | float) else math.nan
         return sorted(found.items())
 
