@@ -22,7 +22,6 @@ from benchmarks.reproduce.table import markdown
 from common.errors import UserError
 from common.paths import REPOSITORY
 from pretrain.cli.plan_fit import hours_text
-from pretrain.config.graph_rules import graph_decision
 from pretrain.config.schema import Config
 from pretrain.planning.fit import checked, with_overrides
 from pretrain.planning.layout_plan import step_time
@@ -51,11 +50,8 @@ class Estimate:
 
 
 def planned(name: str) -> Config:
-    """The run as the estimate takes it: with the settings of its command, and micro-steps as CUDA graphs where
-    train.cuda_graph is auto and takes them (the estimate counts graphs only where the key is on)."""
-    config = with_overrides(config_of(name), overrides(name))
-    graphs, _ = graph_decision(config, data_size=1, device_type="cuda")
-    return with_overrides(config, ("train.cuda_graph=on",)) if graphs else config
+    """The run with the settings of its command."""
+    return with_overrides(config_of(name), overrides(name))
 
 
 def estimate(name: str, on: Machine, measured: Measurements) -> Estimate:
