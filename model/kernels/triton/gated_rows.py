@@ -120,9 +120,11 @@ TILE = 2048
 
 
 def tile(width: int, k: int) -> dict[str, int]:
-    """Block sizes for rows of `width` and k choices. Of four, 64 rows of 132 numbers spill on sm_100."""
+    """Block sizes for rows of `width` and k choices. Of four, 64 rows of 132 numbers spill on sm_100; of three, rows of
+    171, which are loaded number by number."""
     columns = column_tile(width)
-    return {"BLOCK_M": TILE // columns // (1 if k < 4 else 2), "BLOCK_N": columns}
+    spills = k > 3 or (k == 3 and width % 2 == 1)
+    return {"BLOCK_M": TILE // columns // (2 if spills else 1), "BLOCK_N": columns}
 
 
 @on_its_device

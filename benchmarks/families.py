@@ -1,0 +1,204 @@
+r"""Step time, kept activations and multiply-accumulates of SwitchAll, SwitchHead, MoA and dense at matched parameters.
+
+    python -m benchmarks.families                       # 47m, 262m and 244m-rope, 4 layers, on the CPU
+    python -m benchmarks.families --shape 244m-rope --rounds 9 --markdown
+
+A step is forward and backward of a model of --layers blocks with its embedding and output layer, without an optimizer.
+The families of a shape run in turn, round after round, each round in another order, so that a slow phase of a shared
+machine hits all alike; what counts is the median over rounds of the ratio to the dense model of the same round. Beside
+it stand the ratio of multiply-accumulates of a block, by the paper's formulas, and that of the bytes which autograd
+keeps for the backward pass. Transformer-XL memory is full, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.models import fill_memory
+from benchmarks.quality.records import processor
+from common.paths import REPOSITORY
+from common.tables import text_table
+from model.config import ModelConfig
+from model.costs import attention_macs, feedforward_macs, formula_parameters
+from model.kernels.choice import Backends
+from model.language_model import LanguageModel
+
+PAPER = REPOSITORY / "configs" / "paper"
+SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
+    "47m": {
+        "dense": ("c4_dense_47m", None),
+        "MoA": ("wt103_moa_8heads_47m", None),
+        "SwitchHead": ("c4_switchhead_47m", None),
+        "SwitchAll": ("c4_switchall_47m", None),
+    },
+    "262m": {
+        "dense": ("c4_dense_262m", None),
+        "MoA": ("wt103_moa_8heads_262m", None),
+        "SwitchHead": ("c4_switchhead_262m", None),
+        "SwitchAll": ("c4_switchall_259m", None),
+    },
+    "244m-rope": {
+        "dense": ("c4_dense_rope_244m", None),
+        "SwitchHead": ("c4_switchhead_rope_244m", None),
+        "SwitchAll": ("c4_switchhead_rope_244m", "c4_switchall_259m"),
+    },
+}
+"""Shape -> family -> configuration of the paper, and one whose feed-forward layer it takes instead of its own."""
+DENSE = "dense"
+
+
+class Measured(NamedTuple):
+    """One family."""
+
+    parameters: int
+    """Of the whole model, all its layers."""
+    macs: int
+    """Of attention and feed-forward of a block, forward, by the paper's formulas."""
+    kept: int
+    """Bytes."""
+    seconds: list[float]
+    """Of a step, by round."""
+
+
+def model_of(shape: str, family: str) -> ModelConfig:
+    """The whole model, without dropout: masks cost every family the same."""
+    name, feedforward = SHAPES[shape][family]
+    tree: dict[str, Any] = _model_section(name)
+    if feedforward is not None:
+        tree["feedforward"] = _model_section(feedforward)["feedforward"]
+    tree["dropout"] = 0.0
+    for part in ("attention", "feedforward"):
+        tree[part].pop("expert_dropout", None)
+    return ModelConfig.model_validate(tree)
+
+
+def _model_section(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((PAPER / f"{name}.json").read_text(encoding="utf-8"))["model"]
+    return tree
+
+
+class Step:
+    """A model of some layers and one batch."""
+
+    def __init__(self, config: ModelConfig, sequences: int) -> None:
+        torch.manual_seed(0)
+        backends = Backends.choose("auto", config, device_type="cpu", dtype=torch.float32)
+        self.model = LanguageModel(config, backends=backends, seed=0).train()
+        size = sequences, config.sequence_length
+        self.tokens, self.targets = (torch.randint(0, config.vocab_size, size) for _ in range(2))
+        self.index = torch.arange(sequences)
+        chunks = config.memory_length // config.sequence_length
+        fill_memory(self.model, self.index, chunks, lambda: self.model(self.tokens, self.targets, self.index))
+
+    def __call__(self) -> float:
+        """Seconds."""
+        self.model.zero_grad(set_to_none=True)
+        begin = time.perf_counter()
+        self.model(self.tokens, self.targets, self.index)[0].backward()
+        return time.perf_counter() - begin
+
+    def kept_bytes(self) -> int:
+        """What autograd keeps of a forward pass besides the parameters, each storage once."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            objective = self.model(self.tokens, self.targets, self.index)[0]
+        total = sum(kept.values())
+        objective.backward()
+        return total
+
+
+def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, Measured]:
+    """Family -> what was measured."""
+    whole = {family: model_of(shape, family) for family in SHAPES[shape]}
+    steps = {
+        family: Step(config.model_copy(update={"num_layers": layers}), sequences) for family, config in whole.items()
+    }
+    found = {
+        family: Measured(
+            formula_parameters(config).total,
+            attention_macs(config) + feedforward_macs(config),
+            steps[family].kept_bytes(),
+            [],
+        )
+        for family, config in whole.items()
+    }
+    for family in orders(list(steps), rounds):
+        found[family].seconds.append(steps[family]())
+    return found
+
+
+def orders(families: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every family once a round, each round beginning with the next one."""
+    for number in range(rounds):
+        first = number % len(families)
+        yield from (*families[first:], *families[:first])
+
+
+def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
+    """A line for each family: ratios to the dense model, medians over rounds."""
+    dense = found[DENSE]
+    lines = []
+    for family, one in found.items():
+        ratios = [own / other for own, other in zip(one.seconds, dense.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        step = f"{statistics.median(one.seconds):.2f}"
+        memory = [f"{one.kept / 1e6:.0f}", f"{one.kept / dense.kept:.2f}"]
+        times = [step, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        lines.append([shape, family, f"{one.parameters:,}", *times, f"{one.macs / dense.macs:.2f}", *memory])
+    return lines
+
+
+HEADER = ["shape", "family", "parameters", "step s", "to dense", "quartiles", "MACs to dense", "kept MB", "to dense"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable (default: all)")
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="blocks of each model (default: %(default)s)"
+    )
+    parser.add_argument("--sequences", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: %(default)s")
+    parser.add_argument("--markdown", action="store_true", help="the table for docs/benchmarks.md")
+    args = parser.parse_args(arguments)
+    if min(args.layers, args.sequences, args.rounds) < 1:
+        parser.error("--layers, --sequences and --rounds must be at least 1")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    torch.set_num_threads(threads)
+    lines = []
+    for shape in args.shape or SHAPES:
+        print(f"{shape}: {args.layers} layers, {args.rounds} rounds", file=sys.stderr, flush=True)
+        lines += rows(shape, measured(shape, args.layers, args.sequences, args.rounds))
+    print(
+        f"{processor('cpu')}, {threads} threads, torch {torch.__version__}, {datetime.now(UTC).date()}; fp32, ", end=""
+    )
+    print(f"{args.layers} layers, {args.sequences} sequences, medians of {args.rounds} rounds\n")
+    if args.markdown:
+        table = [HEADER, ["---"] * len(HEADER), *lines]
+        print("\n".join(f"| {' | '.join(line)} |" for line in table))
+    else:
+        print(text_table(HEADER, lines, left={0, 1}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The families have equally many parameters, and ratios are those of the same round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import families
+from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, orders, rows
+from model.config import ModelConfig
+from model.costs import formula_parameters
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_families_of_a_shape_are_matched(shape: str) -> None:
+    models = {family: model_of(shape, family) for family in SHAPES[shape]}
+    totals = {family: formula_parameters(config).total for family, config in models.items()}
+    assert all(abs(total / totals[DENSE] - 1) < 0.02 for total in totals.values()), totals
+    one = models[DENSE]
+    for config in models.values():
+        assert (config.d_model, config.num_layers, config.sequence_length) == (
+            one.d_model,
+            one.num_layers,
+            one.sequence_length,
+        )
+        assert config.dropout == 0.0 and config.vocab_size == one.vocab_size and config.position == one.position
+
+
+def test_each_round_begins_with_another_family() -> None:
+    assert "".join(orders("abc", 4)) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    found = {"dense": Measured(100, 10, 1000, [1.0, 2.0, 4.0]), "SwitchAll": Measured(99, 4, 500, [0.5, 1.0, 1.0])}
+    dense, other = rows("47m", found)
+    assert dense[3:6] == ["2.00", "1.00", "1.00 to 1.00"]
+    assert other[1:5] == ["SwitchAll", "99", "1.00", "0.50"] and other[6:] == ["0.40", "0", "0.50"]
+
+
+TINY = {
+    "d_model": 8,
+    "num_layers": 1,
+    "vocab_size": 11,
+    "sequence_length": 4,
+    "attention": {"type": "dense", "num_heads": 2, "head_dim": 4},
+    "position": {"type": "xl", "memory_chunks": 1},
+    "feedforward": {"type": "dense", "hidden_size": 16},
+}
+
+
+def test_what_is_kept_is_counted_once_and_parameters_are_not() -> None:
+    step = Step(ModelConfig.model_validate(TINY), 2)
+    weight = torch.ones(3, 3, requires_grad=True)
+    step.model.forward = lambda *_: ((step.x * step.x @ weight).exp().sum(), None, None)  # type: ignore[method-assign]
+    step.x = torch.ones(5, 3, requires_grad=True)  # type: ignore[attr-defined]
+    step.model.extra = torch.nn.Parameter(weight)  # type: ignore[assignment]
+    weight = step.model.extra
+    # x, its square and the exponential; the weight is a parameter.
+    assert step.kept_bytes() == 3 * 5 * 3 * 4
+    assert step() > 0
+
+
+def test_the_command_prints_a_line_for_each_family(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    switchhead = {"type": "switchhead", "num_heads": 1, "head_dim": 4, "num_experts": 2, "active_experts": 1}
+    trees = {"dense": TINY, "SwitchHead": TINY | {"attention": switchhead}}
+    monkeypatch.setattr(families, "SHAPES", {"47m": dict.fromkeys(trees, ("", None))})
+    monkeypatch.setattr(families, "model_of", lambda _, family: ModelConfig.model_validate(trees[family]))
+    assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2", "--markdown"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["dense", "SwitchHead"]
+    assert len({line.count("|") for line in lines}) == 1
