@@ -44,6 +44,13 @@ class Loop(Protocol):
         """Of every step so far. The last thing that is asked."""
 
 
+class Peer(Loop, Protocol):
+    """Another loop than ours."""
+
+    def close(self) -> None:
+        """Frees what it holds of this process."""
+
+
 class Ours:
     """The steps of pretrain.loop.train: reading ahead, agreeing, metrics.jsonl, TensorBoard, routing statistics, the
     watchdog. Nothing is validated or saved, and the process that estimates a run at its start has ended by then."""
@@ -106,12 +113,18 @@ class Given:
         return torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, eps=o.eps, fused=True)
 
 
-def end_step(model: nn.Module) -> None:
-    """What belongs to the model itself: its memory of the text before, and the means of its balancing losses."""
-    for _, memory in layer_memories(model):
-        memory.advance()
-    for _, statistics in routing_statistics(model):
-        if not statistics.is_paused:
+class OwnState:
+    """What belongs to the model itself, and every loop must see to: its memory of the text before, and the means of its
+    balancing losses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._memories = [memory for _, memory in layer_memories(model)]
+        self._statistics = [found for _, found in routing_statistics(model) if not found.is_paused]
+
+    def end_step(self) -> None:
+        for memory in self._memories:
+            memory.advance()
+        for statistics in self._statistics:
             statistics.finish_step()
 
 
@@ -120,7 +133,7 @@ class Bare:
 
     def __init__(self, given: Given, device: torch.device) -> None:
         self._given, self._model = given, given.model(device)
-        self._optimizer = given.optimizer(self._model)
+        self._optimizer, self._own = given.optimizer(self._model), OwnState(self._model)
         self._losses: list[Tensor] = []
 
     def train(self, steps: int) -> None:
@@ -139,11 +152,14 @@ class Bare:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            end_step(model)
+            self._own.end_step()
             self._losses.append(torch.stack(losses).mean())
 
     def losses(self) -> list[float]:
         return [float(loss) for loss in self._losses]
+
+    def close(self) -> None:
+        """It holds nothing of the process."""
 
 
 class EngineAlone:
@@ -152,11 +168,12 @@ class EngineAlone:
     def __init__(self, given: Given, device: torch.device) -> None:
         import deepspeed  # here: device.start prepares its import
 
-        self._given, self._model = given, given.model(device)
+        self._given, model = given, given.model(device)
+        self._own = OwnState(model)
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=self._model,
-                optimizer=given.optimizer(self._model),
+                model=model,
+                optimizer=given.optimizer(model),
                 config=deepspeed_json(given.config, data_size=1),
                 dist_init_required=False,
             )
@@ -174,7 +191,7 @@ class EngineAlone:
                 engine.backward(objective)
                 engine.step()
                 losses.append(sequence_loss.detach().mean())
-            end_step(self._model)
+            self._own.end_step()
             self._losses.append(torch.stack(losses).mean())
 
     def losses(self) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, our_loop
+from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -55,7 +55,7 @@ class Comparison:
     other: str
     wanted: float
     """Least ratio of tokens per second, ours / theirs."""
-    make: Callable[[Given, torch.device], Loop]
+    make: Callable[[Given, torch.device], Peer]
 
 
 COMPARISONS = (
@@ -111,17 +111,19 @@ def compare(comparison: Comparison, config: Config, device: torch.device, *, pai
     must exist."""
     given = Given(config, WARM_UP_STEPS + pairs * steps)
     pieces: dict[str, list[Piece]] = {"ours": [], "theirs": []}
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        with our_loop(config, Path(folder) / "run", device) as ours:
-            loops: dict[str, Loop] = {"ours": ours, "theirs": comparison.make(given, device)}
-            for loop in loops.values():
-                loop.train(WARM_UP_STEPS)
-            for number in range(pairs):
-                for kind in list(loops)[:: -1 if number % 2 else 1]:
-                    pieces[kind].append(timed(loops[kind], steps))
-            losses = [loop.losses() for loop in loops.values()]
-            if isinstance(theirs := loops["theirs"], EngineAlone):
-                theirs.close()
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        tempfile.TemporaryDirectory() as folder,
+        our_loop(config, Path(folder) / "run", device) as ours,
+        contextlib.closing(comparison.make(given, device)) as theirs,
+    ):
+        loops: dict[str, Loop] = {"ours": ours, "theirs": theirs}
+        for loop in loops.values():
+            loop.train(WARM_UP_STEPS)
+        for number in range(pairs):
+            for kind in list(loops)[:: -1 if number % 2 else 1]:
+                pieces[kind].append(timed(loops[kind], steps))
+        losses = [loop.losses() for loop in loops.values()]
     tokens = steps * config.batch.global_sequences * config.model.sequence_length
     return Measured(comparison, tokens, pieces["ours"], pieces["theirs"], losses)
 
