@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
 
     groups.mpu = None  # an earlier engine of this process may have left its own
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
+    _import_muon_without_a_compiler()
     specs = parameter_specs(config.model)
     for name, parameter in model.named_parameters():
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
@@ -57,6 +59,16 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         zero_1.add_without_a_copy(engine.optimizer)
     _average_only_over_others(engine)
     return engine
+
+
+def _import_muon_without_a_compiler() -> None:
+    """DeepSpeed's ZeRO optimizers import its Muon to ask whether ours is one. As they are defined, Muon's functions are
+    handed to torch.compile, which imports all of TorchInductor: a sixth of the time to the first step on a CPU. No run
+    calls them."""
+    from deepspeed.runtime import compiler
+
+    with mock.patch.object(compiler, "compile", return_value=lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 
 def _average_only_over_others(engine: Any) -> None:

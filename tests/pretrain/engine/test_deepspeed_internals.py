@@ -20,7 +20,7 @@ DEEPSPEED = {
     "utils.groups": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
     "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
-    "_take_model_step",
+    "_take_model_step allreduce_no_retain",
     "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers",
     "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
@@ -35,6 +35,7 @@ DEEPSPEED = {
     "runtime.bf16_optimizer": "overflow update_lp_params",
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",
+    "runtime.compiler": "compile",
 }
 """Module of DeepSpeed -> attributes, functions and globals that stand in it."""
 
