@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from pretrain.engine import build
 
 ROOT = Path(__file__).resolve().parents[3]
 DEEPSPEED = {
@@ -90,3 +94,18 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
     others = {"_asdict", "_replace", "_fields", "_version", "_cdata", "_schema", "_written", "_attn_implementation"}
     unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours | others}
     assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
+
+
+def test_muon_is_imported_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every ZeRO optimizer imports it; torch.compile, even of what is never called, imports TorchInductor."""
+    import deepspeed.runtime.compiler
+
+    for name in [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon")]:
+        monkeypatch.delitem(sys.modules, name)
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", compiled.append)
+    build._import_muon_without_a_compiler()
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    assert isinstance(MuonWithAuxAdam, type) and not compiled
+    assert deepspeed.runtime.compiler.compile() is torch.compile
