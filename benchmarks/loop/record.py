@@ -42,7 +42,7 @@ def append(path: Path, what: str, about: dict[str, Any], found: dict[str, Any]) 
     command = shlex.join(["python", "-m", "benchmarks.loop", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"what": what, **about, "command": command, **found}) + "\n")
+        file.write(json.dumps({"what": what, **about, "command": command, "found": found}) + "\n")
 
 
 def _processor() -> str:

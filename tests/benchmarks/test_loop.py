@@ -92,7 +92,8 @@ def test_table_and_line(tmp_path: Path) -> None:
     for what in ("speed", "start"):
         record.append(tmp_path / "results.jsonl", what, about, {"bare": one.to_json()})
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["what"] for line in lines] == ["speed", "start"] and lines[0]["bare"]["tokens_of_a_piece"] == 1024
+    assert [line["what"] for line in lines] == ["speed", "start"] and lines[0]["torch"] == torch.__version__
+    assert lines[1]["found"]["bare"]["tokens_of_a_piece"] == 1024
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
