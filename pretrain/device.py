@@ -85,8 +85,9 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
 
     if device.type == "cpu":
         # Otherwise DeepSpeed compiles its shared-memory collectives at the first start (94 s), and a killed compile
-        # leaves a lock file on which every later run waits for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # leaves a lock file on which every later run waits for ever. Set as a whole: a look at DeepSpeed's own table
+        # makes it, by a probe of every op, one of which compiles a program.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if not dist.is_initialized():
         _prepare_connections(ranks.world_size)
         _meet(ranks, backend, timeout_seconds)

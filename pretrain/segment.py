@@ -119,13 +119,11 @@ class Segment:
         The scalars of a step are read after the next one is launched, so that the device never waits for the host. Only
         where something is made of the step (a checkpoint, a validation, a comparison, the end) or where a spike must
         undo it before the next, nothing is launched before they are read."""
-        stopping, rollback = False, None
         if self._validation_is_missing():
             self._validate()
         if self._tasks_are_missing():
             self._evaluate_tasks()
-        while self._ahead.step < self.last and not stopping and rollback is None:
-            stopping, rollback = self._next_step()
+        stopping, rollback = self.advance(self.last)
         if rollback is not None:
             self.trainer.saver.wait()
             return SegmentEnd(self.progress.step, rollback)
@@ -133,6 +131,14 @@ class Segment:
         self.setup.phases.enter("checkpoint")
         self.trainer.saver.finish()
         return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
+
+    def advance(self, step: int) -> tuple[bool, Rollback | None]:
+        """Launches the steps up to `step`, with what comes between them, unless the ranks agree to stop or to go back.
+        Returns whether to stop, and a rollback if one is needed. Collective."""
+        stopping, rollback = False, None
+        while self._ahead.step < step and not stopping and rollback is None:
+            stopping, rollback = self._next_step()
+        return stopping, rollback
 
     def _next_step(self) -> tuple[bool, Rollback | None]:
         """Launches the next step, unless the ranks agree to stop or to go back; then reads the one before. If something

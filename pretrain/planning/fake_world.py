@@ -44,6 +44,9 @@ def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Ite
     own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_SIZE": 1}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {key: str(value) for key, value in own.items()}))
+        if "__compatible_ops__" not in vars(deepspeed.ops):  # a look at DeepSpeed's own would make it: see device.start
+            deepspeed.ops.__compatible_ops__ = {}
+            stack.callback(vars(deepspeed.ops).pop, "__compatible_ops__")
         stack.enter_context(mock.patch.dict(deepspeed.ops.__compatible_ops__, {"deepspeed_shm_comm": False}))
         dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
         stack.callback(_forget_the_world)

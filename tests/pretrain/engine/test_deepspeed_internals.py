@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from pretrain.engine import build
 
 ROOT = Path(__file__).resolve().parents[3]
 DEEPSPEED = {
@@ -20,7 +24,7 @@ DEEPSPEED = {
     "utils.groups": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
     "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
-    "_take_model_step",
+    "_take_model_step allreduce_no_retain",
     "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers",
     "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
@@ -35,6 +39,7 @@ DEEPSPEED = {
     "runtime.bf16_optimizer": "overflow update_lp_params",
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",
+    "runtime.compiler": "compile",
 }
 """Module of DeepSpeed -> attributes, functions and globals that stand in it."""
 
@@ -89,3 +94,18 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
     others = {"_asdict", "_replace", "_fields", "_version", "_cdata", "_schema", "_written", "_attn_implementation"}
     unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours | others}
     assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
+
+
+def test_muon_is_imported_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every ZeRO optimizer imports it; torch.compile, even of what is never called, imports TorchInductor."""
+    import deepspeed.runtime.compiler
+
+    for name in [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon")]:
+        monkeypatch.delitem(sys.modules, name)
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", compiled.append)
+    build._import_muon_without_a_compiler()
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    assert isinstance(MuonWithAuxAdam, type) and not compiled
+    assert deepspeed.runtime.compiler.compile() is torch.compile

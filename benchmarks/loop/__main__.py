@@ -1,0 +1,79 @@
+r"""What our loop costs beside the arithmetic of the model, and how long a run takes to its first step. On a CPU.
+
+    python -m data_prep run --config configs/data/sample.json --set output=DIR     # DIR/manifest.json
+    python -m benchmarks.loop speed --data DIR/manifest.json [--pairs 9] [--steps 3]
+    python -m benchmarks.loop start --data DIR/manifest.json [--starts 5]
+    (both: --results FILE appends what was measured to FILE, as one JSON line)
+
+speed: one process trains the 47M model of configs/paper/c4_switchhead_47m.json, in fp32, with ever two loops in turns
+(ABBA), a piece of a few steps each. Smaller than the paper's are the batch, 4 sequences in one micro-step, and the
+sequence, 128 tokens, so that a piece of three steps takes 5 to 15 s on one core; smaller steps make what a loop costs
+look larger, not smaller. At ZeRO 0 our whole loop (reading ahead, messages, metrics.jsonl, TensorBoard, statistics of
+routers, watchdog) runs against a bare loop of PyTorch: forward, backward, clip_grad_norm_, AdamW, on micro-batches that
+are in memory already. At ZeRO 1 it runs against DeepSpeed's engine alone. The ratio is tokens per second of ours /
+theirs, the median over the pairs; `by CPU` is the same of the time that processors work, in all threads, which other
+processes of the machine disturb less. Both loops must have had the same losses; how far they differ is printed.
+
+start: seconds from the start of a process of launch/pretrain.py until metrics.jsonl has its first line, and processor
+seconds (user + system) of it and its children until then, configs/switchall_tiny.json. Once with python and once with
+DeepSpeed's launcher (one rank), in turns; the first start of each fills the cache of files and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.loop import record
+from common.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="what", required=True)
+    speed_part, start_part = (parts.add_parser(name) for name in ("speed", "start"))
+    speed_part.add_argument("--config", type=Path, default=Path("configs/paper/c4_switchhead_47m.json"))
+    speed_part.add_argument("--pairs", type=int, default=9, metavar="N", help="of pieces (default: %(default)s)")
+    speed_part.add_argument("--steps", type=int, default=3, metavar="N", help="of a piece (default: %(default)s)")
+    speed_part.add_argument("--against", nargs="+", choices=("bare", "engine"), default=["bare", "engine"])
+    start_part.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"))
+    start_part.add_argument("--starts", type=int, default=5, metavar="N", help="of each kind (default: %(default)s)")
+    start_part.add_argument("--with", nargs="+", dest="kinds", choices=("python", "deepspeed"))
+    for part in (speed_part, start_part):
+        part.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
+        part.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+        part.add_argument("--results", type=Path, metavar="FILE", help="append the measurement, a JSON line, to it")
+    args = parser.parse_args(arguments)
+    overrides = [*([f"data.manifest={args.data.resolve()}"] if args.data else []), *args.overrides]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    about = record.machine()
+    try:
+        if args.what == "speed":
+            from benchmarks.loop import speed  # here: torch takes seconds, which `start` need not wait for
+
+            if min(args.pairs, args.steps) < 1:
+                raise UserError("--pairs, --steps: give numbers of at least 1")
+            measured = speed.run(args.config, overrides, args.against, pairs=args.pairs, steps=args.steps)
+            found, text = {one.comparison.name: one.to_json() for one in measured}, speed.table(measured)
+        else:
+            from benchmarks.loop import start
+
+            if args.starts < 1:
+                raise UserError("--starts: give a number of at least 1")
+            starts = start.run(args.config, overrides, args.kinds or list(start.COMMANDS), starts=args.starts)
+            found, text = start.to_json(starts), start.table(starts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{record.heading(about)}\n{text}")
+    if args.results is not None:
+        record.append(args.results, args.what, about, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""benchmarks/loop: all loops that it compares train the same numbers, and what it prints and records. No timing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.loop import __main__, record, speed, start
+from benchmarks.loop.loops import Bare, EngineAlone, Given, Peer, our_loop
+from pretrain.config.schema import Config
+from pretrain.engine import build
+from tests.harness import run_ranks
+from tests.pretrain.runs import TOLERANCE, small_config
+
+CPU = torch.device("cpu")
+STEPS = 4
+MEMORY = ('model.position={"type": "xl", "memory_chunks": 1}', "data.order=streams")
+"""As the 47M model."""
+
+
+def losses(rank: int, config: Config, folder: Path, make: Callable[[Given, torch.device], Peer]) -> list[list[float]]:
+    """Of our loop and of a peer."""
+    given = Given(config, STEPS)
+    with our_loop(config, folder, CPU) as ours:
+        theirs = make(given, CPU)
+        ours.train(1)
+        theirs.train(STEPS)
+        ours.train(STEPS - 1)
+        found = [ours.losses(), theirs.losses()]
+        theirs.close()
+    return found
+
+
+def our_records(rank: int, configs: list[Config], folder: Path) -> list[list[dict[str, float]]]:
+    """Lines of metrics.jsonl of each: with all averages that DeepSpeed makes, then without those over one rank."""
+    found = []
+    for config in configs:
+        for name in ("all", "others"):
+            run_dir = folder / f"{len(found)}"
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "all":
+                    patch.setattr(build, "_average_only_over_others", lambda engine: None)
+                with our_loop(config, run_dir, CPU) as ours:
+                    ours.train(STEPS)
+                    ours.losses()
+            found.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
+    return found
+
+
+@pytest.mark.parametrize("keys", [(), MEMORY], ids=["switchall", "memory"])
+def test_the_bare_loop_trains_the_same(prepared: Path, tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """To rounding: it clips by a norm that is summed in fp32."""
+    config = small_config(prepared, "parallel.zero=0", "optimizer.weight_decay=0.1", *keys)
+    ours, theirs = run_ranks(losses, 1, config, tmp_path / "run", Bare)[0]
+    assert len(ours) == STEPS and ours[0] != ours[-1]
+    assert theirs == pytest.approx(ours, rel=TOLERANCE)
+
+
+def test_the_engine_alone_trains_the_same(prepared: Path, tmp_path: Path) -> None:
+    ours, theirs = run_ranks(losses, 1, small_config(prepared, *MEMORY), tmp_path / "run", EngineAlone)[0]
+    assert len(ours) == STEPS and theirs == pytest.approx(ours, rel=TOLERANCE)
+
+
+def test_an_average_over_one_rank_changes_no_bit(prepared: Path, tmp_path: Path) -> None:
+    configs = [small_config(prepared, "parallel.zero=0", *keys) for keys in ((), MEMORY)]
+    runs = run_ranks(our_records, 1, configs, tmp_path)[0]
+    for averaged, alone in zip(runs[::2], runs[1::2], strict=True):
+        for key in ("loss", "grad_norm"):
+            assert [line[key] for line in averaged] == [line[key] for line in alone]
+
+
+def test_the_config_is_made_small(prepared: Path) -> None:
+    config = speed.config_at(Path("configs/paper/c4_switchhead_47m.json"), 0, [f"data.manifest={prepared}"])
+    assert (config.model.d_model, config.model.num_layers, config.train.precision) == (412, 16, "fp32")
+    assert (config.model.sequence_length, config.batch.global_sequences, config.parallel.zero) == (128, 4, 0)
+
+
+def test_table_and_line(tmp_path: Path) -> None:
+    """The ratio is of tokens per second: ours took 10 s where theirs took 9."""
+    pieces = [speed.Piece(10.0, 9.5)] * 3, [speed.Piece(9.0, 9.5)] * 3
+    one = speed.Measured(speed.COMPARISONS[0], 1024, *pieces, [[2.0, 1.0], [2.0, 1.001]])
+    assert one.to_json()["ratio"] == 0.9 and one.to_json()["ratio_of_processor_time"] == 1.0
+    assert "0.9000  1.0000  0.97" in speed.table([one]) and "1.0e-03" in speed.table([one])
+    starts = {"python": [start.Start(5.0, 4.0, 0.5, 3.0), start.Start(7.0, 4.0, 0.5, 3.0)]}
+    assert "5.00 - 7.00" in start.table(starts) and start.to_json(starts)["python"]["first_step_seconds"] == 6.0
+    about = record.machine()
+    assert about["torch"] == torch.__version__ and about["date"] in record.heading(about)
+    for what in ("speed", "start"):
+        record.append(tmp_path / "results.jsonl", what, about, {"bare": one.to_json()})
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["what"] for line in lines] == ["speed", "start"] and lines[0]["torch"] == torch.__version__
+    assert lines[1]["found"]["bare"]["tokens_of_a_piece"] == 1024
+
+
+def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["start", "--starts", "0"]) == 2
+    assert __main__.main(["speed", "--pairs", "0"]) == 2
+    assert __main__.main(["speed", "--config", "configs/none.json"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
