@@ -129,6 +129,7 @@ def _traced_parts(config: Config, found: MemoryEstimate, device_type: str) -> di
         "gradients": found.gradients,
         "ZeRO buffers": found.buckets,
         "XL memory": found.memory,
+        "CUDA graphs": found.graphs,
         "update": found.update,
         "kept by a block": found.activations.of_a_layer,
         "kept activations": found.activations.kept,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.rules import choose_backends
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
@@ -44,6 +45,8 @@ class MemoryEstimate:
     """What an update needs besides: gradients as one tensor. Fused AdamW needs nothing."""
     activations: Activations
     micro_steps: int
+    graphs: int = 0
+    """What CUDA graphs hold besides the activations: gradients of each kind of micro-step. 0: there are none."""
 
     @property
     def resting(self) -> int:
@@ -52,7 +55,11 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """At the highest point of a step: in the last micro-step at the loss or right after it, or in the update."""
+        """At the highest point of a step: in the last micro-step at the loss or right after it, or in the update. CUDA
+        graphs give nothing back: activations are there during the update too."""
+        if self.graphs:
+            held = self.resting + self.gradients + self.graphs + self.activations.peak
+            return held + max(self.buckets, self.update)
         before = self.gradients if self.micro_steps > 1 else 0
         at_loss = before + max(self.activations.peak, self.buckets + self.activations.kept)
         at_end = self.gradients + self.buckets + self.activations.of_a_layer
@@ -96,7 +103,16 @@ def estimate(config: Config, data_size: int, device_type: str, *, micro_sequence
         update=4 * share if zero else 0,
         activations=traced(run),
         micro_steps=config.batch.global_sequences // (micro * data_size),
+        graphs=_graphs(config, count, dtype.itemsize, data_size, device_type),
     )
+
+
+def _graphs(config: Config, count: int, itemsize: int, data_size: int, device_type: str) -> int:
+    """Bytes of the gradients that CUDA graphs keep: one copy for each length of the Transformer-XL memory."""
+    if not takes_graphs(config, data_size=data_size, device_type=device_type):
+        return 0
+    kinds = 1 + config.model.memory_length // config.model.sequence_length
+    return kinds * count * itemsize
 
 
 def _buckets(config: Config, data_size: int, dtype: torch.dtype) -> int:

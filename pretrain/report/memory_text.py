@@ -75,6 +75,7 @@ def _estimate_row(found: MemoryEstimate) -> DerivedValue:
         "gradients": found.gradients,
         "their buffers": found.buckets,
         "memory": found.memory,
+        "CUDA graphs": found.graphs,
         "activations": found.activations.peak,
     }
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
