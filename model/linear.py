@@ -36,8 +36,9 @@ def region_linear(x: Tensor, late: Late) -> Tensor:
 
 def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x` [..., d] and `weight` [w, d] -> [..., w]. On a GPU in half precision widths that are no multiple of 8, such
-    as the hidden layers of the published models (4188), are filled up with zeros before the product: without, its rows
-    do not begin at 16 bytes, and cuBLAS takes kernels of an older GPU (docs/gpu.md)."""
+    as the hidden layers of the published models (4188), are filled up with zeros before the product: rows that do not
+    begin at multiples of 16 bytes make cuBLAS take kernels of an older GPU (docs/gpu.md). The result is then a view,
+    which must not be changed in place. Not in tensor-parallel regions."""
     filled = padding(x, weight)
     return F.linear(x, weight) if filled == (0, 0) else _Filled.apply(x, weight, *filled)
 
@@ -47,14 +48,15 @@ class _Filled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, columns: int, rows: int) -> Tensor:
-        ctx.columns, ctx.rows, x = columns, rows, F.pad(x, (0, columns))
+        ctx.columns, ctx.rows, x = columns, rows, F.pad(x, (0, columns)) if columns else x  # F.pad by 0 copies
         ctx.save_for_backward(x, weight)
         return F.linear(x, F.pad(weight, (0, columns, 0, rows)))[..., : len(weight)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, (rows, columns) = F.pad(grad, (0, ctx.rows)), weight.shape
+        rows, columns = weight.shape
+        grad = F.pad(grad, (0, ctx.rows)) if ctx.rows else grad
         grad_x = grad @ F.pad(weight, (0, ctx.columns, 0, ctx.rows))
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
         return grad_x[..., :columns], grad_weight[:rows, :columns], None, None

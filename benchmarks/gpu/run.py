@@ -290,7 +290,7 @@ class Launch:
             end_all_below(self._process.pid)
             self._process.kill()
             self._process.wait(30)
-            raise Failed(f"the time was over: {self._said()}")
+            raise Unavailable(f"the time was over: {self._said()}")  # so it is tried again
 
     def _outcome(self) -> int | None:
         path = self.run_dir / "outcome.json"

@@ -123,6 +123,11 @@ def resolve(
     return chosen
 
 
+def can_compute(backend: str, op: str, device_type: str, dtype: torch.dtype | None, widths: Sequence[int] = ()) -> bool:
+    """Whether `resolve` would take this backend for the op."""
+    return backend in BACKENDS[op] and _why_not(backend, op, device_type, dtype, widths) is None
+
+
 @functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module in which `backend` computes `op`; ValueError for a backend that the op does not have."""

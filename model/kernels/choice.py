@@ -7,17 +7,21 @@ from dataclasses import dataclass, fields
 import torch
 
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
-from model.kernels.backend import BACKENDS, resolve
+from model.kernels.backend import BACKENDS, can_compute, resolve
 
 MOST_EXPERTS_OF_A_CHOICE = 3
 """On CUDA in half precision `kernels.backend=auto` computes SwitchHead's projections as `dense`, all E experts at
-cuBLAS's rate, up to this many experts for each of the k chosen: E <= 3 k. At E = 2 k, six shapes, it took 0.27 to 0.55
-of the time of `triton`, forward and backward (H200, 2026-11-27, docs/gpu.md); its flops grow with E / k."""
+cuBLAS's rate, up to this many experts for each of the k chosen: E <= 3 k. At E = 2 k, six shapes, both
+ops took 0.27 to 0.54 of the time of `triton`, forward and backward (H200, 2026-11-27, docs/gpu.md); between 2 and 3
+nothing was timed, and its flops grow with E / k."""
 
 
-WIDEST_FAST_HEAD = 128
-"""On CUDA `auto` computes Transformer-XL attention with wider heads by torch's operators: 0.53 ms against 0.68 with
-heads of 132 columns, 2.0 against 3.6 with 146 (H200, 2026-11-27)."""
+SLOW_HEADS = range(129, 256)
+"""On CUDA `auto` computes Transformer-XL attention with heads of so many columns by torch's operators: 0.53 ms against
+0.68 with 132, 2.0 against 3.6 with 146 (H200, 2026-11-27), whose tiles are filled up to 256. 256 was not timed."""
+ROUTER_WIDTH = 2048
+"""From this d_model on `auto` computes routing by `dense` on CUDA in bf16: forward and backward 0.16 to 0.19 ms against
+1.2 to 1.5 of `triton` (H200, 2026-11-27). At 1024 `triton` is faster by 0.02 to 0.03 ms; between nothing was timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,10 @@ class Backends:
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"
-            if wanted == "auto" and device_type == "cuda":
-                wanted = _measured(op, model, dtype)
-            chosen[op] = resolve(wanted, op, device_type, dtype=dtype, widths=widths.get(op, ()))
+            fastest = _measured(op, model, dtype) if wanted == "auto" and device_type == "cuda" else wanted
+            if fastest != wanted and not can_compute(fastest, op, device_type, dtype, widths.get(op, ())):
+                fastest = wanted
+            chosen[op] = resolve(fastest, op, device_type, dtype=dtype, widths=widths.get(op, ()))
         return cls(**chosen)
 
     def __str__(self) -> str:
@@ -64,6 +69,7 @@ def _measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
     if op.startswith("switchhead") and isinstance(a, SwitchHeadConfig):
         few = a.num_experts <= MOST_EXPERTS_OF_A_CHOICE * a.active_experts
         return "dense" if few and dtype.itemsize == 2 else "auto"
-    if op == "relative_attention" and isinstance(model.position, XLConfig) and a.head_dim > WIDEST_FAST_HEAD:
+    if op == "relative_attention" and isinstance(model.position, XLConfig) and a.head_dim in SLOW_HEADS:
         return "reference"
-    return "dense" if op == "route" and dtype == torch.bfloat16 else "auto"
+    wide = model.d_model >= ROUTER_WIDTH
+    return "dense" if op == "route" and wide and dtype == torch.bfloat16 else "auto"

@@ -19,7 +19,8 @@ def chosen(name: str, requested: str = "auto", device: str = "cuda", dtype: torc
     backends = Backends.choose(requested, load_config(CONFIGS / name, []).model, device_type=device, dtype=dtype)
     others = {vars(backends)[op] for op in vars(backends) if op not in (*SWITCHHEAD, "route")}
     assert others <= {"triton", "cpu", "reference"}
-    measured = requested in ("auto", "sets") and device == "cuda" and dtype == torch.bfloat16
+    wide = name == "switchall_1b.json"
+    measured = wide and requested in ("auto", "sets") and device == "cuda" and dtype == torch.bfloat16
     assert backends.route == ("dense" if measured or requested == "dense" else backends.elementwise)
     return [vars(backends)[op] for op in SWITCHHEAD]
 
@@ -33,6 +34,13 @@ def test_half_precision_on_a_gpu_takes_dense_where_few_experts_are_left_out(name
     assert chosen(name, device="cpu") == ["cpu"] * 2
     assert chosen(name, requested="reference") == ["reference"] * 2
     assert chosen(name, requested="triton") == ["triton"] * 2
+
+
+def test_without_triton_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.kernels.backend.triton_limit", lambda *_: "triton is not installed")
+    model = load_config(CONFIGS / "switchall_1b.json", []).model
+    found = Backends.choose("auto", model, device_type="cuda", dtype=torch.bfloat16)
+    assert found.route == "reference"
 
 
 def test_many_experts_left_out_are_not_multiplied() -> None:
