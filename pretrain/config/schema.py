@@ -169,7 +169,7 @@ class TrainConfig(Section):
     rounding; dropout masks and data to the last bit. The first step takes a minute or more, and on a CPU a C++ compiler
     must be installed. on: refused where that is impossible (parallel tensor or expert above 1, ZeRO 3, selective
     recomputation, recorded or replayed routing). auto: a line at start says what was decided and why; nothing is
-    compiled, since it was no faster where it was measured (CPU, H200). off: never."""
+    compiled: on a CPU and on an H200 CUDA graphs or nothing were faster. off: never."""
     record_routing: bool = Field(False, json_schema_extra=FREE)
     """Write the experts that every router chooses to RUN_DIR/routing, a byte for each choice of each token and step (in
     switchall_tiny 0.33 MB a step), for train.replay_routing of another run."""
