@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,30 @@ class Record:
             part=part,
             status=status,
             seconds=round(seconds, 1),
-            result=result,
+            result=without_places(result),
             identity=dataclasses.asdict(self.identity),
             revision=revision(),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            command=shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+            command=without_places(shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
         return entry
+
+
+def without_places(found: Any) -> Any:
+    """`found`, a tree of JSON, whose texts name no folder of this machine: the checkout's are relative to it, the
+    others begin with TMP or HOME. What failed says where it ran."""
+    if isinstance(found, dict):
+        return {key: without_places(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [without_places(value) for value in found]
+    if not isinstance(found, str):
+        return found
+    for place, name in ((f"{ROOT}/", ""), (f"{tempfile.gettempdir()}/", "TMP/"), (f"{Path.home()}/", "HOME/")):
+        found = found.replace(place, name)
+    return found
 
 
 def read(path: Path) -> list[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def test_a_line_says_what_where_and_when(tmp_path: Path) -> None:
     assert written.identity == dataclasses.asdict(H100) and written.date.endswith("+00:00")
     assert written.command.startswith("python -m benchmarks.gpu")
     assert len(book.path.read_text().splitlines()) == 1
+
+
+def test_a_line_names_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch/7")
+    monkeypatch.setenv("HOME", "/home/ada")
+    said = f"{record.ROOT}/configs/a.json in '/scratch/7/x/runs' and /home/ada/.triton failed"
+    book = Record(tmp_path, "run", H100)
+    written = book.append("tiny", FAILED, 1.0, {"reason": said, "rows": [{"said": said}], "losses": [1.5, None]})
+    plain = "configs/a.json in 'TMP/x/runs' and HOME/.triton failed"
+    assert written.result == {"reason": plain, "rows": [{"said": plain}], "losses": [1.5, None]}
+    assert record.read(book.path) == [written]
+
+
+def test_no_record_names_a_folder_of_a_machine() -> None:
+    for path in (record.ROOT / "benchmarks").glob("**/results/**/*.json*"):
+        found = re.findall(r"(?<![\w.<>*])/(?:work|tmp|root|home|opt|mnt)/[^\s'\"]*", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(record.ROOT)}: {found[:3]}"
 
 
 def test_what_counts_as_done(tmp_path: Path) -> None:
