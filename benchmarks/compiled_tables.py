@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.marked import with_table
 from common.tables import text_table
 
 if TYPE_CHECKING:
     from benchmarks.compiled_case import Compiled
-
-BEGIN, END = "<!-- benchmarks.compiled: begin -->\n", "<!-- benchmarks.compiled: end -->"
 
 
 def table(results: Sequence[Compiled], *, markdown: bool) -> str:
@@ -70,5 +69,4 @@ def summary(results: Sequence[Compiled]) -> str:
 
 
 def update_document(path: Path, results: Sequence[Compiled]) -> None:
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(before + BEGIN + summary(results) + END + rest.split(END)[1])
+    path.write_text(with_table(path.read_text(), "benchmarks.compiled", summary(results)))

@@ -1,7 +1,7 @@
 r"""Step time, kept activations and multiply-accumulates of SwitchAll, SwitchHead, MoA and dense at matched parameters.
 
     python -m benchmarks.families                       # 47m, 262m and 244m-rope, 4 layers, on the CPU
-    python -m benchmarks.families --shape 244m-rope --rounds 9 --markdown
+    python -m benchmarks.families --shape 244m-rope --rounds 9 --keep
 
 A step is forward and backward of a model of --layers blocks with its embedding and output layer, without an optimizer.
 The families of a shape run in turn, round after round, each round in another order, so that a slow phase of a shared
@@ -19,14 +19,15 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from benchmarks.gpu.models import fill_memory
-from benchmarks.quality.records import processor
+from benchmarks.marked import markdown
 from common.paths import REPOSITORY
 from common.tables import text_table
 from model.config import ModelConfig
@@ -153,13 +154,18 @@ def orders(families: Sequence[str], rounds: int) -> Iterator[str]:
         yield from (*families[first:], *families[:first])
 
 
+def ratios(seconds: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Of each round."""
+    return [own / other for own, other in zip(seconds, to, strict=True)]
+
+
 def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
     """A line for each family: ratios to the dense model, medians over rounds."""
     dense = found[DENSE]
     lines = []
     for family, one in found.items():
-        ratios = [own / other for own, other in zip(one.seconds, dense.seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        each = ratios(one.seconds, dense.seconds)
+        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
         step = f"{statistics.median(one.seconds):.2f}"
         memory = [f"{one.kept / 1e6:.0f}", f"{one.kept / dense.kept:.2f}"]
         times = [step, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
@@ -178,26 +184,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: %(default)s")
-    parser.add_argument("--markdown", action="store_true", help="the table for docs/benchmarks.md")
+    records.add_option(parser)
     args = parser.parse_args(arguments)
     if min(args.layers, args.sequences, args.rounds) < 1:
         parser.error("--layers, --sequences and --rounds must be at least 1")
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     torch.set_num_threads(threads)
-    lines = []
+    about, found = records.machine(), dict[str, dict[str, Measured]]()
     for shape in args.shape or SHAPES:
         print(f"{shape}: {args.layers} layers, {args.rounds} rounds", file=sys.stderr, flush=True)
-        lines += rows(shape, measured(shape, args.layers, args.sequences, args.rounds))
-    print(
-        f"{processor('cpu')}, {threads} threads, torch {torch.__version__}, {datetime.now(UTC).date()}; fp32, ", end=""
-    )
-    print(f"{args.layers} layers, {args.sequences} sequences, medians of {args.rounds} rounds\n")
-    if args.markdown:
-        table = [HEADER, ["---"] * len(HEADER), *lines]
-        print("\n".join(f"| {' | '.join(line)} |" for line in table))
-    else:
-        print(text_table(HEADER, lines, left={0, 1}))
+        found[shape] = measured(shape, args.layers, args.sequences, args.rounds)
+    print(f"{records.heading(about)}; fp32, {threads} threads, {args.layers} layers, ", end="")
+    print(f"{args.sequences} sequences, medians of {args.rounds} rounds\n")
+    print(text_table(HEADER, [line for shape, one in found.items() for line in rows(shape, one)], left={0, 1}))
+    if args.keep is not None:
+        as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
+        settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
+        records.keep(args.keep, "families", about, {"shapes": as_json, **settings})
     return 0
+
+
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md."""
+    shapes = {
+        shape: {name: Measured(**one) for name, one in families.items()} for shape, families in found["shapes"].items()
+    }
+    return markdown(HEADER, [line for shape, one in shapes.items() for line in rows(shape, one)])
+
+
+def draw(found: Any, path: Path) -> None:
+    """PNG: for each shape and family, step time, multiply-accumulates and kept bytes, each to the dense model's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = found["shapes"]
+    figure, axes = plt.subplots(
+        1, len(shapes), figsize=(4.5 * len(shapes), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (shape, families) in zip(axes[0], shapes.items(), strict=True):
+        dense = families[DENSE]
+        bars = {
+            "step time": [statistics.median(ratios(one["seconds"], dense["seconds"])) for one in families.values()],
+            "multiply-accumulates": [one["macs"] / dense["macs"] for one in families.values()],
+            "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
+        }
+        for number, (label, heights) in enumerate(bars.items()):
+            places = [place + (number - 1) * 0.27 for place in range(len(families))]
+            axis.bar_label(axis.bar(places, heights, 0.27, label=label), fmt="%.2f", fontsize=7)
+        axis.set_xticks(range(len(families)), list(families))
+        axis.set_title(shape)
+    axes[0][0].set_ylabel("to the dense model")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally
+from benchmarks.marked import with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
 from model.attention.rope import RopeTables
@@ -40,7 +41,6 @@ from pretrain.phases import Phases
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCS = CONFIGS.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- benchmarks.launches: begin -->\n", "<!-- benchmarks.launches: end -->"
 DEFAULT = (CONFIGS / "switchall_1b.json", CONFIGS / "paper" / "c4_switchhead_262m.json")
 
 
@@ -241,10 +241,7 @@ def markdown() -> str:
 
 
 def update_docs() -> None:
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    DOCS.write_text(before + BEGIN + markdown() + END + after)
+    DOCS.write_text(with_table(DOCS.read_text(), "benchmarks.launches", markdown()))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@ r"""What our loop costs beside the arithmetic of the model, and how long a run t
     python -m data_prep run --config configs/data/sample.json --set output=DIR     # DIR/manifest.json
     python -m benchmarks.loop speed --data DIR/manifest.json [--pairs 9] [--steps 3]
     python -m benchmarks.loop start --data DIR/manifest.json [--starts 5]
-    (both: --results FILE appends what was measured to FILE, as one JSON line)
+    (both: --keep [FOLDER] keeps what was measured for docs/benchmarks.md)
 
 speed: one process trains the 47M model of configs/paper/c4_switchhead_47m.json, in fp32, with ever two loops in turns
 (ABBA), a piece of a few steps each. Smaller than the paper's are the batch, 4 sequences in one micro-step, and the
@@ -26,7 +26,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.loop import record
+from benchmarks import records
 from common.errors import UserError
 
 
@@ -46,11 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     for part in (speed_part, start_part):
         part.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
         part.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-        part.add_argument("--results", type=Path, metavar="FILE", help="append the measurement, a JSON line, to it")
+        records.add_option(part)
     args = parser.parse_args(arguments)
     overrides = [*([f"data.manifest={args.data.resolve()}"] if args.data else []), *args.overrides]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    about = record.machine()
+    about = records.machine()
     try:
         if args.what == "speed":
             from benchmarks.loop import speed  # here: torch takes seconds, which `start` need not wait for
@@ -69,9 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{record.heading(about)}\n{text}")
-    if args.results is not None:
-        record.append(args.results, args.what, about, found)
+    print(f"{records.heading(about)}\n{text}")
+    if args.keep is not None:
+        records.keep(args.keep, f"loop-{args.what}", about, found)
     return 0
 
 

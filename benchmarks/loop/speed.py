@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
+from benchmarks.marked import markdown
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -88,6 +89,7 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "other": self.comparison.other,
             "zero": self.comparison.zero,
             "wanted": self.comparison.wanted,
             "tokens_of_a_piece": self.tokens,
@@ -146,6 +148,32 @@ def run(path: Path, overrides: list[str], names: list[str], *, pairs: int, steps
         ]
     finally:
         devices.stop()
+
+
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md. A pair has one piece of each loop."""
+    rows = []
+    for one in found.values():
+        pairs = list(zip(one["ours_seconds"], one["theirs_seconds"], strict=True))
+        single = [theirs[0] / ours[0] for ours, theirs in pairs]
+        ours, theirs = (
+            one["tokens_of_a_piece"] / statistics.median(s[0] for s in side) for side in zip(*pairs, strict=True)
+        )
+        span = f"{min(single):.3f} to {max(single):.3f}"
+        ratios = [f"{one[key]:.3f}" for key in ("ratio", "ratio_of_processor_time")]
+        rows.append(
+            [
+                f"{one['other']}, ZeRO {one['zero']}",
+                f"{ours:.0f}",
+                f"{theirs:.0f}",
+                *ratios,
+                span,
+                f"{one['wanted']:.2f}",
+            ]
+        )
+    return markdown(
+        ["ours against", "ours, tokens/s", "theirs", "ours / theirs", "by processor time", "pairs", "wanted"], rows
+    )
 
 
 def table(found: list[Measured]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from benchmarks.marked import markdown
 from common.errors import UserError
 from common.paths import REPOSITORY
 
@@ -124,6 +125,31 @@ def table(found: dict[str, list[Start]]) -> str:
 
 def to_json(found: dict[str, list[Start]]) -> dict[str, Any]:
     return {
-        kind: {"first_step_seconds": statistics.median(start.passed for start in starts), "starts": starts}
+        kind: {
+            "first_step_seconds": statistics.median(start.passed for start in starts),
+            "starts": [start._asdict() for start in starts],
+        }
         for kind, starts in found.items()
     }
+
+
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md: medians."""
+    rows = []
+    for kind, one in found.items():
+        starts = [Start(**start) for start in one["starts"]]
+        passed, user, system, trainer = zip(*starts, strict=True)
+        wanted = f"{WANTED_SECONDS[kind]:.0f}" if kind in WANTED_SECONDS else "-"
+        middle = [f"{statistics.median(values):.1f}" for values in (trainer, user, system)]
+        span = f"{min(passed):.1f} to {max(passed):.1f}"
+        rows.append([kind, f"{statistics.median(passed):.1f}", span, wanted, *middle])
+    header = [
+        "started with",
+        "first step, s",
+        "from, to",
+        "wanted",
+        "the trainer's CPU s",
+        "user s, all",
+        "system s, all",
+    ]
+    return markdown(header, rows)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import records
 from benchmarks.quality.plan import Training
 from common.errors import DataError
 from common.files import write_json
@@ -86,14 +86,10 @@ def record_of(training: Training, folder: Path, data: Path, *, diverged: bool) -
 
 
 def processor(device: object) -> str:
-    """The GPU of a run on `cuda`; else the CPU as Linux names it, or as Python does."""
+    """The GPU of a run on `cuda`; else the CPU."""
     if device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return records.processor()
 
 
 def keep(record: Record, results: Path) -> None:

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.marked import with_table
 from benchmarks.quality.plan import CONFIGS, SEEDS, STEPS, chosen_rate
 from benchmarks.quality.records import EVERY, Record
 from model.costs import attention_memory, formula_parameters, training_flops_per_token
 from pretrain.config.loading import load_config
 
-BEGIN, END = "<!-- benchmarks.quality: begin -->\n", "<!-- benchmarks.quality: end -->"
 NAMES = {
     "dense": "dense, 8 heads",
     "dense_2heads": "dense, 2 heads",
@@ -62,11 +62,7 @@ def origins(records: Sequence[Record]) -> str:
 
 def page(text: str, records: Sequence[Record]) -> str:
     """`text` with the table between its two marks anew. Raises ValueError if it lacks them."""
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"the page lacks {BEGIN.strip()} or {END.strip()}")
-    return f"{before}{mark}{origins(records)}\n\n{table(records)}\n{end}{after}"
+    return with_table(text, "benchmarks.quality", f"{origins(records)}\n\n{table(records)}")
 
 
 def of_model(records: Sequence[Record], model: str) -> list[Record]:

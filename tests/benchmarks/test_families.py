@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import families
+from benchmarks import families, records
 from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, orders, rows
 from model.config import ModelConfig
 from model.costs import formula_parameters
@@ -61,13 +63,16 @@ def test_what_is_kept_is_counted_once_and_parameters_are_not() -> None:
 
 
 def test_the_command_prints_a_line_for_each_family(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     switchhead = {"type": "switchhead", "num_heads": 1, "head_dim": 4, "num_experts": 2, "active_experts": 1}
     trees = {"dense": TINY, "SwitchHead": TINY | {"attention": switchhead}}
     monkeypatch.setattr(families, "SHAPES", {"47m": dict.fromkeys(trees, ("", None))})
     monkeypatch.setattr(families, "model_of", lambda _, family: ModelConfig.model_validate(trees[family]))
-    assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2", "--markdown"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["dense", "SwitchHead"]
-    assert len({line.count("|") for line in lines}) == 1
+    assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("47m ")]
+    assert [line[1] for line in lines] == ["dense", "SwitchHead"]
+    assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2", "--keep", str(tmp_path)]) == 0
+    kept = records.read("families", tmp_path)
+    assert kept is not None and kept.found["layers"] == 2
+    assert [row.split(" | ")[1] for row in families.page(kept.found).splitlines()[2:]] == ["dense", "SwitchHead"]

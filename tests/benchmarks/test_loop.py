@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.loop import __main__, record, speed, start
+from benchmarks import records
+from benchmarks.loop import __main__, speed, start
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Peer, our_loop
 from pretrain.config.schema import Config
 from pretrain.engine import build
@@ -79,7 +80,7 @@ def test_the_config_is_made_small(prepared: Path) -> None:
     assert (config.model.sequence_length, config.batch.global_sequences, config.parallel.zero) == (128, 4, 0)
 
 
-def test_table_and_line(tmp_path: Path) -> None:
+def test_tables_and_records(tmp_path: Path) -> None:
     """The ratio is of tokens per second: ours took 10 s where theirs took 9."""
     pieces = [speed.Piece(10.0, 9.5)] * 3, [speed.Piece(9.0, 9.5)] * 3
     one = speed.Measured(speed.COMPARISONS[0], 1024, *pieces, [[2.0, 1.0], [2.0, 1.001]])
@@ -87,13 +88,15 @@ def test_table_and_line(tmp_path: Path) -> None:
     assert "0.9000  1.0000  0.97" in speed.table([one]) and "1.0e-03" in speed.table([one])
     starts = {"python": [start.Start(5.0, 4.0, 0.5, 3.0), start.Start(7.0, 4.0, 0.5, 3.0)]}
     assert "5.00 - 7.00" in start.table(starts) and start.to_json(starts)["python"]["first_step_seconds"] == 6.0
-    about = record.machine()
-    assert about["torch"] == torch.__version__ and about["date"] in record.heading(about)
-    for what in ("speed", "start"):
-        record.append(tmp_path / "results.jsonl", what, about, {"bare": one.to_json()})
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["what"] for line in lines] == ["speed", "start"] and lines[0]["torch"] == torch.__version__
-    assert lines[1]["found"]["bare"]["tokens_of_a_piece"] == 1024
+    about = records.machine()
+    assert about["torch"] == torch.__version__ and about["date"][:10] in records.heading(about)
+    records.keep(tmp_path, "loop-speed", about, {"bare": one.to_json()})
+    records.keep(tmp_path, "loop-start", about, start.to_json(starts))
+    kept = records.read("loop-speed", tmp_path)
+    assert kept is not None and kept.about == about and kept.found["bare"]["tokens_of_a_piece"] == 1024
+    assert "ZeRO 0 | 102 | 114 | 0.900 | 1.000 | 0.900 to 0.900 | 0.97 |" in speed.page(kept.found)
+    kept = records.read("loop-start", tmp_path)
+    assert kept is not None and "| python | 6.0 | 5.0 to 7.0 | 6 | 3.0 | 4.0 | 0.5 |" in start.page(kept.found)
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
