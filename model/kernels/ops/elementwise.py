@@ -21,6 +21,7 @@ from model.dropout import Draw
 from model.kernels.backend import implementation
 from model.kernels.cpu import elementwise as cpu
 from model.kernels.dtypes import wide_dtype
+from model.kernels.op import op
 
 
 def dropout(x: Tensor, draw: Draw, residual: Tensor | None = None, *, backend: str) -> Tensor:
@@ -103,7 +104,7 @@ def result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("switchall::dropout", mutates_args=())
+@op("dropout")
 def _dropout(
     x: Tensor,
     residual: Tensor | None,
@@ -144,7 +145,7 @@ def _dropout_autograd(ctx, grad):
 _dropout.register_autograd(_dropout_autograd, setup_context=_setup_dropout)
 
 
-@torch.library.custom_op("switchall::keep_mask", mutates_args=())
+@op("keep_mask")
 def _keep_mask(
     shape: list[int],
     probability: float,
@@ -165,7 +166,7 @@ def _(shape, probability, key, sequence_index, first_token, width, first_column,
     return sequence_index.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("switchall::rotate", mutates_args=())
+@op("rotate")
 def _rotate(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, heads: int, backend: str) -> tuple[Tensor, Tensor]:
     """`q` [B, T, H, h] and `k` [B, L, G, h] rotated by tables [L, 1, n / 2] or [B, L, 1, n / 2] fp32, the queries by
     their last T rows. Without `k`, `q` [B, T, H + G, h] holds both, the queries in its first `heads` = H."""
@@ -182,7 +183,7 @@ def _(q, k, cos, sin, heads, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("switchall::rotate_backward", mutates_args=())
+@op("rotate_backward")
 def _rotate_backward(
     grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, is_joint: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -212,7 +213,7 @@ def _rotate_autograd(ctx, grad_q, grad_k):
 _rotate.register_autograd(_rotate_autograd, setup_context=_setup_rotate)
 
 
-@torch.library.custom_op("switchall::layer_norm", mutates_args=())
+@op("layer_norm")
 def _layer_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -238,7 +239,7 @@ def _(x, branch, weight, bias, epsilon, probability, key, sequence_index, first_
     return total, x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("switchall::layer_norm_backward", mutates_args=())
+@op("layer_norm_backward")
 def _layer_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,

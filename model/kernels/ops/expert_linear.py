@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import wide_dtype
+from model.kernels.op import op
 from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
@@ -65,12 +66,12 @@ def expert_linear_sum_reference(a: Tensor, gates: Tensor, index: Tensor, experts
 # --------------------------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("switchall::expert_linear", mutates_args=())
+@op("expert_linear")
 def _expert_linear(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int, backend: str) -> Tensor:
     return implementation("expert_linear", backend).forward(x, order, load, experts, k)
 
 
-@torch.library.custom_op("switchall::expert_linear_backward", mutates_args=())
+@op("expert_linear_backward")
 def _expert_linear_backward(
     grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -78,12 +79,12 @@ def _expert_linear_backward(
     return implementation("expert_linear", backend).backward(grad, x, order, load, experts)
 
 
-@torch.library.custom_op("switchall::expert_linear_sum", mutates_args=())
+@op("expert_linear_sum")
 def _expert_linear_sum(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str) -> Tensor:
     return implementation("expert_linear", backend).sum_forward(a, gates, order, load, experts)
 
 
-@torch.library.custom_op("switchall::expert_linear_sum_backward", mutates_args=())
+@op("expert_linear_sum_backward")
 def _expert_linear_sum_backward(
     grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

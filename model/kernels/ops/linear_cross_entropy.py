@@ -26,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import gradient_dtype, wide_dtype
+from model.kernels.op import op
 from model.parallel.context import ParallelContext
 
 CHUNK_BYTES = 128 * 2**20
@@ -125,7 +126,7 @@ def local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Te
 # ---------------------------------------------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op("switchall::linear_cross_entropy", mutates_args=())
+@op("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

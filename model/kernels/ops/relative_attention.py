@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
+from model.kernels.op import op
 
 
 class Inputs(NamedTuple):
@@ -74,7 +75,7 @@ def relative_shift(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op("switchall::relative_attention", mutates_args=())
+@op("relative_attention")
 def _relative_attention(
     content_queries: Tensor, position_queries: Tensor, k: Tensor, v: Tensor, position_keys: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _(content_queries, position_queries, k, v, position_keys, backend):
     return out, content_queries.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("switchall::relative_attention_backward", mutates_args=())
+@op("relative_attention_backward")
 def _relative_attention_backward(
     grad: Tensor,
     out: Tensor,

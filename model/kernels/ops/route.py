@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.dtypes import wide_dtype
+from model.kernels.op import op
 
 
 class Routing(NamedTuple):
@@ -109,7 +110,7 @@ def _grouped(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op("switchall::route", mutates_args=())
+@op("route")
 def _route(
     x: Tensor, weight: Tensor, keep: Tensor | None, k: int, drop_scores: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +131,7 @@ def _(x, weight, keep, k, drop_scores, backend):
     )
 
 
-@torch.library.custom_op("switchall::group_choices", mutates_args=())
+@op("group_choices")
 def _group_choices(index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor]:
     return implementation("route", backend).group_choices(index, num_experts)
 
@@ -141,7 +142,7 @@ def _(index, num_experts, backend):
     return index.new_empty(R, N * k), index.new_empty(R, num_experts)
 
 
-@torch.library.custom_op("switchall::route_backward", mutates_args=())
+@op("route_backward")
 def _route_backward(
     grad_logits: Tensor | None,
     grad_scores: Tensor | None,

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from model.kernels.activation import activate, is_swiglu
 from model.kernels.backend import implementation
 from model.kernels.dtypes import cpu_gemm_dtype, wide_dtype
+from model.kernels.op import op
 from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
@@ -90,7 +91,7 @@ def sigma_moe_reference(x: Tensor, choice: Choice, experts: HeldExperts) -> Tens
 # A custom op takes tensors, no record of them; the first thing that it does is to make one.
 
 
-@torch.library.custom_op("switchall::sigma_moe", mutates_args=())
+@op("sigma_moe")
 def _sigma_moe(
     x: Tensor,
     scores: Tensor,
@@ -115,7 +116,7 @@ def _(x, scores, order, load, up_experts, down_experts, backend, first_expert=0)
     )
 
 
-@torch.library.custom_op("switchall::sigma_moe_backward", mutates_args=())
+@op("sigma_moe_backward")
 def _sigma_moe_backward(
     grad: Tensor,
     x: Tensor,

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from model.kernels.backend import check_backend, implementation, triton_limit
 from model.kernels.cpu.grouping import saved_shapes
 from model.kernels.dtypes import wide_dtype
+from model.kernels.op import op
 from model.kernels.ops.route import Choice
 from model.parallel.overlap import Slot
 
@@ -139,7 +140,7 @@ def _gates(choice: Choice, experts: Tensor, dtype: torch.dtype) -> Tensor:
 Saved = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("switchall::switchhead_value", mutates_args=())
+@op("switchhead_value")
 def _value(
     x: Tensor,
     scores: Tensor,
@@ -156,7 +157,7 @@ def _value(
     return v, products, *(grouping or _no_grouping(index))
 
 
-@torch.library.custom_op("switchall::switchhead_value_backward", mutates_args=())
+@op("switchhead_value_backward")
 def _value_backward(
     grad: Tensor,
     x: Tensor,
@@ -177,7 +178,7 @@ def _value_backward(
     return implementation("switchhead_value", backend).backward(grad, inputs, (products, token, place, ends))
 
 
-@torch.library.custom_op("switchall::switchhead_output", mutates_args=())
+@op("switchhead_output")
 def _output(
     a: Tensor,
     scores: Tensor,
@@ -194,7 +195,7 @@ def _output(
     return y, *(grouping or _no_grouping(index))
 
 
-@torch.library.custom_op("switchall::switchhead_output_backward", mutates_args=())
+@op("switchhead_output_backward")
 def _output_backward(
     grad: Tensor,
     a: Tensor,

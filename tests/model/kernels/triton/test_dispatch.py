@@ -222,13 +222,13 @@ def test_op_bodies_launch_kernels_and_never_wait(
             visited.add(body)
             definition, args = getattr(module, BODIES[op][body]), args_from(*results)
             launches.clear()
-            results = definition._init_fn(*args)
+            results = definition.body(*args)
             results = results if isinstance(results, tuple) else (results,)
             assert launches, f"{BODIES[op][body]} launched nothing"
             for kernel, tensors in launches:
                 assert {str(tensor.device) for tensor in tensors} == {"cuda:1"}, kernel
             assert current_device == [0]
-            promised = definition._opoverload(*args)
+            promised = definition.overload(*args)
             promised = promised if isinstance(promised, tuple) else (promised,)
             for actual, wanted in zip(results, promised, strict=True):
                 assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
@@ -249,11 +249,11 @@ def test_dense_launches_kernels_and_never_waits(op: str, dtype: torch.dtype, lau
             definition = getattr(module, BODIES[op][body])
             *tensors, _, _ = args_from(*results)
             launches.clear()
-            results = definition._init_fn(*tensors, "dense", "fused")
+            results = definition.body(*tensors, "dense", "fused")
             assert len(launches) == -(-N // 40) * (2 if "output_backward" in BODIES[op][body] else 1)
             for kernel, given in launches:
                 assert {str(tensor.device) for tensor in given} == {"cuda:1"}, kernel
-            promised = definition._opoverload(*tensors, "dense", "fused")
+            promised = definition.overload(*tensors, "dense", "fused")
             for actual, wanted in zip(results, promised, strict=True):
                 assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
 

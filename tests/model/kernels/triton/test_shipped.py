@@ -93,7 +93,7 @@ def op_bodies() -> dict[str, Callable[..., Any]]:
     for op, names in BODIES.items():
         for name in names:
             definition = getattr(op_module(op), name)
-            found[definition._opoverload._opname] = definition._init_fn
+            found[definition.name] = definition.body
     return found
 
 

@@ -1,0 +1,74 @@
+"""How an op of ours is made known to torch: schema, kernel, shapes of its results, gradient.
+
+torch.library.custom_op does this too, and at the first call of an op it imports torch's compiler, to say that the
+compiler must not look into the kernel. That takes two seconds of every start; here the compiler is told if it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "switchall"
+OPS: dict[str, Op] = {}
+"""Name -> op, of those whose module is imported."""
+
+Function = Callable[..., Any]
+
+
+class Op:
+    """One op, called as the function that defines it. Its results must not be, or share memory with, its arguments."""
+
+    def __init__(self, name: str, body: Function) -> None:
+        """Raises ValueError, of torch, if the annotations of `body` are no schema."""
+        self.name, self.body = name, body
+        self._uncompiled: Function | None = None
+        self._gradient: tuple[Function, Function] | None = None
+        qualified = f"{NAMESPACE}::{name}"
+        schema = torch.library.infer_schema(body, mutates_args=())
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "default", self._kernel)
+        torch.library.register_autograd(qualified, self._backward, setup_context=self._setup_context)
+        self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.overload(*arguments)
+
+    def register_fake(self, function: Function) -> Function:
+        """`function`: from the arguments, empty tensors as the results are."""
+        torch.library.register_fake(self.overload, function)
+        return function
+
+    def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
+        """`backward`: from (ctx, gradients of the results), those of the arguments. `setup_context`: from (ctx,
+        arguments, results), keeps what `backward` needs in ctx. Without them there is no gradient."""
+        self._gradient = backward, setup_context
+
+    def _kernel(self, *arguments: Any) -> Any:
+        if self._uncompiled is None:
+            if "torch._dynamo" not in sys.modules:
+                return self.body(*arguments)
+            self._uncompiled = torch.compiler.disable(self.body)
+        return self._uncompiled(*arguments)
+
+    def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
+        if self._gradient is not None:
+            self._gradient[1](ctx, inputs, output)
+
+    def _backward(self, ctx: Any, *gradients: Any) -> Any:
+        if self._gradient is None:
+            raise RuntimeError(f"{NAMESPACE}::{self.name} has no gradient")
+        return self._gradient[0](ctx, *gradients)
+
+
+def op(name: str) -> Callable[[Function], Op]:
+    """Decorates the function that computes switchall::NAME, by its annotations an operator's schema."""
+
+    def decorate(body: Function) -> Op:
+        OPS[name] = Op(name, body)
+        return OPS[name]
+
+    return decorate
