@@ -8,8 +8,8 @@ A checkpoint is the folder checkpoints/step-NNNNNNNN with
 It is written as step-NNNNNNNN.partial and renamed once complete. A folder without commit.json is no checkpoint.
 
 torch.distributed.checkpoint (DCP) plans which rank writes and reads what; storage.py stores safetensors and JSON
-instead of DCP's pickles. fragments.py describes rectangles, state.py says what is saved, folder.py knows the folders on
-the disk, saver.py decides when to save.
+instead of DCP's pickles. fragments.py describes rectangles, state.py says what is saved, loading.py reads it back,
+folder.py knows the folders on the disk, saver.py decides when to save.
 """
 
 from __future__ import annotations
@@ -28,15 +28,9 @@ from pretrain.checkpoint.folder import (
 )
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint.loading import load_training_state, load_weights, load_weights_together
     from pretrain.checkpoint.saver import Saver
-    from pretrain.checkpoint.state import (
-        layout,
-        load_training_state,
-        load_weights,
-        load_weights_together,
-        owned_state,
-        versions,
-    )
+    from pretrain.checkpoint.state import layout, owned_state, versions
 
 __all__ = [
     "FORMAT_VERSION",
@@ -58,12 +52,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs DCP at its first use, so that a dry run does not wait a second for it."""
+    """Imports what needs an engine, or DCP, at its first use: a dry run needs neither, and a start no DCP."""
     if name == "Saver":
         from pretrain.checkpoint import saver
 
         return saver.Saver
-    if name in ("layout", "load_training_state", "load_weights", "load_weights_together", "owned_state", "versions"):
+    if name in ("load_training_state", "load_weights", "load_weights_together"):
+        from pretrain.checkpoint import loading
+
+        return getattr(loading, name)
+    if name in ("layout", "owned_state", "versions"):
         from pretrain.checkpoint import state
 
         return getattr(state, name)

@@ -16,7 +16,7 @@ from common.errors import UserError
 from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.state import check_kind, read
+from pretrain.checkpoint.loading import check_kind, read
 from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights

@@ -107,16 +107,16 @@ def _write_weights(checkpoint: Checkpoint, path: Path, kind: str) -> int:
     """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
-    from pretrain.checkpoint import state
+    from pretrain.checkpoint import loading
     from pretrain.checkpoint.fragments import single_fragment
     from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
 
     reader = Reader(checkpoint)
-    state.check_kind(reader, kind)
+    loading.check_kind(reader, kind)
 
     def parameter(name: str, shape: list[int]) -> torch.Tensor:
         tensor = torch.empty(shape)
-        state.read(reader, checkpoint, {f"{kind}/{name}": single_fragment(tensor)})
+        loading.read(reader, checkpoint, {f"{kind}/{name}": single_fragment(tensor)})
         return tensor
 
     entries = [

@@ -54,8 +54,6 @@ def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, paral
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
     checked the files; does nothing without train.init_from. The first rank says where the weights come from, and which
     settings of the model differ. Collective; raises UserError, agreed."""
-    from pretrain.checkpoint.state import load_weights_together  # imports DCP, which a dry run does without
-
     def check() -> Checkpoint:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         checkpoint = initial_checkpoint(config, tokenizer_sha256, rank=rank, world_size=world_size)
@@ -66,6 +64,8 @@ def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, paral
 
     if config.train.init_from is None:
         return
+    from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a new start does without
+
     checkpoint = agreed(check)
     load_weights_together(checkpoint, model, parallel)
     if parallel.is_first:

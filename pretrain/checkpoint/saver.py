@@ -17,22 +17,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from common.errors import UserError
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
 from pretrain.checkpoint.fragments import Chunk, Fragments
-from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
 from pretrain.checkpoint.state import State, constants, described, owned_state
-from pretrain.checkpoint.storage import Writer
 from pretrain.data.progress import Progress
 from pretrain.device import host_buffer, synchronize
 from pretrain.parallel.agreement import PeerFailed
+
+if TYPE_CHECKING:  # DCP: two seconds, which the first save takes instead of the start
+    from pretrain.checkpoint.planners import AgreedPlan
+    from pretrain.checkpoint.storage import Writer
 
 THREAD_NAME = "checkpoint"
 FAILURES_IN_A_ROW = 2
@@ -76,7 +77,7 @@ class Saver:
         self._constants = constants(engine, parallel)
         self._group = _own_group(dist.group.WORLD)
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._plan = AgreedPlan()
+        self._plan: AgreedPlan | None = None
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
         self._errors: list[str] = []
@@ -99,6 +100,9 @@ class Saver:
         None), is added to state.json. First waits for a save under way; does not save the same step twice in a row.
         Rank 0, in any thread, calls `before` first (if that raises OSError, the save has failed) and `report` when the
         save has ended. Raises UserError (PeerFailed on the other ranks) as the module's docstring says."""
+        from pretrain.checkpoint.planners import AgreedPlan
+        from pretrain.checkpoint.storage import Writer
+
         started = time.perf_counter()
         self.wait()
         if self._saved == progress:
@@ -106,10 +110,11 @@ class Saver:
         self._saved = progress
         state = owned_state(self._engine, self._parallel)
         description = {**self._constants, **described(self._engine, progress), **extra}
+        plan = self._plan = self._plan or AgreedPlan()
         writer = self._writer = Writer(folder / f"step-{progress.step:08d}", description, before)
 
         def work(state: State, stall_seconds: float | None) -> None:
-            error = self._write(state, writer)
+            error = self._write(state, writer, plan)
             self._errors = [] if error is None else [*self._errors, error]
             if dist.get_rank() == 0:
                 if error is None:
@@ -158,10 +163,14 @@ class Saver:
         except BaseException as error:  # a lost peer, or a mistake of ours: raised by the next `wait`
             self._crash = error
 
-    def _write(self, state: State, writer: Writer) -> str | None:
+    def _write(self, state: State, writer: Writer, plan: AgreedPlan) -> str | None:
         """Returns, the same on every rank, why the checkpoint could not be written; None if it is committed."""
+        import torch.distributed.checkpoint as dcp
+
+        from pretrain.checkpoint.planners import SavePlanner
+
         try:
-            dcp.save(state, storage_writer=writer, planner=SavePlanner(self._plan), process_group=self._group)
+            dcp.save(state, storage_writer=writer, planner=SavePlanner(plan), process_group=self._group)
         except dcp.CheckpointException as failure:
             rank, (error, _) = min(failure.failures.items(), key=lambda entry: entry[0])
             if not isinstance(error, UserError | OSError):

@@ -17,34 +17,26 @@ import functools
 import platform
 import subprocess
 import time
-import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from common.errors import UserError
 from common.paths import REPOSITORY
 from model.config import ModelConfig
 from model.language_model import routing_statistics
 from model.memory import LayerMemory, layer_memories
 from model.parallel.context import ParallelContext
-from model.parallel.sharding import local_shape, shard_place, sharded_axis
+from model.parallel.sharding import local_shape, shard_place
 from model.parameter_spec import ParameterSpec
-from model.parameters import owner_of, parameter_specs
-from pretrain.checkpoint.folder import FORMAT_VERSION, Checkpoint
+from model.parameters import parameter_specs
+from pretrain.checkpoint.folder import FORMAT_VERSION
 from pretrain.checkpoint.fragments import Chunk, Fragments, flat_range, single_fragment
-from pretrain.checkpoint.planners import LoadPlanner
 from pretrain.checkpoint.shapes import full_shapes
-from pretrain.checkpoint.storage import Reader
 from pretrain.data.progress import Progress
-from pretrain.device import on_collective_device
-from pretrain.engine.zero_state import AVERAGE, Piece, optimizer_steps, pieces, set_optimizer_steps
-from pretrain.parallel.agreement import agreed
-from pretrain.parallel.groups import replica_group
+from pretrain.engine.zero_state import optimizer_steps, pieces
 
 State = dict[str, Fragments]
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -56,19 +48,19 @@ def owned_state(engine: Any, parallel: ParallelContext) -> State:
     config: ModelConfig = engine.module.config
     specs = parameter_specs(config)
     is_first_part = parallel.tensor_rank == 0
-    state = {_rng_key(dist.get_rank()): single_fragment(torch.get_rng_state())}
+    state = {rng_key(dist.get_rank()): single_fragment(torch.get_rng_state())}
     for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True):
         if is_first_part or specs[piece.name].divided is not None:
             for kind, value in piece.tensors.items():
                 assert value.dtype == torch.float32
-                state[f"{kind}/{piece.name}"] = _fragments(value, piece.start, specs[piece.name], parallel)
+                state[f"{kind}/{piece.name}"] = fragments_of(value, piece.start, specs[piece.name], parallel)
     for name, memory in layer_memories(engine.module):
         if memory.kept is not None and (is_first_part or parallel.sequence_parallel):
-            state[f"memory/{name}"] = _memory_fragments(memory, memory.kept, config, parallel)
+            state[f"memory/{name}"] = memory_fragments(memory, memory.kept, config, parallel)
     if parallel.data_rank == 0 and is_first_part:
         for name, statistics in routing_statistics(engine.module):
             for key, value in statistics.state().items():
-                state[_routing_key(name, key)] = single_fragment(value)
+                state[routing_key(name, key)] = single_fragment(value)
     return state
 
 
@@ -92,128 +84,7 @@ def described(engine: Any, progress: Progress) -> dict[str, Any]:
     }
 
 
-def load_weights_together(
-    checkpoint: Checkpoint, model: Any, parallel: ParallelContext, *, kind: str = "master"
-) -> None:
-    """As `load_weights`, but of the ranks that hold the same part of a parameter one reads it and sends it to the
-    others; they take turns. If each read everything, N ranks would open N files each. Collective; without a process
-    group this process reads all. Raises UserError, agreed."""
-    specs, senders = parameter_specs(model.config), {}
-    for number, (name, _) in enumerate(model.named_parameters()):
-        group = replica_group(parallel, sharded_axis(specs[name], expert_size=parallel.expert_size) == "expert")
-        if group is not None:
-            senders[name] = (group, number % dist.get_world_size(group))
-    others = {name for name, (group, sender) in senders.items() if dist.get_rank(group) != sender}
-    agreed(lambda: load_weights(checkpoint, model, parallel, kind=kind, without=others))
-    for name, parameter in model.named_parameters():
-        if name in senders:
-            group, sender = senders[name]
-            own = parameter.detach()
-            sent = on_collective_device(own)
-            dist.broadcast(sent, group=group, group_src=sender)
-            if sent is not own:
-                own.copy_(sent)
-
-
-def load_weights(
-    checkpoint: Checkpoint,
-    model: Any,
-    parallel: ParallelContext,
-    *,
-    kind: str = "master",
-    without: Set[str] = frozenset(),
-) -> None:
-    """Fills a model that ZeRO has not yet sharded with this rank's part of the checkpoint's fp32 weights, or of their
-    moving average (`kind` ema), but for the parameters named in `without`, which must be there and keep their values.
-    Raises UserError."""
-    reader, config = Reader(checkpoint), model.config
-    if any(name not in without for name, _ in model.named_parameters()):  # else the index need not be read
-        check_kind(reader, kind)
-    specs = parameter_specs(config)
-    state: State = {}
-    for name, parameter in model.named_parameters():
-        shape = list(specs[name].shape)
-        saved = checkpoint.state["parameters"].get(owner_of(name, config))
-        if saved is None:
-            raise UserError(f"checkpoint {checkpoint.path}: holds no {name}, which this model has")
-        if shape != saved:
-            raise UserError(f"checkpoint {checkpoint.path}: {name} has shape {saved}, the model's is {shape}")
-        assert parameter.is_contiguous()
-        if name not in without:
-            fragments = _fragments(parameter.detach().view(-1), 0, specs[name], parallel)
-            state[_saved_as(reader, kind, name, config)] = fragments
-    if state:
-        read(reader, checkpoint, state)
-
-
-def check_kind(reader: Reader, kind: str) -> None:
-    """Raises UserError if a moving average is wanted, and the checkpoint holds none."""
-    names = reader.read_metadata().state_dict_metadata
-    if kind == AVERAGE and not any(name.startswith(f"{AVERAGE}/") for name in names):
-        raise UserError(
-            f"{reader.what}: holds no moving average of the weights; leave --ema out, or train with train.ema_decay"
-        )
-
-
-def load_training_state(
-    checkpoint: Checkpoint, engine: Any, parallel: ParallelContext, *, with_memory: bool = True
-) -> None:
-    """Restores this rank's masters, moments, step counters, routing statistics, loss scale and RNG state and, if
-    `with_memory`, the memory of the streams that were assigned to this rank. A moving average that the checkpoint does
-    not have begins at its weights. Nothing is communicated."""
-    reader, config = Reader(checkpoint), engine.module.config
-    saved = reader.read_metadata().state_dict_metadata
-    specs = parameter_specs(config)
-    state: State = {}
-    begun: list[Piece] = []
-    for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
-        for kind, value in piece.tensors.items():
-            if kind == AVERAGE and _saved_as(reader, kind, piece.name, config) not in saved:
-                begun.append(piece)
-                continue
-            fragments = _fragments(value, piece.start, specs[piece.name], parallel)
-            state[_saved_as(reader, kind, piece.name, config)] = fragments
-    for name, statistics in routing_statistics(engine.module):
-        state |= {_routing_key(name, key): single_fragment(value) for key, value in statistics.state().items()}
-    memories: list[tuple[LayerMemory, Tensor]] = []
-    for name, memory in layer_memories(engine.module) if with_memory else ():
-        if (there := saved.get(f"memory/{name}")) is not None:
-            kept = _empty_memory(there, memory, config, parallel)
-            state[f"memory/{name}"] = _memory_fragments(memory, kept, config, parallel)
-            memories.append((memory, kept))
-    # Nothing in training draws from torch's generator (dropout masks are functions of position); its state is kept so
-    # that code which a user adds resumes as well. If the number of ranks has changed, a rank may have no saved state.
-    generator = torch.get_rng_state()
-    has_generator = sum(name.startswith("rng/") for name in saved) == dist.get_world_size()
-    if has_generator:
-        state[_rng_key(dist.get_rank())] = single_fragment(generator)
-
-    read(reader, checkpoint, state)
-
-    for piece in begun:
-        assert piece.average is not None
-        piece.average.copy_(piece.master)
-    for memory, kept in memories:
-        memory.kept = kept.to(memory.streams.device)
-    if has_generator:
-        torch.set_rng_state(generator)
-    set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
-    for key, value in (checkpoint.state["loss_scaler"] or {}).items():
-        setattr(engine.optimizer.loss_scaler, key, value)
-
-
-def read(reader: Reader, checkpoint: Checkpoint, state: State) -> None:
-    """Fills `state` in place, on this rank alone. Raises UserError with what is missing."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
-        try:
-            dcp.load(state, storage_reader=reader, planner=LoadPlanner(f"checkpoint {checkpoint.path}"), no_dist=True)
-        except dcp.CheckpointException as failure:
-            error, _ = next(iter(failure.failures.values()))
-            raise error from None
-
-
-def _fragments(flat: Tensor, start: int, spec: ParameterSpec, parallel: ParallelContext) -> Fragments:
+def fragments_of(flat: Tensor, start: int, spec: ParameterSpec, parallel: ParallelContext) -> Fragments:
     """Elements start .. start + len(flat) of this rank's flattened part of a parameter."""
     dim, (part, _), shape = spec.divided, shard_place(spec, parallel), local_shape(spec, parallel)
     return flat_range(
@@ -221,13 +92,7 @@ def _fragments(flat: Tensor, start: int, spec: ParameterSpec, parallel: Parallel
     )
 
 
-def _saved_as(reader: Reader, kind: str, name: str, config: ModelConfig) -> str:
-    """The tensor to restore `name` from: the first stage's embedding where no last stage saved its copy."""
-    key = f"{kind}/{name}"
-    return key if key in reader.read_metadata().state_dict_metadata else f"{kind}/{owner_of(name, config)}"
-
-
-def _memory_fragments(memory: LayerMemory, kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Fragments:
+def memory_fragments(memory: LayerMemory, kept: Tensor, config: ModelConfig, parallel: ParallelContext) -> Fragments:
     """Fragments of `kept` [n, m, d]: neighbouring streams share one. Under sequence parallelism each chunk of
     sequence_length tokens has its own, with this rank's tokens."""
     ranks = parallel.token_shards
@@ -244,23 +109,12 @@ def _memory_fragments(memory: LayerMemory, kept: Tensor, config: ModelConfig, pa
     return Fragments((memory.num_streams, kept.shape[1] * ranks, kept.shape[2]), chunks)
 
 
-def _empty_memory(saved: Any, memory: LayerMemory, config: ModelConfig, parallel: ParallelContext) -> Tensor:
-    """[n, m, d] for the streams of this rank, in the dtype of the run that saved it."""
-    if saved.size[0] != memory.num_streams:
-        raise UserError(
-            f"batch.global_sequences: the checkpoint holds the memory of {saved.size[0]} streams of text, this run "
-            f"reads {memory.num_streams}; set batch.global_sequences to {saved.size[0]}, as memory needs it"
-        )
-    tokens = saved.size[1] // parallel.token_shards
-    return torch.empty(len(memory.streams), tokens, config.d_model, dtype=saved.properties.dtype)
-
-
-def _routing_key(name: str, key: str) -> str:
+def routing_key(name: str, key: str) -> str:
     """`routing/NAME` is the mean routing distribution, the only statistic of most routers."""
     return f"routing/{name}" if key == "probability" else f"routing/{name}/{key}"
 
 
-def _rng_key(rank: int) -> str:
+def rng_key(rank: int) -> str:
     return f"rng/cpu/{rank:05d}"
 
 

@@ -14,7 +14,6 @@ from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
-from pretrain.checkpoint.state import load_weights_together
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
@@ -105,6 +104,8 @@ def open_model(
         module = PipelineStage(config, parallel, backends)
     else:
         module = LanguageModel(config.model, parallel, backends, seed=config.train.seed)
+    from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a start of training does without
+
     load_weights_together(checkpoint, module, parallel, kind="ema" if ema else "master")
     module.requires_grad_(False).eval().to(device)
     for _, statistics in routing_statistics(module):

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.state import check_kind, read
+from pretrain.checkpoint.loading import check_kind, read
 from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
 from pretrain.export.folder import INDEX, WEIGHTS, shard_name
 

@@ -16,7 +16,6 @@ from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
-from pretrain.checkpoint.state import load_weights
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
@@ -63,6 +62,8 @@ def _loaded(
         check_files(checkpoint)
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
+    from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
+
     load_weights(checkpoint, model, ParallelContext(), kind=kind)
     model.requires_grad_(False).eval().to(place)
     for _, statistics in routing_statistics(model):

@@ -33,8 +33,8 @@ from pretrain.checkpoint.fragments import (
     rectangles,
     single_fragment,
 )
+from pretrain.checkpoint.loading import read
 from pretrain.checkpoint.planners import SavePlanner
-from pretrain.checkpoint.state import read
 from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
 
 SHAPES = [(), (1,), (7,), (1, 5), (3, 4), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 3, 2)]

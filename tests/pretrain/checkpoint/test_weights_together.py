@@ -13,7 +13,7 @@ from model.language_model import build_model
 from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
 from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint.state import load_weights, load_weights_together
+from pretrain.checkpoint.loading import load_weights, load_weights_together
 from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.config.schema import Config

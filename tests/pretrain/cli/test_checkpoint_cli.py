@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pretrain.checkpoint.state
+import pretrain.checkpoint.loading
 from pretrain.checkpoint import list_checkpoints
 from pretrain.cli.checkpoint import main
 from tests.harness import run_ranks
@@ -175,13 +175,13 @@ def test_the_page_shows_how_to_load_the_weights(
 
 
 def test_convert_holds_one_parameter_at_a_time(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, read = [], pretrain.checkpoint.state.read
+    asked, read = [], pretrain.checkpoint.loading.read
 
     def noted(reader, checkpoint, state):  # type: ignore[no-untyped-def]
         asked.append(list(state))
         read(reader, checkpoint, state)
 
-    monkeypatch.setattr(pretrain.checkpoint.state, "read", noted)
+    monkeypatch.setattr(pretrain.checkpoint.loading, "read", noted)
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 0
     assert all(len(names) == 1 for names in asked) and len(asked) > 10
 

@@ -1,0 +1,35 @@
+"""What a start of training does not import, for it takes longer than all the rest: torch's compiler and what it brings
+(2 s), torch.distributed.checkpoint (2 s), matplotlib (1 s), transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from common.paths import REPOSITORY
+
+CODE = """
+import sys
+from pathlib import Path
+import torch
+import pretrain.loop, pretrain.segment, pretrain.trainer
+from pretrain.config.loading import load_config
+from pretrain.engine.optimizer import build_optimizer
+
+config = load_config(Path("configs/switchall_tiny.json"))
+optimizer = build_optimizer(torch.nn.Linear(2, 2), config.model_copy(update={
+    "optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0})
+}))
+for parameter in optimizer.param_groups[0]["params"]:
+    parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print(sorted({"torch._dynamo", "sympy", "torch.distributed.checkpoint", "matplotlib", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_a_start_does_not_import_what_takes_seconds() -> None:
+    """In a process of its own. tests/model/kernels/test_op.py has the same of a model's step."""
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
