@@ -25,6 +25,7 @@ from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
+from pretrain.data.sources import open_sources
 from pretrain.planning.links import sent_bytes
 from pretrain.planning.rehearsed_traffic import rehearsed_collectives
 from pretrain.ranks import Ranks
@@ -46,10 +47,12 @@ LIMIT_SECONDS = 600.0
 
 
 def config_for(path: Path, overrides: Sequence[str], ranks: int) -> Config:
-    """`path` for so many ranks, one micro-step of batch.micro_sequences on each. Raises UserError."""
+    """`path` for so many ranks, one micro-step of batch.micro_sequences on each. Its data are there. Raises
+    UserError."""
     micro = load_config(path, [*SETTINGS, *overrides]).batch.micro_sequences
     config = load_config(path, [*SETTINGS, *overrides, f"batch.global_sequences={ranks * micro}"])
     check_ranks(config, ranks)
+    open_sources(config).check("size")
     return config
 
 
