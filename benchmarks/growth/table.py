@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,8 +124,8 @@ def page(found: Any) -> str:
 
 
 def draw(found: Any, path: Path) -> None:
-    """PNG: a panel for each axis, logarithmic: times, their power law, and multiply-accumulates (dotted), which meet
-    the law at the smallest size."""
+    """PNG: a panel for each axis, logarithmic, all of the same height in powers of ten, so that slopes compare: times,
+    their power law, and multiply-accumulates (dotted), which meet the law at the smallest size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,24 +134,33 @@ def draw(found: Any, path: Path) -> None:
     panels: dict[str, list[Series]] = {}
     for one in series(found):
         panels.setdefault(one.axis, []).append(one)
-    figure, axes = plt.subplots(
-        1, max(1, len(panels)), figsize=(3.6 * max(1, len(panels)), 3.6), squeeze=False, layout="constrained"
-    )
+    width = 3.6 * max(1, len(panels))
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(width, 3.6), squeeze=False, layout="constrained")
     for panel, (axis, group) in zip(axes[0], panels.items(), strict=False):
         for number, one in enumerate(group):
-            color = f"C{number}"
-            factor, power = fit.power_law(one.sizes, one.seconds)
-            law = [1e3 * factor * size**power for size in one.sizes]
-            macs = fit.exponent(one.sizes, one.macs)
-            panel.loglog(one.sizes, [1e3 * value for value in one.seconds], "o", color=color, markersize=4)
-            panel.loglog(one.sizes, law, "-", color=color, label=f"{one.name}: time {power:.2f}, MACs {macs:.2f}")
-            panel.loglog(one.sizes, [law[0] * value / one.macs[0] for value in one.macs], ":", color=color)
+            _draw_series(panel, one, f"C{number}")
         ticks = sorted({size for one in group for size in one.sizes})
         panel.set_xticks(ticks, [str(size) for size in ticks])
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
         panel.minorticks_off()
         panel.set_xlabel(AXES[axis].label if axis in AXES else axis)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper left")
+    limits = [panel.get_ylim() for panel in axes[0]]
+    half = max(math.sqrt(high / low) for low, high in limits) * 1.3  # and room for the legend
+    for panel, (low, high) in zip(axes[0], limits, strict=True):
+        middle = math.sqrt(low * high)
+        panel.set_ylim(middle / half, middle * half)
     axes[0][0].set_ylabel("ms of a step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def _draw_series(panel: Any, one: Series, color: str) -> None:
+    factor, power = fit.power_law(one.sizes, one.seconds)
+    law = [1e3 * factor * size**power for size in one.sizes]
+    label = f"{one.name}: time {power:.2f}, MACs {fit.exponent(one.sizes, one.macs):.2f}"
+    panel.loglog(one.sizes, [1e3 * value for value in one.seconds], "o", color=color, markersize=4)
+    panel.loglog(one.sizes, law, "-", color=color, label=label)
+    panel.loglog(one.sizes, [law[0] * value / one.macs[0] for value in one.macs], ":", color=color)
