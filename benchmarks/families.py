@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from model.costs import attention_macs, feedforward_macs, formula_parameters
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel
 
+T = TypeVar("T")
 PAPER = REPOSITORY / "configs" / "paper"
 SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
     "47m": {
@@ -147,7 +148,7 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     return found
 
 
-def orders(families: Sequence[str], rounds: int) -> Iterator[str]:
+def orders(families: Sequence[T], rounds: int) -> Iterator[T]:
     """Every family once a round, each round beginning with the next one."""
     for number in range(rounds):
         first = number % len(families)

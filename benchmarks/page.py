@@ -24,6 +24,7 @@ DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
 PICTURES = REPOSITORY / "docs" / "pictures"
 MODULES = {
     "families": "benchmarks.families",
+    "growth": "benchmarks.growth.table",
     "loop-speed": "benchmarks.loop.speed",
     "loop-start": "benchmarks.loop.start",
 }

@@ -25,6 +25,7 @@ from pretrain.data.sources import open_sources
 from pretrain.data.windows import Batch, TrainingStream
 from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.engine.optimizer import parameter_groups
+from pretrain.parallel.agreement import agreed
 from pretrain.parallel.context import parallel_context
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.guard import guarded
@@ -62,8 +63,8 @@ class Ours:
         # The last step of this call is reported in the next one, as every step is; that of the call before in this.
         self._step += steps
         self._segment.advance(self._step)
-        assert self._segment.monitor is not None
-        self._segment.monitor.flush()
+        if self._segment.monitor is not None:  # of the first rank
+            self._segment.monitor.flush()
 
     def losses(self) -> list[float]:
         self.train(1)  # which reports the step before
@@ -72,10 +73,10 @@ class Ours:
 
 @contextlib.contextmanager
 def our_loop(config: Config, run_dir: Path, device: torch.device) -> Iterator[Ours]:
-    """Ours, from its start to its end, as pretrain.loop.train builds it."""
+    """Ours, from its start to its end, as pretrain.loop.train builds it. Collective."""
     sources = open_sources(config)
     setup = RunSetup(config, sources, parallel_context(config), device)
-    folder, stop = RunFolder(run_dir, writes=True), Stop()
+    folder, stop = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first)), Stop()
     with guarded(config.resilience, folder, stop, setup.phases) as control:
         segment = build_segment(setup, folder, control, find_start(config, sources, run_dir, control, None))
         try:
