@@ -6,8 +6,9 @@ r"""Step time, kept activations and multiply-accumulates of SwitchAll, SwitchHea
 A step is forward and backward of a model of --layers blocks with its embedding and output layer, without an optimizer.
 The families of a shape run in turn, round after round, each round in another order, so that a slow phase of a shared
 machine hits all alike; what counts is the median over rounds of the ratio to the dense model of the same round. Beside
-it stand the ratio of multiply-accumulates of a block, by the paper's formulas, and that of the bytes which autograd
-keeps for the backward pass. Transformer-XL memory is full, and nothing is dropped.
+it stand the ratios of multiply-accumulates (of a block by the paper's formulas, and of the step with its output layer)
+and of the bytes which autograd keeps for the backward pass. After the rounds torch's profiler says where a step goes.
+Transformer-XL memory is full, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
+from benchmarks.family_profile import ALL_PARTS, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
 from common.paths import REPOSITORY
@@ -67,10 +69,14 @@ class Measured(NamedTuple):
     """Of the whole model, all its layers."""
     macs: int
     """Of attention and feed-forward of a block, forward, by the paper's formulas."""
+    step_macs: int
+    """Of the measured layers and the output layer, forward."""
     kept: int
     """Bytes."""
     seconds: list[float]
     """Of a step, by round."""
+    parts: dict[str, float]
+    """Part of a step -> seconds, by torch's profiler."""
 
 
 def model_of(shape: str, family: str) -> ModelConfig:
@@ -137,14 +143,18 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     found = {
         family: Measured(
             formula_parameters(config).total,
-            attention_macs(config) + feedforward_macs(config),
+            (block := attention_macs(config) + feedforward_macs(config)),
+            layers * block + config.d_model * config.vocab_size * config.sequence_length,
             steps[family].kept_bytes(),
             [],
+            {},
         )
         for family, config in whole.items()
     }
     for family in orders(list(steps), rounds):
         found[family].seconds.append(steps[family]())
+    for family, one in found.items():
+        one.parts.update(profiled(steps[family]))
     return found
 
 
@@ -170,11 +180,19 @@ def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
         step = f"{statistics.median(one.seconds):.2f}"
         memory = [f"{one.kept / 1e6:.0f}", f"{one.kept / dense.kept:.2f}"]
         times = [step, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
-        lines.append([shape, family, f"{one.parameters:,}", *times, f"{one.macs / dense.macs:.2f}", *memory])
+        macs = [f"{one.macs / dense.macs:.2f}", f"{one.step_macs / dense.step_macs:.2f}"]
+        lines.append([shape, family, f"{one.parameters:,}", *times, *macs, *memory])
     return lines
 
 
-HEADER = ["shape", "family", "parameters", "step s", "to dense", "quartiles", "MACs to dense", "kept MB", "to dense"]
+def part_rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
+    """A line for each family: seconds of each part of a step."""
+    return [[shape, family, *(f"{one.parts[part]:.2f}" for part in ALL_PARTS)] for family, one in found.items()]
+
+
+HEADER = ["shape", "family", "parameters", "step s", "to dense", "quartiles", "block's MACs to dense", "step's"]
+HEADER += ["kept MB", "to dense"]
+PART_HEADER = ["shape", "family", *ALL_PARTS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,7 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[shape] = measured(shape, args.layers, args.sequences, args.rounds)
     print(f"{records.heading(about)}; fp32, {threads} threads, {args.layers} layers, ", end="")
     print(f"{args.sequences} sequences, medians of {args.rounds} rounds\n")
-    print(text_table(HEADER, [line for shape, one in found.items() for line in rows(shape, one)], left={0, 1}))
+    for header, lines in ((HEADER, rows), (PART_HEADER, part_rows)):
+        print(
+            text_table(header, [line for shape, one in found.items() for line in lines(shape, one)], left={0, 1}), "\n"
+        )
     if args.keep is not None:
         as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
         settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
@@ -206,11 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def page(found: Any) -> str:
-    """The table of docs/benchmarks.md."""
+    """The tables of docs/benchmarks.md."""
     shapes = {
         shape: {name: Measured(**one) for name, one in families.items()} for shape, families in found["shapes"].items()
     }
-    return markdown(HEADER, [line for shape, one in shapes.items() for line in rows(shape, one)])
+    tables = [
+        markdown(header, [line for shape, one in shapes.items() for line in lines(shape, one)])
+        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
+    ]
+    return "\n\nSeconds of the parts of a step, by torch's profiler:\n\n".join(tables)
 
 
 def draw(found: Any, path: Path) -> None:
@@ -228,7 +253,7 @@ def draw(found: Any, path: Path) -> None:
         dense = families[DENSE]
         bars = {
             "step time": [statistics.median(ratios(one["seconds"], dense["seconds"])) for one in families.values()],
-            "multiply-accumulates": [one["macs"] / dense["macs"] for one in families.values()],
+            "multiply-accumulates": [one["step_macs"] / dense["step_macs"] for one in families.values()],
             "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
         }
         for number, (label, heights) in enumerate(bars.items()):

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import families, records
 from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, orders, rows
+from benchmarks.family_profile import ALL_PARTS, part_of, profiled
 from model.config import ModelConfig
 from model.costs import formula_parameters
 
@@ -33,10 +34,13 @@ def test_each_round_begins_with_another_family() -> None:
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    found = {"dense": Measured(100, 10, 1000, [1.0, 2.0, 4.0]), "SwitchAll": Measured(99, 4, 500, [0.5, 1.0, 1.0])}
+    found = {
+        "dense": Measured(100, 10, 50, 1000, [1.0, 2.0, 4.0], {}),
+        "SwitchAll": Measured(99, 4, 26, 500, [0.5, 1.0, 1.0], {}),
+    }
     dense, other = rows("47m", found)
     assert dense[3:6] == ["2.00", "1.00", "1.00 to 1.00"]
-    assert other[1:5] == ["SwitchAll", "99", "1.00", "0.50"] and other[6:] == ["0.40", "0", "0.50"]
+    assert other[1:5] == ["SwitchAll", "99", "1.00", "0.50"] and other[6:] == ["0.40", "0.52", "0", "0.50"]
 
 
 TINY = {
@@ -71,8 +75,34 @@ def test_the_command_prints_a_line_for_each_family(
     monkeypatch.setattr(families, "model_of", lambda _, family: ModelConfig.model_validate(trees[family]))
     assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("47m ")]
-    assert [line[1] for line in lines] == ["dense", "SwitchHead"]
+    assert [line[1] for line in lines] == ["dense", "SwitchHead"] * 2
     assert families.main(["--shape", "47m", "--rounds", "2", "--layers", "2", "--keep", str(tmp_path)]) == 0
     kept = records.read("families", tmp_path)
     assert kept is not None and kept.found["layers"] == 2
-    assert [row.split(" | ")[1] for row in families.page(kept.found).splitlines()[2:]] == ["dense", "SwitchHead"]
+    rows_of_page = [row for row in families.page(kept.found).splitlines() if row.startswith("| 47m")]
+    assert [row.split(" | ")[1] for row in rows_of_page] == ["dense", "SwitchHead"] * 2
+
+
+def test_the_parts_of_a_step_are_those_of_the_model() -> None:
+    switchhead = {"type": "switchhead", "num_heads": 1, "head_dim": 4, "num_experts": 2, "active_experts": 1}
+    experts = {"type": "sigma_moe", "num_experts": 4, "expert_size": 8, "active_experts": 2}
+    trees = {"dense": TINY, "SwitchAll": TINY | {"attention": switchhead, "feedforward": experts}}
+    found = {name: profiled(Step(ModelConfig.model_validate(tree), 2), repeats=1) for name, tree in trees.items()}
+    only_experts = {"routers", "experts of attention", "experts of feed-forward"}
+    for name, parts in found.items():
+        assert set(parts) == set(ALL_PARTS)
+        spent = {part for part, seconds in parts.items() if seconds > 0.0}
+        assert spent == (set(ALL_PARTS) if name == "SwitchAll" else set(ALL_PARTS) - only_experts)
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("autograd::engine::evaluate_function: GeneratedBackwardFor_switchall_sigma_moe_defaultBackward", ALL_PARTS[3]),
+        ("autograd::engine::evaluate_function: MmBackward0", ALL_PARTS[5]),
+        ("autograd::engine::evaluate_function: BmmBackward0", ALL_PARTS[4]),
+        ("autograd::engine::evaluate_function: UnsafeViewBackward0", ALL_PARTS[6]),
+    ],
+)
+def test_names_of_the_profiler_belong_to_parts(name: str, part: str) -> None:
+    assert part_of(name) == part

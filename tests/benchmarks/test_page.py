@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import families, page, records
+from benchmarks.family_profile import ALL_PARTS
 from benchmarks.marked import markdown, with_table
 from common.errors import DataError
 from common.files import write_json
 from common.paths import REPOSITORY
+
+PARTS = dict.fromkeys(ALL_PARTS, 0.5)
 
 
 def test_the_page_has_the_tables_of_the_records() -> None:
@@ -31,8 +34,8 @@ def test_every_mark_has_a_module_and_every_module_a_mark() -> None:
 
 
 def test_a_kept_measurement_becomes_table_and_picture(tmp_path: Path) -> None:
-    one = families.Measured(100, 10, 1000, [1.0, 2.0, 4.0])._asdict()
-    other = families.Measured(99, 4, 500, [0.5, 1.0, 1.0])._asdict()
+    one = families.Measured(100, 10, 50, 1000, [1.0, 2.0, 4.0], PARTS)._asdict()
+    other = families.Measured(99, 4, 26, 500, [0.5, 1.0, 1.0], PARTS)._asdict()
     about = records.machine()
     records.keep(tmp_path, "families", about, {"shapes": {"47m": {"dense": one, "SwitchAll": other}}})
     text = page.updated(page.DOCUMENT.read_text(encoding="utf-8"), tmp_path)

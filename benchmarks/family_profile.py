@@ -1,0 +1,40 @@
+"""Where a step of each family goes, by torch's profiler: seconds of its products, experts, attention and so on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+PARTS = {
+    "output layer": r"linear_cross_entropy",
+    "routers": r"switchall.*route|group_choices|RouterInput",
+    "experts of attention": r"switchhead_(value|output)|expert_linear",
+    "experts of feed-forward": r"switchall.*sigma_moe",
+    "attention itself": r"scaled_dot_product|ScaledDotProduct|relative_attention|softmax|Softmax|bmm|Bmm|matmul",
+    "dense products": r"aten::linear|aten::mm|aten::addmm|\bMmBackward|AddmmBackward|_Linear",
+}
+"""Part of a step -> what its operators and nodes of the graph are called. The first that fits counts."""
+REST = "the rest"
+ALL_PARTS = (*PARTS, REST)
+
+
+def part_of(name: str) -> str:
+    """The part that an operator, or a node of the backward pass, belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), REST)
+
+
+def profiled(step: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
+    """Part -> seconds of a step, forward and backward: the mean of `repeats`, after one that does not count."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(repeats):
+            step()
+    seconds: Counter[str] = Counter(dict.fromkeys(ALL_PARTS, 0.0))
+    for event in found.events():
+        if event.cpu_parent is None:
+            seconds[part_of(event.name)] += event.cpu_time_total / 1e6 / repeats
+    return dict(seconds)
