@@ -54,6 +54,7 @@ def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, paral
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
     checked the files; does nothing without train.init_from. The first rank says where the weights come from, and which
     settings of the model differ. Collective; raises UserError, agreed."""
+
     def check() -> Checkpoint:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         checkpoint = initial_checkpoint(config, tokenizer_sha256, rank=rank, world_size=world_size)
