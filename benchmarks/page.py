@@ -26,6 +26,8 @@ MODULES = {
     "families": "benchmarks.families",
     "loop-speed": "benchmarks.loop.speed",
     "loop-start": "benchmarks.loop.start",
+    "moe-layers": "benchmarks.moe_layers",
+    "switchhead-layers": "benchmarks.kernels_switchhead",
 }
 """Record -> the module that knows its form."""
 
