@@ -65,19 +65,16 @@ class GPT(nn.Module):
         """Raises UserError for a model that is not this one."""
         super().__init__()
         attention, position, feedforward = config.attention, config.position, config.feedforward
-        for key, fits in (
-            ("attention.type=dense", isinstance(attention, DenseAttentionConfig)),
-            ("position.type=rope", isinstance(position, RopeConfig)),
-            ("position.memory_chunks=0", config.memory_length == 0),
-            ("feedforward.type=dense", isinstance(feedforward, DenseFeedForwardConfig)),
-            ("dropout=0", config.dropout == 0.0),
-            ("tied_embedding=false", not config.tied_embedding),
+        if (
+            not isinstance(attention, DenseAttentionConfig)
+            or not isinstance(position, RopeConfig)
+            or not isinstance(feedforward, DenseFeedForwardConfig)
+            or (config.memory_length, config.dropout, config.tied_embedding) != (0, 0.0, False)
         ):
-            if not fits:
-                raise UserError(f"--against nanogpt compares dense models; set model.{key}")
-        assert isinstance(attention, DenseAttentionConfig)
-        assert isinstance(position, RopeConfig)
-        assert isinstance(feedforward, DenseFeedForwardConfig)
+            raise UserError(
+                "--against nanogpt compares dense models; set model.attention.type=dense, model.position.type=rope "
+                "without memory_chunks, model.feedforward.type=dense, model.dropout=0 and model.tied_embedding=false"
+            )
         d, heads, head_dim = config.d_model, attention.num_heads, attention.head_dim
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.blocks = nn.ModuleList(

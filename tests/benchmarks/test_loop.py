@@ -106,7 +106,9 @@ def test_nanogpts_model_is_our_dense_one_in_fp64(prepared: Path) -> None:
         assert (found.grad - wanted).norm() < 1e-6 * wanted.norm(), name
 
 
-@pytest.mark.parametrize("key", ["model.dropout=0.1", 'model.position={"type": "xl", "memory_chunks": 0}'])
+@pytest.mark.parametrize(
+    "key", ["model.dropout=0.1", "model.tied_embedding=true", 'model.position={"type": "xl", "memory_chunks": 0}']
+)
 def test_nanogpt_has_only_our_dense_model(prepared: Path, key: str) -> None:
     with pytest.raises(UserError, match=r"--against nanogpt compares dense models; set model\."):
         GPT(small_config(prepared, *DENSE, key).model)
