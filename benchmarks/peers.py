@@ -35,7 +35,7 @@ def grouped_mm(router: Tensor, up_experts: Tensor, down_experts: Tensor, k: int)
 
 
 def deepspeed_moe(d: int, num_experts: int, expert_size: int, k: int, dtype: torch.dtype) -> Peer:
-    """deepspeed.moe.layer.MoE without capacity limit: one-hot dispatch by einsum, a module per expert."""
+    """deepspeed.moe.layer.MoE without capacity limit: a module per expert, each filled up to the most loaded one."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _one_rank()
     import deepspeed
