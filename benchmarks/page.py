@@ -27,6 +27,8 @@ MODULES = {
     "growth": "benchmarks.growth.table",
     "loop-speed": "benchmarks.loop.speed",
     "loop-start": "benchmarks.loop.start",
+    "moe-layers": "benchmarks.moe_layers",
+    "switchhead-layers": "benchmarks.kernels_switchhead",
 }
 """Record -> the module that knows its form."""
 

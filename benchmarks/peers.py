@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def grouped_mm(router: Tensor, up_experts: Tensor, down_experts: Tensor, k: int)
 
 
 def deepspeed_moe(d: int, num_experts: int, expert_size: int, k: int, dtype: torch.dtype) -> Peer:
-    """deepspeed.moe.layer.MoE without capacity limit: one-hot dispatch by einsum, a module per expert."""
+    """deepspeed.moe.layer.MoE without capacity limit: a module per expert, each filled up to the most loaded one."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _one_rank()
     import deepspeed
@@ -61,8 +61,7 @@ def deepspeed_moe(d: int, num_experts: int, expert_size: int, k: int, dtype: tor
 def megatron_sequential_mlp(d: int, num_experts: int, expert_size: int, k: int, dtype: torch.dtype) -> Peer:
     """megatron-core's MoELayer: all-gather dispatcher, SequentialMLP (a loop over experts), sigmoid router in fp32.
 
-    It runs on CPU only with TORCHDYNAMO_DISABLE=1 and two names replaced: Transformer Engine's GEMM, which is not
-    installed, and the current CUDA device, to which the router moves its weight.
+    On a CPU it runs only inside `_without_cuda`, which holds for its own forward passes alone.
     """
     _one_rank()
     from megatron.core import parallel_state
@@ -74,8 +73,8 @@ def megatron_sequential_mlp(d: int, num_experts: int, expert_size: int, k: int, 
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    # Its router's backward pass asks whether there is this GEMM; without Transformer Engine the name itself is missing.
     moe_utils.te_general_gemm = None
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     if not parallel_state.is_initialized():
@@ -100,7 +99,26 @@ def megatron_sequential_mlp(d: int, num_experts: int, expert_size: int, k: int, 
     )
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = MoELayer(config, submodules=MoESubmodules(experts=ModuleSpec(SequentialMLP, submodules=submodules)))
-    return lambda x: layer(x[:, None])[0][:, 0], list(layer.parameters())
+
+    def forward(x: Tensor) -> Tensor:
+        with _without_cuda():
+            y: Tensor = layer(x[:, None])[0][:, 0]
+        return y
+
+    return forward, list(layer.parameters())
+
+
+@contextlib.contextmanager
+def _without_cuda() -> Iterator[None]:
+    """Lets megatron-core's router run: it moves its weight to the current CUDA device, and compiles a function for
+    CUDA. Undone at once: nothing of it may reach the layers that are timed in between."""
+    own = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.cuda.current_device = own
 
 
 def _one_rank() -> None:

@@ -5,12 +5,14 @@ r"""What our loop costs beside the arithmetic of the model, and how long a run t
     python -m benchmarks.loop start --data DIR/manifest.json [--starts 5]
     (both: --keep [FOLDER] keeps what was measured for docs/benchmarks.md)
 
-speed: one process trains the 47M model of configs/paper/c4_switchhead_47m.json, in fp32, with ever two loops in turns
-(ABBA), a piece of a few steps each. Smaller than the paper's are the batch, 4 sequences in one micro-step, and the
-sequence, 128 tokens, so that a piece of three steps takes 5 to 15 s on one core; smaller steps make what a loop costs
-look larger, not smaller. At ZeRO 0 our whole loop (reading ahead, messages, metrics.jsonl, TensorBoard, statistics of
-routers, watchdog) runs against a bare loop of PyTorch: forward, backward, clip_grad_norm_, AdamW, on micro-batches that
-are in memory already. At ZeRO 1 it runs against DeepSpeed's engine alone. The ratio is tokens per second of ours /
+speed: one process trains a model in fp32 with ever two loops in turns (ABBA), a piece of a few steps each. Smaller than
+the paper's are the batch, 4 sequences in one micro-step, and the sequence, 128 tokens, so that a piece of three steps
+takes 5 to 15 s on one core; smaller steps make what a loop costs look larger, not smaller. At ZeRO 0 our whole loop
+(reading ahead, messages, metrics.jsonl, TensorBoard, statistics of routers, watchdog) runs against a bare loop of
+PyTorch: forward, backward, clip_grad_norm_, AdamW, on micro-batches that are in memory already. At ZeRO 1 it runs
+against DeepSpeed's engine alone. Both have the 47M model of configs/paper/c4_switchhead_47m.json. At ZeRO 0 it runs
+against nanoGPT's loop too (benchmarks/loop/nanogpt.py), with the dense 45M model of c4_dense_rope_45m.json without
+dropout; nanoGPT's side computes it by a model of its own, from our weights. The ratio is tokens per second of ours /
 theirs, the median over the pairs; `by CPU` is the same of the time that processors work, in all threads, which other
 processes of the machine disturb less. Both loops must have had the same losses; how far they differ is printed.
 
@@ -29,6 +31,9 @@ from pathlib import Path
 from benchmarks import records
 from common.errors import UserError
 
+PEERS = ["bare", "engine", "nanogpt"]
+"""Of `speed.COMPARISONS`, which takes seconds to import."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -36,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parts = parser.add_subparsers(dest="what", required=True)
     speed_part, start_part = (parts.add_parser(name) for name in ("speed", "start"))
-    speed_part.add_argument("--config", type=Path, default=Path("configs/paper/c4_switchhead_47m.json"))
+    speed_part.add_argument("--config", type=Path, help="in the place of each comparison's own")
     speed_part.add_argument("--pairs", type=int, default=9, metavar="N", help="of pieces (default: %(default)s)")
     speed_part.add_argument("--steps", type=int, default=3, metavar="N", help="of a piece (default: %(default)s)")
-    speed_part.add_argument("--against", nargs="+", choices=("bare", "engine"), default=["bare", "engine"])
+    speed_part.add_argument("--against", nargs="+", choices=PEERS, default=PEERS)
     start_part.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"))
     start_part.add_argument("--starts", type=int, default=5, metavar="N", help="of each kind (default: %(default)s)")
     start_part.add_argument("--with", nargs="+", dest="kinds", choices=("python", "deepspeed"))

@@ -1,7 +1,8 @@
 """The loops that are compared: ours as a user runs it, a bare one of PyTorch, and DeepSpeed's engine without us.
 
 All three train the same model, from the same weights, on the same micro-batches with the same learning rates, and all
-take the same AdamW. Each keeps its loss of every step, which shows that they do the same work.
+take the same AdamW. Each keeps its loss of every step, which shows that they do the same work. A fourth loop, which has
+a model of its own, is in benchmarks/loop/nanogpt.py.
 """
 
 from __future__ import annotations
@@ -86,13 +87,19 @@ def our_loop(config: Config, run_dir: Path, device: torch.device) -> Iterator[Ou
 
 
 class Given:
-    """What the other two loops are given, in memory: the micro-batches and learning rates of the first steps."""
+    """What the other loops are given, in memory: the micro-batches and learning rates of the first steps."""
 
     def __init__(self, config: Config, steps: int) -> None:
         stream = TrainingStream(open_sources(config).reader("train", config), config, data_rank=0, data_size=1)
         self.config, self._streams = config, stream.streams()
         micro_steps, sequences = range(stream.micro_steps), config.batch.global_sequences
         self.batches = [[stream.batch(step * sequences, number) for number in micro_steps] for step in range(steps)]
+        T = config.model.sequence_length
+        self.offsets = [
+            [stream.windows(stream.own_positions(step * sequences, number)) * T for number in micro_steps]
+            for step in range(steps)
+        ]
+        """Of each step and micro-step, the first token of each sequence in the training split, [B] int64."""
         self.rates = [learning_rate(config, step) for step in range(steps)]
 
     def model(self, device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
+from benchmarks.loop.nanogpt import NanoGPT
 from benchmarks.marked import markdown
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -57,11 +58,23 @@ class Comparison:
     wanted: float
     """Least ratio of tokens per second, ours / theirs."""
     make: Callable[[Given, torch.device], Peer]
+    config: str = "configs/paper/c4_switchhead_47m.json"
+    keys: tuple[str, ...] = ()
+    """Of its configuration, as overrides."""
 
 
 COMPARISONS = (
     Comparison("bare", 0, "a bare PyTorch loop", 0.97, Bare),
     Comparison("engine", 1, "DeepSpeed's engine alone", 0.99, EngineAlone),
+    Comparison(
+        "nanogpt",
+        0,
+        "nanoGPT's loop, dense 45M",
+        0.97,
+        NanoGPT,
+        "configs/paper/c4_dense_rope_45m.json",
+        ("model.dropout=0.0", "data.order=shuffled"),
+    ),
 )
 
 
@@ -101,9 +114,10 @@ class Measured:
         }
 
 
-def config_at(path: Path, zero: int, overrides: list[str]) -> Config:
-    """Raises UserError."""
-    config = load_config(path, [*SMALLER, f"parallel.zero={zero}", *overrides])
+def config_of(comparison: Comparison, path: Path | None, overrides: list[str]) -> Config:
+    """`path`: in the place of the comparison's own configuration. Raises UserError."""
+    own = [*SMALLER, *comparison.keys, f"parallel.zero={comparison.zero}"]
+    config = load_config(path or Path(comparison.config), [*own, *overrides])
     check_ranks(config, 1)
     return config
 
@@ -136,10 +150,10 @@ def timed(loop: Loop, steps: int) -> Piece:
     return Piece(time.perf_counter() - start, time.process_time() - worked)
 
 
-def run(path: Path, overrides: list[str], names: list[str], *, pairs: int, steps: int) -> list[Measured]:
+def run(path: Path | None, overrides: list[str], names: list[str], *, pairs: int, steps: int) -> list[Measured]:
     """Raises UserError."""
     chosen = [comparison for comparison in COMPARISONS if comparison.name in names]
-    configs = [config_at(path, comparison.zero, overrides) for comparison in chosen]
+    configs = [config_of(comparison, path, overrides) for comparison in chosen]
     device = devices.start(Ranks.from_environment(), configs[0].train)
     try:
         return [

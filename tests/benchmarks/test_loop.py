@@ -12,6 +12,9 @@ import torch
 from benchmarks import records
 from benchmarks.loop import __main__, speed, start
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Peer, our_loop
+from benchmarks.loop.nanogpt import GPT, NanoGPT
+from common.errors import UserError
+from model.language_model import build_model
 from pretrain.config.schema import Config
 from pretrain.engine import build
 from tests.harness import run_ranks
@@ -21,6 +24,12 @@ CPU = torch.device("cpu")
 STEPS = 4
 MEMORY = ('model.position={"type": "xl", "memory_chunks": 1}', "data.order=streams")
 """As the 47M model."""
+DENSE = (
+    'model.attention={"type": "dense", "num_heads": 3, "head_dim": 10}',
+    'model.feedforward={"type": "dense", "hidden_size": 50}',
+    "model.initialization=published",
+)
+"""Heads that together are wider than the model, and 4 of whose 10 dimensions are rotated; the output has a bias."""
 
 
 def losses(rank: int, config: Config, folder: Path, make: Callable[[Given, torch.device], Peer]) -> list[list[float]]:
@@ -66,6 +75,49 @@ def test_the_engine_alone_trains_the_same(prepared: Path, tmp_path: Path) -> Non
     assert len(ours) == STEPS and theirs == pytest.approx(ours, rel=TOLERANCE)
 
 
+def test_nanogpts_loop_trains_the_same(prepared: Path, tmp_path: Path) -> None:
+    """To rounding, with a model of its own: from our weights, on the same windows."""
+    config = small_config(prepared, "parallel.zero=0", "optimizer.weight_decay=0.1", *DENSE)
+    ours, theirs = run_ranks(losses, 1, config, tmp_path / "run", NanoGPT)[0]
+    assert len(ours) == STEPS and ours[0] != ours[-1]
+    assert theirs == pytest.approx(ours, rel=TOLERANCE)
+
+
+def test_nanogpts_model_is_our_dense_one_in_fp64(prepared: Path) -> None:
+    """Loss and the gradient of every weight; only our rotation rounds to fp32."""
+    config = small_config(prepared, *DENSE)
+    ours = build_model(config.model, seed=3).double()
+    theirs = GPT(config.model).double()
+    theirs.load_ours(ours)
+    batch = Given(config, 1).batches[0][0]
+    objective, _, _ = ours(*batch.model_inputs())
+    logits, loss = theirs(batch.tokens, batch.targets)
+    assert logits.shape == (*batch.tokens.shape, config.model.vocab_size)
+    assert loss.item() == pytest.approx(objective.item(), rel=1e-7)
+    objective.backward()
+    loss.backward()
+    gradients = GPT(config.model).double()
+    for ours_parameter in ours.parameters():
+        assert ours_parameter.grad is not None
+        ours_parameter.data = ours_parameter.grad
+    gradients.load_ours(ours)
+    for (name, found), wanted in zip(theirs.named_parameters(), gradients.parameters(), strict=True):
+        assert found.grad is not None and wanted.norm() > 0.0
+        assert (found.grad - wanted).norm() < 1e-6 * wanted.norm(), name
+
+
+@pytest.mark.parametrize(
+    "key", ["model.dropout=0.1", "model.tied_embedding=true", 'model.position={"type": "xl", "memory_chunks": 0}']
+)
+def test_nanogpt_has_only_our_dense_model(prepared: Path, key: str) -> None:
+    with pytest.raises(UserError, match=r"--against nanogpt compares dense models; set model\."):
+        GPT(small_config(prepared, *DENSE, key).model)
+
+
+def test_every_peer_can_be_asked_for() -> None:
+    assert [comparison.name for comparison in speed.COMPARISONS] == __main__.PEERS
+
+
 def test_an_average_over_one_rank_changes_no_bit(prepared: Path, tmp_path: Path) -> None:
     configs = [small_config(prepared, "parallel.zero=0", *keys) for keys in ((), MEMORY)]
     runs = run_ranks(our_records, 1, configs, tmp_path)[0]
@@ -75,9 +127,11 @@ def test_an_average_over_one_rank_changes_no_bit(prepared: Path, tmp_path: Path)
 
 
 def test_the_config_is_made_small(prepared: Path) -> None:
-    config = speed.config_at(Path("configs/paper/c4_switchhead_47m.json"), 0, [f"data.manifest={prepared}"])
-    assert (config.model.d_model, config.model.num_layers, config.train.precision) == (412, 16, "fp32")
-    assert (config.model.sequence_length, config.batch.global_sequences, config.parallel.zero) == (128, 4, 0)
+    for comparison in speed.COMPARISONS:
+        config = speed.config_of(comparison, None, [f"data.manifest={prepared}"])
+        assert (config.model.d_model, config.model.num_layers, config.train.precision) == (412, 16, "fp32")
+        assert (config.model.sequence_length, config.batch.global_sequences) == (128, 4)
+        assert config.parallel.zero == comparison.zero
 
 
 def test_tables_and_records(tmp_path: Path) -> None:

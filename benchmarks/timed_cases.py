@@ -1,0 +1,105 @@
+"""Implementations of one op, timed in turns: what benchmarks.kernels and benchmarks.moe_layers share."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MM_SIZE = 2048
+
+
+class Case(NamedTuple):
+    """One implementation: `forward` gives what is differentiated, `inputs` what for. Gradients of ones."""
+
+    name: str
+    forward: Callable[[], Tensor]
+    inputs: Sequence[Tensor]
+
+
+class Suite(NamedTuple):
+    """Implementations of one op at one shape and dtype."""
+
+    shape: str
+    forward_flops: int
+    """Useful multiply-adds of the forward pass, times two; the backward pass has twice as many."""
+    cases: list[Case]
+    peak_memory: bool = False
+    """Also measure the growth of the resident set, in one process per implementation."""
+
+
+class Timed(NamedTuple):
+    """Seconds of one suite, by round."""
+
+    mm: list[float]
+    """Of torch.mm of two square matrices of MM_SIZE."""
+    forward: dict[str, list[float]]
+    both: dict[str, list[float]]
+    """Forward and backward."""
+
+    @property
+    def mm_rate(self) -> float:
+        """Flop/s, of the median round."""
+        return mm_flops() / statistics.median(self.mm)
+
+
+def mm_flops() -> int:
+    return 2 * MM_SIZE**3
+
+
+def measure(suite: Suite, dtype: torch.dtype, rounds: int) -> Timed:
+    """All cases in turn, round after round; the first round warms up and is not counted."""
+    a, out = torch.randn(MM_SIZE, MM_SIZE).to(dtype), torch.empty(MM_SIZE, MM_SIZE, dtype=dtype)
+    names = [case.name for case in suite.cases]
+    timed = Timed([], {name: [] for name in names}, {name: [] for name in names})
+    for number in range(rounds + 1):
+        found = [time_mm(a, out), *(time_case(case) for case in suite.cases)]
+        if number:
+            timed.mm.append(found[0][1])
+            for name, (forward, both) in zip(names, found[1:], strict=True):
+                timed.forward[name].append(forward)
+                timed.both[name].append(both)
+    return timed
+
+
+def time_mm(a: Tensor, out: Tensor) -> tuple[float, float]:
+    start = time.perf_counter()
+    torch.mm(a, a, out=out)
+    seconds = time.perf_counter() - start
+    return seconds, seconds
+
+
+def time_case(case: Case) -> tuple[float, float]:
+    """Seconds of the forward pass, and of both passes."""
+    start = time.perf_counter()
+    y = case.forward()
+    forward = time.perf_counter() - start
+    torch.autograd.grad(y, case.inputs, torch.ones_like(y), allow_unused=True)
+    return forward, time.perf_counter() - start
+
+
+def rows(suite: Suite, timed: Timed) -> list[dict[str, Any]]:
+    """For each implementation medians over rounds, and their shares of torch.mm's rate."""
+    lines = []
+    for name in timed.both:
+        forward, both = statistics.median(timed.forward[name]), statistics.median(timed.both[name])
+        lines.append(
+            {
+                "implementation": name,
+                "forward_ms": 1e3 * forward,
+                "forward_backward_ms": 1e3 * both,
+                "forward_share_of_mm": suite.forward_flops / forward / timed.mm_rate,
+                "forward_backward_share_of_mm": 3 * suite.forward_flops / both / timed.mm_rate,
+            }
+        )
+    return lines
+
+
+def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Gaussian with the variance of a layer that keeps it: 1 / sqrt of the last but one width for weights."""
+    scale = shape[-2] ** -0.5 if len(shape) == 3 else (1.0 if len(shape) == 1 else shape[-1] ** -0.5)
+    return (torch.randn(*shape) * scale).to(dtype).requires_grad_()
