@@ -74,6 +74,7 @@ HOW = {
     "export": "skipped: the shell's own",
     "for": "skipped: the shell's own",
     "mkdir": "skipped: fetches packages of Debian",
+    "lm_eval": "skipped: another project's program",
     "tensorboard": "skipped: another project's program",
     "scontrol": "skipped: SLURM's; tests/slurm runs it",
     "scancel": "skipped: SLURM's; tests/slurm runs it",
