@@ -55,7 +55,12 @@ NATIVE = tuple(backend for backend in BACKENDS if backend != "triton")
 TOLERANCE = {
     torch.float64: dict.fromkeys(BACKENDS, 1e-12),
     torch.float32: dict.fromkeys(BACKENDS, 1e-5),
-    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-7 if multiplies_bf16() else 2**-8, "grouped_mm": 2**-6, "triton": 2**-7},
+    torch.bfloat16: {
+        "reference": 2**-8,
+        "cpu": 2**-7 if multiplies_bf16() else 2**-8,
+        "grouped_mm": 2**-6,
+        "triton": 2**-7,
+    },
 }
 
 
