@@ -140,6 +140,8 @@ def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.
 
 OF_CUBLAS = "echo '========= Error: Race reported between Read access at nvjet_sm90_tss_192x128_h+0x9f0'"
 """What the tool says of kernels that are not ours; the child that named its own has not run here."""
+SUMMARY = "echo '========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)'"
+OTHER = "echo '====== at void own<float, 4>(const float *, int)+0x1'"
 
 
 @pytest.mark.parametrize(
@@ -151,8 +153,10 @@ OF_CUBLAS = "echo '========= Error: Race reported between Read access at nvjet_s
             Failed,
             "found: .*choose_kernel",
         ),
-        (f"{OF_CUBLAS}; exit 9", Failed, "exit status 9"),
-        (f"{OF_CUBLAS}; echo '====== at void own<float, 4>(const float *, int)+0x1'; exit 9", Failed, "exit status 9"),
+        (f"{OF_CUBLAS}; {SUMMARY}; exit 9", Failed, "exit status 9"),
+        (f"{OF_CUBLAS}; {SUMMARY}; {OTHER}; exit 9", Failed, "exit status 9"),
+        (f"{OF_CUBLAS}; {OF_CUBLAS}; {SUMMARY}; exit 9", Failed, "racecheck counts 1 hazards, 2 were read"),
+        (f"{OF_CUBLAS}; exit 9", Failed, "racecheck counts no hazards, 1 were read"),
         (
             f"{OF_CUBLAS}; echo '========= at void own<float, 4>(const float *)+0x1'; exit 9",
             Failed,
