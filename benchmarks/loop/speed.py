@@ -182,7 +182,7 @@ def page(found: Any) -> str:
                 f"{theirs:.0f}",
                 *ratios,
                 span,
-                f"{one['wanted']:.2f}",
+                f"{one['wanted']:.2f}: {'held' if one['ratio'] >= one['wanted'] else 'missed'}",
             ]
         )
     return markdown(

@@ -139,7 +139,9 @@ def page(found: Any) -> str:
     for kind, one in found.items():
         starts = [Start(**start) for start in one["starts"]]
         passed, user, system, trainer = zip(*starts, strict=True)
-        wanted = f"{WANTED_SECONDS[kind]:.0f}" if kind in WANTED_SECONDS else "-"
+        limit = WANTED_SECONDS.get(kind)
+        holds = limit is not None and statistics.median(passed) <= limit
+        wanted = "-" if limit is None else f"{limit:.0f}: {'held' if holds else 'missed'}"
         middle = [f"{statistics.median(values):.1f}" for values in (trainer, user, system)]
         span = f"{min(passed):.1f} to {max(passed):.1f}"
         rows.append([kind, f"{statistics.median(passed):.1f}", span, wanted, *middle])
