@@ -12,7 +12,7 @@ commit  seconds until the method says that all is written. Ours and DCP flush th
 disk    seconds until the system has brought all to the disk (commit, and sync): DeepSpeed flushes nothing itself
 lost    what training loses: seconds of some steps with a save beside them, less those of as many steps without one,
         just before. It holds the stall, and what a save behind takes from the steps
-share   lost over the time of --every steps with one save
+shares  of the stall, and of what is lost, in the time of --every steps with one save
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from common.errors import UserError
 from common.paths import REPOSITORY
 from common.tables import text_table
 
-HEADER = ["ranks", "saved by", "stall s", "commit s", "disk s", "lost s", "share", "files MB", "stall of ours, behind"]
+HEADER = [
+    *("ranks", "saved by", "stall s", "commit s", "disk s", "stall share", "lost s", "lost share", "files MB"),
+    "stall of ours, behind, over it",
+]
 OURS = "ours, behind"
 
 
@@ -63,10 +66,9 @@ def lost(saves: Sequence[Any]) -> float:
     return statistics.median(save["beside"] - save["plain"] for save in saves)
 
 
-def share(job: Any, name: str, every: int) -> float:
-    """Of the time of `every` steps and a save; nothing where what a save costs is less than steps scatter."""
-    costs = max(0.0, lost(job["saves"][name]))
-    return costs / (every * step_seconds(job) + costs)
+def share(seconds: float, job: Any, every: int) -> str:
+    """Of `seconds` in the time of `every` steps and a save; "-" where steps scatter by more than a save costs."""
+    return f"{seconds / (every * step_seconds(job) + seconds):.2%}" if seconds > 0 else "-"
 
 
 def rows(found: Any) -> list[list[str]]:
@@ -83,10 +85,11 @@ def rows(found: Any) -> list[list[str]]:
                 )
             )
             over = statistics.median(a["stall"] / b["stall"] for a, b in zip(job["saves"][OURS], saves, strict=True))
+            costs = lost(saves)
             lines.append(
                 [
-                    *(ranks, name, f"{stall:.3f}", f"{commit:.2f}", f"{disk:.2f}", f"{lost(saves):.2f}"),
-                    f"{share(job, name, found['every']):.2%}",
+                    *(ranks, name, f"{stall:.3f}", f"{commit:.2f}", f"{disk:.2f}"),
+                    *(share(stall, job, found["every"]), f"{costs:.2f}", share(costs, job, found["every"])),
                     *(f"{saves[-1]['files'] / 1e6:.0f}", f"{over:.3f}"),
                 ]
             )
@@ -100,7 +103,8 @@ def remarks(found: Any) -> str:
     steps = " and ".join(f"{step_seconds(job):.2f} s on {in_words(ranks)}" for ranks, job in jobs.items())
     return (
         f"{state['parameters']:,} parameters, whose state is {state['state_bytes'] / 1e6:.0f} MB in fp32; medians of "
-        f"{found['repeats']} saves. `share` is that of a save every {found['every']} steps; a step takes {steps}."
+        f"{found['repeats']} saves. Shares are of training with a save every {found['every']} steps; a step takes "
+        f"{steps}."
     )
 
 
@@ -122,7 +126,7 @@ def draw(found: Any, path: Path) -> None:
             stall = statistics.median(save["stall"] for save in saves)
             over = statistics.median(a["stall"] / b["stall"] for a, b in zip(saves, job["saves"][OURS], strict=True))
             bars.append(Bar(name, stall, f"{stall:.2f} s" + ("" if name == OURS else f" ({over:.1f} times)")))
-        panels[in_words(ranks)] = bars
+        panels[f"{in_words(ranks)} (times {OURS})"] = bars
     draw_bars(panels, "seconds that training stands still", path)
 
 

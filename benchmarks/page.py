@@ -26,6 +26,10 @@ MODULES = {
     "families": "benchmarks.families",
     "loop-speed": "benchmarks.loop.speed",
     "loop-start": "benchmarks.loop.start",
+    "preparation": "benchmarks.data_prep",
+    "preparation-memory": "benchmarks.data_memory",
+    "reading": "benchmarks.reader",
+    "checkpoint-stall": "benchmarks.checkpoint",
 }
 """Record -> the module that knows its form."""
 
