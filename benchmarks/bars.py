@@ -23,6 +23,7 @@ def draw_bars(panels: dict[str, Sequence[Bar]], axis_label: str, path: Path) -> 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    longest = max(bar.value for bars in panels.values() for bar in bars)
     tallest = max(len(bars) for bars in panels.values())
     figure, axes = plt.subplots(
         1,
@@ -38,7 +39,7 @@ def draw_bars(panels: dict[str, Sequence[Bar]], axis_label: str, path: Path) -> 
         axis.bar_label(drawn, [bar.label for bar in bars], padding=3, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(axis_label, fontsize=9)
-        axis.margins(x=0.3)
+        axis.set_xlim(right=1.7 * longest)  # room for the labels
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
