@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Bar(NamedTuple):
     """Written at its end."""
 
 
-def draw_bars(panels: dict[str, Sequence[Bar]], axis_label: str, path: Path) -> None:
+def draw_bars(panels: Mapping[str, Sequence[Bar]], axis_label: str, path: Path) -> None:
     """PNG with a panel for each title, side by side, all on one scale, the first bar on top."""
     import matplotlib
 
