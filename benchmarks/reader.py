@@ -22,6 +22,7 @@ mds           a sample of 513 ids, shuffled, collated by a DataLoader
 Readers take turns, `--repeats` times; a run reads `--batches` batches after one that does not count. Every window of
 the first batch of each must stand in the corpus. The table shows medians over rounds, of rates and of the ratio of a
 round. Tokens are inputs; CPU seconds are of the whole process.
+MDS's threads may still look for the corpus when it is gone: their traceback at the end says nothing of the times.
 """
 
 from __future__ import annotations
