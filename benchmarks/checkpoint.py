@@ -1,115 +1,157 @@
-r"""What a checkpoint costs, measured: how long training stands still for it, written at once and behind the training.
+r"""What a checkpoint costs, measured: how long training stands still for it, and how much longer it takes with it.
 
-    python -m benchmarks.checkpoint                                  # one process
-    deepspeed --num_gpus 2 --module benchmarks.checkpoint            # ranks, each with its share
+    python -m benchmarks.checkpoint --ranks 1 2 --repeats 5 --keep
 
-Builds an engine (fp32 master weights and Adam's moments, ZeRO 1, filled with noise), then saves in turns: at once,
-behind. Every save is of the whole state, into a new folder on the disk of --folder. `stall` is the time in the call,
-`commit` the time until the folder has its final name. The table shows medians of --repeats; --json has every save.
+On so many ranks of one machine an engine (fp32 master weights and Adam's moments, ZeRO 1, filled with noise) is saved
+in turns: by ours, at once and behind the training; by torch.distributed.checkpoint (DCP) with the same tensors, at once
+and by async_save; by DeepSpeed's save_checkpoint. Every save is of the whole state, into an empty folder on the disk of
+--folder. One save of each, which does not count, comes first.
+
+stall   seconds of the call, while nothing is trained
+commit  seconds until the method says that all is written. Ours and DCP flush their files; ours hashes them too
+disk    seconds until the system has brought all to the disk (commit, and sync): DeepSpeed flushes nothing itself
+lost    what training loses: seconds of some steps with a save beside them, less those of as many steps without one,
+        just before. It holds the stall, and what a save behind takes from the steps
+shares  of the stall, and of what is lost, in the time of --every steps with one save
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
+from benchmarks import records
+from benchmarks.bars import Bar, draw_bars
+from benchmarks.marked import markdown
+from common.errors import UserError
+from common.paths import REPOSITORY
+from common.tables import text_table
 
-from model.language_model import build_model
-from pretrain import device as devices
-from pretrain.checkpoint import Retention
-from pretrain.checkpoint.saver import Outcome, Saver
-from pretrain.config.loading import parse_config
-from pretrain.config.rules import choose_backends
-from pretrain.data.progress import Progress
-from pretrain.engine.build import build_engine
-from pretrain.engine.zero_state import pieces
-from pretrain.parallel.context import parallel_context
-from pretrain.ranks import Ranks
-
-CONFIG = {
-    "model": {
-        "d_model": 512,
-        "num_layers": 2,
-        "vocab_size": 8000,
-        "sequence_length": 128,
-        "attention": {"type": "switchhead", "num_heads": 4, "head_dim": 64, "num_experts": 4, "active_experts": 2},
-        "feedforward": {"type": "sigma_moe", "num_experts": 64, "expert_size": 128, "active_experts": 4},
-    },
-    "train": {"precision": "fp32", "threads": 1},
-    "batch": {"global_sequences": 8, "micro_sequences": 1},
-}
+HEADER = [
+    *("ranks", "saved by", "stall s", "commit s", "disk s", "stall share", "lost s", "lost share", "files MB"),
+    "stall of ours, behind, over it",
+]
+OURS = "ours, behind"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind (default: 5)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    config = parse_config(CONFIG)
-    device = devices.start(Ranks.from_environment(), config.train)
-    parallel = parallel_context(config)
-    engine = build_engine(
-        build_model(config.model, parallel, choose_backends(config, device.type), seed=0), config, parallel, device
-    )
-    for piece in pieces(engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=False):
-        for tensor in piece.moments.values():
-            tensor.normal_()  # zeros() would be one page of memory, read again and again
-    savers = {kind: Saver(engine, parallel, device, asynchronous=kind == "behind") for kind in ("at once", "behind")}
-    state_bytes = 12 * sum(p.numel() for p in engine.module.parameters())
+def run(ranks: int, repeats: int, folder: Path | None) -> dict[str, Any]:
+    """What `ranks` processes measured. Raises UserError with the end of what they said if they failed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / "found.json"
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        line += ["-m", "benchmarks.checkpoint_run", "--repeats", str(repeats), "--json", str(target)]
+        line += [] if folder is None else ["--folder", str(folder.resolve())]
+        done = subprocess.run(line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise UserError(f"--ranks {ranks}: no measurement; the end of what the ranks said:\n{done.stdout[-2000:]}")
+        found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+        return found
 
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        place = [temporary]
-        dist.broadcast_object_list(place, src=0)
-        outcomes: dict[str, list[Outcome]] = {kind: [] for kind in savers}
-        files = 0
-        for step in range(1, 2 * args.repeats + 1):
-            kind = ("at once", "behind")[step % 2]
-            os.sync()
-            dist.barrier()
-            savers[kind].save(
-                Path(place[0]),
-                Progress(step, 0),
-                extra={},
-                retention=Retention(keep_last=1),
-                report=outcomes[kind].append,
+
+def step_seconds(job: Any) -> float:
+    """Of a step without a save."""
+    plain = [save["plain"] for saves in job["saves"].values() for save in saves]
+    return statistics.median(plain) / int(job["steps_beside"])
+
+
+def lost(saves: Sequence[Any]) -> float:
+    """Seconds, the median."""
+    return statistics.median(save["beside"] - save["plain"] for save in saves)
+
+
+def share(seconds: float, job: Any, every: int) -> str:
+    """Of `seconds` in the time of `every` steps and a save; "-" where steps scatter by more than a save costs."""
+    return f"{seconds / (every * step_seconds(job) + seconds):.2%}" if seconds > 0 else "-"
+
+
+def rows(found: Any) -> list[list[str]]:
+    """A line for each number of ranks and method."""
+    lines = []
+    for ranks, job in found["ranks"].items():
+        for name, saves in job["saves"].items():
+            stall, commit, disk = (
+                statistics.median(values)
+                for values in (
+                    [save["stall"] for save in saves],
+                    [save["commit"] for save in saves],
+                    [save["commit"] + save["flush"] for save in saves],
+                )
             )
-            savers[kind].finish()
-            time.sleep(0.5)
-        if dist.get_rank() == 0:
-            newest = next(Path(place[0]).glob("step-*"))
-            files = sum(file.stat().st_size for file in newest.iterdir())
-        dist.barrier()
-    if dist.get_rank() == 0:
-        report(outcomes, state_bytes, files, args.json)
-    devices.stop()
+            over = statistics.median(a["stall"] / b["stall"] for a, b in zip(job["saves"][OURS], saves, strict=True))
+            costs = lost(saves)
+            lines.append(
+                [
+                    *(ranks, name, f"{stall:.3f}", f"{commit:.2f}", f"{disk:.2f}"),
+                    *(share(stall, job, found["every"]), f"{costs:.2f}", share(costs, job, found["every"])),
+                    *(f"{saves[-1]['files'] / 1e6:.0f}", f"{over:.3f}"),
+                ]
+            )
+    return lines
 
 
-def report(outcomes: dict[str, list[Outcome]], state_bytes: int, files: int, target: Path | None) -> None:
-    print(
-        f"state {state_bytes:,} bytes on {dist.get_world_size()} ranks; files {files:,} ({files / state_bytes:.4f} x)"
+def remarks(found: Any) -> str:
+    """Of what state and with which steps."""
+    jobs = found["ranks"]
+    state = next(iter(jobs.values()))
+    steps = " and ".join(f"{step_seconds(job):.2f} s on {in_words(ranks)}" for ranks, job in jobs.items())
+    return (
+        f"{state['parameters']:,} parameters, whose state is {state['state_bytes'] / 1e6:.0f} MB in fp32; medians of "
+        f"{found['repeats']} saves. Shares are of training with a save every {found['every']} steps; a step takes "
+        f"{steps}."
     )
-    stalls = {kind: statistics.median(o.stall_seconds for o in found) for kind, found in outcomes.items()}
-    for kind, found in outcomes.items():
-        commit = statistics.median(o.seconds for o in found)
-        every = " ".join(f"{o.stall_seconds:.3f}" for o in found)
-        print(f"{kind:8}  stall {stalls[kind]:.3f} s  commit {commit:.3f} s   (stalls: {every})")
-    print(f"stall behind / at once: {stalls['behind'] / stalls['at once']:.3f}")
-    if target is not None:
-        rows = {
-            kind: [{"stall_seconds": o.stall_seconds, "seconds": o.seconds} for o in found]
-            for kind, found in outcomes.items()
-        }
-        target.write_text(
-            json.dumps({"state_bytes": state_bytes, "file_bytes": files, "torch": torch.__version__, **rows})
-        )
+
+
+def in_words(ranks: str) -> str:
+    return f"{ranks} rank{'s' * (ranks != '1')}"
+
+
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md."""
+    return f"{markdown(HEADER, rows(found))}\n\n{remarks(found)}"
+
+
+def draw(found: Any, path: Path) -> None:
+    """PNG: the stall of each method, and that of ours, behind, over it; a panel for each number of ranks."""
+    panels = {}
+    for ranks, job in found["ranks"].items():
+        bars = []
+        for name, saves in job["saves"].items():
+            stall = statistics.median(save["stall"] for save in saves)
+            over = statistics.median(a["stall"] / b["stall"] for a, b in zip(saves, job["saves"][OURS], strict=True))
+            bars.append(Bar(name, stall, f"{stall:.2f} s" + ("" if name == OURS else f" ({over:.1f} times)")))
+        panels[f"{in_words(ranks)} (times {OURS})"] = bars
+    draw_bars(panels, "seconds that training stands still", path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 and 2")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=100, metavar="N", help="steps from save to save, for the share")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    records.add_option(parser)
+    args = parser.parse_args(arguments)
+    if min(*args.ranks, args.repeats, args.every, 8) < 1 or any(8 % ranks for ranks in args.ranks):
+        parser.error("--ranks must divide 8, the sequences of a step; --repeats and --every must be at least 1")
+    about = records.machine()
+    try:
+        jobs = {str(ranks): run(ranks, args.repeats, args.folder) for ranks in args.ranks}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {"ranks": jobs, "repeats": args.repeats, "every": args.every}
+    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found), left={1})}\n{remarks(found)}")
+    if args.keep is not None:
+        records.keep(args.keep, "checkpoint-stall", about, found)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

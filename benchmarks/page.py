@@ -29,6 +29,10 @@ MODULES = {
     "loop-start": "benchmarks.loop.start",
     "moe-layers": "benchmarks.moe_layers",
     "switchhead-layers": "benchmarks.kernels_switchhead",
+    "preparation": "benchmarks.data_prep",
+    "preparation-memory": "benchmarks.data_memory",
+    "reading": "benchmarks.reader",
+    "checkpoint-stall": "benchmarks.checkpoint",
 }
 """Record -> the module that knows its form."""
 

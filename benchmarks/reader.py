@@ -1,8 +1,13 @@
 r"""Random windows of tokens into int64 batches, measured: our reader beside a memory map, webdataset, litdata and MDS.
 
     python -m benchmarks.reader                                # ours, memory maps, webdataset
-    python -m venv peers && peers/bin/pip install litdata mosaicml-streaming   # plus this project's packages
-    PYTHONPATH=. peers/bin/python -m benchmarks.reader --json reader.json
+    python -m venv peers && peers/bin/pip install litdata mosaicml-streaming "torch===2.13.0"   # as torchvision, PyPI's
+    python -c "import site; print(*site.getsitepackages())" > peers/lib/python3.11/site-packages/project.pth
+    PYTHONPATH=. peers/bin/python -m benchmarks.reader --keep
+
+The third line, by the Python in which this project is installed, lends its packages to the new environment. There they
+come after what pip put there: NumPy, torch and others may be of other versions, for all readers alike.
+
 
 Every reader gives the same: inputs and targets [32, 512] int64 in random order, out of the same 40 million ids in the
 page cache, in one process without workers.
@@ -14,20 +19,23 @@ webdataset    WebDataset(shards) -> windows of each member -> shuffle(1000) -> b
 litdata       TokensLoader blocks of 513, shuffled, collated by a DataLoader
 mds           a sample of 513 ids, shuffled, collated by a DataLoader
 
-Readers take turns, `--repeats` times; a run reads `--batches` batches after one that does not count. The table shows
-medians; --json holds every run. Tokens are inputs; CPU seconds are of the whole process.
+Readers take turns, `--repeats` times; a run reads `--batches` batches after one that does not count. Every window of
+the first batch of each must stand in the corpus. The table shows medians over rounds, of rates and of the ratio of a
+round. Tokens are inputs; CPU seconds are of the whole process.
+MDS's threads may still look for the corpus when it is gone: their traceback at the end says nothing of the times.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +43,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import records
+from benchmarks.bars import Bar, draw_bars
+from benchmarks.families import orders
+from benchmarks.marked import markdown
+from common.errors import DataError
 from common.paths import REPOSITORY
+from common.tables import text_table
 from data_prep.shards.format import Manifest
 from data_prep.shards.manifest_records import ShardEntry
 from data_prep.shards.writer import ShardWriter, write_manifest
@@ -186,8 +200,27 @@ def measure(batches: Batches, count: int) -> dict[str, float]:
     return {"wall": tokens / (time.perf_counter() - wall), "cpu": tokens / (time.process_time() - cpu)}
 
 
+PACKAGES = {"webdataset": "webdataset", "litdata": "litdata", "mds": "mosaicml-streaming"}
+MISSING = "not installed here"
+HEADER = ["reader", "Mtok per s", "Mtok per CPU s", "ours over it, CPU", "quartiles"]
+
+
+def check_windows(name: str, batch: tuple[Tensor, Tensor], corpus: bytes) -> None:
+    """Raises DataError unless every window of `batch`, x and y [B, T], stands in `corpus`, uint16 ids."""
+    x, y = batch
+    for window in torch.cat([x, y[:, -1:]], dim=1).numpy().astype("<u2"):
+        place = corpus.find(window.tobytes())
+        while place % 2:  # between two ids, or -1: nowhere
+            if place < 0:
+                raise DataError(f"{name} gave a window that is not in the corpus: these times compare nothing")
+            place = corpus.find(window.tobytes(), place + 1)
+    if not torch.equal(x[:, 1:], y[:, :-1]):
+        raise DataError(f"{name} gave targets that are not the inputs shifted by one: these times compare nothing")
+
+
 def run(folder: Path, chosen: list[str], *, num_tokens: int, batches: int, repeats: int) -> dict[str, Any]:
-    """{reader: {wall: [...], cpu: [...]}}; a reader that does not run here gets {skipped: reason}."""
+    """{reader: {version, wall: [...], cpu: [...]}}; a reader that does not run here gets {missing: reason}. Raises
+    DataError for a reader whose windows are not the corpus's."""
     write_corpus(folder, num_tokens)
     found: dict[str, Any] = {}
     for group in ([n for n in chosen if n not in WITH_THREADS], [n for n in chosen if n in WITH_THREADS]):
@@ -197,59 +230,94 @@ def run(folder: Path, chosen: list[str], *, num_tokens: int, batches: int, repea
 
 def _run_group(folder: Path, group: list[str], found: dict[str, Any], *, batches: int, repeats: int) -> None:
     live: dict[str, Batches] = {}
+    corpus = (folder / "tokens.bin").read_bytes()
     for name in group:
         try:
-            live[name] = READERS[name](folder)
-            next(live[name])
-            found[name] = {"wall": [], "cpu": []}
+            stream = READERS[name](folder)
+            batch = next(stream)
+        except ModuleNotFoundError:
+            found[name] = {"missing": MISSING}
+            continue
         except Exception as error:
-            live.pop(name, None)
-            found[name] = {"skipped": f"{type(error).__name__}: {error}"}
-    order = list(live)
-    for turn in range(repeats if live else 0):
-        # Another one begins each time: what ran before leaves the processor's caches to its liking.
-        start = turn % len(order)
-        for name in order[start:] + order[:start]:
-            next(live[name])
-            for key, value in measure(live[name], batches).items():
-                found[name][key].append(value)
+            found[name] = {"missing": f"does not run here: {type(error).__name__}: {error}".splitlines()[0][:100]}
+            continue
+        check_windows(name, batch, corpus)
+        live[name] = stream
+        found[name] = {"version": version(PACKAGES[name]) if name in PACKAGES else "", "wall": [], "cpu": []}
+    del corpus
+    for name in orders(list(live), repeats if live else 0):
+        # Another one begins each round: what ran before leaves the processor's caches to its liking.
+        next(live[name])
+        for key, value in measure(live[name], batches).items():
+            found[name][key].append(value)
     for stream in live.values():
         stream.close()  # type: ignore[attr-defined]
 
 
-def table(found: dict[str, Any]) -> str:
-    """Medians, and ours relative to each."""
-    lines = [f"{'reader':<14}{'Mtok/s':>10}{'Mtok/CPU-s':>12}{'ours / it (CPU)':>17}"]
-    base = statistics.median(found["ours"]["cpu"])
+def over(found: Any, name: str) -> list[float]:
+    """Tokens per CPU-second of ours over those of a reader, by round."""
+    return [own / other for own, other in zip(found["ours"]["cpu"], found[name]["cpu"], strict=True)]
+
+
+def rows(found: Any) -> list[list[str]]:
+    """A line for each reader."""
+    lines = []
     for name, runs in found.items():
-        if "skipped" in runs:
-            lines.append(f"{name:<14}  skipped: {runs['skipped'].splitlines()[0][:80]}")
+        if "missing" in runs:
+            lines.append([name, runs["missing"], *[""] * (len(HEADER) - 2)])
             continue
-        wall, cpu = statistics.median(runs["wall"]), statistics.median(runs["cpu"])
-        lines.append(f"{name:<14}{wall:>10.1f}{cpu:>12.1f}{base / cpu:>17.2f}")
-    return "\n".join(lines)
+        each = over(found, name)
+        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        rates = [f"{statistics.median(runs[key]):.1f}" for key in ("wall", "cpu")]
+        title = f"{name} {runs['version']}".strip()
+        lines.append([title, *rates, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"])
+    return lines
 
 
-def main() -> None:
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md."""
+    return markdown(HEADER, rows(found["readers"]))
+
+
+def draw(found: Any, path: Path) -> None:
+    """PNG: million tokens per CPU-second of each reader, and ours over it."""
+    readers = found["readers"]
+    bars = []
+    for name, runs in readers.items():
+        if "missing" not in runs:
+            rate = statistics.median(runs["cpu"])
+            note = "" if name == "ours" else f" (ours is {statistics.median(over(readers, name)):.2f} times as fast)"
+            bars.append(Bar(name, rate, f"{rate:.1f}{note}"))
+    draw_bars({f"random windows of {T} tokens": bars}, "million tokens per CPU-second", path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=40_000_000)
-    parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=40_000_000, help="of the corpus (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=200, help="of a run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    records.add_option(parser)
+    args = parser.parse_args(arguments)
+    if min(args.tokens // (100 * (T + 1)), args.batches, args.repeats) < 1:
+        parser.error(f"--batches and --repeats must be at least 1, --tokens at least {100 * (T + 1):,}")
     torch.set_num_threads(1)
+    about = records.machine()
     folder = Path(tempfile.mkdtemp(prefix="reader-"))
     try:
         chosen = ["ours", *(name for name in args.readers if name != "ours")]
         found = run(folder, chosen, num_tokens=args.tokens, batches=args.batches, repeats=args.repeats)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(table(found))
-    if args.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        args.json.write_text(json.dumps({"machine": machine, "runs": found}, indent=1) + "\n")
+    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found))}")
+    if args.keep is not None:
+        settings = {"tokens": args.tokens, "batches": args.batches, "repeats": args.repeats}
+        records.keep(args.keep, "reading", about, {"readers": found, **settings})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""All methods of benchmarks.checkpoint save the same state, and its table is that of the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks import checkpoint
+from benchmarks.checkpoint_run import CONFIG, Measurement, Training, engine_of, measured, methods
+from pretrain.config.loading import parse_config
+from pretrain.parallel.context import parallel_context
+from tests.harness import run_ranks
+
+SMALLER = {
+    "d_model": 32,
+    "vocab_size": 64,
+    "sequence_length": 16,
+    "attention": CONFIG["model"]["attention"] | {"head_dim": 8},
+    "feedforward": CONFIG["model"]["feedforward"] | {"num_experts": 4, "expert_size": 16, "active_experts": 2},
+}
+
+
+def save_by_all(rank: int, folder: Path) -> list[str]:
+    """Each into a folder of its own, after two steps. Returns their names."""
+    config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER})
+    parallel, device = parallel_context(config), torch.device("cpu")
+    engine = engine_of(config, parallel, device)
+    Training(engine, config, parallel)(2)
+    chosen = methods(engine, parallel, device)
+    for name, method in chosen.items():
+        (folder / name).mkdir(exist_ok=True)
+        method.save(folder / name, 1)
+        method.finish()
+    return list(chosen)
+
+
+def measure_all(rank: int, folder: Path) -> dict[str, Any]:
+    config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER})
+    parallel, device = parallel_context(config), torch.device("cpu")
+    engine = engine_of(config, parallel, device)
+    chosen = methods(engine, parallel, device)
+    return measured(Measurement(chosen, Training(engine, config, parallel), folder), list(chosen), 1)
+
+
+def of_dcp(folder: Path) -> dict[str, Tensor]:
+    """Every tensor, by DCP's own reader."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(tensor.size, dtype=tensor.properties.dtype) for key, tensor in metadata.items()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def of_ours(folder: Path) -> dict[str, Tensor]:
+    """Every rectangle."""
+    return {key: value for path in folder.glob("step-*/rank-*.safetensors") for key, value in load_file(path).items()}
+
+
+def whole(rectangles: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """A tensor put together."""
+    tensor = torch.full(shape, float("nan"))
+    for key, values in rectangles.items():
+        own, _, offsets = key.rpartition("@")
+        if own == name:
+            places = [int(offset) for offset in offsets.split(",")]
+            tensor[tuple(slice(p, p + n) for p, n in zip(places, values.shape, strict=True))] = values
+    return tensor
+
+
+def test_all_methods_save_the_same_state_of_two_ranks(tmp_path: Path) -> None:
+    names = run_ranks(save_by_all, 2, tmp_path)[0]
+    states = [of_ours(tmp_path / name) if "ours" in name else of_dcp(tmp_path / name / "step-1") for name in names[:-1]]
+    first = states[0]
+    assert len(first) > 50 and any(value.dtype == torch.float32 and value.any() for value in first.values())
+    for state in states[1:]:
+        assert state.keys() == first.keys()
+        assert all(torch.equal(state[key], first[key]) for key in first)
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / names[-1]), tag="step-1")
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, whole(first, f"master/{name}", tensor.shape)), name
+
+
+def test_every_method_is_measured_on_two_ranks(tmp_path: Path) -> None:
+    found = run_ranks(measure_all, 2, tmp_path)[0]
+    assert len(found["saves"]) == 5 and found["steps_beside"] >= 1
+    for saves in found["saves"].values():
+        assert saves[0].keys() == {"stall", "commit", "flush", "files", "plain", "beside"} and saves[0]["files"] > 0
+
+
+def job(ours: list[float], other: list[float]) -> dict[str, Any]:
+    """Stalls; steps of 2 s, of which 4 stand beside a save; what is lost is twice the stall."""
+    saves = {
+        name: [
+            {"stall": s, "commit": 1.0, "flush": 0.5, "files": 332e6, "plain": 8.0, "beside": 8.0 + 2 * s}
+            for s in stalls
+        ]
+        for name, stalls in ((checkpoint.OURS, ours), ("DeepSpeed's save_checkpoint", other))
+    }
+    return {"parameters": 27_000_000, "state_bytes": 324_000_000, "steps_beside": 4, "saves": saves}
+
+
+def test_stall_and_loss_are_medians_and_the_share_is_of_the_steps_from_save_to_save(tmp_path: Path) -> None:
+    one = job([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
+    found = {"ranks": {"1": one, "2": one}, "repeats": 3, "every": 100}
+    text = checkpoint.page(found)
+    assert (
+        "| 2 | ours, behind | 0.200 | 1.00 | 1.50 | 0.10% | 0.40 | 0.20% | 332 | 1.000 |" in text
+    )  # 0.2 / 200.2, 0.4 / 200.4
+    assert "| 1 | DeepSpeed's save_checkpoint | 1.000 | 1.00 | 1.50 | 0.50% | 2.00 | 0.99% | 332 | 0.200 |" in text
+    assert "a step takes 2.00 s on 1 rank and 2.00 s on 2 ranks" in text
+    checkpoint.draw(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_save_that_costs_less_than_steps_scatter_has_no_share() -> None:
+    assert checkpoint.share(-0.1, job([0.1], [1.0]), 100) == "-"
+
+
+def test_ranks_that_cannot_share_a_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        checkpoint.main(["--ranks", "3"])
+    assert "--ranks must divide 8" in capsys.readouterr().err
