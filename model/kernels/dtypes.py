@@ -16,18 +16,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def cpu_gemm_dtype(dtype: torch.dtype, *, accumulates: bool = False) -> torch.dtype:
     """The dtype in which the CPU backends multiply tensors of `dtype`.
 
-    Half precision is widened to fp32 unless the CPU has instructions that multiply bf16 (AMX tiles, AVX-512 BF16):
-    without them torch.mm is about twice as fast in fp32 as in bf16, and the sums over choices and over tokens are exact
-    to fp32 for free; with AVX-512 BF16 it is half as fast (an EPYC, torch 2.13, 2026-11-27: 85 to 100 GFLOP/s in fp32,
-    165 to 220 in bf16). An op that adds the products of many GEMMs up in one buffer (`accumulates`: SwitchHead's sum
-    over heads) is widened on every CPU, because each of the additions would be rounded.
+    Half precision is widened to fp32 unless the CPU multiplies bf16 in AMX tiles: without them torch.mm is about twice
+    as fast in fp32 as in bf16, and the sums over choices and over tokens are exact to fp32 for free. An op that adds
+    the products of many GEMMs up in one buffer (`accumulates`: SwitchHead's sum over heads) is widened on every CPU,
+    because each of the additions would be rounded.
     """
-    return dtype if dtype == torch.bfloat16 and not accumulates and multiplies_bf16() else wide_dtype(dtype)
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for it that torch's GEMMs take."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if dtype == torch.bfloat16 and not accumulates and torch.cpu._is_amx_tile_supported():
+        return dtype
+    return wide_dtype(dtype)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,6 @@ import inspect
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +88,6 @@ def test_models_work_without_triton() -> None:
     """In a process where importing triton fails: everything else imports and computes."""
     code = """
 import sys
-from pathlib import Path
 sys.modules["triton"] = None
 import torch
 from model.kernels.backend import BACKENDS, resolve
@@ -145,12 +143,11 @@ def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_half_precision_is_widened_where_the_cpu_cannot_multiply_it() -> None:
+def test_half_precision_is_widened_without_amx() -> None:
     """And with them where many products are added up in one buffer."""
     assert cpu_gemm_dtype(torch.float64) == torch.float64
     assert cpu_gemm_dtype(torch.float16) == torch.float32
-    flags = Path("/proc/cpuinfo").read_text().split()
-    expected = torch.bfloat16 if {"amx_tile", "avx512_bf16"} & set(flags) else torch.float32
+    expected = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     assert cpu_gemm_dtype(torch.bfloat16) == expected
     assert cpu_gemm_dtype(torch.bfloat16, accumulates=True) == torch.float32
 
