@@ -151,9 +151,8 @@ def _refuse_without(reasons: list[str]) -> None:
 def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (then, now)} of data-parallel size and versions that differ from the checkpoint's. The other sizes are
     keys of the configuration, which `changed_settings` compares."""
-    from pretrain.checkpoint.state import (
-        versions,  # imports torch and model, which a check before the start does not need
-    )
+    # Here: it imports model/, which a check before the start does not need.
+    from pretrain.checkpoint.state import versions
 
     then = {"data-parallel size": checkpoint.state["layout"].get("data"), **checkpoint.state["versions"]}
     now = {"data-parallel size": engine_layout["data"], **versions()}
@@ -218,7 +217,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
         folder.event("checkpoint_set_aside", path=path.name)
     folder.rewind_metrics(step)
     folder.write_config(to_json(config))
-    from pretrain.checkpoint.state import versions  # imports torch, see environment_changes
+    from pretrain.checkpoint.state import versions  # see environment_changes
 
     about = {"layout": layout, "software": versions()}
     folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step, **about)

@@ -182,6 +182,9 @@ class Segment:
         if self.monitor is not None:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
             self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
+        if self.progress.step == self.start.progress.step + 1:
+            self.setup.phases.enter("checkpoint")
+            self.trainer.saver.prepare()
         self._judge(result.sums.loss)
         if self.progress.step == self.start.progress.step + COMPARED_AFTER:
             self._measure()

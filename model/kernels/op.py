@@ -27,19 +27,21 @@ class Op:
         self.name, self.body = name, body
         self._uncompiled: Function | None = None
         self._gradient: tuple[Function, Function] | None = None
-        qualified = f"{NAMESPACE}::{name}"
+        if name in OPS:  # its module is imported again: after an import that failed, or in a notebook
+            OPS[name]._library._destroy()
+        qualified, self._library = f"{NAMESPACE}::{name}", torch.library.Library(NAMESPACE, "FRAGMENT")
         schema = torch.library.infer_schema(body, mutates_args=())
-        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "default", self._kernel)
-        torch.library.register_autograd(qualified, self._backward, setup_context=self._setup_context)
+        torch.library.define(qualified, schema, lib=self._library, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "default", self._kernel, lib=self._library)
+        torch.library.register_autograd(qualified, self._backward, setup_context=self._setup_context, lib=self._library)
         self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.overload(*arguments)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.overload(*arguments, **named)
 
     def register_fake(self, function: Function) -> Function:
         """`function`: from the arguments, empty tensors as the results are."""
-        torch.library.register_fake(self.overload, function)
+        torch.library.register_fake(self.overload, function, lib=self._library)
         return function
 
     def register_autograd(self, backward: Function, *, setup_context: Function) -> None:

@@ -31,7 +31,7 @@ from pretrain.data.progress import Progress
 from pretrain.device import host_buffer, synchronize
 from pretrain.parallel.agreement import PeerFailed
 
-if TYPE_CHECKING:  # DCP: two seconds, which the first save takes instead of the start
+if TYPE_CHECKING:  # they import DCP: see `prepare`
     from pretrain.checkpoint.planners import AgreedPlan
     from pretrain.checkpoint.storage import Writer
 
@@ -86,6 +86,13 @@ class Saver:
         if asynchronous:  # touching memory for the first time takes longer than the copy (17 times, measured)
             self._reserve(_layout_in_buffer(owned_state(engine, parallel))[1])
 
+    @staticmethod
+    def prepare() -> None:
+        """Imports what a save needs, DCP above all, in two seconds. Not collective. For after the first step, which so
+        comes earlier, and not later: in a long run a save would read code that was replaced on the disk meanwhile."""
+        import pretrain.checkpoint.planners
+        import pretrain.checkpoint.storage  # noqa: F401
+
     def save(
         self,
         folder: Path,
@@ -100,10 +107,10 @@ class Saver:
         None), is added to state.json. First waits for a save under way; does not save the same step twice in a row.
         Rank 0, in any thread, calls `before` first (if that raises OSError, the save has failed) and `report` when the
         save has ended. Raises UserError (PeerFailed on the other ranks) as the module's docstring says."""
+        started = time.perf_counter()
         from pretrain.checkpoint.planners import AgreedPlan
         from pretrain.checkpoint.storage import Writer
 
-        started = time.perf_counter()
         self.wait()
         if self._saved == progress:
             return

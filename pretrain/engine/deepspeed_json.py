@@ -23,7 +23,8 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         # (gradient_norm.py).
         "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,
         "zero_optimization": {"stage": config.parallel.zero},
-        # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU).
+        # Our AdamW is torch's: DeepSpeed's fused one compiles a C++ extension at start (105 s on a CPU). Its class is
+        # our own (optimizer.py), which DeepSpeed's list of tested optimizers does not know.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

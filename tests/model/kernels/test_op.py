@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.op_cases import equality_cases
 from common.paths import REPOSITORY
+from model.dropout import Draw
 from model.kernels.op import OPS, op
+from model.kernels.ops.elementwise import keep_mask, rotate
+from model.kernels.ops.route import group_choices
 
 
 @op("test_scaled")
@@ -44,6 +50,7 @@ def test_an_op_computes_what_its_body_does_and_has_its_gradient() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     scaled, total = _scaled(x, 3.0)
     assert torch.equal(scaled, x * 3.0) and torch.equal(total, x.sum())
+    assert torch.equal(_scaled(x, factor=3.0)[0], scaled)
     assert torch.autograd.gradcheck(lambda x: _scaled(x, 3.0), x)
     torch.library.opcheck(_scaled.overload, (x, 3.0))
 
@@ -68,6 +75,52 @@ def test_a_compiled_function_calls_the_op_and_does_not_look_into_it() -> None:
 
 def test_an_op_is_what_torch_knows_by_its_name() -> None:
     assert OPS["test_scaled"] is _scaled and _scaled.overload is torch.ops.switchall.test_scaled.default
+
+
+class Calls(TorchDispatchMode):
+    """The first call of each of our ops, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "switchall":
+            given = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in args)
+            self.found.setdefault(func._opname, given)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_op_changes_or_returns_what_it_was_given_and_all_promise_their_shapes() -> None:
+    torch.manual_seed(0)
+    with Calls() as calls:
+        for build in equality_cases(small=True):
+            case = build()
+            leaves = {name: leaf.float().requires_grad_() for name, leaf in case.leaves.items()}
+            # The other backends of these are no ops: autograd sees through them.
+            backend = "triton" if case.op in ("elementwise", "relative_attention") else "cpu"
+            outputs = case.compute(leaves | case.constants, backend)
+            sum(output.sum() for output in outputs).backward()  # type: ignore[union-attr]
+        group_choices(torch.tensor([[[0, 2]], [[1, 2]]]), 3, backend="cpu")
+        q, tables = torch.randn(2, 3, 2, 4, requires_grad=True), (torch.rand(3, 1, 2), torch.rand(3, 1, 2))
+        (rotate(q, None, tables, heads=1, backend="triton")[0].sum()).backward()
+        keep_mask((2, 3, 4), Draw(0.5, 7, torch.arange(2)), backend="triton")
+    ours = {name for name in OPS if not name.startswith("test_")}
+    assert set(calls.found) == ours
+    for name, given in calls.found.items():
+        torch.library.opcheck(OPS[name].overload, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_module_of_ops_may_be_imported_again() -> None:
+    """As a notebook does, and an import after one that failed."""
+    route = importlib.import_module("model.kernels.ops.route")
+    x, weight = torch.randn(4, 8), torch.randn(1, 4, 8)
+    before = route.route(x, weight, 2, backend="cpu")
+    importlib.reload(route)
+    after = route.route(x.requires_grad_(), weight, 2, backend="cpu")
+    assert torch.equal(before.scores, after.scores)
+    after.scores.sum().backward()
+    assert x.grad is not None and OPS["route"] is route._route
 
 
 def test_a_step_of_a_model_imports_no_compiler() -> None:
