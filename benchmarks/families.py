@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.family_profile import ALL_PARTS, profiled
+from benchmarks.family_profile import ALL_PARTS, median_parts, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
 from common.paths import REPOSITORY
@@ -60,6 +60,7 @@ SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 """Shape -> family -> configuration of the paper, and one whose feed-forward layer it takes instead of its own."""
 DENSE = "dense"
+PROFILED_ROUNDS = 3
 
 
 class Measured(NamedTuple):
@@ -76,7 +77,7 @@ class Measured(NamedTuple):
     seconds: list[float]
     """Of a step, by round."""
     parts: dict[str, float]
-    """Part of a step -> seconds, by torch's profiler."""
+    """Part of a step -> seconds, by torch's profiler; medians of PROFILED_ROUNDS."""
 
 
 def model_of(shape: str, family: str) -> ModelConfig:
@@ -153,8 +154,11 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     }
     for family in orders(list(steps), rounds):
         found[family].seconds.append(steps[family]())
+    profiles: dict[str, list[dict[str, float]]] = {family: [] for family in steps}
+    for family in orders(list(steps), PROFILED_ROUNDS):
+        profiles[family].append(profiled(steps[family]))
     for family, one in found.items():
-        one.parts.update(profiled(steps[family]))
+        one.parts.update(median_parts(profiles[family]))
     return found
 
 
@@ -187,7 +191,7 @@ def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
 
 def part_rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
     """A line for each family: seconds of each part of a step."""
-    return [[shape, family, *(f"{one.parts[part]:.2f}" for part in ALL_PARTS)] for family, one in found.items()]
+    return [[shape, family, *(f"{one.parts[part]:.3f}" for part in ALL_PARTS)] for family, one in found.items()]
 
 
 HEADER = ["shape", "family", "parameters", "step s", "to dense", "quartiles", "block's MACs to dense", "step's"]
@@ -235,7 +239,7 @@ def page(found: Any) -> str:
         markdown(header, [line for shape, one in shapes.items() for line in lines(shape, one)])
         for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
     ]
-    return "\n\nSeconds of the parts of a step, by torch's profiler:\n\n".join(tables)
+    return "\n\nSeconds of the parts of a step, by torch's profiler, medians of three more rounds:\n\n".join(tables)
 
 
 def draw(found: Any, path: Path) -> None:

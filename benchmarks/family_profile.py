@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -27,14 +28,17 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), REST)
 
 
-def profiled(step: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
-    """Part -> seconds of a step, forward and backward: the mean of `repeats`, after one that does not count."""
-    step()
+def profiled(step: Callable[[], Any]) -> dict[str, float]:
+    """Part -> seconds of one step, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(repeats):
-            step()
+        step()
     seconds: Counter[str] = Counter(dict.fromkeys(ALL_PARTS, 0.0))
     for event in found.events():
         if event.cpu_parent is None:
-            seconds[part_of(event.name)] += event.cpu_time_total / 1e6 / repeats
+            seconds[part_of(event.name)] += event.cpu_time_total / 1e6
     return dict(seconds)
+
+
+def median_parts(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Part -> the median of its seconds."""
+    return {part: statistics.median(one[part] for one in rounds) for part in ALL_PARTS}

@@ -72,7 +72,12 @@ def suite_of(name: str, shape: Shape, dtype: torch.dtype) -> Suite:
     ):
         layer, parameters = build(d, E, G, k, dtype)
         cases.append(Case(peer, partial(layer, x), [x, *parameters]))
-    return Suite(f"{name}: T={N} d={d} E={E} k={k} expert {G}", 2 * shape.macs, cases)
+
+    def new_tokens() -> None:
+        with torch.no_grad():
+            x.copy_(normal(dtype, N, d))
+
+    return Suite(f"{name}: T={N} d={d} E={E} k={k} expert {G}", 2 * shape.macs, cases, before_round=new_tokens)
 
 
 def our_layer(x: Tensor, router: Tensor, up: Tensor, down: Tensor, k: int, backend: str) -> Tensor:
@@ -87,9 +92,10 @@ class Work(NamedTuple):
 
     parameters: dict[str, int]
     macs: dict[str, int]
-    """Multiply-accumulates of matrix products, forward, as torch counts what it runs."""
+    """Multiply-accumulates of matrix products, forward: as torch counts what it runs, and for ours by the formula that
+    the op gives torch."""
     difference: float
-    """Between ours and F.grouped_mm: the largest of the output and of every gradient, relative."""
+    """Between our backends and F.grouped_mm: the largest of the output and of every gradient, relative."""
 
 
 def checked_work(suite: Suite, dtype: torch.dtype) -> Work:
@@ -101,9 +107,11 @@ def checked_work(suite: Suite, dtype: torch.dtype) -> Work:
         raise ValueError(f"{suite.shape}: the layers have different numbers of parameters: {parameters}")
     if min(work.macs.values()) < suite.forward_flops // 2:
         raise ValueError(f"{suite.shape}: a layer computes less than {suite.forward_flops // 2} MACs: {work.macs}")
-    work = work._replace(difference=difference(cases[OURS], cases[PLAIN]))
-    if not work.difference <= TOLERANCE[dtype]:
-        raise ValueError(f"{suite.shape}: {OURS} and {PLAIN} differ by {work.difference:.1e}")
+    for name in filter(lambda name: name.startswith("ours"), cases):
+        found = difference(cases[name], cases[PLAIN])
+        if not found <= TOLERANCE[dtype]:
+            raise ValueError(f"{suite.shape}: {name} and {PLAIN} differ by {found:.1e}")
+        work = work._replace(difference=max(work.difference, found))
     return work
 
 
@@ -179,7 +187,7 @@ def page(found: Any) -> str:
     differences = [f"{suite['dtype']} {suite['difference']:.0e}" for suite in found["suites"]]
     return (
         f"{table}\n\nThreads: {found['threads']}; medians of {found['rounds']} rounds. Output and gradients of "
-        f"`{OURS}` and {PLAIN} differ by these shares: {', '.join(differences)}."
+        f"ours and of {PLAIN} differ by at most these shares: {', '.join(differences)}."
     )
 
 

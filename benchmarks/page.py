@@ -71,8 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="exit status 1 if the page is not that of the records")
     args = parser.parse_args(arguments)
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = updated(before)
+    try:
+        before = DOCUMENT.read_text(encoding="utf-8")
+        after = updated(before)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.check:
         if after != before:
             print("docs/benchmarks.md is not that of the records: python -m benchmarks.page", file=sys.stderr)

@@ -30,6 +30,9 @@ class Suite(NamedTuple):
     cases: list[Case]
     peak_memory: bool = False
     """Also measure the growth of the resident set, in one process per implementation."""
+    before_round: Callable[[], object] = lambda: None
+    """Draws inputs anew, where time depends on them: oneDNN builds a program for every number of rows that is new, and
+    in training an expert gets another number in every step."""
 
 
 class Timed(NamedTuple):
@@ -57,6 +60,7 @@ def measure(suite: Suite, dtype: torch.dtype, rounds: int) -> Timed:
     names = [case.name for case in suite.cases]
     timed = Timed([], {name: [] for name in names}, {name: [] for name in names})
     for number in range(rounds + 1):
+        suite.before_round()
         found = [time_mm(a, out), *(time_case(case) for case in suite.cases)]
         if number:
             timed.mm.append(found[0][1])

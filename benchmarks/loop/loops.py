@@ -1,7 +1,7 @@
 """The loops that are compared: ours as a user runs it, a bare one of PyTorch, and DeepSpeed's engine without us.
 
 All three train the same model, from the same weights, on the same micro-batches with the same learning rates, and all
-take the same AdamW. Each keeps its loss of every step, which shows that they do the same work. A fourth loop, which has
+take torch's AdamW. Each keeps its loss of every step, which shows that they do the same work. A fourth loop, which has
 a model of its own, is in benchmarks/loop/nanogpt.py.
 """
 

@@ -17,6 +17,7 @@ import torch
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
 from benchmarks.loop.nanogpt import NanoGPT
 from benchmarks.marked import markdown
+from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -35,6 +36,8 @@ SMALLER = (
 )
 """What makes a step of the 47M shape a matter of seconds on one core. The details of the monitor, in every 100th step,
 are measured by benchmarks.monitoring."""
+LOSS_TOLERANCE = 1e-3
+"""Relative. Some ten steps of rounding in another order stay far below it."""
 WARM_UP_STEPS = 2
 """Of each loop: they allocate, and tell what is told once."""
 
@@ -141,7 +144,12 @@ def compare(comparison: Comparison, config: Config, device: torch.device, *, pai
                 pieces[kind].append(timed(loops[kind], steps))
         losses = [loop.losses() for loop in loops.values()]
     tokens = steps * config.batch.global_sequences * config.model.sequence_length
-    return Measured(comparison, tokens, pieces["ours"], pieces["theirs"], losses)
+    found = Measured(comparison, tokens, pieces["ours"], pieces["theirs"], losses)
+    if not found.loss_difference <= LOSS_TOLERANCE:
+        raise UserError(
+            f"ours and {comparison.other} do not train the same: a loss differs by {found.loss_difference:.1e} of it"
+        )
+    return found
 
 
 def timed(loop: Loop, steps: int) -> Piece:
@@ -182,11 +190,22 @@ def page(found: Any) -> str:
                 f"{theirs:.0f}",
                 *ratios,
                 span,
+                f"{one['loss_difference']:.0e}",
                 f"{one['wanted']:.2f}: {'held' if one['ratio'] >= one['wanted'] else 'missed'}",
             ]
         )
     return markdown(
-        ["ours against", "ours, tokens/s", "theirs", "ours / theirs", "by processor time", "pairs", "wanted"], rows
+        [
+            "ours against",
+            "ours, tokens/s",
+            "theirs",
+            "ours / theirs",
+            "by processor time",
+            "pairs",
+            "losses differ by",
+            "wanted",
+        ],
+        rows,
     )
 
 

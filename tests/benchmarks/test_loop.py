@@ -148,7 +148,7 @@ def test_tables_and_records(tmp_path: Path) -> None:
     records.keep(tmp_path, "loop-start", about, start.to_json(starts))
     kept = records.read("loop-speed", tmp_path)
     assert kept is not None and kept.about == about and kept.found["bare"]["tokens_of_a_piece"] == 1024
-    assert "ZeRO 0 | 102 | 114 | 0.900 | 1.000 | 0.900 to 0.900 | 0.97: missed |" in speed.page(kept.found)
+    assert "ZeRO 0 | 102 | 114 | 0.900 | 1.000 | 0.900 to 0.900 | 1e-03 | 0.97: missed |" in speed.page(kept.found)
     kept = records.read("loop-start", tmp_path)
     assert kept is not None and "| python | 6.0 | 5.0 to 7.0 | 6: held | 3.0 | 4.0 | 0.5 |" in start.page(kept.found)
 

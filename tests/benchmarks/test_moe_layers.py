@@ -27,12 +27,15 @@ def without_peers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Suite:
 
 
 def names_after_a_forward_pass(rank: int) -> list[object]:
-    """The work of all layers, and whether torch has its own names while others than megatron-core's layer run."""
+    """The work of all layers, and after megatron-core's layer ran: whether torch has its own names, and how many graphs
+    it makes of a function that it compiles."""
     before = torch.cuda.current_device
     torch.manual_seed(0)
     suite = suite_of("small", SMALL, torch.float32)
     measure(suite, torch.float32, 1)
-    return [checked_work(suite, torch.float32), torch.cuda.current_device is before, torch.compiler.is_compiling()]
+    work, graphs = checked_work(suite, torch.float32), []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(2))
+    return [work, torch.cuda.current_device is before, len(graphs)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,9 +62,23 @@ def test_a_layer_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyP
         checked_work(suite._replace(cases=[own, plain, idle]), torch.float32)
 
 
+def test_every_round_has_other_tokens_and_all_layers_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = without_peers(monkeypatch, torch.float32)
+    seen: list[torch.Tensor] = []
+
+    def noted(case: Case) -> Case:
+        return case._replace(forward=lambda: seen.append(case.inputs[0].detach().clone()) or case.forward())
+
+    measure(suite._replace(cases=[noted(case) for case in suite.cases[::3]]), torch.float32, 2)
+    assert len(seen) == 6  # two layers, a round that warms up and two more
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[4])
+
+
 def test_the_peers_do_as_much_and_leave_torch_as_it_was() -> None:
-    work, keeps_cuda, compiles = run_ranks(names_after_a_forward_pass, 1)[0]
-    assert keeps_cuda and not compiles
+    work, keeps_cuda, graphs = run_ranks(names_after_a_forward_pass, 1)[0]
+    assert keeps_cuda and graphs == 1
     assert isinstance(work, Work)
     useful, router = SMALL.macs, 40 * 16 * 4
     assert set(work.parameters.values()) == {16 * 4 + 2 * 4 * 16 * 8}

@@ -28,6 +28,12 @@ def test_what_was_never_measured_says_so(tmp_path: Path) -> None:
     assert page.draw(tmp_path, tmp_path) == []
 
 
+def test_every_picture_and_record_has_its_module() -> None:
+    pictures = {path.stem.removeprefix("benchmark-") for path in page.PICTURES.glob("benchmark-*.png")}
+    kept = {path.stem for path in records.RESULTS.glob("*.json")}
+    assert pictures <= kept <= set(page.MODULES)
+
+
 def test_every_mark_has_a_module_and_every_module_a_mark() -> None:
     with pytest.raises(ValueError, match=r"the page has the tables \['nothing'\]"):
         page.updated("<!-- benchmarks.page nothing: begin -->\n<!-- benchmarks.page nothing: end -->")

@@ -14,7 +14,7 @@ import torch
 import pretrain.engine.build
 from model.language_model import build_on_meta
 from pretrain.config.schema import Config
-from pretrain.engine.optimizer import build_optimizer
+from pretrain.engine.optimizer import AdamW, build_optimizer
 from pretrain.engine.zero_state import _adam_state, optimizer_steps, set_optimizer_steps
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, state_tensors, train_runs
@@ -98,3 +98,28 @@ def test_it_is_the_published_update(decay: float) -> None:
         expected = (1 - 0.01 * decay) * expected
         expected -= 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ours_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
+    """Steps, state and what a load restores, hooks included."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3, dtype=dtype), torch.randn(7, dtype=dtype)]
+    gradients = [[torch.randn_like(tensor) for tensor in start] for _ in range(4)]
+    runs = []
+    for make in (torch.optim.AdamW, AdamW):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        groups = [{"params": [parameters[0]], "weight_decay": 0.1}, {"params": [parameters[1]], "weight_decay": 0.0}]
+        optimizer, steps = make(groups, lr=0.01, betas=(0.9, 0.95), fused=True), []
+        optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        for number, values in enumerate(gradients):
+            for parameter, gradient in zip(parameters, values, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(parameter.grad is None for parameter in parameters) and len(steps) == number + 1
+            optimizer.load_state_dict(optimizer.state_dict())
+        state = [value for parameter in parameters for value in optimizer.state[parameter].values()]
+        runs.append([parameter.detach() for parameter in parameters] + state)
+    for theirs, ours in zip(*runs, strict=True):
+        assert torch.equal(theirs, ours)
