@@ -41,6 +41,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@# torch first and alone, so that this line decides which build of it the others find installed.
 	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c constraints.txt $(INDEX)
 	$(PIP) install --no-compile --progress-bar off -e ".[dev]" -c constraints.txt
+	@# So that `deepspeed` runs where this path has a space.
+	$(BIN)/python launch/console_scripts.py
 	@echo "$(CUDA)" > $@
 
 install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu or CUDA=cu130 chooses the build of torch

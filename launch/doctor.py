@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -202,9 +203,20 @@ def describe(findings: list[Finding], missing: dict[bool, list[Finding]]) -> str
     lines = [f"{finding.name:{width}}{finding.found}" for finding in findings]
     for needed, heading in ((True, "Missing, and needed:"), (False, "Missing, needed only for what it says:")):
         if missing[needed]:
-            lines += ["", heading, *(f"  {f.name:{width}}{f.fix}" for f in missing[needed])]
+            lines += ["", heading, *_fixes(missing[needed], width)]
     end = "Something that training needs is missing." if missing[True] else "Everything that training needs is here."
     return "\n".join([*lines, "", end])
+
+
+def _fixes(missing: list[Finding], width: int) -> Iterator[str]:
+    """What is missing and how to get it; what one command brings stands together."""
+    together = [f.name for f in missing if f.fix == INSTALL]
+    if len(together) > 3:
+        yield f"  {INSTALL}"
+        yield from textwrap.wrap(", ".join(together), 100, initial_indent="    for ", subsequent_indent="    ")
+    for finding in missing:
+        if len(together) <= 3 or finding.fix != INSTALL:
+            yield f"  {finding.name:{width}}{finding.fix}"
 
 
 def main() -> int:

@@ -91,7 +91,13 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
         )
     state = checkpoint.state
     saved = SavedRun(str(checkpoint.path), state["config"], state["manifest_digest"], checkpoint.progress.step)
-    return changes_since(saved, config, manifest_digest)
+
+    def fits() -> bool:
+        from pretrain.checkpoint.shapes import full_shapes  # here: it imports model/
+
+        return all(state["parameters"].get(name) == shape for name, shape in full_shapes(config.model).items())
+
+    return changes_since(saved, config, manifest_digest, fits)
 
 
 def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:

@@ -98,6 +98,14 @@ def labels(checkpoints: Sequence[Path]) -> list[str]:
     return [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
+def default_folder(checkpoints: Sequence[Path]) -> Path:
+    """In the first one's run, named after its step; several checkpoints, and after the others, so that the page of the
+    first alone stays."""
+    others = [re.sub(r"[^\w.=-]+", "-", label).strip("-.") for label in labels(checkpoints)[1:]]
+    name = "-".join([checkpoints[0].name, *(["with", *others] if others else [])])
+    return run_folder(checkpoints[0]) / "analysis" / name[:150]
+
+
 def run_folder(checkpoint: Path) -> Path:
     """Of a checkpoint in a run's `checkpoints`; of a copy elsewhere the copy itself."""
     checkpoint = checkpoint.absolute()

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where the page goes (default: RUN/analysis/step-... of the first run)",
+        help="where the page goes (default: RUN/analysis/step-... of the first run, -with-OTHERS)",
     )
     parser.add_argument(
         "--layers",
@@ -91,7 +91,7 @@ def analyze(args: argparse.Namespace) -> None:
     settings = report.Settings(args.layers, args.tokens, args.map_tokens, args.window - 1)
     checkpoints = [find_checkpoint(place) for place in args.runs]
     paths = [checkpoint.path for checkpoint in checkpoints]
-    out = (args.out or report.run_folder(paths[0]) / "analysis" / paths[0].name).absolute()
+    out = (args.out or report.default_folder(paths)).absolute()
     report.check_folder(out)
     device = device_named(args.device)
     found = []

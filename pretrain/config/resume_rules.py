@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,11 @@ class SavedRun:
     """Optimizer steps done."""
 
 
-def changes_since(saved: SavedRun, config: Config, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change."""
+def changes_since(
+    saved: SavedRun, config: Config, manifest_digest: str, fits: Callable[[], bool] = lambda: True
+) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (then, now)} of every setting that differs. Raises UserError if one of them may not change. `fits`:
+    whether the saved weights have the shapes of this model's; asked only where a change is refused."""
     then, now = flatten(saved.config), flatten(to_json(config))
     for key in now.keys() - then.keys():  # newer than the checkpoint, or of another kind of layer
         kind = then.get(f"{key.rpartition('.')[0]}.type")
@@ -57,12 +61,17 @@ def changes_since(saved: SavedRun, config: Config, manifest_digest: str) -> dict
         names = dict.fromkeys([*config.checkpoint.allow_changes, *map(_allowing, refused)])
         why = f" ({_why_not_extended(config)})" if _is_under(key, SCHEDULE) else ""
         one = len(refused) == 1
+        allow = (
+            f", or allow {'the change' if one else 'all changes'} with "
+            f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"
+        )
+        if any(_is_under(key, {"model"}) for key in refused) and not fits():
+            allow = "; the saved weights have other sizes, so the change cannot be allowed"
         raise UserError(
             f"{key}: was {json.dumps(changes[key][0])} in {saved.checkpoint}, is {json.dumps(changes[key][1])} now"
             f"{more}; a resumed run "
             f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'}, choose another "
-            f"--run-dir, or allow {'the change' if one else 'all changes'} with "
-            f"--set 'checkpoint.allow_changes={json.dumps(list(names))}'"
+            f"--run-dir{allow}"
         )
     return changes
 

@@ -16,7 +16,7 @@ from pretrain.saved_model.loading import load_model
 from pretrain.saved_model.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5
-"""Largest difference of logits between fp32 weights and themselves, times the largest logit if that is above 1."""
+"""Largest difference of logits between weights and themselves in fp32, times the largest logit if that is above 1."""
 TEXT = (
     "The old library stood at the end of the street, between the bakery and the river.\nEvery morning Anna opened its "
     "heavy door, lit the lamps, and put back the 37 books that had come in the day before.\n"
@@ -35,9 +35,9 @@ def check_transformers(option: str) -> None:
         ) from None
 
 
-def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool, ema: bool = False) -> str:
-    """Compares ids, text and logits, on the CPU. Returns what was found, in a line; with `is_exact` raises UserError
-    if logits differ."""
+def verify(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, ema: bool = False) -> str:
+    """Compares ids, text and logits, computed in fp32 on the CPU. Where the weights were rounded to `dtype`, so are
+    those of the checkpoint. Returns what was found, in a line. Raises UserError if something differs."""
     from transformers.utils import logging
 
     from pretrain.export.modeling_switchall import SwitchAllForCausalLM
@@ -50,17 +50,25 @@ def verify(folder: Path, checkpoint: Checkpoint, *, is_exact: bool, ema: bool = 
     length = CHUNKS * saved.config.model.sequence_length
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
     with torch.no_grad():
-        expected = logits_of(saved.model, tokens)
+        exact = expected = logits_of(saved.model, tokens)
+        if dtype != torch.float32:
+            for parameter in saved.model.parameters():
+                parameter.copy_(parameter.to(dtype))
+            expected = logits_of(saved.model, tokens)
         del saved  # one model in memory at a time
-        model = SwitchAllForCausalLM.from_pretrained(folder).eval()
-        found = model(tokens).logits.float()
+        model = SwitchAllForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found = model(tokens).logits
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    if is_exact and not difference <= TOLERANCE * max(1.0, largest):
+    if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(
             f"{folder}: logits differ by {difference:.1e} from those of the checkpoint; this is an error of the "
             f"exporter, please report it"
         )
-    return f"transformers gives the same ids, and logits that differ by at most {difference:.1e}"
+    same = f"transformers gives the same ids, and logits that differ by at most {difference:.1e}"
+    if dtype == torch.float32:
+        return same
+    moved = float((expected - exact).abs().max())
+    return f"{same} from those of the weights rounded alike; rounding itself moves them by up to {moved:.1e}"
 
 
 def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pretrain.export.hf_config import hf_config
 from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
 from pretrain.export.verify import verify
-from pretrain.export.weights import bytes_of, write_weights
+from pretrain.export.weights import DTYPES, bytes_of, write_weights
 from pretrain.saved_model.loading import check_files, config_of, find_tokenizer, while_it_is_there
 
 OPTION = "--to"
@@ -103,8 +103,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
             ema=options.ema,
         )
         _write_rest(place, source, options, name=out.name)
-        is_exact = options.dtype == "float32"
-        found = verify(place, checkpoint, is_exact=is_exact, ema=options.ema) if options.verify else ""
+        found = verify(place, checkpoint, DTYPES[options.dtype], ema=options.ema) if options.verify else ""
         count = len(list(place.iterdir()))
     print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of weights, {count} files", flush=True)
     if found:

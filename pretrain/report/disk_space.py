@@ -14,6 +14,7 @@ from pretrain.config.schema import Config
 from pretrain.report.model_text import parameter_count
 from pretrain.report.startup import DerivedValue
 
+GIB = 2**30
 BYTES_PER_PARAMETER = 12
 """fp32 weight and two moments of Adam (checkpoint/state.py)."""
 BYTES_OF_AVERAGE = 4
@@ -48,9 +49,9 @@ class CheckpointSpace:
         memory = " + memory" if self.size % self.per_parameter else ""
         return DerivedValue(
             "checkpoints",
-            f"{self.kept} of {self.size:,} bytes",
-            f"{self.per_parameter} x parameters{memory}; keep_last, keep_best and "
-            f"keep_every_steps; with one being written {self.wanted:,} bytes more, {self.free:,} are free",
+            f"{self.kept} of {self.size / GIB:,.2f} GiB",
+            f"{self.per_parameter} x parameters{memory}; keep_last, keep_best and keep_every_steps; with one being "
+            f"written {self.wanted / GIB:,.2f} GiB more, {self.free / GIB:,.1f} GiB are free",
         )
 
     def check(self) -> None:

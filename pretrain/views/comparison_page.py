@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 
 from common import html_page
 from pretrain.views.comparison import AXES, Run
-from pretrain.views.comparison_text import tables
+from pretrain.views.comparison_text import DIFFERS, notes, tables
 
 POINTS = 600
 """Most points of a curve: the mean of its steps in as many equal parts."""
@@ -98,5 +98,7 @@ def page(runs: Sequence[Run], tolerance: float, png: bytes) -> str:
         cells = [tuple(map(escape, row)) for row in rows]
         numbers = range(1, len(header)) if not title.startswith("What") else ()
         parts.append(html_page.table(tuple(map(escape, header)), cells, numbers=numbers) if rows else "<p>nothing</p>")
+        if title == DIFFERS:
+            parts += [f"<p>Note: {escape(note)}.</p>" for note in notes(runs)]
     what = "Curves of " if len(runs) == 1 else "Comparison of "
     return html_page.page(what + ", ".join(run.label for run in runs), parts)

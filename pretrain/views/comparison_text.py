@@ -13,6 +13,7 @@ from pretrain.views.comparison import AXES, Run, differences, differing_facts, l
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
+DIFFERS = "What differs"
 
 
 def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
@@ -21,7 +22,7 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
     found: list[Table] = []
     if len(runs) > 1:
         rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
-        found.append(("What differs", ("setting", *labels), rows))
+        found.append((DIFFERS, ("setting", *labels), rows))
     how = "by" if len(runs) == 1 else "at equal"
     for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
         if places := _places(losses(runs, axis)):
@@ -31,6 +32,17 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the losses must know."""
+    keys = {key for key, _ in differing_facts(runs)}
+    of_text = [key for key in ("data.manifest", "data.sources", "model.vocab_size") if key in keys]
+    if not of_text:
+        return []
+    return [
+        f"{' and '.join(of_text)} differ: losses per token of different texts or tokenizers say little of each other"
+    ]
 
 
 def _places(rows: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, ...]]:
@@ -47,6 +59,8 @@ def text(runs: Sequence[Run], tolerance: float) -> str:
         parts.append(title)
         parts.append(text_table(header, rows) if rows else "  nothing")
         parts.append("")
+        if title == DIFFERS:
+            parts += [line for note in notes(runs) for line in (f"note: {note}", "")]
     return visible("\n".join(parts[:-1]))
 
 
@@ -62,7 +76,7 @@ def _differences(first: Run, other: Run, tolerance: float) -> Table:
         "first step",
         first.label,
         other.label,
-        "largest difference",
+        "largest difference (relative)",
         "at step",
         f"over {tolerance:g} from",
     )

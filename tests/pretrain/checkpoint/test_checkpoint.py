@@ -197,6 +197,17 @@ def test_a_changed_setting_is_refused_by_name_unless_allowed(
     assert key in changed_settings(allowed, checkpoint, digest)
 
 
+def test_a_change_of_sizes_is_refused_without_advice_that_cannot_help(stopped_run: Path, prepared: Path) -> None:
+    from pretrain.resume import changed_settings
+
+    checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
+    digest, keys = Manifest.load(prepared).digest, ("train.steps=6", "evaluate.sequences=0")
+    for override in ("model.feedforward.expert_size=40", "model.num_layers=4"):
+        with pytest.raises(UserError, match="the saved weights have other sizes, so the change cannot") as refusal:
+            changed_settings(small_config(prepared, *keys, override), checkpoint, digest)
+        assert "allow_changes" not in str(refusal.value)
+
+
 def test_a_run_whose_past_does_not_depend_on_its_length_is_extended(prepared: Path, tmp_path: Path) -> None:
     """2 of 2 steps at a constant rate, then on to 4 with a decay at the end: bit by bit the run of 4 from the start."""
     common = ("evaluate.sequences=0", "schedule.warmup_steps=0")

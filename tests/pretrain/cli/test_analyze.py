@@ -78,7 +78,7 @@ def check_page(folder: Path) -> list[dict[str, str | None]]:
 
 
 def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = runs / "switchall" / "analysis" / "step-00000001"
+    out = runs / "switchall" / "analysis" / "step-00000001-with-dense"
     named = [str(runs / "switchall"), str(runs / "dense"), "--text", str(runs / "text")]
     assert main([*named, "--layers", "1", "--map-tokens", "9", "--window", "2"]) == 0
     assert f"{out / 'analysis.html'}: the page" in capsys.readouterr().out

@@ -146,7 +146,8 @@ def test_transformers_loads_it_before_it_gets_its_name(
 def test_half_precision_is_rounded_and_overflow_refused(
     checkpoint: Checkpoint, model: LanguageModel, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(checkpoint.path), "--to", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert main([str(checkpoint.path), "--to", str(tmp_path / "half"), "--dtype", "bfloat16", "--verify"]) == 0
+    assert "of the weights rounded alike; rounding itself moves them by up to" in capsys.readouterr().out
     weights = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(weights[name], p.bfloat16()) for name, p in model.named_parameters())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"

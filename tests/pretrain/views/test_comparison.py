@@ -68,6 +68,27 @@ def test_the_first_step_that_differs(tmp_path: Path) -> None:
     assert differences(a, a, 0.0) == (8, [])
 
 
+@pytest.mark.parametrize(
+    "changed, note",
+    [
+        ({"data": {"manifest": "b"}}, "note: data.manifest differ"),
+        ({"data": {"manifest": "b"}, "model": {"vocab_size": 9}}, "note: data.manifest and model.vocab_size differ"),
+        ({"train": {"seed": 2}}, ""),
+    ],
+)
+def test_losses_of_other_texts_are_not_left_to_speak_for_themselves(
+    tmp_path: Path, changed: dict[str, Any], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"data": {"manifest": "a"}, "model": {"vocab_size": 8}, "train": {"seed": 1}}
+    one = write(tmp_path / "one", [row(1, 5.0)], config)
+    other = write(tmp_path / "other", [row(1, 5.5)], config | changed)
+    assert main([str(one), str(other)]) == 0
+    said = capsys.readouterr().out
+    page = (one / "comparison" / "other" / "comparison.html").read_text()
+    assert (note in said) if note else ("note:" not in said)
+    assert ("of different texts or tokenizers" in page) == bool(note)
+
+
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
     one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
     later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
