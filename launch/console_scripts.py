@@ -6,6 +6,7 @@ own scripts so that /bin/sh finds the interpreter; a script that a package bring
 gives that first line. `make install` ends with this. Uses the standard library alone.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,8 +19,9 @@ def mended(script: bytes) -> bytes:
     quotes in the path leave no way."""
     first, newline, rest = script.partition(b"\n")
     interpreter = first.removeprefix(b"#!").strip()
+    is_python = first.startswith(b"#!/") and b"python" in interpreter
     is_readable = b" " not in interpreter and len(first) <= LONGEST
-    if not first.startswith(b"#!/") or b"python" not in interpreter or is_readable or set(interpreter) & set(b"\"'$`\\"):
+    if not is_python or is_readable or set(interpreter) & set(b"\"'$`\\"):
         return script
     # For the shell a command, for Python a string.
     return b"#!/bin/sh\n'''exec' \"" + interpreter + b'" "$0" "$@"\n' + b"' '''" + newline + rest
@@ -38,5 +40,11 @@ def mend(folder: Path) -> list[str]:
     return names
 
 
-if __name__ == "__main__":
+def main() -> int:
+    argparse.ArgumentParser(prog="launch/console_scripts.py", description=(__doc__ or "").splitlines()[0]).parse_args()
     mend(Path(sys.executable).parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

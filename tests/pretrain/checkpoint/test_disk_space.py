@@ -106,5 +106,6 @@ def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_abou
             )
             assert not (tmp_path / "run").exists() and not started
         else:
-            assert f"3 of {size:,} bytes" in captured.out and f"{free:,} are free" in captured.out
+            wanted, there = f"3 of {size / 2**30:,.2f} GiB", f"{free / 2**30:,.1f} GiB are free"
+            assert wanted in captured.out and there in captured.out
             assert (f"{4 * size:,} bytes are needed, {free:,} are free" in captured.err) == (free < 4 * size)
