@@ -29,7 +29,8 @@ class Op:
         self._gradient: tuple[Function, Function] | None = None
         if name in OPS:  # its module is imported again: after an import that failed, or in a notebook
             OPS[name]._library._destroy()
-        qualified, self._library = f"{NAMESPACE}::{name}", torch.library.Library(NAMESPACE, "FRAGMENT")
+        qualified = f"{NAMESPACE}::{name}"
+        self._library: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
         schema = torch.library.infer_schema(body, mutates_args=())
         torch.library.define(qualified, schema, lib=self._library, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "default", self._kernel, lib=self._library)
