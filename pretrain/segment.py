@@ -183,7 +183,7 @@ class Segment:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
             self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
         if self.progress.step == self.start.progress.step + 1:
-            self.setup.phases.enter("checkpoint")
+            self.setup.phases.enter("importing what a checkpoint needs")
             self.trainer.saver.prepare()
         self._judge(result.sums.loss)
         if self.progress.step == self.start.progress.step + COMPARED_AFTER:

@@ -166,8 +166,8 @@ def test_opcheck() -> None:
     place = (draw.probability, draw.key, draw.sequence_index, 0, shape.width, shape.start, "triton")
     x, residual = (normal(shape.size, seed, torch.bfloat16).requires_grad_() for seed in range(2))
     for rest in (residual, None):
-        torch.library.opcheck(elementwise._dropout, (x, rest, *place))
-    torch.library.opcheck(elementwise._keep_mask, (list(shape.size), *place))
+        torch.library.opcheck(elementwise._dropout.overload, (x, rest, *place))
+    torch.library.opcheck(elementwise._keep_mask.overload, (list(shape.size), *place))
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def test_opcheck_of_the_rotation() -> None:
     case = HEADS["memory"]
     q, k = normal((2, 3, 2, 12), 0).requires_grad_(), normal((2, 8, 2, 12), 1).requires_grad_()
     angle = normal((case.L, 1, case.half), 2)
-    torch.library.opcheck(elementwise._rotate, (q, k, angle.cos(), angle.sin(), 0, "triton"))
-    torch.library.opcheck(elementwise._rotate, (k, None, angle.cos(), angle.sin(), 1, "triton"))
+    torch.library.opcheck(elementwise._rotate.overload, (q, k, angle.cos(), angle.sin(), 0, "triton"))
+    torch.library.opcheck(elementwise._rotate.overload, (k, None, angle.cos(), angle.sin(), 1, "triton"))
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,9 @@ def test_opcheck_of_the_norm() -> None:
     weight, bias = (normal((8,), seed).requires_grad_() for seed in (2, 3))
     sequence_index = torch.tensor([3, 4])
     for rest, index in ((branch, sequence_index), (branch, None), (None, None)):
-        torch.library.opcheck(elementwise._layer_norm, (x, rest, weight, bias, 1e-5, 0.3, KEY, index, 0, "triton"))
+        torch.library.opcheck(
+            elementwise._layer_norm.overload, (x, rest, weight, bias, 1e-5, 0.3, KEY, index, 0, "triton")
+        )
 
 
 def test_the_programs_of_a_norm() -> None:

@@ -16,7 +16,8 @@ from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
-from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
+from pretrain.checkpoint import loading as checkpoint_loading
+from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -109,7 +110,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
 ) -> None:
     """As a run that goes on does (checkpoint.keep_last): before it is opened, the one before is the newest; while it is
     read, a sentence says so."""
-    copy, opened, load = shutil.copytree(run, tmp_path / "copy"), Checkpoint.open, loading.load_weights
+    copy, opened, load = shutil.copytree(run, tmp_path / "copy"), Checkpoint.open, checkpoint_loading.load_weights
     newest = copy / "checkpoints" / "step-00000002"
 
     def removed_first(path: Path) -> Checkpoint:
@@ -123,7 +124,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
 
     monkeypatch.setattr(Checkpoint, "open", removed_first)
     assert find_checkpoint(copy).progress.step == 1
-    monkeypatch.setattr(loading, "load_weights", removed_while_read)
+    monkeypatch.setattr(checkpoint_loading, "load_weights", removed_while_read)
     with pytest.raises(UserError, match=r"RUN: .*step-00000001 was removed while it was read, by a run that goes on"):
         load_model(copy)
 

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import compiled, compiled_case, compiled_tables
 from benchmarks.compiled_records import in_one_table, read_records
+from benchmarks.marked import with_table
 
 ROOT = Path(__file__).resolve().parents[4]
 GATE_KERNELS = "tests.model.kernels.triton.gate_kernels"
@@ -169,5 +170,5 @@ def test_float_atomics_are_known(name: str) -> None:
 
 def test_the_table_of_the_documentation_is_that_of_the_records() -> None:
     text = compiled.DOCUMENT.read_text()
-    table = text.split(compiled_tables.BEGIN)[1].split(compiled_tables.END)[0]
-    assert table == compiled_tables.summary(list(in_one_table(read_records(compiled.RECORDS))))
+    table = compiled_tables.summary(list(in_one_table(read_records(compiled.RECORDS))))
+    assert text == with_table(text, "benchmarks.compiled", table)
