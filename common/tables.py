@@ -24,3 +24,8 @@ def text_table(
 
 def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

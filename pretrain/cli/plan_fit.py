@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.tables import text_table
+from common.tables import counted, text_table
 from pretrain.cli.plan_costs import short
 from pretrain.config.loading import load_config, to_json
 from pretrain.planning.fit import FitReport, fit
@@ -59,10 +59,6 @@ def lines_of(path: Path, report: FitReport) -> Iterator[str]:
     yield from _traffic(report)
     yield from _time(report)
     yield from _assumptions(report)
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def machine_text(found: Machine) -> str:

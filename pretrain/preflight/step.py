@@ -98,9 +98,10 @@ class StepRehearsal:
                     )
                 )
         who = ", ".join(f"{rank:,} ({why})" for rank, why in ranks.items())
+        stand = "stands" if len(ranks) == 1 else "stand"
         both = ", at the even and at the worst split of tokens over experts" if parallel.expert > 1 else ""
         return (
-            f"every group has the same calls in the same order, by rank {who}, which stand for all, with {blocks} of "
+            f"every group has the same calls in the same order, by rank {who}, which {stand} for all, with {blocks} of "
             f"the {config.model.num_layers} blocks{both}"
         )
 

@@ -70,6 +70,6 @@ class Control:
         reasons: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, self._stop.requested, group=self.group)
         asked = {rank: reason for rank, reason in enumerate(reasons) if reason}
-        if len(asked) == len(reasons):
+        if 1 < len(asked) == len(reasons):
             return f"{asked[0]} to every rank"
         return ", ".join(f"{reason} to rank {rank}" for rank, reason in list(asked.items())[:4])

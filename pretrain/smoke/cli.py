@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.tables import counted
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.preflight.run import preflight
@@ -135,7 +136,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
     if speaks:
         where = "" if ranks.rank == 0 else f"rank {ranks.rank} "
         nodes = max(1, ranks.world_size // ranks.local_size)
-        size = f"{ranks.world_size} ranks on {nodes} nodes, {time.monotonic() - started:.0f} s"
+        size = f"{counted(ranks.world_size, 'rank')} on {counted(nodes, 'node')}, {time.monotonic() - started:.0f} s"
         print(f"{VERDICT}{where}{words} ({size})", flush=True)
     return code
 

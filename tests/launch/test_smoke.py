@@ -44,7 +44,7 @@ def test_two_ranks_pass_and_leave_no_checkpoint(prepared: Path, tmp_path: Path) 
     (run_dir / "smoke-1" / "of an earlier test").touch()
     assert run_ranks(smoke, 2, config, run_dir) == [0, 0]
     *measured, verdict = said(tmp_path)
-    assert verdict.startswith("smoke: PASSED: collectives right, all_reduce ") and "2 ranks on 1 nodes" in verdict
+    assert verdict.startswith("smoke: PASSED: collectives right, all_reduce ") and "2 ranks on 1 node," in verdict
     assert "resume equal in every bit" in verdict and "tokens/s" in verdict
     names = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "slowest pair"]
     assert [line.removeprefix("smoke: ").startswith(name) for line, name in zip(measured, names, strict=True)] == [
