@@ -91,4 +91,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [repr(error)])[0].rstrip(". :")
+    reason = (lines or [repr(error)])[0].rstrip(". :")
+    if "C++ compile error" in reason and " " in torch.__path__[0]:
+        reason += f": torch gives the compiler its own path, {torch.__path__[0]}, which may have no space"
+    return reason

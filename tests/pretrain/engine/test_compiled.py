@@ -21,6 +21,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.engine.compiled import compile_blocks
 from tests.harness import run_ranks
+from tests.marks import NO_SPACE
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, trainer_of
 
@@ -112,6 +113,7 @@ def test_in_every_kind_of_block(prepared: Path, name: str) -> None:
     check_passes(config(prepared, name), "aot_eager")
 
 
+@NO_SPACE
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["every dropout, recomputed", "memory that grows"])
 def test_inductor_computes_what_operators_do(prepared: Path, name: str) -> None:
@@ -150,6 +152,7 @@ def trained(rank: int, configs: list[Config]) -> list[list[tuple[Any, ...]]]:
     return found
 
 
+@NO_SPACE
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(data=2, zero=2), Layout(pipeline=2, micro=4)], ids=str)
 def test_runs_of_several_ranks_are_compiled(prepared: Path, layout: Layout) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from model.language_model import LanguageModel
 from pretrain.export.hf_config import hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
+from tests.marks import NO_SPACE
 from tests.pretrain.export.models import CHUNK, MODELS, model_of, our_logits, some_tokens
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
@@ -104,6 +105,7 @@ def test_experts_of_a_compiler_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.allclose(layer(x), by_loop, atol=1e-6) and by_loop.abs().max() > 0.1
 
 
+@NO_SPACE
 @pytest.mark.slow  # test_experts_of_a_compiler_are_the_same has what is computed otherwise there
 @pytest.mark.parametrize("name", ["switchall", "switchall xl", "dense xl", "moa xl, sigmoid"])
 def test_logits_and_gradients_of_inductor(name: str) -> None:
