@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 from benchmarks import launches, places
 from benchmarks.fake_cuda import backward, fake_cuda, set_materialize_grads
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally, foreach_launches
+from benchmarks.marked import with_table
 from benchmarks.places import OTHER
 from model.kernels.choice import Backends
 from model.kernels.ops.route import route
@@ -306,5 +307,6 @@ def test_table() -> None:
 
 @pytest.mark.slow
 def test_the_tables_in_the_documentation_are_current() -> None:
-    text = launches.DOCS.read_text().split(launches.BEGIN)[1].split(launches.END)[0]
-    assert text == launches.markdown(), "run: python -m benchmarks.launches --markdown"
+    text = launches.DOCS.read_text()
+    current = with_table(text, "benchmarks.launches", launches.markdown())
+    assert text == current, "run: python -m benchmarks.launches --markdown"
