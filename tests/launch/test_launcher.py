@@ -48,43 +48,38 @@ def _finished(line: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Com
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
+SAME = (
+    "train.steps=20",
+    "train.precision=fp32",
+    "evaluate.sequences=0",
+    "batch.global_sequences=4",
+    "batch.micro_sequences=1",
+    "model.sequence_length=4",
+    "model.feedforward.expert_size=16",
+    "train.seed=15",
+)
+"""Few tokens, narrow experts and this seed keep every routing choice away from a tie and every ReLU away from its kink:
+there rounding, which differs with the CPU and its threads, decides how training goes on."""
+
+
 def test_launcher_gives_one_process_losses(prepared: Path, tmp_path: Path) -> None:
-    # Few and short sequences and this seed keep every routing choice away from a tie (asserted below).
-    keys = (
-        "train.steps=20",
-        "evaluate.sequences=0",
-        "batch.global_sequences=4",
-        "batch.micro_sequences=1",
-        "model.sequence_length=8",
-        "train.seed=1",
-    )
-    config = load_config(TINY, [f"data.manifest={prepared}", *keys])
-    assert plain_trace(config, 20, ()).smallest_margin > 1e-5
-    run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
-    run(*command(4, prepared, tmp_path / "four", *keys, "parallel.zero=3"), cwd=tmp_path)
-    for ours, theirs in zip(metrics(tmp_path / "four"), metrics(tmp_path / "one"), strict=True):
-        for key in ("loss", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
+    _assert_same_as_one_process(prepared, tmp_path, 4, "parallel.zero=3")
 
 
 def test_eight_ranks_in_three_dimensions_give_one_process_losses(prepared: Path, tmp_path: Path) -> None:
     """TP2 x PP2 x DP2 with sequence parallelism, ZeRO 1, 20 steps, through the real launcher."""
-    keys = (
-        "train.steps=20",
-        "train.precision=fp32",
-        "evaluate.sequences=0",
-        "batch.global_sequences=4",
-        "batch.micro_sequences=1",
-        "model.sequence_length=4",
-        "train.seed=19",
-    )
-    config = load_config(TINY, [f"data.manifest={prepared}", *keys])
-    # Of 10,000 choices none may be so near a tie that 20 steps of rounding decide it (measured: 1e-5).
-    assert plain_trace(config, 20, ()).smallest_margin > 4e-5
     layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "parallel.zero=1")
-    run(*command(1, prepared, tmp_path / "one", *keys, "parallel.zero=0"), cwd=tmp_path)
-    run(*command(8, prepared, tmp_path / "eight", *keys, *layout), cwd=tmp_path)
-    for ours, theirs in zip(metrics(tmp_path / "eight"), metrics(tmp_path / "one"), strict=True):
+    _assert_same_as_one_process(prepared, tmp_path, 8, *layout)
+
+
+def _assert_same_as_one_process(prepared: Path, folder: Path, ranks: int, *layout: str) -> None:
+    trace = plain_trace(load_config(TINY, [f"data.manifest={prepared}", *SAME]), 20, ())
+    # Measured: 20 steps of rounding move an activation by up to 4e-6.
+    assert trace.smallest_margin > 2e-5, "choose a seed"
+    assert trace.smallest_activation > 2e-5, "choose a seed"
+    run(*command(1, prepared, folder / "one", *SAME, "parallel.zero=0"), cwd=folder)
+    run(*command(ranks, prepared, folder / "many", *SAME, *layout), cwd=folder)
+    for ours, theirs in zip(metrics(folder / "many"), metrics(folder / "one"), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
 

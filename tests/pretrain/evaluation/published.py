@@ -61,6 +61,8 @@ def blimp(folder: Path, count: int = 5, sets: tuple[str, ...] = SETS) -> Path:
         lines = []
         for pair in range(count + number % 10):
             good = draw.choices(WORDS, k=draw.randint(3, 9))
+            while good == good[::-1]:  # one text twice: rounding would decide between them
+                good = draw.choices(WORDS, k=len(good))
             row = {
                 "sentence_good": " ".join(good).capitalize() + ".",
                 "sentence_bad": " ".join(reversed(good)).capitalize() + ".",
