@@ -29,9 +29,9 @@ MODULES = {
     "loop-start": "benchmarks.loop.start",
     "moe-layers": "benchmarks.moe_layers",
     "switchhead-layers": "benchmarks.kernels_switchhead",
-    "preparation": "benchmarks.data_prep",
-    "preparation-memory": "benchmarks.data_memory",
-    "reading": "benchmarks.reader",
+    "preparation": "benchmarks.data.preparation",
+    "preparation-memory": "benchmarks.data.memory",
+    "reading": "benchmarks.data.reading",
     "checkpoint-stall": "benchmarks.checkpoint",
 }
 """Record -> the module that knows its form."""

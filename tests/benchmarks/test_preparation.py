@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import data_memory, data_prep, data_written
-from benchmarks.data_peers import version_of
-from benchmarks.data_written import Written
-from benchmarks.process_cost import Cost, measure
+from benchmarks.data import memory, outputs, preparation
+from benchmarks.data.outputs import Written
+from benchmarks.data.peers import version_of
+from benchmarks.data.process_cost import Cost, measure
 from common.errors import DataError, UserError
 
 TEXTS = ["One line.\nAnother, with naïve σ.", "", "12 tabs\t\tand a ▁ sign"]
@@ -43,17 +43,17 @@ def write_byte_level(folder: Path) -> Path:
 
 
 def test_the_files_of_datatrove_and_dolma_hold_the_raw_documents(tmp_path: Path) -> None:
-    source = data_written.raw([write_raw(tmp_path / "raw.json.gz")])
+    source = outputs.raw([write_raw(tmp_path / "raw.json.gz")])
     tokenizer = write_byte_level(tmp_path)
     assert source.documents == 3 and source.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    for read in (data_written.datatrove, data_written.dolma):
+    for read in (outputs.datatrove, outputs.dolma):
         written = read(tmp_path, tokenizer)
         assert written == source._replace(tokens=source.text_bytes + 3)
-        data_written.check({"it": written}, source)
+        outputs.check({"it": written}, source)
 
 
 def test_our_output_holds_the_raw_documents(prepared: Path) -> None:
-    written = data_written.ours(prepared)
+    written = outputs.ours(prepared)
     totals = json.loads((prepared / "manifest.json").read_text())["totals"].values()
     assert written.documents == sum(total["documents"] for total in totals)
     assert written.tokens == sum(total["tokens"] for total in totals)
@@ -61,22 +61,22 @@ def test_our_output_holds_the_raw_documents(prepared: Path) -> None:
 
 
 def test_documents_are_the_same_in_any_order_and_differ_by_a_letter() -> None:
-    assert data_written.counted([b"a", b"bc"], 5) == data_written.counted([b"bc", b"a"], 5)
-    assert data_written.counted([b"a", b"bc"], 5).digest != data_written.counted([b"a", b"bd"], 5).digest
+    assert outputs.content([b"a", b"bc"], 5) == outputs.content([b"bc", b"a"], 5)
+    assert outputs.content([b"a", b"bc"], 5).digest != outputs.content([b"a", b"bd"], 5).digest
 
 
 @pytest.mark.parametrize("other", [{"documents": 2}, {"text_bytes": 99}, {"digest": "0"}])
 def test_a_tool_that_wrote_another_text_is_refused(other: dict[str, Any]) -> None:
     source = Written(3, 0, 100, "f")
     with pytest.raises(DataError, match=r"dolma wrote .* these times compare nothing"):
-        data_written.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=50, **other)}, source)
+        outputs.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=50, **other)}, source)
 
 
 def test_tokens_that_no_tokenizer_explains_are_refused() -> None:
     source = Written(3, 0, 100, "f")
-    data_written.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=60)}, source)
+    outputs.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=60)}, source)
     with pytest.raises(DataError, match="tokens differ by more than tokenizers do"):
-        data_written.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=90)}, source)
+        outputs.check({"ours": source._replace(tokens=50), "dolma": source._replace(tokens=90)}, source)
 
 
 def test_an_interpreter_without_the_peer_is_named() -> None:
@@ -99,25 +99,25 @@ def found() -> dict[str, Any]:
         return {"version": "x 1", "written": Written(3, 50, 12_000_000, "f")._asdict(), "costs": costs}
 
     tools = {
-        data_prep.BPE: one(2.0, 4.0),
-        data_prep.UNIGRAM: one(1.0, 2.0),
-        data_prep.TWO: one(1.0, 2.0),
+        preparation.BPE: one(2.0, 4.0),
+        preparation.UNIGRAM: one(1.0, 2.0),
+        preparation.TWO: one(1.0, 2.0),
         "datatrove, BPE": one(6.0, 16.0),
-        "dolma, BPE": {"missing": data_prep.MISSING},
+        "dolma, BPE": {"missing": preparation.MISSING},
     }
     source = Written(3, 0, 12_000_000, "f")._asdict()
     return {"source": source, "files": 1, "vocab_size": 8000, "repeats": 2, "tools": tools}
 
 
 def test_ratios_of_preparation_are_medians_of_the_rounds_and_a_missing_tool_is_said(tmp_path: Path) -> None:
-    text = data_prep.page(found())
+    text = preparation.page(found())
     assert "| datatrove, BPE (x 1) | 11.0 | 1.09 | 3.50 | 7.00 | 5.5 | 100 | 50 |" in text
     assert "| dolma, BPE | not installed here |" in text
     assert "2.00 times as fast with two processes" in text
-    data_prep.draw(found(), tmp_path / "a.png")
+    preparation.draw(found(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_memory_is_told_beside_that_of_the_smallest_input() -> None:
     runs = [{"text_mb": mb, **Cost(9.0, 5.0, peak)._asdict()} for mb, peak in ((50, 400_000_000), (500, 500_000_000))]
-    assert "| 500 | 500 | 1.25 | 9 |" in data_memory.page({"workers": 2, "filters": True, "runs": runs})
+    assert "| 500 | 500 | 1.25 | 9 |" in memory.page({"workers": 2, "filters": True, "runs": runs})

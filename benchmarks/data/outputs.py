@@ -29,7 +29,7 @@ class Written(NamedTuple):
     """Sum of the hashes of all documents: the same in any order."""
 
 
-def counted(texts: Iterable[bytes], tokens: int) -> Written:
+def content(texts: Iterable[bytes], tokens: int) -> Written:
     """Of the texts of the documents."""
     documents, text_bytes, total = 0, 0, 0
     for text in texts:
@@ -48,7 +48,7 @@ def raw(paths: list[Path]) -> Written:
                 for line in stream:
                     yield json.loads(line)["text"].encode()
 
-    return counted(texts(), 0)
+    return content(texts(), 0)
 
 
 def ours(folder: Path) -> Written:
@@ -63,7 +63,7 @@ def ours(folder: Path) -> Written:
             parts.append(reader.read(0, reader.num_tokens))
     ids = np.concatenate(parts)
     texts = (tokenizer.decode(part.tolist()).encode() for part in documents(ids, entry.eos_id))
-    return counted(texts, len(ids))
+    return content(texts, len(ids))
 
 
 def datatrove(folder: Path, tokenizer: Path) -> Written:
@@ -90,7 +90,7 @@ def _byte_level(files: list[np.ndarray], tokenizer: Path) -> Written:
         if number != 0:
             pieces[number] = bytes(byte_of[character] for character in piece)
     ids = np.concatenate(files)
-    return counted((b"".join(map(pieces.__getitem__, part.tolist())) for part in documents(ids, 0)), len(ids))
+    return content((b"".join(map(pieces.__getitem__, part.tolist())) for part in documents(ids, 0)), len(ids))
 
 
 def _characters() -> list[str]:

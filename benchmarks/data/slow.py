@@ -1,6 +1,6 @@
 r"""A run whose data come slowly: what monitoring shows of it (docs/monitoring.md), made on a machine with a fast disk.
 
-    python -m benchmarks.slow_data 1.5 --config configs/switchall_tiny.json --run-dir runs/starved
+    python -m benchmarks.data.slow 1.5 --config configs/switchall_tiny.json --run-dir runs/starved
 
 trains as launch/pretrain.py does with the arguments that follow the number, and the thread that reads ahead sleeps so
 many seconds for each step's batches.

@@ -1,4 +1,4 @@
-"""The peak memory of a whole preparation for growing inputs, for benchmarks/data_prep.py."""
+"""The peak memory of a whole preparation for growing inputs, for benchmarks/data/preparation.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data_peers import VOCAB_SIZE
-from benchmarks.data_runs import prepare
+from benchmarks.data.peers import VOCAB_SIZE
+from benchmarks.data.runs import prepare
 from benchmarks.marked import markdown
 from common.tables import text_table
 

@@ -1,9 +1,9 @@
 r"""Random windows of tokens into int64 batches, measured: our reader beside a memory map, webdataset, litdata and MDS.
 
-    python -m benchmarks.reader                                # ours, memory maps, webdataset
+    python -m benchmarks.data.reading                                # ours, memory maps, webdataset
     python -m venv peers && peers/bin/pip install litdata mosaicml-streaming "torch===2.13.0"   # as torchvision, PyPI's
     python -c "import site; print(*site.getsitepackages())" > peers/lib/python3.11/site-packages/project.pth
-    PYTHONPATH=. peers/bin/python -m benchmarks.reader --keep
+    PYTHONPATH=. peers/bin/python -m benchmarks.data.reading --keep
 
 The third line, by the Python in which this project is installed, lends its packages to the new environment. There they
 come after what pip put there: NumPy, torch and others may be of other versions, for all readers alike.

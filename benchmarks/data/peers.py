@@ -1,4 +1,4 @@
-"""Other tools for preparing data, as benchmarks/data_prep.py starts them: each in the environment of its own."""
+"""Other tools for preparing data, as benchmarks/data/preparation.py starts them: each in the environment of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import data_written
-from benchmarks.data_written import Written
-from benchmarks.process_cost import Cost, measure
+from benchmarks.data import outputs
+from benchmarks.data.outputs import Written
+from benchmarks.data.process_cost import Cost, measure
 from common.errors import UserError
 
 VOCAB_SIZE = 8000
@@ -71,7 +71,7 @@ def version_of(package: str, python: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
             f"--{package}: {python} is no Python that has {package} and tokenizers; "
-            "make it with the commands of python -m benchmarks.data_prep --help"
+            "make it with the commands of python -m benchmarks.data.preparation --help"
         ) from error
     return done.stdout.strip()
 
@@ -90,12 +90,10 @@ def peers(paths: list[Path], work: Path, pythons: dict[str, str]) -> dict[str, T
     tools = {}
     if "datatrove" in pythons:
         run = _datatrove(paths, work, pythons["datatrove"], tokenizer)
-        tools["datatrove"] = Tool(
-            versions["datatrove"], run, lambda: data_written.datatrove(work / "datatrove", tokenizer)
-        )
+        tools["datatrove"] = Tool(versions["datatrove"], run, lambda: outputs.datatrove(work / "datatrove", tokenizer))
     if "dolma" in pythons:
         run = _dolma(paths, work, pythons["dolma"], tokenizer)
-        tools["dolma"] = Tool(versions["dolma"], run, lambda: data_written.dolma(work / "dolma", tokenizer))
+        tools["dolma"] = Tool(versions["dolma"], run, lambda: outputs.dolma(work / "dolma", tokenizer))
     return tools
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data_peers import ONE_THREAD
-from benchmarks.process_cost import Cost, measure
+from benchmarks.data.peers import ONE_THREAD
+from benchmarks.data.process_cost import Cost, measure
 
 
 def prepare(work: Path, name: str, paths: list[Path], command: str = "run", **keys: Any) -> Cost:

@@ -1,12 +1,12 @@
 r"""Data preparation, measured: throughput per CPU-second beside datatrove and dolma, scaling, and memory.
 
-    python benchmarks/corpus/build.py corpus                                        # 100 MB of text, once
+    python benchmarks/data/corpus/build.py corpus                                        # 100 MB of text, once
     python -m venv peers && peers/bin/pip install "datatrove[io]" tokenizers
     python -m venv peers-dolma && peers-dolma/bin/pip install dolma==1.2.1 s3fs==2023.6.0 aiobotocore==2.5.4 \
         botocore==1.31.17 boto3==1.28.17        # pinned: alone, pip tries one boto3 after the other
-    python -m benchmarks.data_prep throughput "corpus/*.json.gz" \
+    python -m benchmarks.data.preparation throughput "corpus/*.json.gz" \
         --datatrove peers/bin/python --dolma peers-dolma/bin/python --repeats 5 --keep
-    python -m benchmarks.data_prep memory "corpus/*.json.gz" --keep
+    python -m benchmarks.data.preparation memory "corpus/*.json.gz" --keep
 
 throughput: the same raw files through each tool, read, tokenised and written, no filter, no deduplication, one process;
 the vocabulary has as many pieces in all. CPU seconds are user and system time of the process and its children, start-up
@@ -28,15 +28,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data_written, records
+from benchmarks import records
 from benchmarks.bars import Bar, draw_bars
-from benchmarks.data_memory import memory
-from benchmarks.data_memory import table as memory_table
-from benchmarks.data_peers import SAMPLE_BYTES, VOCAB_SIZE, Tool, peers
-from benchmarks.data_runs import prepare
+from benchmarks.data import outputs
+from benchmarks.data.memory import memory
+from benchmarks.data.memory import table as memory_table
+from benchmarks.data.peers import SAMPLE_BYTES, VOCAB_SIZE, Tool, peers
+from benchmarks.data.process_cost import Cost
+from benchmarks.data.runs import prepare
 from benchmarks.families import orders
 from benchmarks.marked import markdown
-from benchmarks.process_cost import Cost
 from common.errors import DataError, UserError
 from common.tables import text_table
 
@@ -59,7 +60,7 @@ def own_tools(paths: list[Path], work: Path) -> dict[str, Tool]:
         return Tool(
             version,
             lambda: prepare(work, name, paths, workers=workers, tokenizer=keys),
-            lambda: data_written.ours(work / name),
+            lambda: outputs.ours(work / name),
         )
 
     return {BPE: tool("bpe", 1), UNIGRAM: tool("unigram", 1), TWO: tool("bpe", 2)}
@@ -70,14 +71,14 @@ def throughput(paths: list[Path], work: Path, pythons: dict[str, str], repeats: 
     package."""
     others = peers(paths, work, pythons)
     tools = {**own_tools(paths, work), **{PEERS[package]: tool for package, tool in others.items()}}
-    source = data_written.raw(paths)
+    source = outputs.raw(paths)
     costs: dict[str, list[Cost]] = {name: [] for name in tools}
     for name in orders(list(tools), repeats):
         cost = tools[name].run()
         costs[name].append(cost)
         print(f"{name}: {cost.cpu_seconds:.2f} CPU s, {cost.seconds:.2f} s", file=sys.stderr, flush=True)
     written = {name: tool.written() for name, tool in tools.items()}
-    data_written.check(written, source)
+    outputs.check(written, source)
     found: dict[str, Any] = {
         name: {
             "version": tool.version,

@@ -1,7 +1,7 @@
 """About 100 MB of real English text from Debian's documentation packages, in C4's raw format, to repeat the numbers of
-`benchmarks/data_prep.py`. Needs apt-get, dpkg-deb, 200 MB of download and 1.5 GB of disk; takes some minutes.
+`benchmarks/data/preparation.py`. Needs apt-get, dpkg-deb, 200 MB of download and 1.5 GB of disk; takes some minutes.
 
-    python benchmarks/corpus/build.py OUT            # OUT/c4-train.0000N-of-00008.json.gz, OUT/sources.json
+    python benchmarks/data/corpus/build.py OUT            # OUT/c4-train.0000N-of-00008.json.gz, OUT/sources.json
 
 Pages are ordered by the sha256 of their names, so every file mixes all sources. The same package versions give the same
 text. It is for measuring: manuals, with code and other languages in between, are no corpus to train on, and it stays on

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import reader
-from benchmarks.reader import READERS, B, T, check_windows, run, write_corpus
+from benchmarks.data import reading
+from benchmarks.data.reading import READERS, B, T, check_windows, run, write_corpus
 from common.errors import DataError
 
 MODULES = {"webdataset": "webdataset", "litdata": "litdata", "mds": "streaming"}
@@ -51,13 +51,13 @@ def test_a_reader_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(READERS, "mds", missing)
     found = run(tmp_path, ["ours", "mds"], num_tokens=100_000, batches=2, repeats=2)
     assert len(found["ours"]["cpu"]) == 2
-    assert "| mds | not installed here |" in reader.page({"readers": found})
+    assert "| mds | not installed here |" in reading.page({"readers": found})
 
 
 def test_ratios_of_readers_are_medians_of_the_rounds(tmp_path: Path) -> None:
     ours: dict[str, Any] = {"version": "", "wall": [9.0, 9.0, 9.0], "cpu": [8.0, 10.0, 30.0]}
     other = {"version": "1.2", "wall": [4.0, 5.0, 6.0], "cpu": [4.0, 2.0, 10.0]}
-    found = {"readers": {"ours": ours, "webdataset": other, "mds": {"missing": reader.MISSING}}}
-    assert "| webdataset 1.2 | 5.0 | 4.0 | 3.00 | 2.00 to 5.00 |" in reader.page(found)
-    reader.draw(found, tmp_path / "a.png")
+    found = {"readers": {"ours": ours, "webdataset": other, "mds": {"missing": reading.MISSING}}}
+    assert "| webdataset 1.2 | 5.0 | 4.0 | 3.00 | 2.00 to 5.00 |" in reading.page(found)
+    reading.draw(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
