@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,19 +21,23 @@ RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""
 EVENTS = 6
 PLOT_ROWS = 9
+MOST_LINES = 6
+"""Of one explanation or event."""
 
 
 def screen(view: RunView, *, width: int, now: float) -> str:
-    """The run in lines of at most `width` characters. now: seconds since the epoch."""
-    lines = [f"{view.path}  {view.config.get('description', '')}".rstrip(), f"state      {state_text(view, now)}"]
-    lines += [f"{name:<10} {value}" for name, value in rows(view, now) if value]
+    """The run in lines of at most `width` characters, but for the last, which may be copied. now: seconds since the
+    epoch."""
+    lines = [f"{view.path}  {view.config.get('description', '')}".rstrip()]
+    for name, value in [("state", state_text(view, now)), *rows(view, now)]:
+        lines += wrapped(f"{name:<10} {value}", width, indent=11) if value else []
     x, y = view.metrics.column("step"), view.metrics.column("loss")
     plot = text_plot(x, y, width=width, height=PLOT_ROWS, braille=can_print_braille())
     if plot:
         lines += ["", "training loss by step", *plot]
-    told = [f"  {event_text(event, now)}" for event in view.events if event["event"] != "opened"][-EVENTS:]
+    told = [event_text(event, now) for event in view.events if event["event"] != "opened"][-EVENTS:]
     if told:
-        lines += ["", "last events", *told]
+        lines += ["", "last events", *(line for text in told for line in wrapped(f"  {text}", width, indent=4))]
     lines += ["", f"next: {next_text(view)}"]
     return "\n".join(shortened(visible(line), width) for line in lines[:-1]) + "\n" + visible(lines[-1])
 
@@ -142,7 +147,7 @@ def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:
         has_limit = isinstance(experts, int) and isinstance(active, int) and active > 0
         text = f"{name} {load:.2f}" + (f" of {experts / active:.3g}" if has_limit else "")
         parts.append(text + (f", {unused:.0f} unused" if isinstance(unused, int | float) and unused else ""))
-    return f"{'; '.join(parts)} (busiest; 1 is even)" if parts else ""  # a narrow terminal cuts the end
+    return f"{'; '.join(parts)} (busiest; 1 is even)" if parts else ""
 
 
 def memory_text(newest: dict[str, Any]) -> str:
@@ -234,6 +239,19 @@ def duration(seconds: float) -> str:
     if hours < 1:
         return f"{minutes} min"
     return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
+
+
+def wrapped(line: str, width: int, *, indent: int) -> list[str]:
+    """The line in lines of at most `width` characters, those after the first indented. What takes more than MOST_LINES
+    ends in dots."""
+    return textwrap.wrap(
+        visible(line),
+        max(width, indent + 10),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+        max_lines=MOST_LINES,
+        placeholder=" ...",
+    )
 
 
 def shortened(line: str, width: int) -> str:

@@ -88,6 +88,18 @@ def test_a_run_that_has_ended(tmp_path: Path, outcome: dict[str, Any], state: St
     assert f"state      {state.value}" in text and outcome.get("reason", "left no outcome") in text
 
 
+def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
+    words = " ".join(f"word{number}" for number in range(40))
+    events = [{"event": "skipped_checkpoint", "time": 2.0, "path": "step-00000009", "reason": words}]
+    lines = shown(write(tmp_path / "run", events=events, exit_code=2, reason=words), width=60).splitlines()[:-1]
+    assert all(len(line) <= 60 for line in lines)
+    start = next(n for n, line in enumerate(lines) if line.startswith("state "))
+    end = next(n for n, line in enumerate(lines) if line.startswith("step "))
+    assert " ".join(line[11:] for line in lines[start:end]) == f"failed: {words}"
+    endless = shown(write(tmp_path / "endless", exit_code=2, reason=words * 99), width=60).splitlines()
+    assert endless[6].endswith(" ...") and endless[7].startswith("step ")
+
+
 @pytest.mark.parametrize("age, alive", [(0.0, True), (DEAD_SECONDS + 5.0, False)])
 def test_the_lock_of_another_machine_is_judged_by_its_age(tmp_path: Path, age: float, alive: bool) -> None:
     folder = write(tmp_path / "run")
