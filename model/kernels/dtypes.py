@@ -16,16 +16,20 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def cpu_gemm_dtype(dtype: torch.dtype, *, accumulates: bool = False) -> torch.dtype:
     """The dtype in which the CPU backends multiply tensors of `dtype`.
 
-    Half precision is widened to fp32 unless the CPU multiplies bf16 in AMX tiles: without them torch.mm is about twice
-    as fast in fp32 as in bf16, and the sums over choices and over tokens are exact to fp32 for free. With AVX-512 BF16
-    torch.mm in bf16 has twice fp32's rate, but not at the first sight of a number of rows, for which oneDNN builds a
-    program. Experts get another number in every step, so fp32 is not slower there either (an EPYC, torch 2.13). An op
-    that adds the products of many GEMMs up in one buffer (`accumulates`: SwitchHead's sum over heads) is widened on
-    every CPU, because each of the additions would be rounded.
+    bf16 is multiplied as it is where the CPU has instructions for it: AMX tiles, or AVX-512 BF16 with twice the rate of
+    fp32. oneDNN builds a program for every shape, so the ops give it few (cpu/sorted_rows.py, `tile_rows`).
+    Other half precision is widened to fp32: torch.mm is about twice as fast in it, and the sums over choices and over
+    tokens are exact to fp32 for free. An op that adds the products of many GEMMs up in one buffer (`accumulates`:
+    SwitchHead's sum over heads) is widened on every CPU, because each of the additions would be rounded.
     """
-    if dtype == torch.bfloat16 and not accumulates and torch.cpu._is_amx_tile_supported():
+    if dtype == torch.bfloat16 and not accumulates and multiplies_bf16():
         return dtype
     return wide_dtype(dtype)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.cpu.sorted_rows import expert_segment, mm_into, sorted_gates, sum_slots
+from model.kernels.cpu.sorted_rows import expert_segment, gather, mm_into, mm_rows, sorted_gates, sum_slots
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
 
 
 def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> Tensor:
     """x [N, d], experts [E, d, h] -> [N, k, h]: every slot's own expert."""
-    (N, d), h = x.shape, experts.shape[2]
+    N, h = x.shape[0], experts.shape[2]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, y = x.to(dtype), x.new_empty(N * k, h)
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
-        torch.index_select(source, 0, tokens[segment], out=wide)
-        torch.mm(wide, experts[expert].to(dtype), out=narrow)
-        y.index_copy_(0, order[segment], narrow.to(y.dtype))
+        wide = gather("gathered", source, tokens[segment])
+        narrow = torch.mm(wide, experts[expert].to(dtype), out=scratch("narrow", (len(wide), h), dtype))
+        y.index_copy_(0, order[segment], narrow[: counts[expert]].to(y.dtype))
 
     run_tasks(counts, compute)
     return y.view(N, k, h)
@@ -40,11 +39,9 @@ def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tens
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
-        torch.index_select(source, 0, tokens[segment], out=wide)
-        torch.index_select(narrow_source, 0, order[segment], out=narrow)
+        wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
         mm_into(grad_experts[expert], wide.t(), narrow)
-        torch.mm(narrow, experts[expert].to(dtype).t(), out=rows[segment])
+        mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
     _clear_unused(grad_experts, counts)
@@ -60,24 +57,22 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
     narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
 
     def compute(expert: int) -> None:
-        segment, narrow = expert_segment(counts, expert), scratch("narrow", (counts[expert], h), dtype)
-        torch.index_select(narrow_source, 0, order[segment], out=narrow)
-        torch.mm(narrow, experts[expert].to(dtype).t(), out=rows[segment])
+        segment = expert_segment(counts, expert)
+        narrow = gather("narrow", narrow_source, order[segment])
+        mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
     return sum_slots(rows, order, k, x)
 
 
 def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
-    (_, k, h), d = grad.shape, x.shape[1]
+    k, h = grad.shape[1:]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        wide, narrow = scratch("gathered", (counts[expert], d), dtype), scratch("narrow", (counts[expert], h), dtype)
-        torch.index_select(source, 0, tokens[segment], out=wide)
-        torch.index_select(narrow_source, 0, order[segment], out=narrow)
+        wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
         mm_into(grad_experts[expert], wide.t(), narrow)
 
     run_tasks(counts, compute)
@@ -94,10 +89,10 @@ def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: 
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        narrow = scratch("narrow", (counts[expert], h), dtype)
-        torch.index_select(source, 0, order[segment], out=narrow)
+        narrow = gather("narrow", source, order[segment])
         # The gate multiplies the narrow side: the same product, fewer bytes.
-        torch.mm(narrow.mul_(gate_column[segment]), experts[expert].to(dtype), out=rows[segment])
+        narrow[: counts[expert]].mul_(gate_column[segment])
+        mm_rows(narrow, experts[expert].to(dtype), rows[segment])
 
     run_tasks(counts, compute)
     return sum_slots(rows, order, k, a.new_empty(N, d))
@@ -107,22 +102,21 @@ def sum_backward(
     grad: Tensor, a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, gates and experts for `grad` [N, d]."""
-    (N, k, h), d, slots = a.shape, experts.shape[2], order.shape[0]
+    (N, k, h), slots = a.shape, order.shape[0]
     dtype, counts, tokens = cpu_gemm_dtype(a.dtype), load.tolist(), order // k
     source, wide_source = a.reshape(slots, h).to(dtype), grad.to(dtype)
     gate_column, gate_rows = sorted_gates(gates, order, dtype), a.new_empty(slots, dtype=dtype)
     grad_a, grad_experts = a.new_empty(slots, h), experts.new_empty(experts.shape)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
-        wide = scratch("gathered", (counts[expert], d), dtype)
-        narrow, grad_narrow = (scratch(name, (counts[expert], h), dtype) for name in ("narrow", "grad_narrow"))
-        torch.index_select(wide_source, 0, tokens[segment], out=wide)
-        torch.index_select(source, 0, order[segment], out=narrow)
-        torch.mm(wide, experts[expert].to(dtype).t(), out=grad_narrow)
-        torch.linalg.vecdot(grad_narrow, narrow, out=gate_rows[segment])
+        segment, count = expert_segment(counts, expert), counts[expert]
+        wide, narrow = gather("gathered", wide_source, tokens[segment]), gather("narrow", source, order[segment])
+        tile = scratch("grad_narrow", (len(wide), h), dtype)
+        grad_narrow = torch.mm(wide, experts[expert].to(dtype).t(), out=tile)[:count]
+        torch.linalg.vecdot(grad_narrow, narrow[:count], out=gate_rows[segment])
         grad_a.index_copy_(0, order[segment], grad_narrow.mul_(gate_column[segment]).to(a.dtype))
-        mm_into(grad_experts[expert], narrow.mul_(gate_column[segment]).t(), wide)
+        narrow[:count].mul_(gate_column[segment])
+        mm_into(grad_experts[expert], narrow.t(), wide)
 
     run_tasks(counts, compute)
     _clear_unused(grad_experts, counts)

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
-from model.kernels.cpu.sorted_rows import expert_segment, mm_into, slot_rows, sorted_gates, sum_slots
+from model.kernels.cpu.sorted_rows import (
+    empty_tile,
+    expert_segment,
+    filled,
+    gather,
+    mm_into,
+    mm_rows,
+    slot_rows,
+    sorted_gates,
+    sum_slots,
+)
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
 from model.kernels.ops.sigma_moe import Inputs
@@ -24,13 +34,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        gathered = scratch("gathered", (counts[expert], d), dtype)
-        gated = scratch("gated", (counts[expert], G), dtype)
-        torch.index_select(source, 0, tokens[segment], out=gathered)
-        torch.mm(gathered, up_experts[expert].to(dtype), out=hidden[segment])
+        gated = empty_tile("gated", counts[expert], G, dtype)
+        mm_rows(gather("gathered", source, tokens[segment]), up_experts[expert].to(dtype), hidden[segment])
         # The gate multiplies the hidden layer, which is narrower than the output: the same product, fewer bytes.
-        torch.mul(activate_kept(hidden[segment], swiglu=swiglu), gates[segment], out=gated)
-        torch.mm(gated, down_experts[expert].to(dtype), out=rows[segment])
+        activated = activate_kept(hidden[segment], swiglu=swiglu)
+        torch.mul(activated, gates[segment], out=gated[: counts[expert]])
+        mm_rows(gated, down_experts[expert].to(dtype), rows[segment])
 
     run_tasks(counts, compute)
     return sum_slots(rows, order, k, x), hidden
@@ -47,22 +56,21 @@ def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tens
     grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment, count = expert_segment(counts, expert), counts[expert]
         expert_hidden, expert_gates = hidden[segment], gates[segment]
         activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
-        gathered = scratch("gathered", (counts[expert], d), dtype)
-        gated = scratch("gated", (counts[expert], G), dtype)
-        grad_activated = scratch("grad_activated", (counts[expert], G), dtype)
-        grad_hidden = scratch("grad_hidden", (counts[expert], W), dtype) if swiglu else grad_activated
-        torch.index_select(grad, 0, tokens[segment], out=gathered)
-        torch.mul(activated, expert_gates, out=gated)
+        gated = empty_tile("gated", count, G, dtype)
+        torch.mul(activated, expert_gates, out=gated[:count])
+        gathered = gather("gathered", grad, tokens[segment])
         mm_into(grad_down[expert], gated.t(), gathered)
-        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_activated)
+        tile = scratch("grad_activated", (len(gathered), G), dtype)
+        grad_activated = torch.mm(gathered, down_experts[expert].to(dtype).t(), out=tile)[:count]
         torch.linalg.vecdot(grad_activated, activated, out=grad_gates[segment])
-        activation_gradient(grad_activated.mul_(expert_gates), expert_hidden, swiglu=swiglu, out=grad_hidden)
-        torch.index_select(source, 0, tokens[segment], out=gathered)
-        mm_into(grad_up[expert], gathered.t(), grad_hidden)
-        torch.mm(grad_hidden, up_experts[expert].to(dtype).t(), out=rows[segment])
+        grad_hidden = empty_tile("grad_hidden", count, W, dtype) if swiglu else tile
+        grad_activated.mul_(expert_gates)
+        activation_gradient(grad_activated, expert_hidden, swiglu=swiglu, out=grad_hidden[:count])
+        mm_into(grad_up[expert], gather("gathered", source, tokens[segment]).t(), grad_hidden)
+        mm_rows(grad_hidden, up_experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
     _clear_unused(counts, grad_up, grad_down)
@@ -86,16 +94,15 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
     grad_hidden = torch.empty_like(hidden)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
-        gathered = scratch("gathered", (counts[expert], d), dtype)
-        torch.index_select(grad, 0, tokens[segment], out=gathered)
-        grad_rows, expert_hidden = grad_hidden[segment], hidden[segment]
+        segment, count = expert_segment(counts, expert), counts[expert]
+        gathered, expert_hidden = gather("gathered", grad, tokens[segment]), hidden[segment]
         activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
-        grad_activated = scratch("grad_activated", (counts[expert], G), dtype) if swiglu else grad_rows
-        torch.mm(gathered, down_experts[expert].to(dtype).t(), out=grad_activated)
+        tile = scratch("grad_activated", (len(gathered), G), dtype)
+        grad_activated = torch.mm(gathered, down_experts[expert].to(dtype).t(), out=tile)[:count]
         torch.linalg.vecdot(grad_activated, activated, out=grad_gates[segment])
+        grad_rows = grad_hidden[segment]
         activation_gradient(grad_activated.mul_(gates[segment]), expert_hidden, swiglu=swiglu, out=grad_rows)
-        torch.mm(grad_rows, up_experts[expert].to(dtype).t(), out=rows[segment])
+        mm_rows(filled("grad_hidden", grad_rows), up_experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
     grad_scores = scores.new_zeros(N * k)
@@ -106,7 +113,7 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
 def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of up_experts and down_experts."""
     x, scores, order, load, up_experts, down_experts, _ = inputs
-    d, (_, G, _), k = x.shape[1], down_experts.shape, scores.shape[1]
+    G, k = down_experts.shape[1], scores.shape[1]
     swiglu = is_swiglu(up_experts, down_experts)
     dtype, counts = hidden.dtype, load.tolist()
     source, grad = x.to(dtype), grad.to(dtype).contiguous()
@@ -115,14 +122,12 @@ def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: 
 
     def compute(expert: int) -> None:
         segment = expert_segment(counts, expert)
-        gathered = scratch("gathered", (counts[expert], d), dtype)
-        gated = scratch("gated", (counts[expert], G), dtype)
-        torch.index_select(grad, 0, tokens[segment], out=gathered)
+        gated = empty_tile("gated", counts[expert], G, dtype)
         activated = activate(hidden[segment], swiglu=True) if swiglu else hidden[segment]
-        torch.mul(activated, gates[segment], out=gated)
-        mm_into(grad_down[expert], gated.t(), gathered)
-        torch.index_select(source, 0, tokens[segment], out=gathered)
-        mm_into(grad_up[expert], gathered.t(), grad_hidden[segment])
+        torch.mul(activated, gates[segment], out=gated[: counts[expert]])
+        mm_into(grad_down[expert], gated.t(), gather("gathered", grad, tokens[segment]))
+        narrow = filled("grad_hidden", grad_hidden[segment])
+        mm_into(grad_up[expert], gather("gathered", source, tokens[segment]).t(), narrow)
 
     run_tasks(counts, compute)
     _clear_unused(counts, grad_up, grad_down)

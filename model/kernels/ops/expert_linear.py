@@ -9,7 +9,7 @@ choice) pair. Wide rows belong to tokens and narrow ones to slots: each op is th
 
 Measured (N=2048, d=416, h=88, E=10, k=4, both ops forward + backward, one thread on a busy machine, share of torch.mm's
 rate at 2048^3 in the same run): 51% in fp32; F.grouped_mm 33%, a loop over experts with index_add 34%, reference 31%.
-bf16 is computed in fp32 where the CPU has no AMX: 88% of torch.mm's bf16 rate, the others 52-60%.
+bf16 is computed in fp32 where the CPU cannot multiply it: 88% of torch.mm's bf16 rate, the others 52-60%.
 """
 
 from __future__ import annotations

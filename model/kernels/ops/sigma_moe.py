@@ -9,7 +9,7 @@ slot n*k + j is one (token, choice) pair.
 
 Measured (N=4096, d=512, E=16, k=4, G=128, forward + backward, share of torch.mm's rate at 2048^3 in the same run):
 2 threads 59% in fp32, 1 thread 68%; the GEMMs alone reach 95%, gathers take 10%, the sum over k 5%, ReLU and gates 4%.
-bf16 is computed in fp32 where the CPU has no AMX: 90-120% of torch.mm's bf16 rate. Shares of other designs, forward on
+bf16 is computed in fp32 where the CPU cannot multiply it: 90-120% of torch.mm's bf16 rate. Other designs, forward on
 one thread in one run: gather into the rows that are summed at the end 66% (this one: into a tile that stays in cache,
 69%), index_add_ per expert 64%, blocks of 1024 tokens through all experts 60%.
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels import backend
-from model.kernels.dtypes import cpu_gemm_dtype
+from model.kernels.dtypes import cpu_gemm_dtype, multiplies_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -143,11 +143,11 @@ def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_half_precision_is_widened_without_amx() -> None:
+def test_half_precision_is_widened_where_the_cpu_cannot_multiply_it() -> None:
     """And with them where many products are added up in one buffer."""
     assert cpu_gemm_dtype(torch.float64) == torch.float64
     assert cpu_gemm_dtype(torch.float16) == torch.float32
-    expected = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    expected = torch.bfloat16 if multiplies_bf16() else torch.float32
     assert cpu_gemm_dtype(torch.bfloat16) == expected
     assert cpu_gemm_dtype(torch.bfloat16, accumulates=True) == torch.float32
 

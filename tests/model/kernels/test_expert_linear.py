@@ -45,8 +45,8 @@ OPS = ("expert_linear", "expert_linear_sum")
 NAMES = {"expert_linear": ("x", "experts"), "expert_linear_sum": ("a", "gates", "experts")}
 
 # The loop gets the same rounded inputs, so fp32 differs by the order of its sums; bf16 is computed in fp32 and rounded
-# once, half a unit of 2^-8.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
+# once, half a unit of 2^-8, or gated and summed as bf16 where the CPU multiplies it (test_bf16_products.py has both).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
 @pytest.fixture(autouse=True)

@@ -49,12 +49,12 @@ NATIVE = tuple(backend for backend in BACKENDS if backend != "triton")
 """Those that are fast enough here for the whole table: the interpreted kernels have tables of their own in triton/."""
 
 # Rounding of inputs is not an error here (the loop gets the same values), so fp32 differs by the order of its sums.
-# bf16: `cpu` and `reference` compute in fp32 and round once, half a unit of 2^-8; grouped_mm and triton round the
-# hidden layer, the gated one and every row too: a few times that.
+# bf16: `reference` computes in fp32 and rounds once, half a unit of 2^-8; the others round the hidden layer, the gated
+# one and every row too: a few times that. `cpu` does so where the CPU multiplies bf16 (test_bf16_products.py has both).
 TOLERANCE = {
     torch.float64: dict.fromkeys(BACKENDS, 1e-12),
     torch.float32: dict.fromkeys(BACKENDS, 1e-5),
-    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-8, "grouped_mm": 2**-6, "triton": 2**-7},
+    torch.bfloat16: {"reference": 2**-8, "cpu": 2**-7, "grouped_mm": 2**-6, "triton": 2**-7},
 }
 
 
