@@ -104,10 +104,15 @@ class Stop:
                 signal.signal(number, signal.SIG_IGN)
 
     def step_aside(self) -> bool:
-        """Called if the ranks have not met and the first rank of this node refuses the run for the same reason as this
-        one. Launchers end all other ranks when one has left, so the rank that says why must leave first; this one waits
-        silently to be ended. Returns True if nothing ended it, as under srun: then perhaps no rank has said why."""
-        if not self._installed or is_task_of_many(os.environ):
+        """Called if the ranks have not met and this one, which is not the first of its node, refuses the run. Returns
+        whether it shall say why.
+
+        The first has most often found the same. Launchers end all other ranks when one has left, so the rank that says
+        why must leave first; this one waits silently to be ended. If nothing ends it, it alone has found the fault.
+        Under srun nothing does, and each task may have a log of its own: all of them say it."""
+        if is_task_of_many(os.environ):
+            return True
+        if not self._installed:
             return False
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
