@@ -160,7 +160,9 @@ class Watchdog:
                 self._describe_for_all(message)
             else:
                 time.sleep(self._pause)
-        self._end_silent_ranks_here()
+        silent = self._wake_silent_ranks_here()
+        # A launcher gives the code of the first rank that it sees end: they are killed when nothing is left to be done.
+        self._stop.before_leaving.append(lambda code, message: self._kill(silent))
         self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
 
     def _becomes_reader(self) -> bool:
@@ -204,12 +206,13 @@ class Watchdog:
             file.write(dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
         write_file(path, f"{text}\n".encode())
 
-    def _end_silent_ranks_here(self) -> None:
-        """Once per machine: makes its silent ranks write their stacks, if they can, and kills them."""
+    def _wake_silent_ranks_here(self) -> list[int]:
+        """Once per machine: makes its silent ranks write their stacks, if they can. Returns those ranks, nothing on the
+        other ranks of the machine."""
         here = [rank for rank in range(len(self._identities)) if self._is_here(rank)]
         silent = [rank for rank in here if not (self._hang / f"rank-{rank:05d}.json").exists()]
         if self._rank != min(set(here) - set(silent)):
-            return
+            return []
         stacks = {}
         for rank in silent:
             with contextlib.suppress(OSError):  # opened now: a rank that is woken removes its file when it leaves
@@ -224,7 +227,10 @@ class Watchdog:
         for rank, file in stacks.items():
             with contextlib.suppress(OSError), file:
                 (self._hang / f"rank-{rank:05d}.stacks").write_bytes(file.read())
-        for rank in silent:
+        return silent
+
+    def _kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
             if self._runs(rank):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._identities[rank]["pid"], signal.SIGKILL)
