@@ -130,11 +130,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 print_derived(config, data_size, sources, run_dir)
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
-        # Before the ranks have met, most often all ranks of a node find the same fault, and one of them reports it.
-        if ranks.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif stop.step_aside():
-            print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        stop.say_refusal(error, ranks)
         return ExitCode.REFUSED
 
 

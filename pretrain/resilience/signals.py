@@ -25,9 +25,10 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from common.slurm import is_task_of_many
+from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -102,6 +103,18 @@ class Stop:
         if state is ProcessState.ENDING and self._installed:
             for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
                 signal.signal(number, signal.SIG_IGN)
+
+    def say_refusal(
+        self, error: Exception, ranks: Ranks, *, prefix: str = "error: ", stream: TextIO | None = None
+    ) -> None:
+        """Prints on `stream` (stderr) why this rank refuses the run before the ranks have met. Most often all of a node
+        have found it, and the first of them says it; one that alone has found it, such as a GPU that is gone, says it
+        with its number."""
+        stream = sys.stderr if stream is None else stream
+        if ranks.local_rank == 0:
+            print(f"{prefix}{error}", file=stream, flush=True)
+        elif self.step_aside():
+            print(f"{prefix}rank {ranks.rank}: {error}", file=stream, flush=True)
 
     def step_aside(self) -> bool:
         """Called if the ranks have not met and this one, which is not the first of its node, refuses the run. Returns

@@ -64,11 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Entry point of every rank. Returns 0 passed, 1 failed, 2 refused, or the code that training ended with."""
-    args = build_parser().parse_args(arguments)
-    is_first = True
+    args, stop = build_parser().parse_args(arguments), stop or Stop()
     try:
         ranks = Ranks.from_environment()
-        is_first = ranks.local_rank == 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.REFUSED
+    try:
         for option, value, least in (("--steps", args.steps, 2), ("--mebibytes", args.mebibytes, 1)):
             if value < least:
                 raise UserError(f"{option}: {value} is too small; write {least} or more")
@@ -77,10 +79,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         run_dir = run_folder(path, args.run_dir)
         sources, _ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        stop.say_refusal(error, ranks)
         return ExitCode.REFUSED
-    return _run(config, sources, run_dir, ranks, stop or Stop(), args)
+    return _run(config, sources, run_dir, ranks, stop, args)
 
 
 def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path | None = None) -> Config:
@@ -117,9 +118,8 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
     except devices.Unreachable as error:
         print(f"{VERDICT}FAILED: {error}", flush=True)
         return ExitCode.PEER_DIED
-    except UserError as error:  # such as a port that is taken: every rank of the node finds it
-        if ranks.local_rank == 0:
-            print(f"{VERDICT}FAILED: {error}", flush=True)
+    except UserError as error:  # such as a port that is taken
+        stop.say_refusal(error, ranks, prefix=f"{VERDICT}FAILED: ", stream=sys.stdout)
         return ExitCode.REFUSED
     stop.enter(ProcessState.STARTING)
     speaks, code = ranks.rank == 0, ExitCode.UNFORESEEN
@@ -177,7 +177,10 @@ def _test(
             shutil.rmtree(folder / name / "checkpoints")
     slower = " (train.deterministic=true)" if device.type == "cuda" else ""
     links = "".join(f", {one}" for one in measured if one.name == "all_reduce" or one.name.startswith("slowest"))
-    return ExitCode.FINISHED, f"PASSED: collectives right{links}; {speed:,.0f} tokens/s{slower}; resume equal in every bit"
+    return (
+        ExitCode.FINISHED,
+        f"PASSED: collectives right{links}; {speed:,.0f} tokens/s{slower}; resume equal in every bit",
+    )
 
 
 def _from_first(function: Any) -> Any:

@@ -31,7 +31,8 @@ with open(f"{{folder}}/{{name}}.calls", "a") as file:
 if name == "srun":
     checkpoint = os.environ.get("MAKES")
     if os.environ.get("SAYS"):
-        with open(f"{{os.environ['RUN_DIR']}}/slurm/7.rank0.log", "w") as file:
+        log = f"{{os.environ['RUN_DIR']}}/slurm/7.rank{{os.environ.get('SAYS_IT', '0')}}.log"
+        with open(log, "w") as file:
             file.write(os.environ["SAYS"])
     if checkpoint:
         os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
@@ -132,6 +133,14 @@ def test_what_follows_an_exit_code(bench: Bench, code: int, requeued: bool, word
     ended, output = bench.train(SRUN_CODE=str(code))
     assert (ended, bench.requeues()) == (code, ["7"] if requeued else []), output
     assert words in output
+
+
+def test_what_a_rank_of_this_start_refused_is_repeated(bench: Bench) -> None:
+    _, output = bench.train(SRUN_CODE="2", SAYS="loading\nerror: rank 9: sees 7 GPUs\n", SAYS_IT="9")
+    assert "\nerror: rank 9: sees 7 GPUs\n" in output and "refused (exit code 2): see " in output
+    time.sleep(0.05)
+    _, output = bench.train(SRUN_CODE="137")
+    assert "sees 7 GPUs" not in output, "of an earlier start"
 
 
 def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: Bench) -> None:

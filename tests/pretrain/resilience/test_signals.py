@@ -126,6 +126,13 @@ def test_a_rank_that_steps_aside_is_ended_without_a_word_or_speaks_itself() -> N
     assert run_process(srun + "print(stop.step_aside())", timeout=15).stdout == "ready\nTrue\n"
 
 
+def test_what_one_rank_alone_has_found_is_said_with_its_number() -> None:
+    say = "from pretrain.ranks import Ranks\nstop.say_refusal(ValueError('no GPU'), Ranks({rank}, {local}, 16, 8))"
+    srun = "os.environ.update(SLURM_PROCID='9', SLURM_STEP_NUM_TASKS='16')\n"
+    assert run_process(srun + say.format(rank=9, local=1)).stderr == "error: rank 9: no GPU\n"
+    assert run_process(srun + say.format(rank=8, local=0)).stderr == "error: no GPU\n"
+
+
 def test_only_the_first_rank_of_a_node_says_that_it_was_stopped_before_the_start() -> None:
     script = "stop.install(launched=False)\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(20)"
     others = run_process(f"os.environ['LOCAL_RANK'] = '1'\n{script}")
