@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SIGNAL_SECONDS = 300
 GPU_REQUEST = re.compile(r"--(gpus(-per-[a-z]+)?=|(gres|tres-per-[a-z]+)=(.*,)?(gres[/:])?gpu\b)")
 """Options of sbatch that ask for GPUs, as they may stand behind --sbatch."""
+CPU_REQUEST = re.compile(r"--(cpus-per-(task|gpu)=|exclusive)")
+"""Those that say how many CPUs a rank has."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +72,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="give up after this many starts in a row that left no newer checkpoint",
     )
+    parser.add_argument(
+        "--repeats",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="after a failure of the ranks start them again at once on the same nodes, unless more than N starts in a "
+        "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (0: always)",
+    )
+    parser.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="further option of srun, repeatable: --srun=--container-image=/shared/torch.sqsh",
+    )
     job.add_site_arguments(parser)
     return parser
 
@@ -90,7 +107,11 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-node", type=at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
     )
-    parser.add_argument("--cpus-per-rank", type=at_least(1), metavar="N", help="CPUs, and OMP_NUM_THREADS")
+    parser.add_argument("--cpus-per-rank",
+        type=at_least(1),
+        metavar="N",
+        help="CPUs, and OMP_NUM_THREADS: a node's cores / ranks (default: the cluster's, most often one)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,6 +162,15 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
     _check_gpus(args)
+    wrong = next((option for option in args.srun if not re.match(r"--[a-z]", option)), None)
+    if wrong is not None:
+        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--container-image=/shared/torch.sqsh")
+    if args.cpus_per_rank is None and not any(CPU_REQUEST.match(option) for option in args.sbatch):
+        print(
+            "warning: --cpus-per-rank: is not given; most clusters then give a rank one core, which Python, reading "
+            "data, saving and NCCL share. Give it a node's cores / ranks, and --sbatch=--mem=0 for all of its memory",
+            file=sys.stderr,
+        )
     config = load_config(args.config, args.overrides)
     device, num_ranks = "cpu" if args.cpu else "cuda", args.nodes * _ranks_per_node(args)
     if config.train.device not in ("auto", device):
@@ -244,6 +274,8 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             "PYTHON": str(_python(args)),
             "REQUEUES": "0" if args.smoke else str(args.requeues),
             "FAULTS": str(args.faults),
+            "REPEATS": str(args.repeats),
+            **({"SRUN_OPTIONS": shlex.join(args.srun)} if args.srun else {}),
             **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },
         setup=args.setup,

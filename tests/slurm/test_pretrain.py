@@ -121,18 +121,29 @@ def python_of(cluster: Cluster, node: str) -> psutil.Process:
     return rank
 
 
-def test_a_killed_task_is_a_requeue(training: Training) -> None:
+def test_a_killed_task_starts_again_on_the_same_nodes(training: Training) -> None:
     steps = max(30, training.steps // 3)
     number = training.start("killed task", stop_after=steps)
     training.wait_for_steps("killed task", steps // 2)
     python_of(training.cluster, "node2").kill()
     fields = training.finish("killed task", number)
-    assert fields["Restarts"] == "1"
+    assert fields["Restarts"] == "0"
     assert (
-        "(exit code 137; 128 + N: signal N); requeued, newest checkpoint: step-"
+        "(exit code 137; 128 + N: signal N); again on the same nodes, newest checkpoint: step-"
         in (training.logs("killed task") / f"{number}.log").read_text()
     )
     training.assert_unbroken("killed task", steps)
+
+
+def test_with_no_repeats_a_killed_task_is_a_requeue(training: Training) -> None:
+    steps = max(30, training.steps // 3)
+    number = training.start("requeued", "--repeats", "0", stop_after=steps)
+    training.wait_for_steps("requeued", steps // 2)
+    python_of(training.cluster, "node2").kill()
+    assert training.finish("requeued", number)["Restarts"] == "1"
+    text = (training.logs("requeued") / f"{number}.log").read_text()
+    assert "(exit code 137; 128 + N: signal N); requeued, newest checkpoint: step-" in text
+    training.assert_unbroken("requeued", steps)
 
 
 def test_a_lost_node_is_a_requeue(training: Training) -> None:

@@ -145,11 +145,40 @@ def test_what_a_rank_of_this_start_refused_is_repeated(bench: Bench) -> None:
 
 def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: Bench) -> None:
     for restart, makes in enumerate(("", "", "step-00000010", "", "", "")):
-        bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT=str(restart), MAKES=makes)
+        bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT=str(restart), MAKES=makes, REPEATS="0")
     # Two without a checkpoint, one that made one, and two more: the third in a row is final.
     assert len(bench.requeues()) == 5
     _, output = bench.train(SRUN_CODE="85", FAULTS="1", MAKES="step-00000010")
     assert "not requeued: 4 starts in a row left no newer checkpoint than step-00000010" in output
+
+
+def test_failed_ranks_start_again_on_the_same_nodes_as_long_as_that_helps(bench: Bench) -> None:
+    code, output = bench.train(SRUN_CODE="137")
+    ports = [call[1] for call in bench.calls("srun")]
+    assert (code, len(ports), bench.requeues()) == (137, 2, ["7"]), output
+    assert "(exit code 137; 128 + N: signal N); again on the same nodes, newest checkpoint: none" in output
+    assert "start 1, again: 2 ranks on node[1-2]" in output and "requeued, newest checkpoint: none" in output
+    # The first start after the requeue is the third in a row: final, and not repeated.
+    code, output = bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT="1")
+    assert len(bench.calls("srun")) == 3 and "not requeued: 3 starts in a row" in output
+
+
+@pytest.mark.parametrize("code, variables", [("4", {}), ("85", {}), ("143", {}), ("137", {"PROGRAM": "smoke.py"})])
+def test_what_would_not_help_is_not_started_again(bench: Bench, code: str, variables: dict[str, str]) -> None:
+    bench.train(SRUN_CODE=code, **variables)
+    assert len(bench.calls("srun")) == 1
+
+
+@pytest.mark.parametrize("seconds, starts", [(600, 1), (3600, 2)])
+def test_ranks_are_not_started_again_shortly_before_the_limit(bench: Bench, seconds: int, starts: int) -> None:
+    bench.train(SRUN_CODE="137", SLURM_JOB_END_TIME=str(int(time.time()) + seconds))
+    assert len(bench.calls("srun")) == starts
+
+
+def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
+    bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
+    [(arguments, _, _)] = bench.calls("srun")
+    assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]  # type: ignore[index]
 
 
 def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(bench: Bench) -> None:
@@ -164,7 +193,7 @@ def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(be
 
 
 def test_a_half_written_checkpoint_is_none(bench: Bench) -> None:
-    _, output = bench.train(SRUN_CODE="1", MAKES="step-00000010.partial")
+    _, output = bench.train(SRUN_CODE="1", MAKES="step-00000010.partial", REPEATS="0")
     assert "newest checkpoint: none" in output and (bench.run_dir / "slurm" / "7.faults").read_text() == "1\n"
 
 
