@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
     ask_cublas_for_determinism,
@@ -268,13 +269,18 @@ def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 def _set_threads(ranks: Ranks, threads: int | None) -> None:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(
-            1,
-            len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-            // ranks.local_size,
-        )
+        threads = own_cores(ranks, os.environ)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def own_cores(ranks: Ranks, env: Mapping[str, str]) -> int:
+    """Cores for this rank alone: those on which it may run, its share of them where all ranks of the node may run on
+    the same. srun gives each task its own unless it is told not to bind them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    binding = env.get("SLURM_CPU_BIND_TYPE", "")
+    is_bound = is_task_of_many(env) and binding.startswith(("mask_cpu", "map_cpu", "rank"))
+    return cores if is_bound else max(1, cores // ranks.local_size)
 
 
 def _free_port() -> int:

@@ -122,3 +122,23 @@ def test_a_requeued_job_waits_for_the_lock_of_its_lost_node(tmp_path: Path, monk
     taken = lock.FolderLock(tmp_path)
     assert taken.taken_over == ["process 1 on lost-node"]
     taken.release()
+
+
+@pytest.mark.parametrize(
+    "variables, share",
+    [
+        ({}, 2),
+        ({"SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 16),
+        ({"SLURM_CPU_BIND_TYPE": "none"}, 2),
+        ({"SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_STEP_NUM_TASKS": "1"}, 2),
+    ],
+)
+def test_cores_that_srun_gave_to_one_task_are_not_divided_again(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], share: int
+) -> None:
+    from pretrain.device import own_cores
+    from pretrain.ranks import Ranks
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    assert own_cores(Ranks(5, 1, 16, 8), {**TASK, **variables}) == share
+    assert own_cores(Ranks(5, 1, 16, 32), {}) == 1
