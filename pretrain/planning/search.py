@@ -86,6 +86,8 @@ class Found:
 class SearchReport:
     best: tuple[Found, ...]
     """At most SHOWN."""
+    beside: dict[str, Any]
+    """Dotted keys that all layouts set beside their own, where the run's configuration has another value."""
     refused: dict[str, tuple[int, str]]
     """Key that a rule names -> how many layouts it refused, and what it said of the first."""
     excluded: dict[str, int]
@@ -99,9 +101,9 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
     """Raises UserError if nothing can be ranked: times or the memory of the device are not known."""
     if machine.capacity is None:
         raise UserError(f"--gpu: the memory of {machine.device.name} is not in the table; give it with --memory GIB")
-    config = config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"offload_optimizer": False})}
-    )  # moves to the CPU what need not, and its time is not known
+    # Offloading moves to the CPU what need not, and its time is not known.
+    beside = {"parallel.offload_optimizer": False} if config.parallel.offload_optimizer else {}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"offload_optimizer": False})})
     unknown = why_no_time(config, machine)
     if unknown is not None:
         raise UserError(f"--gpu: layouts cannot be ranked, because {unknown}")
@@ -127,6 +129,7 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         excluded[SLOWER] += beyond
     return SearchReport(
         best=tuple(best[:SHOWN]),
+        beside=beside,
         refused=refused,
         excluded=dict(excluded),
         layouts=len(legal) + sum(count for count, _ in refused.values()),

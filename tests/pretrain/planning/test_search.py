@@ -25,7 +25,7 @@ from pretrain.planning.layout_file import chosen_tree
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
-from pretrain.planning.paces import paces
+from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms
 from tests.pretrain.runs import small_config
@@ -128,16 +128,27 @@ def test_every_layout_has_the_time_that_fit_prints(gpu: str, results: Path, monk
     )
     found = machine(MachineOptions(gpu=gpu, gpus=2))
     config = load_config(ONE_BILLION, SMALL)
-    best = search.search(config, found, results=results, progress=lambda *_: None).best
+    searched = search.search(config, found, results=results, progress=lambda *_: None)
     reached: dict[bool, set[Pace]] = {True: set(), False: set()}
-    for one in best:
-        candidate = load_config(ONE_BILLION, [*SMALL, *settings(one)])
+    for one in searched.best:
+        candidate = load_config(ONE_BILLION, [*SMALL, *settings(one, searched)])
         report = planning.fit(candidate, found, results=results)
         assert one.time == report.time, one.layout
         graphs = takes_graphs(candidate, data_size=report.data_size, device_type="cuda")
         reached[graphs].add(paces(candidate, found, measurements(found.device, results)).slow)
-    assert takes_graphs(config, data_size=2, device_type="cuda") and len(best) > 50
+    assert takes_graphs(config, data_size=2, device_type="cuda") and len(searched.best) > 50
     assert reached[True] and reached[False] and not reached[True] & reached[False], "their GPUs reach the same"
+
+
+def test_a_search_for_an_offloading_run_says_that_its_layouts_do_not_offload() -> None:
+    found, keys = h100(2), [*SMALL, "parallel.offload_optimizer=true"]
+    report = search.search(load_config(ONE_BILLION, keys), found, results=NOWHERE, progress=lambda *_: None)
+    best = report.best[0]
+    chosen = load_config(ONE_BILLION, [*keys, *settings(best, report)])
+    assert layout_plan.step_time(chosen, found, Measurements()) == best.time
+    written = parse_config(chosen_tree(ONE_BILLION, keys, best.layout.overrides() | report.beside, "2 x h100-80gb"))
+    assert written.parallel == chosen.parallel
+    assert why_no_time(chosen, found) is None
 
 
 def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:
