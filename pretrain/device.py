@@ -42,6 +42,10 @@ NAME_SECONDS = 60.0
 REMINDER_SECONDS = 15.0
 """After this time a rank says what it waits for: ranks start within seconds of each other, unless one is missing."""
 
+HISTORY_EVENTS = 50_000
+"""The newest allocations and frees of a GPU that are kept: a few KB of the host's memory each, says torch. Without a
+limit a long run would keep all of them."""
+
 EACH_WITH_EACH = 64
 """Up to so many ranks gloo connects each with each when a group is made: 63 connections a group and rank."""
 
@@ -251,9 +255,20 @@ def memory_before(device: torch.device) -> int:
     return memory_bytes(device)["memory_bytes"] if device.type == "cpu" else 0
 
 
+def record_memory_history(device: torch.device) -> None:
+    """From now on torch notes the Python stack of each allocation on a GPU, for `write_memory_snapshot`. A CPU has no
+    such history."""
+    if device.type == "cuda":  # GPU-ONLY memory-history
+        # Frames of C++ say little of who holds memory, and to name them takes minutes at the snapshot.
+        torch.cuda.memory._record_memory_history(
+            enabled="all", context="alloc", stacks="python", max_entries=HISTORY_EVENTS, device=device
+        )
+
+
 def write_memory_snapshot(path: Path, device: torch.device) -> bool:
     """What holds the memory of a GPU, in the format of torch's memory_viz, a pickle that nothing here reads. Returns
-    whether there is one: a CPU has none. Raises OSError."""
+    whether there is one: a CPU has none. Blocks have stacks where `record_memory_history` was called before they were
+    allocated. Raises OSError."""
     if device.type != "cuda":
         return False
     torch.cuda.memory._dump_snapshot(str(path))  # GPU-ONLY memory-snapshot

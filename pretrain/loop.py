@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pretrain.checkpoint.saver import drained
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.device import record_memory_history
 from pretrain.evaluation.training import RunTasks
 from pretrain.parallel.agreement import agreed, check_same, check_shared
 from pretrain.parallel.context import parallel_context
@@ -49,6 +50,8 @@ def train(
     sources = check_data(sources, config)
     parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
     setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
+    if config.monitor.memory_history:
+        record_memory_history(device)  # before a model is built: only what is allocated later has a stack
     folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
@@ -84,7 +87,7 @@ def run_segment(setup: RunSetup, folder: RunFolder, control: Control, stop: Stop
         end = segment.run()
     except BaseException as error:
         if isinstance(error, torch.OutOfMemoryError):
-            note_full_memory(folder.path, setup.device)
+            note_full_memory(folder.path, setup.device, has_history=setup.config.monitor.memory_history)
         if segment is not None and segment.monitor is not None:
             segment.monitor.flush()  # the curves before a failure are those that people look at
         raise

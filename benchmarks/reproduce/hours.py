@@ -62,7 +62,7 @@ def estimate(name: str, on: Machine, measured: Measurements) -> Estimate:
     if reason is not None:
         raise UserError(f"--gpu: {reason}")
     found = paces(config, on, measured)
-    fast, slow = (config.train.steps * terms.total / 3600 for terms in step_time(config, on, found))
+    fast, slow = (config.train.steps * terms.total / 3600 for terms in step_time(config, on, measured))
     basis = tuple(one for one in found.assumptions if one.what.startswith("computing"))
     return Estimate(fast, slow, basis)
 

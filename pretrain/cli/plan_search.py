@@ -50,7 +50,7 @@ def print_search(args: argparse.Namespace) -> None:
     if not report.best:
         raise UserError(_why_none(report, found))
     if args.write is not None:
-        _write(args, report.best[0], found)
+        _write(args, report, found)
 
 
 def _why_none(report: SearchReport, found: Machine) -> str:
@@ -64,9 +64,10 @@ def _why_none(report: SearchReport, found: Machine) -> str:
     )
 
 
-def _write(args: argparse.Namespace, best: Found, found: Machine) -> None:
+def _write(args: argparse.Namespace, report: SearchReport, found: Machine) -> None:
     words = f"{found.num_gpus} x {found.device.name}"
-    tree = chosen_tree(args.config, args.overrides, best.layout.overrides(), words)
+    best = report.best[0]
+    tree = chosen_tree(args.config, args.overrides, _overrides(best, report), words)
     write_config(args.write, tree, force=args.force)
     quoted = shlex.quote(str(args.write))
     print(
@@ -87,7 +88,7 @@ def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
     if report.best:
         rows = [_row(number, one, capacity, found.num_gpus) for number, one in enumerate(report.best, 1)]
         yield text_table(_header(), rows)
-        yield "\nthe first as options: " + " ".join(f"--set {setting}" for setting in settings(report.best[0]))
+        yield "\nthe first as options: " + " ".join(f"--set {setting}" for setting in settings(report.best[0], report))
     if report.excluded or report.refused:
         yield "\nnot in the table"
     for reason, count in sorted(report.excluded.items(), key=lambda item: -item[1]):
@@ -130,12 +131,16 @@ def _row(number: int, one: Found, capacity: float, gpus: int) -> list[object]:
     ]
 
 
-def settings(one: Found) -> list[str]:
-    """KEY=VALUE of a layout."""
+def settings(one: Found, report: SearchReport) -> list[str]:
+    """KEY=VALUE of a layout, for --set."""
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in one.layout.overrides().items()
+        for key, value in _overrides(one, report).items()
     ]
+
+
+def _overrides(one: Found, report: SearchReport) -> dict[str, Any]:
+    return one.layout.overrides() | report.beside
 
 
 def as_json(report: SearchReport, found: Machine) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def as_json(report: SearchReport, found: Machine) -> dict[str, Any]:
         "traced": report.traced,
         "best": [
             {
-                "set": one.layout.overrides(),
+                "set": _overrides(one, report),
                 "seconds": {"fast": dataclasses.asdict(one.time.fast), "slow": dataclasses.asdict(one.time.slow)},
                 "total_seconds": {"fast": one.time.fast.total, "slow": one.time.slow.total},
                 "needed_bytes": one.needed,

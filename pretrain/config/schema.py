@@ -287,6 +287,10 @@ class MonitorConfig(Section):
     """First and last step whose operators and kernels are recorded in RUN_DIR/profile: a table of the costliest and a
     trace, of the ranks of the first data-parallel slice. Take steps after the first ten, and few: three of a large
     model are a hundred megabytes."""
+    memory_history: bool = Field(False, json_schema_extra=FREE)
+    """On a GPU: note the Python stack of each allocation from the start on, so that the snapshot of a GPU whose memory
+    is full says which lines hold it. Costs microseconds an allocation, and memory of the host. A CPU has no such
+    snapshot."""
     collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, json_schema_extra=FREE)
     """A router counts as collapsed in a step if the k busiest of its E experts get more than this share of its choices
     (a token chooses k). An even router has k / E; a router whose k / E is at least this share is not watched."""

@@ -83,7 +83,7 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
     measured = measurements(machine.device, results)
     no_time = why_no_time(config, machine)
     found = None if no_time else paces(config, machine, measured)
-    time = layout_plan.step_time(config, machine, found) if found else None
+    time = None if no_time else layout_plan.step_time(config, machine, measured)
     does_fit = layout_plan.fits(stages, machine) if machine.capacity is not None else None
     change, tried = cheapest_change(config, machine, measured, tell) if does_fit is False else (None, 0)
     flops = stage_flops(config)
@@ -209,7 +209,7 @@ def _doubled(size: int, most: int) -> Iterator[int]:
 def _time(config: Config, machine: Machine, measured: Measurements) -> StepTime | None:
     if why_no_time(config, machine):
         return None
-    return layout_plan.step_time(config, machine, paces(config, machine, measured))
+    return layout_plan.step_time(config, machine, measured)
 
 
 def _seconds(time: StepTime | None) -> float:

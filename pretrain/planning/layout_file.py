@@ -24,8 +24,6 @@ def chosen_tree(path: Path, overrides: Sequence[str], chosen: dict[str, Any], ma
         apply_override(tree, override)
     for key, value in chosen.items():
         apply_override(tree, f"{key}={json.dumps(value)}")
-    if tree.get("parallel", {}).get("offload_optimizer"):
-        tree["parallel"]["offload_optimizer"] = False
     tree["description"] = f"{MADE_BY} for {machine}, of {path.name}. {described(tree)}".strip()
     parse_config(tree)
     return tree

@@ -15,8 +15,9 @@ from pretrain.config.schema import Config
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
+from pretrain.planning.measured import Measurements
 from pretrain.planning.memory import USABLE, MemoryEstimate, estimate, why_unknown
-from pretrain.planning.paces import Paces
+from pretrain.planning.paces import paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
 from pretrain.planning.step_time import Terms, blocks_of_stages, held_by_stages, stage_works, step_terms
@@ -191,11 +192,14 @@ def fits(memories: Sequence[StageMemory], machine: Machine) -> bool:
     return all(memory.total <= USABLE * machine.capacity for memory in memories)
 
 
-def step_time(config: Config, machine: Machine, paces: Paces) -> StepTime:
-    """With the traffic by arithmetic: a rehearsed step takes seconds."""
+def step_time(config: Config, machine: Machine, measured: Measurements) -> StepTime:
+    """Of a run of which `why_no_time` is None, with the traffic by arithmetic: a rehearsed step takes seconds. What a
+    GPU reaches depends on the layout as well (CUDA graphs, the size of a measured micro-step), so that each has paces
+    of its own."""
+    pace = paces(config, machine, measured)
     collectives = [rough_collectives(config, machine.num_gpus, stage) for stage in range(config.parallel.pipeline)]
     works = stage_works(config, data_size(config, machine), collectives)
-    return StepTime(*(step_terms(config, machine, works, pace) for pace in (paces.fast, paces.slow)))
+    return StepTime(*(step_terms(config, machine, works, end) for end in (pace.fast, pace.slow)))
 
 
 def traffic(config: Config, machine: Machine, collectives: Sequence[Collective]) -> list[Traffic]:

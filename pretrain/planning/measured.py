@@ -54,11 +54,11 @@ class Measurements:
     ceilings_source: str = ""
     micro_steps: tuple[MicroStep, ...] = ()
 
-    def of_model(self, config: Config) -> MicroStep | None:
+    def of_model(self, config: Config, data_size: int | None = None) -> MicroStep | None:
         """The micro-step of this very model, by its number of parameters and length, of the run's kind, with the
         number of sequences nearest to the run's. None if there is none."""
         model = config.model
-        kind = kind_of(config)
+        kind = kind_of(config, data_size)
         same = [
             step
             for step in self.micro_steps
@@ -70,11 +70,12 @@ class Measurements:
         return min(same, key=lambda step: (abs(step.tokens - wanted), step.tokens), default=None)
 
 
-def kind_of(config: Config) -> str:
-    """Which micro-steps are the run's: train.compile and train.cuda_graph where they are on."""
+def kind_of(config: Config, data_size: int | None = None) -> str:
+    """Which micro-steps are the run's: train.compile and train.cuda_graph where they are on. What rules graphs out on
+    several data-parallel ranks counts only where their number is given."""
     if config.train.compile == "on":
         return COMPILED
-    return GRAPHS if takes_graphs(config, device_type="cuda") else LAUNCHED
+    return GRAPHS if takes_graphs(config, data_size=data_size, device_type="cuda") else LAUNCHED
 
 
 def has_experts(model: ModelConfig) -> bool:

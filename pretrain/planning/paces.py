@@ -82,6 +82,11 @@ Ends = tuple[float, float]
 """Fast, slow."""
 
 
+def _data_size(config: Config, machine: Machine) -> int:
+    """Data-parallel ranks, on whose number it depends whether micro-steps are recorded as CUDA graphs."""
+    return machine.num_gpus // (config.parallel.tensor * config.parallel.pipeline)
+
+
 def _compute(config: Config, machine: Machine, measured: Measurements, lines: list[Assumption]) -> tuple[Ends, float]:
     """Share of the peak that products reach, and the peak."""
     device, precision = machine.device, config.train.precision
@@ -90,14 +95,15 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
     peak = figure.value
     name = f"peak of {device.name}, {precision}"
     lines.append(Assumption(name, f"{peak / TERA:g} TFLOP/s", figure.source))
-    own = measured.of_model(config)
+    ranks = _data_size(config, machine)
+    own = measured.of_model(config, ranks)
     if own is not None and precision == "bf16":
         share = own.tokens_per_second * training_flops_per_token(config.model) / peak
         sequences = own.tokens // config.model.sequence_length
         value = f"{share:.1%} of the peak, measured with this model and {sequences} sequences at once"
         lines.append(Assumption("computing", value, own.source))
         return (share, share), peak
-    others = _shares_of_others(config, measured, peak)
+    others = _shares_of_others(config, ranks, measured, peak)
     if others and precision == "bf16":
         low, high = min(others)[0], max(others)[0]
         value = f"{low:.1%} to {high:.1%} of the peak, measured with other models of its kind"
@@ -115,10 +121,10 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
     return (high, min(assumed.low, high)), peak
 
 
-def _shares_of_others(config: Config, measured: Measurements, peak: float) -> list[tuple[float, str]]:
+def _shares_of_others(config: Config, data_size: int, measured: Measurements, peak: float) -> list[tuple[float, str]]:
     """Shares of the peak that micro-steps of the shipped models reached, with or without experts as the run's model
     has."""
-    wanted = kind_of(config) if has_experts(config.model) else DENSE
+    wanted = kind_of(config, data_size) if has_experts(config.model) else DENSE
     return [
         (step.flops_per_second / peak, step.source)
         for step in measured.micro_steps
@@ -177,8 +183,9 @@ def _start(where: str, lines: list[Assumption]) -> Ends:
 
 def _launches(config: Config, machine: Machine, measured: Measurements, lines: list[Assumption]) -> Ends:
     """Seconds in which the host launches a block. In the time of a measured micro-step they are contained."""
-    kind = machine.device.device_type
-    if kind != "cuda" or takes_graphs(config, device_type=kind) or measured.of_model(config):
+    kind, ranks = machine.device.device_type, _data_size(config, machine)
+    graphs = takes_graphs(config, data_size=ranks, device_type=kind)
+    if kind != "cuda" or graphs or measured.of_model(config, ranks):
         return 0.0, 0.0
     count, each = (catalogue().assumptions[name] for name in ("launches of a block", "launch of a kernel by the host"))
     value = f"{count.low:g} to {count.high:g} a block and micro-step, {each.low:g} to {each.high:g} {each.unit} each"

@@ -21,9 +21,9 @@ from pretrain.planning import layout_plan
 from pretrain.planning.fit import checked
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import Machine
-from pretrain.planning.measured import RESULTS, measurements
+from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.memory import USABLE
-from pretrain.planning.paces import Paces, paces, why_no_time
+from pretrain.planning.paces import why_no_time
 
 SHOWN = 10
 """Layouts of the table."""
@@ -86,6 +86,8 @@ class Found:
 class SearchReport:
     best: tuple[Found, ...]
     """At most SHOWN."""
+    beside: dict[str, Any]
+    """Dotted keys that all layouts set beside their own, where the run's configuration has another value."""
     refused: dict[str, tuple[int, str]]
     """Key that a rule names -> how many layouts it refused, and what it said of the first."""
     excluded: dict[str, int]
@@ -99,14 +101,14 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
     """Raises UserError if nothing can be ranked: times or the memory of the device are not known."""
     if machine.capacity is None:
         raise UserError(f"--gpu: the memory of {machine.device.name} is not in the table; give it with --memory GIB")
-    config = config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"offload_optimizer": False})}
-    )  # moves to the CPU what need not, and its time is not known
+    # Offloading moves to the CPU what need not, and its time is not known.
+    beside = {"parallel.offload_optimizer": False} if config.parallel.offload_optimizer else {}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"offload_optimizer": False})})
     unknown = why_no_time(config, machine)
     if unknown is not None:
         raise UserError(f"--gpu: layouts cannot be ranked, because {unknown}")
     legal, refused = legal_layouts(config, machine)
-    pace = paces(config, machine, measurements(machine.device, results))
+    measured = measurements(machine.device, results)
     excluded: Counter[str] = Counter()
     timed: list[tuple[float, Layout]] = []
     for done, layout in enumerate(legal):
@@ -114,12 +116,12 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         candidate = layout.applied(config)
         reason = _excluded(candidate, machine)
         if reason is None:
-            time = layout_plan.step_time(candidate, machine, pace)
+            time = layout_plan.step_time(candidate, machine, measured)
             timed.append((layout_plan.rounded(time.middle), layout))
         else:
             excluded[reason] += 1
     timed.sort()
-    rehearsal = Rehearsal(config, machine, pace, excluded)
+    rehearsal = Rehearsal(config, machine, measured, excluded)
     rehearsal.run(timed, progress)
     best = sorted(rehearsal.fitting, key=lambda found: found.rank)
     beyond = max(0, len(best) - SHOWN)
@@ -127,6 +129,7 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         excluded[SLOWER] += beyond
     return SearchReport(
         best=tuple(best[:SHOWN]),
+        beside=beside,
         refused=refused,
         excluded=dict(excluded),
         layouts=len(legal) + sum(count for count, _ in refused.values()),
@@ -143,8 +146,8 @@ KINDS = ("none", "selective", "full")
 class Rehearsal:
     """Goes through layouts, the fastest first, until SHOWN of them fit."""
 
-    def __init__(self, config: Config, machine: Machine, pace: Paces, excluded: Counter[str]) -> None:
-        self._config, self._machine, self._pace, self._excluded = config, machine, pace, excluded
+    def __init__(self, config: Config, machine: Machine, measured: Measurements, excluded: Counter[str]) -> None:
+        self._config, self._machine, self._measured, self._excluded = config, machine, measured, excluded
         self.fitting: list[Found] = []
         self.traced = 0
         self._too_large: list[Layout] = []
@@ -171,7 +174,7 @@ class Rehearsal:
             self._excluded[FULL] += 1
             self._rule_out(layout)
             return
-        time = layout_plan.step_time(layout.applied(self._config), self._machine, self._pace)
+        time = layout_plan.step_time(layout.applied(self._config), self._machine, self._measured)
         self.fitting.append(Found(layout=layout, time=time, needed=needed))
 
     def _rule_out(self, layout: Layout) -> None:

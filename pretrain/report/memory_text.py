@@ -10,7 +10,7 @@ from pretrain.planning.layout_plan import rehearsed, step_time
 from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
 from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
-from pretrain.planning.paces import paces, why_no_time
+from pretrain.planning.paces import why_no_time
 from pretrain.report.estimate import RunEstimate
 from pretrain.report.startup import DerivedValue
 
@@ -64,7 +64,7 @@ def _step_seconds(config: Config, num_ranks: int, card: str, ranks_per_node: int
         return None
     if why_no_time(config, found) is not None:
         return None
-    time = step_time(config, found, paces(config, found, measurements(device)))
+    time = step_time(config, found, measurements(device))
     return time.fast.total, time.slow.total
 
 

@@ -1,5 +1,5 @@
-"""What the operators and kernels of a few steps cost (monitor.profile_steps), and who holds the memory of a GPU that is
-full."""
+"""What the operators and kernels of a few steps cost (monitor.profile_steps), and what holds the memory of a GPU that
+is full (monitor.memory_history)."""
 
 from __future__ import annotations
 
@@ -65,13 +65,17 @@ class StepProfiler:
             print(f"profile of steps {first} to {last}: {folder} (tables, and traces for ui.perfetto.dev)", flush=True)
 
 
-def note_full_memory(run_dir: Path, device: torch.device) -> None:
-    """After an out-of-memory error on a GPU: who holds its memory, for pytorch.org/memory_viz. Never raises."""
+def note_full_memory(run_dir: Path, device: torch.device, *, has_history: bool) -> None:
+    """After an out-of-memory error on a GPU: what holds its memory, for pytorch.org/memory_viz. `has_history`: whether
+    the stacks of allocations were recorded (monitor.memory_history). Never raises."""
     path = run_dir / "memory" / f"rank-{dist.get_rank():05d}.pickle"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if write_memory_snapshot(path, device):
             advice = "a smaller batch.micro_sequences, or train.recompute, needs less"
-            print(f"out of memory: {path} shows who holds it (pytorch.org/memory_viz); {advice}", file=sys.stderr)
+            shown = "the blocks that hold it, and the lines that allocated them"
+            if not has_history:
+                shown = "the blocks that hold it, not who allocated them (monitor.memory_history=true records that)"
+            print(f"out of memory: {path} shows {shown}; open it at pytorch.org/memory_viz; {advice}", file=sys.stderr)
     except (OSError, RuntimeError) as error:
         print(f"warning: {path} cannot be written: {error}", file=sys.stderr, flush=True)

@@ -117,6 +117,18 @@ def test_without_measurements_data_sheets_and_assumptions() -> None:
     assert ceiling.fast.flops == pytest.approx(200e12)  # no more than the largest product
 
 
+def test_collectives_inside_a_micro_step_leave_several_ranks_without_graphs(tmp_path: Path) -> None:
+    scope = ["model.feedforward.entropy_scope=micro_batch", "model.feedforward.entropy_weight=0.01"]
+    config, eight = load_config(ONE_BILLION, scope), machine(MachineOptions(gpu="h100-80gb", gpus=8))
+    assert paces(config, H100, Measurements()).fast.launches == 0.0
+    assert paces(config, eight, Measurements()).fast.launches > 0.0
+    parts = [("micro-step 1b 8", "passed", micro_step(8, 100.0))]
+    parts += [("micro-step 1b graphs 8", "passed", micro_step(8, 60.0))]
+    found = measurements(H100.device, record(tmp_path, *parts, *CEILINGS))
+    one, several = (paces(config, on, found).fast.flops for on in (H100, eight))
+    assert one / several == pytest.approx(100 / 60)
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

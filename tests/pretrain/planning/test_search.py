@@ -13,18 +13,21 @@ import pytest
 from common.errors import ConfigError, UserError
 from pretrain.cli import train
 from pretrain.cli.plan import main
+from pretrain.cli.plan_search import settings
+from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.loading import load_config, parse_config, to_json
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
+from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan, search
 from pretrain.planning.communication import Collective
 from pretrain.planning.layout_file import chosen_tree
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
-from pretrain.planning.measured import Measurements
-from pretrain.planning.paces import paces
+from pretrain.planning.measured import RESULTS, Measurements, measurements
+from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
-from pretrain.planning.step_time import Terms
+from pretrain.planning.step_time import Pace, Terms
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -76,7 +79,6 @@ def h100(gpus: int) -> Machine:
 
 def by_brute_force(config: Config, found: Machine) -> list[tuple[float, int, Layout]]:
     """Time, bytes and layout of all legal layouts, the best first: through JSON and the public rules."""
-    pace = paces(config, found, Measurements())
     sizes = range(1, found.num_gpus + 1)
     ranked = []
     for layout in itertools.starmap(
@@ -95,7 +97,7 @@ def by_brute_force(config: Config, found: Machine) -> list[tuple[float, int, Lay
         except ConfigError:
             continue
         needed = max(memory.total for memory in layout_plan.stage_memories(candidate, found))
-        time = layout_plan.step_time(candidate, found, pace).middle
+        time = layout_plan.step_time(candidate, found, Measurements()).middle
         ranked.append((layout_plan.rounded(time), needed, layout))
     return sorted(ranked)
 
@@ -114,6 +116,39 @@ def test_the_best_are_those_of_brute_force() -> None:
         assert len(report.best) + sum(report.excluded.values()) == len(ranked)
         assert len(report.best) <= report.traced < len(ranked)
         assert told == sorted(told) and told[-1][1] <= told[-1][2] == search.SHOWN
+
+
+@pytest.mark.parametrize(("gpu", "results"), [("h100-80gb", NOWHERE), ("h200", RESULTS)])
+def test_every_layout_has_the_time_that_fit_prints(gpu: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that cannot have CUDA graphs, which the run's own layout has."""
+    monkeypatch.setattr(search, "SHOWN", 1000)
+    monkeypatch.setattr(search, "MOST_REHEARSED", 1000)
+    monkeypatch.setattr(
+        planning, "rehearsed_collectives", lambda config, ranks, stage, kind: collectives(config, ranks, stage)
+    )
+    found = machine(MachineOptions(gpu=gpu, gpus=2))
+    config = load_config(ONE_BILLION, SMALL)
+    searched = search.search(config, found, results=results, progress=lambda *_: None)
+    reached: dict[bool, set[Pace]] = {True: set(), False: set()}
+    for one in searched.best:
+        candidate = load_config(ONE_BILLION, [*SMALL, *settings(one, searched)])
+        report = planning.fit(candidate, found, results=results)
+        assert one.time == report.time, one.layout
+        graphs = takes_graphs(candidate, data_size=report.data_size, device_type="cuda")
+        reached[graphs].add(paces(candidate, found, measurements(found.device, results)).slow)
+    assert takes_graphs(config, data_size=2, device_type="cuda") and len(searched.best) > 50
+    assert reached[True] and reached[False] and not reached[True] & reached[False], "their GPUs reach the same"
+
+
+def test_a_search_for_an_offloading_run_says_that_its_layouts_do_not_offload() -> None:
+    found, keys = h100(2), [*SMALL, "parallel.offload_optimizer=true"]
+    report = search.search(load_config(ONE_BILLION, keys), found, results=NOWHERE, progress=lambda *_: None)
+    best = report.best[0]
+    chosen = load_config(ONE_BILLION, [*keys, *settings(best, report)])
+    assert layout_plan.step_time(chosen, found, Measurements()) == best.time
+    written = parse_config(chosen_tree(ONE_BILLION, keys, best.layout.overrides() | report.beside, "2 x h100-80gb"))
+    assert written.parallel == chosen.parallel
+    assert why_no_time(chosen, found) is None
 
 
 def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:

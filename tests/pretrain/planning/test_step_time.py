@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model.costs import training_flops_per_token
+from pretrain.cli.plan_fit import seconds_text
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
+from pretrain.planning import layout_plan
 from pretrain.planning.communication import Collective
 from pretrain.planning.devices import Device
 from pretrain.planning.links import Rates
-from pretrain.planning.machine import Machine
+from pretrain.planning.machine import Machine, MachineOptions
+from pretrain.planning.machine import machine as machine_of
+from pretrain.planning.measured import measurements
 from pretrain.planning.step_time import (
     Pace,
     StageWork,
@@ -25,7 +30,8 @@ from pretrain.planning.step_time import (
     step_terms,
 )
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "configs"
 ONE_BILLION = CONFIGS / "switchall_1b.json"
 RATES = Rates(inside=10.0, between=1.0, start_inside=0.01, start_between=0.1)
 SLOW = Pace(flops=100.0, memory=1000.0, launches=0.1, repeated=7.0, rates=RATES, hides=False)
@@ -138,3 +144,28 @@ def test_tensor_ranks_divide_them() -> None:
 def test_terms_add_up() -> None:
     one = Terms(compute=1.0, host=2.0, memory=3.0, inside=4.0, between=5.0, bubble=6.0)
     assert one.total == 21.0 and one.plus(one, 0.5).bubble == 9.0
+
+
+def on_64_h100s(keys: list[str], interconnect: str | None) -> layout_plan.StepTime:
+    found = machine_of(MachineOptions(gpu="h100-80gb", gpus=64, interconnect=interconnect))
+    return layout_plan.step_time(load_config(ONE_BILLION, keys), found, measurements(found.device))
+
+
+def test_the_advice_for_64_gpus_has_the_times_of_the_planner() -> None:
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (nothing|`\w+\.\w+=.*) \| ([\d.]+ to [\d.]+) \| ([\d.]+ to [\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for setting, *told in rows:
+        keys = re.findall(r"`([\w.]+=\w+)`", setting)
+        for interconnect, words in zip((None, "ethernet-100"), told, strict=True):
+            ends = [f"{terms.total:#.3g}" for terms in on_64_h100s(keys, interconnect)]
+            assert words == " to ".join(ends), setting
+
+
+def test_the_answers_for_64_gpus_are_those_of_the_planner() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 64 | nothing")]
+    plain, expert = (on_64_h100s(keys, None) for keys in ([], ["parallel.expert=8"]))
+    network = [terms.between + terms.inside for terms in plain]
+    for fast, slow in ([terms.total for terms in plain], [terms.total for terms in expert], network):
+        assert f"{seconds_text(fast)} to {seconds_text(slow)}" in row

@@ -22,7 +22,6 @@ from pretrain.planning.layout_plan import step_time
 from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
 from pretrain.planning.memory import estimate
-from pretrain.planning.paces import paces
 from pretrain.planning.rehearsal import rehearse
 from pretrain.ranks import Ranks
 from pretrain.report.estimate import LIBRARIES, Comparison, Measured, RunEstimate, SideBySide
@@ -218,6 +217,6 @@ def test_the_time_of_a_step_is_that_of_the_planner_where_the_gpu_is_known(
     config = small_config(prepared, "train.precision=bf16", "parallel.zero=1")
     found = run_estimate(config, 2, "cpu", card=card, ranks_per_node=2).step_seconds
     eight = machine(MachineOptions(gpu="h100-80gb", gpus=2, gpus_per_node=2))
-    planned = step_time(config, eight, paces(config, eight, measurements(eight.device)))
+    planned = step_time(config, eight, measurements(eight.device))
     assert found == (planned.fast.total, planned.slow.total) and 0 < found[0] < found[1]
     assert run_estimate(config, 2, "cpu", card="Some Accelerator", ranks_per_node=2).step_seconds is None

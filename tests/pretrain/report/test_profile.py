@@ -1,16 +1,24 @@
-"""monitor.profile_steps records the steps that it names, on the ranks that it names, and changes no number."""
+"""monitor.profile_steps records the steps that it names, on the ranks that it names, and changes no number;
+monitor.memory_history, what stands in the snapshot of a full GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import inspect
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from common.errors import ConfigError
+from pretrain import device, loop
 from pretrain.config.schema import Config
+from pretrain.report import profile
 from tests.harness import run_ranks
 from tests.pretrain.runs import COMPARED, metrics, small_config, train_runs
 
@@ -60,3 +68,56 @@ def test_a_disk_that_refuses_it_is_a_warning(prepared: Path, tmp_path: Path) -> 
 def test_steps_in_the_wrong_order_are_refused(prepared: Path) -> None:
     with pytest.raises(ConfigError, match=r"^monitor.profile_steps: \[9, 4\] ends before it begins"):
         small_config(prepared, "monitor.profile_steps=[9, 4]")
+
+
+def train_and_keep_what_was_called(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
+    """Of each run: the calls that begin the history and build the model, in their order."""
+    calls: list[str] = []
+
+    def build(*args: Any) -> Any:
+        calls.append("model")
+        return loop_build(*args)
+
+    loop_build = loop.build_segment
+    with (
+        mock.patch.object(loop, "record_memory_history", lambda where: calls.append(f"history of {where}")),
+        mock.patch.object(loop, "build_segment", build),
+    ):
+        train_runs(rank, runs)
+    output.write_text(json.dumps(calls))
+
+
+def test_the_history_of_memory_begins_before_the_model_is_built_and_only_where_it_is_asked_for(
+    prepared: Path, tmp_path: Path
+) -> None:
+    keys, calls = ("train.steps=1", "evaluate.sequences=0"), tmp_path / "calls"
+    runs = [
+        (small_config(prepared, *keys), tmp_path / "plain"),
+        (small_config(prepared, *keys, "monitor.memory_history=true"), tmp_path / "history"),
+    ]
+    run_ranks(train_and_keep_what_was_called, 1, runs, calls)
+    assert json.loads(calls.read_text()) == ["model", "history of cpu", "model"]
+
+
+def test_torch_takes_the_call_that_begins_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the signature of the torch that is installed: no GPU is here."""
+    signature, calls = inspect.signature(torch.cuda.memory._record_memory_history), []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **keys: calls.append(keys))
+    device.record_memory_history(torch.device("cpu"))
+    assert not calls
+    device.record_memory_history(torch.device("cuda", 0))
+    (keys,) = calls
+    assert signature.bind(**keys) and keys["max_entries"] < signature.parameters["max_entries"].default
+
+
+@pytest.mark.parametrize("has_history", [False, True])
+def test_the_message_of_a_full_gpu_says_what_its_snapshot_has(
+    has_history: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(profile, "write_memory_snapshot", lambda path, device: True)
+    profile.note_full_memory(tmp_path, torch.device("cuda", 0), has_history=has_history)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"out of memory: {tmp_path / 'memory' / 'rank-00003.pickle'} shows the blocks that hold it")
+    assert ("the lines that allocated them" in line) == has_history
+    assert ("monitor.memory_history=true" in line) != has_history
