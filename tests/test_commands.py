@@ -73,6 +73,8 @@ HOW = {
     "source": "skipped: the shell's own",
     "export": "skipped: the shell's own",
     "for": "skipped: the shell's own",
+    "cp": "skipped: the shell's own",
+    "rm": "skipped: the shell's own",
     "mkdir": "skipped: fetches packages of Debian",
     "lm_eval": "skipped: another project's program",
     "tensorboard": "skipped: another project's program",

@@ -58,10 +58,13 @@ def play(values: list[Tensor]) -> Played:
 
 def figures(ranks: int, config: ModelConfig) -> list[Figure]:
     failed, stopping = ranks // 2, ranks - 1
-    message = play([said(rank, ranks, rank == failed, rank == stopping, False, rank == 0) for rank in range(ranks)])
+    # Three flags, as pretrain/segment.py sends.
+    message = play(
+        [said(rank, ranks, rank == failed, rank == stopping, False, rank == 0, True) for rank in range(ranks)]
+    )
     for result in message.results:
         found = agreement(result, ranks)
-        assert found.first_failed == failed and found.stopping and found.flags == [False, True]
+        assert found.first_failed == failed and found.stopping and found.flags == [False, True, True]
 
     keys = len(parameter_specs(config))
     sums = torch.arange(keys) * 7 - 3
