@@ -137,7 +137,7 @@ def test_a_killed_task_starts_again_on_the_same_nodes(training: Training) -> Non
 
 def test_with_no_repeats_a_killed_task_is_a_requeue(training: Training) -> None:
     steps = max(30, training.steps // 3)
-    number = training.start("requeued", "--repeats", "0", stop_after=steps)
+    number = training.start("requeued", "--time", "60", "--repeats", "0", stop_after=steps)
     training.wait_for_steps("requeued", steps // 2)
     python_of(training.cluster, "node2").kill()
     assert training.finish("requeued", number)["Restarts"] == "1"
