@@ -80,6 +80,12 @@ class Stop:
         """What asked this rank to stop, e.g. `SIGTERM`; None if nothing did. Other ranks may not know of it."""
         return self._reason
 
+    @property
+    def launcher_ends_others(self) -> bool:
+        """Whether a launcher started this process that ends the other ranks of the node once one has left, and leaves
+        with that one's code. DeepSpeed's does; of two that it finds ended at once it takes any."""
+        return self._parent >= 0 and not is_task_of_many(os.environ)
+
     def install(self, *, launched: bool) -> None:
         """Takes over the stop signals; main thread only. `launched`: this process is to end with its launcher."""
         read, write = os.pipe()

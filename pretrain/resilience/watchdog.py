@@ -161,8 +161,8 @@ class Watchdog:
             else:
                 time.sleep(self._pause)
         silent = self._wake_silent_ranks_here()
-        # A launcher gives the code of the first rank that it sees end: they are killed when nothing is left to be done.
-        self._stop.before_leaving.append(lambda code, message: self._kill(silent))
+        if not self._stop.launcher_ends_others:
+            self._stop.before_leaving.append(lambda code, message: self._kill(silent))
         self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
 
     def _becomes_reader(self) -> bool:
