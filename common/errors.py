@@ -17,6 +17,14 @@ class DataError(UserError):
     """Data, or the configuration that prepares them, are refused; the message names the file or key and the fix."""
 
 
+class UnreadableError(DataError):
+    """A file could not be read. `number`: its errno; None: another fault of the network, which may pass."""
+
+    def __init__(self, message: str, file: str = "", number: int | None = None) -> None:
+        super().__init__(message)
+        self.file, self.number = file, number
+
+
 class PassingError(DataError):
     """The user did nothing wrong: the same command may succeed later, and it continues where it was."""
 

@@ -86,6 +86,7 @@ def run_segment(setup: RunSetup, folder: RunFolder, control: Control, stop: Stop
         stop.enter(ProcessState.TRAINING)
         end = segment.run()
     except BaseException as error:
+        setup.sources.patience.end()  # a thread that waits for data would keep this process
         if isinstance(error, torch.OutOfMemoryError):
             note_full_memory(folder.path, setup.device, has_history=setup.config.monitor.memory_history)
         if segment is not None and segment.monitor is not None:

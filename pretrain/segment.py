@@ -30,6 +30,9 @@ from pretrain.routing.tape import open_tape
 from pretrain.saving import save
 from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
 
+MOST_WAITS = 100
+"""Ranks whose waits for data are written down after one step: a fault of the file system is everybody's."""
+
 
 @dataclass(frozen=True)
 class SegmentEnd:
@@ -219,8 +222,12 @@ class Segment:
         """One message of all ranks, about the batches of the next step (`error`: why this rank has none) and the last
         step that was read: whether to stop, and a rollback if one is needed. Raises `error`, or PeerFailed."""
         step, skipped = self.progress.step, self.progress.skipped_updates
-        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0)
-        is_spike, any_skipped, any_updated = said.flags
+        waits = self.setup.sources.patience.taken_waits()
+        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0, bool(waits))
+        is_spike, any_skipped, any_updated, any_waited = said.flags
+        if any_waited:
+            for wait in self.control.gathered(waits)[:MOST_WAITS]:
+                self.folder.event("data_waited", step=step, **wait)
         assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
         if is_spike:
             reason = self.control.from_first_rank(lambda: self._spike)
@@ -229,7 +236,7 @@ class Segment:
         if not said.stopping:
             if said.first_failed is not None:
                 self._settle()
-            raise_agreed(error, said.first_failed)
+            raise_agreed(error, said.first_failed, passes=said.passes)
         return said.stopping, None
 
     def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:

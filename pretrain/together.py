@@ -31,6 +31,7 @@ def check_data(sources: Sources, config: Config) -> Sources:
     hashes = config.data.verify == "full" or hashes_at_start(sources, size)
     if hashes or size > 1:
         said_by_first(lambda: sources.check("full" if hashes else "size", show_progress=rank == 0, part_of=part_of))
+    sources.patience.files_were_seen = True
     return dataclasses.replace(sources, hashed=hashes)
 
 

@@ -173,6 +173,7 @@ class Trainer:
         """Ends the threads and frees what DeepSpeed holds; the rest goes with the last reference to this trainer."""
         if self.tape is not None and self.setup.parallel.is_first:
             print(self.tape.summary(), flush=True)
+        self.setup.sources.patience.end()
         self.data.prefetcher.close()
         self.engine.destroy()
 

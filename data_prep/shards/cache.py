@@ -8,12 +8,13 @@ exceed the bound.
 """
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import DataError, PassingError
+from common.errors import DataError, PassingError, UnreadableError
 from common.folders import is_full, no_room
 from common.hashing import sha256_file
 from common.urls import without_secrets
@@ -85,15 +86,19 @@ class ShardCache:
             if attempt + 1 < ATTEMPTS:
                 time.sleep(0.2 * 4**attempt)
         partial(path).unlink(missing_ok=True)
-        raise DataError(f"cannot fetch {without_secrets(url)} ({ATTEMPTS} attempts): {problem}")
+        message = f"cannot fetch {without_secrets(url)} ({ATTEMPTS} attempts): {problem}"
+        if isinstance(problem, UnreadableError):
+            raise UnreadableError(message, problem.file, problem.number)
+        raise DataError(message)
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
     return path.exists() and sha256_file(path) == sha256
 
 
-def _copy(url: str, path: Path, sha256: str) -> str | None:
-    """Copies; returns what is wrong with the copy. Raises PassingError if the disk is full."""
+def _copy(url: str, path: Path, sha256: str) -> str | UnreadableError | None:
+    """Copies; returns what is wrong with the copy, as an UnreadableError if it may be another time. Raises PassingError
+    if the disk is full."""
     size = written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +115,23 @@ def _copy(url: str, path: Path, sha256: str) -> str | None:
             path.unlink(missing_ok=True)
             room = no_room(path.parent, max(size, written + BLOCK_BYTES), f"a copy of {without_secrets(url)}")
             raise PassingError(f"{KEY}: {room}; make room, or name another folder") from None
-        return without_secrets(f"{type(error).__name__}: {error}")
+        return _fault(RemoteFile(url), error)
     found = sha256_file(path)
     return None if found == sha256 else f"it does not match the manifest: expected sha256 {sha256}, found {found}"
 
 
+def _fault(file: RemoteFile, error: Exception) -> str | UnreadableError:
+    text = without_secrets(f"{type(error).__name__}: {error}")
+    if isinstance(read_error(file, error), UnreachableError):
+        return UnreadableError(text, str(file))
+    if isinstance(error, FileNotFoundError):
+        return UnreadableError(text, str(file), errno.ENOENT)
+    return text
+
+
 def _read_all(url: str) -> bytes:
-    """The content of a file; tries again after an error that may pass, such as a lost connection. Raises DataError."""
+    """The content of a file; tries again after an error that may pass, such as a lost connection. Raises DataError,
+    UnreadableError after such an error."""
     file = RemoteFile(url)
     for attempt in range(ATTEMPTS):
         try:
@@ -129,4 +144,4 @@ def _read_all(url: str) -> bytes:
         if not isinstance(problem, UnreachableError):
             raise DataError(f"data.manifest: {problem}")
         time.sleep(0.2 * 4**attempt)
-    raise DataError(f"data.manifest: {problem} ({ATTEMPTS} attempts)")
+    raise UnreadableError(f"data.manifest: {problem} ({ATTEMPTS} attempts)", str(file))

@@ -31,7 +31,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from common.errors import DataError, Problem, refuse
+from common.errors import DataError, Problem, UnreadableError, refuse
 from common.hashing import sha256_file, sha256_json
 from common.splits import SPLITS, SplitName
 from data_prep.shards.manifest_records import BYTE_VALUES as BYTE_VALUES
@@ -54,6 +54,8 @@ TAR_BLOCK_BYTES = 512
 Part = tuple[int, int]
 """(number, of): of several processes that check a folder together, this one's number and how many they are."""
 WHOLE: Part = (0, 1)
+Patience = Callable[[Callable[[], object]], object]
+"""Makes a check of a file; it may make it again after an UnreadableError, or an OSError, that can pass."""
 REBUILD = "prepare the data again with `python -m data_prep run --config CONFIG --force`, or copy them again"
 
 
@@ -119,7 +121,7 @@ class Manifest(Record):
                 f"no prepared data: no file {file}; make it with `python -m data_prep run --config CONFIG`"
             ) from None
         except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from None
+            raise UnreadableError(f"cannot read {file}: {said(error)}", str(file), error.errno) from None
         manifest = cls._parse(file, raw)
         manifest._folder = file.parent
         shards = manifest._shard_files() if follow_links else []
@@ -200,19 +202,20 @@ class Manifest(Record):
         show_progress: bool = False,
         problem: Problem = refuse,
         part: Part = WHOLE,
+        patience: Patience = lambda check: check(),
     ) -> None:
         """Compares the folder with the manifest; one DataError for each file that differs, which names the file, the
         difference and the fix. It is raised, unless `problem` takes it.
 
         Always: every file is there with its size and may be read; tokenizer and indexes are hashed and the indexes
         validated. `full` also hashes every shard; `show_progress` shows a bar for that. Only the files of `part` are
-        looked at, where several processes check a folder together.
+        looked at, where several processes check a folder together. `patience` makes each check.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
 
         def passes(check: Callable[[], object]) -> bool:
             try:
-                check()
+                patience(check)
                 return True
             except DataError as error:
                 problem(error)
@@ -239,15 +242,14 @@ class Manifest(Record):
     def _check_shard(self, entry: ShardEntry) -> None:
         path = self.inside(entry.file)
         check_size(path, entry.bytes)
-        if not os.access(path, os.R_OK):
-            raise DataError(_unreadable(path, os.strerror(errno.EACCES)))
+        try:  # os.access would say no more than that it cannot be read
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise unreadable(path, error) from None
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer.file is not None:
-            tokenizer = self.folder / self.tokenizer.file
-            if not tokenizer.is_file():
-                raise DataError(f"missing file {tokenizer}; {REBUILD}")
-            _check_hash(tokenizer, self.tokenizer.sha256)
+            _check_hash(self.folder / self.tokenizer.file, self.tokenizer.sha256)
 
 
 def _check_record(path: Path, record: RecordFile) -> None:
@@ -259,12 +261,25 @@ def _check_hash(path: Path, sha256: str | None, on_bytes: Callable[[int], object
     try:
         found = sha256_file(path, on_bytes)
     except OSError as error:
-        raise DataError(_unreadable(path, error.strerror)) from None
+        raise unreadable(path, error) from None
     _expect("sha256", path, sha256, found)
 
 
-def _unreadable(path: Path, reason: str | None) -> str:
-    return f"{path} cannot be read: {reason}; let its owner give this user read permission"
+def said(error: OSError) -> str:
+    """What the system says, with its number: only that tells a stale handle from a disk that fails."""
+    name = errno.errorcode.get(error.errno or 0)
+    return f"{error.strerror} (errno {error.errno}, {name})" if name else str(error)
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """The error of a file of the data set that could not be read, with the fix where there is one."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+        text = f"missing file {path}; {REBUILD}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        text = f"{path} cannot be read: {error.strerror}; let its owner give this user read permission"
+    else:
+        text = f"{path} cannot be read: {said(error)}"
+    return UnreadableError(text, str(path), error.errno)
 
 
 def _expect(what: str, path: Path, expected: object, found: object) -> None:
@@ -273,11 +288,11 @@ def _expect(what: str, path: Path, expected: object, found: object) -> None:
 
 
 def check_size(path: Path, expected_bytes: int) -> None:
-    """Raises DataError unless the file exists with that size."""
+    """Raises DataError unless the file exists with that size, UnreadableError if it cannot be asked."""
     try:
         found = path.stat().st_size
-    except OSError:
-        raise DataError(f"missing file {path}; {REBUILD}") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     _expect("bytes", path, expected_bytes, found)
 
 
@@ -307,7 +322,7 @@ class ShardIndex:
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise DataError(_unreadable(path, error.strerror)) from None
+            raise unreadable(path, error) from None
         _expect("sha256", path, entry.index_sha256, hashlib.sha256(raw).hexdigest())
         try:
             arrays = safetensors.numpy.load(raw)

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from common.errors import DataError
-from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, check_size
+from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, check_size, unreadable
 
 
 class ShardReader:
@@ -44,7 +44,7 @@ class ShardReader:
             with self._path.open("rb") as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise DataError(f"cannot open {self._path}: {error.strerror}") from None
+            raise unreadable(self._path, error) from None
         if len(self._map) != entry.bytes:  # the file was replaced between the check above and the mapping
             raise DataError(f"{self._path} changed size while it was opened; {REBUILD}")
         self._elements = np.frombuffer(self._map, self._dtype, count=entry.bytes // self._dtype.itemsize)

@@ -164,7 +164,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
     _check_gpus(args)
     wrong = next((option for option in args.srun if not re.match(r"--[a-z]", option)), None)
     if wrong is not None:
-        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--container-image=/shared/torch.sqsh")
+        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--cpu-bind=none")
     if args.cpus_per_rank is None and not any(CPU_REQUEST.match(option) for option in args.sbatch):
         print(
             "warning: --cpus-per-rank: is not given; most clusters then give a rank one core, which Python, reading "

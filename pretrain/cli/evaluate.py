@@ -123,7 +123,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
         return ExitCode.REFUSED
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.PEER_DIED
+        return ExitCode.CUT_OFF
     finally:
         devices.stop()
     return None

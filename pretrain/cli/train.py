@@ -20,11 +20,12 @@ from common.json_config import describe_keys
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.loading import load_config, to_json
 from pretrain.config.schema import FREE, Config
+from pretrain.data.patience import Patience, patient_seconds
 from pretrain.preflight.run import PlannedRun, preflight
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.ranks import Ranks
 from pretrain.report.estimate import SideBySide
-from pretrain.report.exit_codes import ExitCode, exit_codes_help
+from pretrain.report.exit_codes import ExitCode, code_of, exit_codes_help
 from pretrain.report.forecast import Forecast
 from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import ProcessState, Stop
@@ -125,13 +126,16 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 forecast = Forecast(config, ranks)
                 stack.callback(forecast.close)
                 side_by_side = SideBySide(forecast.take)
-            sources, data_size = preflight(config, ranks.world_size, run_dir, alone=ranks.world_size == 1)
+            patience = Patience(patient_seconds(config.resilience), rank=ranks.rank)
+            sources, data_size = preflight(
+                config, ranks.world_size, run_dir, alone=ranks.world_size == 1, patience=patience
+            )
             if ranks.rank == 0:
                 print_derived(config, data_size, sources, run_dir)
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
         stop.say_refusal(error, ranks)
-        return ExitCode.REFUSED
+        return code_of(type(error))
 
 
 def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool = True) -> int:
@@ -198,15 +202,15 @@ def run(
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.PEER_DIED
+        return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
     try:
         return train(config, sources, run_dir, device, stop, side_by_side)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
-    except PeerFailed:
-        return ExitCode.REFUSED
+        return code_of(type(error))
+    except PeerFailed as error:
+        return code_of(error.kind)
     except RunFailed as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

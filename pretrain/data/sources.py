@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -14,10 +15,11 @@ from common.errors import Problem, UserError, refuse
 from common.paths import find_input
 from common.urls import URL
 from data_prep.shards.cache import ShardCache
-from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry
+from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
 from pretrain.config.data_rules import folder_name, source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
+from pretrain.data.patience import Patience
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 
 
@@ -42,18 +44,23 @@ class Sources:
     sources: tuple[Source, ...]
     hashed: bool = False
     """Whether the sha256 of every shard was checked, so that no reader has to."""
+    patience: Patience = field(default_factory=Patience, compare=False)
+    """Makes every read of them."""
 
     @classmethod
-    def load(cls, config: Config, *, follow_links: bool = True) -> Sources:
-        """Loads every manifest. Raises UserError or DataError; reads no shard. `follow_links`: see `Manifest.load`."""
-        sources = cls.find(config, refuse, follow_links=follow_links)
+    def load(cls, config: Config, *, follow_links: bool = True, patience: Patience | None = None) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard. `follow_links`: see `Manifest.load`.
+        `patience`: for this and all later reads; None: an error is raised at once."""
+        sources = cls.find(config, refuse, follow_links=follow_links, patience=patience)
         assert sources is not None
         return sources
 
     @classmethod
-    def find(cls, config: Config, problem: Problem, *, follow_links: bool = True) -> Sources | None:
+    def find(
+        cls, config: Config, problem: Problem, *, follow_links: bool = True, patience: Patience | None = None
+    ) -> Sources | None:
         """As `load`; None if `problem` took that a manifest cannot be loaded."""
-        data = config.data
+        data, patience = config.data, patience or Patience()
         locations = [source.manifest for source in data.sources] or [data.manifest]
         keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
         names = source_names(config) or [folder_name(data.manifest)]
@@ -61,14 +68,14 @@ class Sources:
         found = []
         for location, key, name, weight in zip(locations, keys, names, weights, strict=True):
             try:
-                manifest, cache = _load(location, key, config, follow_links=follow_links)
+                manifest, cache = patience(partial(_load, location, key, config, follow_links=follow_links))
             except UserError as error:
                 problem(error)
                 continue
             found.append(Source(key, name, manifest, weight, cache))
         for source in found:
             _check_beside(source, found, problem)
-        return cls(tuple(found)) if len(found) == len(locations) else None
+        return cls(tuple(found), patience=patience) if len(found) == len(locations) else None
 
     @property
     def key(self) -> str:
@@ -100,7 +107,8 @@ class Sources:
         behind a URL is checked when it is fetched."""
         for source in self.sources:
             if source.cache is None:
-                source.manifest.check(level, show_progress, problem, part_of(source.manifest))
+                part = part_of(source.manifest)
+                source.manifest.check(level, show_progress, problem, part, self.patience)
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
@@ -116,6 +124,8 @@ class Sources:
             )
             for source in self.sources
         ]
+        for reader in readers:
+            reader.patience = self.patience
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
@@ -206,7 +216,7 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
         cache = ShardCache(location, folder, config.data.cache_bytes)
         return cache.manifest, cache
     path = find_input(location)
-    if not os.path.exists(path):
+    if not _is_there(path):
         recipe = f"configs/data/{_below_data(location)}.json"
         known = find_input(recipe).is_file()
         raise UserError(
@@ -214,6 +224,17 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
             f"{recipe if known else 'FILE, one of configs/data or your own'}"
         )
     return Manifest.load(path, follow_links=follow_links), None
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.exists, which takes a file system that does not answer for a missing file. Raises UnreadableError."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return True
 
 
 def _below_data(location: str) -> str:

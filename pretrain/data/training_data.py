@@ -34,6 +34,7 @@ def open_training_data(
     skipped: tuple[Range, ...],
 ) -> TrainingData:
     """`skipped`: positions of the data order that are never read."""
+    sources.patience.begin()
     stream = TrainingStream(
         sources.reader("train", config),
         config,

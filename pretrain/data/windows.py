@@ -20,6 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
 from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.order import window_order
+from pretrain.data.patience import Patience
 from pretrain.data.progress import Range, data_positions
 
 
@@ -95,17 +96,20 @@ class WindowReader:
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.tokens_are_bytes
         self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
+        self.patience = Patience()
+        """Makes every read; this one raises each error as it is."""
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
-        rows = self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1)
+        rows = self.patience(lambda: self._split.read_rows(np.asarray(windows, np.int64) * T, T + 1))
         # Widened once for each of the two: copies of int64 rows would move twice as many bytes.
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
     def documents(self, windows: np.ndarray) -> Tensor:
         T = self.sequence_length
-        return torch.from_numpy(self._split.document_index(np.asarray(windows, np.int64) * T, T))
+        starts = np.asarray(windows, np.int64) * T
+        return torch.from_numpy(self.patience(lambda: self._split.document_index(starts, T)))
 
 
 class MixedReader:

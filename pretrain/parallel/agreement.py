@@ -10,19 +10,24 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from pretrain.device import on_collective_device
 
 Result = TypeVar("Result")
 
 
 class PeerFailed(Exception):
-    """Another rank met an error that the user must fix, and reports it; this rank leaves quietly."""
+    """Another rank met an error that the user must fix, or that may pass, and reports it; this rank leaves quietly."""
+
+    def __init__(self, kind: type[UserError] = UserError) -> None:
+        """`kind`: of that error, a PassingError or not."""
+        super().__init__()
+        self.kind = kind
 
 
 def agreed(function: Callable[[], Result]) -> Result:
     """Calls `function` on every rank; collective. If it raises a UserError anywhere, the lowest such rank
-    raises it and every other rank raises PeerFailed."""
+    raises it and every other rank raises PeerFailed. An error that stays goes before one that may pass."""
     result, error = attempt(function)
     agree(error)
     return result
@@ -32,10 +37,11 @@ def said_by_first(function: Callable[[], None]) -> None:
     """As `agreed`, but the first rank raises what any rank has met: people read its output, and not that of rank
     4711."""
     _, error = attempt(function)
-    words: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(words, None if error is None else str(error))
-    first = next((text for text in words if text is not None), None)
-    agree(None if first is None else UserError(first))
+    words: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(words, None if error is None else (isinstance(error, PassingError), str(error)))
+    found = [word for word in words if word is not None]
+    passes, text = min(found, key=lambda word: word[0], default=(False, ""))
+    agree((PassingError if passes else UserError)(text) if found else None)
 
 
 def attempt(function: Callable[[], Result]) -> tuple[Result, Exception | None]:
@@ -54,19 +60,22 @@ def agree(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    failed = on_collective_device(torch.tensor([dist.get_rank() if error is not None else dist.get_world_size()]))
+    size = dist.get_world_size()
+    own = 2 * size if error is None else dist.get_rank() + size * isinstance(error, PassingError)
+    failed = on_collective_device(torch.tensor([own]))
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     first = int(failed)
-    raise_agreed(error, first if first < dist.get_world_size() else None)
+    raise_agreed(error, first % size if first < 2 * size else None, passes=first >= size)
 
 
-def raise_agreed(error: Exception | None, first_failed: int | None) -> None:
-    """Not collective: `error` on the first rank that failed, PeerFailed on every other, nothing if none has failed."""
+def raise_agreed(error: Exception | None, first_failed: int | None, *, passes: bool = False) -> None:
+    """Not collective: `error` on the first rank that failed, PeerFailed on every other, nothing if none has failed.
+    `passes`: the first one's is a PassingError."""
     if first_failed is None:
         return
     if error is not None and first_failed == dist.get_rank():
         raise error
-    raise PeerFailed
+    raise PeerFailed(PassingError if passes else UserError)
 
 
 def check_same(what: str, value: str) -> None:

@@ -16,6 +16,7 @@ from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
+    from pretrain.data.patience import Patience
     from pretrain.data.sources import Sources
     from pretrain.report.disk_space import CheckpointSpace
 
@@ -41,6 +42,8 @@ class PlannedRun:
     alone: bool = True
     """False: one of the run's ranks, which leaves out what has to be looked up for every file of the data or of a
     checkpoint. The ranks do that together once they have met (together.py, resume.py)."""
+    patience: Patience | None = None
+    """For all reads of the data, those of the run too; None: none."""
     data_size: int | None = None
     sources: Sources | None = None
     newest: Checkpoint | None = None
@@ -98,7 +101,7 @@ class PlannedRun:
 
         if "data" in self.broken:
             raise Blocked("a rule of the data section is broken")
-        self.sources = Sources.find(self.config, found.problem, follow_links=self.alone)
+        self.sources = Sources.find(self.config, found.problem, follow_links=self.alone, patience=self.patience)
         if self.sources is None:
             return ""
         return "; ".join(
@@ -222,14 +225,21 @@ class PlannedRun:
 
 
 def preflight(
-    config: Config, world_size: int, run_dir: Path, device: str | None = None, *, alone: bool = True
+    config: Config,
+    world_size: int,
+    run_dir: Path,
+    device: str | None = None,
+    *,
+    alone: bool = True,
+    patience: Patience | None = None,
 ) -> tuple[Sources, int]:
     """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
     fault. Returns the data sets and DP size. `device`: the ranks' (cuda or cpu); None: that of train.device on this
-    machine. `alone`: see PlannedRun."""
+    machine. `alone`, `patience`: see PlannedRun."""
     from pretrain.gpus import device_type
 
-    run = PlannedRun(config, world_size, run_dir, device or device_type(config.train.device), alone=alone)
+    device = device or device_type(config.train.device)
+    run = PlannedRun(config, world_size, run_dir, device, alone=alone, patience=patience)
     run.check(Checklist(stops=True), thorough=False)
     assert run.sources is not None and run.data_size is not None
     return run.sources, run.data_size

@@ -68,6 +68,10 @@ TEXTS = {
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",
     "estimated": lambda e: f"memory of a rank: {e.get('text', '?')}",
     "estimate_compared": _compared,
+    "data_waited": lambda e: (
+        f"{_step(e)}: rank {e.get('rank', '?')} waited {_number(e.get('seconds'), '.1f')} s for {e.get('file', '?')}: "
+        f"{e.get('reason', '?')}"
+    ),
     "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
 }
 """By kind."""

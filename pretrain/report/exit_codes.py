@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from common.errors import PassingError, UserError
+
 
 class ExitCode(IntEnum):
     """Codes of launch/pretrain.py."""
@@ -15,7 +17,7 @@ class ExitCode(IntEnum):
     REPLICAS_DIFFER = 4
     HUNG = 5
     FOLDER_LOST = 6
-    PEER_DIED = 7
+    CUT_OFF = 7
     STOPPED = 85
     INTERRUPTED = 86
 
@@ -28,10 +30,16 @@ MEANING = {
     ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
     ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds; the last checkpoint stands",
     ExitCode.FOLDER_LOST: "another run has taken over the run folder; this one stopped writing",
-    ExitCode.PEER_DIED: "another rank died or never came, and this one could not go on; the last checkpoint stands",
+    ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
+    "minutes (a fault that may pass); the last checkpoint stands",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
     ExitCode.INTERRUPTED: "a second signal ended it at once; the last checkpoint stands: start the same command again",
 }
+
+
+def code_of(kind: type[UserError]) -> ExitCode:
+    """How a run ends that meets an error of this kind."""
+    return ExitCode.CUT_OFF if issubclass(kind, PassingError) else ExitCode.REFUSED
 
 
 def exit_codes_help() -> str:

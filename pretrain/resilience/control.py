@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import PassingError
 from pretrain.parallel.agreement import agreed
 from pretrain.parallel.rounds import maximum
 from pretrain.resilience.signals import Stop
@@ -22,17 +23,23 @@ class Agreement(NamedTuple):
     stopping: bool
     """Whether any rank was asked to stop."""
     flags: list[bool]
+    passes: bool = False
+    """That rank's error may pass; no rank has met one that stays."""
 
 
-def said(rank: int, size: int, failed: bool, stopping: bool, *flags: bool) -> Tensor:
-    """What a rank says, [2 + flags] int64: the largest of what all say is their agreement."""
-    return torch.tensor([size - rank if failed else 0, stopping, *flags], dtype=torch.int64)
+def said(rank: int, size: int, failed: bool, stopping: bool, *flags: bool, passes: bool = False) -> Tensor:
+    """What a rank says, [2 + flags] int64: the largest of what all say is their agreement. `passes`: its error may
+    pass, and gives way to one that stays."""
+    failure = size - rank + (0 if passes else size) if failed else 0
+    return torch.tensor([failure, stopping, *flags], dtype=torch.int64)
 
 
 def agreement(largest: Tensor, size: int) -> Agreement:
     """What the largest of the numbers of `size` ranks mean."""
     failed, stopping, *flags = largest.tolist()
-    return Agreement(size - failed if failed else None, bool(stopping), [bool(flag) for flag in flags])
+    passes = 0 < failed <= size
+    first = (size if passes else 2 * size) - failed if failed else None
+    return Agreement(first, bool(stopping), [bool(flag) for flag in flags], passes)
 
 
 class Control:
@@ -46,7 +53,8 @@ class Control:
         """One message: did any rank fail with `error`, was any asked to stop, and for each flag, is it set on any
         rank?"""
         size = dist.get_world_size()
-        own = said(dist.get_rank(), size, error is not None, self._stop.requested is not None, *flags)
+        stopping, passes = self._stop.requested is not None, isinstance(error, PassingError)
+        own = said(dist.get_rank(), size, error is not None, stopping, *flags, passes=passes)
         return agreement(maximum(own, self.group), size)
 
     def largest(self, value: int) -> int:
@@ -54,6 +62,12 @@ class Control:
         values = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return int(values)
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """The values of all ranks, in their order."""
+        found: list[list[Any]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, values, group=self.group)
+        return [value for of_rank in found for value in of_rank]
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""

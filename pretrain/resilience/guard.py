@@ -15,7 +15,7 @@ from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.phases import Phases
-from pretrain.report.exit_codes import ExitCode
+from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.signals import Stop
@@ -77,10 +77,10 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.end(error.code, str(error))
         raise
     except UserError as error:
-        folder.end(ExitCode.REFUSED, str(error))
+        folder.end(code_of(type(error)), str(error))
         raise
-    except PeerFailed:
-        folder.end(ExitCode.REFUSED, "another rank met an error and said so")
+    except PeerFailed as error:
+        folder.end(code_of(error.kind), "another rank met an error and said so")
         raise
     except BaseException as error:
         folder.end(ExitCode.UNFORESEEN, repr(error))

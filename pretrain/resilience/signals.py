@@ -195,7 +195,7 @@ class Stop:
             return
         time.sleep(PEER_SECONDS)
         if self.state is not ProcessState.ENDING:  # type: ignore[comparison-overlap]  # another thread sets it
-            self.leave(ExitCode.PEER_DIED, "another rank of this machine has died; the last checkpoint stands")
+            self.leave(ExitCode.CUT_OFF, "another rank of this machine has died; the last checkpoint stands")
 
 
 def is_launched() -> bool:

@@ -117,7 +117,7 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"{VERDICT}FAILED: {error}", flush=True)
-        return ExitCode.PEER_DIED
+        return ExitCode.CUT_OFF
     except UserError as error:  # such as a port that is taken
         stop.say_refusal(error, ranks, prefix=f"{VERDICT}FAILED: ", stream=sys.stdout)
         return ExitCode.REFUSED

@@ -3,6 +3,7 @@ the fix."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,9 +169,15 @@ def test_a_folder_without_its_shards_is_told_in_a_few_lines(place: Path, capsys:
 def test_a_shard_that_may_not_be_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Asked of the system and not tried: root may read everything."""
-    shard, access = place / "data" / "train-00000.tar", os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard and access(path, mode))
+    """The system's answer is made up: root may read everything."""
+    shard, opened = place / "data" / "train-00000.tar", os.open
+
+    def refused(path: Any, *args: Any, **options: Any) -> int:
+        if Path(path) == shard:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refused)
     code, _, wrong = checked(capsys)
     assert code == 2
     permission = f"{shard} cannot be read: Permission denied; let its owner give this user read permission"

@@ -1,0 +1,321 @@
+"""Files of the data that cannot be read for a while: the run waits for them, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain.data.patience
+import pretrain.together
+from common.errors import DataError, PassingError, UnreadableError, UserError
+from data_prep.shards import cache as shard_cache
+from data_prep.shards.format import Manifest
+from pretrain.cli import train as cli
+from pretrain.config.loading import to_json
+from pretrain.config.schema import Config, ResilienceConfig
+from pretrain.data.patience import PASSING, Patience, patient_seconds
+from pretrain.data.sources import Sources
+from pretrain.loop import train
+from pretrain.parallel.agreement import PeerFailed
+from pretrain.report.exit_codes import ExitCode, code_of
+from tests.harness import run_ranks
+from tests.pretrain.runs import assert_bit_identical, small_config
+
+KEYS = ("train.steps=4", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
+
+
+class Faults:
+    """Lets calls for a file fail: those of Path.stat, Path.open and os.open whose path ends with `suffix`."""
+
+    def __init__(self, suffix: str, number: int, times: int) -> None:
+        self.suffix, self.number, self.left, self.met = suffix, number, times, 0
+
+    def meet(self, path: Any) -> None:
+        if self.left > 0 and str(path).endswith(self.suffix):
+            self.left, self.met = self.left - 1, self.met + 1
+            raise OSError(self.number, os.strerror(self.number), str(path))
+
+    def install(self, patch: pytest.MonkeyPatch, *calls: str) -> None:
+        for owner, name in ((Path, "stat"), (Path, "open"), (Path, "read_bytes"), (os, "open")):
+            if f"{owner.__name__}.{name}" in calls:
+                patch.setattr(owner, name, self._faulty(getattr(owner, name)))
+
+    def _faulty(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def faulty(path: Any, *args: Any, **options: Any) -> Any:
+            self.meet(path)
+            return call(path, *args, **options)
+
+        return faulty
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain.data.patience, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN])
+@pytest.mark.parametrize(
+    ("call", "suffix"),
+    [
+        ("Path.stat", "train-00001.tar"),
+        ("Path.open", "train-00001.tar"),
+        ("Path.stat", "train-00001.idx.safetensors"),
+        ("Path.read_bytes", "train-00001.idx.safetensors"),
+    ],
+)
+def test_a_read_that_fails_twice_gives_what_it_gives_without_a_fault(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, quick: None, number: int, call: str, suffix: str
+) -> None:
+    config = small_config(prepared)
+    plain = Sources.load(config)
+    windows = np.arange(plain.reader("train", config).num_windows)
+    expected = plain.reader("train", config).read(windows)
+    patience = Patience(60.0, rank=3)
+    reader = Sources.load(config, patience=patience).reader("train", config)
+    faults = Faults(suffix, number, 2)
+    with monkeypatch.context() as patch:
+        faults.install(patch, call)
+        found = reader.read(windows)
+    assert faults.met == 2
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    (wait,) = patience.taken_waits()
+    # Path.resolve, which looks whether a link leads out, takes no notice of the first.
+    failed = 1 if call == "Path.stat" else 2
+    assert (wait["rank"], wait["attempts"]) == (3, failed) and wait["file"].endswith(suffix)
+    assert wait["reason"] == f"{os.strerror(number)} (errno {number}, {errno.errorcode[number]})"
+    assert patience.taken_waits() == []
+
+
+@pytest.mark.parametrize(
+    ("call", "suffix"),
+    [
+        ("Path.stat", ""),
+        ("Path.read_bytes", "manifest.json"),
+        ("Path.stat", "train-00000.tar"),
+        ("os.open", "train-00000.tar"),
+        ("Path.read_bytes", "train-00000.idx.safetensors"),
+        ("Path.open", "tokenizer.model"),
+        ("Path.open", "train-00000.tar"),
+    ],
+)
+def test_a_start_waits_for_every_kind_of_file(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, quick: None, call: str, suffix: str
+) -> None:
+    faults = Faults(suffix or prepared.name, errno.ESTALE, 2)
+    with monkeypatch.context() as patch:
+        faults.install(patch, call)
+        Sources.load(small_config(prepared), patience=Patience(60.0)).check("full")
+    assert faults.met == 2
+
+
+def test_a_folder_that_does_not_answer_is_not_called_missing(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        Faults(prepared.name, errno.EIO, 10**6).install(patch, "Path.stat")
+        with pytest.raises(UnreadableError, match=rf"^{prepared} cannot be read: .*\(errno 5, EIO\)$"):
+            Sources.load(small_config(prepared))
+
+
+def test_a_missing_file_is_waited_for_only_after_it_was_seen(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    def file_missing_twice(patience: Patience) -> int:
+        config, faults = small_config(prepared), Faults("train-00000.tar", errno.ENOENT, 2)
+        reader = Sources.load(config, patience=patience).reader("train", config)
+        with monkeypatch.context() as patch:
+            faults.install(patch, "Path.stat")
+            reader.read(np.array([0]))
+        return faults.met
+
+    started, training = Patience(60.0), Patience(60.0)
+    training.files_were_seen = True
+    with pytest.raises(DataError, match=r"^missing file .*train-00000\.tar; prepare the data again") as caught:
+        file_missing_twice(started)
+    assert code_of(caught.type) is ExitCode.REFUSED and not started.taken_waits()
+    assert file_missing_twice(training) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG, errno.EFBIG])
+def test_an_error_that_cannot_pass_is_raised_at_once(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    config, patience, faults = small_config(prepared), Patience(60.0), Faults("train-00000.tar", number, 2)
+    patience.files_were_seen = True
+    reader = Sources.load(config, patience=patience).reader("train", config)
+    with monkeypatch.context() as patch:
+        faults.install(patch, "Path.open")
+        with pytest.raises(DataError, match=r"train-00000\.tar cannot be read: ") as caught:
+            reader.read(np.array([0]))
+    assert faults.met == 1 and code_of(caught.type) is ExitCode.REFUSED
+
+
+def test_damaged_content_is_refused_at_once(prepared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    shard = copy / Manifest.load(copy).split("train")[0].file
+    config, patience = small_config(copy), Patience(60.0)
+    patience.files_were_seen = True
+    content = shard.read_bytes()
+    for wrong, said in ((content[:-1], "expected bytes"), (content[:700] + b"\xff\xff" + content[702:], "sha256")):
+        shard.write_bytes(wrong)
+        with pytest.raises(DataError, match=said) as caught:
+            Sources.load(config, patience=patience).reader("train", config).read(np.arange(3))
+        assert code_of(caught.type) is ExitCode.REFUSED and not patience.taken_waits()
+
+
+def test_a_fault_that_stays_ends_the_wait_with_file_and_errno_and_is_said_once(
+    capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    calls: list[int] = []
+
+    def read() -> None:
+        calls.append(1)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data/train-00007.tar")
+
+    with pytest.raises(
+        PassingError, match=r"^/data/train-00007\.tar cannot be read: .*\(errno 116, ESTALE\);"
+    ) as caught:
+        Patience(0.2, rank=5)(read)
+    assert code_of(caught.type) is ExitCode.CUT_OFF and f"rank 5 tried {len(calls)} times" in str(caught.value)
+    assert 3 <= len(calls) <= 12  # pauses of 1 ms that double: 255 ms are eight of them
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("warning: rank 5: /data/train-00007.tar cannot be read: ")
+
+
+def test_what_nobody_needs_any_more_is_not_waited_for() -> None:
+    patience, failed = Patience(600.0), threading.Event()
+
+    def read() -> None:
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error", "/data/a")
+
+    def reading() -> None:
+        with pytest.raises(PassingError):
+            patience(read)
+
+    thread = threading.Thread(target=reading, daemon=True)
+    thread.start()
+    assert failed.wait(60.0)
+    patience.end()
+    thread.join(60.0)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("limit", [1.0, 60.0, 540.0, 604800.0])
+def test_two_waits_in_a_row_end_before_a_rank_counts_as_hung(limit: float) -> None:
+    seconds = patient_seconds(ResilienceConfig(hang_timeout_seconds=limit))
+    assert 0.0 < 2 * seconds < limit and seconds <= 180.0 == patient_seconds(ResilienceConfig(hang_timeout_seconds=0.0))
+
+
+def test_the_errors_that_pass_are_those_of_networks_and_file_systems() -> None:
+    named = {"EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENOTCONN", "EREMOTEIO", "ECONNRESET"}
+    assert {getattr(errno, name) for name in named} <= PASSING
+    assert not PASSING & {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSPC, errno.EMFILE}
+
+
+def test_a_server_that_answers_later_is_waited_for(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setattr(shard_cache.time, "sleep", lambda seconds: None)
+    keys = ("data.cache_bytes=1000000000", f"data.cache_dir={tmp_path / 'cache'}")
+    config, patience = small_config(prepared, f"data.manifest=file://{prepared}", *keys), Patience(60.0)
+    expected = Sources.load(small_config(prepared)).reader("train", small_config(prepared)).read(np.arange(5))
+    reader = Sources.load(config, patience=patience).reader("train", config)
+    opened, left = shard_cache.RemoteFile.open, [2 * shard_cache.ATTEMPTS]
+
+    def refusing(file: Any, mode: str) -> Any:
+        if file.url.endswith(".tar") and left[0]:
+            left[0] -= 1
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        return opened(file, mode)
+
+    monkeypatch.setattr(shard_cache.RemoteFile, "open", refusing)
+    found = reader.read(np.arange(5))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    (wait,) = patience.taken_waits()
+    assert wait["attempts"] == 2 and "ConnectionResetError" in wait["reason"]
+
+
+def _train(rank: int, config: Config, folder: Path) -> list[str]:
+    """How runs end without a fault, with a fault of rank 1 that passes, and with faults that stay: in training, for a
+    missing file too, and at the start."""
+    pretrain.data.patience.FIRST_PAUSE_SECONDS = 0.01
+    endings = []
+    for name, number, times, is_late in (
+        ("plain", 0, 0, True),
+        ("passes", errno.ESTALE, 2, True),
+        ("stays", errno.EIO, 10**6, True),
+        ("missing", errno.ENOENT, 10**6, True),
+        ("start", errno.ETIMEDOUT, 10**6, False),
+        ("absent", errno.ENOENT, 10**6, False),
+    ):
+        faults = Faults(".tar", number, times if rank == 1 else 0)
+        patience = Patience(0.5 if times > 2 else 60.0, rank=rank)
+        sources = Sources.load(config, patience=patience)
+        with pytest.MonkeyPatch.context() as patch:
+            if is_late:  # once the files were looked at
+                check = pretrain.together.check_data
+
+                def checked(*args: Any, faults: Faults = faults, check: Any = check, patch: Any = patch) -> Sources:
+                    found: Sources = check(*args)
+                    faults.install(patch, "Path.open")
+                    return found
+
+                patch.setattr("pretrain.loop.check_data", checked)
+            else:
+                faults.install(patch, "Path.stat")
+            try:
+                code = train(config, sources, folder / name, torch.device("cpu"))
+                endings.append(f"{code.name}, {faults.met} faults")
+            except PeerFailed as error:
+                endings.append(f"PeerFailed {code_of(error.kind).name}")
+            except UserError as error:
+                endings.append(f"{code_of(type(error)).name}: {error}")
+    return endings
+
+
+def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(_train, 2, small_config(prepared, *KEYS), tmp_path)
+    assert first[:2] == ["FINISHED, 0 faults"] * 2 and second[:2] == ["FINISHED, 0 faults", "FINISHED, 2 faults"]
+    assert_bit_identical(tmp_path / "passes", tmp_path / "plain")
+    (wait,) = [event for event in _events(tmp_path / "passes") if event["event"] == "data_waited"]
+    assert (wait["rank"], wait["attempts"]) == (1, 2) and "ESTALE" in wait["reason"] and wait["file"].endswith(".tar")
+    for number, (name, words) in enumerate((("stays", "(errno 5, EIO)"), ("missing", "(errno 2, ENOENT)")), start=2):
+        assert first[number] == "PeerFailed CUT_OFF" and second[number].startswith(f"CUT_OFF: {prepared}/")
+        assert words in second[number] and "rank 1 tried" in second[number]
+        assert json.loads((tmp_path / name / "outcome.json").read_text())["exit_code"] == ExitCode.CUT_OFF == 7
+        assert not (tmp_path / name / "metrics.jsonl").exists() and any(
+            e["event"] == "data_waited" for e in _events(tmp_path / name)
+        )
+    # At the start the first rank says what any rank has met.
+    assert second[4] == "PeerFailed CUT_OFF" and first[4].startswith(f"CUT_OFF: {prepared}/")
+    assert "ETIMEDOUT" in first[4] and "rank 1 tried" in first[4]
+    assert second[5] == "PeerFailed REFUSED" and first[5].startswith("REFUSED: missing file ")
+
+
+def _events(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_manifest_that_cannot_be_read_before_the_ranks_meet_ends_with_the_code_of_a_fault_that_passes(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(small_config(prepared, "resilience.hang_timeout_seconds=1"))))
+    with monkeypatch.context() as patch:
+        Faults("manifest.json", errno.EIO, 10**6).install(patch, "Path.read_bytes")
+        code = cli.main(["--config", str(path), "--run-dir", str(tmp_path / "run")])
+    assert code == ExitCode.CUT_OFF
+    assert (
+        f"{prepared}/manifest.json cannot be read: Input/output error (errno 5, EIO); rank 0 tried"
+        in capsys.readouterr().err
+    )
