@@ -107,7 +107,8 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-node", type=at_least(1), metavar="N", help="ranks (default: --gpus-per-node, 1 with --cpu)"
     )
-    parser.add_argument("--cpus-per-rank",
+    parser.add_argument(
+        "--cpus-per-rank",
         type=at_least(1),
         metavar="N",
         help="CPUs, and OMP_NUM_THREADS: a node's cores / ranks (default: the cluster's, most often one)",
