@@ -26,7 +26,7 @@ from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start
 from pretrain.segment import Segment, SegmentEnd, build_segment
-from pretrain.together import check_data
+from pretrain.together import check_data, remember_data
 from pretrain.trainer import RunSetup
 
 
@@ -47,7 +47,7 @@ def train(
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
     check_same(f"{sources.key} (digest)", sources.digest)
-    sources = check_data(sources, config)
+    sources = check_data(sources, config, run_dir)
     parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
     setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
     if config.monitor.memory_history:
@@ -55,6 +55,7 @@ def train(
     folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
+        remember_data(run_dir, sources)
         rollback: Rollback | None = None
         while True:
             setup.phases.enter("looking for a checkpoint")

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from common.filesystems import filesystem_type, is_shared
 from data_prep.shards.format import Manifest, Part
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember
+from pretrain.device import on_collective_device
 from pretrain.parallel.agreement import said_by_first
 
 MANY_RANKS = 16
@@ -21,18 +28,102 @@ MANY_RANKS = 16
 and would hash, every shard."""
 SHARE_BYTES = 32 << 30
 """Largest share of a rank that is hashed without being asked for: half a minute at a gigabyte a second."""
+ROUND_SECONDS = 20.0
+"""How often the ranks meet while they hash: collectives give up after a minute at the earliest."""
 
 
-def check_data(sources: Sources, config: Config) -> Sources:
-    """Checks size, index and, where it is due, sha256 of every shard that lies on a disk, and the tokenizers. Returns
-    the sources, which know whether shards were hashed. Collective; raises UserError on the first rank, PeerFailed on
-    the others. A process alone has looked at sizes before it came here."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+@dataclasses.dataclass
+class _Hashed:
+    """What one rank has done."""
+
+    hashed: int = 0
+    """Shards."""
+    known: int = 0
+    verified: list[VerifiedShard] = dataclasses.field(default_factory=list)
+
+
+def check_data(sources: Sources, config: Config, run_dir: Path) -> Sources:
+    """Checks size, index and, where it is due, sha256 of every shard that lies on a disk, and the tokenizers. A shard
+    that an earlier start of the run in `run_dir` has verified, and that nobody has touched, is not hashed again unless
+    data.verify is full. Returns the sources, which know whether shards were hashed. Collective; raises UserError on the
+    first rank, PeerFailed on the others. A process alone has looked at sizes before it came here."""
+    rank, size, done = dist.get_rank(), dist.get_world_size(), _Hashed()
     hashes = config.data.verify == "full" or hashes_at_start(sources, size)
+
+    def check() -> None:
+        sources.check("size", part_of=part_of)
+        if hashes:
+            known = recall(run_dir) if config.data.verify == "size" else frozenset()
+            _hash(sources, known, done, show_progress=rank == 0)
+
     if hashes or size > 1:
-        said_by_first(lambda: sources.check("full" if hashes else "size", show_progress=rank == 0, part_of=part_of))
+        said_by_first(lambda: in_rounds(check))
     sources.patience.files_were_seen = True
-    return dataclasses.replace(sources, hashed=hashes)
+    return dataclasses.replace(sources, hashed=hashes, verified=_gathered(done) if hashes else ())
+
+
+def remember_data(run_dir: Path, sources: Sources) -> None:
+    """Rank 0 writes down for the next start what this one knows of the shards; it must own the run folder."""
+    if not sources.verified:
+        return
+    try:
+        remember(run_dir, sources.verified)
+    except OSError as error:  # the next start hashes again
+        print(f"warning: {run_dir / FILE} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def in_rounds(work: Callable[[], None]) -> None:
+    """Calls `work`, which may take any time, in a thread, while the ranks meet again and again: no collective waits for
+    a rank that works until it gives up. Collective; returns when all have ended, or raises what this rank's raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="checking data", daemon=True)  # a rank that is to leave does not wait
+    thread.start()
+    all_have_ended = False
+    while not all_have_ended:
+        thread.join(ROUND_SECONDS)
+        ended = on_collective_device(torch.tensor([not thread.is_alive()], dtype=torch.int64))
+        dist.all_reduce(ended, op=dist.ReduceOp.MIN)
+        all_have_ended = bool(int(ended))
+    if raised:
+        raise raised[0]
+
+
+def _hash(sources: Sources, known: frozenset[VerifiedShard], done: _Hashed, *, show_progress: bool) -> None:
+    """Hashes the shards of this rank's parts that are not known."""
+    for source in sources.sources:
+        if source.cache is not None:
+            continue
+        manifest, part = source.manifest, part_of(source.manifest)
+        # Asked before it is read, so that a change meanwhile is one that the next start sees.
+        now = [(entry, as_it_is(manifest, entry)) for entry in manifest.part(part)]
+        # Other nodes have other files under the same names.
+        shared = _is_shared(manifest)
+        unknown = [entry for entry, shard in now if not (shared and shard in known)]
+        if part[0] == 0:
+            manifest.check_records(patience=sources.patience)
+        manifest.hash_shards(unknown, show_progress, patience=sources.patience)
+        done.hashed += len(unknown)
+        done.known += len(now) - len(unknown)
+        done.verified += [shard for _, shard in now if shared and shard is not None]
+
+
+def _gathered(done: _Hashed) -> tuple[VerifiedShard, ...]:
+    """What all ranks have done: rank 0 says it, and gets the shards; the others get none. Collective."""
+    found: list[_Hashed | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, done)
+    if dist.get_rank():
+        return ()
+    parts = [part for part in found if part is not None]
+    hashed, known = sum(part.hashed for part in parts), sum(part.known for part in parts)
+    print(f"data: {hashed:,} shards verified, {known:,} known from an earlier start", flush=True)
+    return tuple(shard for part in parts for shard in part.verified)
 
 
 def hashes_at_start(sources: Sources, world_size: int) -> bool:
@@ -45,6 +136,10 @@ def hashes_at_start(sources: Sources, world_size: int) -> bool:
 
 def part_of(manifest: Manifest) -> Part:
     """This rank's part of a data set: of all ranks, or of those of its node if other nodes have a copy of their own."""
-    if is_shared(filesystem_type(manifest.folder.resolve())):
+    if _is_shared(manifest):
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+
+
+def _is_shared(manifest: Manifest) -> bool:
+    return is_shared(filesystem_type(manifest.folder.resolve()))

@@ -187,6 +187,11 @@ class Manifest(Record):
         """Token ids in a split, EOS included."""
         return sum(entry.tokens for entry in self.split(split))
 
+    def part(self, part: Part) -> list[ShardEntry]:
+        """The shards that one of several processes looks at."""
+        number, of = part
+        return self._entries()[number::of]
+
     def _entries(self) -> list[ShardEntry]:
         return [entry for entries in self.splits.values() for entry in entries]
 
@@ -212,32 +217,38 @@ class Manifest(Record):
         looked at, where several processes check a folder together. `patience` makes each check.
         """
         assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
-
-        def passes(check: Callable[[], object]) -> bool:
-            try:
-                patience(check)
-                return True
-            except DataError as error:
-                problem(error)
-                return False
-
-        number, of = part
-        entries = self._entries()[number::of]
-        if number == 0:
+        passes, entries = partial(_passes, problem, patience), self.part(part)
+        if part[0] == 0:
             passes(self._check_tokenizer)
         whole = [entry for entry in entries if passes(partial(self._check_shard, entry))]
         for entry in entries:
             passes(partial(ShardIndex.load, self, entry))
         if level == "size":
             return
-        for record in self.provenance.records if number == 0 else ():  # not data: training does without them
-            passes(partial(_check_record, self.folder / record.file, record))
+        if part[0] == 0:
+            self.check_records(problem, patience)
+        self.hash_shards(whole, show_progress, problem, patience)
+
+    def check_records(self, problem: Problem = refuse, patience: Patience = lambda check: check()) -> None:
+        """The part of `check` for the records of the preparation, which training does without."""
+        for record in self.provenance.records:
+            _passes(problem, patience, partial(_check_record, self.folder / record.file, record))
+
+    def hash_shards(
+        self,
+        entries: list[ShardEntry],
+        show_progress: bool = False,
+        problem: Problem = refuse,
+        patience: Patience = lambda check: check(),
+    ) -> None:
+        """The part of `check` that takes long: reads these shards, and compares their sha256."""
         from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm
 
-        total = sum(entry.bytes for entry in whole)
+        total = sum(entry.bytes for entry in entries)
         with byte_bar(total=total, description="hashing shards", enabled=show_progress) as bar:
-            for entry in whole:
-                passes(partial(_check_hash, self.folder / entry.file, entry.sha256, bar.update))
+            for entry in entries:
+                check = partial(_check_hash, self.folder / entry.file, entry.sha256, bar.update)
+                _passes(problem, patience, check)
 
     def _check_shard(self, entry: ShardEntry) -> None:
         path = self.inside(entry.file)
@@ -250,6 +261,15 @@ class Manifest(Record):
     def _check_tokenizer(self) -> None:
         if self.tokenizer.file is not None:
             _check_hash(self.folder / self.tokenizer.file, self.tokenizer.sha256)
+
+
+def _passes(problem: Problem, patience: Patience, check: Callable[[], object]) -> bool:
+    try:
+        patience(check)
+        return True
+    except DataError as error:
+        problem(error)
+        return False
 
 
 def _check_record(path: Path, record: RecordFile) -> None:

@@ -57,8 +57,9 @@ class DataConfig(Section):
     """Blocks whose windows are shuffled together, with shuffle_block_windows > 0."""
     verify: Literal["size", "full"] = Field("size", json_schema_extra=FREE)
     """`size`: sizes, indices and tokenizer are checked at start, the sha256 of a shard when it is first read; from 16
-    ranks on at start, if that is at most 32 GiB a rank. `full`: the sha256 of every shard at start. The ranks divide
-    the files among them."""
+    ranks on at start, if that is at most 32 GiB a rank, but for shards on a shared disk that an earlier start of the
+    run has hashed and whose size and time of change are the same. `full`: the sha256 of every shard at every start.
+    The ranks divide the files among them."""
 
     document_mask: bool = False
     """Documents in a window do not see each other: attention stays inside a document, whose positions start at 0.

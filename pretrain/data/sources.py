@@ -20,6 +20,7 @@ from pretrain.config.data_rules import folder_name, source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
 from pretrain.data.patience import Patience
+from pretrain.data.verified import VerifiedShard
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 
 
@@ -44,6 +45,8 @@ class Sources:
     sources: tuple[Source, ...]
     hashed: bool = False
     """Whether the sha256 of every shard was checked, so that no reader has to."""
+    verified: tuple[VerifiedShard, ...] = ()
+    """On rank 0: what was hashed, or is known from an earlier start, on file systems that all nodes share."""
     patience: Patience = field(default_factory=Patience, compare=False)
     """Makes every read of them."""
 

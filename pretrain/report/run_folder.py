@@ -17,7 +17,7 @@ from common.run_lock import FolderLock
 from pretrain.report import console
 from pretrain.report.exit_codes import ExitCode
 
-REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json")
+REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
