@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
-        sources, _ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
+        sources, *_ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
