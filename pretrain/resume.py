@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch.distributed as dist
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
+from pretrain.config.data_rules import folder_name
 from pretrain.config.loading import to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
+from pretrain.config.source_weights import whole_weights
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
@@ -100,6 +103,35 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
     return changes_since(saved, config, manifest_digest, fits)
 
 
+def stages_of(checkpoint: Checkpoint | None, sources: Sources) -> tuple[Stage, ...]:
+    """The stages of a run that reads `sources` from its beginning, or from `checkpoint` on. If the checkpoint's run
+    read others, or with other weights, a new stage begins there."""
+    now = sources.stage()
+    if checkpoint is None:
+        return (now,)
+    progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
+    stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
+    return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
+
+
+def _unrecorded_stage(checkpoint: Checkpoint) -> Stage:
+    """The only stage of a checkpoint from before stages were recorded, by the configuration in it."""
+    data = checkpoint.state["config"]["data"]
+    rows = data.get("sources") or [{"manifest": data["manifest"], "weight": 1}]
+    names = [row.get("name") or folder_name(row["manifest"]) for row in rows]
+    # Of several sources the checkpoint has one digest, of all of them.
+    digests = [checkpoint.state["manifest_digest"]] if len(rows) == 1 else [""] * len(rows)
+    return first_stage(names, digests, whole_weights([row["weight"] for row in rows]))
+
+
+def reads_by_end(config: Config, checkpoint: Checkpoint | None, stage: Stage) -> list[int]:
+    """How many windows of each source the run has read after train.steps, over all epochs, if it continues from
+    `checkpoint` in `stage`."""
+    progress = checkpoint.progress if checkpoint is not None else Progress(0, 0)
+    ahead = max(0, config.train.steps - progress.step) * config.batch.global_sequences
+    return stage.counts(progress.position + ahead)
+
+
 def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:
     """The first of `paths` that is committed and, with `check_sizes`, whose files have their sizes; not collective,
     reads no tensor. Raises UserError as `newest_valid`."""
@@ -178,6 +210,11 @@ class StartPoint:
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's: key -> (then, now)."""
 
+    @property
+    def begins_stage(self) -> bool:
+        """Whether the data of this start are another mixture than the checkpoint's."""
+        return self.checkpoint is not None and len(self.progress.stages) > max(1, len(self.checkpoint.progress.stages))
+
 
 def find_start(
     config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None
@@ -190,6 +227,8 @@ def find_start(
     branch = branch_start(config, resumed)
     rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
     progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks)
+    # Of the checkpoint itself: what later rollbacks leave out are positions of the new stage.
+    progress = replace(progress, stages=stages_of(resumed, sources))
     return StartPoint(resumed, progress, rollbacks, damaged, changes)
 
 
@@ -237,3 +276,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
         if key != "description":  # of a run with --set it names the keys that are printed here anyway
             print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)
+    if start.begins_stage and not config.reads_streams:  # streams are contiguous text: no stage decides their order
+        stage = start.progress.stages[-1]
+        print(f"a new stage of the data begins: {stage.text()}", flush=True)
+        folder.event("data_stage", step=step, text=stage.text(), **stage.to_json())

@@ -52,7 +52,7 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
     settings, step = config.resilience, start.progress.step
     steps = range(step + 1, last + 1)
-    trainer.tape = open_tape(config, setup.sources, trainer.engine.module, parallel, folder.path, steps)
+    trainer.tape = open_tape(config, trainer.data, trainer.engine.module, parallel, folder.path, steps)
 
     def prepare() -> Monitor | None:
         if not parallel.is_first:

@@ -196,7 +196,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     engine = build_engine(model, config, parallel, device)
     _compile_blocks(setup, engine)
     _record_micro_steps(setup, engine)
-    data = open_training_data(config, setup.sources, parallel, device, skipped=progress.skipped_ranges)
+    data = open_training_data(config, setup.sources, parallel, device, progress)
     for _, memory in layer_memories(engine.module):
         memory.assign(data.stream.streams().to(device), config.batch.global_sequences)
     average = MovingAverage(engine, config.train.ema_decay) if config.train.ema_decay else None

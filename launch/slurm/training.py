@@ -219,7 +219,7 @@ def _check_run(wanted: Wanted) -> tuple[list[UserError], list[Path]]:
         return examination.checks.problems, []
     assert run.sources is not None and run.data_size is not None and run.run_dir is not None
     with contextlib.redirect_stdout(sys.stderr):
-        print_derived(run.config, run.data_size, run.sources, run.run_dir)
+        print_derived(run.config, run.data_size, run.sources, run.run_dir, run.newest)
     return [], [source.manifest.folder for source in run.sources.sources]
 
 

@@ -31,6 +31,7 @@ from pretrain.report.run_paths import config_file, run_folder
 from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
     from pretrain.data.sources import Sources
 
 USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=value]... [--run-dir DIR] [--dry-run]"
@@ -127,11 +128,11 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 stack.callback(forecast.close)
                 side_by_side = SideBySide(forecast.take)
             patience = Patience(patient_seconds(config.resilience), rank=ranks.rank)
-            sources, data_size = preflight(
+            sources, data_size, newest = preflight(
                 config, ranks.world_size, run_dir, alone=ranks.world_size == 1, patience=patience
             )
             if ranks.rank == 0:
-                print_derived(config, data_size, sources, run_dir)
+                print_derived(config, data_size, sources, run_dir, newest)
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
         stop.say_refusal(error, ranks)
@@ -167,7 +168,7 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     assert config is not None and planned is not None and planned.run_dir is not None
     assert planned.sources is not None and planned.data_size is not None
     print_warnings(planned.passed_over)
-    print_derived(config, planned.data_size, planned.sources, planned.run_dir)
+    print_derived(config, planned.data_size, planned.sources, planned.run_dir, planned.newest)
     _print_memory(planned, device_gib)
     return 0
 
@@ -220,20 +221,26 @@ def run(
         devices.stop()
 
 
-def print_derived(config: Config, data_size: int, sources: Sources, run_dir: Path) -> None:
-    """Prints the derived values, each with its formula, and what the data are too small for."""
+def print_derived(
+    config: Config, data_size: int, sources: Sources, run_dir: Path, newest: Checkpoint | None = None
+) -> None:
+    """Prints the derived values, each with its formula, and what the data are too small for. `newest`: the checkpoint
+    that the run continues from, if any."""
     from pretrain.data.warnings import data_warnings
     from pretrain.report.disk_space import checkpoint_space
     from pretrain.report.startup import derived_values
+    from pretrain.resume import reads_by_end, stages_of
 
     if config.description:
         print(config.description)
     space = checkpoint_space(config, run_dir)
-    rows = [*derived_values(config, data_size, sources, str(run_dir)), space.row()]
+    stages = stages_of(newest, sources)
+    reads = reads_by_end(config, newest, stages[-1])
+    rows = [*derived_values(config, data_size, sources, str(run_dir), stages, reads), space.row()]
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
-    for warning in data_warnings(config, sources):
+    for warning in data_warnings(config, sources, reads):
         print(f"warning: {warning}")
     sys.stdout.flush()
     if warning := space.warning():

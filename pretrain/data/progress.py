@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from pretrain.data.stages import Stage
 
 Range = tuple[int, int]
 """Positions first .. end - 1 of the data order."""
@@ -24,6 +26,8 @@ class Progress:
     """Positions of the data order that are never read: sorted, disjoint, none empty."""
     skipped_updates: int = 0
     """How many of the last steps in a row had no update, because loss or gradient was not finite."""
+    stages: tuple[Stage, ...] = ()
+    """The stages of the data so far, the last one under way. None: a file from before stages existed, one stage."""
 
     def __post_init__(self) -> None:
         edges = [edge for part in self.skipped_ranges for edge in part]
@@ -31,12 +35,17 @@ class Progress:
 
     def after_step(self, sequences: int, *, updated: bool = True) -> Progress:
         """After one more step, which read `sequences`."""
-        return Progress(
+        return replace(
+            self,
             step=self.step + 1,
             consumed_sequences=self.consumed_sequences + sequences,
-            skipped_ranges=self.skipped_ranges,
             skipped_updates=0 if updated else self.skipped_updates + 1,
         )
+
+    @property
+    def position(self) -> int:
+        """Position in the data order of the next sequence."""
+        return int(data_positions(np.array([self.consumed_sequences]), self.skipped_ranges)[0])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -44,16 +53,18 @@ class Progress:
             "consumed_sequences": self.consumed_sequences,
             "skipped_ranges": [list(part) for part in self.skipped_ranges],
             "skipped_updates": self.skipped_updates,
+            "stages": [stage.to_json() for stage in self.stages],
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`. Files from before skips existed have neither ranges nor a count."""
+        """The inverse of `to_json`. Files from before skips or stages existed have none of them."""
         return cls(
             step=int(tree["step"]),
             consumed_sequences=int(tree["consumed_sequences"]),
             skipped_ranges=tuple((int(first), int(end)) for first, end in tree.get("skipped_ranges", ())),
             skipped_updates=int(tree.get("skipped_updates", 0)),
+            stages=tuple(Stage.from_json(stage) for stage in tree.get("stages", ())),
         )
 
 

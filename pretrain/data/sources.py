@@ -20,6 +20,7 @@ from pretrain.config.data_rules import folder_name, source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
 from pretrain.data.patience import Patience
+from pretrain.data.stages import Stage, first_stage
 from pretrain.data.verified import VerifiedShard
 from pretrain.data.windows import MixedReader, WindowReader, Windows, num_windows
 
@@ -93,6 +94,14 @@ class Sources:
             return self.sources[0].manifest.digest
         parts = [[source.manifest.digest, source.weight] for source in self.sources]
         return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+    def stage(self) -> Stage:
+        """The stage of a run that begins with these."""
+        return first_stage(
+            [source.name for source in self.sources],
+            [source.manifest.digest for source in self.sources],
+            [source.weight for source in self.sources],
+        )
 
     @property
     def tokenizer(self) -> TokenizerEntry:

@@ -9,7 +9,7 @@ import torch
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.prefetch import Prefetcher
-from pretrain.data.progress import Range
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream, Windows
 
@@ -30,17 +30,17 @@ def open_training_data(
     sources: Sources,
     parallel: ParallelContext,
     device: torch.device,
-    *,
-    skipped: tuple[Range, ...],
+    progress: Progress,
 ) -> TrainingData:
-    """`skipped`: positions of the data order that are never read."""
+    """`progress`: of the start point, which says what of the data order is never read, and its stages."""
     sources.patience.begin()
     stream = TrainingStream(
         sources.reader("train", config),
         config,
         data_rank=parallel.data_rank,
         data_size=parallel.data_size,
-        skipped=skipped,
+        skipped=progress.skipped_ranges,
+        stage=progress.stages[-1] if progress.stages else None,
     )
     return TrainingData(
         sources,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from pretrain.config.schema import Config
-from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.sources import Sources
 from pretrain.data.windows import num_windows
 
@@ -17,9 +16,14 @@ PADDING = 128
 """Vocabularies are rounded up to a multiple of this for the sake of matrix products."""
 
 
-def data_warnings(config: Config, sources: Sources) -> list[str]:
-    """One sentence per thing that is too small or too large, with key and remedy."""
-    return [*_epochs(config, sources), *_vocabulary(config, sources), *_held_out(config, sources)]
+def data_warnings(config: Config, sources: Sources, reads: list[int] | None = None) -> list[str]:
+    """One sentence per thing that is too small or too large, with key and remedy. `reads`: see `epoch_warnings`."""
+    return [*epoch_warnings(config, sources, reads), *text_warnings(config, sources)]
+
+
+def text_warnings(config: Config, sources: Sources) -> list[str]:
+    """Those of `data_warnings` that do not depend on where the run continues."""
+    return [*_vocabulary(config, sources), *_held_out(config, sources)]
 
 
 def _held_out(config: Config, sources: Sources) -> list[str]:
@@ -33,11 +37,12 @@ def _held_out(config: Config, sources: Sources) -> list[str]:
     ]
 
 
-def _epochs(config: Config, sources: Sources) -> list[str]:
-    batch, T = config.batch.global_sequences, config.model.sequence_length
-    counts = MixtureSchedule([source.weight for source in sources.sources]).counts(batch * config.train.steps)
-    found = []
-    for source, count in zip(sources.sources, counts, strict=True):
+def epoch_warnings(config: Config, sources: Sources, reads: list[int] | None = None) -> list[str]:
+    """Those about sources that the run reads too often. `reads`: windows of each that it has read by its end; None: of
+    a run that begins with these sources."""
+    T, found = config.model.sequence_length, []
+    reads = reads or sources.stage().counts(config.batch.global_sequences * config.train.steps)
+    for source, count in zip(sources.sources, reads, strict=True):
         size = num_windows(source.manifest, "train", T, max_tokens=config.data.max_tokens)
         if count > MAX_EPOCHS * size:
             steps = MAX_EPOCHS * size * config.train.steps // count

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import Hold, SplitReader
+from pretrain.config.data_rules import source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
-from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.order import window_order
 from pretrain.data.patience import Patience
 from pretrain.data.progress import Range, data_positions
+from pretrain.data.stages import Stage, first_stage
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class TrainingStream:
     A step that starts after c consumed sequences takes positions c .. c + G - 1, G = global_sequences. Micro-step m
     takes m S .. (m + 1) S - 1 of them, S = micro_sequences x DP, and rank d the d-th block of micro_sequences.
     The order of windows depends on (manifest, seed, position) alone: a keyed shuffle per epoch. With several sources, a
-    schedule of the weights decides which one a position reads, and each has epochs of its own. With data.order streams,
+    schedule of the weights decides which one a position reads, and each has epochs of its own; `stage` says from which
+    position on, and where each source stood there (see stages.py; None: the run's first). With data.order streams,
     as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the next window of
     each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty
     memory. The last windows of the split, fewer than G, have no place in a stream.
@@ -164,7 +166,14 @@ class TrainingStream:
     """
 
     def __init__(
-        self, reader: Windows, config: Config, *, data_rank: int, data_size: int, skipped: tuple[Range, ...] = ()
+        self,
+        reader: Windows,
+        config: Config,
+        *,
+        data_rank: int,
+        data_size: int,
+        skipped: tuple[Range, ...] = (),
+        stage: Stage | None = None,
     ) -> None:
         self._reader = reader
         self._skipped = skipped
@@ -172,11 +181,8 @@ class TrainingStream:
         self._global = config.batch.global_sequences
         self._micro = config.batch.micro_sequences
         self._rank, self._size = data_rank, data_size
-        self._mixture = (
-            MixtureSchedule(whole_weights([source.weight for source in config.data.sources]))
-            if len(reader.sizes) > 1
-            else None
-        )
+        self.stage = stage or _configured(config)
+        assert len(self.stage.mixed) == len(reader.sizes)
         self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
         self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
@@ -204,7 +210,8 @@ class TrainingStream:
         return Batch(tokens, targets, torch.from_numpy(positions), documents)
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
-        """Window of each position of the run; both [n] int64, positions rising."""
+        """Window of each position of the run; both [n] int64, positions rising, none before the stage."""
+        assert positions[0] >= self.stage.first
         first, last = positions[0] // ORDER_POSITIONS, positions[-1] // ORDER_POSITIONS
         return np.concatenate(
             [
@@ -225,15 +232,13 @@ class TrainingStream:
         if self._chunks:
             step, stream = np.divmod(positions, self._global)
             return stream * self._chunks + step % self._chunks
-        if self._mixture is None:
-            return window_order(positions, self._reader.num_windows, seed=self._seed, **self._shuffle)
-        sources, turns = self._mixture.sources(positions)
+        # Nobody asks for the positions of earlier stages, which may share the first block with the stage's own.
+        sources, turns = self.stage.schedule.sources(np.maximum(positions - self.stage.first, 0))
         windows, first = np.empty_like(positions), 0
-        for source, size in enumerate(self._reader.sizes):
-            chosen = sources == source
-            windows[chosen] = first + window_order(
-                turns[chosen], size, seed=f"{self._seed}/source {source}", **self._shuffle
-            )
+        for index, (source, size) in enumerate(zip(self.stage.mixed, self._reader.sizes, strict=True)):
+            chosen = sources == index
+            seed = self._seed if source.shuffle is None else f"{self._seed}/source {source.shuffle}"
+            windows[chosen] = first + window_order(source.read + turns[chosen], size, seed=seed, **self._shuffle)
             first += size
         return windows
 
@@ -251,15 +256,24 @@ class TrainingStream:
 
     def epoch(self, consumed: int) -> float:
         """Passes over the training split after `consumed` sequences, skipped ones included; with several sources, over
-        all windows together."""
-        return self._position(consumed) / (self._chunks * self._global or self._reader.num_windows)
+        all windows together, of those that are read now."""
+        if self._chunks:
+            return self._position(consumed) / (self._chunks * self._global)
+        return sum(self.stage.counts(self._position(consumed))) / self._reader.num_windows
 
     def _position(self, consumed: int) -> int:
         return int(data_positions(np.array([consumed]), self._skipped)[0])
 
     def source_epochs(self, consumed: int) -> list[float]:
         """Passes over each source after `consumed` sequences."""
-        if self._mixture is None:
+        if self._chunks:
             return [self.epoch(consumed)]
-        counts = self._mixture.counts(self._position(consumed))
+        counts = self.stage.counts(self._position(consumed))
         return [n / size for n, size in zip(counts, self._reader.sizes, strict=True)]
+
+
+def _configured(config: Config) -> Stage:
+    """The stage of a run that begins with this configuration."""
+    names = source_names(config) or [config.data.manifest]
+    weights = whole_weights([source.weight for source in config.data.sources]) or [1]
+    return first_stage(names, [""] * len(names), weights)

@@ -123,7 +123,7 @@ class PlannedRun:
 
     def _text(self, found: Outcome) -> str:
         from pretrain.data.sources import check_text
-        from pretrain.data.warnings import data_warnings
+        from pretrain.data.warnings import text_warnings
 
         sources = self._opened()
         for source in sources.sources:
@@ -133,7 +133,7 @@ class PlannedRun:
                 found.problem(error)
         if found.problems:
             return ""
-        found.warnings += data_warnings(self.config, sources)
+        found.warnings += text_warnings(self.config, sources)
         held_out = self.config.evaluate.split if self.config.evaluate.sequences else None
         tokens = sum(source.manifest.num_tokens("train") for source in sources.sources)
         return f"{tokens:,} tokens to train on" + (f", and a {held_out} split" if held_out else "")
@@ -152,6 +152,16 @@ class PlannedRun:
         return f"{len(entries):,} shards: each has its {what} and may be read; indices and tokenizer by sha256"
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
+        from pretrain.data.warnings import epoch_warnings
+        from pretrain.resume import reads_by_end, stages_of
+
+        text = self._start(found, thorough=thorough)
+        if self.sources is not None:  # how often the run reads its data depends on where it continues
+            reads = reads_by_end(self.config, self.newest, stages_of(self.newest, self.sources)[-1])
+            found.warnings += epoch_warnings(self.config, self.sources, reads)
+        return text
+
+    def _start(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.checkpoint.initial import KEY, initial_checkpoint
         from pretrain.checkpoint.shapes import check_shapes
         from pretrain.resume import candidates, changed_settings, named_checkpoint, newest_committed, newest_valid
@@ -214,13 +224,15 @@ class PlannedRun:
         train = self.config.train
         if train.replay_routing is None:
             return "none is replayed"
+        from pretrain.resume import stages_of
         from pretrain.routing.tape import open_record
 
         if self.has_checkpoint is None or "routing record" in self.broken:
             raise Blocked("it is not known which steps of which record are needed")
         first = 0 if self.newest is None else self.newest.progress.step
         last = min(train.steps, train.stop_after_steps or train.steps)
-        open_record(self.config, self._opened()).check_steps(range(first + 1, last + 1))
+        sources = self._opened()
+        open_record(self.config, sources, stages_of(self.newest, sources)[-1]).check_steps(range(first + 1, last + 1))
         return f"{train.replay_routing} holds the steps {first + 1:,} to {last:,}"
 
 
@@ -232,14 +244,14 @@ def preflight(
     *,
     alone: bool = True,
     patience: Patience | None = None,
-) -> tuple[Sources, int]:
+) -> tuple[Sources, int, Checkpoint | None]:
     """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
-    fault. Returns the data sets and DP size. `device`: the ranks' (cuda or cpu); None: that of train.device on this
-    machine. `alone`, `patience`: see PlannedRun."""
+    fault. Returns the data sets, the DP size and the checkpoint that the run seems to continue from. `device`: the
+    ranks' (cuda or cpu); None: that of train.device on this machine. `alone`, `patience`: see PlannedRun."""
     from pretrain.gpus import device_type
 
     device = device or device_type(config.train.device)
     run = PlannedRun(config, world_size, run_dir, device, alone=alone, patience=patience)
     run.check(Checklist(stops=True), thorough=False)
     assert run.sources is not None and run.data_size is not None
-    return run.sources, run.data_size
+    return run.sources, run.data_size, run.newest

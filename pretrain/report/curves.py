@@ -28,6 +28,7 @@ SHOWN_EVENTS = {
     "changed_setting",
     "checkpoint_failed",
     "checkpoint_passed_over",
+    "data_stage",
     "estimate_compared",
     "estimated",
     "hang",

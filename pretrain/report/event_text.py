@@ -65,6 +65,7 @@ TEXTS = {
     "changed_setting": lambda e: (
         f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
     ),
+    "data_stage": lambda e: f"new stage of the data: {e.get('text', '?')}",
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",
     "estimated": lambda e: f"memory of a rank: {e.get('text', '?')}",
     "estimate_compared": _compared,

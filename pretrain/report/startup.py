@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.attention.rope import rotated_width
 from model.config import RopeConfig, SigmaMoEConfig
 from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
-from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.sources import Sources
+from pretrain.data.stages import Stage
 from pretrain.data.windows import num_windows
 from pretrain.parallel.layout import group_ranks, mesh
 from pretrain.report.layout_text import groups_text, stage_text
@@ -31,35 +32,47 @@ class DerivedValue:
     formula: str
 
 
-def derived_values(config: Config, data_size: int, sources: Sources, run_dir: str) -> list[DerivedValue]:
-    """Everything that a user would otherwise compute by hand, in the order of the data flow."""
+def derived_values(
+    config: Config, data_size: int, sources: Sources, run_dir: str, stages: Sequence[Stage], reads: list[int]
+) -> list[DerivedValue]:
+    """Everything that a user would otherwise compute by hand, in the order of the data flow. `stages`: of the data, the
+    last one from this start on; `reads`: windows of each source that the run has read by its end."""
     most, T = config.data.max_tokens, config.model.sequence_length
     sizes = [num_windows(s.manifest, "train", T, max_tokens=most) for s in sources.sources]
     return [
         DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
-        *_data_values(config, sources, sizes),
-        *_size_values(config, data_size, sum(sizes)),
+        *_data_values(sources, sizes, reads),
+        *_stage_values(stages),
+        *_size_values(config, data_size, sum(sizes), sum(reads)),
         *_layout_values(config, data_size),
         *_divided_values(config),
         *_optional_values(config, sum(sizes), sources.tokenizer.vocab_size),
     ]
 
 
-def _data_values(config: Config, sources: Sources, sizes: list[int]) -> list[DerivedValue]:
+def _data_values(sources: Sources, sizes: list[int], reads: list[int]) -> list[DerivedValue]:
     if len(sizes) == 1:
         folder = str(sources.sources[0].manifest.folder)
         return [DerivedValue("data", folder, f"data.manifest, digest {sources.digest[:12]}")]
-    return _mixture_values(config, sources, sizes)
+    return _mixture_values(sources, sizes, reads)
 
 
-def _size_values(config: Config, data_size: int, windows: int) -> list[DerivedValue]:
-    """Values that every run has. `windows`: windows of the training split, all sources together."""
+def _stage_values(stages: Sequence[Stage]) -> list[DerivedValue]:
+    """The stages of a run whose sources or weights were changed."""
+    if len(stages) == 1:
+        return []
+    why = "data.sources when it began; docs/data.md"
+    return [DerivedValue(f"data stage {index}", stage.text(), why) for index, stage in enumerate(stages, 1)]
+
+
+def _size_values(config: Config, data_size: int, windows: int, reads: int) -> list[DerivedValue]:
+    """Values that every run has. `windows`: windows of the training split, and `reads`: how many of them the run has
+    read by its end, over all epochs; both of all sources together."""
     batch, model, steps = config.batch, config.model, config.train.steps
     count = parameter_count(model)
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
     tokens_per_step = batch.global_sequences * model.sequence_length
     tokens = "train tokens - 1" if config.data.max_tokens is None else "at most data.max_tokens"
-    epochs = batch.global_sequences * steps / windows
     return [
         DerivedValue("model", model_family(model), model_text(model)),
         DerivedValue("parameters, total", f"{count.total:,}", "counted on the meta device"),
@@ -69,7 +82,7 @@ def _size_values(config: Config, data_size: int, windows: int) -> list[DerivedVa
         DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
         DerivedValue("tokens of the run", f"{tokens_per_step * steps:,}", "tokens per step x train.steps"),
         DerivedValue("windows per epoch", f"{windows:,}", f"({tokens}) // sequence_length"),
-        DerivedValue("epochs", f"{epochs:.2f}", "sequences of the run / windows"),
+        DerivedValue("epochs", f"{reads / windows:.2f}", "sequences of the run / windows"),
     ]
 
 
@@ -141,16 +154,15 @@ def _optional_values(config: Config, windows: int, num_pieces: int) -> list[Deri
     return [DerivedValue(name, value, formula) for has_it, name, value, formula in rows if has_it]
 
 
-def _mixture_values(config: Config, sources: Sources, sizes: list[int]) -> list[DerivedValue]:
+def _mixture_values(sources: Sources, sizes: list[int], reads: list[int]) -> list[DerivedValue]:
     """One row per source: where, its share of the sequences, and how often the run reads it."""
-    schedule = MixtureSchedule([source.weight for source in sources.sources])
-    counts = schedule.counts(config.batch.global_sequences * config.train.steps)
+    period = sum(source.weight for source in sources.sources)
     rows = [DerivedValue("data", f"{len(sizes)} sources", f"data.sources, digest {sources.digest[:12]}")]
-    for source, size, count in zip(sources.sources, sizes, counts, strict=True):
+    for source, size, count in zip(sources.sources, sizes, reads, strict=True):
         rows.append(
             DerivedValue(
                 f"source {source.name}",
-                f"{source.weight} of {schedule.period} sequences, {count / size:.2f} epochs",
+                f"{source.weight} of {period} sequences, {count / size:.2f} epochs",
                 f"{source.manifest.folder}: {size:,} windows, digest {source.manifest.digest[:12]}",
             )
         )

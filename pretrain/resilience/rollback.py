@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
-from pretrain.data.progress import Progress, Range, data_positions, merged
+from pretrain.data.progress import Progress, Range, merged
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,5 @@ def _step(path: Path) -> int:
 def with_skips(progress: Progress, rollbacks: list[Rollback]) -> Progress:
     """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out. Ranges behind it are the
     checkpoint's own: they say how it came to be."""
-    next_position = int(data_positions(np.array([progress.consumed_sequences]), progress.skipped_ranges)[0])
-    ahead = tuple(r.skipped for r in rollbacks if r.skipped is not None and r.skipped[0] >= next_position)
-    return Progress(
-        progress.step, progress.consumed_sequences, merged((*progress.skipped_ranges, *ahead)), progress.skipped_updates
-    )
+    ahead = tuple(r.skipped for r in rollbacks if r.skipped is not None and r.skipped[0] >= progress.position)
+    return replace(progress, skipped_ranges=merged((*progress.skipped_ranges, *ahead)))

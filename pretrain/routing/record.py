@@ -27,6 +27,7 @@ from common.files import intended_name, write_file, write_json
 from model.choices import Piece, choice_dtype
 from model.language_model import build_on_meta, routing_statistics
 from pretrain.config.schema import Config
+from pretrain.data.stages import Stage
 
 FORMAT = 1
 KEY = "train.replay_routing"
@@ -40,9 +41,9 @@ WINDOW_KEYS = ("max_tokens", "shuffle_block_windows", "shuffle_blocks", "documen
 """Keys of the data section, apart from its order, that decide what a window is and when it comes."""
 
 
-def description(config: Config, digest: str) -> dict[str, Any]:
+def description(config: Config, digest: str, stage: Stage) -> dict[str, Any]:
     """What two runs must have in common so that one can take the other's choices. `routers`: per router of the
-    whole model [heads, experts, choices]."""
+    whole model [heads, experts, choices]. `stage`: of the data that the run reads."""
     model, choices = config.model, {}
     for part, settings in (("attention", model.attention), ("feedforward", model.feedforward)):
         # MoA's heads are its active experts.
@@ -62,6 +63,8 @@ def description(config: Config, digest: str) -> dict[str, Any]:
         # silently.
         "data.order": "streams" if config.reads_streams else "shuffled",
         **{f"data.{name}": getattr(config.data, name) for name in WINDOW_KEYS},
+        # Where a stage begins and where its sources stood decides its windows too; the first has neither.
+        **({"data stage": [stage.first, [[s.read, s.shuffle] for s in stage.mixed]]} if stage.first else {}),
     }
 
 
@@ -94,11 +97,10 @@ class Record:
 
     def check(self, expected: dict[str, Any]) -> None:
         """Raises UserError unless the recorded run has the `description` that is `expected`."""
-        for name, value in expected.items():
-            if self.content.get(name) != value:
-                raise UserError(
-                    f"{KEY}: {self.folder} does not fit: {_difference(name, self.content.get(name), value)}"
-                )
+        for name in {**expected, **self.content}:
+            then, now = self.content.get(name), expected.get(name)
+            if then != now and name != "format":
+                raise UserError(f"{KEY}: {self.folder} does not fit: {_difference(name, then, now)}")
 
     def check_steps(self, steps: Iterable[int]) -> None:
         """Raises UserError unless the record holds them."""

@@ -21,6 +21,8 @@ from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.data.stages import Stage
+from pretrain.data.training_data import TrainingData
 from pretrain.data.windows import Batch
 from pretrain.device import on_collective_device
 from pretrain.parallel.agreement import agreed
@@ -68,27 +70,29 @@ class Tape(Protocol):
 
 
 def open_tape(
-    config: Config, sources: Sources, module: nn.Module, parallel: ParallelContext, run_dir: Path, steps: range
+    config: Config, data: TrainingData, module: nn.Module, parallel: ParallelContext, run_dir: Path, steps: range
 ) -> Tape | None:
     """For `steps`, counted from 1; None where nothing is recorded or replayed. Collective; raises UserError or
     PeerFailed."""
+    sources, stage = data.sources, data.stream.stage
     if config.train.record_routing:
         folder = run_dir / "routing"
-        content = description(config, sources.digest)
+        content = description(config, sources.digest, stage)
         agreed(lambda: begin_record(folder, content, steps.start - 1) if parallel.is_first else None)
         return Recording(folder, module, parallel)
     if config.train.replay_routing is not None:
-        record = agreed(lambda: open_record(config, sources))
+        record = agreed(lambda: open_record(config, sources, stage))
         agreed(lambda: record.check_steps(steps))
         return Replaying(record, config, module, parallel)
     return None
 
 
-def open_record(config: Config, sources: Sources) -> Record:
-    """The record to be replayed. Raises UserError if there is none, or one of another model, batch or text."""
+def open_record(config: Config, sources: Sources, stage: Stage) -> Record:
+    """The record to be replayed by a run in `stage` of its data. Raises UserError if there is none,
+    or one of another model, batch or text."""
     assert config.train.replay_routing is not None
     record = Record(Path(config.train.replay_routing).expanduser())
-    record.check(description(config, sources.digest))
+    record.check(description(config, sources.digest, stage))
     return record
 
 

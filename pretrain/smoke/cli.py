@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
-        sources, _ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
+        sources, *_ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
         stop.say_refusal(error, ranks)
         return ExitCode.REFUSED

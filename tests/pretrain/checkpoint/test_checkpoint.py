@@ -14,6 +14,7 @@ from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
+from pretrain.data.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import (
     COMPARED,
@@ -124,7 +125,7 @@ def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path,
     config = small_config(prepared, "train.steps=3", "evaluate.sequences=0", "parallel.zero=3")
     run_ranks(train_runs, 2, [(config, tmp_path)])
     checkpoint = Checkpoint.open(list_checkpoints(tmp_path / "checkpoints")[-1])
-    assert checkpoint.progress == Progress(step=3, consumed_sequences=24)
+    assert checkpoint.progress == Progress(3, 24, stages=(Sources.load(config).stage(),))
     manifest = Manifest.load(prepared)
     assert checkpoint.state["manifest_digest"] == manifest.digest
     assert checkpoint.state["config"]["train"]["steps"] == 3

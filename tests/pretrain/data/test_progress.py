@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from pretrain.data.progress import Progress, Range, data_positions, merged
+from pretrain.data.stages import first_stage
 
 
-def test_json_and_files_from_before_there_were_skips() -> None:
-    progress = Progress(7, 56, skipped_ranges=((8, 16), (40, 48)), skipped_updates=2)
+def test_json_and_files_from_before_there_were_skips_and_stages() -> None:
+    first = first_stage(["c4", "books"], ["0a", "0b"], [7, 3])
+    stages = (first, first.followed_by(40, first_stage(["books", "math"], ["0b", "0c"], [1, 2]).sources))
+    progress = Progress(7, 56, skipped_ranges=((8, 16), (40, 48)), skipped_updates=2, stages=stages)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json({"step": 7, "consumed_sequences": 56}) == Progress(7, 56)
 

@@ -12,6 +12,7 @@ import pytest
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.data.progress import Progress
+from pretrain.data.sources import Sources
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
@@ -99,7 +100,7 @@ def test_a_spike_is_rolled_back_its_data_left_out_and_the_course_is_repeatable(
     superseded = [event["metrics"]["step"] for event in events(run_dir, "superseded_metrics")]
     assert superseded == [7, 8]
     last = Checkpoint.open(list_checkpoints(run_dir / "checkpoints")[-1])
-    assert last.progress == Progress(16, 128, ((48, 64),))
+    assert last.progress == Progress(16, 128, ((48, 64),), stages=(Sources.load(config).stage(),))
     assert rows[-1]["tokens"] == 128 * 16
 
     # The same course without a spike, by a run that knows from its first step on what to leave out.
