@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -242,9 +243,11 @@ def _is_there(path: Path) -> bool:
     """As os.path.exists, which takes a file system that does not answer for a missing file. Raises UnreadableError."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except ValueError:  # a name with a null character
         return False
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return False
         raise unreadable(path, error) from None
     return True
 
