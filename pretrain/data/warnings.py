@@ -44,7 +44,7 @@ def epoch_warnings(config: Config, sources: Sources, reads: list[int] | None = N
     reads = reads or sources.stage().counts(config.batch.global_sequences * config.train.steps)
     for source, count in zip(sources.sources, reads, strict=True):
         size = num_windows(source.manifest, "train", T, max_tokens=config.data.max_tokens)
-        if count > MAX_EPOCHS * size:
+        if size and count > MAX_EPOCHS * size:  # a source without a window is refused, not warned of
             steps = MAX_EPOCHS * size * config.train.steps // count
             less = f", or set train.steps to at most {steps}" if steps else ""
             first, raised = ("first ", " and raise data.max_tokens") if config.data.max_tokens else ("", "")
