@@ -14,7 +14,7 @@ SHAPES = [(3,), (ROW,), (ROW + 1,), (8000, 128), (7, 11, 513), (2, ROW * 3), ()]
 def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     """Of skewed values, as gradients are: few are large."""
     generator = torch.Generator().manual_seed(3)
-    made = [torch.randn(shape, generator=generator).pow(3) * 10.0 ** -number for number, shape in enumerate(SHAPES)]
+    made = [torch.randn(shape, generator=generator).pow(3) * 10.0**-number for number, shape in enumerate(SHAPES)]
     made.append(torch.randn(600, 700, generator=generator).T)  # not contiguous
     made.append(torch.empty(0))
     return [tensor.to(dtype) for tensor in made]
