@@ -81,6 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
         "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (0: always)",
     )
     parser.add_argument(
+        "--excludes",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="after two starts in a row that failed on the same node and no other, the requeued job excludes it, if "
+        "enough others are up; up to N nodes (0: never)",
+    )
+    parser.add_argument(
         "--srun",
         action="append",
         default=[],
@@ -276,6 +284,7 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             "REQUEUES": "0" if args.smoke else str(args.requeues),
             "FAULTS": str(args.faults),
             "REPEATS": str(args.repeats),
+            "EXCLUDES": str(args.excludes),
             **({"SRUN_OPTIONS": shlex.join(args.srun)} if args.srun else {}),
             **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },

@@ -146,6 +146,18 @@ def test_with_no_repeats_a_killed_task_is_a_requeue(training: Training) -> None:
     training.assert_unbroken("requeued", steps)
 
 
+def test_a_bad_node_is_excluded(runs: Training) -> None:
+    """The "rank" fails on one of the two nodes alone."""
+    picky = runs.folder / "picky"
+    picky.write_text('#!/bin/bash\n[ "$SLURMD_NODENAME" != node1 ] || kill -9 $$\nexit 0\n')
+    picky.chmod(0o755)
+    number = runs.start("bad node", "--nodes", "1", "--time", "60", "--python", str(picky), stop_after=10)
+    fields = runs.finish("bad node", number)
+    assert (fields["Restarts"], fields["ExcNodeList"], fields["NodeList"]) == ("1", "node1", "node2")
+    text = (runs.logs("bad node") / f"{number}.log").read_text()
+    assert "two starts in a row failed on node1 alone: excluded from this job from now on" in text
+
+
 def test_a_lost_node_is_a_requeue(training: Training) -> None:
     """The first node dies as in a power failure, with rank 0, srun and the job's script, so that SLURM itself has to
     notice and to requeue; the node comes back later."""

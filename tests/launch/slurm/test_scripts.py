@@ -36,12 +36,19 @@ if name == "srun":
             file.write(os.environ["SAYS"])
     if checkpoint:
         os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
+    for line in json.loads(os.environ.get("TASKS", "[]")):
+        print("srun: error: " + line, file=sys.stderr)
     time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
     sys.exit(int(os.environ.get("SRUN_CODE", "0")))
 if name == "scontrol" and sys.argv[1] == "requeue":
     sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
+if name == "scontrol" and sys.argv[1] == "update":
+    sys.exit(int(os.environ.get("UPDATE_CODE", "0")))
 if name == "scontrol":
-    print(f"JobId=7 JobState=COMPLETING Reason={{os.environ.get('REASON', 'None')}} Dependency=(null)")
+    state = "JobState=COMPLETING Reason=" + os.environ.get("REASON", "None")
+    print(f"JobId=7 {{state}} Dependency=(null) ExcNodeList={{os.environ.get('GIVEN', '(null)')}} NodeList=node[1-2]")
+if name == "sinfo":
+    print(os.environ.get("UP", "node1\\nnode2\\nnode2\\nnode3"))
 """
 
 
@@ -68,6 +75,8 @@ class Bench:
             "SLURM_JOB_ID": "7",
             "SLURM_NTASKS": "2",
             "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_PARTITION": "night",
             **more,
         }
 
@@ -93,6 +102,9 @@ class Bench:
         path = self.folder / f"{name}.calls"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def excluded(self) -> list[object]:
+        return [call[0][2] for call in self.calls("scontrol") if call[0][0] == "update"]  # type: ignore[index]
+
     def requeues(self) -> list[object]:
         return [call[0][1] for call in self.calls("scontrol") if call[0][0] == "requeue"]  # type: ignore[index]
 
@@ -100,7 +112,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     (tmp_path / "bin").mkdir()
-    for name in ("srun", "scontrol", "sleep"):
+    for name in ("srun", "scontrol", "sinfo", "sleep"):
         path = tmp_path / "bin" / name
         path.write_text(STUB.format(python=sys.executable))
         path.chmod(0o755)
@@ -161,6 +173,63 @@ def test_failed_ranks_start_again_on_the_same_nodes_as_long_as_that_helps(bench:
     # The first start after the requeue is the third in a row: final, and not repeated.
     code, output = bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT="1")
     assert len(bench.calls("srun")) == 3 and "not requeued: 3 starts in a row" in output
+
+
+KILLED = ["node2: task 1: Killed", "node1: task 0: Exited with exit code 7"]
+
+
+def test_a_node_that_failed_alone_twice_is_excluded_and_its_faults_are_forgiven(bench: Bench) -> None:
+    _, output = bench.train(SRUN_CODE="137", TASKS=json.dumps(KILLED), GIVEN="node[7-8]")
+    assert len(bench.calls("srun")) == 2 and bench.requeues() == ["7"]
+    assert bench.excluded() == ["ExcNodeList=node[7-8],node2"], output
+    assert output.count("srun: error: node2: task 1: Killed") == 2
+    assert "two starts in a row failed on node2 alone: excluded from this job from now on" in output
+    assert (bench.run_dir / "slurm" / "7.faults").read_text() == "0\n"
+    # The next bad node is one too many.
+    _, output = bench.train(SRUN_CODE="137", TASKS=json.dumps(["node3: tasks 0-7: Exited with exit code 1"]))
+    assert len(bench.excluded()) == 1 and "failed on node3 alone; not excluded: of this job 1 are already" in output
+
+
+def test_it_is_not_tried_a_third_time_before_it_is_excluded(bench: Bench) -> None:
+    """Although a checkpoint came in between."""
+    bench.train(SRUN_CODE="137", TASKS=json.dumps(KILLED), MAKES="step-00000010", REPEATS="5", FAULTS="9")
+    assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["node[1-2]: tasks 0-1: Exited with exit code 1"],
+        ["node1: task 0: Killed", "node2: task 1: Segmentation fault (core dumped)"],
+        ["node1: task 0: Exited with exit code 7", "node2: task 1: Exited with exit code 5"],
+        [],
+    ],
+)
+def test_a_fault_of_several_nodes_or_of_none_excludes_nothing(bench: Bench, tasks: list[str]) -> None:
+    bench.train(SRUN_CODE="1", TASKS=json.dumps(tasks))
+    assert bench.requeues() == ["7"] and not bench.excluded()
+
+
+def test_nodes_that_failed_in_turns_are_not_excluded(bench: Bench) -> None:
+    for restart, node in enumerate(("node1", "node2", "node1")):
+        tasks = json.dumps([f"{node}: task 0: Killed"])
+        bench.train(SRUN_CODE="137", TASKS=tasks, REPEATS="0", FAULTS="9", SLURM_RESTART_COUNT=str(restart))
+    assert len(bench.requeues()) == 3 and not bench.excluded()
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"UP": "node1\nnode2"}, "not excluded: too few others are up"),
+        ({"UPDATE_CODE": "1"}, "not excluded: SLURM refuses it"),
+        ({"EXCLUDES": "0"}, "requeued, newest checkpoint: none"),
+    ],
+)
+def test_a_job_that_could_not_start_without_the_node_keeps_it(
+    bench: Bench, variables: dict[str, str], words: str
+) -> None:
+    code, output = bench.train(SRUN_CODE="137", TASKS=json.dumps(KILLED), **variables)
+    assert code == 137 and words in output and "from now on" not in output
 
 
 @pytest.mark.parametrize("code, variables", [("4", {}), ("85", {}), ("143", {}), ("137", {"PROGRAM": "smoke.py"})])
