@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 DEMO_RUN := runs/demo
 
-# CUDA=cpu or CUDA=cu130: that build of torch, from PyTorch's own index. Without it: what pip finds first, on plain PyPI
-# the CUDA 13 build (3 GB to download, 6 GB on the disk).
+# CUDA=cpu, cu126 (for drivers older than 580) or cu130: that build of torch, from PyTorch's own index. Without it: what
+# pip finds first, on plain PyPI the CUDA 13 build (3 GB to download, 6 GB on the disk).
 CUDA ?=
+PINS := constraints.txt
 ifneq ($(CUDA),)
-ifeq ($(filter $(CUDA),cpu cu130),)
-$(error CUDA=$(CUDA): choose CUDA=cpu or CUDA=cu130)
+ifeq ($(filter $(CUDA),cpu cu126 cu130),)
+$(error CUDA=$(CUDA): choose CUDA=cpu, CUDA=cu126 or CUDA=cu130)
 endif
 TORCH := torch==$(shell sed -nE 's/^torch==([0-9.]+).*/\1/p' constraints.txt)+$(CUDA)
 INDEX := --extra-index-url https://download.pytorch.org/whl/$(CUDA)
@@ -26,6 +27,10 @@ ifneq ($(CUDA),$(shell cat $(VENV)/.installed 2>/dev/null))
 endif
 else
 TORCH := torch
+endif
+ifeq ($(CUDA),cu126)
+# Of CUDA's libraries we pin those of CUDA 13. Every build of torch pins its own, so ours are not missed.
+PINS := $(VENV)/constraints.txt
 endif
 
 .PHONY: help install doctor lock data demo test test-slow test-slurm lint clean
@@ -38,14 +43,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { echo \
 	  "error: Python 3.11, 3.12 or 3.13 is needed; install one, or name it: make install PYTHON=/path/to/python3.12"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
+	@[ $(PINS) = constraints.txt ] || grep -vE '^(cuda|nvidia)-' constraints.txt > $(PINS)
 	@# torch first and alone, so that this line decides which build of it the others find installed.
-	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c constraints.txt $(INDEX)
-	$(PIP) install --no-compile --progress-bar off -e ".[dev]" -c constraints.txt
+	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c $(PINS) $(INDEX)
+	$(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py
 	@echo "$(CUDA)" > $@
 
-install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu or CUDA=cu130 chooses the build of torch
+install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu, cu126 or cu130 chooses the build of torch
 
 doctor:  ## what this machine has, what is missing and how to get it (before or after make install)
 	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; "$${python:-python3}" launch/doctor.py

@@ -99,7 +99,7 @@ def torch_and_gpu() -> Iterator[Finding]:
     requirement = next(text for text in _dependencies() if text.startswith("torch"))
     version, cuda = _version("torch"), None
     if version is None:
-        yield Finding("torch", f"none ({requirement})", f"{INSTALL} (CUDA=cpu or CUDA=cu130 chooses)", True)
+        yield Finding("torch", f"none ({requirement})", f"{INSTALL} (CUDA=cpu, cu126 or cu130 chooses)", True)
     else:
         try:
             cuda = importlib.import_module("torch").version.cuda
@@ -126,9 +126,13 @@ def torch_and_gpu() -> Iterator[Finding]:
     needed = MINIMUM_DRIVER.get((cuda or "").split(".")[0], 0)
     old = driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < needed
     fix = f"CUDA {cuda}, which torch was built with, needs driver {needed} or newer: update the driver" if old else ""
+    if old and int(driver.split(".")[0]) >= MINIMUM_DRIVER["12"]:
+        fix += f", or take the build for CUDA 12: {INSTALL} CUDA=cu126"
     yield Finding("NVIDIA driver", driver, fix, True)
     if version is not None and cuda is None:
-        yield Finding("torch for the GPU", "none: a CPU build does not see it", f"{INSTALL} CUDA=cu130")
+        is_new = not driver.split(".")[0].isdecimal() or int(driver.split(".")[0]) >= MINIMUM_DRIVER["13"]
+        build = "cu130" if is_new else "cu126"
+        yield Finding("torch for the GPU", "none: a CPU build does not see it", f"{INSTALL} CUDA={build}")
 
 
 def programs() -> Iterator[Finding]:

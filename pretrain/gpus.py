@@ -124,7 +124,10 @@ def why_unusable(env: Mapping[str, str]) -> str | None:
     if not files and not _is_expected(env):
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA; install a build with it (make -B install CUDA=cu130)"
+        return (
+            f"torch {torch.__version__} was built without CUDA; install a build with it (make -B install CUDA=cu130, "
+            "or cu126 if the driver is older than 580)"
+        )
     if not files:
         return (
             "no GPU was given to this container or job (there is no /dev/nvidia0); start it with one (docker run "
@@ -159,7 +162,8 @@ def _in_torchs_words(visible: str | None) -> str:
     versions = f"torch is built for CUDA {torch.version.cuda}{driver}"
     if "too old" in words:
         return (
-            f"the NVIDIA driver is too old ({versions}); update it, or install a torch that is built for an older CUDA"
+            f"the NVIDIA driver is too old ({versions}); update it, or install a torch that is built for an older CUDA "
+            "(make -B install CUDA=cu126)"
         )
     if visible is not None and "No CUDA GPUs" in words:
         return f"CUDA_VISIBLE_DEVICES = {visible} names no GPU of this machine; correct or unset it"

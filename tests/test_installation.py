@@ -207,20 +207,22 @@ def dry_make(folder: Path, *arguments: str) -> str:
     return done.stdout.replace("\\\n", " ")
 
 
-@pytest.mark.parametrize("build", ["cpu", "cu130"])
+@pytest.mark.parametrize("build", ["cpu", "cu126", "cu130"])
 def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str) -> None:
     pip = ".venv/bin/python -m pip --disable-pip-version-check install --no-compile --progress-bar off"
     torch, rest = (line for line in dry_make(odd_copy, "install", f"CUDA={build}").splitlines() if pip in line)
     index = f"https://download.pytorch.org/whl/{build}"
-    assert torch == f'{pip} "torch=={pins("3.11")["torch"]}+{build}" -c constraints.txt --extra-index-url {index}'
-    assert rest == f'{pip} -e ".[dev]" -c constraints.txt'
+    # Ours are pins of CUDA 13's libraries, which torch's build for CUDA 12 does not take.
+    constraints = ".venv/constraints.txt" if build == "cu126" else "constraints.txt"
+    assert torch == f'{pip} "torch=={pins("3.11")["torch"]}+{build}" -c {constraints} --extra-index-url {index}'
+    assert rest == f'{pip} -e ".[dev]" -c {constraints}'
     stamp = odd_copy / ".venv" / ".installed"
     stamp.parent.mkdir()
     stamp.write_text(f"{build}\n")
     assert pip not in dry_make(odd_copy, "install", f"CUDA={build}"), "installed again"
     assert pip not in dry_make(odd_copy, "install"), "what is installed is good enough"
     assert pip in dry_make(odd_copy, "-B", "install"), "what `make doctor` advises where a package is missing"
-    other = {"cpu": "cu130", "cu130": "cpu"}[build]
+    other = {"cpu": "cu130", "cu126": "cu130", "cu130": "cpu"}[build]
     assert f"+{other}" in dry_make(odd_copy, "install", f"CUDA={other}")
 
 
@@ -236,7 +238,7 @@ def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["CUDA=12"], "CUDA=12: choose CUDA=cpu or CUDA=cu130"),
+        (["CUDA=12"], "CUDA=12: choose CUDA=cpu, CUDA=cu126 or CUDA=cu130"),
         (["PYTHON=/nowhere/python"], "error: Python 3.11, 3.12 or 3.13 is needed"),
         (["PYTHON="], "error: Python 3.11, 3.12 or 3.13 is needed"),
     ],

@@ -37,7 +37,7 @@ def test_without_any_package_it_names_what_is_missing_and_how_to_get_it(tmp_path
     code, text = report("-S", path=str(tmp_path))  # no site-packages, no program
     assert code == 1
     needed, optional = text.split("Missing, and needed:")[1].split("Missing, needed only for what it says:")
-    assert re.search(r"(?m)^  torch +make -B install \(CUDA=cpu or CUDA=cu130 chooses\)", needed)
+    assert re.search(r"(?m)^  torch +make -B install \(CUDA=cpu, cu126 or cu130 chooses\)", needed)
     together = re.search(r"(?m)^  make -B install\n    for ([^()]*?)\n  \w", needed)
     assert together is not None and needed.count("make -B install") == 2
     names = re.split(r",\s+", together[1])
@@ -69,7 +69,14 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     "driver, cuda, missing",
     [
         ("580.65.06", "13.0", ""),
-        ("550.54.15", "13.0", "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver"),
+        (
+            "550.54.15",
+            "13.0",
+            "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver, or take the build "
+            "for CUDA 12: make -B install CUDA=cu126",
+        ),
+        ("470.57.02", "13.0", "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver"),
+        ("550.54.15", None, "make -B install CUDA=cu126"),
         ("550.54.15", "12.6", ""),
         ("580.65.06", None, "make -B install CUDA=cu130"),
     ],
