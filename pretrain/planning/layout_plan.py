@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
+from model.kernels.ops.linear_cross_entropy import working_bytes
 from pretrain.config.schema import Config
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import Measurements
-from pretrain.planning.memory import USABLE, MemoryEstimate, estimate, why_unknown
+from pretrain.planning.memory import DTYPES, USABLE, MemoryEstimate, estimate, why_unknown
 from pretrain.planning.paces import paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
@@ -135,7 +135,7 @@ def _traced_parts(config: Config, found: MemoryEstimate, device_type: str) -> di
         "kept by a block": found.activations.of_a_layer,
         "kept activations": found.activations.kept,
         "activations' peak": found.activations.peak,
-        "logits": logits_bytes(config, device_type),
+        "loss": _loss_bytes(config, device_type),
     }
 
 
@@ -152,15 +152,15 @@ def _rehearsed_parts(found: Rehearsal) -> dict[str, int]:
         "update": found.at_peak.get("update", 0),
         "kept by a block": max(blocks, default=0),
         "kept activations": sum(found.kept.values()),
-        "logits": found.at_peak.get("logits", 0),
+        "loss": found.at_peak.get("loss", 0),
     }
 
 
-def logits_bytes(config: Config, device_type: str) -> int:
-    """Bytes of the logits that a rank holds at once: those of a chunk of tokens, in fp32."""
-    row = 4 * -(-config.model.vocab_size // config.parallel.tensor)
+def _loss_bytes(config: Config, device_type: str) -> int:
     tokens = config.batch.micro_sequences * config.model.sequence_length
-    return row * chunk_tokens(tokens, row, chunk_bytes(device_type), device_type)
+    classes = -(-config.model.vocab_size // config.parallel.tensor)
+    dtype = DTYPES[config.train.precision]
+    return working_bytes(tokens, classes, config.model.d_model, dtype, dtype, device_type)
 
 
 def staging_bytes(config: Config, parameters: int, data_size: int) -> int:

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
 from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
+from pretrain.planning.traced import loss_bytes
 
 
 class Ledger(TorchDispatchMode):
-    """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for the
-    logits of a chunk of tokens."""
+    """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for
+    what the loss holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Ledger(TorchDispatchMode):
             inside = self._loss(*args)
         if self.now + inside > self.peak:
             self.peak = self.now + inside
-            self.at_peak = {**self.parts, "logits": inside}
+            self.at_peak = {**self.parts, "loss": inside}
         return results
 
     def hold(self, part: str, tensors: Iterable[Tensor | None]) -> None:
@@ -125,7 +126,7 @@ class Ledger(TorchDispatchMode):
 
     def _loss(self, hidden: Tensor, weight: Tensor, *others: Any) -> int:
         """The op that computes the loss (model/kernels/ops/linear_cross_entropy.py) takes chunk by chunk of tokens:
-        bytes of the logits of one, and two collectives for each if classes are divided."""
+        the bytes that it holds, and two collectives for each chunk if classes are divided."""
         dtype = wide_dtype(hidden.dtype)
         rows, row, kind = hidden.shape[0], weight.shape[0] * dtype.itemsize, hidden.device.type
         chunk = chunk_tokens(rows, row, chunk_bytes(kind), kind)
@@ -136,7 +137,7 @@ class Ledger(TorchDispatchMode):
                 tokens = min(chunk, rows - start)
                 self._call("all_reduce", ranks, dtype, tokens)
                 self._call("all_reduce", ranks, dtype, 2 * tokens)
-        return chunk * row
+        return loss_bytes(hidden, weight)
 
     def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """torch.distributed's operators (torch/csrc/distributed/c10d/Ops.cpp): their process group is an argument."""

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.kernels.choice import Backends
-from model.kernels.dtypes import wide_dtype
-from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
+from model.kernels.ops.linear_cross_entropy import working_bytes
 from model.language_model import LanguageModel
 from model.memory import layer_memories
 from model.recompute import Recompute
@@ -99,7 +98,7 @@ def _drop(parameter: Tensor) -> None:
 
 class LiveBytes(TorchDispatchMode):
     """Follows the storages that operators make inside it. What an operator allocates and frees within itself is not
-    seen, but for the logits of a chunk of tokens."""
+    seen, but for what the loss holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class LiveBytes(TorchDispatchMode):
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
                 self._add(result.untyped_storage())
-        inside = _logits(args) if func is torch.ops.switchall.linear_cross_entropy.default else 0
+        inside = loss_bytes(*args[:2]) if func is torch.ops.switchall.linear_cross_entropy.default else 0
         self.peak = max(self.peak, self.now + inside)
         return results
 
@@ -129,8 +128,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _logits(args: tuple[Any, ...]) -> int:
-    """Bytes of the logits of one chunk of tokens: model/kernels/ops/linear_cross_entropy.py."""
-    hidden, weight = args[:2]
-    row, kind = weight.shape[0] * wide_dtype(hidden.dtype).itemsize, hidden.device.type
-    return int(row * chunk_tokens(hidden.shape[0], row, chunk_bytes(kind), kind))
+def loss_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """Bytes that the op of the loss holds while it runs."""
+    (tokens, width), kind = hidden.shape, hidden.device.type
+    return working_bytes(tokens, weight.shape[0], width, hidden.dtype, weight.dtype, kind)

@@ -116,6 +116,24 @@ def chunk_tokens(num_tokens: int, row_bytes: int, limit: int, device_type: str) 
     return size - size % CHUNK_MULTIPLE if device_type == "cuda" and CHUNK_MULTIPLE < size < num_tokens else size
 
 
+def working_bytes(
+    tokens: int, classes: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str
+) -> int:
+    """Bytes that the op holds at once beside its arguments and its results, gradients wanted: the logits of a chunk of
+    tokens, on a GPU their gradient beside them; and in fp32, where the weight [`classes`, `width`] is not, the sum of
+    its gradient, on a CPU the weight too. Without what is as small as the hidden state of a chunk."""
+    wide = wide_dtype(dtype)
+    chunk = chunk_tokens(tokens, classes * wide.itemsize, chunk_bytes(device_type), device_type)
+    row, weight = classes * wide.itemsize, 0
+    if device_type == "cuda":
+        row += classes * dtype.itemsize
+    elif weight_dtype != wide:
+        weight += classes * width * wide.itemsize
+    if gradient_dtype(weight_dtype) != wide:
+        weight += classes * width * wide.itemsize
+    return chunk * row + weight
+
+
 def local_targets(logits: Tensor, targets: Tensor, first_class: int) -> tuple[Tensor, Tensor]:
     """Column of each target, clamped into the shard, and whether the shard has it."""
     local = targets - first_class

@@ -195,7 +195,7 @@ def test_a_divided_layout_is_rehearsed(capsys: pytest.CaptureFixture[str], monke
         calls = [Call("send", (0, 4), "bfloat16", 500, 1000, "micro-step")] * most_micro_steps
         calls.append(Call("all_reduce", (0, 1, 2, 3) if rank == 0 else (4, 5, 6, 7), "float32", 25, 100, "update"))
         resting = {"weights": 2 * GIB, "optimizer": 3 * GIB, "pipeline": GIB}
-        at_peak = {**resting, "logits": GIB, "update": 5}
+        at_peak = {**resting, "loss": GIB, "update": 5}
         kept = {"blocks.0": 7 * GIB, "blocks.1": 6 * GIB, "head": GIB}
         return Rehearsal(most_micro_steps, resting, 0, 0, kept, 20 * GIB + rank, at_peak, calls, [])
 
