@@ -153,6 +153,18 @@ def test_the_total_is_bit_by_bit_that_without_sources(sources: dict[str, Path], 
         assert {key: value for key, value in mixed.items() if "/" not in key} == plain
 
 
+def test_the_windows_at_the_border_belong_to_their_own_source(sources: dict[str, Path]) -> None:
+    """All windows of both, so the last of the first source and the first of the second too."""
+    ((mixed, _),) = run_ranks(validated, 1, mixture(sources, "evaluate.sequences=1000000"), [])
+    for name, path in sources.items():
+        manifest = Manifest.load(path)
+        count = (manifest.num_tokens("validation") - 1) // 16
+        with SplitReader(manifest, "validation", verify_on_first_read=False) as split:
+            mean = split.read(0, count * 16).astype(np.float64).mean()
+        assert mixed[f"tokens/{name}"] == count * 16
+        assert mixed[f"loss/{name}"] == pytest.approx(mean / 7, rel=1e-6)
+
+
 def test_a_source_without_a_window_is_left_out(sources: dict[str, Path]) -> None:
     ((mixed, _),) = run_ranks(validated, 1, mixture(sources, "evaluate.placement=start"), [])
     assert {key for key in mixed if "/" in key} == {"loss/c4", "tokens/c4"}
