@@ -13,6 +13,7 @@ import torch.distributed as dist
 from common.strict_json import finite, without_nan
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
+from pretrain.config.data_rules import source_names
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch, Windows
 from pretrain.engine.micro_steps import Evaluator
@@ -73,9 +74,10 @@ def evaluate(
     *,
     before_batch: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte. Collective. A rank whose stream
-    has ended, or that has none left, computes a window that does not count, because under ZeRO 3 every forward pass is
-    collective. `before_batch`, which is collective too, says whether to go on; if not, the result is None."""
+    """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte; of a mixture also loss/NAME and
+    tokens/NAME of every source that has a window. Collective. A rank whose stream has ended, or that has none left,
+    computes a window that does not count, because under ZeRO 3 every forward pass is collective. `before_batch`, which
+    is collective too, says whether to go on; if not, the result is None."""
     windows, blocks = _deal(evaluation_windows(reader, config), config.batch.micro_sequences, parallel)
 
     def read(windows: np.ndarray, block: np.ndarray) -> Batch:
@@ -86,10 +88,14 @@ def evaluate(
     # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
     batches = agreed(lambda: [[read(np.maximum(row[block], 0), block) for block in blocks] for row in windows])
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    names = source_names(config) if len(reader.sizes) > 1 else []
+    # Sums of their own: the total adds up as that of one data set does, bit for bit.
+    source_sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    sources = np.searchsorted(np.cumsum(reader.sizes), windows, side="right")
     at_once = 4 * parallel.pipeline_size  # few enough to stop soon, many enough to fill the pipeline
     streams = torch.from_numpy(np.concatenate(blocks)).to(device)
     with separate_streams(executor.module, streams, windows.shape[1]):
-        for row, step_batches in zip(windows, batches, strict=True):
+        for row, row_sources, step_batches in zip(windows, sources, batches, strict=True):
             losses: list[torch.Tensor] = []
             for first in range(0, len(step_batches), at_once):
                 if not before_batch():
@@ -98,16 +104,35 @@ def evaluate(
             for block, sequence_loss in zip(blocks, losses, strict=True):
                 counted = torch.from_numpy(row[block] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])
+                if names:
+                    of_block = torch.from_numpy(row_sources[block]).to(device)
+                    source_sums += _sums_by_source(sequence_loss, counted, of_block, len(names))
             for _, memory in layer_memories(executor.module):
                 memory.advance()
     for group in (parallel.data_group, parallel.pipeline_group):
         if group is not None:
             dist.all_reduce(sums, group=group)
+            if names:
+                dist.all_reduce(source_sums, group=group)
     loss = float(sums[0] / sums[1])
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(sums[1]) * reader.sequence_length}
     if reader.tokens_are_bytes:
         values["bits_per_byte"] = loss / math.log(2)
+    for name, (loss_sum, count) in zip(names, source_sums.tolist(), strict=True):
+        if count:
+            values |= {f"loss/{name}": loss_sum / count, f"tokens/{name}": count * reader.sequence_length}
     return values
+
+
+def _sums_by_source(
+    sequence_loss: torch.Tensor, counted: torch.Tensor, source: torch.Tensor, num_sources: int
+) -> torch.Tensor:
+    """Losses [B], whether each counts [B] bool, and its source [B] int64 -> [num_sources, 2] fp64: sum of the losses of
+    each source, and their number."""
+    chosen = counted & (source == torch.arange(num_sources, device=source.device)[:, None])
+    # No product with zeros: a loss that is not finite stays with its source.
+    losses = torch.where(chosen, sequence_loss.double(), 0.0)
+    return torch.stack([losses.sum(1), chosen.sum(1).double()], 1)
 
 
 def validate(
@@ -148,7 +173,7 @@ def validate(
 
 def _of_average(values: dict[str, float]) -> dict[str, float]:
     """The values of a validation of the moving average, under their own names."""
-    return {f"ema_{key}": value for key, value in values.items() if key != "tokens"}
+    return {f"ema_{key}": value for key, value in values.items() if key.partition("/")[0] != "tokens"}
 
 
 def _last_line(values: dict[str, float], split: str) -> str:

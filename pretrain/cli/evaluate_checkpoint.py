@@ -26,6 +26,7 @@ from pretrain.evaluation.likelihood import Limits, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
 from pretrain.parallel.agreement import agreed
+from pretrain.report.source_losses import source_losses
 from pretrain.saved_model import find_checkpoint
 from pretrain.saved_model.loading import config_of
 
@@ -103,6 +104,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
         rows: list[tuple[str, ...]] = [
             (name, "", key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
         ]
+        rows += [(name, source, "loss", results.number(loss), "") for source, loss in source_losses(content).items()]
         notes: list[str] = []
     else:
         result = _run_task(opened, name, place, choices, limits)

@@ -22,6 +22,7 @@ from pretrain.engine.details import Details
 from pretrain.report import tags
 from pretrain.report.event_text import event_text
 from pretrain.report.router_load import choices
+from pretrain.report.source_losses import source_losses
 from pretrain.report.writer import Position, Writer
 
 SHOWN_EVENTS = {
@@ -118,6 +119,10 @@ class Curves:
             for key, name in names.items()
             if values.get(f"ema_{key}") is not None
         }
+        for prefix, ending in (("loss/", ""), ("ema_loss/", " of the moving average")):
+            for name, loss in source_losses(values, prefix).items():
+                if loss is not None:
+                    points[f"{where} loss by source/{name}{ending}"] = float(loss)
         for writer in self._writers:
             writer.scalars(at, points)
 

@@ -22,6 +22,7 @@ from pretrain.report.estimate import TIMED, SideBySide
 from pretrain.report.peak import Peak, find_peak
 from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_text
 from pretrain.report.run_folder import RunFolder
+from pretrain.report.source_losses import source_losses, sources_text
 from pretrain.report.tensorboard import TensorBoard
 from pretrain.report.weights_and_biases import WeightsAndBiases
 from pretrain.report.writer import Position, Writer
@@ -149,6 +150,8 @@ class Monitor:
             what = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}"
         if values.get("bits_per_byte") is not None:
             what += f"  bits per byte {values['bits_per_byte']:.4f}"
+        if of_sources := source_losses(values):
+            what += f"  ({sources_text(of_sources)})"
         if values.get("ema_loss") is not None:
             what += f"; moving average: loss {values['ema_loss']:.4f}  perplexity {values['ema_perplexity']:.2f}"
         where = "" if split == "validation" else f" on the {split} split"

@@ -88,9 +88,9 @@ def load_by_block(load: dict[str, Tensor]) -> dict[str, Tensor]:
     return {kind: torch.cat([blocks[block] for block in sorted(blocks)]) for kind, blocks in kinds.items()}
 
 
-def layout(*, has_tasks: bool) -> dict[str, dict[str, list[object]]]:
-    """The page of custom scalars: what a person looks at first. Charts name tags by regular expressions; without tasks
-    theirs would be empty."""
+def layout(*, has_tasks: bool, has_sources: bool) -> dict[str, dict[str, list[object]]]:
+    """The page of custom scalars: what a person looks at first. Charts name tags by regular expressions; without tasks,
+    or a mixture, theirs would be empty."""
 
     def chart(*patterns: str) -> list[object]:
         return ["Multiline", list(patterns)]
@@ -98,6 +98,7 @@ def layout(*, has_tasks: bool) -> dict[str, dict[str, list[object]]]:
     return {
         "how well it learns": {
             "loss": chart("^loss/(train|validation|validation of the moving average)$"),
+            **({"validation loss by source": chart("^[a-z ]+ loss by source/")} if has_sources else {}),
             "perplexity": chart("^perplexity/"),
             "gradient norm": chart("^optimizer/gradient norm$"),
             "learning rate": chart("^optimizer/learning rate$"),

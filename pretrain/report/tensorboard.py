@@ -66,7 +66,10 @@ class TensorBoard:
         kept = {
             key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values.items()
         }
-        page = tags.layout(has_tasks=any(key.startswith("evaluate.tasks.") for key in values))
+        page = tags.layout(
+            has_tasks=any(key.startswith("evaluate.tasks.") for key in values),
+            has_sources=len(values.get("data.sources", ())) > 1,
+        )
         for part in (*summaries.hparams(kept, dict.fromkeys(COMPARED, 0.0)), summaries.custom_scalars(page)):
             self._main.add(0, part)
 

@@ -139,6 +139,16 @@ def validation_losses(runs: Sequence[Run]) -> list[tuple[float, list[float]]]:
     return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]
 
 
+def source_losses_at_end(runs: Sequence[Run]) -> tuple[int, list[tuple[str, list[float]]]]:
+    """The last step after which all runs were validated (0: there is none); every source of that validation, and its
+    loss in every run, NaN where a run did not read it."""
+    found = [dict(run.view.source_validations()) for run in runs]
+    step = max(set.intersection(*map(set, found)), default=0)
+    at_end = [of_run.get(step, {}) for of_run in found]
+    names = dict.fromkeys(name for losses in at_end for name in losses)
+    return step, [(name, [losses.get(name, math.nan) for losses in at_end]) for name in names]
+
+
 def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Difference]]:
     """The number of steps that both have, and every value that is not the same in all of them, the earliest first."""
     common, ours, theirs = np.intersect1d(first.column("step"), other.column("step"), return_indices=True)

@@ -9,7 +9,15 @@ from typing import Any
 
 from common.tables import text_table
 from common.terminal import visible
-from pretrain.views.comparison import AXES, Run, differences, differing_facts, losses, validation_losses
+from pretrain.views.comparison import (
+    AXES,
+    Run,
+    differences,
+    differing_facts,
+    losses,
+    source_losses_at_end,
+    validation_losses,
+)
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
@@ -29,6 +37,10 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
             found.append((f"Loss {how} {name}", (name, *labels), places))
     if places := _places(validation_losses(runs)):
         found.append((f"Validation loss {how} steps", ("steps", *labels), places))
+    step, sources = source_losses_at_end(runs)
+    if sources:
+        rows = [(name, *_losses(values)) for name, values in sources]
+        found.append((f"Validation loss by source after step {step:,}", ("source", *labels), rows))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found
@@ -46,10 +58,12 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _places(rows: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, ...]]:
-    return [
-        (_place(place), *(_loss(value, values[0], number) for number, value in enumerate(values)))
-        for place, values in rows
-    ]
+    return [(_place(place), *_losses(values)) for place, values in rows]
+
+
+def _losses(values: Sequence[float]) -> list[str]:
+    """Of all runs; of those after the first with the difference to it."""
+    return [_loss(value, values[0], number) for number, value in enumerate(values)]
 
 
 def text(runs: Sequence[Run], tolerance: float) -> str:

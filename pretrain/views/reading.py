@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.source_losses import source_losses
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
@@ -206,16 +207,27 @@ class RunView:
     def validations(self, split: str = "validation") -> list[tuple[int, float]]:
         """Step and loss of those on a split that still count: a start from before a step computes its validation
         again."""
-        found: dict[int, float] = {}
+        return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
+
+    def source_validations(self, split: str = "validation") -> list[tuple[int, dict[str, float]]]:
+        """Step and the loss of each source of those validations; none of one data set, or of a version that did not
+        record them."""
+        return [
+            (step, {name: _loss(loss) for name, loss in source_losses(event).items()})
+            for step, event in self._validation_events(split)
+        ]
+
+    def _validation_events(self, split: str) -> list[tuple[int, Row]]:
+        found: dict[int, Row] = {}
         for event in self.events:
-            step, loss = event.get("step"), event.get("loss")
+            step = event.get("step")
             if not isinstance(step, int):
                 continue
             if event["event"] == "started":
                 found = {s: value for s, value in found.items() if s <= step}
             elif event["event"] == "validation" and event.get("split", "validation") == split:
-                found[step] = loss if isinstance(loss, int | float) else math.nan
-        return sorted(found.items())
+                found[step] = event
+        return sorted(found.items(), key=lambda pair: pair[0])
 
     def tasks(self) -> dict[str, Row]:
         """Task -> its newest evaluation that still counts, as of `validations`."""
@@ -227,6 +239,10 @@ class RunView:
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)
         return {one["task"]: one for one in found}
+
+
+def _loss(value: Any) -> float:
+    return value if isinstance(value, int | float) else math.nan
 
 
 def setting(config: dict[str, Any], key: str) -> Any:

@@ -14,6 +14,7 @@ from common.tables import text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.report.source_losses import sources_text
 from pretrain.views.reading import RunView, State, setting
 from pretrain.views.text_plot import text_plot
 
@@ -104,12 +105,14 @@ def loss_text(view: RunView) -> str:
 
 
 def validation_text(view: RunView) -> str:
-    """The newest and the best validation."""
+    """The newest validation, also of each source of a mixture, and the best."""
     validations = [(step, loss) for step, loss in view.validations() if math.isfinite(loss)]
     if not validations:
         return ""
     (step, loss), (best, lowest) = validations[-1], min(validations, key=lambda pair: pair[1])
-    return f"{loss:.4f} after step {step:,}" + ("" if best == step else f", best {lowest:.4f} after step {best:,}")
+    of_sources = dict(view.source_validations())[step]
+    text = f"{loss:.4f} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
+    return text if best == step else f"{text}, best {lowest:.4f} after step {best:,}"
 
 
 def tasks_text(view: RunView) -> str:
@@ -218,6 +221,11 @@ def summary(view: RunView) -> dict[str, Any]:
         "newest": newest,
         "seconds_per_step": seconds_per_step(view),
         "validations": [[step, loss if math.isfinite(loss) else None] for step, loss in view.validations()],
+        "validations_by_source": [
+            [step, {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}]
+            for step, losses in view.source_validations()
+            if losses
+        ],
         "tasks": {
             name: {k: v for k, v in one.items() if k not in ("event", "time")} for name, one in view.tasks().items()
         },

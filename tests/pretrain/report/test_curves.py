@@ -110,8 +110,9 @@ def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Pat
     assert len(charts) == 11
     for chart in charts:
         assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in scalars), chart.title
-    assert "accuracy of tasks" not in {chart.title for chart in charts}
-    assert "accuracy of tasks" in tags.layout(has_tasks=True)["how well it learns"]
+    more = {"accuracy of tasks", "validation loss by source"}
+    assert more.isdisjoint(chart.title for chart in charts)
+    assert more <= tags.layout(has_tasks=True, has_sources=True)["how well it learns"].keys()
     assert "_hparams_/session_start_info" in board.summary_metadata
 
 

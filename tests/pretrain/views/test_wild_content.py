@@ -47,7 +47,7 @@ FILES: dict[str, Any] = {
     "outcome.json": {"exit_code": 5, "reason": "why", "step": 3, "time": 1e9},
     "metrics.jsonl": STEP,
     "started": {"event": "started", "time": 1e9, "step": 0, "ranks": 2, "last_step": 9, "software": {"torch": "2"}},
-    "validation": {"event": "validation", "time": 1e9, "step": 3, "split": "validation", "loss": 4.0},
+    "validation": {"event": "validation", "time": 1e9, "step": 3, "split": "validation", "loss": 4.0, "loss/a": 4.0},
     "router_collapsed": {"event": "router_collapsed", "time": 1e9, "step": 3, "routers": [{"router": "blocks.0"}]},
     "checkpoint": {"event": "checkpoint", "time": 1e9, "path": "p", "seconds": 1.0, "stall_seconds": 0.1},
     "hang": {"event": "hang", "time": 1e9, "message": "rank 1. More"},

@@ -1,0 +1,223 @@
+"""The validation loss of each source of a mixture: the mean over its own windows, in every layout, wherever the total
+is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.cli import main as data_prep
+from data_prep.shards.format import Manifest
+from data_prep.shards.reader import SplitReader
+from model.language_model import build_model
+from model.parallel.context import ParallelContext
+from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.cli.compare import main as compare
+from pretrain.cli.evaluate import main as evaluate_checkpoint
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.data.windows import Batch
+from pretrain.evaluate import evaluate
+from pretrain.parallel.context import parallel_context
+from pretrain.report.source_losses import sources_text
+from pretrain.views.reading import RunView
+from pretrain.views.status import summary, validation_text
+from tests.corpus import write_dump
+from tests.harness import run_ranks
+from tests.pretrain.report.boards import read, steps_of
+from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
+from tests.pretrain.runs import small_config, train_runs
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+SEQUENCES = 21
+"""Divides evenly over neither ranks nor micro-batches."""
+
+
+@pytest.fixture(scope="module")
+def sources(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two data sets of one tokenizer; the held-out split of the second is a third of the first's."""
+    folder = tmp_path_factory.mktemp("mixture")
+    write_dump(folder / "train.json.gz", documents=60, seed=7)
+    write_dump(folder / "validation.json.gz", documents=20, seed=8)
+    config = {
+        "input": [str(folder / "train.json.gz")],
+        "validation_input": [str(folder / "validation.json.gz")],
+        "output": str(folder / "pes2o"),
+        "workers": 1,
+        "tokenizer": {"model": str(prepared / "tokenizer.model")},
+    }
+    (folder / "data.json").write_text(json.dumps(config))
+    assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
+    return {"c4": prepared, "pes2o": folder / "pes2o"}
+
+
+def mixture(sources: dict[str, Path], *overrides: str) -> Config:
+    entries = [{"manifest": str(path), "weight": 1, "name": name} for name, path in sources.items()]
+    keys = ("train.steps=1", "batch.global_sequences=24", "batch.micro_sequences=4", f"evaluate.sequences={SEQUENCES}")
+    experts = ("model.attention.num_experts=4", "model.feedforward.num_experts=6")
+    return small_config(sources["c4"], f"data.sources={json.dumps(entries)}", *keys, *experts, *overrides)
+
+
+def validation(run: Path) -> dict[str, Any]:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return next(event for event in events if event["event"] == "validation")
+
+
+def by_hand(config: Config, sources: dict[str, Path], run: Path) -> dict[str, list[float]]:
+    """The loss of each window that a validation reads, by source: one window after the other in plain PyTorch, from the
+    weights that a run saved."""
+    T = config.model.sequence_length
+    network = build_model(config.model, seed=99).eval()
+    load_weights(Checkpoint.open(list_checkpoints(run / "checkpoints")[-1]), network, ParallelContext())
+    texts = []
+    for name, path in sources.items():
+        manifest = Manifest.load(path)
+        with SplitReader(manifest, "validation", verify_on_first_read=False) as split:
+            text = split.read(0, manifest.num_tokens("validation")).astype(np.int64)
+        texts += [(name, text[n * T : n * T + T + 1]) for n in range((len(text) - 1) // T)]
+    losses = defaultdict(list)
+    for n in range(SEQUENCES):
+        name, window = texts[n * len(texts) // SEQUENCES]
+        with torch.no_grad():
+            logits = network.logits(torch.from_numpy(window[None, :-1]))[0][0]
+        loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(window[1:]))
+        losses[name].append(float(loss))
+    return losses
+
+
+def test_each_source_has_the_mean_loss_of_its_windows_in_every_layout(sources: dict[str, Path], tmp_path: Path) -> None:
+    layouts = {
+        "data": ("parallel.zero=3",),
+        "tensor": ("parallel.tensor=2",),
+        "pipeline": ("parallel.pipeline=2",),
+        "expert": ("parallel.expert=2",),
+    }
+    one = mixture(sources, "parallel.zero=0")
+    run_ranks(train_runs, 1, [(one, tmp_path / "one")])
+    run_ranks(train_runs, 2, [(mixture(sources, *keys), tmp_path / name) for name, keys in layouts.items()])
+    expected = by_hand(one, sources, tmp_path / "one")
+    assert min(map(len, expected.values())) > 2 and len(expected["c4"]) != len(expected["pes2o"])
+    means = {f"loss/{name}": pytest.approx(np.mean(losses), rel=1e-5) for name, losses in expected.items()}
+    tokens = {f"tokens/{name}": len(losses) * 16 for name, losses in expected.items()}
+    for name in ("one", *layouts):
+        event = validation(tmp_path / name)
+        assert {key: value for key, value in event.items() if "/" in key} == means | tokens, name
+        total = sum(event[f"loss/{source}"] * event[f"tokens/{source}"] for source in sources)
+        assert event["loss"] == pytest.approx(total / event["tokens"], rel=1e-6)
+
+
+class TokenMeans:
+    """Stands for a model: the loss of a window is the mean of its tokens, that of the windows in `broken` is NaN."""
+
+    def __init__(self, broken: Sequence[int] = ()) -> None:
+        self.module, self._broken = torch.nn.Identity(), torch.tensor(broken, dtype=torch.int64)
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        means = [batch.tokens.float().mean(1) / 7 for batch in batches]
+        return [
+            loss.masked_fill(torch.isin(batch.sequence_index, self._broken), float("nan"))
+            for loss, batch in zip(means, batches, strict=True)
+        ]
+
+
+def validated(rank: int, config: Config, broken: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the mixture; and of the same windows if nothing says that they are of several sources."""
+    reader, parallel = Sources.load(config).reader("validation", config), parallel_context(config)
+    as_one = SimpleNamespace(
+        read=reader.read,
+        sequence_length=reader.sequence_length,
+        num_windows=reader.num_windows,
+        tokens_are_bytes=False,
+        sizes=(reader.num_windows,),
+    )
+    found = [
+        evaluate(TokenMeans(broken), windows, config, parallel, torch.device("cpu"))  # type: ignore[arg-type]
+        for windows in (reader, as_one)
+    ]
+    assert found[0] is not None and found[1] is not None
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_total_is_bit_by_bit_that_without_sources(sources: dict[str, Path], ranks: int) -> None:
+    for mixed, plain in run_ranks(validated, ranks, mixture(sources), []):
+        assert {key: value for key, value in mixed.items() if "/" not in key} == plain
+
+
+def test_the_windows_at_the_border_belong_to_their_own_source(sources: dict[str, Path]) -> None:
+    """All windows of both, so the last of the first source and the first of the second too."""
+    ((mixed, _),) = run_ranks(validated, 1, mixture(sources, "evaluate.sequences=1000000"), [])
+    for name, path in sources.items():
+        manifest = Manifest.load(path)
+        count = (manifest.num_tokens("validation") - 1) // 16
+        with SplitReader(manifest, "validation", verify_on_first_read=False) as split:
+            mean = split.read(0, count * 16).astype(np.float64).mean()
+        assert mixed[f"tokens/{name}"] == count * 16
+        assert mixed[f"loss/{name}"] == pytest.approx(mean / 7, rel=1e-6)
+
+
+def test_a_source_without_a_window_is_left_out(sources: dict[str, Path]) -> None:
+    ((mixed, _),) = run_ranks(validated, 1, mixture(sources, "evaluate.placement=start"), [])
+    assert {key for key in mixed if "/" in key} == {"loss/c4", "tokens/c4"}
+    assert mixed["loss/c4"] == pytest.approx(mixed["loss"], rel=1e-6) and mixed["tokens/c4"] == mixed["tokens"]
+
+
+def test_a_loss_that_is_not_finite_stays_with_its_source(sources: dict[str, Path]) -> None:
+    ((mixed, _),) = run_ranks(validated, 1, mixture(sources), [SEQUENCES - 1])
+    assert np.isnan(mixed["loss"]) and np.isnan(mixed["loss/pes2o"]) and np.isfinite(mixed["loss/c4"])
+
+
+def test_a_line_names_six_sources_and_how_many_more() -> None:
+    losses = {"a": 1.0, "b": None, "c": float("nan"), "d": 4, "e": 5.0, "f": 6.0, "g": 7.0, "h": 8.0}
+    text = "a 1.0000, b not finite, c not finite, d 4.0000, e 5.0000, f 6.0000 and 2 more"
+    assert sources_text(losses) == text
+
+
+def test_the_sources_are_shown_where_the_total_is(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    keys = ("monitor.tensorboard=true", "train.ema_decay=0.5", "evaluate.ema=true")
+    one_source = mixture({"c4": sources["c4"]}, *keys)
+    run_ranks(train_and_keep_output, 1, [(mixture(sources, *keys), run), (one_source, alone)], tmp_path / "out")
+    event = validation(run)
+    assert not any("/" in key for key in validation(alone)), "one source is the total"
+    of_sources = f"c4 {event['loss/c4']:.4f}, pes2o {event['loss/pes2o']:.4f}"
+    lines = [line for line in (tmp_path / "out").read_text().splitlines() if line.startswith("validation after")]
+    assert f"({of_sources}); moving average" in lines[0] and "(" not in lines[1]
+
+    board = read(run / "tensorboard")
+    for tag, key in (("c4", "loss/c4"), ("pes2o of the moving average", "ema_loss/pes2o")):
+        assert steps_of(board, f"validation loss by source/{tag}") == [1]
+        (point,) = board.Scalars(f"validation loss by source/{tag}")
+        assert point.value == pytest.approx(event[key], rel=1e-6)
+    assert "ema_tokens/c4" not in event
+    table = PAGE.partition("## What a validation writes")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"`([a-z_/A-Z]+)`", "".join(re.findall(r"(?m)^\|(.*?)\|", table))))
+    written = {key.replace("/c4", "/NAME") for key in event if not key.endswith("/pes2o")} - {"event", "time"}
+    assert documented - written == {"bits_per_byte", "ema_bits_per_byte"} and written <= documented
+
+    assert validation_text(RunView.open(run)) == f"{event['loss']:.4f} after step 1 ({of_sources})"
+    known = {name: event[f"loss/{name}"] for name in sources}
+    assert summary(RunView.open(run))["validations_by_source"] == [[1, known]]
+    assert summary(RunView.open(alone))["validations_by_source"] == []
+    capsys.readouterr()
+    assert compare([str(run), str(alone), "--out", str(tmp_path / "page")]) == 0
+    table = capsys.readouterr().out.partition("Validation loss by source after step 1\n")[2].splitlines()
+    assert [line.split() for line in table[1:3]] == [[name, f"{loss:.4f}", "-"] for name, loss in known.items()]
+
+    assert evaluate_checkpoint([str(run)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(next((run / "evaluation").rglob("validation.json")).read_text())
+    for name, loss in known.items():
+        assert found[f"loss/{name}"] == pytest.approx(loss, rel=1e-6)
+        assert ["validation", name, "loss", f"{loss:.4f}"] in [line.split() for line in printed.splitlines()]
