@@ -213,6 +213,9 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
     """Steps between checkpoints; the last step of a start is always saved."""
+    every_minutes: Annotated[float, Field(ge=0.0)] = Field(0.0, json_schema_extra=FREE)
+    """Also a checkpoint after the first step that begins this many minutes or more after the last one (or the start),
+    by the clock of rank 0, unless that is still being written. Every checkpoint starts the minutes anew. 0: off."""
     keep_last: PositiveInt = Field(3, json_schema_extra=FREE)
     """Newest checkpoints kept; older ones are removed after a new one is committed, unless a key below keeps them."""
     keep_every_steps: NonNegativeInt = Field(0, json_schema_extra=FREE)
