@@ -24,6 +24,7 @@ from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck
 from pretrain.resilience.rollback import Rollback
+from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import StartPoint, branch_start, record_start
 from pretrain.routing.tape import open_tape
@@ -72,9 +73,10 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
     timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
+    ranks = RankComparison(config, parallel, control, setup.phases, folder)
     return Segment(
-        trainer, folder, monitor, control, replicas, spikes, timer, start, start.progress, last, profiler, before,
-        _saved_step=step,
+        trainer, folder, monitor, control, replicas, ranks, spikes, timer, start, start.progress, last, profiler,
+        before, _saved_step=step,
     )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ class Segment:
     monitor: Monitor | None
     control: Control
     replicas: ReplicaCheck | None
+    ranks: RankComparison
     spikes: SpikeDetector
     timer: SaveTimer
     start: StartPoint
@@ -186,9 +189,12 @@ class Segment:
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
         self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None
+        compared = self.ranks.step(self.progress.step, result.phase_seconds)
         if self.monitor is not None:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
-            self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
+            self.monitor.step(
+                values | compared, result.sums.load, phase_seconds=result.phase_seconds, details=result.details
+            )
         if self.progress.step == self.start.progress.step + 1:
             self.setup.phases.enter("importing what a checkpoint needs")
             self.trainer.saver.prepare()
