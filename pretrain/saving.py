@@ -1,10 +1,12 @@
-"""A checkpoint of a running segment: what goes into it besides the state, and what is said of it."""
+"""A checkpoint of a running segment: when it is due by time, what goes into it besides the state, and what is said of
+it."""
 
 from __future__ import annotations
 
 import sys
+from time import monotonic
 
-from pretrain.checkpoint import Retention
+from pretrain.checkpoint import Retention, Saver
 from pretrain.checkpoint.saver import Outcome
 from pretrain.config.loading import to_json
 from pretrain.data.progress import Progress
@@ -51,3 +53,21 @@ def save(
         before=folder.make_durable,
         report=report,
     )
+
+
+class SaveTimer:
+    """Whether a checkpoint is due by time (checkpoint.every_minutes), by this rank's clock. Not collective: rank 0's
+    answer counts."""
+
+    def __init__(self, minutes: float, saver: Saver) -> None:
+        """Begins to count. 0 minutes: nothing is ever due."""
+        self._seconds, self._saver = 60.0 * minutes, saver
+        self._since = monotonic()
+
+    def is_due(self) -> bool:
+        """Not while the last one is being written: the next would make training wait for the disk."""
+        return 0.0 < self._seconds <= monotonic() - self._since and not self._saver.is_writing
+
+    def restart(self) -> None:
+        """Counts from now on: training goes on after a save."""
+        self._since = monotonic()

@@ -24,10 +24,11 @@ from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck
 from pretrain.resilience.rollback import Rollback
+from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resume import StartPoint, branch_start, record_start
 from pretrain.routing.tape import open_tape
-from pretrain.saving import save
+from pretrain.saving import SaveTimer, save
 from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
 
 MOST_WAITS = 100
@@ -71,9 +72,11 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     window = settings.spike_window_steps
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
+    timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
+    ranks = RankComparison(config, parallel, control, setup.phases, folder)
     return Segment(
-        trainer, folder, monitor, control, replicas, spikes, start, start.progress, last, profiler, before,
-        _saved_step=step,
+        trainer, folder, monitor, control, replicas, ranks, spikes, timer, start, start.progress, last, profiler,
+        before, _saved_step=step,
     )  # fmt: skip
 
 
@@ -86,7 +89,9 @@ class Segment:
     monitor: Monitor | None
     control: Control
     replicas: ReplicaCheck | None
+    ranks: RankComparison
     spikes: SpikeDetector
+    timer: SaveTimer
     start: StartPoint
     progress: Progress
     last: int
@@ -101,6 +106,8 @@ class Segment:
     """Loss on the held-out split after the last step, if it was validated."""
     _saved_step: int = 0
     """Of the newest checkpoint, or of the start."""
+    _is_time: bool = False
+    """Whether a checkpoint is due by time, as rank 0 said in the last message: after the step that follows it."""
     _spike: str | None = None
     """On rank 0: the spike for which the run must go back, until the others know."""
 
@@ -182,9 +189,12 @@ class Segment:
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
         self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None
+        compared = self.ranks.step(self.progress.step, result.phase_seconds)
         if self.monitor is not None:
             values = step_values(config, self.trainer.data, result, self.progress, self.setup.device)
-            self.monitor.step(values, result.sums.load, phase_seconds=result.phase_seconds, details=result.details)
+            self.monitor.step(
+                values | compared, result.sums.load, phase_seconds=result.phase_seconds, details=result.details
+            )
         if self.progress.step == self.start.progress.step + 1:
             self.setup.phases.enter("importing what a checkpoint needs")
             self.trainer.saver.prepare()
@@ -220,11 +230,13 @@ class Segment:
 
     def _agree(self, error: Exception | None = None) -> tuple[bool, Rollback | None]:
         """One message of all ranks, about the batches of the next step (`error`: why this rank has none) and the last
-        step that was read: whether to stop, and a rollback if one is needed. Raises `error`, or PeerFailed."""
+        step that was read: whether to stop, and a rollback if one is needed. Raises `error`, or PeerFailed. Rank 0 says
+        too whether it is time for a checkpoint."""
         step, skipped = self.progress.step, self.progress.skipped_updates
         waits = self.setup.sources.patience.taken_waits()
-        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0, bool(waits))
-        is_spike, any_skipped, any_updated, any_waited = said.flags
+        is_time = self.setup.parallel.is_first and self.timer.is_due()
+        said = self.control.agree(error, self._spike is not None, skipped > 0, skipped == 0, bool(waits), is_time)
+        is_spike, any_skipped, any_updated, any_waited, self._is_time = said.flags
         if any_waited:
             for wait in self.control.gathered(waits)[:MOST_WAITS]:
                 self.folder.event("data_waited", step=step, **wait)
@@ -253,7 +265,7 @@ class Segment:
         if not stopping and self.setup.tasks.are_due(self.progress.step, self.last):
             self._evaluate_tasks()
             stopping = self.control.stopping()
-        if stopping or self._is_due(config.checkpoint.every_steps):
+        if stopping or self._save_is_due():
             self._save()
         return stopping, None
 
@@ -262,7 +274,11 @@ class Segment:
         config = self.setup.config
         replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
         tasks = self.setup.tasks.every_steps
-        return any(map(self._is_due, (config.evaluate.every_steps, config.checkpoint.every_steps, replicas, tasks)))
+        return self._save_is_due() or any(map(self._is_due, (config.evaluate.every_steps, replicas, tasks)))
+
+    def _save_is_due(self) -> bool:
+        """After the last step, launched ones included: by time or by steps."""
+        return self._is_time or self._is_due(self.setup.config.checkpoint.every_steps)
 
     def _spikes_are_undone(self) -> bool:
         """Whether a spike makes the run go back. Then the next step waits until the loss is known: else
@@ -272,9 +288,9 @@ class Segment:
 
     def _compare_replicas(self, stopping: bool) -> Rollback | None:
         """Compares replicas after the configured number of steps, and before a save. Raises ReplicasDiffer."""
-        settings, saves = self.setup.config.resilience, self.setup.config.checkpoint.every_steps
+        settings = self.setup.config.resilience
         if self.replicas is None or not (
-            stopping or self._is_due(settings.replica_check_every_steps) or self._is_due(saves)
+            stopping or self._is_due(settings.replica_check_every_steps) or self._save_is_due()
         ):
             return None
         self.setup.phases.enter("comparing replicas")
@@ -355,6 +371,7 @@ class Segment:
             self.monitor.flush()
         losses = {"loss": self._loss, "validation_loss": self._validation_loss}
         save(self.trainer, self.folder, self.progress, branch_start(self.setup.config, self.start.checkpoint), losses)
+        self.timer.restart()
 
     def _is_due(self, every: int) -> bool:
         """After the last step, launched ones included."""

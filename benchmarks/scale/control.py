@@ -58,13 +58,14 @@ def play(values: list[Tensor]) -> Played:
 
 def figures(ranks: int, config: ModelConfig) -> list[Figure]:
     failed, stopping = ranks // 2, ranks - 1
-    # Three flags, as pretrain/segment.py sends.
+    # Five flags, as pretrain/segment.py sends.
+    flags = (False, True, True, False, False)
     message = play(
-        [said(rank, ranks, rank == failed, rank == stopping, False, rank == 0, True) for rank in range(ranks)]
+        [said(rank, ranks, rank == failed, rank == stopping, False, rank == 0, *flags[2:]) for rank in range(ranks)]
     )
     for result in message.results:
         found = agreement(result, ranks)
-        assert found.first_failed == failed and found.stopping and found.flags == [False, True, True]
+        assert found.first_failed == failed and found.stopping and found.flags == list(flags)
 
     keys = len(parameter_specs(config))
     sums = torch.arange(keys) * 7 - 3

@@ -141,6 +141,11 @@ class Saver:
             work(state, None)
             self._raise_if(len(self._errors) >= FAILURES_IN_A_ROW)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way on this rank. Not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when no save is under way. Raises UserError (PeerFailed on the others) after failures in a row."""
         if self._thread is not None:

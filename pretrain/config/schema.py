@@ -213,6 +213,9 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
     """Steps between checkpoints; the last step of a start is always saved."""
+    every_minutes: Annotated[float, Field(ge=0.0)] = Field(0.0, json_schema_extra=FREE)
+    """Also a checkpoint after the first step that begins this many minutes or more after the last one (or the start),
+    by the clock of rank 0, unless that is still being written. Every checkpoint starts the minutes anew. 0: off."""
     keep_last: PositiveInt = Field(3, json_schema_extra=FREE)
     """Newest checkpoints kept; older ones are removed after a new one is committed, unless a key below keeps them."""
     keep_every_steps: NonNegativeInt = Field(0, json_schema_extra=FREE)
@@ -281,7 +284,8 @@ class MonitorConfig(Section):
     """User or team of Weights & Biases; null: that of the key."""
     details_every_steps: NonNegativeInt = Field(100, json_schema_extra=FREE)
     """Steps between what costs time: norms of gradients, parameters and updates by group of parameters, histograms of
-    selection scores, pictures of the experts' load. The first step has them too. 0: never."""
+    selection scores, pictures of the experts' load. The first step has them too. Then the ranks are compared as well,
+    to find slow ones. 0: never."""
     peak_flops: Annotated[float, Field(gt=0.0)] | None = Field(None, json_schema_extra=FREE)
     """FLOP/s of one device at its best, which `flops_utilization` is a share of. null: by the maker's data sheet for a
     known GPU in bf16 or fp16; on a CPU a matrix product measures it after the first step, in 0.2 s."""

@@ -39,6 +39,7 @@ SHOWN_EVENTS = {
     "rollback",
     "router_collapsed",
     "skipped_update",
+    "slow_ranks",
     "started",
 }
 

@@ -76,7 +76,8 @@ class CheckpointSpace:
 def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     """Counts parameters on the meta device, and the checkpoints that are there."""
     saving, model = config.checkpoint, config.model
-    saved = -(-config.train.steps // saving.every_steps)
+    # By time the run may save after any step.
+    saved = config.train.steps if saving.every_minutes else -(-config.train.steps // saving.every_steps)
     forever = config.train.steps // saving.keep_every_steps if saving.keep_every_steps else 0
     per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema_decay else 0)
     return CheckpointSpace(

@@ -40,6 +40,15 @@ def _collapsed(event: Row) -> str:
     return f"{_step(event)}: collapsed routers: {', '.join(names[:3])}{more}"
 
 
+def _slow(event: Row) -> str:
+    ranks = event.get("ranks")
+    known = [one for one in ranks if isinstance(one, dict)] if isinstance(ranks, list) else []
+    names = [f"rank {one.get('rank', '?')} on {one.get('host', '?')} ({one.get('phase', '?')})" for one in known[:3]]
+    count = event.get("count")
+    more = f" and {count - 3} more" if isinstance(count, int) and count > 3 else ""
+    return f"{_step(event)}: slow: {', '.join(names) or '?'}{more}"
+
+
 def _compared(event: Row) -> str:
     warnings = event.get("warnings")
     warned = [f"warning: {text}" for text in warnings] if isinstance(warnings, list) else []
@@ -62,6 +71,7 @@ TEXTS = {
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
     "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
     "router_collapsed": _collapsed,
+    "slow_ranks": _slow,
     "changed_setting": lambda e: (
         f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
     ),

@@ -22,6 +22,8 @@ TAGS: dict[str, tuple[str, float]] = {
     "flops_utilization": ("speed/share of the peak FLOP per second", 1.0),
     "step_seconds": ("time of a step in seconds/whole step", 1.0),
     "data_wait_seconds": ("time of a step in seconds/waiting for its batches", 1.0),
+    "slowest_rank": ("speed/slowest rank", 1.0),
+    "slowest_rank_behind_seconds": ("time of a step in seconds/slowest rank, own work beyond the median rank's", 1.0),
     "memory_bytes": ("memory of rank 0 in GiB/now", 1 / GIB),
     "memory_reserved_bytes": ("memory of rank 0 in GiB/reserved", 1 / GIB),
     "memory_peak_bytes": ("memory of rank 0 in GiB/peak", 1 / GIB),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,9 @@ class Control:
     """A few bytes that all ranks tell each other on CPUs, which waits for no kernel. Every method is collective over
     all ranks."""
 
-    def __init__(self, stop: Stop, group: Any) -> None:
-        self._stop, self.group = stop, group
+    def __init__(self, stop: Stop, group: Any, hosts: Sequence[str]) -> None:
+        """`hosts`: the machine of every rank."""
+        self._stop, self.group, self.hosts = stop, group, hosts
 
     def agree(self, error: Exception | None, *flags: bool) -> Agreement:
         """One message: did any rank fail with `error`, was any asked to stop, and for each flag, is it set on any
@@ -62,6 +63,12 @@ class Control:
         values = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return int(values)
+
+    def table(self, values: Tensor) -> Tensor:
+        """[n] int64 >= 0 of this rank -> [ranks, n], those of every rank."""
+        rows = values.new_zeros(dist.get_world_size(), len(values))
+        rows[dist.get_rank()] = values
+        return maximum(rows.view(-1), self.group).view_as(rows)
 
     def gathered(self, values: list[Any]) -> list[Any]:
         """The values of all ranks, in their order."""

@@ -56,7 +56,8 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, own)
     neighbours = [other for other in identities if is_same_machine(own, other)]
-    control = Control(stop, control_group(collective_timeout(config)))
+    group = control_group(collective_timeout(config))
+    control = Control(stop, group, [str(identity["host"]) for identity in identities])
     stop.before_leaving.append(folder.end)
     stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
     watchdog = Watchdog(

@@ -94,6 +94,7 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "train.record_routing": False,
         "train.replay_routing": None,
         "checkpoint.every_steps": steps,
+        "checkpoint.every_minutes": 0.0,
         "checkpoint.keep_last": 2,
         "checkpoint.keep_every_steps": 0,
         "checkpoint.keep_best": 0,

@@ -18,7 +18,12 @@ from pretrain.views.reading import RunView
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
 """Key -> what a person calls it."""
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "flops_per_second", "flops_utilization")
-NOT_COMPARED = {"step", "memory_bytes", "memory_peak_bytes", "memory_reserved_bytes", *TIMES}
+NOT_COMPARED = {
+    "step",
+    *("memory_bytes", "memory_peak_bytes", "memory_reserved_bytes"),
+    *("slowest_rank", "slowest_rank_behind_seconds"),
+    *TIMES,
+}
 """Values of a step that two equal runs need not share: those of the machine."""
 WINDOW = 20
 """Points, at most, whose mean is the loss at a place: single losses scatter by more than runs differ."""

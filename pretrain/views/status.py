@@ -133,10 +133,26 @@ def speed_text(view: RunView) -> str:
     waits = [w for w in view.metrics.column("data_wait_seconds")[-RECENT_STEPS:] if math.isfinite(w)]
     if waits and seconds > 0 and sum(waits) / len(waits) > 0.05 * seconds:
         parts.append(f"{sum(waits) / len(waits) / seconds:.0%} of it waiting for data")
+    rank, behind = slowest_rank(view)
+    if rank is not None and seconds > 0 and behind > 0.05 * seconds:
+        parts.append(f"rank {rank:.0f} is {behind / seconds:.0%} of it behind the others")
     used, took = newest.get("flops_utilization"), newest.get("step_seconds")
     if isinstance(used, int | float) and isinstance(took, int | float) and seconds > 0:
         parts.append(f"{used * took / seconds:.1%} of the peak FLOP/s")  # of the same steps as the time
     return ", ".join(parts)
+
+
+def slowest_rank(view: RunView) -> tuple[float | None, float]:
+    """Of the newest comparison of ranks since the start: the slowest one, and the seconds that its own work took longer
+    than the median rank's. An earlier start may have had other machines."""
+    started = view.last("started").get("step")
+    columns = (view.metrics.column(key) for key in ("step", "slowest_rank", "slowest_rank_behind_seconds"))
+    for step, rank, behind in zip(*(column[::-1] for column in columns), strict=True):
+        if not isinstance(started, int) or step <= started:
+            break
+        if math.isfinite(rank) and math.isfinite(behind):
+            return rank, behind
+    return None, 0.0
 
 
 def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:

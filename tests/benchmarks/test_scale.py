@@ -53,7 +53,7 @@ def test_a_table_and_numbers_of_a_few_ranks(tmp_path: Path, capsys: pytest.Captu
     }
     config = load_config(Path(TINY), [])
     assert found[13]["control: step message: messages after each other"] == 4  # 2^4 > 13
-    assert found[13]["control: sent by a rank"] == 4 * 5 * 8  # pretrain/segment.py has three flags beside the two
+    assert found[13]["control: sent by a rank"] == 4 * 7 * 8  # pretrain/segment.py has five flags beside the two
     assert found[13]["data: sequences of a step"] == 13 * config.batch.micro_sequences
     assert found[13]["checkpoint: later saves: sent to rank 0 by a rank"] < 200
     assert found[13]["checkpoint: files that all ranks open for the weights"] < 13 * 13

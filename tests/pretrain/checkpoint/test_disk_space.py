@@ -59,6 +59,9 @@ def test_a_checkpoint_is_as_large_as_was_said(prepared: Path, tmp_path: Path) ->
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=20"), 0, 8, 9, 2),
         (("train.steps=25", "checkpoint.every_steps=10", "checkpoint.keep_last=9"), 0, 3, 4, 2),
         (("train.steps=5", "checkpoint.every_steps=10"), 0, 1, 2, 2),
+        # By time every step may be saved.
+        (("train.steps=5", "checkpoint.every_steps=10", "checkpoint.every_minutes=1"), 0, 3, 4, 2),
+        (("train.steps=2", "checkpoint.every_steps=10", "checkpoint.every_minutes=1"), 0, 2, 3, 2),
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_last=1"), 0, 1, 2, 2),
     ],
 )

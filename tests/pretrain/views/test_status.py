@@ -114,6 +114,20 @@ def test_the_lock_of_another_machine_is_judged_by_its_age(tmp_path: Path, age: f
         assert f"process {os.getpid()} on elsewhere was silent for 65 s" in shown(folder)
 
 
+def test_the_slowest_rank_of_the_newest_comparison_since_the_start_is_shown(tmp_path: Path) -> None:
+    def text(name: str, started: int, behind: float) -> str:
+        folder = write(tmp_path / name, events=[{"event": "started", "time": 2.0, "step": started}])
+        rows = [row(n) for n in range(1, 11)]
+        rows[2] |= {"slowest_rank": 1, "slowest_rank_behind_seconds": 1.5}
+        rows[5] |= {"slowest_rank": 7, "slowest_rank_behind_seconds": behind}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        return shown(folder)
+
+    assert "speed      16 tokens/s, 2 s a step, rank 7 is 25% of it behind the others" in text("slow", 0, 0.5)
+    assert "behind" not in text("even", 0, 0.05)
+    assert "behind" not in text("started again after it", 6, 0.5)
+
+
 def test_a_start_that_has_not_reached_its_first_step(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", events=[{"event": "opened", "time": 2.0}])
     lock = FolderLock(folder)
