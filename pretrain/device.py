@@ -185,7 +185,7 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
 def control_group(timeout_seconds: float) -> Any:
     """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
     return dist.group.WORLD
 
 

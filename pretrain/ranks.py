@@ -67,3 +67,14 @@ def _below(env: Mapping[str, str], name: str, of: str, size: int) -> int:
             f"{name}: is {value}, but {of} is {size}, so that ranks go from 0 to {size - 1}; correct one of the two"
         )
     return value
+
+
+def ranges(numbers: list[int]) -> str:
+    """`0-3, 5` of [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(str(n) for n in part) for part in parts)

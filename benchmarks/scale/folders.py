@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.scale.figures import Figure
 from pretrain.phases import Phases, Record
+from pretrain.resilience import collectives
 from pretrain.resilience.watchdog import Report, describe, read_reports
 
 
@@ -32,6 +33,12 @@ def figures(ranks: int) -> list[Figure]:
         silent = [rank for rank in range(ranks) if rank not in reports]
         text = describe(reports, silent, {0: "process 1 on node-0000"}, 600.0, hang) if reports else ""
         read_seconds = time.process_time() - started
+        for rank in range(1, ranks):
+            collectives.write(hang, rank, _groups(rank, ranks))
+        started = time.process_time()
+        calls = collectives.explain(collectives.read(hang))
+        call_seconds = time.process_time() - started
+        assert ranks == 1 or any(call.endswith("of rank 0 there is no record") for call in calls)
         assert ranks == 1 or "Did not arrive: rank 0: no sign of life" in text
         phase_bytes = sum(path.stat().st_size for path in beats.iterdir())
 
@@ -42,9 +49,25 @@ def figures(ranks: int) -> list[Figure]:
         row("ranks/: files while the run goes on", 2 * ranks, "files"),
         row("  bytes of phases", phase_bytes, "bytes"),
         row("  CPU of a rank to begin one", 1e3 * phase_seconds / ranks, "ms"),
-        row("hang/: files after a hang", 2 * ranks + 2, "files"),
+        row("hang/: files after a hang", 3 * ranks + 2, "files"),
         row("  reports that are read: by one rank", ranks, "files"),
         row("  by all, ten times a second, before", ranks * ranks, "files"),
         row("  CPU to read and describe them once", 1e3 * read_seconds, "ms"),
+        row("  CPU to read and compare their collectives", 1e3 * call_seconds, "ms"),
         row("slurm/: logs of a job", ranks + 1, "files"),
     ]
+
+
+def _groups(rank: int, ranks: int) -> list[collectives.Group]:
+    """All ranks twice, 8 neighbours, and every 8th rank; of each group as many collectives as a rank writes."""
+    first = rank // 8 * 8
+    everyone = list(range(ranks))
+    groups = {
+        "0": everyone,
+        "1": everyone,
+        f"tensor {first}": everyone[first : first + 8],
+        f"data {rank % 8}": everyone[rank % 8 :: 8],
+    }
+    number = collectives.NEWEST
+    calls = [collectives.Call(n, "all_reduce of float [123456]", n < number, n) for n in range(1, number + 1)]
+    return [collectives.Group(name, "", members, calls) for name, members in groups.items()]

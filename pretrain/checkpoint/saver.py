@@ -247,7 +247,7 @@ def drained() -> Iterator[None]:
 def _own_group(world: Any) -> Any:
     """A gloo group of all ranks, made once for a world. The slowest file system decides how long a rank may wait for
     the others' files."""
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=2), group_desc="saver")
 
 
 def _clear(folder: Path) -> None:

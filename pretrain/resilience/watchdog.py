@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from common.files import write_file, write_json
 from common.run_lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
 from common.strict_json import dumps
 from pretrain.phases import Phases, Record, read
+from pretrain.ranks import ranges
 from pretrain.report.exit_codes import ExitCode
+from pretrain.resilience import collectives
 from pretrain.resilience.signals import Stop
 
 DUMP_SIGNAL = signal.SIGUSR2
@@ -141,6 +144,8 @@ class Watchdog:
         self._hang.mkdir(exist_ok=True)
         with open(path.with_suffix(".stacks"), "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        with contextlib.suppress(Exception):  # torch's recorder is private: a report without it is one as well
+            collectives.record(self._hang, self._rank)
         Report(self._rank, self._identities[self._rank], waited, record).write(self._hang)
         is_reader, deadline = self._becomes_reader(), time.monotonic() + self._grace
         message = self._hang / "message.txt"
@@ -149,6 +154,7 @@ class Watchdog:
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
         if self._phases.record.count != record.count and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
+            path.with_suffix(collectives.SUFFIX).unlink(missing_ok=True)
             if is_reader:
                 (self._hang / READER).unlink(missing_ok=True)
             self._reporting.clear()
@@ -181,7 +187,11 @@ class Watchdog:
         reports = read_reports(self._hang)
         silent = [rank for rank in range(len(self._identities)) if rank not in reports]
         words = self._last_words(silent[:LISTED])
-        self._publish(describe(reports, silent, words, self._timeout, self._hang), message)
+        calls: list[str] = []
+        with contextlib.suppress(Exception):
+            calls = collectives.explain(collectives.read(self._hang))
+        text = describe(reports, silent, words, self._timeout, self._hang, calls)
+        self._publish(text, message)
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
         """For each of the ranks `silent`: where it was last, and what its process does now."""
@@ -253,9 +263,14 @@ def read_reports(hang: Path) -> dict[int, Report]:
 
 
 def describe(
-    reports: dict[int, Report], silent: list[int], last_words: dict[int, str], timeout: float, folder: Path
+    reports: dict[int, Report],
+    silent: list[int],
+    last_words: dict[int, str],
+    timeout: float,
+    folder: Path,
+    calls: Sequence[str] = (),
 ) -> str:
-    """One message that says which ranks did not arrive, and where."""
+    """One message that says which ranks did not arrive, and where. `calls`: what collectives.explain says."""
     furthest = max(reports.values(), key=lambda report: report.record.count)
     behind = {rank: report for rank, report in reports.items() if report.record.count < furthest.record.count}
     absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent[:LISTED]]
@@ -268,19 +283,9 @@ def describe(
     if not absent:
         absent = ["no rank is behind: one is stuck inside this phase (see the stacks), or the network is"]
     waiting = [rank for rank in sorted(reports) if rank not in behind]
+    told = f"Collectives: {'; '.join(calls)}. " if calls else ""
     return (
         f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
-        f"{_ranges(waiting)}, for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). "
-        f"Stacks of every rank that could write them: {folder}. The last checkpoint stands"
+        f"{ranges(waiting)}, for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). "
+        f"{told}Stacks of every rank that could write them: {folder}. The last checkpoint stands"
     )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`0-3, 5` of [0, 1, 2, 3, 5]."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(str(n) for n in part) for part in parts)

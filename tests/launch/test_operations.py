@@ -42,7 +42,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 def test_every_option_key_file_and_target_exists() -> None:
     assert all(f" {script} " in TEXT for script in PARSERS), "the page shows each of them"
     options = {option for build in PARSERS.values() for option in options_of(build())}
-    sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type"}
+    sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type", "--constraint"}
     deepspeed = {"--log_level"}
     for option in set(re.findall(r"`(--[a-z_-]+)", TEXT)):
         assert option in options | sbatch | deepspeed, option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -88,6 +89,7 @@ def test_a_stopped_rank_is_named_and_killed(prepared: Path, tmp_path: Path, stop
     assert f"Did not arrive: rank {stopped}: no sign of life" in message
     assert "is stopped (SIGSTOP), last seen in phase 'forward' of step 3" in message
     assert f"Waiting: ranks {'1-2' if stopped == 0 else '0-1'}, for " in message
+    assert re.search(rf"Collectives: all_reduce of .*, of rank {stopped} there is no record\. Stacks", message)
     assert events(run_dir, "hang")[0]["message"] == message.strip()
     for rank in range(3):
         stacks = (run_dir / "hang" / f"rank-{rank:05d}.stacks").read_text()
@@ -104,6 +106,12 @@ def test_a_rank_that_sleeps_is_named(prepared: Path, tmp_path: Path) -> None:
     message = (run_dir / "hang" / "message.txt").read_text()
     assert "Did not arrive: rank 1: still in phase 'reading batches' of step 2" in message
     assert "Waiting: ranks 0, 2," in message
+    # The one message of the step, in which ranks say whether they have their batches.
+    assert re.search(
+        r"Collectives: all_?reduce of long \[\d+\], call \d+ of the group of ranks 0-2: rank 1 did not call it, ranks "
+        r"0, 2 did\. Stacks",
+        message,
+    )
     assert "in entered" in (run_dir / "hang" / "rank-00001.stacks").read_text()
 
 
