@@ -157,8 +157,9 @@ def explain(ranks: dict[int, list[Group]]) -> list[str]:
 
 
 def _sentence(number: int, about: str, members: list[int], calls: dict[int, list[Call]]) -> tuple[int, float, str]:
-    """Of call `number` of the group of `members`, which has not ended on every rank: how little it tells, when it was
-    first called, and the sentence. `calls`: of each rank that has a record."""
+    """Of call `number` of the group of `members`, which has not ended on every rank: 0 if some did not call it or
+    called another, 1 if records are missing, else 2; when it was first called; and the sentence. `calls`: of each rank
+    that has a record."""
     there = {rank: call for rank, of_rank in calls.items() for call in of_rank if call.number == number}
     # The record of a rank that is far ahead no longer has the call.
     ahead = [r for r, of_rank in calls.items() if r not in there and of_rank and of_rank[0].number > number]
