@@ -133,6 +133,20 @@ def call_one_less(rank: int, folder: Path) -> list[str]:
     return told
 
 
+def calls_beside_an_unused_recorder(rank: int) -> list[str]:
+    """What is recorded where NCCL's recorder exists but has no calls, as torch with CUDA has it in a run on CPUs."""
+    library = torch._C._distributed_c10d
+    unused = library._dump_fr_trace_json(includeCollectives=False)  # as torch writes a recorder without calls
+    library._dump_nccl_trace_json = lambda: unused
+    dist.all_reduce(torch.ones(3))
+    return [call.what.replace("all_reduce", "allreduce") for group in recorded() for call in group.calls]
+
+
+def test_a_recorder_without_calls_does_not_hide_those_of_another() -> None:
+    for calls in run_ranks(calls_beside_an_unused_recorder, 2, timeout_seconds=120):
+        assert "allreduce of float [3]" in calls
+
+
 def test_torch_records_collectives_and_the_rank_that_did_not_call_one_is_named(tmp_path: Path) -> None:
     """If this fails with a new torch, its recorder has another format."""
     expected = (
