@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def call_one_less(rank: int, folder: Path) -> list[str]:
 
 def calls_beside_an_unused_recorder(rank: int) -> list[str]:
     """What is recorded where NCCL's recorder exists but has no calls, as torch with CUDA has it in a run on CPUs."""
-    library = torch._C._distributed_c10d
+    library: Any = torch._C._distributed_c10d
     unused = library._dump_fr_trace_json(includeCollectives=False)  # as torch writes a recorder without calls
     library._dump_nccl_trace_json = lambda: unused
     dist.all_reduce(torch.ones(3))
