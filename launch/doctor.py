@@ -123,15 +123,16 @@ def torch_and_gpu() -> Iterator[Finding]:
         return
     for line in gpus:
         yield Finding("GPU", line.rsplit(",", 1)[0])
+    major, fix = driver.split(".")[0], ""
+    known = int(major) if major.isdecimal() else MINIMUM_DRIVER["13"]
+    build = "cu130" if known >= MINIMUM_DRIVER["13"] else "cu126"
     needed = MINIMUM_DRIVER.get((cuda or "").split(".")[0], 0)
-    old = driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < needed
-    fix = f"CUDA {cuda}, which torch was built with, needs driver {needed} or newer: update the driver" if old else ""
-    if old and int(driver.split(".")[0]) >= MINIMUM_DRIVER["12"]:
-        fix += f", or take the build for CUDA 12: {INSTALL} CUDA=cu126"
+    if known < needed:
+        fix = f"CUDA {cuda}, which torch was built with, needs driver {needed} or newer: update the driver"
+        if known >= MINIMUM_DRIVER["12"]:
+            fix += f", or take the build for CUDA 12: {INSTALL} CUDA={build}"
     yield Finding("NVIDIA driver", driver, fix, True)
     if version is not None and cuda is None:
-        is_new = not driver.split(".")[0].isdecimal() or int(driver.split(".")[0]) >= MINIMUM_DRIVER["13"]
-        build = "cu130" if is_new else "cu126"
         yield Finding("torch for the GPU", "none: a CPU build does not see it", f"{INSTALL} CUDA={build}")
 
 

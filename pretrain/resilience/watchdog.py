@@ -144,8 +144,10 @@ class Watchdog:
         self._hang.mkdir(exist_ok=True)
         with open(path.with_suffix(".stacks"), "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        with contextlib.suppress(Exception):  # torch's recorder is private: a report without it is one as well
+        try:
             collectives.record(self._hang, self._rank)
+        except Exception as error:  # torch's recorder is private, and a report without it is one as well
+            self._say(f"rank {self._rank}: no record of its collectives: {type(error).__name__}: {error}")
         Report(self._rank, self._identities[self._rank], waited, record).write(self._hang)
         is_reader, deadline = self._becomes_reader(), time.monotonic() + self._grace
         message = self._hang / "message.txt"
@@ -187,11 +189,11 @@ class Watchdog:
         reports = read_reports(self._hang)
         silent = [rank for rank in range(len(self._identities)) if rank not in reports]
         words = self._last_words(silent[:LISTED])
-        calls: list[str] = []
-        with contextlib.suppress(Exception):
+        try:
             calls = collectives.explain(collectives.read(self._hang))
-        text = describe(reports, silent, words, self._timeout, self._hang, calls)
-        self._publish(text, message)
+        except Exception as error:  # what else is known must be said
+            calls = [f"the records cannot be compared: {type(error).__name__}: {error}"]
+        self._publish(describe(reports, silent, words, self._timeout, self._hang, calls), message)
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
         """For each of the ranks `silent`: where it was last, and what its process does now."""
@@ -207,14 +209,18 @@ class Watchdog:
         return words
 
     def _publish(self, text: str, path: Path) -> None:
-        with contextlib.suppress(OSError):  # nobody may be listening, and the hang must end all the same
-            os.write(2, f"error: {text}\n".encode())
+        self._say(f"error: {text}")
         with (
             contextlib.suppress(OSError),
             open(self._run_dir / "events.jsonl", "a", encoding="utf-8") as file,
         ):
             file.write(dumps({"event": "hang", "time": time.time(), "message": text}) + "\n")
         write_file(path, f"{text}\n".encode())
+
+    @staticmethod
+    def _say(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may be listening, and the hang must end all the same
+            os.write(2, f"{text}\n".encode())
 
     def _wake_silent_ranks_here(self) -> list[int]:
         """Once per machine: makes its silent ranks write their stacks, if they can. Returns those ranks, nothing on the
