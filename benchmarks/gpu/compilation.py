@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.command import Context, Failed
-from benchmarks.gpu.equality import DTYPES, backends_on, results
+from benchmarks.gpu.equality import DTYPES, backends_on, results_by_triton
 from benchmarks.gpu.timing import draw
 from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases
 
@@ -27,11 +27,12 @@ def builds(*, tiny: bool) -> list[Build]:
 
 
 def compile_one(number: int, dtype: str, device: str, tiny: bool) -> tuple[str, float]:
-    """Runs case `number` of `builds`, forward and backward, by Triton, in a process of its own -> name, seconds."""
+    """Runs case `number` of `builds`, forward and backward, by all backends with Triton kernels, in a process of its
+    own -> name, seconds."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     inputs = draw(builds(tiny=tiny)[number], torch.device(device), DTYPES[dtype], seed=0)
-    results(inputs, "triton")
+    results_by_triton(inputs, DTYPES[dtype])
     return f"{inputs.case.op} {inputs.case.shape} {dtype}", time.perf_counter() - begin
 
 

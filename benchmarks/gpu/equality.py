@@ -21,9 +21,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NEAR_TIES = 2e-3
 """How far the reference, plain PyTorch in the dtype, may be off instead, and others with it: rounding decides on
 which side of a ReLU numbers near 0 fall. In fp32 a σ-MoE of 16.8 million hidden numbers is off by 9e-4 (H200)."""
-REPEATING = ("triton", "cuda", "dense")
+REPEATING = ("triton", "cuda", "dense", "sets")
 """Backends that promise the same bits when repeated; of the others it is only recorded."""
 CHUNK_TOKENS = 1024
+
+WITH_TRITON = ("triton", "sets")
+"""Backends that have Triton kernels of their own."""
 
 Tensors = dict[str, Tensor]
 
@@ -38,6 +41,15 @@ def backends_on(op: str, device_type: str, dtype: torch.dtype, widths: Sequence[
         except ValueError as error:
             found[name] = str(error)
     return found
+
+
+def results_by_triton(inputs: Inputs, dtype: torch.dtype) -> None:
+    """Runs the case by every backend of `WITH_TRITON` that can, for what compiles and launches."""
+    case = inputs.case
+    usable = backends_on(case.op, inputs.leaves[0].device.type, dtype, case.widths)
+    for backend in WITH_TRITON:
+        if usable.get(backend, "absent") is None:
+            results(inputs, backend)
 
 
 def results(inputs: Inputs, backend: str) -> tuple[Tensors, Tensors]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.equality import results
+from benchmarks.gpu.equality import results_by_triton
 from benchmarks.gpu.sanitizer import LAUNCHED, cases
 from benchmarks.gpu.timing import draw
 from model.kernels.backend import interpreting
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     model, number, device = arguments
     launches = watch()
     build = cases(model, tiny=model == "tiny")[int(number)]
-    results(draw(build, torch.device(device), torch.bfloat16, seed=0), "triton")
+    results_by_triton(draw(build, torch.device(device), torch.bfloat16, seed=0), torch.bfloat16)
     if device == "cuda":
         torch.cuda.synchronize()
     print(LAUNCHED + json.dumps({kernel: sorted(warps) for kernel, warps in launches.items()}))

@@ -43,6 +43,9 @@ GATED_ROWS = (
 )
 """SwitchHead with `kernels.backend=dense`: (h, chosen experts) that `auto` takes on CUDA."""
 
+SETS = ((2048, 128, 8, 4, 2), (1024, 112, 4, 4, 2), (1024, 256, 4, 4, 2), (512, 64, 4, 5, 3))
+"""SwitchHead with `kernels.backend=sets`: (d, h, heads, experts of a head, chosen ones). The last is no shipped one."""
+
 MOA = {(1024, 146): 16, (412, 88): 10}
 """Mixture of attention heads: (d, h) -> experts."""
 

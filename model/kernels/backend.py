@@ -7,7 +7,8 @@
 | grouped_mm | torch.nn.functional.grouped_mm over rows sorted by expert | CPU, CUDA  | fp32, bf16, fp16       |
 | dense      | torch.mm over all experts: SwitchHead's two ops, and the  | CPU, CUDA  | fp64, fp32, bf16, fp16 |
 |            | backward pass of route                                    |            |                        |
-| sets       | F.grouped_mm by the set of chosen experts: the same two   | CPU, CUDA  | fp32, bf16, fp16       |
+| sets       | Triton by the set of chosen experts, the same two ops;    | CUDA       | fp32, bf16, fp16       |
+|            | torch.mm over all experts where a sum goes over heads     |            |                        |
 | triton     | our GPU kernels (model/kernels/triton)                    | CUDA       | fp32, bf16, fp16       |
 | cuda       | CUDA C++ (model/kernels/cuda): route alone, by name only  | CUDA       | fp32, bf16, fp16       |
 
@@ -20,7 +21,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -81,9 +81,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modu
 
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_SETS = 20
-"""Sets of chosen experts of one head that `sets` takes: each has a copy of its experts. 3 of 6 experts are 20, which
-copy every expert ten times."""
+MOST_EXPERTS_IN_SETS = 6
+"""Experts of a head that `sets` takes: 3 of 6 are 20 sets, and each leaves a tile of tokens partly empty."""
 RELATIVE_ATTENTION_WIDTHS = {(8, 0): 256, (9, 0): 256, (10, 0): 256}
 """Compute capability -> the widest head whose Triton kernels pass benchmarks/compiled.py there; 128 on others, where a
 block has less shared memory."""
@@ -227,13 +226,15 @@ def grouped_mm_limit(device_type: str, dtype: torch.dtype | None, widths: Sequen
 def sets_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
     """Why SwitchHead's tokens cannot be grouped by the set of their experts, or None. `widths`: d_model, head_dim,
     experts of a head, chosen ones."""
-    if not widths:
-        return grouped_mm_limit(device_type, dtype, ())
-    d_model, head_dim, num_experts, k = widths
-    sets = math.comb(num_experts, k)
-    if sets > MOST_SETS:
-        return f"{k} of {num_experts} experts are {sets} sets, and it copies the weights of at most {MOST_SETS}"
-    return grouped_mm_limit(device_type, dtype, (d_model, k * head_dim))
+    limit = triton_limit(device_type, dtype)
+    if limit is not None or not widths:
+        return limit
+    *rows, num_experts, _ = widths
+    if num_experts > MOST_EXPERTS_IN_SETS:
+        return f"it groups tokens by the sets of at most {MOST_EXPERTS_IN_SETS} experts, not {num_experts}"
+    multiple = 16 // (dtype or torch.bfloat16).itemsize if device_type == "cuda" else 1
+    odd = [width for width in rows if width % multiple != 0]
+    return f"it gathers rows of n * 16 bytes: {odd[0]} is no multiple of {multiple}" if odd else None
 
 
 @functools.cache

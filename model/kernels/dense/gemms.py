@@ -34,11 +34,11 @@ def rows_module(strategy: str) -> ModuleType:
     )
 
 
-def check_dtypes(inputs: Inputs) -> None:
+def check_dtypes(inputs: Inputs, backend: str = "dense") -> None:
     """ValueError where the rows and the experts differ in dtype."""
     if inputs.rows.dtype != inputs.experts.dtype:
         raise ValueError(
-            f"kernels.backend=dense multiplies rows by experts of the same dtype, not {inputs.rows.dtype} by "
+            f"kernels.backend={backend} multiplies rows by experts of the same dtype, not {inputs.rows.dtype} by "
             f"{inputs.experts.dtype}"
         )
 

@@ -28,7 +28,7 @@ STRATEGIES = {
     "cpu": ("all", "sets", "experts"),
     "triton": ("gated", "sorted"),
     "dense": ("fused", "plain"),
-    "sets": ("fused", "plain"),
+    "sets": ("fused",),
 }
 """How a backend may go through the experts, with the same result: see model/kernels/cpu/grouping.py,
 model/kernels/triton/gated_gemm.py and model/kernels/dense/gemms.py."""
@@ -49,6 +49,11 @@ class Inputs(NamedTuple):
         """From the tensors of a custom op: rows, those of the choice, experts."""
         rows, *choice, experts = tensors
         return cls(rows, Choice(*choice), experts, strategy)
+
+    def contiguous(self) -> Inputs:
+        """The same with every tensor contiguous."""
+        choice = Choice(*(t.contiguous() for t in self.choice))
+        return Inputs(self.rows.contiguous(), choice, self.experts.contiguous(), self.strategy)
 
 
 def switchhead_value(
@@ -98,7 +103,9 @@ def choose_strategy(backend: str, num_tokens: int, num_experts: int, k: int) -> 
 def _resolve_strategy(op: str, backend: str, strategy: str | None, choice: Choice, experts: Tensor) -> str:
     check_backend(op, backend)
     N, _, k = choice.index.shape
-    if strategy is None and backend in ("dense", "sets"):
+    if strategy is None and backend == "sets":
+        return "fused"
+    if strategy is None and backend == "dense":
         on_gpu = experts.device.type == "cuda" and triton_limit("cuda", experts.dtype) is None
         return "fused" if on_gpu else "plain"
     if strategy is None:

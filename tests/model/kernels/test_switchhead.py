@@ -47,18 +47,6 @@ WAYS: list[tuple[str, str | None]] = [
 ]  # fmt: skip
 """Backend and strategy; None: what the shape chooses."""
 STRATEGIES = [way for way in WAYS if way[1]]
-BY_SETS = ("sets", "plain")
-SET_SHAPES = [
-    Shape(37, 16, 2, 8, 5, 3),
-    Shape(64, 24, 3, 8, 4, 2),
-    Shape(29, 8, 3, 16, 4, 2, "first"),
-    Shape(31, 8, 2, 8, 4, 1, "single"),
-    Shape(18, 16, 2, 8, 2, 2),
-    Shape(23, 8, 1, 8, 6, 3, "single"),
-    Shape(1, 8, 2, 8, 4, 2),
-    Shape(0, 8, 2, 8, 4, 2),
-]
-"""Widths that F.grouped_mm takes: rows of 16 bytes."""
 # Largest error in the norm, relative. fp32: sums of at most 1100 terms. bf16: fp32 inside, one rounding (2^-9) of
 # results and of the saved products.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8}
@@ -211,36 +199,6 @@ def test_forward_and_every_gradient_equal_the_loop(
         assert ours.dtype == like.dtype
         tolerance = (DENSE_TOLERANCE if way[0] == "dense" else TOLERANCE)[dtype]
         assert error(ours, exact) <= tolerance, f"{name} is off by {error(ours, exact):.1e}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SET_SHAPES, ids=str)
-@both_ops
-def test_tokens_by_sets_equal_the_loop(op: Op, shape: Shape, dtype: torch.dtype) -> None:
-    """Forward and every gradient; the same bits at a repetition, and with other strides."""
-    case, upstream, expected = expectation(op, shape, dtype)
-    actual = run(computed(op, BY_SETS), case, upstream)
-    given = (case.rows, case.rows, case.choice.scores, case.experts)
-    for name, ours, exact, like in zip(NAMES, actual, expected, given, strict=True):
-        assert ours.dtype == like.dtype
-        assert error(ours, exact) <= DENSE_TOLERANCE[dtype], f"{name} is off by {error(ours, exact):.1e}"
-    if shape.N > 1:
-        assert all(map(torch.equal, actual, run(computed(op, BY_SETS), strided(case), upstream)))
-
-
-@both_ops
-def test_tokens_by_sets_are_an_op_that_torch_knows(op: Op) -> None:
-    check_op(op, Shape(9, 8, 2, 8, 4, 2), torch.float32, *BY_SETS)
-
-
-def test_what_cannot_be_grouped_by_sets_is_refused() -> None:
-    for shape, dtype, words in (
-        (Shape(5, 8, 1, 8, 8, 4), torch.float32, "4 of 8 experts are 70 sets, and it copies the weights of at most 20"),
-        (Shape(5, 8, 1, 7, 4, 2), torch.bfloat16, "needs rows of n"),
-        (Shape(5, 8, 1, 8, 4, 2), torch.float64, "takes float32, bfloat16 and float16"),
-    ):
-        with pytest.raises(ValueError, match=f"^kernels.backend=sets cannot compute SwitchHead's .*: .*{words}"):
-            VALUE.call(*inputs(VALUE, shape, dtype), backend="sets")
 
 
 @all_ways
