@@ -29,6 +29,7 @@ from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
     ask_cublas_for_determinism,
+    ask_nccl_for_determinism,
     device_type,
     let_the_watchdog_speak_first,
     own_gpu,
@@ -73,6 +74,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
+            ask_nccl_for_determinism()
         device, backend = own_gpu(ranks), "nccl"
         set_numerics(device, deterministic=settings.deterministic)
         if importlib.util.find_spec("triton") is not None:

@@ -33,6 +33,8 @@ HIDDEN = ("", "-1", "NoDevFiles")
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 """The values of CUBLAS_WORKSPACE_CONFIG that torch accepts with deterministic algorithms."""
+NVLS = "NCCL_NVLS_ENABLE"
+"""Whether NCCL may let the switches of NVLink add up: 0, 1, or 2 (its default) where it finds that it can."""
 _ATTENTION = contextlib.ExitStack()
 """Holds torch's choice of fused attention, which has only a context manager, for the life of the process."""
 NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
@@ -216,6 +218,19 @@ def ask_cublas_for_determinism() -> None:
             f"train.deterministic: cuBLAS repeats its results only with {CUBLAS} = "
             f"{' or '.join(CUBLAS_DETERMINISTIC)}, but it is {given!r} in the environment; unset it, or set "
             f"train.deterministic to false"
+        )
+
+
+def ask_nccl_for_determinism() -> None:
+    """NCCL reads this when the ranks meet. The switches of NVLink add up in another order at every call
+    (github.com/NVIDIA/nccl/issues/1497). torch, asked for deterministic algorithms, excludes NCCL's algorithm NVLS by
+    NCCL_ALGO, but not NVLSTree, by which nodes with such switches add up together. Raises UserError where the
+    environment has another wish."""
+    given = os.environ.setdefault(NVLS, "0")
+    if given != "0":
+        raise UserError(
+            f"train.deterministic: NCCL repeats its sums only with {NVLS} = 0, but it is {given!r} in the environment; "
+            f"unset it, or set train.deterministic to false"
         )
 
 

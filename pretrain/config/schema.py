@@ -154,8 +154,9 @@ class TrainConfig(Section):
     divided like the optimizer's states; in checkpoints. Training itself is the same. 0: off."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """On a GPU, the same numbers bit by bit whenever the same start is repeated or a run is resumed, at the price of a
-    slower attention: torch's deterministic algorithms, without cuDNN's attention. false: gradients of attention, and so
-    all that follows, differ by rounding from run to run. On a CPU runs always repeat bit by bit."""
+    slower attention: torch's deterministic algorithms, without cuDNN's attention and, between GPUs, without sums in
+    NVLink's switches (NVLS). false: gradients of attention, and so all that follows, differ by rounding from run to
+    run. On a CPU runs always repeat bit by bit."""
     recompute: Literal["none", "selective", "full"] = Field("none", json_schema_extra=FREE)
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes one more

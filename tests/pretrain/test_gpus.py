@@ -195,6 +195,7 @@ def test_a_rank_touches_its_own_gpu_first(
     assert shared == [local_rank == 0], "kernels are compiled once a node"
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
+    assert gpus.NVLS not in os.environ, "switches add up unless train.deterministic forbids it"
     assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
 
 
@@ -240,21 +241,25 @@ def test_order_of_fused_attention(
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
-def test_cublas_is_asked_before_cuda_starts(machine: pytest.MonkeyPatch) -> None:
+def test_cublas_and_nccl_are_asked_before_cuda_starts(machine: pytest.MonkeyPatch) -> None:
     """And another wish of the environment is refused before a GPU is touched."""
     cuda = Cuda(8)
     machine.setattr(torch, "cuda", cuda)
     machine.setenv(gpus.CUBLAS, ":0:0")
+    machine.setenv(gpus.NVLS, "2")
     settings, ranks = TrainConfig(device="cuda", deterministic=True), Ranks(0, 0, 1, 1)
     for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE"):
         machine.setenv(name, "")
         machine.delenv(name)
     with pytest.raises(UserError, match=r"train\.deterministic: cuBLAS .* = :4096:8 or :16:8, but it is ':0:0'"):
         device.start(ranks, settings)
-    assert cuda.touched() == []
     machine.delenv(gpus.CUBLAS)
-    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(os.environ[gpus.CUBLAS]))
-    with pytest.raises(pytest.exit.Exception, match=":4096:8"):
+    with pytest.raises(UserError, match=r"train\.deterministic: NCCL .* NCCL_NVLS_ENABLE = 0, but it is '2'"):
+        device.start(ranks, settings)
+    assert cuda.touched() == []
+    machine.delenv(gpus.NVLS)
+    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(f"{os.environ[gpus.CUBLAS]} {os.environ[gpus.NVLS]}"))
+    with pytest.raises(pytest.exit.Exception, match=r"^:4096:8 0$"):
         device.start(ranks, settings)
 
 
