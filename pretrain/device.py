@@ -43,6 +43,9 @@ NAME_SECONDS = 60.0
 REMINDER_SECONDS = 15.0
 """After this time a rank says what it waits for: ranks start within seconds of each other, unless one is missing."""
 
+LEAVE_SECONDS = 30.0
+"""How long leaving the process group may take: launchers end the other ranks only when a failed one has left."""
+
 HISTORY_EVENTS = 50_000
 """The newest allocations and frees of a GPU that are kept: a few KB of the host's memory each, says torch. Without a
 limit a long run would keep all of them."""
@@ -214,10 +217,18 @@ def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
     return lambda: CudaGraph(pool)
 
 
-def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop(code: int | None = None) -> None:
+    """Leaves the process group. NCCL's waits until all that is queued has ended, and with it for the other ranks, which
+    never come to what a rank has queued that failed alone. `code`: with it this process ends if the group has not let
+    it go after LEAVE_SECONDS; without it waits."""
+    if not dist.is_initialized():
+        return
+    late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
+    late.daemon = True
+    if code is not None:
+        late.start()
+    dist.destroy_process_group()
+    late.cancel()
 
 
 def synchronize(device: torch.device) -> None:

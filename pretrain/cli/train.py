@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,20 +206,24 @@ def run(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
+    code = ExitCode.UNFORESEEN
     try:
-        return train(config, sources, run_dir, device, stop, side_by_side)
+        code = train(config, sources, run_dir, device, stop, side_by_side)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return code_of(type(error))
+        code = code_of(type(error))
     except PeerFailed as error:
-        return code_of(error.kind)
+        code = code_of(error.kind)
     except RunFailed as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.code
+        code = error.code
+    except Exception:
+        traceback.print_exc()  # said now: the process group may not let this process go
     finally:
         stop.enter(ProcessState.ENDING)
-        devices.stop()
+        devices.stop(code)
+    return code
 
 
 def print_derived(
