@@ -35,6 +35,7 @@ from pretrain.gpus import (
     own_gpu,
     refusing_a_shared_gpu,
     set_numerics,
+    what_nccl_says,
 )
 from pretrain.ranks import Ranks
 
@@ -139,6 +140,11 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
         with refusing_a_shared_gpu():
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
     except dist.DistError as error:
+        if (said := what_nccl_says(error)) is not None:
+            raise Unreachable(
+                f"launch: NCCL cannot connect the ranks ({said}); name the network between the nodes in "
+                f"NCCL_SOCKET_IFNAME, or set NCCL_DEBUG=INFO to see what it tries"
+            ) from None
         reason = str(error).splitlines()[0]
         where = f"launch: the ranks cannot meet at {address}:{port} ({reason})"
         if "EADDRINUSE" in reason:

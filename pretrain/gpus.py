@@ -263,3 +263,13 @@ def refusing_a_shared_gpu() -> Iterator[None]:
             f"CUDA_VISIBLE_DEVICES: two ranks of a node have the same GPU (NCCL: {detail}); let each rank see all GPUs "
             f"of its node (srun --gpu-bind=none), or another one each"
         ) from None
+
+
+def what_nccl_says(error: dist.DistError) -> str | None:
+    """The kind of NCCL's error and its own reason, which torch puts below its first line; None if it is another's."""
+    kind, *more = str(error).splitlines()
+    if not kind.startswith("NCCL error in:"):
+        return None
+    kind = kind.partition(", ")[2].partition(" (run with")[0] or kind  # without the line of torch's code
+    reasons = [line.strip() for line in more if line.strip() and line.strip() != "Last error:"]
+    return f"{kind}: {reasons[-1]}" if reasons else kind

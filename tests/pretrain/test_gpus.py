@@ -285,6 +285,26 @@ def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
         raise dist.DistBackendError("NCCL error: unhandled system error")
 
 
+def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of torch 2.13, of which the first line has no reason."""
+    nccl = dist.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error. \nLast error:\nBootstrap : no socket interface found"
+    )
+
+    def fail(**options: Any) -> None:
+        raise nccl
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=fail))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
+    with pytest.raises(device.Unreachable, match=said):
+        device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
+    assert gpus.what_nccl_says(dist.DistNetworkError("The client socket has timed out")) is None
+
+
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
