@@ -194,9 +194,17 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def control_group(timeout_seconds: float) -> Any:
-    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective."""
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises UserError where
+    the ranks reach each other by NCCL alone."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+        try:
+            return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+        except RuntimeError as error:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME: NCCL connects the ranks, but gloo, by which they agree on CPUs, does not "
+                f"({str(error).splitlines()[0]}); set it to the name of the network between the nodes (ip -brief "
+                f"address), or let the name of each node resolve to its address there"
+            ) from None
     return dist.group.WORLD
 
 

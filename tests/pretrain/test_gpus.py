@@ -305,6 +305,19 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     assert gpus.what_nccl_says(dist.DistNetworkError("The client socket has timed out")) is None
 
 
+def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the names of nodes resolve to 127.0.1.1, which NCCL does not ask for."""
+
+    def fail(**options: Any) -> None:
+        assert options["backend"] == "gloo"
+        raise RuntimeError("Gloo connectFullMesh failed with SO_ERROR: Connection refused\nmore")
+
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", fail)
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME: .*Connection refused\); set it to the name of the net"):
+        device.control_group(60.0)
+
+
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
