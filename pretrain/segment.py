@@ -26,6 +26,7 @@ from pretrain.resilience.replicas import ReplicaCheck
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
+from pretrain.resilience.step_limit import StepLimit
 from pretrain.resume import StartPoint, branch_start, record_start
 from pretrain.routing.tape import open_tape
 from pretrain.saving import SaveTimer, save
@@ -74,9 +75,10 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
     timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
     ranks = RankComparison(config, parallel, control, setup.phases, folder)
+    limit = StepLimit(settings, setup.phases, reads_files=trainer.tape is not None)
     return Segment(
-        trainer, folder, monitor, control, replicas, ranks, spikes, timer, start, start.progress, last, profiler,
-        before, _saved_step=step,
+        trainer, folder, monitor, control, replicas, ranks, limit, spikes, timer, start, start.progress, last,
+        profiler, before, _saved_step=step,
     )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ class Segment:
     control: Control
     replicas: ReplicaCheck | None
     ranks: RankComparison
+    limit: StepLimit
     spikes: SpikeDetector
     timer: SaveTimer
     start: StartPoint
@@ -155,6 +158,8 @@ class Segment:
         is due after the step, it is done. Returns whether to stop, and a rollback if one is needed."""
         phases = self.setup.phases
         phases.step = self._ahead.step + 1
+        if self.trainer.data.stream.begins(self._ahead.consumed_sequences):
+            self.limit.restart()  # memories are forgotten, and a micro-step without them may have to be recorded
         self.profiler.before(phases.step)
         given = self.trainer.read_input(self._ahead)
         phases.enter("waiting for the batches of other ranks")
@@ -182,8 +187,10 @@ class Segment:
         Diverged, on every rank."""
         if self._launched is None:
             return
-        self.setup.phases.enter("reading the step's sums")
+        self.setup.phases.enter("reading the step's sums", quick=True)
         result, config = self._launched.read(), self.setup.config
+        self.setup.phases.may_take_long()  # rank 0 writes
+        self.limit.add(result.seconds)
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
         is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
