@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 
@@ -22,7 +24,7 @@ from pretrain.report.run_folder import RunFolder
 from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
-from pretrain.resilience.replicas import ReplicaCheck
+from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
@@ -305,16 +307,15 @@ class Segment:
         if not different:
             return None
         more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-        reason = f"replicas differ after step {self.progress.step}: {'; '.join(different[:3])}{more}"
-        self.folder.event("replicas_differ", step=self.progress.step, tensors=different[:100])
+        told = [str(difference) for difference in different[:100]]
+        reason = f"replicas differ after step {self.progress.step}: {'; '.join(told[:3])}{more}"
+        node = suspect_node(different, self.control.hosts)
+        self.folder.event("replicas_differ", step=self.progress.step, tensors=told, node=node)
         if settings.replica_action == "stop":
-            raise ReplicasDiffer(
-                f"{reason}. The last checkpoint was saved before; check the memory of those machines or, if other "
-                "machines end in the same way, the layer of that parameter: its gradient must be the same on all"
-            )
-        return self._go_back(reason, ReplicasDiffer)
+            raise ReplicasDiffer(f"{reason}. {what_to_do(node)}", node=node)
+        return self._go_back(reason, partial(ReplicasDiffer, node=node))
 
-    def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:
+    def _go_back(self, reason: str, failure: Callable[[str], Exception], *, steps: int = 0) -> Rollback | None:
         """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
         were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
