@@ -324,13 +324,15 @@ class Segment:
                 f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
             )
         sequences = self.setup.config.batch.global_sequences
-        steps = min(steps, self.progress.step, self.progress.consumed_sequences // sequences)
-        consumed = self.progress.consumed_sequences - steps * sequences
+        # A checkpoint from before the stage would begin it anew: its positions would be other data.
+        consumed, stream = self.progress.consumed_sequences, self.trainer.data.stream
+        steps = min(steps, self.progress.step, stream.read_in_stage(consumed) // sequences)
+        consumed -= steps * sequences
         rollback = Rollback(
             reason=reason,
             at_step=self.progress.step,
             first_step=self.progress.step - max(1, steps) + 1,
-            skipped=self.trainer.data.stream.range_of(consumed, steps * sequences) if steps else None,
+            skipped=stream.range_of(consumed, steps * sequences) if steps else None,
             branch_start=branch_start(self.setup.config, self.start.checkpoint),
         )
         if self.monitor is not None:

@@ -257,7 +257,8 @@ class ResilienceConfig(Section):
     """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and
     never read that data. That changes the course of the run, so it is not the default."""
     spike_skip_steps: PositiveInt = Field(4, json_schema_extra=FREE)
-    """With spike_action = rollback: number of steps whose data are left out, the spike's own and those before it."""
+    """With spike_action = rollback: number of steps whose data are left out, the spike's own and those before it, none
+    from before a change of the mixture."""
     replica_check_every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between comparisons of the weights that several ranks hold (a checksum of each parameter; one more before
     every checkpoint), against silent corruption. Under ZeRO 3 only routing statistics and the small parameters that it
