@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pretrain.config.schema import ResilienceConfig
 from pretrain.phases import Phases
 from pretrain.resilience.step_limit import StepLimit
+from pretrain.trainer import Trainer
+from tests.harness import run_ranks
+from tests.pretrain.resilience.faults import before_steps, train_with
+from tests.pretrain.runs import small_config
 
 
 def limit_after(seconds: list[float], config: ResilienceConfig | None = None, **options: bool) -> float | None:
@@ -57,3 +64,30 @@ def test_steps_unlike_those_before_have_no_limit_until_they_are_measured(again: 
     for _ in range(15):
         limit.add(30.0)
     assert phases.step_limit == 300.0
+
+
+def note_limits(trainer: Trainer, file: Path) -> None:
+    """Writes the limit of each step, when it begins, to `file`."""
+    limits: list[float | None] = []
+
+    def note(step: int) -> None:
+        limits.append(trainer.setup.phases.step_limit)
+        file.write_text(json.dumps(limits))
+
+    before_steps(trainer, note)
+
+
+def test_a_run_has_the_limit_from_its_sixteenth_step_on_and_not_where_memory_begins_anew(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Of the run with memory every pass over the data has 20 steps."""
+    steps, memory = ("train.steps=22", "evaluate.sequences=0"), 'model.position={"type": "xl", "memory_chunks": 1}'
+    plain = small_config(prepared, *steps)
+    streams = small_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
+    limits = []
+    for name, config in (("plain", plain), ("streams", streams)):
+        assert run_ranks(train_with, 1, config, tmp_path / name, note_limits, tmp_path / f"{name}.json") == ["FINISHED"]
+        limits.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    # A step begins before the sums of the one before are read.
+    assert limits[0] == [None] * 16 + [120.0] * 6
+    assert limits[1] == [None] * 16 + [120.0] * 4 + [None] * 2
