@@ -142,9 +142,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 
 def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool = True) -> int:
     """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
-    prints what follows from the configuration. At last it estimates the memory of a rank, for a device of
-    `device_gib` GiB or the GPU that is here. Returns the exit code."""
-    from pretrain.cli.plan_check import print_errors, print_line, print_warnings
+    prints what follows from the configuration. Then it estimates the memory of a rank, for a device of
+    `device_gib` GiB or the GPU that is here. The last lines say what is wrong, or that all checks passed: theirs may
+    have left the screen by then. Returns the exit code."""
+    from pretrain.cli.plan_check import print_errors, print_line, print_warnings, summary
 
     examination = Examination(wanted)
     examination.check_settings()
@@ -171,6 +172,7 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     print_warnings(planned.passed_over)
     print_derived(config, planned.data_size, planned.sources, planned.run_dir, planned.newest)
     _print_memory(planned, device_gib)
+    print(summary(examination), flush=True)
     return 0
 
 
