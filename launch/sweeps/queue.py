@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,14 +30,19 @@ class Queue:
         if at_once is not None and "--after" in given:
             raise UserError("--at-once: lets jobs wait for each other, so they cannot wait --after another one")
         self._sweep, self._options, self._at_once = sweep, list(options), at_once
+        self._warned: set[str] = set()
 
     def command(self, run: SweepRun, config: Path | None = None) -> list[str]:
         """Arguments of launch/slurm/submit.py. `config`: instead of the sweep's copy."""
         return [*self._sweep.arguments(run, config), *self._options]
 
     def problems(self, run: SweepRun, config: Path) -> list[str]:
-        """What submit.py --dry-run finds wrong."""
+        """What submit.py --dry-run finds wrong. Its warnings are said, each once."""
         code, _, said = _submit([*self.command(run, config), "--dry-run"])
+        for warning in re.findall(r"(?m)^warning: .*$", said):
+            if warning not in self._warned:
+                print(warning, file=sys.stderr, flush=True)
+                self._warned.add(warning)
         return _errors(said) if code else []
 
     def submit_all(self, runs: Sequence[SweepRun]) -> None:
