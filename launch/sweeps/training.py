@@ -132,7 +132,7 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
     stopping.watch(process)
     while (code := _wait(process)) is None:
         progress.show()
-    while sweep.run_dir(run).exists() and RunView.open(sweep.run_dir(run)).state.goes_on:
+    while (state := sweep.result(run).state) is not None and state.goes_on:
         time.sleep(LOOK_SECONDS)  # a launcher that got Ctrl-C leaves before its ranks have saved
     progress.clear()
     result_outcome = _outcome(sweep, run)

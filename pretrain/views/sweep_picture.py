@@ -20,7 +20,7 @@ MOST_LABELS = 16
 
 def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
     """PNG of the finished runs: for each key with several values, and for the configurations, the loss against the
-    value, with a line for each combination of the others. A star is the best run."""
+    value, in one colour for each combination of the others. A star is the best run."""
     varied = [key for key in (*keys, CONFIG) if len({_value(result, key) for result in results}) > 1] or [CONFIG]
     finished = [result for result in ranked(results) if result.state is State.FINISHED]
     figure = Figure(figsize=(6.5 * len(varied), 5), dpi=100, layout="constrained")
@@ -39,8 +39,9 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     for result in finished:
         label = ", ".join(_short(other) + _value(result, other) for other in others)
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
+    style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
     for label, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, linewidth=1.2)
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1.2)
     if finished:
         best = finished[0]
         axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
