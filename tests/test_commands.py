@@ -26,6 +26,7 @@ import data_prep.cli
 import launch.doctor
 import launch.slurm.preparation
 import launch.slurm.training
+import launch.sweeps.command
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.compare
@@ -61,6 +62,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/compare.py": pretrain.cli.compare.main,
     "launch/generate.py": pretrain.cli.generate.main,
     "launch/doctor.py": launch.doctor.main,
+    "launch/sweep.py": launch.sweeps.command.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,
 }
