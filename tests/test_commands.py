@@ -188,9 +188,11 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_config(args: argparse.Namespace) -> None:
-    """The configuration exists and takes the overrides."""
-    path, overrides = getattr(args, "config", None), getattr(args, "overrides", [])
-    if path is None or str(path) == "CONFIG":
-        return
-    loads = load_data_config if "configs/data" in str(path) else load_config
-    loads(ROOT / path, list(overrides))
+    """The configuration exists and takes the overrides; of a sweep each one, and the first of the varied values."""
+    given, overrides = getattr(args, "config", None), list(getattr(args, "overrides", []))
+    overrides += [text.partition(",")[0] for text in getattr(args, "vary", [])]
+    for path in given if isinstance(given, list) else [given]:
+        if path is None or str(path) == "CONFIG":
+            continue
+        loads = load_data_config if "configs/data" in str(path) else load_config
+        loads(ROOT / path, overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from common.paths import REPOSITORY
-from pretrain.config.loading import to_json
-from tests.pretrain.runs import small_config
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import finish, said, wait_until
 
@@ -22,9 +19,9 @@ RATE = "optimizer.learning_rate"
 def test_jobs_of_a_sweep_run_one_at_a_time_and_none_is_submitted_twice(
     cluster: Cluster, prepared: Path, tmp_path: Path
 ) -> None:
-    config, folder = tmp_path / "x.json", tmp_path / "sweep"
-    few = ("train.steps=3", "schedule.warmup_steps=1", "evaluate.sequences=8")
-    config.write_text(json.dumps(to_json(small_config(prepared, *few))))
+    config, folder = REPOSITORY / "configs" / "switchall_tiny.json", tmp_path / "sweep"
+    few = ("train.steps=3", "schedule.warmup_steps=1", "evaluate.sequences=8", "batch.global_sequences=8")
+    settings = [part for setting in (f"data.manifest={prepared}", *few) for part in ("--set", setting)]
 
     def sweep(*arguments: str) -> str:
         line = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), "--sweep-dir", str(folder), *arguments]
@@ -34,7 +31,7 @@ def test_jobs_of_a_sweep_run_one_at_a_time_and_none_is_submitted_twice(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    submission = ("--config", str(config), "--vary", f"{RATE}=1e-3,2e-3", "--submit", "--at-once", "1")
+    submission = ("--config", str(config), *settings, "--vary", f"{RATE}=1e-3,2e-3", "--submit", "--at-once", "1")
     options = ("--", "--nodes", "1", "--cpu", "--time", "10", "--cpus-per-rank", "1", "--allow-local")
     first, second = (line.split()[-1] for line in sweep(*submission, *options).splitlines() if ": submitted" in line)
     wait_until(lambda: cluster.job(first)["JobState"] == "RUNNING", "first job", seconds=60, say=lambda: cluster.logs())
@@ -45,7 +42,7 @@ def test_jobs_of_a_sweep_run_one_at_a_time_and_none_is_submitted_twice(
     assert (waits["JobState"], waits["Reason"]) == ("PENDING", "Dependency"), "a requeued job has not ended"
     ends = []
     for number, rate in ((first, "1e-3"), (second, "2e-3")):
-        logs = folder / f"x,learning_rate={rate}" / "slurm"
+        logs = folder / f"switchall_tiny,learning_rate={rate}" / "slurm"
         assert finish(cluster, number, logs)["JobState"] == "COMPLETED", said(logs)
         ends.append(cluster.job(number))
     assert ends[0]["EndTime"] <= ends[1]["StartTime"] and int(ends[0]["Restarts"]) >= 1
