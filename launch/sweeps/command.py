@@ -13,6 +13,7 @@ from common.arguments import at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
+from common.terminal import spare_stdout
 from launch.slurm import job
 from launch.sweeps.check import LocalCheck, Problems, problems_of
 from launch.sweeps.plan import combinations, configurations, varied
@@ -100,7 +101,7 @@ def sweep(args: argparse.Namespace) -> int:
     asked = found.add(combinations(list(configs), values))
     to_do = [run for run in asked if not _is_done(found.result(run))]
     queue = Queue(found, args.options, args.at_once) if args.submit else None
-    pretrain = [*launcher_of(args.launcher, shlex.split(args.launcher)), str(REPOSITORY / "launch" / "pretrain.py")]
+    pretrain = [*launcher_of(args.launcher), str(REPOSITORY / "launch" / "pretrain.py")]
     if queue is not None and not args.dry_run:
         job.need_sbatch()
     local = LocalCheck(found, configs, args.ranks if args.launcher else 1)
@@ -127,10 +128,11 @@ def sweep(args: argparse.Namespace) -> int:
         queue.submit_all(to_do)
         print(f"  table   python launch/sweep.py --sweep-dir {shlex.quote(str(args.sweep_dir))} --table", flush=True)
         return 0
-    if not train_all(found, to_do, pretrain):
-        print("stopped; the same command goes on", flush=True)
-        return ExitCode.STOPPED
-    show(found)
+    with spare_stdout():  # a reader that leaves ends no training
+        if not train_all(found, to_do, pretrain):
+            print("stopped; the same command goes on", flush=True)
+            return ExitCode.STOPPED
+        show(found)
     return NOT_ALL if any(found.result(run).state is State.FAILED for run in asked) else 0
 
 

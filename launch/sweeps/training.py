@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 from common.errors import UserError
 from common.terminal import visible
 from launch.sweeps.record import Sweep
-from pretrain.report.exit_codes import MEANING
+from pretrain.report.exit_codes import MEANING, ExitCode
 from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
 from pretrain.views.reading import RunView, State
 from pretrain.views.status import duration, left_text, shortened
@@ -50,14 +51,11 @@ class Stopping:
     def watch(self, process: subprocess.Popen[bytes]) -> None:
         """The run that is told from now on."""
         self._process = process
-        if self.requested is not None:
-            self._hand_on(self.requested)
+        if self.requested is not None:  # asked before there was a run that could hear it
+            process.send_signal(signal.SIGTERM)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
-        self._hand_on(number)
-
-    def _hand_on(self, number: int) -> None:
         if self._process is not None and number not in IGNORABLE:
             self._process.send_signal(number)
 
@@ -94,13 +92,17 @@ class Progress:
             print("\r\x1b[K", end="", flush=True)
 
 
-def launcher_of(given: str, words: Sequence[str]) -> list[str]:
-    """What starts launch/pretrain.py: this Python, or --launcher, split into `words`. Raises UserError."""
+def launcher_of(given: str) -> list[str]:
+    """What starts launch/pretrain.py: this Python, or the words of --launcher. Raises UserError."""
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise UserError(f"--launcher {given}: is no command ({str(error).lower()}); close the quote") from None
     if not words:
         return [sys.executable]
     if shutil.which(words[0]) is None:
         raise UserError(f"--launcher {given}: there is no program {words[0]} on the PATH")
-    return list(words)
+    return words
 
 
 def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) -> bool:
@@ -109,6 +111,8 @@ def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) ->
     began, stopping = time.monotonic(), Stopping()
     with stopping.installed():
         for number, run in enumerate(runs):
+            if stopping.requested is not None:
+                return False
             title = f"run {number + 1} of {len(runs)}  {run.name}"
             each = (time.monotonic() - began) / number if number else None
             left = f"  (about {duration(each * (len(runs) - number))} for those that are left)" if each else ""
@@ -118,9 +122,9 @@ def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) ->
                 print("  passed over: another process trains it", flush=True)
                 continue
             code = _train(sweep, run, [*program, *sweep.arguments(run)], Progress(title, sweep.run_dir(run)), stopping)
-            if code in STOPPED or stopping.requested is not None:
+            if code in STOPPED:
                 return False
-    return True
+    return stopping.requested is None
 
 
 def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progress, stopping: Stopping) -> int:
@@ -140,13 +144,16 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
         code = int(result_outcome["exit_code"])  # a launcher may return another one
         sweep.note(run)
     else:
+        if stopping.requested is not None:
+            code = int(ExitCode.INTERRUPTED)  # before it could take the signal over
         code = 128 - code if code < 0 else code
         sweep.note(run, unrecorded=code or None)
     result = sweep.result(run)
     loss = f", validation loss {result.validation:.4f}" if result.state is State.FINISHED else ""
     print(f"  {result.state_text}{loss}", flush=True)
     if result.state is State.FAILED:
-        print(f"  {MEANING.get(code, f'exit code {code}')}; the end of {log} says more", file=sys.stderr, flush=True)  # type: ignore[call-overload]
+        meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
+        print(f"  {meaning}; the end of {log} says more", file=sys.stderr, flush=True)
     return code
 
 

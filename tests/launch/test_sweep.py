@@ -261,6 +261,7 @@ def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
         (("--ranks", "2"), "--ranks: goes with --launcher"),
         (("--submit", "--launcher", "deepspeed"), "--launcher: does not go with --submit"),
         (("--launcher", "no-such-program"), "--launcher no-such-program: there is no program"),
+        (("--launcher", 'a "b'), '--launcher a "b: is no command'),
         (("--", "--nodes", "2"), "--nodes: options behind -- are for SLURM; add --submit"),
         (("--submit", "--", "--run-dir=x"), "--run-dir: stands behind --"),
         (("--submit", "--at-once", "1", "--", "--after", "3"), "--at-once: lets jobs wait for each other"),
