@@ -68,7 +68,7 @@ class CountedPhases(Phases):
         super().__init__()
         self._counter, self._found = counter, found
 
-    def enter(self, name: str, *, patient: bool = False) -> None:
+    def enter(self, name: str, *, patient: bool = False, quick: bool = False) -> None:
         self._counter.counts = {"forward": self._found.forward, "backward": self._found.backward}.get(
             name, self._found.step
         )

@@ -23,6 +23,11 @@ def is_task_of_many(env: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
+def node_name(env: Mapping[str, str]) -> str:
+    """This machine's name: in a task of srun the one that SLURM knows it by, else its host name."""
+    return (is_task_of_many(env) and env.get("SLURMD_NODENAME")) or socket.gethostname()
+
+
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of this task of srun.
 

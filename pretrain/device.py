@@ -29,11 +29,13 @@ from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
     ask_cublas_for_determinism,
+    ask_nccl_for_determinism,
     device_type,
     let_the_watchdog_speak_first,
     own_gpu,
     refusing_a_shared_gpu,
     set_numerics,
+    what_nccl_says,
 )
 from pretrain.ranks import Ranks
 
@@ -41,6 +43,9 @@ NAME_SECONDS = 60.0
 """How long a name server may take to learn the name of the first node."""
 REMINDER_SECONDS = 15.0
 """After this time a rank says what it waits for: ranks start within seconds of each other, unless one is missing."""
+
+LEAVE_SECONDS = 30.0
+"""How long leaving the process group may take: launchers end the other ranks only when a failed one has left."""
 
 HISTORY_EVENTS = 50_000
 """The newest allocations and frees of a GPU that are kept: a few KB of the host's memory each, says torch. Without a
@@ -73,6 +78,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
+            ask_nccl_for_determinism()
         device, backend = own_gpu(ranks), "nccl"
         set_numerics(device, deterministic=settings.deterministic)
         if importlib.util.find_spec("triton") is not None:
@@ -134,6 +140,11 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
         with refusing_a_shared_gpu():
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
     except dist.DistError as error:
+        if (said := what_nccl_says(error)) is not None:
+            raise Unreachable(
+                f"launch: NCCL cannot connect the ranks ({said}); name the network between the nodes in "
+                f"NCCL_SOCKET_IFNAME, or set NCCL_DEBUG=INFO to see what it tries"
+            ) from None
         reason = str(error).splitlines()[0]
         where = f"launch: the ranks cannot meet at {address}:{port} ({reason})"
         if "EADDRINUSE" in reason:
@@ -183,9 +194,17 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def control_group(timeout_seconds: float) -> Any:
-    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective."""
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises UserError where
+    the ranks reach each other by NCCL alone."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+        try:
+            return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+        except RuntimeError as error:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME: NCCL connects the ranks, but gloo, by which they agree on CPUs, does not "
+                f"({str(error).splitlines()[0]}); set it to the name of the network between the nodes (ip -brief "
+                f"address), or let the name of each node resolve to its address there"
+            ) from None
     return dist.group.WORLD
 
 
@@ -212,10 +231,18 @@ def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
     return lambda: CudaGraph(pool)
 
 
-def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop(code: int | None = None) -> None:
+    """Leaves the process group. NCCL's waits until all that is queued has ended, and with it for the other ranks, which
+    never come to what a rank has queued that failed alone. `code`: with it this process ends if the group has not let
+    it go after LEAVE_SECONDS; without it waits."""
+    if not dist.is_initialized():
+        return
+    late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
+    late.daemon = True
+    if code is not None:
+        late.start()
+    dist.destroy_process_group()
+    late.cancel()
 
 
 def synchronize(device: torch.device) -> None:

@@ -33,6 +33,8 @@ HIDDEN = ("", "-1", "NoDevFiles")
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 """The values of CUBLAS_WORKSPACE_CONFIG that torch accepts with deterministic algorithms."""
+NVLS = "NCCL_NVLS_ENABLE"
+"""Whether NCCL may let the switches of NVLink add up: 0, 1, or 2 (its default) where it finds that it can."""
 _ATTENTION = contextlib.ExitStack()
 """Holds torch's choice of fused attention, which has only a context manager, for the life of the process."""
 NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
@@ -219,6 +221,19 @@ def ask_cublas_for_determinism() -> None:
         )
 
 
+def ask_nccl_for_determinism() -> None:
+    """NCCL reads this when the ranks meet. The switches of NVLink add up in another order at every call
+    (github.com/NVIDIA/nccl/issues/1497). torch, asked for deterministic algorithms, excludes NCCL's algorithm NVLS by
+    NCCL_ALGO, but not NVLSTree, by which nodes with such switches add up together. Raises UserError where the
+    environment has another wish."""
+    given = os.environ.setdefault(NVLS, "0")
+    if given != "0":
+        raise UserError(
+            f"train.deterministic: NCCL repeats its sums only with {NVLS} = 0, but it is {given!r} in the environment; "
+            f"unset it, or set train.deterministic to false"
+        )
+
+
 def let_the_watchdog_speak_first(timeout_seconds: float, *, speaks: bool) -> None:
     """Gives NCCL no shorter patience than `timeout_seconds`, in which the watchdog has long named the rank that did not
     arrive: for torch's monitor of NCCL's thread, and for groups that are made without a limit of their own (600 s).
@@ -248,3 +263,13 @@ def refusing_a_shared_gpu() -> Iterator[None]:
             f"CUDA_VISIBLE_DEVICES: two ranks of a node have the same GPU (NCCL: {detail}); let each rank see all GPUs "
             f"of its node (srun --gpu-bind=none), or another one each"
         ) from None
+
+
+def what_nccl_says(error: dist.DistError) -> str | None:
+    """The kind of NCCL's error and its own reason, which torch puts below its first line; None if it is another's."""
+    kind, *more = str(error).splitlines()
+    if not kind.startswith("NCCL error in:"):
+        return None
+    kind = kind.partition(", ")[2].partition(" (run with")[0] or kind  # without the line of torch's code
+    reasons = [line.strip() for line in more if line.strip() and line.strip() != "Last error:"]
+    return f"{kind}: {reasons[-1]}" if reasons else kind

@@ -37,20 +37,28 @@ class Phases:
         """When the phase began, by this process's clock."""
         self.is_patient = False
         """The phase may take any time."""
+        self.is_quick = False
+        """The phase is nothing but a step's own work, for which every rank has its data: `step_limit` holds."""
+        self.step_limit: float | None = None
+        """Seconds that a quick phase may take; None: as long as any other."""
         self.step = 0
         """The optimizer step under way (from 1); 0 during start-up."""
         self.on_enter: Callable[[str], None] | None = None
         """Hears the name of every phase that begins."""
         self._map: mmap.mmap | None = None
 
-    def enter(self, name: str, *, patient: bool = False) -> None:
+    def enter(self, name: str, *, patient: bool = False, quick: bool = False) -> None:
         """Called by the main thread of every rank, at the same places."""
+        self.since = time.monotonic()  # first: the watchdog's thread must not see the flags with the time before
         self.record = Record(time.time(), self.record.count + 1, self.step, name)
-        self.is_patient = patient
-        self.since = time.monotonic()
+        self.is_patient, self.is_quick = patient, quick
         self._write()
         if self.on_enter is not None:
             self.on_enter(name)
+
+    def may_take_long(self) -> None:
+        """The rest of the phase may wait for a disk: it is quick no more."""
+        self.is_quick = False
 
     def alive(self) -> None:
         """Says that the phase makes progress, so that it is no hang."""

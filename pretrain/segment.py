@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 
@@ -22,10 +24,11 @@ from pretrain.report.run_folder import RunFolder
 from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
-from pretrain.resilience.replicas import ReplicaCheck
+from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
+from pretrain.resilience.step_limit import StepLimit
 from pretrain.resume import StartPoint, branch_start, record_start
 from pretrain.routing.tape import open_tape
 from pretrain.saving import SaveTimer, save
@@ -74,9 +77,10 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
     timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
     ranks = RankComparison(config, parallel, control, setup.phases, folder)
+    limit = StepLimit(settings, setup.phases, reads_files=trainer.tape is not None)
     return Segment(
-        trainer, folder, monitor, control, replicas, ranks, spikes, timer, start, start.progress, last, profiler,
-        before, _saved_step=step,
+        trainer, folder, monitor, control, replicas, ranks, limit, spikes, timer, start, start.progress, last,
+        profiler, before, _saved_step=step,
     )  # fmt: skip
 
 
@@ -90,6 +94,7 @@ class Segment:
     control: Control
     replicas: ReplicaCheck | None
     ranks: RankComparison
+    limit: StepLimit
     spikes: SpikeDetector
     timer: SaveTimer
     start: StartPoint
@@ -155,6 +160,8 @@ class Segment:
         is due after the step, it is done. Returns whether to stop, and a rollback if one is needed."""
         phases = self.setup.phases
         phases.step = self._ahead.step + 1
+        if self.trainer.data.stream.begins(self._ahead.consumed_sequences):
+            self.limit.restart()  # memories are forgotten, and a micro-step without them may have to be recorded
         self.profiler.before(phases.step)
         given = self.trainer.read_input(self._ahead)
         phases.enter("waiting for the batches of other ranks")
@@ -182,8 +189,10 @@ class Segment:
         Diverged, on every rank."""
         if self._launched is None:
             return
-        self.setup.phases.enter("reading the step's sums")
+        self.setup.phases.enter("reading the step's sums", quick=True)
         result, config = self._launched.read(), self.setup.config
+        self.setup.phases.may_take_long()  # rank 0 writes
+        self.limit.add(result.seconds)
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
         is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
@@ -298,16 +307,15 @@ class Segment:
         if not different:
             return None
         more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-        reason = f"replicas differ after step {self.progress.step}: {'; '.join(different[:3])}{more}"
-        self.folder.event("replicas_differ", step=self.progress.step, tensors=different[:100])
+        told = [str(difference) for difference in different[:100]]
+        reason = f"replicas differ after step {self.progress.step}: {'; '.join(told[:3])}{more}"
+        node = suspect_node(different, self.control.hosts)
+        self.folder.event("replicas_differ", step=self.progress.step, tensors=told, node=node)
         if settings.replica_action == "stop":
-            raise ReplicasDiffer(
-                f"{reason}. The last checkpoint was saved before; check the memory of those machines or, if other "
-                "machines end in the same way, the layer of that parameter: its gradient must be the same on all"
-            )
-        return self._go_back(reason, ReplicasDiffer)
+            raise ReplicasDiffer(f"{reason}. {what_to_do(node)}", node=node)
+        return self._go_back(reason, partial(ReplicasDiffer, node=node))
 
-    def _go_back(self, reason: str, failure: type[Exception], *, steps: int = 0) -> Rollback | None:
+    def _go_back(self, reason: str, failure: Callable[[str], Exception], *, steps: int = 0) -> Rollback | None:
         """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
         were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
@@ -316,13 +324,15 @@ class Segment:
                 f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
             )
         sequences = self.setup.config.batch.global_sequences
-        steps = min(steps, self.progress.step, self.progress.consumed_sequences // sequences)
-        consumed = self.progress.consumed_sequences - steps * sequences
+        # A checkpoint from before the stage would begin it anew: its positions would be other data.
+        consumed, stream = self.progress.consumed_sequences, self.trainer.data.stream
+        steps = min(steps, self.progress.step, stream.read_in_stage(consumed) // sequences)
+        consumed -= steps * sequences
         rollback = Rollback(
             reason=reason,
             at_step=self.progress.step,
             first_step=self.progress.step - max(1, steps) + 1,
-            skipped=self.trainer.data.stream.range_of(consumed, steps * sequences) if steps else None,
+            skipped=stream.range_of(consumed, steps * sequences) if steps else None,
             branch_start=branch_start(self.setup.config, self.start.checkpoint),
         )
         if self.monitor is not None:

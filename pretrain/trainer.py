@@ -152,7 +152,7 @@ class Trainer:
             enter("details")
             details = surveyed.end(rate)
 
-        enter("adding up over ranks")
+        enter("adding up over ranks", quick=True)
         report = self.reduce(output, len(given.batches))
         given.watch.stop()
         if memories:
@@ -160,6 +160,7 @@ class Trainer:
             is_finite = math.isfinite(report.read().loss)
             for memory in memories:
                 memory.advance() if is_finite else memory.forget()
+        self.setup.phases.may_take_long()  # choices of routers are written, and a profile
         return LaunchedStep(
             report,
             given,

@@ -26,6 +26,7 @@ import data_prep.cli
 import launch.doctor
 import launch.slurm.preparation
 import launch.slurm.training
+import launch.sweeps.command
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.compare
@@ -61,6 +62,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/compare.py": pretrain.cli.compare.main,
     "launch/generate.py": pretrain.cli.generate.main,
     "launch/doctor.py": launch.doctor.main,
+    "launch/sweep.py": launch.sweeps.command.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,
 }
@@ -186,9 +188,11 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_config(args: argparse.Namespace) -> None:
-    """The configuration exists and takes the overrides."""
-    path, overrides = getattr(args, "config", None), getattr(args, "overrides", [])
-    if path is None or str(path) == "CONFIG":
-        return
-    loads = load_data_config if "configs/data" in str(path) else load_config
-    loads(ROOT / path, list(overrides))
+    """The configuration exists and takes the overrides; of a sweep each one, and the first of the varied values."""
+    given, overrides = getattr(args, "config", None), list(getattr(args, "overrides", []))
+    overrides += [text.partition(",")[0] for text in getattr(args, "vary", [])]
+    for path in given if isinstance(given, list) else [given]:
+        if path is None or str(path) == "CONFIG":
+            continue
+        loads = load_data_config if "configs/data" in str(path) else load_config
+        loads(ROOT / path, overrides)

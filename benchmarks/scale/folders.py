@@ -31,7 +31,7 @@ def figures(ranks: int) -> list[Figure]:
         started = time.process_time()
         reports = read_reports(hang)
         silent = [rank for rank in range(ranks) if rank not in reports]
-        text = describe(reports, silent, {0: "process 1 on node-0000"}, 600.0, hang) if reports else ""
+        text = describe(reports, silent, {0: "process 1 on node-0000"}, "a limit of 600 s", hang) if reports else ""
         read_seconds = time.process_time() - started
         for rank in range(1, ranks):
             collectives.write(hang, rank, _groups(rank, ranks))

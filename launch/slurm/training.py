@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(0),
         default=1,
         metavar="N",
-        help="after two starts in a row that failed on the same node and no other, the requeued job excludes it, if "
-        "enough others are up; up to N nodes (0: never)",
+        help="after two starts in a row that failed on the same node and no other, or when its weights differ from "
+        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (0: never)",
     )
     parser.add_argument(
         "--srun",

@@ -13,8 +13,8 @@ This file makes three things right, so that no layer has to:
                     another consumer, and selective recomputation may keep the product that it overwrites. Its input is
                     therefore always a contiguous tensor of its own.
     sequence first  its sequence-parallel functions divide the first dimension, which is the batch here.
-    device          it allocates on `torch.cuda.current_device()`. Without CUDA its modules see a torch whose answer is
-                    the CPU; torch itself is not touched.
+    device          it allocates on `torch.cuda.current_device()`. Its modules see a torch whose answer is the CPU where
+                    the ranks do not speak by NCCL, also on a machine with GPUs; torch itself is not touched.
 """
 
 from __future__ import annotations
@@ -37,17 +37,25 @@ with warnings.catch_warnings():
 __all__ = ["HyperCommGrid"]
 
 
-class _TorchWithoutCUDA:
-    """torch as megatron-core's modules see it where there is no CUDA."""
+class _Torch:
+    """torch as megatron-core's modules see it."""
 
-    cuda = SimpleNamespace(current_device=lambda: torch.device("cpu"))
+    def __init__(self) -> None:
+        self.cuda = SimpleNamespace(current_device=_current_device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
-if not torch.cuda.is_available():  # GPU-ONLY megatron-device: with CUDA they see torch itself
-    mappings.torch = _TorchWithoutCUDA()
+def _current_device() -> torch.device | int:
+    """Where the tensors of a run are, by the backend of its ranks: a run on CPUs, or a rehearsal, may have a machine
+    with GPUs."""
+    if dist.get_backend() == "nccl":  # GPU-ONLY megatron-device
+        return torch.cuda.current_device()
+    return torch.device("cpu")
+
+
+mappings.torch = _Torch()
 
 # Its advice on CUDA_DEVICE_MAX_CONNECTIONS is in docs/parallelism.md.
 layers.linear_with_grad_accumulation_and_async_allreduce.warned = True

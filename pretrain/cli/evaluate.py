@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,13 +118,19 @@ def evaluate(args: argparse.Namespace) -> int | None:
     from pretrain.config.schema import TrainConfig
     from pretrain.parallel.agreement import PeerFailed
 
-    try:
+    def together() -> None:
         evaluate_checkpoint(args.run, choices, devices.start(ranks, TrainConfig(device=args.device)))
+
+    code: int = ExitCode.UNFORESEEN
+    try:
+        code = exit_code_of(together)
     except PeerFailed:
-        return ExitCode.REFUSED
+        code = ExitCode.REFUSED
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.CUT_OFF
+        code = ExitCode.CUT_OFF
+    except Exception:
+        traceback.print_exc()  # said now: the process group may not let this process go
     finally:
-        devices.stop()
-    return None
+        devices.stop(code)
+    return code

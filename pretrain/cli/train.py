@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,9 +142,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 
 def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool = True) -> int:
     """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
-    prints what follows from the configuration. At last it estimates the memory of a rank, for a device of
-    `device_gib` GiB or the GPU that is here. Returns the exit code."""
-    from pretrain.cli.plan_check import print_errors, print_line, print_warnings
+    prints what follows from the configuration. Then it estimates the memory of a rank, for a device of
+    `device_gib` GiB or the GPU that is here. The last lines say what is wrong, or that all checks passed: theirs may
+    have left the screen by then. Returns the exit code."""
+    from pretrain.cli.plan_check import print_errors, print_line, print_warnings, summary
 
     examination = Examination(wanted)
     examination.check_settings()
@@ -170,6 +172,7 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     print_warnings(planned.passed_over)
     print_derived(config, planned.data_size, planned.sources, planned.run_dir, planned.newest)
     _print_memory(planned, device_gib)
+    print(summary(examination), flush=True)
     return 0
 
 
@@ -205,20 +208,24 @@ def run(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
+    code = ExitCode.UNFORESEEN
     try:
-        return train(config, sources, run_dir, device, stop, side_by_side)
+        code = train(config, sources, run_dir, device, stop, side_by_side)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return code_of(type(error))
+        code = code_of(type(error))
     except PeerFailed as error:
-        return code_of(error.kind)
+        code = code_of(error.kind)
     except RunFailed as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.code
+        code = error.code
+    except Exception:
+        traceback.print_exc()  # said now: the process group may not let this process go
     finally:
         stop.enter(ProcessState.ENDING)
-        devices.stop()
+        devices.stop(code)
+    return code
 
 
 def print_derived(

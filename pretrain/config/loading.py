@@ -15,11 +15,17 @@ from pretrain.config.schema import Config
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
     """Reads the JSON file at `path`, applies `--set` overrides in order and validates. Raises ConfigError, which names
     `option` as the argument that `path` came from."""
+    return parse_config(config_tree(path, overrides, option=option))
+
+
+def config_tree(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> dict[str, Any]:
+    """The tree of the JSON file at `path` with `--set` overrides applied in order, before anything is validated. Raises
+    ConfigError."""
     tree = _read(path, option)
     for override in _in_order(overrides):
         apply_override(tree, override)
     _correct_description(tree, path, overrides)
-    return parse_config(tree)
+    return tree
 
 
 def inspect_config(

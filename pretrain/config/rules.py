@@ -88,6 +88,11 @@ def _check_hang_timeout(config: Config) -> None:
             f"resilience.hang_timeout_seconds: {config.resilience.hang_timeout_seconds:g} s is shorter than any step; "
             f"set it to at least 1 (540 is the default), or to 0 to turn it off"
         )
+    if 0 < config.resilience.step_timeout_factor < 2:
+        raise ConfigError(
+            f"resilience.step_timeout_factor: {config.resilience.step_timeout_factor:g} times the longest step may be "
+            f"less than the next one takes; set it to at least 2 (10 is the default), or to 0 to turn it off"
+        )
 
 
 def _check_profiled_steps(config: Config) -> None:

@@ -154,8 +154,9 @@ class TrainConfig(Section):
     divided like the optimizer's states; in checkpoints. Training itself is the same. 0: off."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """On a GPU, the same numbers bit by bit whenever the same start is repeated or a run is resumed, at the price of a
-    slower attention: torch's deterministic algorithms, without cuDNN's attention. false: gradients of attention, and so
-    all that follows, differ by rounding from run to run. On a CPU runs always repeat bit by bit."""
+    slower attention: torch's deterministic algorithms, without cuDNN's attention and, between GPUs, without sums in
+    NVLink's switches (NVLS). false: gradients of attention, and so all that follows, differ by rounding from run to
+    run. On a CPU runs always repeat bit by bit."""
     recompute: Literal["none", "selective", "full"] = Field("none", json_schema_extra=FREE)
     """Activations of the blocks: `none` keeps them for the backward pass; `selective` keeps the outputs of matrix
     products and fused attention and computes the rest again; `full` keeps the blocks' inputs and computes one more
@@ -241,6 +242,10 @@ class ResilienceConfig(Section):
     """A rank that is in the same phase of a step (or of start-up, validation, checkpoint) for this many seconds has
     hung: the run names the ranks that did not arrive, writes all stacks to RUN_DIR/hang and ends with code 5. Set it
     longer than the longest phase; NCCL's own limits follow it. At least 1, at most a week; 0: off."""
+    step_timeout_factor: Annotated[float, Field(ge=0.0, le=1e6)] = Field(10.0, json_schema_extra=FREE)
+    """A shorter limit for forward pass, backward pass, update and sums of a step: this many times the longest of the
+    last 100 steps, at least 120 s, at most hang_timeout_seconds. Only hang_timeout_seconds holds in the first 15 steps
+    of a start, while batches are awaited, and in validation and checkpoint. At least 2; 0: off."""
     max_skipped_updates: PositiveInt = Field(10, json_schema_extra=FREE)
     """An update whose loss or gradient is not finite is skipped on all ranks; after this many in a row the run ends
     with code 3. (Overflows that fp16 loss scaling handles do not count.)"""
@@ -253,7 +258,8 @@ class ResilienceConfig(Section):
     """warn: a line and an event. rollback: also continue from the newest checkpoint before the data that caused it, and
     never read that data. That changes the course of the run, so it is not the default."""
     spike_skip_steps: PositiveInt = Field(4, json_schema_extra=FREE)
-    """With spike_action = rollback: number of steps whose data are left out, the spike's own and those before it."""
+    """With spike_action = rollback: number of steps whose data are left out, the spike's own and those before it, none
+    from before a change of the mixture."""
     replica_check_every_steps: NonNegativeInt = Field(1000, json_schema_extra=FREE)
     """Steps between comparisons of the weights that several ranks hold (a checksum of each parameter; one more before
     every checkpoint), against silent corruption. Under ZeRO 3 only routing statistics and the small parameters that it

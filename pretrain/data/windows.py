@@ -200,6 +200,12 @@ class TrainingStream:
         unit = self._global if self._chunks else 1
         return first // unit * unit, (last // unit + 1) * unit
 
+    def read_in_stage(self, consumed: int) -> int:
+        """How many of the first `consumed` sequences, more than were read before the stage, it has read."""
+        first = self.stage.first
+        left_out = sum(max(0, min(end, first) - begin) for begin, end in self._skipped)
+        return consumed - (first - left_out)
+
     def batch(self, consumed: int, micro_step: int) -> Batch:
         """This rank's micro-batch `micro_step` (from 0) of the step that starts after `consumed` sequences,
         on the CPU. Raises DataError if a shard does not match its sha256."""

@@ -51,7 +51,8 @@ def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
     """DeepSpeed's global gradient norm of the last step, before clipping (ZeRO 1 to 3, where it also clips): scalar on
     `device`, infinite if it skipped the update, because the norm was not finite."""
     norm = math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
-    return norm if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
+    # With an offloaded optimizer DeepSpeed's is in CPU memory.
+    return norm.to(device) if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
 
 
 class GradientNorm:

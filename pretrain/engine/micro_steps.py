@@ -79,14 +79,14 @@ class PlainExecutor:
     def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
         loss_sum, auxiliary_sum = torch.zeros((2,), device=batches[0].tokens.device).unbind()
         for batch in batches:
-            phases.enter("forward")
+            phases.enter("forward", quick=True)
             objective, sequence_loss, auxiliary_loss = self._engine(*batch.model_inputs())
-            phases.enter("backward")
+            phases.enter("backward", quick=True)
             self._engine.backward(poisoned_unless_finite(objective, sequence_loss))
             loss_sum = loss_sum + sequence_loss.mean()
             auxiliary_sum = auxiliary_sum + auxiliary_loss
             if batch is batches[-1]:
-                phases.enter("update")
+                phases.enter("update", quick=True)
                 if self.before_update is not None:
                     self.before_update()
                 self._norm.before_step()

@@ -220,7 +220,7 @@ class PipelineExecutor:
         return self._stage
 
     def train(self, batches: Sequence[Batch], phases: Phases) -> StepOutput:
-        phases.enter("forward, backward and update")
+        phases.enter("forward, backward and update", quick=True)
         self._engine.train_batch(self._feed(batches))
         zero = torch.zeros((), device=batches[0].tokens.device)
         losses = [loss.mean() for loss in self._stage.sequence_losses]

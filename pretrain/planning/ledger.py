@@ -25,6 +25,9 @@ from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
 from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
 from pretrain.planning.traced import loss_bytes
 
+NCCL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8}
+NCCL_DTYPES |= {torch.uint8, torch.bool}
+
 
 class Ledger(TorchDispatchMode):
     """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for
@@ -150,12 +153,24 @@ class Ledger(TorchDispatchMode):
             other, own = ranks[named["dst" if kind == "send" else "src"]], dist.get_rank()
             ranks = (own, other) if kind == "send" else (other, own)
         dtype = tensors[0].dtype if tensors else torch.uint8
-        self._call(kind, ranks, dtype, sum(t.numel() for t in tensors))
+        self._call(kind, ranks, dtype, sum(t.numel() for t in tensors), nccl_refusal(named))
         return result
 
-    def _call(self, kind: str, ranks: tuple[int, ...], dtype: torch.dtype, elements: int) -> None:
+    def _call(self, kind: str, ranks: tuple[int, ...], dtype: torch.dtype, elements: int, refused: str = "") -> None:
         name = str(dtype).removeprefix("torch.")
-        self.calls.append(Call(kind, ranks, name, elements, elements * dtype.itemsize, self.when))
+        self.calls.append(Call(kind, ranks, name, elements, elements * dtype.itemsize, self.when, refused))
+
+
+def nccl_refusal(arguments: dict[str, Any]) -> str:
+    """Why NCCL refuses an operator of torch.distributed with these arguments, by torch 2.13's ProcessGroupNCCL; empty
+    if it takes them. gloo takes any dense layout, whose elements are then in the same order on all ranks."""
+    for tensor in tree_leaves(arguments):
+        if isinstance(tensor, Tensor):
+            if tensor.dtype not in NCCL_DTYPES:
+                return f"{str(tensor.dtype).removeprefix('torch.')} is no dtype of NCCL"
+            if not tensor.is_contiguous():
+                return f"a tensor with the strides {tensor.stride()} is not contiguous"
+    return ""
 
 
 def _is_unknown(tensor: Tensor) -> bool:

@@ -53,3 +53,5 @@ class Call(NamedTuple):
     num_bytes: int
     part: str
     """micro-step or update."""
+    refused: str = ""
+    """Why NCCL does not take it, though gloo may; empty if it does."""

@@ -97,6 +97,15 @@ class StepRehearsal:
                         f"the layer, or the setting, that makes the difference do the same on all of them"
                     )
                 )
+            refused = next((call for made in calls.values() for call in made if call.refused), None)
+            if refused is not None and self._run.device == "cuda":
+                found.problem(
+                    ConfigError(
+                        f"{self._key(refused.ranks)}: {refused.kind} of {refused.elements:,} {refused.dtype}: "
+                        f"{refused.refused}, which NCCL does not take between GPUs; let the layer that calls it give a "
+                        f"contiguous tensor of a dtype that NCCL has"
+                    )
+                )
         who = ", ".join(f"{rank:,} ({why})" for rank, why in ranks.items())
         stand = "stands" if len(ranks) == 1 else "stand"
         both = ", at the even and at the worst split of tokens over experts" if parallel.expert > 1 else ""

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from common.line_log import Row
+from pretrain.report.source_losses import source_losses, sources_text
 
 
 def event_text(event: Row, now: float) -> str:
@@ -31,6 +32,20 @@ def _step(event: Row) -> str:
 
 def _number(value: Any, form: str = ".4f") -> str:
     return format(value, form) if isinstance(value, int | float) else "not finite"
+
+
+def _validation(event: Row) -> str:
+    of_sources = source_losses(event)
+    told = f" ({sources_text(of_sources)})" if of_sources else ""
+    return f"validation after {_step(event)}: loss {_number(event.get('loss'))}{told}"
+
+
+def _replicas(event: Row) -> str:
+    tensors = event.get("tensors")
+    names = [str(tensor) for tensor in tensors] if isinstance(tensors, list) else []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    node = f"; suspect: {event['node']}" if event.get("node") else ""
+    return f"{_step(event)}: replicas differ: {'; '.join(names[:3]) or '?'}{more}{node}"
 
 
 def _collapsed(event: Row) -> str:
@@ -65,11 +80,12 @@ TEXTS = {
         f"{_number(e.get('stall_seconds'), '.1f')} s"
     ),
     "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
-    "validation": lambda e: f"validation after {_step(e)}: loss {_number(e.get('loss'))}",
+    "validation": _validation,
     "evaluation": lambda e: f"{e.get('task', '?')} after {_step(e)}: accuracy {_number(e.get('accuracy'))}",
     "loss_spike": lambda e: f"loss spike after {_step(e)}: {e.get('reason', '?')}",
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
     "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
+    "replicas_differ": _replicas,
     "router_collapsed": _collapsed,
     "slow_ranks": _slow,
     "changed_setting": lambda e: (

@@ -28,7 +28,8 @@ MEANING = {
     ExitCode.REFUSED: "refused: configuration, data, checkpoint or run folder; the message says what to change",
     ExitCode.DIVERGED: "diverged: too many updates skipped in a row, or too many rollbacks; the last checkpoint stands",
     ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
-    ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds; the last checkpoint stands",
+    ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds, or within the shorter limit of a "
+    "step (resilience.step_timeout_factor); the last checkpoint stands",
     ExitCode.FOLDER_LOST: "another run has taken over the run folder; this one stopped writing",
     ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
     "minutes (a fault that may pass); the last checkpoint stands",

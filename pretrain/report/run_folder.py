@@ -81,14 +81,17 @@ class RunFolder:
             when = time.strftime("%Y%m%dT%H%M%S", time.localtime(hang.stat().st_mtime))
             hang.rename(self.path / f"hang-{when}-{secrets.token_hex(2)}")
 
-    def end(self, code: ExitCode, reason: str, *, step: int | None = None) -> None:
-        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code. Releases the
-        folder. May be called from another thread, and more than once: the first call counts."""
+    def end(self, code: ExitCode, reason: str, *, step: int | None = None, node: str | None = None) -> None:
+        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code. `node`: the
+        one that is to blame. Releases the folder. May be called from another thread, and more than once: the first call
+        counts."""
         if not self._writes or code is ExitCode.FOLDER_LOST or self._has_ended:
             return
         self._has_ended = True
         console.forget(self._stream_failed)
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
+        if node is not None:
+            outcome["node"] = node
         try:
             self._events.flush()
             write_json(self.path / "outcome.json", outcome)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
+from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed
@@ -42,6 +43,11 @@ class ReplicasDiffer(RunFailed):
 
     code = ExitCode.REPLICAS_DIFFER
 
+    def __init__(self, message: str, *, node: str | None = None) -> None:
+        """`node`: see replicas.suspect_node."""
+        super().__init__(message)
+        self.node = node
+
 
 def collective_timeout(config: ResilienceConfig) -> float:
     """Seconds after which a collective gives up by itself: later than the watchdog, which can say why."""
@@ -52,12 +58,12 @@ def collective_timeout(config: ResilienceConfig) -> float:
 def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Phases) -> Iterator[Control]:
     """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome and releases the
     lock. Collective."""
-    own = process_identity(os.getpid())
+    own = {**process_identity(os.getpid()), "node": node_name(os.environ)}
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, own)
     neighbours = [other for other in identities if is_same_machine(own, other)]
     group = control_group(collective_timeout(config))
-    control = Control(stop, group, [str(identity["host"]) for identity in identities])
+    control = Control(stop, group, [str(identity["node"]) for identity in identities])
     stop.before_leaving.append(folder.end)
     stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
     watchdog = Watchdog(
@@ -74,6 +80,9 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         except BaseException:
             watchdog.settle()
             raise
+    except ReplicasDiffer as error:
+        folder.end(error.code, str(error), node=error.node)
+        raise
     except RunFailed as error:
         folder.end(error.code, str(error))
         raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,44 @@ from pretrain.parallel.rounds import maximum
 CHUNK = 2**22
 """Elements that are multiplied at a time: 64 MiB beside the model."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Difference(NamedTuple):
+    """Replicas that are not the same."""
+
+    key: str
+    groups: list[list[int]]
+    """Ranks that hold the same numbers, the largest group last."""
+
+    @property
+    def minority(self) -> list[int]:
+        """Ranks outside the majority; none where no group is larger than all others together."""
+        *others, most = self.groups
+        wrong = sorted(rank for group in others for rank in group)
+        return wrong if len(most) > len(wrong) else []
+
+    def __str__(self) -> str:
+        """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. If only two ranks hold it, either may be the wrong
+        one."""
+        *others, most = self.groups
+        wrong = sorted(rank for group in others for rank in group)
+        return f"{self.key}: {_ranks(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {_ranks(most)}"
+
+
+def suspect_node(differences: Sequence[Difference], hosts: Sequence[str]) -> str | None:
+    """The one node of all ranks that differ from a majority; None if they are on several, or if there is no majority
+    anywhere. `hosts`: of every rank."""
+    nodes = {hosts[rank] for difference in differences for rank in difference.minority}
+    return nodes.pop() if len(nodes) == 1 else None
+
+
+def what_to_do(node: str | None) -> str:
+    """Advice for the end of a run whose replicas differ."""
+    suspect = "those machines" if node is None else f"{node}, whose ranks alone differ from the majority, or exclude it"
+    return (
+        f"The last checkpoint was saved before; check the memory of {suspect} or, if other machines end in the same "
+        "way, the layer of that parameter: its gradient must be the same on all"
+    )
 
 
 class ReplicaCheck:
@@ -39,7 +77,7 @@ class ReplicaCheck:
         place = {key: number for number, key in enumerate(self._keys)}
         self._places = torch.tensor([place[key] for key in self.own_keys], dtype=torch.int64)
 
-    def __call__(self) -> list[str]:
+    def __call__(self) -> list[Difference]:
         """What differs, and on which ranks; the same list on every rank, empty if all is well. Collective; reads every
         weight once. Each rank hears the smallest and the largest checksum of every tensor of the model; only of those
         that differ does it hear every rank's."""
@@ -49,7 +87,7 @@ class ReplicaCheck:
         different = torch.nonzero(smallest != largest).view(-1)
         return self._differences(own, different) if len(different) else []
 
-    def _differences(self, own: Tensor, different: Tensor) -> list[str]:
+    def _differences(self, own: Tensor, different: Tensor) -> list[Difference]:
         """Which ranks differ in the tensors number `different` [n] of all; collective."""
         said = torch.zeros(2, len(self._keys), dtype=torch.int64)  # whether this rank holds it, and its checksum
         said[:, self._places] = torch.stack([torch.ones_like(own), own])
@@ -62,7 +100,7 @@ class ReplicaCheck:
             for rank, (holds, value) in enumerate(part[:, column].tolist() for part in gathered):
                 if holds:
                     by_value[value].append(rank)
-            found.append(_difference(self._keys[number], list(by_value.values())))
+            found.append(Difference(self._keys[number], sorted(by_value.values(), key=len)))
         return found
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -117,14 +155,6 @@ def checksum(value: Tensor) -> Tensor:
         odd = torch.arange(2 * start + 1, 2 * (start + len(part)) + 1, 2, device=value.device)
         total = total + (part * odd).sum()
     return total
-
-
-def _difference(key: str, groups: list[list[int]]) -> str:
-    """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. If only two ranks hold it, either may be the wrong
-    one."""
-    *others, most = sorted(groups, key=len)
-    wrong = sorted(rank for group in others for rank in group)
-    return f"{key}: {_ranks(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {_ranks(most)}"
 
 
 def _ranks(numbers: list[int]) -> str:

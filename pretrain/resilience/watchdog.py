@@ -4,6 +4,9 @@ Nothing is sent while all is well. A rank whose main thread has not entered a ne
 report and its stacks into RUN_DIR/hang; all ranks that are alive do so at about the same time, because they wait for
 the same one. Then the first of them reads all reports and names those that wrote nothing, or are behind the others.
 That needs neither network nor rank 0.
+
+In a step's own work the time allowed is short (step_limit.py). The rank that it catches may be waited for by others in
+a phase that may take long. Those look for a report of another, and write theirs too.
 """
 
 from __future__ import annotations
@@ -86,6 +89,8 @@ class Watchdog:
         """How long to wait for reports: ranks begin to wait within a step of each other."""
         self._pause = min(2.0, 0.1 * max(1.0, len(peers.identities) / 64))
         """Between two looks for the message: all ranks together look about a thousand times a second at most."""
+        self._listened = 0.0
+        """When this rank last looked for a report of another."""
         self._folder.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # a full disk: the last words of this rank are missed, no more
             phases.keep_in(self._folder / f"rank-{self._rank:05d}.phase")
@@ -129,12 +134,34 @@ class Watchdog:
                     self._lock.beat()
                 except LockLost as error:
                     self._stop.leave(ExitCode.FOLDER_LOST, f"error: {error}; this one stops writing")
-            if self._timeout and not self._phases.is_patient and now - self._phases.since > self._timeout:
+            if self._timeout and (self._has_hung(now) or self._is_called(now)):
                 try:
                     self._report()
                 except OSError as error:  # a full disk: the hang must end all the same
                     where = f"{error.filename or self._hang} cannot be written: {error.strerror}"
                     self._stop.leave(ExitCode.HUNG, f"error: rank {self._rank}: hang in {self._phases.record}; {where}")
+
+    def _limit(self) -> tuple[float, str]:
+        """Seconds that the phase may take, and what says so."""
+        phases = self._phases
+        if phases.is_quick and phases.step_limit is not None and phases.step_limit < self._timeout:
+            return phases.step_limit, f"a step's limit of {phases.step_limit:.0f} s, resilience.step_timeout_factor"
+        return self._timeout, f"resilience.hang_timeout_seconds = {self._timeout:g}"
+
+    def _has_hung(self, now: float) -> bool:
+        """Whether this rank's phase has taken too long."""
+        return not self._phases.is_patient and now - self._phases.since > self._limit()[0]
+
+    def _is_called(self, now: float) -> bool:
+        """Whether another rank has reported, and this one may wait for it. Half of the limit: ranks begin to wait
+        within a step of each other."""
+        limit = self._phases.step_limit
+        if self._phases.is_patient or limit is None or now - self._phases.since < limit / 2:
+            return False
+        if now - self._listened < min(self._grace / 3, max(1.0, len(self._identities) / 1000)):
+            return False
+        self._listened = now
+        return (self._hang / READER).exists()
 
     def _report(self) -> None:
         """Says what this rank waits for and, unless it goes on meanwhile, ends it."""
@@ -149,12 +176,17 @@ class Watchdog:
         except Exception as error:  # torch's recorder is private, and a report without it is one as well
             self._say(f"rank {self._rank}: no record of its collectives: {type(error).__name__}: {error}")
         Report(self._rank, self._identities[self._rank], waited, record).write(self._hang)
-        is_reader, deadline = self._becomes_reader(), time.monotonic() + self._grace
+        # One that was called reads for nobody: if the rank that called it goes on, so must this one.
+        is_reader = self._has_hung(time.monotonic()) and self._becomes_reader()
+        deadline = time.monotonic() + self._grace
         message = self._hang / "message.txt"
         while time.monotonic() < deadline and not message.exists() and not (is_reader and self._all_have_reported()):
             time.sleep(self._pause)
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
-        if self._phases.record.count != record.count and not message.exists():
+        is_stuck = self._phases.record.count == record.count and (
+            self._has_hung(time.monotonic()) or (self._hang / READER).exists()
+        )
+        if not is_stuck and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
             path.with_suffix(collectives.SUFFIX).unlink(missing_ok=True)
             if is_reader:
@@ -163,7 +195,8 @@ class Watchdog:
             return
         deadline = time.monotonic() + 5.0 + READ_SECONDS * len(self._identities)
         while not message.exists() and time.monotonic() < deadline:
-            is_reader = is_reader or self._becomes_reader()  # the one before went on
+            # The one before went on.
+            is_reader = is_reader or (self._has_hung(time.monotonic()) and self._becomes_reader())
             if is_reader:
                 self._describe_for_all(message)
             else:
@@ -193,7 +226,7 @@ class Watchdog:
             calls = collectives.explain(collectives.read(self._hang))
         except Exception as error:  # what else is known must be said
             calls = [f"the records cannot be compared: {type(error).__name__}: {error}"]
-        self._publish(describe(reports, silent, words, self._timeout, self._hang, calls), message)
+        self._publish(describe(reports, silent, words, self._limit()[1], self._hang, calls), message)
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
         """For each of the ranks `silent`: where it was last, and what its process does now."""
@@ -272,11 +305,12 @@ def describe(
     reports: dict[int, Report],
     silent: list[int],
     last_words: dict[int, str],
-    timeout: float,
+    limit: str,
     folder: Path,
     calls: Sequence[str] = (),
 ) -> str:
-    """One message that says which ranks did not arrive, and where. `calls`: what collectives.explain says."""
+    """One message that says which ranks did not arrive, and where. `limit`: which one they exceed. `calls`: what
+    collectives.explain says."""
     furthest = max(reports.values(), key=lambda report: report.record.count)
     behind = {rank: report for rank, report in reports.items() if report.record.count < furthest.record.count}
     absent = [f"rank {rank}: no sign of life ({last_words[rank]})" for rank in silent[:LISTED]]
@@ -292,6 +326,6 @@ def describe(
     told = f"Collectives: {'; '.join(calls)}. " if calls else ""
     return (
         f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
-        f"{ranges(waiting)}, for {furthest.waited_seconds:.0f} s (resilience.hang_timeout_seconds = {timeout:g}). "
+        f"{ranges(waiting)}, for {furthest.waited_seconds:.0f} s ({limit}). "
         f"{told}Stacks of every rank that could write them: {folder}. The last checkpoint stands"
     )

@@ -135,12 +135,12 @@ def _run(config: Config, sources: Sources, run_dir: Path, ranks: Ranks, stop: St
         speaks, words = True, f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
         stop.enter(ProcessState.ENDING)
-        devices.stop()
-    if speaks:
+    if speaks:  # before leaving: after a fault the process group may not let this process go
         where = "" if ranks.rank == 0 else f"rank {ranks.rank} "
         nodes = max(1, ranks.world_size // ranks.local_size)
         size = f"{counted(ranks.world_size, 'rank')} on {counted(nodes, 'node')}, {time.monotonic() - started:.0f} s"
         print(f"{VERDICT}{where}{words} ({size})", flush=True)
+    devices.stop(code)
     return code
 
 

@@ -10,12 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from common import html_page
 from pretrain.views.comparison import AXES, Run
 from pretrain.views.comparison_text import DIFFERS, notes, tables
 
+MARKS = "^svDP*"
+"""Of the sources of a mixture; of more curves than these none is drawn, for nobody could tell them apart."""
 POINTS = 600
 """Most points of a curve: the mean of its steps in as many equal parts."""
 
@@ -32,8 +35,8 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndar
 
 
 def drawn(runs: Sequence[Run]) -> bytes:
-    """PNG: losses against steps (those of validations as dots), tokens and FLOPs, how far the others are from the first
-    (of a single run: its learning rate), gradient norm, speed."""
+    """PNG: losses against steps (those of validations as dots, of a few sources as marks), tokens, FLOPs; how far the
+    others are from the first (of a single run: its learning rate), gradient norm, speed."""
     figure = Figure(figsize=(15, 8.5), dpi=100)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3)
@@ -46,6 +49,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
         if validations := run.view.validations():
             grid[0, 0].plot(*zip(*validations, strict=True), "o", color=f"C{number}", markersize=5)
             grid[0, 0].set_title("training loss, validation loss (dots) against steps")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    _sources(grid[0, 0], runs)
     if len(runs) > 1:
         _distance(grid[1, 0], runs)
     else:
@@ -57,7 +62,6 @@ def drawn(runs: Sequence[Run]) -> bytes:
     ):
         _curves(axes, runs, "step", key)
         axes.set(title=title, xlabel="steps", ylabel=unit)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
     rows = -(-len(runs) // 4)
     figure.tight_layout(rect=(0, 0.03 + 0.025 * rows, 1, 1))
@@ -73,6 +77,23 @@ def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
         width, alpha = (1.2, 1.0) if number else (3.0, 0.5)
         axes.plot(x, y, label=run.label, color=f"C{number}", linewidth=width, alpha=alpha)
     axes.grid(alpha=0.3)
+
+
+def _sources(axes: Axes, runs: Sequence[Run]) -> None:
+    """The validation losses of the sources of mixtures, a mark for each source, where these are few enough to be told
+    apart."""
+    found = [run.view.source_validations() for run in runs]
+    names = list(dict.fromkeys(name for of_run in found for _, losses in of_run for name in losses))
+    if not names or len(names) * len(runs) > len(MARKS):
+        return
+    for number, of_run in enumerate(found):
+        for name, mark in zip(names, MARKS, strict=False):
+            points = [(step, losses[name]) for step, losses in of_run if name in losses]
+            if points:
+                axes.plot(*zip(*points, strict=True), f"{mark}:", color=f"C{number}", markersize=4, linewidth=0.8)
+    marks = [Line2D([], [], color="gray", marker=mark, linestyle=":") for mark in MARKS[: len(names)]]
+    for text in axes.legend(marks, names, title="validation, by source", fontsize=8, title_fontsize=8).get_texts():
+        text.set_parse_math(False)
 
 
 def _distance(axes: Axes, runs: Sequence[Run]) -> None:

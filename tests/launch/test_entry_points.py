@@ -82,6 +82,8 @@ def test_dry_run_prints_the_resolved_tree_and_derived_values(
     assert tree["data"]["manifest"] == str(prepared)
     for words in ("parameters, total", "parameters, active", "micro-steps", "unused vocabulary rows"):
         assert words in printed[end:]
+    checks = [line for line in printed.splitlines() if line.startswith(("  ok ", "  warning "))]
+    assert printed.splitlines()[-1] == f"all {len(checks)} checks passed; nothing was written"
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 

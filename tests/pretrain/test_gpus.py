@@ -195,6 +195,7 @@ def test_a_rank_touches_its_own_gpu_first(
     assert shared == [local_rank == 0], "kernels are compiled once a node"
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
+    assert gpus.NVLS not in os.environ, "switches add up unless train.deterministic forbids it"
     assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
 
 
@@ -240,21 +241,25 @@ def test_order_of_fused_attention(
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
-def test_cublas_is_asked_before_cuda_starts(machine: pytest.MonkeyPatch) -> None:
+def test_cublas_and_nccl_are_asked_before_cuda_starts(machine: pytest.MonkeyPatch) -> None:
     """And another wish of the environment is refused before a GPU is touched."""
     cuda = Cuda(8)
     machine.setattr(torch, "cuda", cuda)
     machine.setenv(gpus.CUBLAS, ":0:0")
+    machine.setenv(gpus.NVLS, "2")
     settings, ranks = TrainConfig(device="cuda", deterministic=True), Ranks(0, 0, 1, 1)
     for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE"):
         machine.setenv(name, "")
         machine.delenv(name)
     with pytest.raises(UserError, match=r"train\.deterministic: cuBLAS .* = :4096:8 or :16:8, but it is ':0:0'"):
         device.start(ranks, settings)
-    assert cuda.touched() == []
     machine.delenv(gpus.CUBLAS)
-    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(os.environ[gpus.CUBLAS]))
-    with pytest.raises(pytest.exit.Exception, match=":4096:8"):
+    with pytest.raises(UserError, match=r"train\.deterministic: NCCL .* NCCL_NVLS_ENABLE = 0, but it is '2'"):
+        device.start(ranks, settings)
+    assert cuda.touched() == []
+    machine.delenv(gpus.NVLS)
+    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(f"{os.environ[gpus.CUBLAS]} {os.environ[gpus.NVLS]}"))
+    with pytest.raises(pytest.exit.Exception, match=r"^:4096:8 0$"):
         device.start(ranks, settings)
 
 
@@ -278,6 +283,39 @@ def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
         raise nccl
     with pytest.raises(dist.DistBackendError, match="unhandled"), gpus.refusing_a_shared_gpu():
         raise dist.DistBackendError("NCCL error: unhandled system error")
+
+
+def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of torch 2.13, of which the first line has no reason."""
+    nccl = dist.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error. \nLast error:\nBootstrap : no socket interface found"
+    )
+
+    def fail(**options: Any) -> None:
+        raise nccl
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=fail))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
+    with pytest.raises(device.Unreachable, match=said):
+        device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
+    assert gpus.what_nccl_says(dist.DistNetworkError("The client socket has timed out")) is None
+
+
+def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the names of nodes resolve to 127.0.1.1, which NCCL does not ask for."""
+
+    def fail(**options: Any) -> None:
+        assert options["backend"] == "gloo"
+        raise RuntimeError("Gloo connectFullMesh failed with SO_ERROR: Connection refused\nmore")
+
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", fail)
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME: .*Connection refused\); set it to the name of the net"):
+        device.control_group(60.0)
 
 
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(

@@ -28,9 +28,10 @@ from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch
 from pretrain.evaluate import evaluate
 from pretrain.parallel.context import parallel_context
+from pretrain.report.event_text import event_text
 from pretrain.report.source_losses import sources_text
 from pretrain.views.reading import RunView
-from pretrain.views.status import summary, validation_text
+from pretrain.views.status import screen, summary, validation_text
 from tests.corpus import write_dump
 from tests.harness import run_ranks
 from tests.pretrain.report.boards import read, steps_of
@@ -207,6 +208,11 @@ def test_the_sources_are_shown_where_the_total_is(
     assert documented - written == {"bits_per_byte", "ema_bits_per_byte"} and written <= documented
 
     assert validation_text(RunView.open(run)) == f"{event['loss']:.4f} after step 1 ({of_sources})"
+    loss = f"validation after step 1: loss {event['loss']:.4f}"
+    assert event_text(event, 0.0).endswith(f"  {loss} ({of_sources})") and f"{loss} (" in screen(
+        RunView.open(run), width=120, now=0.0
+    )
+    assert "(" not in event_text(validation(alone), 0.0)
     known = {name: event[f"loss/{name}"] for name in sources}
     assert summary(RunView.open(run))["validations_by_source"] == [[1, known]]
     assert summary(RunView.open(alone))["validations_by_source"] == []

@@ -24,7 +24,9 @@ SCRIPTS = sorted(job.FOLDER.glob("*.sbatch"))
 STUB = """#!/bin/sh
 '''exec' '{python}' "$0" "$@"
 ' '''
-import json, os, sys, time
+import json, os, pathlib, sys, time
+sys.path.append('{repository}')
+from common.files import write_json
 name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
 with open(f"{{folder}}/{{name}}.calls", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ.get("MASTER_PORT"), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
@@ -36,6 +38,9 @@ if name == "srun":
             file.write(os.environ["SAYS"])
     if checkpoint:
         os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
+    if os.environ.get("OUTCOME"):
+        time.sleep(0.02)  # outcome.json is newer than the start
+        write_json(pathlib.Path(os.environ["RUN_DIR"]) / "outcome.json", json.loads(os.environ["OUTCOME"]))
     for line in json.loads(os.environ.get("TASKS", "[]")):
         print("srun: error: " + line, file=sys.stderr)
     time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
@@ -114,7 +119,7 @@ def bench(tmp_path: Path) -> Bench:
     (tmp_path / "bin").mkdir()
     for name in ("srun", "scontrol", "sinfo", "sleep"):
         path = tmp_path / "bin" / name
-        path.write_text(STUB.format(python=sys.executable))
+        path.write_text(STUB.format(python=sys.executable, repository=REPOSITORY))
         path.chmod(0o755)
     return Bench(tmp_path)
 
@@ -208,6 +213,23 @@ def test_it_is_not_tried_a_third_time_before_it_is_excluded(bench: Bench) -> Non
 def test_a_fault_of_several_nodes_or_of_none_excludes_nothing(bench: Bench, tasks: list[str]) -> None:
     bench.train(SRUN_CODE="1", TASKS=json.dumps(tasks))
     assert bench.requeues() == ["7"] and not bench.excluded()
+
+
+DIFFER = ["node1: task 0: Exited with exit code 4", "node2: task 1: Exited with exit code 4"]
+
+
+def test_a_node_whose_weights_differ_from_the_majority_is_excluded_at_once(bench: Bench) -> None:
+    outcome = {"exit_code": 4, "reason": 'rank 1 "differs"', "step": 8, "time": 1e9, "node": "node2"}
+    code, output = bench.train(SRUN_CODE="4", TASKS=json.dumps(DIFFER), OUTCOME=json.dumps(outcome))
+    assert (code, len(bench.calls("srun")), bench.requeues()) == (4, 1, ["7"])
+    assert bench.excluded() == ["ExcNodeList=node2"], output
+    words = "the weights on node2 differ from those of most replicas: excluded from this job from now on"
+    assert words in output
+    # An outcome of that start says nothing about the next one, nor does one that names no node.
+    bench.train(SRUN_CODE="4", TASKS=json.dumps(DIFFER), EXCLUDES="9")
+    outcome.pop("node")
+    bench.train(SRUN_CODE="4", TASKS=json.dumps(DIFFER), EXCLUDES="9", OUTCOME=json.dumps(outcome))
+    assert len(bench.excluded()) == 1
 
 
 def test_nodes_that_failed_in_turns_are_not_excluded(bench: Bench) -> None:

@@ -132,6 +132,22 @@ def groups(rank: int) -> list[tuple[list[int], list[int]]]:
     return found
 
 
+@pytest.mark.parametrize("backend, where", [("nccl", 3), ("gloo", torch.device("cpu")), ("fake", torch.device("cpu"))])
+def test_megatron_core_allocates_where_ranks_speak_whatever_gpus_the_machine_has(
+    backend: str, where: torch.device | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on CPUs, and a rehearsal, begin on machines with GPUs too."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    import model.parallel.megatron_core  # noqa: F401  # it sets what megatron-core sees
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    assert mappings.torch.cuda.current_device() == where
+    assert mappings.torch.empty is torch.empty
+
+
 @pytest.mark.slow
 def test_groups_are_those_of_parallel_state() -> None:
     for pairs in run_ranks(groups, 8):

@@ -77,6 +77,10 @@ def test_extreme_numbers(
         ("resilience.hang_timeout_seconds=1e300", "less than or equal to 604800 (given 1e+300)"),
         ("resilience.hang_timeout_seconds=1e-9", "1e-09 s is shorter than any step; set it to at least 1"),
         ("resilience.hang_timeout_seconds=NaN", "finite number (given NaN)"),
+        (
+            "resilience.step_timeout_factor=1.5",
+            "1.5 times the longest step may be less than the next one takes; set it",
+        ),
         ("model.d_model=1", "greater than or equal to 2 (given 1)"),
     ],
 )

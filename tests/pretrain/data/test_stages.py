@@ -163,13 +163,19 @@ def note_reads(trainer: Trainer, log: Path) -> None:
     trainer.launch = noting  # type: ignore[method-assign]
 
 
-def read_by(base: Path, log: Path) -> list[tuple[str, int]]:
-    """What the steps in `log` read, by position."""
+def read_at(base: Path, log: Path) -> dict[int, tuple[str, int]]:
+    """What the steps in `log` read, by position; of a step that was taken again the last time."""
     known, found = sequences(base), {}
     for path in log.iterdir():
         with np.load(path) as file:
             rows = zip(file["index"].ravel().tolist(), file["tokens"].reshape(-1, T), strict=True)
             found |= {position: known[row.tobytes()] for position, row in rows}
+    return found
+
+
+def read_by(base: Path, log: Path) -> list[tuple[str, int]]:
+    """What the steps in `log` read, in the order of positions, none of which is left out."""
+    found = read_at(base, log)
     return [found[position] for position in range(len(found))]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from pretrain.engine.gradient_norm import ROW, sum_of_squares
+from pretrain.engine.gradient_norm import ROW, deepspeed_norm, sum_of_squares
 
 SHAPES = [(3,), (ROW,), (ROW + 1,), (8000, 128), (7, 11, 513), (2, ROW * 3), ()]
 
@@ -43,3 +45,15 @@ def test_one_value_that_is_not_finite_or_cannot_be_squared_shows(value: float) -
         made = [torch.ones(3), torch.ones(9000)]
         made[1][place] = value
         assert not torch.isfinite(sum_of_squares(made))
+
+
+@pytest.mark.parametrize("norm", [torch.tensor(2.0), 2.0])
+def test_the_norm_is_on_the_device_of_the_sums_wherever_deepspeed_has_it(norm: torch.Tensor | float) -> None:
+    """With an offloaded optimizer it is in CPU memory, and a step's sums, which it joins, are on the GPU."""
+    optimizer = SimpleNamespace(overflow=False)
+    engine = SimpleNamespace(optimizer=optimizer, get_global_grad_norm=lambda: norm)
+    assert deepspeed_norm(engine, torch.device("meta")).device.type == "meta"
+    assert float(deepspeed_norm(engine, torch.device("cpu"))) == 2.0
+    optimizer.overflow = True
+    assert deepspeed_norm(engine, torch.device("meta")).device.type == "meta"
+    assert float(deepspeed_norm(engine, torch.device("cpu"))) == float("inf")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from model.layers import Block
@@ -21,10 +22,12 @@ from tests.pretrain.runs import small_config
 TWO = ("parallel.tensor=2", "model.feedforward.num_experts=6")
 
 
-def rehearsed(prepared: Path, num_ranks: int, *overrides: str, rank: int | None = None) -> Checklist:
-    """The two checks of a step on the CPU."""
+def rehearsed(
+    prepared: Path, num_ranks: int, *overrides: str, rank: int | None = None, device: str = "cpu"
+) -> Checklist:
+    """The two checks of a step."""
     config = small_config(prepared, *overrides)
-    run = PlannedRun(config, num_ranks, None, "cpu", data_size=check_ranks(config, num_ranks))
+    run = PlannedRun(config, num_ranks, None, device, data_size=check_ranks(config, num_ranks))
     checks = Checklist()
     StepRehearsal(run, rank).check(checks)
     return checks
@@ -45,6 +48,28 @@ def test_a_collective_that_one_rank_does_not_call_is_found(prepared: Path, monke
     (problem,) = map(str, collectives.problems)
     assert problem.startswith("parallel.tensor: ") and "equal calls in their group of 2 ranks, rank 0 calls" in problem
     assert problem.endswith("let the layer, or the setting, that makes the difference do the same on all of them")
+
+
+@pytest.mark.parametrize("fault", ["strides", "dtype"])
+def test_what_gloo_takes_and_nccl_does_not_is_found_for_a_gpu_alone(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    transform = Block.transform
+
+    @functools.wraps(transform)
+    def planted(self: Any, hidden: Any, *others: Any) -> Any:
+        own = hidden.detach().clone()
+        own = own.transpose(0, 1) if fault == "strides" else own.to(torch.int16)
+        dist.all_reduce(own, group=self.attention.parallel.tensor_group)
+        return transform(self, hidden, *others)
+
+    monkeypatch.setattr(Block, "transform", planted)
+    on_cpu = rehearsed(prepared, 2, *TWO).outcomes[0]
+    assert on_cpu.passed
+    (problem,) = map(str, rehearsed(prepared, 2, *TWO, device="cuda").outcomes[0].problems)
+    assert problem.startswith("parallel.tensor: all_reduce of 768 ")
+    reason = "strides (24, 384, 1) is not contiguous" if fault == "strides" else "int16 is no dtype of NCCL"
+    assert f"{reason}, which NCCL does not take between GPUs" in problem
 
 
 ALL = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")

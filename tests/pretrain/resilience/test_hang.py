@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+import pretrain.resilience.step_limit
 import tests.harness as harness
 from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
@@ -22,6 +23,9 @@ from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, descri
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import events, outcome, train_with
 from tests.pretrain.runs import small_config
+
+LIMIT = "resilience.hang_timeout_seconds = 30"
+"""That a message names."""
 
 
 def exit_codes(function: object, world_size: int, *args: object, timeout_seconds: float) -> list[int | None]:
@@ -115,6 +119,26 @@ def test_a_rank_that_sleeps_is_named(prepared: Path, tmp_path: Path) -> None:
     assert "in entered" in (run_dir / "hang" / "rank-00001.stacks").read_text()
 
 
+def stop_after_measured_steps(trainer: Trainer, phase: str) -> None:
+    """Rank 1 sleeps in a phase of step 25, when steps have a limit of seconds."""
+    pretrain.resilience.step_limit.LEAST_SECONDS = 10.0
+    stop_in(trainer, 1, phase, 25, sleeps=True)
+
+
+@pytest.mark.slow  # test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too has watchdogs alone
+@pytest.mark.parametrize("phase", ["forward", "reading the step's sums"])
+def test_a_hung_step_is_ended_by_its_own_limit(prepared: Path, tmp_path: Path, phase: str) -> None:
+    """Where it reads the step's sums, the others wait for it in a phase that may take long."""
+    run_dir, long = tmp_path / "run", "resilience.hang_timeout_seconds=3600"
+    config = small_config(prepared, "train.steps=30", "evaluate.sequences=0", long)
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
+    codes = exit_codes(train_with, 3, config, run_dir, stop_after_measured_steps, phase, timeout_seconds=400)
+    assert codes == [5, 5, 5]
+    message = (run_dir / "hang" / "message.txt").read_text()
+    assert f"Did not arrive: rank 1: still in phase '{phase}' of step 25" in message
+    assert "Waiting: ranks 0, 2," in message and "(a step's limit of " in message
+
+
 def test_phases_can_be_read_from_outside(tmp_path: Path) -> None:
     phases = Phases()
     phases.keep_in(tmp_path / "phase")
@@ -159,6 +183,73 @@ class Left(Stop):
         raise SystemExit  # ends the watchdog's thread
 
 
+def ranks_of_two(tmp_path: Path, codes: list[int]) -> tuple[list[Phases], list[Watchdog]]:
+    """Two watched ranks in a process, whose steps have a limit of 0.2 s and all else one of a minute."""
+    identities = [{"host": f"node-{rank}", "boot": "", "namespace": "", "pid": 1, "start": 1} for rank in range(2)]
+    phases = [Phases(), Phases()]
+    for own in phases:
+        own.step, own.step_limit = 3, 0.2
+    return phases, [
+        Watchdog(tmp_path, own, Left(codes), Peers(rank, identities), hang_timeout_seconds=60.0, lock=None)
+        for rank, own in enumerate(phases)
+    ]
+
+
+def test_the_limit_of_a_step_holds_in_quick_phases_alone(tmp_path: Path) -> None:
+    """By an invented clock."""
+    (phases, _), watchdogs = ranks_of_two(tmp_path, [])
+    watchdog = watchdogs[0]
+    for other in watchdogs:
+        other.close()
+    phases.step_limit = 20.0
+    phases.enter("forward", quick=True)
+    assert not watchdog._has_hung(phases.since + 19.0) and watchdog._has_hung(phases.since + 21.0)
+    phases.may_take_long()
+    assert not watchdog._has_hung(phases.since + 59.0) and watchdog._has_hung(phases.since + 61.0)
+    phases.enter("reading batches")
+    assert not watchdog._has_hung(phases.since + 59.0) and watchdog._has_hung(phases.since + 61.0)
+    phases.enter("forward", quick=True)
+    phases.step_limit = None
+    assert not watchdog._has_hung(phases.since + 59.0) and watchdog._has_hung(phases.since + 61.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too(tmp_path: Path) -> None:
+    codes: list[int] = []
+    phases, watchdogs = ranks_of_two(tmp_path, codes)
+    for own in phases:
+        own.enter("forward", quick=True)
+    phases[1].enter("waiting for the batches of other ranks")
+    for watchdog in watchdogs:
+        watchdog._thread.join(timeout=60)
+        watchdog.close()
+    assert codes == [5, 5]
+    message = (tmp_path / "hang" / "message.txt").read_text()
+    assert "Did not arrive: rank 0: still in phase 'forward' of step 3 on node-0. Waiting: ranks 1, for " in message
+    assert "(a step's limit of 0 s, resilience.step_timeout_factor)" in message
+
+
+def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(tmp_path: Path) -> None:
+    codes: list[int] = []
+    phases, watchdogs = ranks_of_two(tmp_path, codes)
+    hang, deadline = tmp_path / "hang", time.monotonic() + 60
+    phases[1].enter("waiting for the batches of other ranks")
+    for watchdog in watchdogs:
+        watchdog._grace = 6.0
+    monotonic = time.monotonic
+    watchdogs[0]._all_have_reported = lambda: False  # type: ignore[method-assign]  # it waits until its time is over
+    phases[0].enter("forward", quick=True)
+    while len(list(hang.glob("rank-*.json"))) < 2 and monotonic() < deadline:
+        time.sleep(0.02)
+    phases[0].enter("backward")
+    while list(hang.glob("rank-*.json")) and monotonic() < deadline:
+        time.sleep(0.02)
+    assert not list(hang.glob("rank-*.json")) and not codes
+    assert not (hang / "message.txt").exists() and not (hang / "reader").exists()
+    for watchdog in watchdogs:
+        watchdog.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five nodes of a rank each: if every rank read all reports, N ranks would read N x N files."""
@@ -191,12 +282,12 @@ def test_a_message_names_some_of_many_absent_ranks() -> None:
     record = Record(0.0, 7, 2, "forward")
     reports = {rank: Report(rank, {"host": "a"}, 31.0, record) for rank in range(100, 200)}
     reports[150] = Report(150, {"host": "b"}, 31.0, Record(0.0, 6, 2, "reading batches"))
-    text = describe(reports, list(range(100)), {rank: f"process {rank}" for rank in range(LISTED)}, 30.0, Path("hang"))
+    text = describe(reports, list(range(100)), {rank: f"process {rank}" for rank in range(LISTED)}, LIMIT, Path("hang"))
     assert (
         text.count("no sign of life") == LISTED
         and f"; and {100 + 1 - LISTED} more. Waiting: ranks 100-149, 151-199" in text
     )
-    few = describe(reports, [3], {3: "process 3"}, 30.0, Path("hang"))
+    few = describe(reports, [3], {3: "process 3"}, LIMIT, Path("hang"))
     assert (
         "rank 3: no sign of life" in few and "rank 150: still in phase 'reading batches'" in few and "more" not in few
     )
@@ -205,7 +296,7 @@ def test_a_message_names_some_of_many_absent_ranks() -> None:
 def test_nobody_is_blamed_if_all_are_in_the_same_phase() -> None:
     record = Record(0.0, 7, 2, "adding up over ranks")
     reports = {rank: Report(rank, {"host": "a"}, 31.0, record) for rank in range(3)}
-    text = describe(reports, [], {}, 30.0, Path("hang"))
+    text = describe(reports, [], {}, LIMIT, Path("hang"))
     assert text.startswith(
         "hang: phase 'adding up over ranks' of step 2 does not end. Did not arrive: no rank is behind"
     )

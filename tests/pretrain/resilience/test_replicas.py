@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.resilience.replicas import ReplicaCheck, _difference, checksum
+from pretrain.resilience.replicas import Difference, ReplicaCheck, checksum, suspect_node
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
@@ -35,8 +36,20 @@ def test_every_flipped_bit_changes_the_checksum() -> None:
 
 
 def test_a_majority_names_the_culprit_and_two_ranks_only_differ() -> None:
-    assert _difference("w", [[0], [1, 2, 3]]) == "w: rank 0 differs from ranks 1, 2, 3"
-    assert _difference("w", [[0], [1]]) == "w: rank 0 differs from rank 1"
+    assert str(Difference("w", [[0], [1, 2, 3]])) == "w: rank 0 differs from ranks 1, 2, 3"
+    assert str(Difference("w", [[0], [1]])) == "w: rank 0 differs from rank 1"
+
+
+def test_a_node_is_suspect_if_a_majority_contradicts_its_ranks_alone() -> None:
+    hosts = ["node1", "node1", "node2", "node2", "node3", "node3"]
+    one, both = Difference("a", [[3], [0, 1, 2, 4, 5]]), Difference("b", [[2], [3], [0, 1, 4, 5]])
+    assert suspect_node([one], hosts) == suspect_node([one, both], hosts) == "node2"
+    elsewhere = Difference("c", [[0], [1, 2, 3, 4, 5]])
+    assert suspect_node([one, elsewhere], hosts) is None
+    # Two replicas, and halves, have no majority: they say nothing, also of a node that another tensor names.
+    half = Difference("d", [[0, 1, 2], [3, 4, 5]])
+    assert suspect_node([half, Difference("e", [[0], [4]])], hosts) is None
+    assert suspect_node([half, one], hosts) == "node2"
 
 
 def _flip(trainer: Trainer, name: str) -> bool:
@@ -83,14 +96,14 @@ def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str]
         others = {key for other, keys in enumerate(everybody) if other != rank for key in keys}
         assert len(others & set(check.own_keys)) > 10
         one_step(trainer, Progress(0, 0))
-        before = check()
+        before = [str(difference) for difference in check()]
         if rank == 3:
             assert _flip(trainer, NAME)
-        after = check()
+        after = [str(difference) for difference in check()]
         if rank == 3:
             tracking = [s for _, s in routing_statistics(trainer.engine.module) if s.tracks_probability]
             tracking[0].probability[-1] += 1e-9
-        results.append((before, after, check()))
+        results.append((before, after, [str(difference) for difference in check()]))
         trainer.engine.destroy()
     return results
 
@@ -113,7 +126,7 @@ def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_pa
     endings = run_ranks(train_with, 2, stop, tmp_path / "stop", flip_once, 3, tmp_path / "flipped-1")
     assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {NAME}") for ending in endings)
     assert all("memory of those machines" in ending and "the layer of that parameter" in ending for ending in endings)
-    assert outcome(tmp_path / "stop")["exit_code"] == 4
+    assert outcome(tmp_path / "stop")["exit_code"] == 4 and "node" not in outcome(tmp_path / "stop")
     assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
 
     back = small_config(prepared, *keys, "resilience.replica_action=rollback")
@@ -123,3 +136,18 @@ def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_pa
     run_ranks(train_runs, 2, [(back, tmp_path / "unbroken")])
     assert_bit_identical(tmp_path / "back", tmp_path / "unbroken")
     assert [row["step"] for row in metrics(tmp_path / "back")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_node_that_two_others_contradict_is_named_for_the_job(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2", "parallel.zero=0")
+    config = small_config(prepared, *keys)
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
+    endings = run_ranks(_train_on_three_nodes, 3, config, tmp_path / "run", tmp_path / "flipped")
+    assert all("check the memory of node1, whose ranks alone differ from the majority" in ending for ending in endings)
+    assert outcome(tmp_path / "run")["node"] == events(tmp_path / "run", "replicas_differ")[0]["node"] == "node1"
+
+
+def _train_on_three_nodes(rank: int, config: Config, run_dir: Path, marker: Path) -> str:
+    """Each rank is a task of srun on a node of its own."""
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "3", "SLURMD_NODENAME": f"node{rank}"}
+    return train_with(rank, config, run_dir, flip_once, 2, marker)

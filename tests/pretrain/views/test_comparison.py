@@ -13,10 +13,11 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from pretrain.cli.compare import main
 from pretrain.views.comparison import differences, differing_facts, losses, open_runs
-from pretrain.views.comparison_page import thinned
+from pretrain.views.comparison_page import _sources, drawn, thinned
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
@@ -181,6 +182,42 @@ def test_damaged_lines_runs_without_common_steps_and_other_versions(
     printed = capsys.readouterr()
     assert printed.err == "late: 1 damaged lines were passed over\n"
     assert "(0 steps of both): they have no step in common" in printed.out
+
+
+def of_mixture(folder: Path, validations: dict[int, dict[str, float | None]]) -> Path:
+    """A run that was validated after these steps, with these losses by source."""
+    path = write(folder, [row(step, 5.0) for step in range(1, 9)])
+    events = [
+        {"event": "validation", "time": 1e9, "step": step, "split": "validation", "loss": 4.0}
+        | {f"loss/{name}": loss for name, loss in losses.items()}
+        for step, losses in validations.items()
+    ]
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def curves_by_source(*paths: Path) -> list[tuple[list[float], list[float]]]:
+    axes = Figure().subplots()
+    _sources(axes, runs_of(*paths))
+    assert (axes.get_legend() is not None) == bool(axes.lines)
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+
+
+def test_the_picture_has_the_losses_of_a_few_sources(tmp_path: Path) -> None:
+    one = of_mixture(tmp_path / "one", {4: {"c4": 4.5, "$math$": 3.5}, 8: {"c4": 4.0, "$math$": None}})
+    other = of_mixture(tmp_path / "other", {8: {"books": 2.0, "c4": 4.25}})
+    of_one, of_other = curves_by_source(one), curves_by_source(one, other)
+    assert of_one[0] == ([4, 8], [4.5, 4.0])
+    assert of_one[1][0] == [4, 8] and of_one[1][1][0] == 3.5 and math.isnan(of_one[1][1][1])
+    assert of_other[:1] + of_other[2:] == [([4, 8], [4.5, 4.0]), ([8], [4.25]), ([8], [2.0])]
+    assert len(drawn(runs_of(one, other))) > 10_000
+
+
+def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curves(tmp_path: Path) -> None:
+    alone = of_mixture(tmp_path / "alone", {4: {}})
+    four = of_mixture(tmp_path / "four", {4: dict.fromkeys("abcd", 4.0)})
+    assert curves_by_source(alone) == [] and len(curves_by_source(four)) == 4
+    assert curves_by_source(four, alone) == []
 
 
 def test_thinned_curves_keep_their_mean() -> None:

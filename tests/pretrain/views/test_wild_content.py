@@ -50,6 +50,7 @@ FILES: dict[str, Any] = {
     "validation": {"event": "validation", "time": 1e9, "step": 3, "split": "validation", "loss": 4.0, "loss/a": 4.0},
     "router_collapsed": {"event": "router_collapsed", "time": 1e9, "step": 3, "routers": [{"router": "blocks.0"}]},
     "checkpoint": {"event": "checkpoint", "time": 1e9, "path": "p", "seconds": 1.0, "stall_seconds": 0.1},
+    "replicas_differ": {"event": "replicas_differ", "time": 1e9, "step": 3, "tensors": ["a: rank 1"], "node": "node1"},
     "hang": {"event": "hang", "time": 1e9, "message": "rank 1. More"},
 }
 

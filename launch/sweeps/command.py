@@ -1,0 +1,176 @@
+"""Command line of launch/sweep.py: trains every combination of configurations and values, here or on SLURM, and says
+which is best."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.arguments import at_least
+from common.errors import UserError
+from common.files import write_file
+from common.paths import REPOSITORY
+from common.terminal import spare_stdout
+from launch.slurm import job
+from launch.sweeps.check import LocalCheck, Problems, problems_of
+from launch.sweeps.plan import combinations, configurations, varied
+from launch.sweeps.queue import Queue
+from launch.sweeps.record import Sweep
+from launch.sweeps.training import launcher_of, train_all
+from pretrain.cli.options import add_overrides
+from pretrain.cli.refusals import exit_code_of
+from pretrain.report.exit_codes import ExitCode
+from pretrain.views.comparison import open_runs
+from pretrain.views.comparison_text import notes
+from pretrain.views.reading import State
+from pretrain.views.sweep import Result, edges, ranked, table_csv, table_text
+
+TABLE, LOSSES, CURVES = "sweep.csv", "losses.png", "curves.png"
+MOST_CURVES = 10
+"""Runs in the picture of curves, the best first: as many as have a colour."""
+NOT_ALL = 1
+"""Exit code: some runs failed or diverged."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/sweep.py",
+        description="Trains a run for every combination of the configurations and of the varied values, one after the "
+        "other, and ranks them by validation loss. The same command again goes on: finished runs stay, the others "
+        f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed or diverged, 2 "
+        f"refused, {int(ExitCode.STOPPED)} stopped by a signal.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--sweep-dir", required=True, type=Path, metavar="DIR", help="folder of the sweep; a run folder each in it"
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="configuration, repeatable")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="a key and its values, repeatable: --vary optimizer.learning_rate=1e-3,2e-3,4e-3",
+    )
+    add_overrides(parser, "override a key in every run, repeatable")
+    parser.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help='what starts launch/pretrain.py, e.g. "deepspeed --num_gpus 8" (default: one process)',
+    )
+    parser.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help="ranks that --launcher starts, for the checks",
+    )
+    parser.add_argument(
+        "--submit",
+        action="store_true",
+        help="submit a SLURM job for each run instead; options of launch/slurm/submit.py for all of them follow --",
+    )
+    parser.add_argument("--at-once", type=at_least(1), metavar="N", help="with --submit: at most N jobs run at a time")
+    parser.add_argument("--dry-run", action="store_true", help="check all runs, print their commands, start nothing")
+    parser.add_argument("--table", action="store_true", help="only show what the runs of --sweep-dir came to so far")
+    parser.add_argument("options", nargs="*", metavar="OPTION", help="behind --: options of launch/slurm/submit.py")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code, see the description above."""
+    args = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: sweep(args))
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Returns the exit code. Raises UserError and OSError."""
+    _check_options(args)
+    folder = args.sweep_dir.absolute()
+    if args.table:
+        found = Sweep.load(folder)
+        if found is None:
+            raise UserError(f"--sweep-dir: {folder} holds no sweep; --table shows one that was begun")
+        show(found)
+        return 0
+    configs, values = configurations(args.config), varied(args.vary, args.overrides)
+    found = Sweep.open(folder, list(values), args.overrides, configs)
+    asked = found.add(combinations(list(configs), values))
+    to_do = [run for run in asked if not _is_done(found.result(run))]
+    queue = Queue(found, args.options, args.at_once) if args.submit else None
+    pretrain = [*launcher_of(args.launcher), str(REPOSITORY / "launch" / "pretrain.py")]
+    if queue is not None and not args.dry_run:
+        job.need_sbatch()
+    local = LocalCheck(found, configs, args.ranks if args.launcher else 1)
+    problems: Problems = local.problems
+    if queue is not None:
+        problems = lambda run: queue.problems(run, configs[run.config])  # noqa: E731
+    print(f"{len(asked)} runs, {len(to_do)} of them to do; checking these", flush=True)
+    wrong = problems_of(to_do, problems)
+    if wrong:
+        raise UserError("\nerror: ".join(wrong))
+    if warning := local.warning():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if args.dry_run:
+        submit = [sys.executable, str(REPOSITORY / "launch" / "slurm" / "submit.py")]
+        for run in asked:
+            config = None if found.config(run.config).exists() else configs[run.config]
+            line = [*pretrain, *found.arguments(run, config)]
+            if queue is not None:
+                line = [*submit, *queue.command(run, config)]
+            print(f"\n{run.name}: {found.result(run).state_text}\n  {shlex.join(line)}", flush=True)
+        return 0
+    found.begin(configs)
+    if queue is not None and to_do:
+        queue.submit_all(to_do)
+        print(f"  table   python launch/sweep.py --sweep-dir {shlex.quote(str(args.sweep_dir))} --table", flush=True)
+        return 0
+    with spare_stdout():  # a reader that leaves ends no training
+        if not train_all(found, to_do, pretrain):
+            print("stopped; the same command goes on", flush=True)
+            return ExitCode.STOPPED
+        show(found)
+    return NOT_ALL if any(found.result(run).state is State.FAILED for run in asked) else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if args.table and (args.config or args.vary or args.overrides or args.submit or args.dry_run):
+        raise UserError("--table: goes with --sweep-dir alone, which knows its configurations and values")
+    if args.options and not args.submit:
+        raise UserError(f"{args.options[0]}: options behind -- are for SLURM; add --submit, or leave them out")
+    if args.at_once is not None and not args.submit:
+        raise UserError("--at-once: goes with --submit; here runs are trained one after the other")
+    if args.submit and args.launcher:
+        raise UserError("--launcher: does not go with --submit, whose jobs start their ranks themselves; leave it out")
+    if args.ranks is not None and not args.launcher:
+        raise UserError("--ranks: goes with --launcher, which starts them; without it a run is one process")
+
+
+def _is_done(result: Result) -> bool:
+    """Whether a run is left as it is. One that diverged is a result, and would most often diverge again."""
+    if result.is_diverged:
+        print(f"{result.run.name}: diverged, which is its result; remove its run folder to try it again", flush=True)
+    return result.state is State.FINISHED or result.is_diverged
+
+
+def show(found: Sweep) -> None:
+    """Prints the table, and writes it and both pictures into the sweep's folder. Raises OSError."""
+    results = ranked(found.results())
+    print(f"\n{table_text(results, found.keys)}\n", flush=True)
+    begun = [result for result in results if result.view is not None and len(result.view.metrics)]
+    runs = open_runs([result.view for result in begun if result.view is not None])
+    for sentence in [*edges(results, found.keys), *(notes(runs) if runs else [])]:
+        print(f"note: {sentence}", flush=True)
+    write_file(found.folder / TABLE, table_csv(results, found.keys).encode())
+    if not begun:
+        return
+    from pretrain.views.comparison_page import drawn  # matplotlib, for which the table need not wait
+    from pretrain.views.sweep_picture import losses_drawn
+
+    write_file(found.folder / LOSSES, losses_drawn(results, found.keys))
+    write_file(found.folder / CURVES, drawn(runs[:MOST_CURVES]))
+    print(f"{found.folder}: {TABLE}, {LOSSES} (loss against each value) and {CURVES}", flush=True)

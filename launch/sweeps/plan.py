@@ -1,0 +1,107 @@
+"""Which runs a sweep has: every combination of configurations and values, each with a name that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from common.errors import UserError
+from pretrain.report.run_paths import SAVED_CONFIG, config_file, is_run
+from pretrain.views.sweep import SweepRun
+
+MOST_LETTERS = 40
+"""Of a value in a name."""
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and a log has a few more than its run folder."""
+
+
+def configurations(given: Sequence[str]) -> dict[str, Path]:
+    """Name -> file of each --config. Raises UserError."""
+    found: dict[str, Path] = {}
+    for text in given:
+        path = config_file(text)
+        is_saved = path.name == SAVED_CONFIG and is_run(path.parent)
+        name = _safe(path.absolute().parent.name if is_saved else path.stem)
+        if name in found:
+            raise UserError(f"--config: {found[name]} and {path} would share the name {name}; rename one of them")
+        found[name] = path
+    if not found:
+        raise UserError("--config: is not given; name the configuration that is to be varied (--table needs none)")
+    return found
+
+
+def varied(given: Sequence[str], overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> values of each --vary. `overrides`: of --set, which may not give the same key. Raises UserError."""
+    found: dict[str, list[str]] = {}
+    fixed = {override.partition("=")[0].strip() for override in overrides}
+    for text in given:
+        key, equals, listed = text.partition("=")
+        key, values = key.strip(), values_of(listed)
+        if not equals or not key or not all(values):
+            raise UserError(f"--vary {text}: write it as KEY=A,B,..., e.g. optimizer.learning_rate=1e-3,2e-3")
+        if key in found or key in fixed:
+            raise UserError(f"--vary {key}: stands in another --vary or --set too; keep one of them")
+        if len({normal(value) for value in values}) < len(values):
+            raise UserError(f"--vary {key}: {listed} has a value twice; keep one of them")
+        found[key] = values
+    return found
+
+
+def values_of(text: str) -> list[str]:
+    """A,B,C as a list. A comma within brackets or quotes belongs to its value."""
+    values, depth, is_quoted = [""], 0, False
+    for letter in text:
+        if letter == '"':
+            is_quoted = not is_quoted
+        elif not is_quoted:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0 and not is_quoted:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [value.strip() for value in values]
+
+
+def normal(value: str) -> str:
+    """The same for values that --set reads as the same, such as 1e-3 and 0.001."""
+    try:
+        return json.dumps(json.loads(value), sort_keys=True)
+    except ValueError:
+        return json.dumps(value)
+
+
+def combinations(configs: Sequence[str], values: dict[str, list[str]]) -> list[SweepRun]:
+    """All of them; the last key changes fastest. Raises UserError where two would have the same name."""
+    runs: dict[str, SweepRun] = {}
+    for config in configs:
+        for chosen in product(*values.values()):
+            of_run = dict(zip(values, chosen, strict=True))
+            name = run_name(config, of_run)
+            if name in runs:
+                raise UserError(
+                    f"--vary: {_words(of_run)} and {_words(runs[name].values)} would share the run folder {name}; put "
+                    f"one of them into a configuration of its own"
+                )
+            if len(name.encode()) > LONGEST_NAME:
+                raise UserError(f"--vary: {name} is too long for the name of a folder; vary fewer keys")
+            runs[name] = SweepRun(name=name, config=config, values=of_run)
+    return list(runs.values())
+
+
+def run_name(config: str, values: dict[str, str]) -> str:
+    """`x,learning_rate=1e-3`: keys by their last part where that says which key it is. Safe as the name of a file."""
+    tails = [key.rpartition(".")[2] for key in values]
+    shown = [tail if tails.count(tail) == 1 else key for key, tail in zip(values, tails, strict=True)]
+    pairs = zip(shown, values.values(), strict=True)
+    return ",".join([config, *(f"{_safe(key)}={_safe(value)[:MOST_LETTERS]}" for key, value in pairs)])
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text.strip('[]{}" '), flags=re.ASCII)
+
+
+def _words(values: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,141 @@
+"""The record of a sweep, sweep.json in its folder, and the copies of its configurations: what a later command of the
+same sweep goes on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_file, write_json
+from common.folders import check_writable_folder
+from launch.sweeps.plan import normal
+from pretrain.config.loading import config_tree
+from pretrain.views.comparison import flattened
+from pretrain.views.sweep import Result, SweepRun
+
+FILE, CONFIGS = "sweep.json", "configs"
+
+
+@dataclass
+class Sweep:
+    """The runs of a sweep folder, those of earlier commands too."""
+
+    folder: Path
+    """Absolute."""
+    keys: list[str]
+    """That are varied."""
+    overrides: list[str]
+    """KEY=VALUE of --set, for every run."""
+    runs: dict[str, SweepRun] = field(default_factory=dict)
+    """By name."""
+    unrecorded: dict[str, int] = field(default_factory=dict)
+    """Name -> exit code of the newest start, if that left no outcome in the run folder."""
+    jobs: dict[str, str] = field(default_factory=dict)
+    """Name -> number of the newest SLURM job."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Sweep | None:
+        """None if there is no sweep. Raises UserError."""
+        path = folder / FILE
+        try:
+            tree: dict[str, Any] = json.loads(path.read_bytes())
+            runs = [SweepRun(**run) for run in tree["runs"]]
+            found = {"unrecorded": tree["unrecorded"], "jobs": tree["jobs"]}
+            return cls(folder, tree["keys"], tree["overrides"], {run.name: run for run in runs}, **found)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--sweep-dir: {path} is no record of a sweep; name another folder") from None
+
+    @classmethod
+    def open(cls, folder: Path, keys: Sequence[str], overrides: Sequence[str], configs: dict[str, Path]) -> Sweep:
+        """The sweep of the folder, or a new one. Writes nothing. Raises UserError if the folder has another one."""
+        check_writable_folder(folder, "--sweep-dir")
+        found = cls.load(folder)
+        if found is None:
+            if folder.exists() and any(folder.iterdir()):
+                raise UserError(f"--sweep-dir: {folder} holds other files and no sweep; name a new folder")
+            return cls(folder, list(keys), list(overrides))
+        if set(keys) != set(found.keys):
+            raise UserError(
+                f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}, and this command varies "
+                f"{' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
+            )
+        for name, path in configs.items():
+            found._check_unchanged(name, path, overrides)
+        return found
+
+    def _check_unchanged(self, name: str, path: Path, overrides: Sequence[str]) -> None:
+        """Whether the configuration with --set, but for what is varied, is what earlier runs had."""
+        ours, theirs = config_tree(path, overrides), config_tree(path, self.overrides)
+        if (copy := self.config(name)).exists():
+            theirs = config_tree(copy, self.overrides)
+        old, new = flattened(theirs), flattened(ours)
+        for key in sorted((old.keys() | new.keys()) - {"description"}):
+            if old.get(key) != new.get(key):
+                before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
+                raise UserError(
+                    f"{key}: is {before} in the runs of {self.folder}, and {now} in this command; a sweep takes other "
+                    f"values of what it varies alone, so name another --sweep-dir"
+                )
+
+    def add(self, wanted: Sequence[SweepRun]) -> list[SweepRun]:
+        """Adds what is new. Returns the runs that were asked for, in the spelling in which they are recorded."""
+        known = {_identity(run): run for run in self.runs.values()}
+        asked = [known.get(_identity(run), run) for run in wanted]
+        self.runs |= {run.name: run for run in asked}
+        return asked
+
+    def config(self, name: str) -> Path:
+        """The sweep's own copy of a configuration, because the user's file may be edited while it goes on."""
+        return self.folder / CONFIGS / f"{name}.json"
+
+    def run_dir(self, run: SweepRun) -> Path:
+        return self.folder / run.name
+
+    def arguments(self, run: SweepRun, config: Path | None = None) -> list[str]:
+        """Of launch/pretrain.py for one run. `config`: instead of the sweep's copy, which may not be there yet."""
+        settings = [*self.overrides, *(f"{key}={value}" for key, value in run.values.items())]
+        line = ["--config", str(config or self.config(run.config)), "--run-dir", str(self.run_dir(run))]
+        return [*line, *(part for setting in settings for part in ("--set", setting))]
+
+    def result(self, run: SweepRun) -> Result:
+        return Result.read(run, self.folder, self.unrecorded.get(run.name), self.jobs.get(run.name, ""))
+
+    def results(self) -> list[Result]:
+        return [self.result(run) for run in self.runs.values()]
+
+    def begin(self, configs: dict[str, Path]) -> None:
+        """Makes the folder, copies the configurations that are new, and writes the record. Raises OSError."""
+        (self.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
+        for name, path in configs.items():
+            if not self.config(name).exists():
+                write_file(self.config(name), path.read_bytes())
+        self.save()
+
+    def note(self, run: SweepRun, *, unrecorded: int | None = None, job: str | None = None) -> None:
+        """Writes down how the newest start of a run ended, or its job. Raises UserError and OSError."""
+        newest = self.load(self.folder)
+        if newest is not None:  # another command may have added runs meanwhile
+            self.runs, self.unrecorded, self.jobs = newest.runs, newest.unrecorded, newest.jobs
+        self.unrecorded.pop(run.name, None)
+        if unrecorded is not None:
+            self.unrecorded[run.name] = unrecorded
+        if job is not None:
+            self.jobs[run.name] = job
+        self.save()
+
+    def save(self) -> None:
+        """Raises OSError."""
+        names = ("keys", "overrides", "unrecorded", "jobs")
+        tree = {name: getattr(self, name) for name in names}
+        write_json(self.folder / FILE, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
+
+
+def _identity(run: SweepRun) -> tuple[str, frozenset[tuple[str, str]]]:
+    return run.config, frozenset((key, normal(value)) for key, value in run.values.items())

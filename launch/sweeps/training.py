@@ -1,0 +1,169 @@
+"""Runs of a sweep on this machine, one after the other: each a process of its own, by the command of a user."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from common.errors import UserError
+from common.terminal import visible
+from launch.sweeps.record import Sweep
+from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
+from pretrain.views.reading import RunView, State
+from pretrain.views.status import duration, left_text, shortened
+from pretrain.views.sweep import STOPPED, SweepRun
+
+LOOK_SECONDS = 1.0
+"""How often progress is looked at."""
+LINE_SECONDS = 60.0
+"""How often it is printed where no terminal shows it."""
+
+
+class Stopping:
+    """Whether somebody asked for a stop. A terminal sends Ctrl-C and its end to the run as well; what was sent to this
+    process alone is handed on."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Takes the signals over, main thread only."""
+        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._take) for number in taken}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def watch(self, process: subprocess.Popen[bytes]) -> None:
+        """The run that is told from now on."""
+        self._process = process
+        if self.requested is not None:  # asked before there was a run that could hear it
+            process.send_signal(signal.SIGTERM)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.requested = number
+        if self._process is not None and number not in IGNORABLE:
+            self._process.send_signal(number)
+
+
+class Progress:
+    """The newest step of a run: a line that changes on a terminal, or one now and then."""
+
+    def __init__(self, title: str, folder: Path) -> None:
+        self._title, self._view = title, RunView(folder)
+        self._said, self._last = "", time.monotonic()
+
+    def show(self) -> None:
+        try:
+            self._view.update()
+        except UserError:
+            return  # its folder is not there yet
+        step, last, loss = self._view.step, self._view.last_step, self._view.metrics.newest.get("loss")
+        if not self._view.state.goes_on or not step:
+            return
+        left = left_text(self._view, time.time()).partition(",")[0]
+        text = f"{self._title}: step {step:,}" + (f" of {last:,}" if last else "")
+        text += (f", loss {loss:.4f}" if isinstance(loss, float) else "") + (f", {left} left" if left else "")
+        if text == self._said:
+            return
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{shortened(visible(text), shutil.get_terminal_size().columns - 1)}", end="", flush=True)
+        elif time.monotonic() - self._last >= LINE_SECONDS:
+            print(visible(text), flush=True)
+            self._last = time.monotonic()
+        self._said = text
+
+    def clear(self) -> None:
+        if self._said and sys.stdout.isatty():
+            print("\r\x1b[K", end="", flush=True)
+
+
+def launcher_of(given: str) -> list[str]:
+    """What starts launch/pretrain.py: this Python, or the words of --launcher. Raises UserError."""
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise UserError(f"--launcher {given}: is no command ({str(error).lower()}); close the quote") from None
+    if not words:
+        return [sys.executable]
+    if shutil.which(words[0]) is None:
+        raise UserError(f"--launcher {given}: there is no program {words[0]} on the PATH")
+    return words
+
+
+def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) -> bool:
+    """Trains `runs`, of which none is finished. `program`: what is called with the arguments of launch/pretrain.py.
+    Returns whether it came to its end, before which only a signal stops it. Raises UserError and OSError."""
+    began, stopping = time.monotonic(), Stopping()
+    with stopping.installed():
+        for number, run in enumerate(runs):
+            if stopping.requested is not None:
+                return False
+            title = f"run {number + 1} of {len(runs)}  {run.name}"
+            each = (time.monotonic() - began) / number if number else None
+            left = f"  (about {duration(each * (len(runs) - number))} for those that are left)" if each else ""
+            print(title + left, flush=True)
+            before = sweep.result(run)
+            if before.state is not None and before.state.goes_on:
+                print("  passed over: another process trains it", flush=True)
+                continue
+            code = _train(sweep, run, [*program, *sweep.arguments(run)], Progress(title, sweep.run_dir(run)), stopping)
+            if code in STOPPED:
+                return False
+    return stopping.requested is None
+
+
+def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progress, stopping: Stopping) -> int:
+    """One run. Returns its exit code, and says how it ended."""
+    log = sweep.folder / f"{run.name}.log"
+    outcome = _outcome(sweep, run)
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    stopping.watch(process)
+    while (code := _wait(process)) is None:
+        progress.show()
+    while (state := sweep.result(run).state) is not None and state.goes_on:
+        time.sleep(LOOK_SECONDS)  # a launcher that got Ctrl-C leaves before its ranks have saved
+    progress.clear()
+    result_outcome = _outcome(sweep, run)
+    if result_outcome != outcome and isinstance(result_outcome.get("exit_code"), int):
+        code = int(result_outcome["exit_code"])  # a launcher may return another one
+        sweep.note(run)
+    else:
+        if stopping.requested is not None:
+            code = int(ExitCode.INTERRUPTED)  # before it could take the signal over
+        code = 128 - code if code < 0 else code
+        sweep.note(run, unrecorded=code or None)
+    result = sweep.result(run)
+    loss = f", validation loss {result.validation:.4f}" if result.state is State.FINISHED else ""
+    print(f"  {result.state_text}{loss}", flush=True)
+    if result.state is State.FAILED:
+        meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
+        print(f"  {meaning}; the end of {log} says more", file=sys.stderr, flush=True)
+    return code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _outcome(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
+    view = sweep.result(run).view
+    return {} if view is None else view.outcome

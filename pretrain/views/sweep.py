@@ -1,0 +1,194 @@
+"""What the runs of a sweep came to: a table with the best first, and where a better value may lie outside of what was
+tried. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.tables import text_table
+from common.terminal import visible
+from pretrain.report.exit_codes import ExitCode
+from pretrain.views.comparison import Run
+from pretrain.views.reading import RunView, State
+
+STOPPED = (ExitCode.STOPPED, ExitCode.INTERRUPTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One combination of a sweep."""
+
+    name: str
+    """Of its run folder in the sweep's, e.g. `x,learning_rate=1e-3`."""
+    config: str
+    """Name of its configuration."""
+    values: dict[str, str]
+    """Dotted key -> value, as the user wrote it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to, so far."""
+
+    run: SweepRun
+    view: RunView | None
+    """None: there is no run folder yet."""
+    unrecorded: int | None = None
+    """Exit code of the newest start, if that left no outcome in the run folder."""
+    job: str = ""
+    """SLURM's number of the newest job."""
+
+    @classmethod
+    def read(cls, run: SweepRun, folder: Path, unrecorded: int | None, job: str) -> Result:
+        """`folder`: of the sweep."""
+        try:
+            view = RunView.open(folder / run.name)
+        except UserError:
+            view = None
+        return cls(run, view, unrecorded, job)
+
+    @property
+    def state(self) -> State | None:
+        """None: not begun."""
+        known = self.view.state if self.view is not None else None
+        if self.unrecorded is None or known is State.FINISHED or (known is not None and known.goes_on):
+            return known
+        return State.STOPPED if self.unrecorded in STOPPED else State.FAILED
+
+    @property
+    def exit_code(self) -> int | None:
+        outcome = self.view.outcome.get("exit_code") if self.view is not None else None
+        return self.unrecorded if self.unrecorded is not None else outcome
+
+    @property
+    def is_diverged(self) -> bool:
+        return self.state is State.FAILED and self.exit_code == ExitCode.DIVERGED
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will come to nothing else by itself."""
+        return self.state in (State.FINISHED, State.FAILED)
+
+    @property
+    def state_text(self) -> str:
+        if self.state is None:
+            return f"not begun (job {self.job})" if self.job else "not begun"
+        if self.state is State.FAILED:
+            return f"diverged at step {self.step}" if self.is_diverged else f"failed, code {self.exit_code}"
+        place = f" at step {self.step}" if self.state in (State.STOPPED, State.DEAD) else ""
+        return self.state.value + place
+
+    @property
+    def step(self) -> int:
+        return self.view.step if self.view is not None else 0
+
+    @property
+    def validation(self) -> float:
+        """The newest validation loss, nats per token; NaN before the first."""
+        found = self.view.validations() if self.view is not None else []
+        return found[-1][1] if found else math.nan
+
+    @property
+    def training(self) -> float:
+        """Mean training loss of the newest steps, nats per token; NaN before the first."""
+        return Run("", self.view).loss_at("step", self.step) if self.view is not None else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median of all steps; NaN before the first."""
+        column = Run("", self.view).column("tokens_per_second") if self.view is not None else np.array([])
+        known = column[np.isfinite(column)]
+        return float(np.median(known)) if len(known) else math.nan
+
+
+def loss_name(results: Sequence[Result]) -> str:
+    """By which loss the runs are ranked: `validation`, or `training` if none was validated."""
+    return "validation" if any(math.isfinite(result.validation) for result in results) else "training"
+
+
+def ranked(results: Sequence[Result]) -> list[Result]:
+    """The finished ones first, and of these the lowest loss first; the others in the same order after them."""
+    name = loss_name(results)
+
+    def place(result: Result) -> tuple[bool, bool, float]:
+        loss = getattr(result, name)
+        return result.state is not State.FINISHED, not math.isfinite(loss), loss if math.isfinite(loss) else 0.0
+
+    return sorted(results, key=place)
+
+
+def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
+    """Header and rows, the best run first."""
+    rows = [["config", *keys, "state", "step", "validation", "training", "tokens/s", "run"]]
+    for result in ranked(results):
+        last = result.view.last_step if result.view is not None else None
+        rows.append(
+            [
+                result.run.config,
+                *(result.run.values[key] for key in keys),
+                result.state_text,
+                f"{result.step:,}" + (f" of {last:,}" if last else ""),
+                *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in (result.validation, result.training)),
+                f"{result.tokens_per_second:,.0f}" if math.isfinite(result.tokens_per_second) else "-",
+                result.run.name,
+            ]
+        )
+    return rows
+
+
+def table_text(results: Sequence[Result], keys: Sequence[str]) -> str:
+    """For a terminal."""
+    header, *rows = [row[:-1] for row in table(results, keys)]  # the other columns say what the folder's name says
+    return visible(text_table(header, rows, left=range(len(keys) + 2)))
+
+
+def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
+    """With every number in full, and nothing where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["run", "config", *keys, "state", "step", "validation_loss", "training_loss", "tokens_per_second"]
+    writer.writerow(header)
+    for result in ranked(results):
+        numbers = (result.validation, result.training, result.tokens_per_second)
+        written = [repr(number) if math.isfinite(number) else "" for number in numbers]
+        values = [result.run.values[key] for key in keys]
+        writer.writerow([result.run.name, result.run.config, *values, result.state_text, result.step, *written])
+    return text.getvalue()
+
+
+def number_of(value: str) -> float | None:
+    """The number that a value is; None if it is none."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return None
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def edges(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
+    """For every configuration all of whose runs have ended: each key whose best value is the lowest or the highest
+    tried, as a sentence. Seeds have no better side."""
+    said, configs = [], dict.fromkeys(result.run.config for result in results)
+    for config in configs:
+        of_config = [result for result in results if result.run.config == config]
+        best = ranked(of_config)[0]
+        if not all(result.has_ended for result in of_config) or best.state is not State.FINISHED:
+            continue
+        for key in (key for key in keys if not key.endswith("seed")):
+            tried = [number for result in of_config if (number := number_of(result.run.values[key])) is not None]
+            chosen = number_of(best.run.values[key])
+            if chosen is None or len(set(tried)) < 2 or min(tried) < chosen < max(tried):
+                continue
+            side, more = ("lowest", "lower") if chosen == min(tried) else ("highest", "higher")
+            which = f"{config}: " if len(configs) > 1 else ""
+            said.append(f"{which}the best {key}, {best.run.values[key]}, is the {side} tried: try {more} ones")
+    return said

@@ -1,0 +1,77 @@
+"""A sweep as a picture: the loss that runs ended with against each value that was varied."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pretrain.views.reading import State
+from pretrain.views.sweep import Result, loss_name, number_of, ranked
+
+CONFIG = "config"
+"""Stands for the configuration where keys stand."""
+MOST_LABELS = 16
+"""More lines than this have no legend, which would cover them."""
+
+
+def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
+    """PNG of the finished runs: for each key with several values, and for the configurations, the loss against the
+    value, in one colour for each combination of the others. A star is the best run."""
+    varied = [key for key in (*keys, CONFIG) if len({_value(result, key) for result in results}) > 1] or [CONFIG]
+    finished = [result for result in ranked(results) if result.state is State.FINISHED]
+    figure = Figure(figsize=(6.5 * len(varied), 5), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, key in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied, strict=True):
+        _lines(axes, results, finished, key, [other for other in varied if other != key])
+    data = io.BytesIO()
+    canvas.print_png(data)
+    return data.getvalue()
+
+
+def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], key: str, others: Sequence[str]) -> None:
+    name = loss_name(results)
+    places = _places(results, key)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in finished:
+        label = ", ".join(_short(other) + _value(result, other) for other in others)
+        lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
+    style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
+    for label, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1.2)
+    if finished:
+        best = finished[0]
+        axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
+    if _are_numbers(results, key) and min(places.values()) > 0:
+        axes.set_xscale("log")
+    axes.set_xticks(list(places.values()), labels=list(places))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(key, parse_math=False)
+    axes.set(ylabel=f"{name} loss, nats per token")
+    axes.grid(alpha=0.3)
+    if others and 0 < len(lines) <= MOST_LABELS:
+        axes.legend(fontsize=8)
+
+
+def _value(result: Result, key: str) -> str:
+    return result.run.config if key == CONFIG else result.run.values[key]
+
+
+def _short(key: str) -> str:
+    """What stands before a value in the legend."""
+    return "" if key == CONFIG else key.rpartition(".")[2] + "="
+
+
+def _are_numbers(results: Sequence[Result], key: str) -> bool:
+    return all(number_of(_value(result, key)) is not None for result in results)
+
+
+def _places(results: Sequence[Result], key: str) -> dict[str, float]:
+    """Where each value lies on the axis: a number at itself, others side by side."""
+    values = list(dict.fromkeys(_value(result, key) for result in results))
+    if not _are_numbers(results, key):
+        return {value: float(place) for place, value in enumerate(values)}
+    return {value: number for value in values if (number := number_of(value)) is not None}

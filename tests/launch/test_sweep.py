@@ -1,0 +1,352 @@
+"""launch/sweep.py: which runs a sweep has, what is refused before the first, and what happens to each, with a program
+that takes the place of a training; and one real sweep."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import UserError
+from launch.sweeps.command import main
+from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+from pretrain.config.loading import to_json
+from tests.launch.launcher import ROOT, environment
+from tests.launch.slurm.test_submit import calls, sbatch  # noqa: F401  # a fixture
+from tests.pretrain.runs import small_config
+
+RATE = "optimizer.learning_rate"
+VARY = ("--vary", f"{RATE}=1e-3,2e-3")
+FAKE = """
+import json, pathlib, signal, sys, time
+own, arguments = pathlib.Path(__file__).parent, sys.argv[2:]
+folder = pathlib.Path(arguments[arguments.index("--run-dir") + 1])
+rate = [a for a in arguments if a.startswith("optimizer.learning_rate=")][-1].partition("=")[2]
+with (own / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+code = json.loads((own / "codes.json").read_text()).get(rate, 0)
+print("trains", rate, flush=True)
+if code == 2:
+    sys.exit(2)
+if code == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    (own / "waits").touch()
+    signal.pause()
+    code = 85
+folder.mkdir(exist_ok=True)
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "config.json").write_text('{"train": {"steps": 2}}')
+rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second": 5} for n in (1, 2)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+(folder / "events.jsonl").write_text(json.dumps({"event": "validation", "step": 2, "loss": float(rate)}) + "\\n")
+(folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
+sys.exit(1 if code else 0)  # as deepspeed, which may return another code
+"""
+"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for SIGTERM."""
+
+
+class Case:
+    """A sweep whose runs are FAKE's."""
+
+    def __init__(self, folder: Path, prepared: Path) -> None:
+        self.folder, self.dir = folder, folder / "sweep"
+        self.config = folder / "x.json"
+        self.config.write_text(json.dumps(to_json(small_config(prepared))))
+        (folder / "fake.py").write_text(FAKE)
+        self.launcher = shlex.join([sys.executable, str(folder / "fake.py")])
+        self.ends()
+
+    def ends(self, **codes: int | str) -> None:
+        (self.folder / "codes.json").write_text(json.dumps({name.replace("_", "-"): c for name, c in codes.items()}))
+
+    def line(self, *more: str) -> list[str]:
+        return ["--config", str(self.config), "--sweep-dir", str(self.dir), *more]
+
+    def run(self, *more: str) -> int:
+        return main(self.line("--launcher", self.launcher, *more))
+
+    @property
+    def trained(self) -> list[str]:
+        """Rates of all starts so far."""
+        path = self.folder / "calls"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line[-1].partition("=")[2] for line in lines]
+
+
+@pytest.fixture
+def case(tmp_path: Path, prepared: Path) -> Case:
+    return Case(tmp_path, prepared)
+
+
+def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
+    assert values_of("1e-3, 2e-3") == ["1e-3", "2e-3"]
+    assert values_of('[0.9,0.95],[0.9,0.99],{"a":[1,2],"b":"],"}') == [
+        "[0.9,0.95]",
+        "[0.9,0.99]",
+        '{"a":[1,2],"b":"],"}',
+    ]
+
+
+def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
+    assert run_name("x", {RATE: "1e-3"}) == "x,learning_rate=1e-3"
+    assert run_name("x", {}) == "x"
+    assert run_name("x", {"data.manifest": "/my data/c4", "optimizer.betas": "[0.9,0.95]"}) == (
+        "x,manifest=-my-data-c4,betas=0.9-0.95"
+    )
+    keys = {"model.attention.num_experts": "4", "model.feedforward.num_experts": "8"}
+    assert run_name("x", keys) == "x,model.attention.num_experts=4,model.feedforward.num_experts=8"
+
+
+def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
+    runs = combinations(["x", "y"], {RATE: ["1e-3", "2e-3"], "train.seed": ["1", "2", "3"]})
+    assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 3
+    assert [run.name for run in runs[:2]] == ["x,learning_rate=1e-3,seed=1", "x,learning_rate=1e-3,seed=2"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["optimizer.learning_rate"], "--vary optimizer.learning_rate: write it as KEY=A,B"),
+        (["a=1,,2"], "write it as KEY=A,B"),
+        (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
+        (["a=1", "a=2"], "--vary a: stands in another --vary or --set too"),
+        (["train.steps=1,2"], "--vary train.steps: stands in another --vary or --set too"),
+        (["a=b/c,b c"], "a=b c and a=b/c would share the run folder x,a=b-c"),
+        ([f"k{n}={'1' * 40}" for n in range(6)], "is too long for the name of a folder"),
+    ],
+)
+def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        combinations(["x"], varied(given, ["train.steps=3"]))
+    assert words in str(refused.value)
+
+
+def test_configurations_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would share the name x"):
+        configurations(["a/x.json", "b/x.json"])
+    with pytest.raises(UserError, match="--config: is not given"):
+        configurations([])
+
+
+def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("--vary", f"{RATE}=1e-3,-1", "--vary", "batch.global_sequences=8,9", "--set", "train.stepz=3") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in said)
+    (steps,) = [line for line in said if "train.stepz: unknown key" in line]
+    assert steps.endswith("(in every run)")
+    (rate,) = [line for line in said if f"{RATE}: " in line]
+    assert rate.endswith("(in x,learning_rate=-1,global_sequences=8 and 1 other)")
+    (batch,) = [line for line in said if "batch.global_sequences: 9" in line]
+    assert batch.endswith("(in x,learning_rate=1e-3,global_sequences=9)")
+    assert not case.dir.exists() and not case.trained
+
+
+def test_a_dry_run_prints_every_command_and_writes_nothing(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(case.line(*VARY, "--set", "train.seed=3", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    first, second = [shlex.split(line) for line in printed.splitlines() if "pretrain.py" in line]
+    assert first[1] == str(ROOT / "launch" / "pretrain.py") and second[-1] == f"{RATE}=2e-3"
+    folder = case.dir / "x,learning_rate=1e-3"
+    settings = ["--set", "train.seed=3", "--set", f"{RATE}=1e-3"]
+    assert first[2:] == ["--config", str(case.config), "--run-dir", str(folder), *settings]
+    assert not case.dir.exists()
+
+
+def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert case.run("--vary", f"{RATE}=2e-3,1e-3") == 0
+    printed = capsys.readouterr().out
+    assert case.trained == ["2e-3", "1e-3"]
+    assert "run 2 of 2  x,learning_rate=1e-3" in printed
+    assert f"note: the best {RATE}, 1e-3, is the lowest tried: try lower ones" in printed
+    with (case.dir / "sweep.csv").open() as file:
+        assert [(line[RATE], line["validation_loss"]) for line in csv.DictReader(file)] == [
+            ("1e-3", "0.001"),
+            ("2e-3", "0.002"),
+        ]
+    assert (case.dir / "x,learning_rate=2e-3.log").read_text() == "trains 2e-3\n"
+    assert all((case.dir / name).read_bytes().startswith(b"\x89PNG") for name in ("losses.png", "curves.png"))
+
+
+def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_failed(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3")
+    case.ends(**{"2e_3": 1, "3e_3": 2, "4e_3": 3})
+    assert case.run(*rates) == 1
+    said = capsys.readouterr()
+    for words in ("failed, code 1", "failed, code 2", "diverged at step 2"):
+        assert words in said.out
+    assert "x,learning_rate=3e-3.log says more" in said.err
+    case.ends()
+    assert case.run(*rates) == 1, "the one that diverged stays so"
+    assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "2e-3", "3e-3"]
+    assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
+
+
+def test_new_values_and_configurations_are_added_and_known_ones_stay_however_they_are_written(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("--vary", f"{RATE}=1e-3") == 0
+    other = case.folder / "y.json"
+    other.write_text(case.config.read_text())
+    assert case.run("--config", str(other), "--vary", f"{RATE}=0.001,2e-3") == 0
+    assert sorted(path.name for path in case.dir.glob("*.log")) == [
+        "x,learning_rate=1e-3.log",
+        "x,learning_rate=2e-3.log",
+        "y,learning_rate=0.001.log",
+        "y,learning_rate=2e-3.log",
+    ]
+    capsys.readouterr()
+    assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
+    assert capsys.readouterr().out.count(" finished ") == 4
+    assert len(case.trained) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (("--set", "train.steps=7"), "train.steps: is 30 in the runs of"),
+        (("--vary", "train.seed=1,2"), "varies optimizer.learning_rate and train.seed"),
+    ],
+)
+def test_another_command_in_the_same_folder_is_refused_with_the_key(
+    case: Case, changes: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run(*VARY) == 0
+    assert case.run(*VARY, *changes) == 2
+    assert words in capsys.readouterr().err
+    assert len(case.trained) == 2
+
+
+def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert case.run(*VARY) == 0
+    tree: dict[str, Any] = json.loads(case.config.read_text())
+    tree["optimizer"]["clip_norm"] = 1.0
+    case.config.write_text(json.dumps(tree))
+    assert case.run(*VARY) == 2
+    assert "optimizer.clip_norm: is 0.5 in the runs of" in capsys.readouterr().err
+    assert case.run(*VARY, "--set", "optimizer.clip_norm=0.5") == 0, "the same runs, said in another way"
+
+
+def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.dir.mkdir()
+    assert main(["--sweep-dir", str(case.dir), "--table"]) == 2
+    (case.dir / "notes").touch()
+    assert case.run(*VARY) == 2
+    (case.dir / "sweep.json").write_text('{"runs": 1}')
+    assert case.run(*VARY) == 2
+    said = capsys.readouterr().err.splitlines()
+    for line, words in zip(said, ("holds no sweep", "holds other files and no sweep", "is no record"), strict=True):
+        assert line.startswith("error: --sweep-dir: ") and words in line
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (("--table",), "--table: goes with --sweep-dir alone"),
+        (("--at-once", "2"), "--at-once: goes with --submit"),
+        (("--ranks", "2"), "--ranks: goes with --launcher"),
+        (("--submit", "--launcher", "deepspeed"), "--launcher: does not go with --submit"),
+        (("--launcher", "no-such-program"), "--launcher no-such-program: there is no program"),
+        (("--launcher", 'a "b'), '--launcher a "b: is no command'),
+        (("--", "--nodes", "2"), "--nodes: options behind -- are for SLURM; add --submit"),
+        (("--submit", "--", "--run-dir=x"), "--run-dir: stands behind --"),
+        (("--submit", "--at-once", "1", "--", "--after", "3"), "--at-once: lets jobs wait for each other"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    case: Case, given: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(case.line(*VARY, *given)) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.ends(**{"1e_3": "waits"})
+    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not (case.folder / "waits").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            printed, _ = process.communicate()
+        finally:
+            process.kill()
+    assert process.returncode == 85
+    assert printed.endswith("stopped at step 2\nstopped; the same command goes on\n")
+    assert case.trained == ["1e-3"]
+    case.ends()
+    assert case.run(*VARY) == 0
+    assert case.trained == ["1e-3", "1e-3", "2e-3"]
+
+
+def test_every_run_is_submitted_as_a_job_and_none_twice(
+    case: Case,
+    sbatch: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$3" = 42 ] && echo 42 RUNNING || true\n')
+    squeue.chmod(0o755)
+    options = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
+    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3")
+    assert main(case.line(*rates, "--submit", "--at-once", "1", *options)) == 0
+    scripts = [Path(call[-1]) for call in calls(sbatch)]
+    assert [path.parent.parent.name for path in scripts] == [f"x,learning_rate={n}e-3" for n in (1, 2, 3)]
+    waits = [[line for line in path.read_text().splitlines() if "dependency" in line] for path in scripts]
+    assert waits == [[], ["#SBATCH --dependency=afterany:41"], ["#SBATCH --dependency=afterany:42"]]
+    assert "cancel  scancel 41 42 43" in capsys.readouterr().out
+    assert main(case.line(*rates, "--submit", *options)) == 0
+    assert [Path(call[-1]).parent.parent.name for call in calls(sbatch)[3:]] == [
+        "x,learning_rate=1e-3",
+        "x,learning_rate=3e-3",
+    ], "job 42 is in the queue"
+    assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
+    assert "not begun (job 44)" in capsys.readouterr().out
+
+
+def test_what_the_job_would_refuse_is_said_before_any_is_submitted(
+    case: Case,
+    sbatch: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--submit", "--", "--nodes", "3", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
+    assert main(case.line(*VARY, *options)) == 2
+    said = capsys.readouterr().err
+    assert "batch.global_sequences: 8 is not divisible" in said and "(in every run)" in said
+    assert not sbatch.exists() and not case.dir.exists()
+
+
+@pytest.mark.slow  # two processes that import torch; test_a_sweep_trains_ranks_and_draws_its_runs has all but training
+def test_two_real_runs_end_as_the_table_says(case: Case) -> None:
+    """Of three steps, with the command of a user; the validation loss is that of the run's own events."""
+    few = ("train.steps=3", "schedule.warmup_steps=1", "evaluate.sequences=8")
+    settings = [part for setting in few for part in ("--set", setting)]
+    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line(*VARY, *settings)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (case.dir / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    for row in rows:
+        folder = case.dir / row["run"]
+        assert json.loads((folder / "config.json").read_text())["optimizer"]["learning_rate"] == float(row[RATE])
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        assert float(row["validation_loss"]) == [e["loss"] for e in events if e["event"] == "validation"][-1]
+        assert (row["state"], row["step"], os.listdir(folder / "checkpoints")) == ("finished", "3", ["step-00000003"])

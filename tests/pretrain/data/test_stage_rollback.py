@@ -1,0 +1,93 @@
+"""A rollback that would reach behind a change of the mixture: what is read after it is what a run reads that never went
+past."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.data.sources import Sources
+from pretrain.data.windows import TrainingStream
+from pretrain.resilience.rollback import Rollback, record
+from pretrain.trainer import Trainer
+from tests.harness import run_ranks
+from tests.pretrain.data.test_stages import ALLOWED, FIRST, SECOND, Expected, G, base, mixed, note_reads, read_at
+from tests.pretrain.resilience.faults import events, spike_on_position, train_with
+from tests.pretrain.runs import assert_bit_identical, metrics
+
+__all__ = ["base"]
+
+SPIKY = (
+    "checkpoint.every_steps=1",
+    "checkpoint.keep_last=20",
+    "resilience.spike_window_steps=8",
+    "resilience.spike_threshold=5",
+    "resilience.spike_action=rollback",
+    "resilience.spike_skip_steps=4",
+)
+CHANGE = 6
+"""The step after which the weights change."""
+
+
+def note_reads_and_spike(trainer: Trainer, log: Path, position: int) -> None:
+    note_reads(trainer, log)
+    spike_on_position(trainer, position)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
+    base: Path, tmp_path: Path, ranks: int
+) -> None:
+    """The second step of a stage spikes; four steps would reach into the stage before, whose positions would be other
+    windows once the stage began earlier."""
+    log, twin_log, run, twin = (tmp_path / name for name in ("log", "twin-log", "run", "twin"))
+    log.mkdir()
+
+    def take(mix: dict[str, float], until: int, folder: Path, prepare: Callable[..., None], *given: object) -> None:
+        config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, ALLOWED)
+        assert set(run_ranks(train_with, ranks, config, folder, prepare, *given)) == {"FINISHED"}
+
+    take(FIRST, CHANGE, run, note_reads, log)
+    shutil.copytree(run, twin)
+    shutil.copytree(log, twin_log)
+    take(SECOND, 10, run, note_reads_and_spike, log, (CHANGE + 1) * G + 3)
+    begin = CHANGE * G
+    (rollback,) = events(run, "rollback")
+    assert (rollback["at_step"], rollback["first_step"]) == (CHANGE + 2, CHANGE + 1)
+    assert rollback["skipped"] == [begin, begin + 2 * G]
+    assert [row["step"] for row in metrics(run)] == list(range(1, 11))
+
+    # Two steps of the new stage are left out, and no other window of any source.
+    expected = Expected(base, FIRST)
+    wanted = dict(enumerate(expected.stage(FIRST, begin) + expected.stage(SECOND, 6 * G)))
+    for position in range(*rollback["skipped"]):
+        del wanted[position]
+    assert read_at(base, log) == wanted
+    saved = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1]).progress
+    assert [stage.first for stage in saved.stages] == [0, begin]
+
+    # A run that never went there: it is told before the change what to leave out, and is stopped behind the gap.
+    record(twin, Rollback("told", CHANGE + 2, CHANGE + 1, (begin, begin + 2 * G)))
+    take(SECOND, 8, twin, note_reads, twin_log)
+    take(SECOND, 10, twin, note_reads, twin_log)
+    assert_bit_identical(run, twin)
+    assert read_at(base, log) == read_at(base, twin_log)
+
+
+def test_the_sequences_of_a_stage_are_counted_without_what_was_left_out_before_it(base: Path) -> None:
+    """Counted one by one."""
+    config = mixed(base, FIRST)
+    sources = Sources.load(config)
+    skipped = ((8, 18), (50, 60), (64, 72), (90, 98))
+    read = [position for position in range(200) if not any(first <= position < end for first, end in skipped)]
+    for first in (0, 8, 18, 30, 60, 64, 72, 89):
+        stage = sources.stage().followed_by(first, sources.stage().sources)
+        stream = TrainingStream(
+            sources.reader("train", config), config, data_rank=0, data_size=1, skipped=skipped, stage=stage
+        )
+        for consumed in (72, 90, 120):
+            assert stream.read_in_stage(consumed) == sum(position >= first for position in read[:consumed])

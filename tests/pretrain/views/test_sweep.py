@@ -1,0 +1,139 @@
+"""The table of a sweep, against run folders written by hand: order, states, edges, numbers of the CSV, pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
+from pretrain.views.sweep_picture import losses_drawn
+from tests.pretrain.views.test_comparison import row, write
+
+RATE = "optimizer.learning_rate"
+
+
+def result(
+    folder: Path,
+    value: str,
+    losses: list[float] | None = None,
+    code: int | None = 0,
+    *,
+    config: str = "x",
+    key: str = RATE,
+    validated: bool = True,
+    unrecorded: int | None = None,
+    job: str = "",
+) -> Result:
+    """A run with these training losses, whose validation loss is 0.1 above the last; without losses not begun.
+    `code`: of its outcome."""
+    run = SweepRun(name=f"{config},{value}", config=config, values={key: value})
+    if losses is not None:
+        path = write(folder / run.name, [row(n, x) for n, x in enumerate(losses, 1)], {"train": {"steps": 3}})
+        event: dict[str, Any] = {"event": "validation", "step": len(losses), "loss": losses[-1] + 0.1}
+        (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated else "")
+        if code is not None:
+            (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
+    return Result.read(run, folder, unrecorded, job)
+
+
+def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(tmp_path: Path) -> None:
+    """A run that stopped early, however low its loss, is not compared with finished ones."""
+    results = [
+        result(tmp_path, "8e-3"),
+        result(tmp_path, "4e-3", [5.0, 1.0], 85),
+        result(tmp_path, "1e-3", [5.0, 4.0, 3.0]),
+        result(tmp_path, "2e-3", [5.0, 3.0, 2.0]),
+        result(tmp_path, "3e-2", [5.0], 3),
+        result(tmp_path, "9e-3", unrecorded=2),
+        result(tmp_path, "7e-3", job="41"),
+        result(tmp_path, "6e-3", [5.0], None),
+    ]
+    header, *rows = table(results, [RATE])
+    assert header[:4] == ["config", RATE, "state", "step"]
+    assert [line[1:4] for line in rows] == [
+        ["2e-3", "finished", "3 of 3"],
+        ["1e-3", "finished", "3 of 3"],
+        ["4e-3", "stopped at step 2", "2 of 3"],
+        ["3e-2", "diverged at step 1", "1 of 3"],
+        ["6e-3", "dead at step 1", "1 of 3"],
+        ["8e-3", "not begun", "0"],
+        ["9e-3", "failed, code 2", "0"],
+        ["7e-3", "not begun (job 41)", "0"],
+    ]
+    assert rows[0][4:7] == ["2.1000", "2.0000", "100"]  # tokens/s: the median of 50, 100 and 150
+    assert table_text(results, [RATE]).count("\n") == len(results)
+
+
+def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
+    results = [result(tmp_path, value, [x], validated=False) for value, x in (("1", 5.0), ("2", 4.0))]
+    assert [found.run.values[RATE] for found in ranked(results)] == ["2", "1"]
+
+
+def test_a_start_that_left_no_outcome_counts_until_the_run_goes_on_or_is_finished(tmp_path: Path) -> None:
+    assert result(tmp_path, "1", [5.0], 85, unrecorded=2).state_text == "failed, code 2"
+    assert result(tmp_path, "2", [5.0], 0, unrecorded=2).state_text == "finished"
+    assert result(tmp_path, "3", [5.0], None, unrecorded=86).state_text == "stopped at step 1"
+
+
+def test_the_csv_has_every_number_in_full_and_nothing_where_there_is_none(tmp_path: Path) -> None:
+    results = [result(tmp_path, "[1,2]", [1 / 3], key="k"), result(tmp_path, "[2]", key="k")]
+    first, second = csv.DictReader(io.StringIO(table_csv(results, ["k"])))
+    assert (first["k"], float(first["training_loss"]), float(first["validation_loss"])) == ("[1,2]", 1 / 3, 1 / 3 + 0.1)
+    assert (second["state"], second["training_loss"], second["tokens_per_second"]) == ("not begun", "", "")
+
+
+@pytest.mark.parametrize(
+    "losses, said",
+    [
+        ([3.0, 2.0, 1.0], [f"the best {RATE}, 4e-3, is the highest tried: try higher ones"]),
+        ([1.0, 2.0, 3.0], [f"the best {RATE}, 1e-3, is the lowest tried: try lower ones"]),
+        ([2.0, 1.0, 3.0], []),
+    ],
+)
+def test_the_best_value_at_an_edge_of_what_was_tried_is_said(
+    tmp_path: Path, losses: list[float], said: list[str]
+) -> None:
+    values = ("1e-3", "2e-3", "4e-3")
+    assert edges([result(tmp_path, v, [x]) for v, x in zip(values, losses, strict=True)], [RATE]) == said
+
+
+def test_a_value_that_diverged_was_tried_and_one_that_is_still_to_come_ends_nothing(tmp_path: Path) -> None:
+    two = [result(tmp_path, "1e-3", [3.0]), result(tmp_path, "2e-3", [2.0])]
+    assert edges([*two, result(tmp_path, "4e-3", [9.0], 3)], [RATE]) == []
+    assert edges([*two, result(tmp_path, "5e-4")], [RATE]) == []
+    assert len(edges(two, [RATE])) == 1
+
+
+def test_each_configuration_has_its_own_edges_and_seeds_have_none(tmp_path: Path) -> None:
+    results = [
+        result(tmp_path, value, [loss], config=config)
+        for config, losses in (("x", (3.0, 2.0, 4.0)), ("y", (1.0, 2.0, 3.0)))
+        for value, loss in zip(("1", "2", "10"), losses, strict=True)
+    ]
+    assert edges(results, [RATE]) == [f"y: the best {RATE}, 1, is the lowest tried: try lower ones"]
+    seeds = [result(tmp_path, f"{seed}", [float(seed)], config="z", key="train.seed") for seed in (1, 2)]
+    assert edges(seeds, ["train.seed"]) == []
+
+
+def test_only_json_numbers_are_numbers() -> None:
+    assert [number_of(value) for value in ("1e-3", "2", "true", '"3"', "dense", "[1]")] == [0.001, 2.0, *[None] * 4]
+
+
+@pytest.mark.parametrize("values", [("1e-3", "2e-3"), ("dense", "moa"), ("0", "-1")])
+def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: Path, values: tuple[str, str]) -> None:
+    results = [
+        result(tmp_path, value, [3.0 + number], config=config)
+        for config in ("x", "y")
+        for number, value in enumerate(values)
+    ]
+    png = losses_drawn([*results, result(tmp_path, values[0], config="z")], [RATE])
+    picture = matplotlib.image.imread(io.BytesIO(png))
+    assert picture.shape[:2] == (500, 1300)  # one part for the rate, one for the configurations
+    assert not math.isclose(float(picture.std()), 0.0)
