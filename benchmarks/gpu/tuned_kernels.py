@@ -39,7 +39,7 @@ from model.kernels.triton import (
 )
 
 DTYPE = torch.bfloat16
-WARPS, STAGES = (4, 8), (2, 3, 4)
+WARPS, STAGES = (4, 8), (2, 3, 4, 5)
 
 
 class Model(NamedTuple):
