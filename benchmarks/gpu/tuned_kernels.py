@@ -181,7 +181,7 @@ def softmax_searches(model: Model) -> Iterator[Search]:
         replace=lambda tiles: [
             Replacement(linear_cross_entropy, "blocks", lambda *_, **__: (stride, tiles["block"], tiles["warps"]))
         ],
-        fits=lambda tiles: tiles["block"] < 2 * V,  # half of a longer block is empty
+        fits=lambda tiles: tiles["block"] <= max(block, 2 * V),  # half of a longer one is empty
     )
 
 
