@@ -127,21 +127,30 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
 
 def read_cubin(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
     """-> resource usage of the kernel (REG, STACK, ...) and how often each instruction stands in its machine code."""
+    code = _dump(cubin, "--dump-sass")
+    operations = Counter(INSTRUCTION.findall(code))
+    if not operations:
+        raise RuntimeError(f"cuobjdump says nothing of instructions:\n{code[-500:]}")
+    return resource_usage(cubin), operations
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What a kernel needs: REG and STACK per thread, SHARED and LOCAL."""
+    usage = _dump(cubin, "--dump-resource-usage")
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    if not {"REG", "STACK"} <= resources.keys():
+        raise RuntimeError(f"cuobjdump says nothing of registers or stack:\n{usage[-500:]}")
+    return resources
+
+
+def _dump(cubin: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    operations = Counter(INSTRUCTION.findall(code))
-    if not {"REG", "STACK"} <= resources.keys() or not operations:
-        raise RuntimeError(f"{tool} says nothing of registers, stack or instructions:\n{usage[-500:]}{code[-500:]}")
-    return resources, operations
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def load_width(instruction: str) -> int:

@@ -205,11 +205,11 @@ class LaunchCounter(TorchDispatchMode):
             direction = "copy from pageable memory" if target.is_cuda else "copy to the host"
             counts.waits[f"{direction} ({place})"] += 1
 
-    def launched(self, kernel: str, values: Sequence[Any]) -> None:
-        """A Triton kernel that was given `values`."""
+    def launched(self, kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """A Triton kernel with what it was given."""
         place = self._place or place_of_stack(sys._getframe(1))
-        moved = sum(_bytes(v) for v in values if isinstance(v, Tensor))
-        self.counts.add(place, kernel, Tally(1, 1, moved, 0))
+        moved = sum(_bytes(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        self.counts.add(place, kernel.fn.__name__, Tally(1, 1, moved, 0))
 
 
 @contextlib.contextmanager
@@ -219,7 +219,7 @@ def _launches_go_to(counter: LaunchCounter) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        counter.launched(self.fn.__name__, (*args, *kwargs.values()))
+        counter.launched(self, args, kwargs)
 
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
         yield

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.dropout import Draw
-from model.kernels.ops.elementwise import dropout, layer_norm
+from model.kernels.ops.elementwise import dropout, layer_norm, rotate
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.relative_attention import Inputs, relative_attention
@@ -215,6 +215,24 @@ def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
     shape = f"norm B={B} T={T} d={d} {'alone' if probability is None else f'dropout={probability:g}'}"
     per_token = ("x", *(name for name in ("branch", "sequence_index") if name in leaves | constants))
     return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
+
+
+def rotate_case(B: int, T: int, H: int, h: int, half: int) -> Case:
+    """RoPE of queries and keys; `half` pairs of each head are rotated."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        if backend != "reference":
+            return rotate(t["q"], t["k"], (t["cos"], t["sin"]), backend=backend)
+        return tuple(torch.cat([*turned(t[name], t["cos"], t["sin"]), t[name][..., 2 * half :]], -1) for name in "qk")
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x[..., :half], x[..., half : 2 * half]
+        return (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+
+    leaves = {name: normal(B, T, H, h) for name in "qk"}
+    angle = torch.arange(T, dtype=torch.float32)[:, None, None] * 1e-4 ** torch.linspace(0, 1, half)
+    constants = {"cos": angle.cos(), "sin": angle.sin()}
+    return Case("elementwise", f"rotate B={B} T={T} H={H} h={h} half={half}", leaves, constants, compute, 0, ("q", "k"))
 
 
 def equality_cases(*, small: bool) -> list[Build]:

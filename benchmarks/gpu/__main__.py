@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.gpu truth|speed|run|carry|tables`."""
+"""The command line: `python -m benchmarks.gpu truth|speed|run|tune|candidates|carry|tables`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ COMMANDS = {
     "truth": "is everything equal, repeatable and free of races on this card",
     "speed": "how near to the card's own ceilings are kernels and micro-steps",
     "run": "does training through DeepSpeed's launcher start, learn, save, stop and resume",
+    "tune": "which tiles of the Triton kernels are the fastest on this card",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from benchmarks.gpu import carry, command, tables
+    from benchmarks.gpu import candidates, carry, command, tables
 
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="What a GPU has to show (docs/gpu.md).")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command.add_options(commands.add_parser(name, help=what, description=what))
+    candidates.add_command(commands)
     carry.add_command(commands)
     tables.add_command(commands)
     options = parser.parse_args(arguments)

@@ -107,6 +107,7 @@ UNITS = {
     "flops_per_second": ("TF/s", 1e12),
     "wall_seconds": ("s", 1.0),
     "tokens_per_second": ("tokens/s", 1.0),
+    "gain_percent": ("% less time than today's tiles", 1.0),
     "time_over_macs": ("x the dense layer's time, over the ratio of MACs", 1.0),
 }
 """Key of a result -> its unit in a table."""
@@ -202,6 +203,18 @@ def block_rows(entries: list[Entry]) -> Rows:
     return rows
 
 
+def tile_rows(entries: list[Entry]) -> Rows:
+    """Of every kernel whose tiles were searched."""
+    from benchmarks.gpu import tune
+
+    rows: Rows = [("kernel, shape", "today", "best", "gain", "candidates, rejected")]
+    for entry in entries:
+        if entry.status == PASSED:
+            counts = f"{len(entry.result['candidates'])}, {entry.result['rejected']}"
+            rows.append((entry.part, *tune.summary(entry.result), counts))
+    return rows
+
+
 def run_rows(entries: list[Entry]) -> Rows:
     rows: Rows = [("run", "status", "first loss", "last loss", "tokens/s", "said")]
     for entry in entries:
@@ -220,6 +233,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Entry]], Rows]]] = {
     "block": ("speed", block_rows),
     "micro_steps": ("speed", step_rows),
     "runs": ("run", run_rows),
+    "tiles": ("tune", tile_rows),
 }
 """Name of a table in docs/gpu.md -> the command whose record it comes from, and its rows, the first of which is the
 head."""

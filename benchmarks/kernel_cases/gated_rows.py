@@ -9,7 +9,7 @@ import torch
 from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase, make_case, row_load
 from benchmarks.kernel_cases.shipped import GATED_ROWS
 from model.kernels.backend import TRITON_DTYPES
-from model.kernels.triton.gated_rows import gated_spread_kernel, gated_sum_kernel, tile
+from model.kernels.triton.gated_rows import WARPS, gated_spread_kernel, gated_sum_kernel, tile
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -29,4 +29,11 @@ def compile_cases() -> Iterator[CompileCase]:
                 # Without DOT its argument is one of the rows.
                 kinds = pointers | {"grad_scores": "fp32" if flags["DOT"] else kind}
                 # Single int64 numbers are gathered; rows are what wide loads are for.
-                yield make_case(f"dense {what} {h} k{k} {kind}", kernel, kinds, shape | flags, load_bytes=row_load(h))
+                yield make_case(
+                    f"dense {what} {h} k{k} {kind}",
+                    kernel,
+                    kinds,
+                    shape | flags,
+                    load_bytes=row_load(h),
+                    num_warps=WARPS,
+                )

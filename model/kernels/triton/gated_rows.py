@@ -115,8 +115,8 @@ def gated_spread_kernel(
         tl.store(grad_scores + slots, similarity.to(grad_scores.dtype.element_ty), mask=present)
 
 
-TILE = 2048
-"""Numbers of a program's tile: 16 a thread at 4 warps, two loads of 16 bytes in half precision."""
+TILE, WARPS = 2048, 4
+"""Numbers of a program's tile: 16 a thread, two loads of 16 bytes in half precision."""
 
 
 def tile(width: int, k: int) -> dict[str, int]:
@@ -157,7 +157,7 @@ def gated_sum(
         PADDED_K=triton.next_power_of_2(k),
         KEEP=chosen is not None,
         DOT=dot is not None,
-        num_warps=4,
+        num_warps=WARPS,
         **blocks,
     )
 
@@ -189,6 +189,6 @@ def gated_spread(
         K=k,
         PADDED_K=triton.next_power_of_2(k),
         DOT=dot is not None,
-        num_warps=4,
+        num_warps=WARPS,
         **blocks,
     )

@@ -1,0 +1,343 @@
+"""The kernels whose tiles are searched, the costliest of a micro-step first, with today's tiles and what is tried.
+
+Each function below is one module of model/kernels/triton: where its tiles come from, and what else they may be. Sizes
+are powers of two around today's. What spills is not ruled out here: a compiler says it (tile_compilation.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.tile_search import Replacement, Search, Tiles
+from benchmarks.op_cases import (
+    Case,
+    attention_case,
+    choice,
+    loss_case,
+    norm_case,
+    output_case,
+    rotate_case,
+    route_case,
+    sigma_moe_case,
+    value_case,
+)
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value
+from model.kernels.triton import (
+    gated_rows,
+    layer_norm,
+    linear_cross_entropy,
+    relative_attention,
+    rope,
+    route,
+    sigma_moe,
+)
+
+DTYPE = torch.bfloat16
+WARPS, STAGES = (4, 8), (2, 3, 4, 5)
+
+
+class Model(NamedTuple):
+    """The shapes of a micro-step."""
+
+    name: str
+    B: int
+    T: int
+    d: int
+    experts: tuple[int, int, int]
+    """The feed-forward's: E, k, G."""
+    head: tuple[int, int, int, int]
+    """SwitchHead's: H, E, k, h."""
+    routers: int
+    """Of SwitchHead, that choose together."""
+    classes: int
+    half: int = 0
+    """Pairs of a head that RoPE rotates."""
+
+    @property
+    def N(self) -> int:
+        return self.B * self.T
+
+
+TINY = Model("tiny", 2, 19, 24, experts=(4, 2, 16), head=(2, 4, 2, 8), routers=4, classes=50, half=2)
+SWITCHALL_1B = Model("1b", 8, 2048, 2048, (64, 8, 128), (8, 4, 2, 128), routers=16, classes=32000, half=32)
+PUBLISHED_262M = Model("262m", 8, 512, 1024, (32, 4, 128), (4, 4, 2, 112), routers=4, classes=8000)
+
+
+def searches(*, tiny: bool) -> Iterator[Search]:
+    """switchall_1b (8 sequences of 2048 tokens), then the published 262M models (8 of 512)."""
+    for model in (TINY,) if tiny else (SWITCHALL_1B, PUBLISHED_262M):
+        yield from sigma_moe_searches(model)
+        yield from gated_rows_searches(model)
+        yield from softmax_searches(model)
+        yield from norm_searches(model)
+        if model.half:
+            yield from rope_searches(model)
+        yield from route_searches(model, model.routers, *model.head[1:3])
+        yield from route_searches(model, 1, *model.experts[:2])
+        if model is not SWITCHALL_1B:
+            yield from relative_attention_searches(model)
+
+
+def sigma_moe_searches(model: Model) -> Iterator[Search]:
+    N, d, (E, k, G) = model.N, model.d, model.experts
+    build = functools.partial(sigma_moe_case, N, d, E, k, G)
+    own: dict[str, Any] = {"build": build, "backend": "triton"}
+    shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
+    today = dataclasses.asdict(sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False))
+    values = {"rows": (64, 128), "reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES}
+    replace = functools.partial(_returned, sigma_moe, "mlp_tiles")
+    for phase in ("forward", "backward"):
+        yield Search(
+            name=f"sigma_moe {phase} {shape}",
+            kernels=(f"{phase}_kernel",),
+            phase=phase,
+            today=today,
+            values=values,
+            replace=replace,
+            **own,
+        )
+    yield Search(
+        name=f"sigma_moe weight gradient {shape}",
+        kernels=("weight_gradient_kernel",),
+        phase="backward",
+        today={name: value for name, value in vars(sigma_moe.weight_tiles(G, DTYPE)).items() if name != "reduce"},
+        values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
+        replace=functools.partial(_returned, sigma_moe, "weight_tiles"),
+        **own,
+    )
+    yield Search(
+        name=f"sigma_moe sum {shape}",
+        kernels=("sum_kernel",),
+        phase="forward",
+        today={"tokens": sigma_moe.SUM_TOKENS, "columns": sigma_moe.SUM_COLUMNS, "warps": sigma_moe.SUM_WARPS},
+        values={"tokens": (1, 2, 4, 8), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)},
+        replace=functools.partial(
+            _constants, sigma_moe, {"tokens": "SUM_TOKENS", "columns": "SUM_COLUMNS", "warps": "SUM_WARPS"}
+        ),
+        **own,
+    )
+
+
+def gated_rows_searches(model: Model) -> Iterator[Search]:
+    """Beside cuBLAS's products (kernels.backend=dense)."""
+    N, d, (H, E, k, h) = model.N, model.d, model.head
+    blocks = gated_rows.tile(h, k)
+    today = {"rows": blocks["BLOCK_M"], "columns": blocks["BLOCK_N"], "warps": gated_rows.WARPS}
+
+    def replace(tiles: Tiles) -> list[Replacement]:
+        blocks = {"BLOCK_M": tiles["rows"], "BLOCK_N": tiles["columns"]}
+        return [
+            Replacement(gated_rows, "tile", lambda *_: blocks),
+            Replacement(gated_rows, "WARPS", tiles["warps"]),
+        ]
+
+    for what, phase, kernel in (
+        ("value", "forward", "gated_sum"),
+        ("output", "backward", "gated_sum"),
+        ("value", "backward", "gated_spread"),
+        ("output", "forward", "gated_spread"),
+    ):
+        yield Search(
+            name=f"{kernel} {what} {model.name} N={N} H={H} E={E} k={k} h={h}",
+            kernels=(f"{kernel}_kernel",),
+            phase=phase,
+            build=functools.partial(dense_case, what, N, d, H, E, k, h),
+            backend="dense",
+            today=today,
+            values={"rows": (8, 16, 32, 64), "columns": (32, 64, 128), "warps": (2, 4, 8)},
+            replace=replace,
+        )
+
+
+def dense_case(what: str, *sizes: int) -> Case:
+    """SwitchHead's op whose dense backend takes the Triton kernels on every device."""
+    op, rows = (switchhead_value, "x") if what == "value" else (switchhead_output, "a")
+    case = (value_case if what == "value" else output_case)(*sizes)
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        strategy = "fused" if backend == "dense" else None
+        return (op(t[rows], choice(t), t["experts"], backend=backend, strategy=strategy),)
+
+    return case._replace(compute=compute)
+
+
+def softmax_searches(model: Model) -> Iterator[Search]:
+    N, d, V = model.N, model.d, model.classes
+    stride, block, warps = linear_cross_entropy.blocks(V, holds_row=True)
+    yield Search(
+        name=f"softmax {model.name} N={N} d={d} V={V}",
+        kernels=("softmax_kernel",),
+        phase="forward",
+        build=functools.partial(loss_case, N, d, V),
+        backend="triton",
+        today={"block": block, "warps": warps},
+        values={"block": (2048, 4096, 8192, 16384, 32768), "warps": (4, 8, 16, 32)},
+        replace=lambda tiles: [
+            Replacement(linear_cross_entropy, "blocks", lambda *_, **__: (stride, tiles["block"], tiles["warps"]))
+        ],
+        fits=lambda tiles: tiles["block"] <= max(block, 2 * V),  # half of a longer one is empty
+    )
+
+
+def norm_searches(model: Model) -> Iterator[Search]:
+    B, T, d = model.B, model.T, model.d
+    shape, warps = f"{model.name} B={B} T={T} d={d}", layer_norm.warps(d)
+    own: dict[str, Any] = {"build": functools.partial(norm_case, B, T, d, 0.0), "backend": "triton"}
+
+    def replace(tiles: Tiles) -> list[Replacement]:
+        return [
+            Replacement(layer_norm, "warps", lambda _: tiles["warps"]),
+            Replacement(layer_norm, "RESIDENT_WARPS", tiles.get("resident", layer_norm.RESIDENT_WARPS)),
+        ]
+
+    yield Search(
+        name=f"norm forward {shape}",
+        kernels=("norm_forward_kernel",),
+        phase="forward",
+        today={"warps": warps},
+        values={"warps": (1, 2, 4, 8, 16)},
+        replace=replace,
+        **own,
+    )
+    yield Search(
+        name=f"norm backward {shape}",
+        kernels=("norm_backward_kernel",),
+        phase="backward",
+        today={"warps": warps, "resident": layer_norm.RESIDENT_WARPS},
+        values={"warps": (1, 2, 4, 8, 16), "resident": (1024, 2048, 4096, 8192)},
+        replace=replace,
+        **own,
+    )
+    yield Search(
+        name=f"norm sum {shape}",
+        kernels=("norm_sum_kernel",),
+        phase="backward",
+        today={"rows": layer_norm.SUM_ROWS, "columns": layer_norm.SUM_COLUMNS, "warps": layer_norm.SUM_WARPS},
+        values={"rows": (32, 64, 128, 256), "columns": (16, 32, 64), "warps": WARPS},
+        replace=functools.partial(
+            _constants, layer_norm, {"rows": "SUM_ROWS", "columns": "SUM_COLUMNS", "warps": "SUM_WARPS"}
+        ),
+        **own,
+    )
+
+
+def rope_searches(model: Model) -> Iterator[Search]:
+    B, T, (H, _, _, h), half = model.B, model.T, model.head, model.half
+    yield Search(
+        name=f"rope {model.name} B={B} T={T} H={H} h={h} half={half}",
+        kernels=("rotate_kernel",),
+        phase="forward",
+        build=functools.partial(rotate_case, B, T, H, h, half),
+        backend="triton",
+        today={"tile": rope.TILE, "warps": rope.WARPS},
+        values={"tile": (512, 1024, 2048, 4096), "warps": (2, 4, 8)},
+        replace=functools.partial(_constants, rope, {"tile": "TILE", "warps": "WARPS"}),
+    )
+
+
+def route_searches(model: Model, R: int, E: int, k: int) -> Iterator[Search]:
+    N, d = model.N, model.d
+    tiles = route.RouterTiles.of(R, E, DTYPE)
+    own: dict[str, Any] = {
+        "phase": "forward",
+        "backend": "triton",
+        "build": functools.partial(route_case, N, d, R, E, k),
+    }
+    shape = f"{model.name} N={N} d={d} R={R} E={E} k={k}"
+
+    def replace(given: Tiles) -> list[Replacement]:
+        changed = dataclasses.replace(tiles, tokens=given["tokens"], depth=given["depth"])
+        options = {"num_warps": given["warps"], "num_stages": given["stages"]}
+        return [
+            Replacement(route.RouterTiles, "of", lambda *_: changed),
+            Replacement(route.RouterTiles, "options", options),
+        ]
+
+    yield Search(
+        name=f"route choose and place {shape}",
+        kernels=("choose_kernel", "place_kernel"),  # `place` goes by the blocks of tokens of `choose`
+        today={
+            "tokens": tiles.tokens,
+            "depth": tiles.depth,
+            "warps": tiles.options["num_warps"],
+            "stages": tiles.options["num_stages"],
+        },
+        values={"tokens": (16, 32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
+        replace=replace,
+        **own,
+    )
+    yield Search(
+        name=f"route place {shape}",
+        kernels=("place_kernel",),
+        today={"placers": route.MAX_PLACERS, "counts": route.COUNTS},
+        values={"placers": (64, 128, 256, 512), "counts": (16, 32, 64, 128)},
+        replace=functools.partial(_constants, route, {"placers": "MAX_PLACERS", "counts": "COUNTS"}),
+        **own,
+    )
+
+
+def relative_attention_searches(model: Model) -> Iterator[Search]:
+    B, T, (H, _, _, h) = model.B, model.T, model.head
+    shape = f"{model.name} B={B} T={T} H={H} h={h}"
+    own: dict[str, Any] = {"build": functools.partial(attention_case, B, T, H, h), "backend": "triton"}
+    names = {"queries": "QUERIES", "keys": "KEYS", "warps": "num_warps", "stages": "num_stages"}
+    places = relative_attention.PLACES
+    yield Search(
+        name=f"relative_attention places {shape}",
+        kernels=("position_logits_kernel",),
+        phase="forward",
+        today={name: places[own_name] for name, own_name in (names | {"depth": "DEPTH"}).items()},
+        values={"queries": (64, 128), "keys": (64, 128, 256), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
+        replace=lambda tiles: [
+            Replacement(
+                relative_attention,
+                "PLACES",
+                {own_name: tiles[name] for name, own_name in (names | {"depth": "DEPTH"}).items()},
+            )
+        ],
+        **own,
+    )
+    for what in relative_attention.TILES[relative_attention.widest(h)]:
+        found = relative_attention.tiles(h, what)
+        phase = "forward" if what == "forward" else "backward"
+        kernel = {"forward": "forward_kernel", "queries": "query_gradient_kernel"}.get(what, "key_gradient_kernel")
+        yield Search(
+            name=f"relative_attention {what} {shape}",
+            kernels=(kernel,),
+            phase=phase,
+            today={name: found[own_name] for name, own_name in names.items()},
+            values={"queries": (16, 32, 64, 128), "keys": (32, 64, 128), "warps": WARPS, "stages": (1, *STAGES)},
+            replace=functools.partial(_attention, what, names),
+            fits=lambda tiles: tiles["queries"] * tiles["keys"] <= 8192,  # of more, the logits alone fill the registers
+            **own,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- replacement
+
+
+def _returned(module: Any, function: str, tiles: Tiles) -> list[Replacement]:
+    """`function` of sigma_moe gives the same tiles whatever the shape."""
+    given = sigma_moe.ExpertTiles(**tiles)
+    return [Replacement(module, function, lambda *_, **__: given)]
+
+
+def _constants(module: Any, names: dict[str, str], tiles: Tiles) -> list[Replacement]:
+    return [Replacement(module, constant, tiles[name]) for name, constant in names.items()]
+
+
+def _attention(what: str, names: dict[str, str], tiles: Tiles) -> list[Replacement]:
+    """The other kernels keep theirs."""
+    today = relative_attention.tiles
+
+    def replaced(h: int, of: str, capability: int = 9) -> dict[str, int]:
+        found = today(h, of, capability)
+        return found | {own_name: tiles[name] for name, own_name in names.items()} if of == what else found
+
+    return [Replacement(relative_attention, "tiles", replaced)]
