@@ -19,11 +19,13 @@ SEQUENCES = 8
 def parts(*, tiny: bool) -> Iterator[Part]:
     for name in ("tiny",) if tiny else ("1b", "262m"):
         yield Part(f"block {name}", functools.partial(compute, name=name))
+    if not tiny:
+        yield Part("block 1b sets", functools.partial(compute, name="1b", backend="sets"))
 
 
-def compute(context: Context, *, name: str) -> dict[str, Any]:
+def compute(context: Context, *, name: str, backend: str = "auto") -> dict[str, Any]:
     """Milliseconds of block and attention layer, of the model and of its dense counterpart; the ratio of the attention
-    layers' times over the ratio of their multiply-accumulates."""
+    layers' times over the ratio of their multiply-accumulates. `backend`: the model's kernels.backend."""
     from model.costs import attention_macs
 
     config = models.load(name, num_layers=1)
@@ -31,7 +33,7 @@ def compute(context: Context, *, name: str) -> dict[str, Any]:
     clock, B = clock_of(context.device), 1 if context.tiny else SEQUENCES
     found: dict[str, Any] = {"sequences": B}
     for kind, one in (("model", config), ("dense", dense)):
-        model = models.build(one, context.device, torch.bfloat16).train()
+        model = models.build(one, context.device, torch.bfloat16, backend if kind == "model" else "auto").train()
         block = model.blocks[0]
         hidden = torch.randn(B, one.sequence_length, one.d_model, device=context.device, dtype=torch.bfloat16)
         index = torch.arange(B, device=context.device)

@@ -50,8 +50,9 @@ def parts(*, tiny: bool) -> Iterator[Part]:
                 compiled = functools.partial(launched, kind="compiled")
                 yield Part(name_of(name, sequences, kind="compiled"), compiled, 60.0)
         most = 2 if tiny else 8
-        dense = functools.partial(compute, name=name, sequences=most, kind="dense")
-        yield Part(name_of(name, most, kind="dense"), dense, 15.0)
+        for kind in ("dense",) if tiny else ("sets", "dense", "dense graphs"):
+            other = functools.partial(compute, name=name, sequences=most, kind=kind)
+            yield Part(name_of(name, most, kind=kind), other, 15.0)
 
 
 def name_of(name: str, sequences: int, *, kind: str = "") -> str:
@@ -60,16 +61,17 @@ def name_of(name: str, sequences: int, *, kind: str = "") -> str:
 
 def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> dict[str, Any]:
     """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler. `kind`:
-    `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs; `compiled`, blocks by torch.compile."""
+    `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs; `sets`, the same with kernels.backend=sets;
+    `compiled`, blocks by torch.compile."""
     config = models.load(name)
-    if kind == "dense":
+    if "dense" in kind:
         config = models.dense_counterpart(config)
     on_gpu = context.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step = Step(config, context.device, sequences)
-    if kind == "graphs":
+    step = Step(config, context.device, sequences, "sets" if kind == "sets" else "auto")
+    if kind == "sets" or "graphs" in kind:
         step.record()
     if kind == "compiled":
         step.compile()
@@ -110,9 +112,9 @@ def utilisation(config: ModelConfig, tokens_per_second: float, context: Context)
 class Step:
     """The model, a batch on the device, and one micro-step of it; gradients are dropped before each."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, sequences: int) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, sequences: int, backend: str = "auto") -> None:
         self.device = device
-        self.model: LanguageModel = models.build(config, device, torch.bfloat16).train()
+        self.model: LanguageModel = models.build(config, device, torch.bfloat16, backend).train()
         shape = (sequences, config.sequence_length)
         self.tokens, self.targets = (torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2))
         self.index = torch.arange(sequences, device=device)

@@ -51,13 +51,14 @@ def dense_counterpart(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update=changes)
 
 
-def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """With the fastest backends of the device, and statistics of the routers where the model is."""
+def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> LanguageModel:
+    """With `backend` where an op has it, else the fastest ones of the device. Statistics of the routers are where the
+    model is."""
     from model.kernels.choice import Backends
     from model.language_model import LanguageModel, routing_statistics
 
     torch.manual_seed(0)
-    backends = Backends.choose("auto", config, device_type=device.type, dtype=dtype)
+    backends = Backends.choose(backend, config, device_type=device.type, dtype=dtype)
     with torch.device(device):
         model = LanguageModel(config, backends=backends, seed=0)
         with torch.no_grad():  # drawn on the device: times do not depend on the recipe, but on ordinary values

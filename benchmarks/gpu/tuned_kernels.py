@@ -35,8 +35,10 @@ from model.kernels.triton import (
     relative_attention,
     rope,
     route,
+    set_gemm,
     sigma_moe,
 )
+from model.kernels.triton.gated_gemm import GemmTiles
 
 DTYPE = torch.bfloat16
 WARPS, STAGES = (4, 8), (2, 3, 4, 5)
@@ -73,6 +75,7 @@ def searches(*, tiny: bool) -> Iterator[Search]:
     """switchall_1b (8 sequences of 2048 tokens), then the published 262M models (8 of 512)."""
     for model in (TINY,) if tiny else (SWITCHALL_1B, PUBLISHED_262M):
         yield from sigma_moe_searches(model)
+        yield from set_gemm_searches(model)
         yield from gated_rows_searches(model)
         yield from softmax_searches(model)
         yield from norm_searches(model)
@@ -122,6 +125,42 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         ),
         **own,
     )
+
+
+def set_gemm_searches(model: Model) -> Iterator[Search]:
+    """kernels.backend=sets, which `auto` takes nowhere before a GPU has timed it."""
+    N, d, (H, E, k, h) = model.N, model.d, model.head
+    shape = f"{model.name} N={N} d={d} H={H} E={E} k={k} h={h}"
+    project = set_gemm.project_tiles(h, k, DTYPE, (9, 0))
+    gradient = set_gemm.gradient_tiles(d, h, H * E, DTYPE, (9, 0))
+    for what, phase, kernel, today, case in (
+        ("value forward", "forward", "project", project, value_case),
+        ("output backward", "backward", "project", project, output_case),
+        ("value", "backward", "gradient", gradient, value_case),
+        ("output", "backward", "gradient", gradient, output_case),
+    ):
+        rows, most = ((64, 128), 128 // k) if kernel == "project" else ((64, 128, 256), 128)
+        yield Search(
+            name=f"set_gemm {kernel} {what} {shape}",
+            kernels=(f"set_{kernel}_kernel",),
+            phase=phase,
+            build=functools.partial(case, N, d, H, E, k, h),
+            backend="sets",
+            today=today._asdict(),
+            values={"rows": rows, "columns": (32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
+            replace=functools.partial(_gemm, f"{kernel}_tiles"),
+            fits=functools.partial(_sums_fit, most),
+        )
+
+
+def _sums_fit(most: int, tiles: Tiles) -> bool:
+    """At most `most` sums a thread in each accumulator."""
+    return tiles["rows"] * tiles["columns"] <= 32 * tiles["warps"] * most
+
+
+def _gemm(function: str, tiles: Tiles) -> list[Replacement]:
+    given = GemmTiles(**tiles)
+    return [Replacement(set_gemm, function, lambda *_: given)]
 
 
 def gated_rows_searches(model: Model) -> Iterator[Search]:
