@@ -27,30 +27,50 @@ def backward(
     grad_logits: Tensor | None, grad_scores: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight. At least one of `grad_logits` [N, R, E] and `grad_scores` [N, R, k] is there."""
-    N, (R, E, d) = x.shape[0], weight.shape
-    grad = scores.new_zeros(N, R, E)
+    if x.dtype == weight.dtype == torch.bfloat16:
+        return _gradients_of_parts(_in_two_parts(grad_logits, grad_scores, scores, index, weight.shape[1]), x, weight)
+    flat = _grad_of_logits(grad_logits, grad_scores, scores, index, weight.shape[1]).flatten(1)
+    grad_x = torch.mm(flat, weight.reshape(-1, weight.shape[2]).to(flat.dtype))
+    grad_weight = torch.mm(flat.t(), x.to(flat.dtype))
+    return grad_x.to(x.dtype), grad_weight.view(weight.shape).to(weight.dtype)
+
+
+def _grad_of_logits(
+    grad_logits: Tensor | None, grad_scores: Tensor | None, scores: Tensor, index: Tensor, num_experts: int
+) -> Tensor:
+    """[N, R, E]."""
+    grad = scores.new_zeros(*index.shape[:2], num_experts)
     if grad_scores is not None:
         # s (1 - s) is 0 for a dropped score of 0 too. The k indices of a row differ: one addend per element.
         grad.scatter_(-1, index, grad_scores * scores * (1.0 - scores))
     if grad_logits is not None:
         grad += grad_logits
-    flat, matrix = grad.view(N, R * E), weight.reshape(R * E, d)
-    if x.dtype == weight.dtype == torch.bfloat16:
-        return _in_two_parts(flat, x, matrix, weight.shape)
-    grad_x = torch.mm(flat, matrix.to(flat.dtype))
-    grad_weight = torch.mm(flat.t(), x.to(flat.dtype))
-    return grad_x.to(x.dtype), grad_weight.view(R, E, d).to(weight.dtype)
+    return grad
 
 
-def _in_two_parts(grad: Tensor, x: Tensor, matrix: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` [N, d] bf16 and of `matrix` [c, d] bf16, the latter in `shape`, for `grad` [N, c] fp32. The high
-    and the low part stand side by side, so that either gradient is one product whose sums are in fp32."""
-    N, c = grad.shape
-    parts = x.new_empty(N, 2, c)
+def _in_two_parts(
+    grad_logits: Tensor | None, grad_scores: Tensor | None, scores: Tensor, index: Tensor, num_experts: int
+) -> Tensor:
+    """[N, 2, R, E] bf16, the high and the low part."""
+    if scores.device.type == "cuda":
+        from model.kernels.triton import logit_gradient
+
+        return logit_gradient.in_two_parts(grad_logits, grad_scores, scores, index, num_experts)
+    grad = _grad_of_logits(grad_logits, grad_scores, scores, index, num_experts)
+    parts = grad.new_empty(len(grad), 2, *grad.shape[1:], dtype=torch.bfloat16)
     parts[:, 0] = grad
     parts[:, 1] = grad - parts[:, 0]
-    both = parts.view(N, 2 * c)
+    return parts
+
+
+def _gradients_of_parts(parts: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` [N, d] and `weight` [R, E, d]. The parts stand side by side, so that either gradient is one
+    product whose sums are in fp32."""
+    both, matrix = parts.flatten(1), weight.reshape(-1, weight.shape[2])
     grad_x = torch.mm(both, torch.cat([matrix, matrix]))
-    wide = grad.new_empty(2 * c, x.shape[1])
+    wide = torch.empty(both.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     multiply(both.t(), x, wide)
-    return grad_x, (wide[:c] + wide[c:]).view(shape).to(x.dtype)
+    high, low = wide.chunk(2)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    torch.add(high, low, out=grad_weight.view(matrix.shape))  # rounds once, without a launch of its own
+    return grad_x, grad_weight
