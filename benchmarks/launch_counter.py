@@ -41,6 +41,8 @@ NO_KERNEL = frozenset(
 """Operators that are no views by their schema, and launch nothing."""
 WRITES_ALONE = frozenset({"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"})
 """They do not read what they overwrite; nor does an operator its `out`."""
+READ_NOTHING = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
+"""They take a tensor for its dtype, device or shape alone."""
 GATHERS = frozenset({"embedding", "index", "index_select", "gather"})
 WAITS = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
@@ -260,6 +262,8 @@ def bytes_moved(func: Any, given: Any, result: Any) -> int:
             read += tensors
     results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     fresh = [t for t in results if not any(t is w for w in written)]
+    if name in READ_NOTHING:
+        read = []
     if name in GATHERS:
         read = [t for t in (*results, *(t for t in read if not t.is_floating_point()))]
     once = {id(t): t for t in read}.values()

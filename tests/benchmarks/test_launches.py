@@ -58,6 +58,7 @@ BY_HAND: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "copied in": (lambda x: new(6, 10).copy_(x), 1, 2 * ONE),
     "broadcast": (lambda x: x + new(10).expand(6, 10), 1, 2 * ONE + 40),
     "filled": (lambda x: torch.zeros(6, 10, device="cuda"), 1, ONE),
+    "of the same kind": (lambda x: (x.new_zeros(3), torch.ones_like(x)), 2, 12 + ONE),
     "cast to half": (lambda x: x.half(), 1, ONE + ONE // 2),
     "no cast": (lambda x: x.float(), 0, 0),
     "reduced": (lambda x: x.sum(0), 1, ONE + 40),
