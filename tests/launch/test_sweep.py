@@ -19,6 +19,7 @@ import pytest
 from common.errors import UserError
 from launch.sweeps.command import main
 from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+from launch.sweeps.record import Sweep
 from pretrain.config.loading import to_json
 from tests.launch.launcher import ROOT, environment
 from tests.launch.slurm.test_submit import calls, sbatch  # noqa: F401  # a fixture
@@ -319,6 +320,43 @@ def test_every_run_is_submitted_as_a_job_and_none_twice(
     ], "job 42 is in the queue"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
     assert "not begun (job 44)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, submitted", [("Unable to contact slurm controller (connect failure)", 2), ("Invalid job id specified", 4)]
+)
+def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
+    case: Case,
+    sbatch: Path,  # noqa: F811
+    error: str,
+    submitted: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "slurm_load_jobs error: {error}" >&2; exit 1\n')
+    squeue.chmod(0o755)
+    line = case.line(*VARY, "--submit", "--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
+    line += ["--cpus-per-rank", "2"]
+    assert main(line) == 0
+    assert main(line) == (2 if submitted == 2 else 0)
+    assert len(calls(sbatch)) == submitted
+    if submitted == 2:
+        assert (
+            f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
+        )
+
+
+def test_what_another_command_noted_while_this_one_checked_its_runs_stays(case: Case) -> None:
+    configs = configurations([str(case.config)])
+    one, other = (Sweep.open(case.dir, [RATE], [], configs) for _ in range(2))
+    (first,) = one.add(combinations(["x"], {RATE: ["1e-3"]}))
+    (second,) = other.add(combinations(["x"], {RATE: ["2e-3"]}))
+    one.begin(configs)
+    one.note(first, job="41")
+    other.begin(configs)
+    found = Sweep.load(case.dir)
+    assert found is not None and found.jobs == {first.name: "41"}
+    assert list(found.runs) == [first.name, second.name] == list(other.runs)
 
 
 def test_what_the_job_would_refuse_is_said_before_any_is_submitted(
