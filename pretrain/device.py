@@ -234,8 +234,8 @@ def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
 
 def stop(code: int | None = None) -> None:
     """Leaves the process group. NCCL's waits until all that is queued has ended, and with it for the other ranks, which
-    never come to what a rank has queued that failed alone. `code`: with it this process ends if the group has not let
-    it go after LEAVE_SECONDS; without it waits."""
+    never come to what a rank has queued that failed alone. `code`: that of this process, which ends with it if the
+    group has not let it go after LEAVE_SECONDS, and whatever the group says; without it waits, and raises."""
     if not dist.is_initialized():
         return
     late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
@@ -244,6 +244,10 @@ def stop(code: int | None = None) -> None:
         late.start()
     try:
         dist.destroy_process_group()
+    except RuntimeError as error:
+        if code is None:
+            raise
+        print(f"the process group could not be left in order: {error}", file=sys.stderr, flush=True)
     finally:
         late.cancel()
 
