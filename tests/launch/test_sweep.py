@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.run_lock import FolderLock
 from launch.sweeps.command import main
 from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
 from launch.sweeps.record import Sweep
@@ -193,6 +194,23 @@ def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_f
     assert case.run(*rates) == 1, "the one that diverged stays so"
     assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "2e-3", "3e-3"]
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
+
+
+def test_a_run_that_another_process_trains_is_passed_over_and_the_sweep_is_not_done(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.ends(**{"1e_3": 1})
+    assert case.run("--vary", f"{RATE}=1e-3") == 1
+    lock = FolderLock(case.dir / "x,learning_rate=1e-3")
+    try:
+        case.ends()
+        assert case.run(*VARY) == 1
+        assert "  passed over: another process trains it" in capsys.readouterr().out
+    finally:
+        lock.release()
+    assert case.trained == ["1e-3", "2e-3"]
+    assert case.run(*VARY) == 0
+    assert case.trained == ["1e-3", "2e-3", "1e-3"]
 
 
 def test_new_values_and_configurations_are_added_and_known_ones_stay_however_they_are_written(
