@@ -76,7 +76,7 @@ class Sweep:
         if (copy := self.config(name)).exists():
             theirs = config_tree(copy, self.overrides)
         old, new = flattened(theirs), flattened(ours)
-        for key in sorted((old.keys() | new.keys()) - {"description"}):
+        for key in sorted((old.keys() | new.keys()) - {"description", *self.keys}):
             if old.get(key) != new.get(key):
                 before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
                 raise UserError(

@@ -251,6 +251,9 @@ def test_another_command_in_the_same_folder_is_refused_with_the_key(
 def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run(*VARY) == 0
     tree: dict[str, Any] = json.loads(case.config.read_text())
+    tree["optimizer"]["learning_rate"] = 5e-3  # which every run is given anew
+    case.config.write_text(json.dumps(tree))
+    assert case.run(*VARY) == 0
     tree["optimizer"]["clip_norm"] = 1.0
     case.config.write_text(json.dumps(tree))
     assert case.run(*VARY) == 2
