@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
@@ -78,7 +78,8 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
-            ask_nccl_for_determinism()
+            if ranks.world_size > 1:
+                ask_nccl_for_determinism()
         device, backend = own_gpu(ranks), "nccl"
         set_numerics(device, deterministic=settings.deterministic)
         if importlib.util.find_spec("triton") is not None:
@@ -194,16 +195,16 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def control_group(timeout_seconds: float) -> Any:
-    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises UserError where
-    the ranks reach each other by NCCL alone."""
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises PassingError
+    where the ranks reach each other by NCCL alone: the node of one of them may just have died."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
         try:
             return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
         except RuntimeError as error:
-            raise UserError(
+            raise PassingError(
                 f"GLOO_SOCKET_IFNAME: NCCL connects the ranks, but gloo, by which they agree on CPUs, does not "
-                f"({str(error).splitlines()[0]}); set it to the name of the network between the nodes (ip -brief "
-                f"address), or let the name of each node resolve to its address there"
+                f"({str(error).splitlines()[0]}); if that comes back, set it to the name of the network between the "
+                f"nodes (ip -brief address), or let the name of each node resolve to its address there"
             ) from None
     return dist.group.WORLD
 
@@ -233,16 +234,22 @@ def graph_maker(device: torch.device) -> Callable[[], CudaGraph]:
 
 def stop(code: int | None = None) -> None:
     """Leaves the process group. NCCL's waits until all that is queued has ended, and with it for the other ranks, which
-    never come to what a rank has queued that failed alone. `code`: with it this process ends if the group has not let
-    it go after LEAVE_SECONDS; without it waits."""
+    never come to what a rank has queued that failed alone. `code`: that of this process, which ends with it if the
+    group has not let it go after LEAVE_SECONDS, and whatever the group says; without it waits, and raises."""
     if not dist.is_initialized():
         return
     late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
     late.daemon = True
     if code is not None:
         late.start()
-    dist.destroy_process_group()
-    late.cancel()
+    try:
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if code is None:
+            raise
+        print(f"the process group could not be left in order: {error}", file=sys.stderr, flush=True)
+    finally:
+        late.cancel()
 
 
 def synchronize(device: torch.device) -> None:

@@ -249,6 +249,8 @@ class Segment:
         if any_waited:
             for wait in self.control.gathered(waits)[:MOST_WAITS]:
                 self.folder.event("data_waited", step=step, **wait)
+            # Rank 0 writes, perhaps to the same disk: in the step the others would wait for it with a step's limit.
+            self.control.largest(0)
         assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
         if is_spike:
             reason = self.control.from_first_rank(lambda: self._spike)

@@ -32,7 +32,7 @@ TABLE, LOSSES, CURVES = "sweep.csv", "losses.png", "curves.png"
 MOST_CURVES = 10
 """Runs in the picture of curves, the best first: as many as have a colour."""
 NOT_ALL = 1
-"""Exit code: some runs failed or diverged."""
+"""Exit code: some runs failed or diverged, or another process trains them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="launch/sweep.py",
         description="Trains a run for every combination of the configurations and of the varied values, one after the "
         "other, and ranks them by validation loss. The same command again goes on: finished runs stay, the others "
-        f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed or diverged, 2 "
-        f"refused, {int(ExitCode.STOPPED)} stopped by a signal.",
+        f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed, diverged or "
+        f"are trained by another process, 2 refused, {int(ExitCode.STOPPED)} stopped by a signal.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -133,7 +133,7 @@ def sweep(args: argparse.Namespace) -> int:
             print("stopped; the same command goes on", flush=True)
             return ExitCode.STOPPED
         show(found)
-    return NOT_ALL if any(found.result(run).state is State.FAILED for run in asked) else 0
+    return 0 if all(found.result(run).state is State.FINISHED for run in asked) else NOT_ALL
 
 
 def _check_options(args: argparse.Namespace) -> None:

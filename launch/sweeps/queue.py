@@ -18,6 +18,8 @@ from pretrain.views.sweep import SweepRun
 OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run")
 """Options of submit.py that the sweep gives, or that are for a single run."""
 
+SQUEUE_SECONDS = 120.0
+
 
 class Queue:
     """`options` of submit.py for every run. Raises UserError for those that belong to the sweep."""
@@ -74,9 +76,17 @@ class Queue:
 
 
 def is_queued(job: str) -> bool:
-    """Whether SLURM still has the job, waiting or running. Raises OSError if there is no squeue."""
+    """Whether SLURM still has the job, waiting or running. Raises OSError if there is no squeue, and UserError if it
+    cannot tell: a job that is submitted twice would find the run taken."""
     line = ["squeue", "--noheader", "--jobs", job]
-    return bool(subprocess.run(line, capture_output=True, text=True, check=False, timeout=120).stdout.strip())
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS)
+        said = done.stderr.strip() if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        said = f"no answer in {SQUEUE_SECONDS:.0f} s"
+    if said and "Invalid job id" not in said:  # which it says of a job that ended minutes ago
+        raise UserError(f"squeue: does not say whether job {job} has ended ({said}); try the same command later")
+    return bool(done.stdout.strip())
 
 
 def _submit(arguments: Sequence[str]) -> tuple[int, str, str]:

@@ -76,7 +76,7 @@ class Sweep:
         if (copy := self.config(name)).exists():
             theirs = config_tree(copy, self.overrides)
         old, new = flattened(theirs), flattened(ours)
-        for key in sorted((old.keys() | new.keys()) - {"description"}):
+        for key in sorted((old.keys() | new.keys()) - {"description", *self.keys}):
             if old.get(key) != new.get(key):
                 before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
                 raise UserError(
@@ -111,24 +111,30 @@ class Sweep:
         return [self.result(run) for run in self.runs.values()]
 
     def begin(self, configs: dict[str, Path]) -> None:
-        """Makes the folder, copies the configurations that are new, and writes the record. Raises OSError."""
+        """Makes the folder, copies the configurations that are new, and writes the record. Raises UserError and
+        OSError."""
         (self.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
         for name, path in configs.items():
             if not self.config(name).exists():
                 write_file(self.config(name), path.read_bytes())
+        self._take_newest()
         self.save()
 
     def note(self, run: SweepRun, *, unrecorded: int | None = None, job: str | None = None) -> None:
         """Writes down how the newest start of a run ended, or its job. Raises UserError and OSError."""
-        newest = self.load(self.folder)
-        if newest is not None:  # another command may have added runs meanwhile
-            self.runs, self.unrecorded, self.jobs = newest.runs, newest.unrecorded, newest.jobs
+        self._take_newest()
         self.unrecorded.pop(run.name, None)
         if unrecorded is not None:
             self.unrecorded[run.name] = unrecorded
         if job is not None:
             self.jobs[run.name] = job
         self.save()
+
+    def _take_newest(self) -> None:
+        """Another command may have added runs, or noted jobs and ends, since this one read the record."""
+        newest = self.load(self.folder)
+        if newest is not None:
+            self.runs, self.unrecorded, self.jobs = newest.runs | self.runs, newest.unrecorded, newest.jobs
 
     def save(self) -> None:
         """Raises OSError."""

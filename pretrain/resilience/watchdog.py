@@ -183,9 +183,9 @@ class Watchdog:
         while time.monotonic() < deadline and not message.exists() and not (is_reader and self._all_have_reported()):
             time.sleep(self._pause)
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
-        is_stuck = self._phases.record.count == record.count and (
-            self._has_hung(time.monotonic()) or (self._hang / READER).exists()
-        )
+        # The file of a reader is its own, and tells it nothing: its phase may have become one that may take long.
+        is_called = not is_reader and (self._hang / READER).exists()
+        is_stuck = self._phases.record.count == record.count and (self._has_hung(time.monotonic()) or is_called)
         if not is_stuck and not message.exists():
             path.unlink(missing_ok=True)  # slow, not hung
             path.with_suffix(collectives.SUFFIX).unlink(missing_ok=True)

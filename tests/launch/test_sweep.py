@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.run_lock import FolderLock
 from launch.sweeps.command import main
 from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+from launch.sweeps.record import Sweep
 from pretrain.config.loading import to_json
 from tests.launch.launcher import ROOT, environment
 from tests.launch.slurm.test_submit import calls, sbatch  # noqa: F401  # a fixture
@@ -194,6 +196,23 @@ def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_f
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
 
 
+def test_a_run_that_another_process_trains_is_passed_over_and_the_sweep_is_not_done(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.ends(**{"1e_3": 1})
+    assert case.run("--vary", f"{RATE}=1e-3") == 1
+    lock = FolderLock(case.dir / "x,learning_rate=1e-3")
+    try:
+        case.ends()
+        assert case.run(*VARY) == 1
+        assert "  passed over: another process trains it" in capsys.readouterr().out
+    finally:
+        lock.release()
+    assert case.trained == ["1e-3", "2e-3"]
+    assert case.run(*VARY) == 0
+    assert case.trained == ["1e-3", "2e-3", "1e-3"]
+
+
 def test_new_values_and_configurations_are_added_and_known_ones_stay_however_they_are_written(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +251,9 @@ def test_another_command_in_the_same_folder_is_refused_with_the_key(
 def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run(*VARY) == 0
     tree: dict[str, Any] = json.loads(case.config.read_text())
+    tree["optimizer"]["learning_rate"] = 5e-3  # which every run is given anew
+    case.config.write_text(json.dumps(tree))
+    assert case.run(*VARY) == 0
     tree["optimizer"]["clip_norm"] = 1.0
     case.config.write_text(json.dumps(tree))
     assert case.run(*VARY) == 2
@@ -319,6 +341,43 @@ def test_every_run_is_submitted_as_a_job_and_none_twice(
     ], "job 42 is in the queue"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
     assert "not begun (job 44)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, submitted", [("Unable to contact slurm controller (connect failure)", 2), ("Invalid job id specified", 4)]
+)
+def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
+    case: Case,
+    sbatch: Path,  # noqa: F811
+    error: str,
+    submitted: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "slurm_load_jobs error: {error}" >&2; exit 1\n')
+    squeue.chmod(0o755)
+    line = case.line(*VARY, "--submit", "--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
+    line += ["--cpus-per-rank", "2"]
+    assert main(line) == 0
+    assert main(line) == (2 if submitted == 2 else 0)
+    assert len(calls(sbatch)) == submitted
+    if submitted == 2:
+        assert (
+            f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
+        )
+
+
+def test_what_another_command_noted_while_this_one_checked_its_runs_stays(case: Case) -> None:
+    configs = configurations([str(case.config)])
+    one, other = (Sweep.open(case.dir, [RATE], [], configs) for _ in range(2))
+    (first,) = one.add(combinations(["x"], {RATE: ["1e-3"]}))
+    (second,) = other.add(combinations(["x"], {RATE: ["2e-3"]}))
+    one.begin(configs)
+    one.note(first, job="41")
+    other.begin(configs)
+    found = Sweep.load(case.dir)
+    assert found is not None and found.jobs == {first.name: "41"}
+    assert list(found.runs) == [first.name, second.name] == list(other.runs)
 
 
 def test_what_the_job_would_refuse_is_said_before_any_is_submitted(

@@ -23,6 +23,7 @@ from pretrain import device, gpus
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import device_type, own_gpu, planned_device_type, why_unusable
 from pretrain.ranks import Ranks
+from pretrain.report.exit_codes import ExitCode, code_of
 
 SIGNS = (
     "DS_ACCELERATOR",
@@ -247,7 +248,7 @@ def test_cublas_and_nccl_are_asked_before_cuda_starts(machine: pytest.MonkeyPatc
     machine.setattr(torch, "cuda", cuda)
     machine.setenv(gpus.CUBLAS, ":0:0")
     machine.setenv(gpus.NVLS, "2")
-    settings, ranks = TrainConfig(device="cuda", deterministic=True), Ranks(0, 0, 1, 1)
+    settings, ranks = TrainConfig(device="cuda", deterministic=True), Ranks(0, 0, 2, 2)
     for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE"):
         machine.setenv(name, "")
         machine.delenv(name)
@@ -257,6 +258,9 @@ def test_cublas_and_nccl_are_asked_before_cuda_starts(machine: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"train\.deterministic: NCCL .* NCCL_NVLS_ENABLE = 0, but it is '2'"):
         device.start(ranks, settings)
     assert cuda.touched() == []
+    machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(os.environ[gpus.NVLS]))
+    with pytest.raises(pytest.exit.Exception, match=r"^2$"):
+        device.start(Ranks(0, 0, 1, 1), settings)  # a rank alone adds up nothing by NCCL
     machine.delenv(gpus.NVLS)
     machine.setattr(device, "own_gpu", lambda ranks: pytest.exit(f"{os.environ[gpus.CUBLAS]} {os.environ[gpus.NVLS]}"))
     with pytest.raises(pytest.exit.Exception, match=r"^:4096:8 0$"):
@@ -314,8 +318,10 @@ def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.M
 
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "new_group", fail)
-    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME: .*Connection refused\); set it to the name of the net"):
+    said = r"GLOO_SOCKET_IFNAME: .*Connection refused\); if that comes back, set it to the name of the network"
+    with pytest.raises(UserError, match=said) as raised:
         device.control_group(60.0)
+    assert code_of(raised.type) is ExitCode.CUT_OFF, "a rank may have died meanwhile, and the job is requeued"
 
 
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from pretrain import device
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -55,3 +59,21 @@ def test_a_rank_that_fails_alone_says_why_and_leaves_though_its_group_holds_it(
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.splitlines()[-1] == said
+
+
+def test_what_the_process_group_says_at_the_end_does_not_change_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As NCCL's does after a fault of the network."""
+
+    def fail() -> None:
+        raise dist.DistBackendError("NCCL communicator was aborted")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", fail)
+    device.stop(7)
+    assert "NCCL communicator was aborted" in capsys.readouterr().err
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers), "nothing ends it later"
+    with pytest.raises(dist.DistBackendError):
+        device.stop()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from data_prep.shards.format import Manifest
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config, ResilienceConfig
-from pretrain.data.patience import PASSING, Patience, patient_seconds
+from pretrain.data.patience import PASSING, Patience, Wait, patient_seconds
 from pretrain.data.sources import Sources
 from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed
+from pretrain.phases import read
 from pretrain.report.exit_codes import ExitCode, code_of
+from pretrain.report.run_folder import RunFolder
 from tests.harness import run_ranks
 from tests.pretrain.runs import assert_bit_identical, small_config
 
@@ -319,3 +322,29 @@ def test_a_manifest_that_cannot_be_read_before_the_ranks_meet_ends_with_the_code
         f"{prepared}/manifest.json cannot be read: Input/output error (errno 5, EIO); rank 0 tried"
         in capsys.readouterr().err
     )
+
+
+def _train_beside_a_slow_disk(rank: int, config: Config, run_dir: Path) -> list[str]:
+    """The phases of rank 1 while rank 0 writes down that rank 1 waited for its data."""
+    patience, event, found = Patience(60.0, rank=rank), RunFolder.event, []
+    if rank == 1:
+        patience._waits.append(Wait(rank=1, file="x.tar", seconds=70.0, attempts=3, reason="ESTALE"))
+
+    def slow(folder: RunFolder, kind: str, **values: Any) -> None:
+        event(folder, kind, **values)
+        if kind == "data_waited" and rank == 0:
+            time.sleep(1.0)  # in which rank 1 would go on
+            last = read(run_dir / "ranks" / "rank-00001.phase")
+            found.append("" if last is None else last.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "event", slow)
+        train(config, Sources.load(config, patience=patience), run_dir, torch.device("cpu"))
+    return found
+
+
+def test_no_rank_begins_a_step_while_the_first_writes_what_was_waited_for(prepared: Path, tmp_path: Path) -> None:
+    """In a step the others would wait for it no longer than a step's limit."""
+    config = small_config(prepared, "train.steps=2", "evaluate.sequences=0")
+    first, _ = run_ranks(_train_beside_a_slow_disk, 2, config, tmp_path / "run")
+    assert first == ["waiting for the batches of other ranks"]

@@ -250,6 +250,24 @@ def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(tmp_path: Pa
         watchdog.close()
 
 
+def test_a_step_that_ended_late_and_is_being_written_down_is_no_hang(tmp_path: Path) -> None:
+    """Rank 0 has read the sums of the step and is still in the same phase, in which it writes."""
+    codes: list[int] = []
+    phases, watchdogs = ranks_of_two(tmp_path, codes)
+    hang, deadline = tmp_path / "hang", time.monotonic() + 60
+    watchdogs[1].close()
+    watchdogs[0]._grace = 1.0
+    watchdogs[0]._wake_silent_ranks_here = list  # type: ignore[method-assign]  # as one that is on another node
+    phases[0].enter("reading the step's sums", quick=True)
+    while not (hang / "reader").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    phases[0].may_take_long()
+    while (hang / "reader").exists() and not codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watchdogs[0].close()
+    assert not codes and not (hang / "message.txt").exists() and not list(hang.glob("rank-*.json"))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five nodes of a rank each: if every rank read all reports, N ranks would read N x N files."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pretrain.segment
 from pretrain.config.schema import ResilienceConfig
+from pretrain.data.progress import Progress
 from pretrain.phases import Phases
 from pretrain.resilience.step_limit import StepLimit
-from pretrain.trainer import Trainer
+from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, train_with
 from tests.pretrain.runs import small_config
@@ -77,7 +80,7 @@ def note_limits(trainer: Trainer, file: Path) -> None:
     before_steps(trainer, note)
 
 
-def test_a_run_has_the_limit_from_its_sixteenth_step_on_and_not_where_memory_begins_anew(
+def test_a_run_has_the_limit_from_its_sixteenth_step_on_unless_memory_begins_anew_or_choices_are_recorded(
     prepared: Path, tmp_path: Path
 ) -> None:
     """Of the run with memory every pass over the data has 20 steps."""
@@ -85,9 +88,50 @@ def test_a_run_has_the_limit_from_its_sixteenth_step_on_and_not_where_memory_beg
     plain = small_config(prepared, *steps)
     streams = small_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
     limits = []
-    for name, config in (("plain", plain), ("streams", streams)):
+    recorded = small_config(prepared, *steps, "train.record_routing=true")
+    for name, config in (("plain", plain), ("streams", streams), ("recorded", recorded)):
         assert run_ranks(train_with, 1, config, tmp_path / name, note_limits, tmp_path / f"{name}.json") == ["FINISHED"]
         limits.append(json.loads((tmp_path / f"{name}.json").read_text()))
     # A step begins before the sums of the one before are read.
     assert limits[0] == [None] * 16 + [120.0] * 6
     assert limits[1] == [None] * 16 + [120.0] * 4 + [None] * 2
+    assert limits[2] == [None] * 22
+
+
+def note_quick_phases(trainer: Trainer, file: Path) -> None:
+    """Writes to `file` the phases that the limit holds for, and those that it holds for when a step was launched or is
+    written down."""
+    phases, quick, late = trainer.setup.phases, dict[str, None](), dict[str, None]()
+    enter, launch = phases.enter, trainer.launch
+
+    def entered(name: str, **options: bool) -> None:
+        enter(name, **options)
+        if phases.is_quick:
+            quick[name] = None
+
+    def note() -> None:
+        if phases.is_quick:
+            late[phases.record.name] = None
+        file.write_text(json.dumps([list(quick), list(late)]))
+
+    def launched(progress: Progress, given: StepInput) -> LaunchedStep:
+        found = launch(progress, given)
+        note()
+        return found
+
+    phases.enter, trainer.launch = entered, launched  # type: ignore[method-assign]
+    step_values = pretrain.segment.step_values
+
+    def written(*arguments: Any) -> Any:
+        note()
+        return step_values(*arguments)
+
+    pretrain.segment.step_values = written
+
+
+def test_the_limit_holds_for_a_steps_own_work_and_for_nothing_that_is_written(prepared: Path, tmp_path: Path) -> None:
+    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.sequences=8", "checkpoint.every_steps=2")
+    config, file = small_config(prepared, *keys), tmp_path / "phases"
+    assert run_ranks(train_with, 1, config, tmp_path / "run", note_quick_phases, file) == ["FINISHED"]
+    own = ["forward", "backward", "update", "adding up over ranks", "reading the step's sums"]
+    assert json.loads(file.read_text()) == [own, []]
