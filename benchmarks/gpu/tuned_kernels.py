@@ -131,8 +131,9 @@ def set_gemm_searches(model: Model) -> Iterator[Search]:
     """kernels.backend=sets, which `auto` takes nowhere before a GPU has timed it."""
     N, d, (H, E, k, h) = model.N, model.d, model.head
     shape = f"{model.name} N={N} d={d} H={H} E={E} k={k} h={h}"
-    project = set_gemm.project_tiles(h, k, DTYPE, (9, 0))
-    gradient = set_gemm.gradient_tiles(d, h, H * E, DTYPE, (9, 0))
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    project = set_gemm.project_tiles(h, k, DTYPE, capability)
+    gradient = set_gemm.gradient_tiles(d, h, H * E, DTYPE, capability)
     for what, phase, kernel, today, case in (
         ("value forward", "forward", "project", project, value_case),
         ("output backward", "backward", "project", project, output_case),
