@@ -104,6 +104,12 @@ def test_the_best_value_at_an_edge_of_what_was_tried_is_said(
     assert edges([result(tmp_path, v, [x]) for v, x in zip(values, losses, strict=True)], [RATE]) == said
 
 
+def test_nothing_lower_than_zero_is_proposed(tmp_path: Path) -> None:
+    tried = [result(tmp_path, value, [loss]) for value, loss in (("0", 1.0), ("0.1", 2.0))]
+    assert edges(tried, ["optimizer.learning_rate"]) == []
+    assert len(edges([result(tmp_path, "0.2", [3.0]), tried[1]], [RATE])) == 1
+
+
 def test_a_value_that_diverged_was_tried_and_one_that_is_still_to_come_ends_nothing(tmp_path: Path) -> None:
     two = [result(tmp_path, "1e-3", [3.0]), result(tmp_path, "2e-3", [2.0])]
     assert edges([*two, result(tmp_path, "4e-3", [9.0], 3)], [RATE]) == []
