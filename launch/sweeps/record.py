@@ -15,11 +15,11 @@ from common.files import write_file, write_json
 from common.folders import check_writable_folder
 from launch.sweeps.plan import normal
 from pretrain.config.loading import config_tree
-from pretrain.report.run_paths import is_run
+from pretrain.report.run_paths import SWEEP_RECORD, is_run
 from pretrain.views.comparison import flattened
 from pretrain.views.sweep import Result, SweepRun
 
-FILE, CONFIGS = "sweep.json", "configs"
+CONFIGS = "configs"
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Sweep:
     @classmethod
     def load(cls, folder: Path) -> Sweep | None:
         """None if there is no sweep. Raises UserError."""
-        path = folder / FILE
+        path = folder / SWEEP_RECORD
         try:
             tree: dict[str, Any] = json.loads(path.read_bytes())
             runs = [SweepRun(**run) for run in tree["runs"]]
@@ -159,7 +159,7 @@ class Sweep:
         """Raises OSError."""
         names = ("keys", "overrides", "unrecorded", "jobs")
         tree = {name: getattr(self, name) for name in names}
-        write_json(self.folder / FILE, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
+        write_json(self.folder / SWEEP_RECORD, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
 
 
 def _identity(run: SweepRun) -> tuple[str, frozenset[tuple[str, str]]]:

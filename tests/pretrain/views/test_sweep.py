@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
 
 from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
@@ -132,7 +133,9 @@ def test_only_json_numbers_are_numbers() -> None:
     assert [number_of(value) for value in ("1e-3", "2", "true", '"3"', "dense", "[1]")] == [0.001, 2.0, *[None] * 4]
 
 
-@pytest.mark.parametrize("values", [("1e-3", "2e-3"), ("dense", "moa"), ("0", "-1")])
+@pytest.mark.parametrize(
+    "values", [("1e-3", "2e-3"), ("dense", "moa"), ("0", "-1"), (r"a$\frac$", "b$"), ("/long/path" * 40, "c")]
+)
 def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: Path, values: tuple[str, str]) -> None:
     results = [
         result(tmp_path, value, [3.0 + number], config=config)
@@ -143,3 +146,15 @@ def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: 
     picture = matplotlib.image.imread(io.BytesIO(png))
     assert picture.shape[:2] == (500, 1300)  # one part for the rate, one for the configurations
     assert not math.isclose(float(picture.std()), 0.0)
+
+
+def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[str] = []
+    monkeypatch.setattr(Axes, "set_yscale", lambda axes, scale: scales.append(scale))
+    near = [result(tmp_path, value, [loss]) for value, loss in (("1e-3", 3.0), ("2e-3", 4.0))]
+    losses_drawn([*near, result(tmp_path, "3e-3", [math.nan])], [RATE])
+    assert scales == []
+    losses_drawn([*near, result(tmp_path, "1", [3e6])], [RATE])
+    assert scales == ["log"]
