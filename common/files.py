@@ -32,9 +32,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(stream.fileno())
         stream.close()
         os.replace(temporary, path)
-    except BaseException:
-        stream.close()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a full disk closing fails too, for it writes what is left
+            stream.close()
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # With the name that a user knows: that of a failed write is none at all.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
 

@@ -4,6 +4,7 @@ which is best."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from common.arguments import at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
+from common.tables import counted
 from common.terminal import spare_stdout
 from launch.slurm import job
 from launch.sweeps.check import LocalCheck, Problems, problems_of
@@ -32,7 +34,7 @@ TABLE, LOSSES, CURVES = "sweep.csv", "losses.png", "curves.png"
 MOST_CURVES = 10
 """Runs in the picture of curves, the best first: as many as have a colour."""
 NOT_ALL = 1
-"""Exit code: some runs failed or diverged, or another process trains them."""
+"""Exit code: some runs failed or diverged, or go on in another process."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="launch/sweep.py",
         description="Trains a run for every combination of the configurations and of the varied values, one after the "
         "other, and ranks them by validation loss. The same command again goes on: finished runs stay, the others "
-        f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed, diverged or "
-        f"are trained by another process, 2 refused, {int(ExitCode.STOPPED)} stopped by a signal.",
+        f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed or diverged, or go on "
+        f"in another process, 2 refused, {int(ExitCode.STOPPED)} stopped by a signal.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -83,7 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, see the description above."""
     args = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: sweep(args))
+    # A reader that leaves ends no training, and none before its first run either.
+    spare = contextlib.nullcontext() if args.table or args.dry_run else spare_stdout()
+    with spare:
+        return exit_code_of(lambda: sweep(args))
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -108,7 +113,7 @@ def sweep(args: argparse.Namespace) -> int:
     problems: Problems = local.problems
     if queue is not None:
         problems = lambda run: queue.problems(run, configs[run.config])  # noqa: E731
-    print(f"{len(asked)} runs, {len(to_do)} of them to do; checking these", flush=True)
+    print(f"{counted(len(asked), 'run')}, {len(to_do)} of them to do; checking these", flush=True)
     wrong = problems_of(to_do, problems)
     if wrong:
         raise UserError("\nerror: ".join(wrong))
@@ -128,12 +133,11 @@ def sweep(args: argparse.Namespace) -> int:
         queue.submit_all(to_do)
         print(f"  table   python launch/sweep.py --sweep-dir {shlex.quote(str(args.sweep_dir))} --table", flush=True)
         return 0
-    with spare_stdout():  # a reader that leaves ends no training
-        if not train_all(found, to_do, pretrain):
-            print("stopped; the same command goes on", flush=True)
-            return ExitCode.STOPPED
-        show(found)
-    return 0 if all(found.result(run).state is State.FINISHED for run in asked) else NOT_ALL
+    if not train_all(found, to_do, pretrain):
+        print("stopped; the same command goes on", flush=True)
+        return ExitCode.STOPPED
+    show(found)
+    return NOT_ALL if any(found.result(run).state is not State.FINISHED for run in asked) else 0
 
 
 def _check_options(args: argparse.Namespace) -> None:

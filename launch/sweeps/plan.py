@@ -44,10 +44,19 @@ def varied(given: Sequence[str], overrides: Sequence[str]) -> dict[str, list[str
             raise UserError(f"--vary {text}: write it as KEY=A,B,..., e.g. optimizer.learning_rate=1e-3,2e-3")
         if key in found or key in fixed:
             raise UserError(f"--vary {key}: stands in another --vary or --set too; keep one of them")
+        if other := next((other for other in (*found, *fixed) if _holds(key, other) or _holds(other, key)), None):
+            raise UserError(
+                f"--vary {key}: overlaps with {other}, and one would replace the other; give the keys of a section "
+                f"one by one"
+            )
         if len({normal(value) for value in values}) < len(values):
             raise UserError(f"--vary {key}: {listed} has a value twice; keep one of them")
         found[key] = values
     return found
+
+
+def _holds(section: str, key: str) -> bool:
+    return key.startswith(f"{section}.")
 
 
 def values_of(text: str) -> list[str]:
@@ -66,11 +75,16 @@ def values_of(text: str) -> list[str]:
 
 
 def normal(value: str) -> str:
-    """The same for values that --set reads as the same, such as 1e-3 and 0.001."""
+    """The same for values that --set reads as the same, such as 1e-3 and 0.001, or 0 and 0.0."""
     try:
-        return json.dumps(json.loads(value), sort_keys=True)
-    except ValueError:
+        return json.dumps(json.loads(value, parse_float=_number), sort_keys=True)
+    except (ValueError, RecursionError):  # no JSON, or too deep for Python
         return json.dumps(value)
+
+
+def _number(text: str) -> float | int:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def combinations(configs: Sequence[str], values: dict[str, list[str]]) -> list[SweepRun]:

@@ -15,10 +15,11 @@ from common.files import write_file, write_json
 from common.folders import check_writable_folder
 from launch.sweeps.plan import normal
 from pretrain.config.loading import config_tree
+from pretrain.report.run_paths import SWEEP_RECORD, is_run
 from pretrain.views.comparison import flattened
 from pretrain.views.sweep import Result, SweepRun
 
-FILE, CONFIGS = "sweep.json", "configs"
+CONFIGS = "configs"
 
 
 @dataclass
@@ -37,11 +38,13 @@ class Sweep:
     """Name -> exit code of the newest start, if that left no outcome in the run folder."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Name -> number of the newest SLURM job."""
+    is_new: bool = False
+    """Whether the folder has no record of it yet."""
 
     @classmethod
     def load(cls, folder: Path) -> Sweep | None:
         """None if there is no sweep. Raises UserError."""
-        path = folder / FILE
+        path = folder / SWEEP_RECORD
         try:
             tree: dict[str, Any] = json.loads(path.read_bytes())
             runs = [SweepRun(**run) for run in tree["runs"]]
@@ -60,7 +63,7 @@ class Sweep:
         if found is None:
             if folder.exists() and any(folder.iterdir()):
                 raise UserError(f"--sweep-dir: {folder} holds other files and no sweep; name a new folder")
-            return cls(folder, list(keys), list(overrides))
+            return cls(folder, list(keys), list(overrides), is_new=True)
         if set(keys) != set(found.keys):
             raise UserError(
                 f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}, and this command varies "
@@ -76,8 +79,9 @@ class Sweep:
         if (copy := self.config(name)).exists():
             theirs = config_tree(copy, self.overrides)
         old, new = flattened(theirs), flattened(ours)
-        for key in sorted((old.keys() | new.keys()) - {"description", *self.keys}):
-            if old.get(key) != new.get(key):
+        for key in sorted((old.keys() | new.keys()) - {"description"}):
+            is_varied = any(f"{key}.".startswith(f"{varied}.") for varied in self.keys)  # no run has the file's value
+            if old.get(key) != new.get(key) and not is_varied:
                 before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
                 raise UserError(
                     f"{key}: is {before} in the runs of {self.folder}, and {now} in this command; a sweep takes other "
@@ -85,9 +89,15 @@ class Sweep:
                 )
 
     def add(self, wanted: Sequence[SweepRun]) -> list[SweepRun]:
-        """Adds what is new. Returns the runs that were asked for, in the spelling in which they are recorded."""
+        """Adds what is new. Returns the runs that were asked for, in the spelling in which they are recorded. Raises
+        UserError where the folder of a new one has another run already."""
         known = {_identity(run): run for run in self.runs.values()}
         asked = [known.get(_identity(run), run) for run in wanted]
+        for run in asked:
+            if run.name not in self.runs and is_run(self.run_dir(run)):
+                raise UserError(
+                    f"--sweep-dir: {self.run_dir(run)} holds a run that is not of this sweep; move it to another place"
+                )
         self.runs |= {run.name: run for run in asked}
         return asked
 
@@ -113,16 +123,31 @@ class Sweep:
     def begin(self, configs: dict[str, Path]) -> None:
         """Makes the folder, copies the configurations that are new, and writes the record. Raises UserError and
         OSError."""
+        newest = self.load(self.folder)
+        if newest is not None:
+            if self.is_new:
+                raise UserError(
+                    f"--sweep-dir: another command has begun a sweep in {self.folder} meanwhile; give this command "
+                    f"once more"
+                )
+            self._take_over(newest)
         (self.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
         for name, path in configs.items():
             if not self.config(name).exists():
                 write_file(self.config(name), path.read_bytes())
-        self._take_newest()
         self.save()
+        self.is_new = False
+
+    def _take_over(self, newest: Sweep) -> None:
+        """What another command has added to the record, or noted in it, since it was read."""
+        self.runs = newest.runs | self.runs
+        self.unrecorded, self.jobs = newest.unrecorded, newest.jobs
 
     def note(self, run: SweepRun, *, unrecorded: int | None = None, job: str | None = None) -> None:
         """Writes down how the newest start of a run ended, or its job. Raises UserError and OSError."""
-        self._take_newest()
+        newest = self.load(self.folder)
+        if newest is not None:
+            self._take_over(newest)
         self.unrecorded.pop(run.name, None)
         if unrecorded is not None:
             self.unrecorded[run.name] = unrecorded
@@ -130,17 +155,11 @@ class Sweep:
             self.jobs[run.name] = job
         self.save()
 
-    def _take_newest(self) -> None:
-        """Another command may have added runs, or noted jobs and ends, since this one read the record."""
-        newest = self.load(self.folder)
-        if newest is not None:
-            self.runs, self.unrecorded, self.jobs = newest.runs | self.runs, newest.unrecorded, newest.jobs
-
     def save(self) -> None:
         """Raises OSError."""
         names = ("keys", "overrides", "unrecorded", "jobs")
         tree = {name: getattr(self, name) for name in names}
-        write_json(self.folder / FILE, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
+        write_json(self.folder / SWEEP_RECORD, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
 
 
 def _identity(run: SweepRun) -> tuple[str, frozenset[tuple[str, str]]]:

@@ -108,13 +108,13 @@ def launcher_of(given: str) -> list[str]:
 def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) -> bool:
     """Trains `runs`, of which none is finished. `program`: what is called with the arguments of launch/pretrain.py.
     Returns whether it came to its end, before which only a signal stops it. Raises UserError and OSError."""
-    began, stopping = time.monotonic(), Stopping()
+    began, stopping, trained = time.monotonic(), Stopping(), 0
     with stopping.installed():
         for number, run in enumerate(runs):
             if stopping.requested is not None:
                 return False
             title = f"run {number + 1} of {len(runs)}  {run.name}"
-            each = (time.monotonic() - began) / number if number else None
+            each = (time.monotonic() - began) / trained if trained else None
             left = f"  (about {duration(each * (len(runs) - number))} for those that are left)" if each else ""
             print(title + left, flush=True)
             before = sweep.result(run)
@@ -124,6 +124,7 @@ def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) ->
             code = _train(sweep, run, [*program, *sweep.arguments(run)], Progress(title, sweep.run_dir(run)), stopping)
             if code in STOPPED:
                 return False
+            trained += 1
     return stopping.requested is None
 
 

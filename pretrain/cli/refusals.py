@@ -3,6 +3,7 @@ they compute on the device that --device names."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
+
+
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Runs `command`: its exit code (None: 0), or REFUSED after a UserError or what the system refused (OSError)."""
+    """Runs `command`: its exit code (None: 0), REFUSED after a UserError or what the system refused (OSError), or
+    INTERRUPTED after Ctrl-C."""
     code: int | None = None  # of a reader that left: it ended well
     try:
         with reader_may_leave():
@@ -25,8 +31,12 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {visible(where)}{error.strerror or error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     return code or 0
 
 

@@ -12,6 +12,8 @@ SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
 MARKS = ("checkpoints", "events.jsonl")
 """What only a run puts into a folder."""
+SWEEP_RECORD = "sweep.json"
+"""What only launch/sweep.py puts into a folder."""
 FOLDERS = ("checkpoints", "tensorboard", "wandb", "routing")
 """Entries of a run folder that are folders, if they exist."""
 

@@ -96,7 +96,7 @@ def _differences(first: Run, other: Run, tolerance: float) -> Table:
     )
     rows = [
         (
-            d.key.replace("_", " "),
+            d.key if "/" in d.key else d.key.replace("_", " "),  # behind a / stands a user's name
             f"{d.step:,}",
             *(_number(value) for value in d.values),
             "one has none" if math.isinf(d.largest) else f"{d.largest:.2g}",

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
@@ -142,6 +144,9 @@ class RunView:
         """Raises UserError if `path` is no run folder or cannot be read."""
         if not path.is_dir():
             raise UserError(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
+        if (path / SWEEP_RECORD).exists():
+            line = f"python launch/sweep.py --sweep-dir {shlex.quote(str(path))} --table"
+            raise UserError(f"RUN: {path} is the folder of a sweep; name runs in it, or show all of them: {line}")
         if not any((path / name).exists() for name in LOGS):
             raise UserError(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
         view = cls(path)

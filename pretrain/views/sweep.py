@@ -188,6 +188,8 @@ def edges(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
             chosen = number_of(best.run.values[key])
             if chosen is None or len(set(tried)) < 2 or min(tried) < chosen < max(tried):
                 continue
+            if chosen == 0 == min(tried):
+                continue  # no key takes less than nothing
             side, more = ("lowest", "lower") if chosen == min(tried) else ("highest", "higher")
             which = f"{config}: " if len(configs) > 1 else ""
             said.append(f"{which}the best {key}, {best.run.values[key]}, is the {side} tried: try {more} ones")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -14,6 +15,11 @@ from pretrain.views.sweep import Result, loss_name, number_of, ranked
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
+WIDE = 10.0
+"""Losses that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the others
+would lie on one line."""
+MOST_LETTERS = 24
+"""Of a value in the picture."""
 MOST_LABELS = 16
 """More lines than this have no legend, which would cover them."""
 
@@ -37,7 +43,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     places = _places(results, key)
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in finished:
-        label = ", ".join(_short(other) + _value(result, other) for other in others)
+        label = ", ".join(_short(other) + _shortened(_value(result, other)) for other in others)
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
     style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
     for label, points in sorted(lines.items()):
@@ -47,13 +53,23 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
         axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
     if _are_numbers(results, key) and min(places.values()) > 0:
         axes.set_xscale("log")
-    axes.set_xticks(list(places.values()), labels=list(places))
+    axes.set_xticks(list(places.values()), labels=[_shortened(value) for value in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
     axes.set(ylabel=f"{name} loss, nats per token")
+    known = [loss for points in lines.values() for _, loss in points if math.isfinite(loss)]
+    if known and 0 < min(known) < max(known) / WIDE:
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if others and 0 < len(lines) <= MOST_LABELS:
         axes.legend(fontsize=8)
+    legend = axes.get_legend()
+    for text in (*axes.get_xticklabels(), *(legend.get_texts() if legend is not None else [])):
+        text.set_parse_math(False)  # a user's value may hold a $
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= MOST_LETTERS else f"{value[: MOST_LETTERS - 1]}…"
 
 
 def _value(result: Result, key: str) -> str:

@@ -28,6 +28,27 @@ def _fail_while_writing(path: Path) -> None:
         raise KeyError
 
 
+def test_on_a_full_disk_the_error_names_the_file_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    with monkeypatch.context() as patched:
+        # The stream that takes nothing: /dev/full answers every write as a full disk does.
+        patched.setattr("common.files.temporary_path", lambda _: tmp_path / "temporary")
+        (tmp_path / "temporary").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as refused:
+            write_file(path, b"half of")
+    assert refused.value.filename == str(path) and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_replaced_is_named_as_the_user_knows_it(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        write_file(path, b"content")
+    assert refused.value.filename == str(path) and list(tmp_path.iterdir()) == [path]
+
+
 def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with replacing(path) as first, replacing(path) as second:

@@ -1,5 +1,5 @@
-"""launch/sweep.py: which runs a sweep has, what is refused before the first, and what happens to each, with a program
-that takes the place of a training; and one real sweep."""
+"""launch/sweep.py: what is refused before the first run, and what happens to each, with a program that takes the place
+of a training; and one real sweep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import pytest
 from common.errors import UserError
 from common.run_lock import FolderLock
 from launch.sweeps.command import main
-from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+from launch.sweeps.plan import combinations, configurations
 from launch.sweeps.record import Sweep
 from pretrain.config.loading import to_json
+from pretrain.views.reading import State
+from pretrain.views.sweep import Result
 from tests.launch.launcher import ROOT, environment
 from tests.launch.slurm.test_submit import calls, sbatch  # noqa: F401  # a fixture
 from tests.pretrain.runs import small_config
@@ -87,56 +90,6 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path, prepared: Path) -> Case:
     return Case(tmp_path, prepared)
-
-
-def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
-    assert values_of("1e-3, 2e-3") == ["1e-3", "2e-3"]
-    assert values_of('[0.9,0.95],[0.9,0.99],{"a":[1,2],"b":"],"}') == [
-        "[0.9,0.95]",
-        "[0.9,0.99]",
-        '{"a":[1,2],"b":"],"}',
-    ]
-
-
-def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
-    assert run_name("x", {RATE: "1e-3"}) == "x,learning_rate=1e-3"
-    assert run_name("x", {}) == "x"
-    assert run_name("x", {"data.manifest": "/my data/c4", "optimizer.betas": "[0.9,0.95]"}) == (
-        "x,manifest=-my-data-c4,betas=0.9-0.95"
-    )
-    keys = {"model.attention.num_experts": "4", "model.feedforward.num_experts": "8"}
-    assert run_name("x", keys) == "x,model.attention.num_experts=4,model.feedforward.num_experts=8"
-
-
-def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
-    runs = combinations(["x", "y"], {RATE: ["1e-3", "2e-3"], "train.seed": ["1", "2", "3"]})
-    assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 3
-    assert [run.name for run in runs[:2]] == ["x,learning_rate=1e-3,seed=1", "x,learning_rate=1e-3,seed=2"]
-
-
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        (["optimizer.learning_rate"], "--vary optimizer.learning_rate: write it as KEY=A,B"),
-        (["a=1,,2"], "write it as KEY=A,B"),
-        (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
-        (["a=1", "a=2"], "--vary a: stands in another --vary or --set too"),
-        (["train.steps=1,2"], "--vary train.steps: stands in another --vary or --set too"),
-        (["a=b/c,b c"], "a=b c and a=b/c would share the run folder x,a=b-c"),
-        ([f"k{n}={'1' * 40}" for n in range(6)], "is too long for the name of a folder"),
-    ],
-)
-def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], words: str) -> None:
-    with pytest.raises(UserError) as refused:
-        combinations(["x"], varied(given, ["train.steps=3"]))
-    assert words in str(refused.value)
-
-
-def test_configurations_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="would share the name x"):
-        configurations(["a/x.json", "b/x.json"])
-    with pytest.raises(UserError, match="--config: is not given"):
-        configurations([])
 
 
 def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
@@ -261,6 +214,62 @@ def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pyt
     assert case.run(*VARY, "--set", "optimizer.clip_norm=0.5") == 0, "the same runs, said in another way"
 
 
+def test_the_value_that_a_configuration_has_of_a_varied_key_may_be_edited(case: Case) -> None:
+    """A user puts the best rate into the file, and tries more of them: no run has the file's rate."""
+    assert case.run(*VARY) == 0
+    tree: dict[str, Any] = json.loads(case.config.read_text())
+    tree["optimizer"]["learning_rate"] = 2e-3
+    case.config.write_text(json.dumps(tree))
+    assert case.run("--vary", f"{RATE}=2e-3,3e-3") == 0
+    assert case.trained == ["1e-3", "2e-3", "3e-3"]
+
+
+def test_a_run_that_somebody_else_put_there_is_no_result_of_the_sweep(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("--vary", f"{RATE}=1e-3") == 0
+    foreign = case.dir / "x,learning_rate=2e-3"
+    shutil.copytree(case.dir / "x,learning_rate=1e-3", foreign)
+    assert case.run(*VARY) == 2
+    assert f"error: --sweep-dir: {foreign} holds a run that is not of this sweep" in capsys.readouterr().err
+    assert case.trained == ["1e-3"] and (foreign / "metrics.jsonl").exists()
+
+
+def test_what_another_command_adds_meanwhile_stays_in_the_record(case: Case) -> None:
+    """Both read the record before either writes: checks of large data take minutes."""
+    configs = configurations([str(case.config)])
+    with pytest.raises(UserError, match=r"another command has begun a sweep in .*; give this command once more"):
+        _begin_both(case, configs, "1e-3", "2e-3")
+    _begin_both(case, configs, "3e-3", "4e-3")
+    found = Sweep.load(case.dir)
+    assert found is not None and [run.values[RATE] for run in found.runs.values()] == ["1e-3", "3e-3", "4e-3"]
+
+
+def _begin_both(case: Case, configs: dict[str, Path], *rates: str) -> None:
+    sweeps = [Sweep.open(case.dir, [RATE], [], configs) for _ in rates]
+    for sweep, rate in zip(sweeps, rates, strict=True):
+        sweep.add(combinations(list(configs), {RATE: [rate]}))
+        sweep.begin(configs)
+
+
+def test_a_run_that_goes_on_elsewhere_is_passed_over_and_not_all_have_finished(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Result, "state", State.RUNNING)
+    assert case.run("--vary", f"{RATE}=1e-3") == 1
+    assert "passed over: another process trains it" in capsys.readouterr().out
+    assert not case.trained
+
+
+def test_a_reader_that_leaves_at_once_ends_no_sweep(case: Case) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait()
+    assert process.returncode == 0 and case.trained == ["1e-3", "2e-3"]
+
+
 def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,6 +378,7 @@ def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
 
 def test_what_another_command_noted_while_this_one_checked_its_runs_stays(case: Case) -> None:
     configs = configurations([str(case.config)])
+    Sweep.open(case.dir, [RATE], [], configs).begin(configs)
     one, other = (Sweep.open(case.dir, [RATE], [], configs) for _ in range(2))
     (first,) = one.add(combinations(["x"], {RATE: ["1e-3"]}))
     (second,) = other.add(combinations(["x"], {RATE: ["2e-3"]}))

@@ -225,3 +225,10 @@ def test_thinned_curves_keep_their_mean() -> None:
     assert x.tolist() == [49.5 + 100 * n for n in range(10)] and np.array_equal(y, 2 * x)
     x, y = thinned(np.array([1.0, 2.0, 3.0]), np.array([1.0, math.nan, 3.0]), 10)
     assert x.tolist() == y.tolist() == [1.0, 3.0]
+
+
+def test_a_source_keeps_its_name_where_values_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "epoch/c4_en"
+    folders = [write(tmp_path / name, [row(1, 3.0, **{key: value})]) for name, value in (("a", 0.1), ("b", 0.2))]
+    assert main([str(folder) for folder in folders]) == 0
+    assert f"\n{key} " in capsys.readouterr().out

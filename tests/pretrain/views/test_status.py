@@ -157,6 +157,12 @@ def test_an_empty_run_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(none), str(tmp_path / "missing")]) == 2
 
 
+def test_the_folder_of_a_sweep_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert f"launch/sweep.py --sweep-dir {tmp_path} --table" in capsys.readouterr().err
+
+
 def test_damage_and_other_versions_are_passed_over(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", exit_code=0, reason="finished", step=10)
     (folder / "config.json").write_text('{"model": 3, "train": []')

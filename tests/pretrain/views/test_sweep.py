@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
 
 from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
@@ -104,6 +105,12 @@ def test_the_best_value_at_an_edge_of_what_was_tried_is_said(
     assert edges([result(tmp_path, v, [x]) for v, x in zip(values, losses, strict=True)], [RATE]) == said
 
 
+def test_nothing_lower_than_zero_is_proposed(tmp_path: Path) -> None:
+    tried = [result(tmp_path, value, [loss]) for value, loss in (("0", 1.0), ("0.1", 2.0))]
+    assert edges(tried, ["optimizer.learning_rate"]) == []
+    assert len(edges([result(tmp_path, "0.2", [3.0]), tried[1]], [RATE])) == 1
+
+
 def test_a_value_that_diverged_was_tried_and_one_that_is_still_to_come_ends_nothing(tmp_path: Path) -> None:
     two = [result(tmp_path, "1e-3", [3.0]), result(tmp_path, "2e-3", [2.0])]
     assert edges([*two, result(tmp_path, "4e-3", [9.0], 3)], [RATE]) == []
@@ -126,7 +133,9 @@ def test_only_json_numbers_are_numbers() -> None:
     assert [number_of(value) for value in ("1e-3", "2", "true", '"3"', "dense", "[1]")] == [0.001, 2.0, *[None] * 4]
 
 
-@pytest.mark.parametrize("values", [("1e-3", "2e-3"), ("dense", "moa"), ("0", "-1")])
+@pytest.mark.parametrize(
+    "values", [("1e-3", "2e-3"), ("dense", "moa"), ("0", "-1"), (r"a$\frac$", "b$"), ("/long/path" * 40, "c")]
+)
 def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: Path, values: tuple[str, str]) -> None:
     results = [
         result(tmp_path, value, [3.0 + number], config=config)
@@ -137,3 +146,15 @@ def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: 
     picture = matplotlib.image.imread(io.BytesIO(png))
     assert picture.shape[:2] == (500, 1300)  # one part for the rate, one for the configurations
     assert not math.isclose(float(picture.std()), 0.0)
+
+
+def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[str] = []
+    monkeypatch.setattr(Axes, "set_yscale", lambda axes, scale: scales.append(scale))
+    near = [result(tmp_path, value, [loss]) for value, loss in (("1e-3", 3.0), ("2e-3", 4.0))]
+    losses_drawn([*near, result(tmp_path, "3e-3", [math.nan])], [RATE])
+    assert scales == []
+    losses_drawn([*near, result(tmp_path, "1", [3e6])], [RATE])
+    assert scales == ["log"]

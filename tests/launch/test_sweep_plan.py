@@ -1,0 +1,71 @@
+"""Which runs a sweep has: values and names, and what is no list of values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+
+RATE = "optimizer.learning_rate"
+
+
+def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
+    assert values_of("1e-3, 2e-3") == ["1e-3", "2e-3"]
+    assert values_of('[0.9,0.95],[0.9,0.99],{"a":[1,2],"b":"],"}') == [
+        "[0.9,0.95]",
+        "[0.9,0.99]",
+        '{"a":[1,2],"b":"],"}',
+    ]
+
+
+def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
+    assert run_name("x", {RATE: "1e-3"}) == "x,learning_rate=1e-3"
+    assert run_name("x", {}) == "x"
+    assert run_name("x", {"data.manifest": "/my data/c4", "optimizer.betas": "[0.9,0.95]"}) == (
+        "x,manifest=-my-data-c4,betas=0.9-0.95"
+    )
+    keys = {"model.attention.num_experts": "4", "model.feedforward.num_experts": "8"}
+    assert run_name("x", keys) == "x,model.attention.num_experts=4,model.feedforward.num_experts=8"
+
+
+def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
+    runs = combinations(["x", "y"], {RATE: ["1e-3", "2e-3"], "train.seed": ["1", "2", "3"]})
+    assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 3
+    assert [run.name for run in runs[:2]] == ["x,learning_rate=1e-3,seed=1", "x,learning_rate=1e-3,seed=2"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["optimizer.learning_rate"], "--vary optimizer.learning_rate: write it as KEY=A,B"),
+        (["a=1,,2"], "write it as KEY=A,B"),
+        (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
+        (["a=0,0.0"], "--vary a: 0,0.0 has a value twice"),
+        (["a=[1.0],[1]"], "has a value twice"),
+        (["a.b=1", 'a={"b":1}'], "--vary a: overlaps with a.b, and one would replace the other"),
+        (["train.steps.x=1"], "--vary train.steps.x: overlaps with train.steps"),
+        (["a=1", "a=2"], "--vary a: stands in another --vary or --set too"),
+        (["train.steps=1,2"], "--vary train.steps: stands in another --vary or --set too"),
+        (["a=b/c,b c"], "a=b c and a=b/c would share the run folder x,a=b-c"),
+        ([f"k{n}={'1' * 40}" for n in range(6)], "is too long for the name of a folder"),
+    ],
+)
+def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        combinations(["x"], varied(given, ["train.steps=3"]))
+    assert words in str(refused.value)
+
+
+def test_a_value_too_deep_for_json_is_kept_for_the_check_of_its_key() -> None:
+    deep = "[" * 100_000
+    assert varied([f"a={deep}"], []) == {"a": [deep]}
+
+
+def test_configurations_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would share the name x"):
+        configurations(["a/x.json", "b/x.json"])
+    with pytest.raises(UserError, match="--config: is not given"):
+        configurations([])
