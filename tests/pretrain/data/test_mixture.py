@@ -146,11 +146,19 @@ def test_one_source_reads_as_the_manifest_alone(folders: list[Path]) -> None:
     assert np.array_equal(stream_of(of_sources)[0].windows(positions), stream_of(of_manifest)[0].windows(positions))
 
 
-def test_the_default_order_is_the_one_of_earlier_versions() -> None:
-    assert window_order(np.arange(12), 10, seed=5).tolist() == GOLDEN
-
-
-GOLDEN = [3, 4, 7, 2, 5, 6, 8, 1, 0, 9, 7, 9]
+@pytest.mark.parametrize(
+    "windows, options, expected",
+    [
+        (10, {"seed": 5}, [3, 4, 7, 2, 5, 6, 8, 1, 0, 9, 7, 9]),
+        (3, {"seed": 5}, [1, 2, 0, 0, 2, 1, 1, 2, 0, 2, 1, 0]),
+        (10, {"seed": "5/source 1"}, [3, 8, 9, 5, 0, 2, 7, 1, 4, 6, 9, 7]),
+        (10, {"seed": 5, "block_windows": 3, "blocks": 2}, [9, 4, 0, 2, 1, 3, 7, 6, 5, 8, 2, 8]),
+    ],
+    ids=["default", "few windows", "source of a mixture", "blocks"],
+)
+def test_orders_are_those_of_earlier_versions(windows: int, options: dict[str, Any], expected: list[int]) -> None:
+    """A run that resumes under another order reads windows twice and leaves others out."""
+    assert window_order(np.arange(12), windows, **options).tolist() == expected
 
 
 @pytest.mark.parametrize(
