@@ -51,7 +51,8 @@ def test_bytes_of_switchall_1b_fall_as_the_arithmetic_says() -> None:
 
 WHOLE = 1_117_441_280
 EXPERTS = 18 * 64 * 2 * 2048 * 128
-"""Elements of SwitchAll 1B, and those of its sigma-MoE experts."""
+UNDIVIDED = (18 * (64 + 4) + 2) * 2048
+"""Elements of SwitchAll 1B, those of its sigma-MoE experts, and those that no tensor parallelism divides."""
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,28 @@ EXPERTS = 18 * 64 * 2 * 2048 * 128
         (("parallel.zero=3",), 3, -(-2 * WHOLE // 3), -(-12 * WHOLE // 3)),
         # A quarter of the experts is on two of eight ranks, which share its optimizer: a rank has an eighth as before.
         (("parallel.expert=4",), 8, 2 * (WHOLE - EXPERTS + EXPERTS // 4), 12 * WHOLE // 8),
+        # Routers and norms are whole; the rest is halved, but experts are there once in four of eight ranks.
+        (
+            ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4"),
+            4,
+            2 * (UNDIVIDED + (WHOLE - EXPERTS - UNDIVIDED) // 2 + EXPERTS // 4),
+            12 * (UNDIVIDED + (WHOLE - EXPERTS - UNDIVIDED) // 2) // 4 + 12 * EXPERTS // 8,
+        ),
+        (("model.tied_embedding=true",), 1, 2 * (WHOLE - 32000 * 2048), 12 * (WHOLE - 32000 * 2048)),
     ],
-    ids=["ZeRO 0", "ZeRO 0, average", "ZeRO 1", "ZeRO 2, average", "ZeRO 3", "ZeRO 3, uneven", "experts"],
+    ids=[
+        "ZeRO 0",
+        "ZeRO 0, average",
+        "ZeRO 1",
+        "ZeRO 2, average",
+        "ZeRO 3",
+        "ZeRO 3, uneven",
+        "experts",
+        "experts, TP",
+        "tied",
+    ],
 )
-def test_bytes_follow_zero_precision_average_and_experts(
+def test_bytes_follow_zero_precision_average_experts_and_tying(
     keys: tuple[str, ...], data_size: int, weights: int, optimizer: int
 ) -> None:
     (entry,) = rank_bytes(one_billion(*keys), data_size)
@@ -78,8 +97,8 @@ def test_bytes_follow_zero_precision_average_and_experts(
 
 
 def test_groups_of_sixteen_ranks_by_hand() -> None:
-    """Tensor-parallel ranks are neighbours, then data-parallel ones, then stages; expert groups are neighbours among the
-    data-parallel ranks."""
+    """Tensor-parallel ranks are neighbours, then data-parallel ones, then stages. An expert group has neighbours of
+    the data-parallel ranks."""
     keys = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
     groups = {name: ranks.tolist() for name, ranks in group_ranks(one_billion(*keys), 4).items()}
     assert groups == {
