@@ -151,10 +151,11 @@ def test_one_source_reads_as_the_manifest_alone(folders: list[Path]) -> None:
     [
         (10, {"seed": 5}, [3, 4, 7, 2, 5, 6, 8, 1, 0, 9, 7, 9]),
         (4, {"seed": 5}, [3, 2, 0, 1, 0, 2, 3, 1, 1, 2, 3, 0]),
+        (5, {"seed": 5}, [3, 4, 1, 2, 0, 2, 1, 0, 4, 3, 4, 1]),
         (10, {"seed": "5/source 1"}, [3, 8, 9, 5, 0, 2, 7, 1, 4, 6, 9, 7]),
         (10, {"seed": 5, "block_windows": 3, "blocks": 2}, [9, 4, 0, 2, 1, 3, 7, 6, 5, 8, 2, 8]),
     ],
-    ids=["default", "a power of four", "source of a mixture", "blocks"],
+    ids=["default", "a power of four", "and one more", "source of a mixture", "blocks"],
 )
 def test_orders_are_those_of_earlier_versions(windows: int, options: dict[str, Any], expected: list[int]) -> None:
     """A run that resumes under another order reads windows twice and leaves others out."""
