@@ -20,8 +20,9 @@ def layer_costs(config: Config) -> list[int]:
 
 def stage_bounds(config: Config) -> list[int]:
     """Stage s holds the layers bounds[s] .. bounds[s + 1] - 1 of the model's list: each has at least one block, and the
-    longest stage is as short as possible. Among such divisions it is the one with short early stages, because a stage
-    keeps the activations of as many micro-steps as stages follow it."""
+    longest stage is as short as possible; so is the longest of the first s stages for the layers that they hold. Among
+    such divisions it is the one with short early stages, because a stage keeps the activations of as many micro-steps
+    as stages follow it."""
     return list(_bounds(tuple(layer_costs(config)), config.parallel.pipeline))
 
 

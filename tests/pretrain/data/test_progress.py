@@ -27,8 +27,14 @@ def test_positions_leave_out_the_skipped_ranges(skipped: tuple[Range, ...]) -> N
     assert data_positions(np.arange(7, 20), skipped).tolist() == expected[7:]
 
 
+def test_the_position_is_that_of_the_next_sequence() -> None:
+    assert Progress(2, 16).position == 16
+    assert Progress(2, 16, skipped_ranges=((4, 8), (20, 24), (30, 40))).position == 24
+
+
 def test_merged_ranges_are_sorted_and_apart() -> None:
-    assert merged(((8, 16), (0, 2), (16, 20), (12, 14))) == ((0, 2), (8, 20))
+    given = ((8, 16), (30, 33), (0, 2), (16, 20), (12, 14), (31, 40), (1, 3), (50, 51))
+    assert merged(given) == ((0, 3), (8, 20), (30, 40), (50, 51))
     assert merged(()) == ()
     with pytest.raises(AssertionError, match="not sorted"):
         Progress(0, 0, skipped_ranges=((4, 8), (2, 3)))

@@ -258,6 +258,14 @@ def test_a_source_is_known_by_its_data_or_else_by_its_name(base: Path, tmp_path:
     assert standing(stage.followed_by(100, made_again)) == {"c4": (70, 0), "pes2o": (30, 1)}
     other = [replace(made_again[0], name="c4 of today"), made_again[1]]
     assert standing(stage.followed_by(100, other)) == {"c4 of today": (0, 2), "pes2o": (30, 1), "c4": (70, 0)}
+    # Data decide before names: c4's data under the name pes2o are c4's, and pes2o's wait for their return.
+    renamed = stage.followed_by(100, [replace(stage.sources[0], name="pes2o")])
+    assert [(source.weight > 0, source.read, source.shuffle) for source in renamed.sources] == [
+        (True, 70, 0),
+        (False, 30, 1),
+    ]
+    back = renamed.followed_by(110, stage.sources)
+    assert standing(back) == {"c4": (80, 0), "pes2o": (30, 1)}
     # The same data in a moved folder are no change at all, and begin no stage.
     same = checkpoint_of(mixed(base, FIRST), tmp_path, Progress(5, 40, stages=(stage,)))
     assert stages_of(same, Sources.load(mixed(base, {str(tmp_path / "moved"): 0.7, "pes2o": 0.3}))) == (stage,)

@@ -54,6 +54,21 @@ def test_stages_are_contiguous_and_the_longest_is_as_short_as_can_be(
     assert longest(costs, bounds) == min(longest(costs, other) for other in every)
     if vocab_size == 40000 and 1 < stages < layers:
         assert blocks_per_stage[-1] < max(blocks_per_stage), "the output layer counts"
+    # An early stage keeps the activations of more micro-steps. The last one has the output layer besides.
+    assert blocks_per_stage[:-1] == sorted(blocks_per_stage[:-1])
+
+
+def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_again() -> None:
+    d, T, V, H, h, width = 16, 8, 50, 2, 8, 40
+    model = {
+        "d_model": d, "num_layers": 3, "vocab_size": V, "sequence_length": T, "position": {"type": "rope"},
+        "attention": {"type": "dense", "num_heads": H, "head_dim": h},
+        "feedforward": {"type": "dense", "hidden_size": width},
+    }  # fmt: skip
+    block = 4 * T * d * H * h + 2 * T * T * H * h + 2 * T * d * width  # projections; scores and sums; both layers
+    for recompute, passes in (("none", 3), ("full", 4)):
+        config = Config.model_validate({"model": model, "train": {"recompute": recompute}})
+        assert layer_costs(config) == [0, *[passes * block] * 3, 0, 3 * T * d * V]
 
 
 def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:

@@ -49,6 +49,67 @@ def test_bytes_of_switchall_1b_fall_as_the_arithmetic_says() -> None:
     assert sum(e.optimizer for e in entries) / 2 == pytest.approx(whole.optimizer / 8, rel=0.02)
 
 
+WHOLE = 1_117_441_280
+EXPERTS = 18 * 64 * 2 * 2048 * 128
+UNDIVIDED = (18 * (64 + 4) + 2) * 2048
+"""Elements of SwitchAll 1B, those of its sigma-MoE experts, and those that no tensor parallelism divides."""
+
+
+@pytest.mark.parametrize(
+    "keys, data_size, weights, optimizer",
+    [
+        # ZeRO 0: the fp32 weights are the master weights, so two moments remain; nothing is divided.
+        (("parallel.zero=0", "train.precision=fp32"), 8, 4 * WHOLE, 8 * WHOLE),
+        (("parallel.zero=0", "train.precision=fp32", "train.ema_decay=0.9"), 8, 4 * WHOLE, 12 * WHOLE),
+        (("parallel.zero=1", "train.precision=fp32"), 8, 4 * WHOLE, 12 * WHOLE // 8),
+        (("parallel.zero=2", "train.ema_decay=0.9"), 8, 2 * WHOLE, 16 * WHOLE // 8),
+        (("parallel.zero=3",), 8, 2 * WHOLE // 8, 12 * WHOLE // 8),
+        # What does not divide is rounded up.
+        (("parallel.zero=3",), 3, -(-2 * WHOLE // 3), -(-12 * WHOLE // 3)),
+        # A quarter of the experts is on two of eight ranks, which share its optimizer: a rank has an eighth as before.
+        (("parallel.expert=4",), 8, 2 * (WHOLE - EXPERTS + EXPERTS // 4), 12 * WHOLE // 8),
+        # Routers and norms are whole; the rest is halved, but experts are there once in four of eight ranks.
+        (
+            ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4"),
+            4,
+            2 * (UNDIVIDED + (WHOLE - EXPERTS - UNDIVIDED) // 2 + EXPERTS // 4),
+            12 * (UNDIVIDED + (WHOLE - EXPERTS - UNDIVIDED) // 2) // 4 + 12 * EXPERTS // 8,
+        ),
+        (("model.tied_embedding=true",), 1, 2 * (WHOLE - 32000 * 2048), 12 * (WHOLE - 32000 * 2048)),
+    ],
+    ids=[
+        "ZeRO 0",
+        "ZeRO 0, average",
+        "ZeRO 1",
+        "ZeRO 2, average",
+        "ZeRO 3",
+        "ZeRO 3, uneven",
+        "experts",
+        "experts, TP",
+        "tied",
+    ],
+)
+def test_bytes_follow_zero_precision_average_experts_and_tying(
+    keys: tuple[str, ...], data_size: int, weights: int, optimizer: int
+) -> None:
+    (entry,) = rank_bytes(one_billion(*keys), data_size)
+    assert (entry.weights, entry.optimizer) == (weights, optimizer)
+
+
+def test_groups_of_sixteen_ranks_by_hand() -> None:
+    """Tensor-parallel ranks are neighbours, then data-parallel ones, then stages. An expert group has neighbours of
+    the data-parallel ranks."""
+    keys = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
+    groups = {name: ranks.tolist() for name, ranks in group_ranks(one_billion(*keys), 4).items()}
+    assert groups == {
+        "pipeline": [[rank, rank + 8] for rank in range(8)],
+        "data": [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]],
+        "tensor": [[rank, rank + 1] for rank in range(0, 16, 2)],
+        "expert": [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]],
+    }
+    assert group_ranks(one_billion(), 1) == {}
+
+
 LAYOUTS = [
     Layout(tensor=2, pipeline=2, data=2),
     Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, tied=True),

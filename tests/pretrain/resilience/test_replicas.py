@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from model.language_model import routing_statistics
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
+from pretrain.resilience import replicas
 from pretrain.resilience.replicas import Difference, ReplicaCheck, checksum, suspect_node
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
@@ -33,6 +35,17 @@ def test_every_flipped_bit_changes_the_checksum() -> None:
         assert len(seen) == 1 + value.numel() * bits
     assert int(checksum(torch.tensor([1.0, 2.0]))) != int(checksum(torch.tensor([2.0, 1.0])))
     assert int(checksum(torch.zeros(0))) == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_the_checksum_is_that_of_its_definition_in_chunks_of_any_size(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of more than 4 million elements take several; no other test has such."""
+    monkeypatch.setattr(replicas, "CHUNK", chunk)
+    bits = torch.randint(-(2**31), 2**31, (5, 3), generator=torch.Generator().manual_seed(2)).int()
+    expected = sum(number * (2 * place + 1) for place, number in enumerate(bits.flatten().tolist())) % 2**64
+    assert int(checksum(bits.view(torch.float32))) % 2**64 == expected
 
 
 def test_a_majority_names_the_culprit_and_two_ranks_only_differ() -> None:

@@ -13,13 +13,23 @@ import torch
 import pretrain.late_reading
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
+from pretrain.phases import Phases
 from pretrain.report.event_text import event_text
-from pretrain.resilience.slow_ranks import AFTER, FEWEST_STEPS, OwnWork, SlowRank, SlowRankWatch, ranks_together
+from pretrain.resilience.slow_ranks import (
+    AFTER,
+    FEWEST_STEPS,
+    OwnWork,
+    RankComparison,
+    SlowRank,
+    SlowRankWatch,
+    ranks_together,
+)
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, train_with
 from tests.pretrain.runs import metrics, small_config
 
+MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}
 HOSTS = [f"node{rank // 2}" for rank in range(8)]
 
 
@@ -53,7 +63,7 @@ def test_own_work_is_the_median_of_each_phase_over_the_steps_since_the_last_comp
     assert own.is_due(28) and not own.is_due(29)
 
 
-def test_without_details_or_company_nothing_is_compared() -> None:
+def test_without_details_nothing_is_compared() -> None:
     own = OwnWork(every=0)
     for step in range(1, 300):
         own.add({"forward": 1.0})
@@ -128,6 +138,47 @@ def test_together_are_the_ranks_that_exchange_in_a_forward_pass() -> None:
     assert ranks_together(ParallelContext(data_size=8, data_group=group), 1, 8) == 1
     assert ranks_together(divided, 1, 8) == 4
     assert ranks_together(ParallelContext(data_size=8, data_group=group), 3, 8) == 8
+
+
+def compared(ranks: int, slow: list[int], *, rank: int = 0) -> tuple[list[dict[str, float]], list[str], list[Any]]:
+    """Three comparisons of a RankComparison on `rank`, after every ten steps, whose `slow` ranks read twice as long:
+    the values of each step, the phases entered, and the events."""
+    told: list[Any] = []
+    numbers = table([2000 if r in slow else 1000 for r in range(ranks)], [0] * ranks, [0] * ranks, step=4000)
+    control: Any = SimpleNamespace(hosts=[f"node{r}" for r in range(ranks)], table=lambda own: numbers)
+    folder: Any = SimpleNamespace(event=lambda kind, **values: told.append((kind, values)))
+    phases, entered = Phases(), []
+    phases.enter("reporting")
+    phases.on_enter = entered.append
+    config = Config.model_validate({"monitor": {"details_every_steps": 10}, "model": MODEL})
+    group: Any = object() if ranks > 1 else None
+    parallel = ParallelContext(data_rank=rank, data_size=ranks, data_group=group)
+    comparison = RankComparison(config, parallel, control, phases, folder)
+    return [comparison.step(step, {"forward": 0.1}) for step in range(1, 31)], entered, told
+
+
+def test_a_warning_and_an_event_name_eight_ranks_and_count_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    for count, more in ((1, ""), (8, ""), (9, " and 1 more"), (11, " and 3 more")):
+        values, _, told = compared(24, list(range(4, 4 + count)))
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("warning: step 30: slower than the others in their own work: rank 4 on node4 (")
+        assert line.count("comparisons in a row)") == min(count, 8)
+        assert line.endswith(f"in a row){more} (docs/monitoring.md#which-rank-is-slow)")
+        ((kind, event),) = told
+        assert (kind, event["step"], event["count"]) == ("slow_ranks", 30, count)
+        assert [one["rank"] for one in event["ranks"]] == list(range(4, 4 + min(count, 8)))
+        assert [step for step, row in enumerate(values, 1) if row] == [10, 20, 30]
+
+
+def test_waiting_for_the_comparison_is_a_phase_of_its_own_and_only_the_first_rank_speaks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for rank in (0, 1):
+        values, entered, told = compared(2, [1], rank=rank)
+        assert all(isinstance(row, dict) for row in values) and entered == ["comparing ranks", "reporting"] * 3
+        assert (len(told), any(values), bool(capsys.readouterr().out)) == (rank == 0,) * 3
+    values, entered, told = compared(1, [])
+    assert values == [{}] * 30 and not entered and not told, "a rank alone is compared with nobody"
 
 
 def counted_run(rank: int, config: Config, run_dir: Path, slow: int | None, phase: str) -> str:
