@@ -76,12 +76,17 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name_and_the_name_before_
 
 def test_what_fails_in_the_block_is_what_its_user_hears(tmp_path: Path) -> None:
     """Whatever has become of the temporary file meanwhile, and with the name of the other file that is missing."""
-    with pytest.raises(KeyError), replacing(tmp_path / "a"):
-        next(tmp_path.iterdir()).unlink()
-        raise KeyError
+    with pytest.raises(KeyError):
+        _fail_without_the_temporary_file(tmp_path / "a")
     with pytest.raises(FileNotFoundError) as missing, replacing(tmp_path / "a") as stream:
         stream.write((tmp_path / "source").read_bytes())
     assert missing.value.filename == str(tmp_path / "source") and list(tmp_path.iterdir()) == []
+
+
+def _fail_without_the_temporary_file(path: Path) -> None:
+    with replacing(path):
+        next(path.parent.iterdir()).unlink()
+        raise KeyError
 
 
 def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
