@@ -180,6 +180,23 @@ def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert sorted(map(tuple, pieces.tolist())) == sorted(map(tuple, whole.tolist()))
 
 
+def test_equal_rows_are_joined_however_the_sort_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and in two blocks cut at every place, against a dict of the first document of each hash."""
+    monkeypatch.setattr(dedup, "PAIRS_PER_BATCH", 4)
+    hashes = [(1, 5)] * 3 + [(1, 6)] + [(2, 5)] * 2 + [(2, 7), (3, 7)] + [(9, 9)] * 4
+    rows = np.array([(*both, 10 + number) for number, both in enumerate(hashes)], np.uint64)
+    pairs = rows[:, :2]
+    first: dict[tuple[int, int], int] = {}
+    repeats = [(10 + n, 10 + first[both]) for n, both in enumerate(hashes) if first.setdefault(both, n) != n]
+    for cut in range(1, len(rows) + 1):
+        blocks = [slice(0, cut)] + [slice(cut, None)] * (cut < len(rows))
+        found = np.concatenate(list(dedup._repeats(rows[block] for block in blocks)))
+        assert list(map(tuple, found.tolist())) == repeats
+        batches = list(dedup._once_each(pairs[block] for block in blocks))
+        assert list(map(tuple, np.concatenate(batches).tolist())) == sorted(set(hashes))
+        assert max(map(len, batches)) <= 4
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
 def test_bands_find_candidates_at_the_threshold(threshold: float) -> None:
     bands, rows = band_shape(threshold)
