@@ -135,6 +135,9 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
     near = variant(texts[2], 0.93, rng)
     files = [[texts[0], near], [texts[1], texts[2], texts[0]], [variant(texts[1], 0.93, rng), texts[3], texts[3]]]
     assert run_dedup(tmp_path, files) == [texts[0], near, texts[1], texts[3]]
+    _check_the_account(
+        tmp_path / "out", files, exact=[((1, 2), (0, 0)), ((2, 2), (2, 1))], near=[((1, 1), (0, 1)), ((2, 0), (1, 0))]
+    )
     assert run_dedup(tmp_path / "exact", files, near=False) == [
         texts[0],
         near,
@@ -143,6 +146,27 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
         files[2][0],
         texts[3],
     ]
+
+
+def _check_the_account(out: Path, files: list[list[str]], **dropped: list[tuple[tuple[int, int], ...]]) -> None:
+    """Counts and examples name each dropped document (file, position) and the kept one that it repeats."""
+    lines = [json.loads(line) for line in (out / "duplicate_samples.jsonl").read_text().splitlines()]
+    bins = [0] * dedup.HISTOGRAM_BINS
+    for kind, places in dropped.items():
+        for pair in places:
+            line = lines.pop(0)
+            assert line["kind"] == kind
+            for prefix, (file, position) in zip(("", "kept_"), pair, strict=True):
+                assert line[f"{prefix}file"].endswith(f"c4-{file:03d}.json.gz")
+                assert line[f"{prefix}position"] == position + 1  # lines are counted from 1
+                assert line[f"{prefix}excerpt"] == files[file][position][:200]
+            if kind == "near":
+                first, second = (files[file][position] for file, position in pair)
+                assert line["similarity"] == pytest.approx(jaccard(first, second), abs=0.06)
+                bins[int(line["similarity"] * len(bins))] += 1
+    assert not lines
+    counts = Manifest.load(out).provenance.dropped["duplicates"]
+    assert counts == {**{kind: len(places) for kind, places in dropped.items()}, "near_similarity": bins}
 
 
 def test_validation_holds_nothing_that_resembles_train(tmp_path: Path) -> None:
