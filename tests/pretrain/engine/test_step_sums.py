@@ -106,3 +106,10 @@ def test_every_rank_s_choices_count_once_and_losses_are_means(
         np.testing.assert_array_equal(sums.load[name].numpy(), times * load, err_msg=name)
     if wrong is None:
         assert sums.negative_entropy == pytest.approx(np.mean([e for *_, own in found for e in own]))
+
+
+def test_where_no_router_tracks_its_distribution_there_is_no_entropy() -> None:
+    losses = StepOutput(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(2.0))
+    for names in ((), ("value 1",)):
+        sums = StepReducer(stage_of(names)[0], ParallelContext(), CPU)(losses, 1).read()
+        assert sums.negative_entropy is None and sums.loss == 1.0 and len(sums.load) == len(names)
