@@ -91,3 +91,21 @@ def test_a_sweep_keeps_its_own_copy_of_a_configuration_that_is_edited(folder: Pa
     again = Sweep.open(folder, [RATE], ["optimizer.clip_norm=0.5"], configs)  # the same runs, said in another way
     again.begin(configs)
     assert again.config("x").read_bytes() == before
+
+
+def test_a_key_that_an_edit_adds_or_removes_is_refused_as_not_given(folder: Path, configs: dict[str, Path]) -> None:
+    (path,) = configs.values()
+    whole = path.read_text()
+    tree = json.loads(whole)
+    del tree["optimizer"]["clip_norm"]
+    for number, (before, after, words) in enumerate(
+        (
+            (whole, json.dumps(tree), "is 0.5 in the runs of .*, and not given in this command"),
+            (json.dumps(tree), whole, "is not given in the runs of .*, and 0.5 in this command"),
+        )
+    ):
+        path.write_text(before)
+        Sweep.open(folder / str(number), [RATE], [], configs).begin(configs)
+        path.write_text(after)
+        with pytest.raises(UserError, match=rf"^optimizer\.clip_norm: {words}"):
+            Sweep.open(folder / str(number), [RATE], [], configs)
