@@ -193,6 +193,20 @@ def test_a_chain_of_resemblance_drops_only_what_resembles_a_kept_document(tmp_pa
     assert run_dedup(tmp_path, [chain]) == [text for n, text in enumerate(chain) if n == 0 or values[n] < 0.8]
 
 
+def test_what_resembles_a_dropped_document_alone_stays_and_what_resembles_two_is_dropped_once(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    (first,) = originals(1)
+    middle = variant(first, 0.86, rng)
+    last = variant(middle, 0.86, rng)
+    assert jaccard(first, last) < 0.77 < 0.8 < jaccard(first, middle)  # 0.8 is the threshold
+    for name, files, pair in (
+        ("chain", [[first, middle, last]], ((0, 1), (0, 0))),
+        ("two", [[first, last, middle]], ((0, 2), (0, 0))),
+    ):
+        assert run_dedup(tmp_path / name, files) == [first, last]
+        _check_the_account(tmp_path / name / "out", files, exact=[], near=[pair])
+
+
 def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedup, "BUCKET_COMPARISONS", 3)
     rows = np.array([[7, d] for d in range(50)] + [[8, 50], [9, 51], [9, 60]], np.uint64)
