@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,45 @@ def test_a_file_that_cannot_be_replaced_is_named_as_the_user_knows_it(tmp_path: 
     with pytest.raises(IsADirectoryError) as refused:
         write_file(path, b"content")
     assert refused.value.filename == str(path) and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, bytes | list[str]]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        is_folder = flushed.is_dir()
+        calls.append(("fsync", [path.name for path in flushed.iterdir()] if is_folder else flushed.read_bytes()))
+
+    def replaced(source: Path, target: Path) -> None:
+        calls.append(("replace", source.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    num_open = len(os.listdir("/proc/self/fd"))
+    write_file(tmp_path / "a", b"content")
+    assert calls == [("fsync", b"content"), ("replace", b"content"), ("fsync", ["a"])]
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_what_fails_in_the_block_is_what_its_user_hears(tmp_path: Path) -> None:
+    """Whatever has become of the temporary file meanwhile, and with the name of the other file that is missing."""
+    with pytest.raises(KeyError):
+        _fail_without_the_temporary_file(tmp_path / "a")
+    with pytest.raises(FileNotFoundError) as missing, replacing(tmp_path / "a") as stream:
+        stream.write((tmp_path / "source").read_bytes())
+    assert missing.value.filename == str(tmp_path / "source") and list(tmp_path.iterdir()) == []
+
+
+def _fail_without_the_temporary_file(path: Path) -> None:
+    with replacing(path):
+        next(path.parent.iterdir()).unlink()
+        raise KeyError
 
 
 def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:

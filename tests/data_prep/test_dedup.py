@@ -135,6 +135,9 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
     near = variant(texts[2], 0.93, rng)
     files = [[texts[0], near], [texts[1], texts[2], texts[0]], [variant(texts[1], 0.93, rng), texts[3], texts[3]]]
     assert run_dedup(tmp_path, files) == [texts[0], near, texts[1], texts[3]]
+    _check_the_account(
+        tmp_path / "out", files, exact=[((1, 2), (0, 0)), ((2, 2), (2, 1))], near=[((1, 1), (0, 1)), ((2, 0), (1, 0))]
+    )
     assert run_dedup(tmp_path / "exact", files, near=False) == [
         texts[0],
         near,
@@ -143,6 +146,27 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
         files[2][0],
         texts[3],
     ]
+
+
+def _check_the_account(out: Path, files: list[list[str]], **dropped: list[tuple[tuple[int, int], ...]]) -> None:
+    """Counts and examples name each dropped document (file, position) and the kept one that it repeats."""
+    lines = [json.loads(line) for line in (out / "duplicate_samples.jsonl").read_text().splitlines()]
+    bins = [0] * dedup.HISTOGRAM_BINS
+    for kind, places in dropped.items():
+        for pair in places:
+            line = lines.pop(0)
+            assert line["kind"] == kind
+            for prefix, (file, position) in zip(("", "kept_"), pair, strict=True):
+                assert line[f"{prefix}file"].endswith(f"c4-{file:03d}.json.gz")
+                assert line[f"{prefix}position"] == position + 1  # lines are counted from 1
+                assert line[f"{prefix}excerpt"] == files[file][position][:200]
+            if kind == "near":
+                first, second = (files[file][position] for file, position in pair)
+                assert line["similarity"] == pytest.approx(jaccard(first, second), abs=0.06)
+                bins[int(line["similarity"] * len(bins))] += 1
+    assert not lines
+    counts = Manifest.load(out).provenance.dropped["duplicates"]
+    assert counts == {**{kind: len(places) for kind, places in dropped.items()}, "near_similarity": bins}
 
 
 def test_validation_holds_nothing_that_resembles_train(tmp_path: Path) -> None:
@@ -169,6 +193,20 @@ def test_a_chain_of_resemblance_drops_only_what_resembles_a_kept_document(tmp_pa
     assert run_dedup(tmp_path, [chain]) == [text for n, text in enumerate(chain) if n == 0 or values[n] < 0.8]
 
 
+def test_what_resembles_a_dropped_document_alone_stays_and_what_resembles_two_is_dropped_once(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    (first,) = originals(1)
+    middle = variant(first, 0.86, rng)
+    last = variant(middle, 0.86, rng)
+    assert jaccard(first, last) < 0.77 < 0.8 < jaccard(first, middle)  # 0.8 is the threshold
+    for name, files, pair in (
+        ("chain", [[first, middle, last]], ((0, 1), (0, 0))),
+        ("two", [[first, last, middle]], ((0, 2), (0, 0))),
+    ):
+        assert run_dedup(tmp_path / name, files) == [first, last]
+        _check_the_account(tmp_path / name / "out", files, exact=[], near=[pair])
+
+
 def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedup, "BUCKET_COMPARISONS", 3)
     rows = np.array([[7, d] for d in range(50)] + [[8, 50], [9, 51], [9, 60]], np.uint64)
@@ -178,6 +216,23 @@ def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
     for cut in range(1, len(rows)):
         pieces = np.concatenate(list(candidate_pairs([rows[:cut], rows[cut:]])))
         assert sorted(map(tuple, pieces.tolist())) == sorted(map(tuple, whole.tolist()))
+
+
+def test_equal_rows_are_joined_however_the_sort_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and in two blocks cut at every place, against a dict of the first document of each hash."""
+    monkeypatch.setattr(dedup, "PAIRS_PER_BATCH", 4)
+    hashes = [(1, 5)] * 3 + [(1, 6)] + [(2, 5)] * 2 + [(2, 7), (3, 7)] + [(9, 9)] * 4
+    rows = np.array([(*both, 10 + number) for number, both in enumerate(hashes)], np.uint64)
+    pairs = rows[:, :2]
+    first: dict[tuple[int, int], int] = {}
+    repeats = [(10 + n, 10 + first[both]) for n, both in enumerate(hashes) if first.setdefault(both, n) != n]
+    for cut in range(1, len(rows) + 1):
+        blocks = [slice(0, cut)] + [slice(cut, None)] * (cut < len(rows))
+        found = np.concatenate(list(dedup._repeats(rows[block] for block in blocks)))
+        assert list(map(tuple, found.tolist())) == repeats
+        batches = list(dedup._once_each(pairs[block] for block in blocks))
+        assert list(map(tuple, np.concatenate(batches).tolist())) == sorted(set(hashes))
+        assert max(map(len, batches)) <= 4
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])

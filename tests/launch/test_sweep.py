@@ -17,11 +17,8 @@ from typing import Any
 
 import pytest
 
-from common.errors import UserError
 from common.run_lock import FolderLock
 from launch.sweeps.command import main
-from launch.sweeps.plan import combinations, configurations
-from launch.sweeps.record import Sweep
 from pretrain.config.loading import to_json
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
@@ -235,23 +232,6 @@ def test_a_run_that_somebody_else_put_there_is_no_result_of_the_sweep(
     assert case.trained == ["1e-3"] and (foreign / "metrics.jsonl").exists()
 
 
-def test_what_another_command_adds_meanwhile_stays_in_the_record(case: Case) -> None:
-    """Both read the record before either writes: checks of large data take minutes."""
-    configs = configurations([str(case.config)])
-    with pytest.raises(UserError, match=r"another command has begun a sweep in .*; give this command once more"):
-        _begin_both(case, configs, "1e-3", "2e-3")
-    _begin_both(case, configs, "3e-3", "4e-3")
-    found = Sweep.load(case.dir)
-    assert found is not None and [run.values[RATE] for run in found.runs.values()] == ["1e-3", "3e-3", "4e-3"]
-
-
-def _begin_both(case: Case, configs: dict[str, Path], *rates: str) -> None:
-    sweeps = [Sweep.open(case.dir, [RATE], [], configs) for _ in rates]
-    for sweep, rate in zip(sweeps, rates, strict=True):
-        sweep.add(combinations(list(configs), {RATE: [rate]}))
-        sweep.begin(configs)
-
-
 def test_a_run_that_goes_on_elsewhere_is_passed_over_and_not_all_have_finished(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,20 +354,6 @@ def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
         assert (
             f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
         )
-
-
-def test_what_another_command_noted_while_this_one_checked_its_runs_stays(case: Case) -> None:
-    configs = configurations([str(case.config)])
-    Sweep.open(case.dir, [RATE], [], configs).begin(configs)
-    one, other = (Sweep.open(case.dir, [RATE], [], configs) for _ in range(2))
-    (first,) = one.add(combinations(["x"], {RATE: ["1e-3"]}))
-    (second,) = other.add(combinations(["x"], {RATE: ["2e-3"]}))
-    one.begin(configs)
-    one.note(first, job="41")
-    other.begin(configs)
-    found = Sweep.load(case.dir)
-    assert found is not None and found.jobs == {first.name: "41"}
-    assert list(found.runs) == [first.name, second.name] == list(other.runs)
 
 
 def test_what_the_job_would_refuse_is_said_before_any_is_submitted(

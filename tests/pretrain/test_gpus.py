@@ -79,6 +79,16 @@ def test_cuda_without_a_gpu_is_refused(machine: pytest.MonkeyPatch) -> None:
         UserError, match=r"^train\.device: is cuda, .*--set train\.device=cpu trains on the CPU .*no sign"
     ):
         device_type("cuda")
+    machine.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match=r"^DS_ACCELERATOR: is cuda, .*; unset it to train on the CPU .*no sign"):
+        device_type()
+
+
+def test_a_card_that_does_not_tell_its_name_is_passed_over(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for number, said in enumerate((b"IRQ: 1\n", b"Model: \xff\n", b"IRQ: 2\nModel: \t A\n", b"Model: B\n")):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+        (tmp_path / "gpus" / str(number) / "information").write_bytes(said)
+    assert gpus.card_name() == "A"
 
 
 @pytest.mark.parametrize("wanted, named", [("cuda", "cpu"), ("cpu", "cuda")])
@@ -306,7 +316,26 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
     with pytest.raises(device.Unreachable, match=said):
         device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
-    assert gpus.what_nccl_says(dist.DistNetworkError("The client socket has timed out")) is None
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "NCCL error in: a.cpp:9, invalid usage (run with X), NCCL version 2\nLast error:\n a\n b \n",
+            "invalid usage: b",
+        ),
+        (
+            "NCCL error in: a.cpp:9, invalid usage (run with X)\nncclInvalid.\nLast error:\n",
+            "invalid usage: ncclInvalid.",
+        ),
+        ("NCCL error in: a.cpp:9, invalid usage\n\nLast error:\n", "invalid usage"),
+        ("NCCL error in: a.cpp:9", "NCCL error in: a.cpp:9"),
+        ("The client socket has timed out", None),
+    ],
+)
+def test_nccl_s_last_reason_follows_the_kind_of_its_error_where_it_gives_one(words: str, said: str | None) -> None:
+    assert gpus.what_nccl_says(dist.DistError(words)) == said
 
 
 def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,9 +361,10 @@ def test_a_heartbeat_of_the_user_stays_and_is_warned_of(
     gpus.let_the_watchdog_speak_first(1140.0, speaks=True)
     assert os.environ[gpus.NCCL_HEARTBEAT] == "300"
     assert f"warning: {gpus.NCCL_HEARTBEAT} = 300 is shorter than the 1140 s" in capsys.readouterr().err
-    monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "2000")
-    gpus.let_the_watchdog_speak_first(1140.0, speaks=True)
-    assert capsys.readouterr().err == ""
+    for enough in ("2000", "1140", "no number"):
+        monkeypatch.setenv(gpus.NCCL_HEARTBEAT, enough)
+        gpus.let_the_watchdog_speak_first(1140.0, speaks=True)
+        assert capsys.readouterr().err == ""
 
 
 def test_groups_without_a_limit_of_their_own_follow_ours(monkeypatch: pytest.MonkeyPatch) -> None:

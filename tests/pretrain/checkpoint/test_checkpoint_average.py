@@ -44,13 +44,13 @@ def test_the_mean_is_that_of_numpy(
     options = [] if weights is None else ["--weights", weights]
     assert main(["average", *map(str, folders), "--to", str(out), *options]) == 0
     said = capsys.readouterr().out
-    assert "mean of the weights of step-00000020" in said and ("step-00000030 x 0.1429" in said) == (
-        weights == "2,0.5,1"
-    )
+    parts = ("{}", "{}", "{}") if weights is None else ("{} x 0.5714", "{} x 0.1429", "{} x 0.2857")
+    names = ", ".join(part.format(folder.name) for part, folder in zip(parts, folders, strict=True))
+    assert said == f"{out}: mean of the weights of {names}\n"
     shares = np.array([1, 1, 1] if weights is None else [2, 0.5, 1], np.float64)
-    parts = [whole_tensors(folder) for folder in folders]
+    tensors = [whole_tensors(folder) for folder in folders]
     for name, value in whole_tensors(out).items():
-        stacked = np.stack([part[name].numpy().astype(np.float64) for part in parts])
+        stacked = np.stack([one[name].numpy().astype(np.float64) for one in tensors])
         expected = np.average(stacked, axis=0, weights=shares)
         np.testing.assert_allclose(value.numpy(), expected, rtol=1e-7, atol=1e-9, err_msg=name)
     saved = load_model(out)
@@ -70,7 +70,8 @@ def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.Capture
 
     refused("the mean of one checkpoint is itself; name two or more", one)
     refused("--weights: 3 weights for 2 checkpoints", one, two, "--weights", "1,2,3")
-    refused("--weights: -1 is no share", one, two, "--weights", "1,-1")
+    for weight in ("-1", "0", "inf", "nan"):
+        refused(f"--weights: {weight} is no share", one, two, "--weights", f"1,{weight}")
     refused("--weights: 'a,b' are no numbers", one, two, "--weights", "a,b")
     rotated = checkpoint(tmp_path, prepared, 3, 'model.position={"type": "rope", "fraction": 0.25}')
     refused("model.position.fraction is 0.25, but 0.5 in ", one, two, rotated)

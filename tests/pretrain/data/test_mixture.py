@@ -124,18 +124,24 @@ def test_the_sequence_of_windows_is_the_same_however_the_run_is_cut(folders: lis
         assert sorted(order[:n]) == sorted(order[n : 2 * n]) == list(range(n))
 
 
-def test_a_batch_holds_the_tokens_of_its_sources(folders: list[Path]) -> None:
-    config = mixed(folders, (0.5, 0.5), "batch.micro_sequences=8")
-    stream, _ = stream_of(config)
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_batch_holds_the_tokens_and_documents_of_its_sources(folders: list[Path], mask: bool) -> None:
+    config = mixed(folders, (0.5, 0.5), "batch.micro_sequences=8", f"data.document_mask={str(mask).lower()}")
+    stream, reader = stream_of(config)
     alone = [Sources.load(small_config(f)).reader("train", config) for f in folders[:2]]
-    batch = stream.batch(24, 0)
+    assert reader.tokens_are_bytes == alone[0].tokens_are_bytes
+    batch = stream.batch(24, 0).to(torch.device("cpu"))
+    assert len(batch.model_inputs()) == 3 + mask and (batch.documents is not None) == mask
     windows = stream.windows(np.arange(24, 32))
     sizes: Counter[int] = Counter()
     for row, window in enumerate(windows):
         source = int(window >= alone[0].num_windows)
         sizes[source] += 1
-        tokens, targets = alone[source].read(np.array([window - source * alone[0].num_windows]))
+        own = np.array([window - source * alone[0].num_windows])
+        tokens, targets = alone[source].read(own)
         assert torch.equal(batch.tokens[row], tokens[0]) and torch.equal(batch.targets[row], targets[0])
+        if batch.documents is not None:
+            assert torch.equal(batch.documents[row], alone[source].documents(own)[0])
     assert sizes == {0: 4, 1: 4}
 
 

@@ -48,6 +48,9 @@ def test_a_stream_is_contiguous_text_and_begins_again_with_the_others(prepared: 
     whole = torch.cat([reader.read(np.array([w]))[0][0] for w in range(reader.num_windows)])
     for s, parts in texts.items():
         assert torch.equal(torch.cat(parts), whole[s * chunks * T : s * chunks * T + 3 * T])
+    for stream in ranks:
+        read = [stream.batch(0, micro_step).sequence_index for micro_step in range(stream.micro_steps)]
+        assert torch.equal(stream.streams(), torch.cat(read))
     assert sorted(torch.cat([stream.streams() for stream in ranks]).tolist()) == list(range(G))
     begins = [step for step in range(2 * chunks + 1) if ranks[0].begins(step * G)]
     assert begins == [0, chunks, 2 * chunks]

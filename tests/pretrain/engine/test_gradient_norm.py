@@ -1,14 +1,17 @@
-"""The sum of squares behind the gradient norm, against numpy's in fp64."""
+"""The gradient norm, and the sum of squares behind it, against numpy's in fp64."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from pretrain.engine.gradient_norm import ROW, deepspeed_norm, sum_of_squares
+from model.parallel.context import ParallelContext
+from pretrain.engine.gradient_norm import ROW, GradientNorm, deepspeed_norm, poisoned_unless_finite, sum_of_squares
 
 SHAPES = [(3,), (ROW,), (ROW + 1,), (8000, 128), (7, 11, 513), (2, ROW * 3), ()]
 
@@ -57,3 +60,63 @@ def test_the_norm_is_on_the_device_of_the_sums_wherever_deepspeed_has_it(norm: t
     optimizer.overflow = True
     assert deepspeed_norm(engine, torch.device("meta")).device.type == "meta"
     assert float(deepspeed_norm(engine, torch.device("cpu"))) == float("inf")
+
+
+def engine(*, zero: int) -> Any:
+    """A divided parameter of gradient norm 4, a whole one of norm 3, and one without a gradient; DeepSpeed says 7."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for parameter, is_divided in zip(parameters, (True, False, False), strict=True):
+        parameter.tensor_model_parallel = is_divided  # type: ignore[attr-defined]
+    parameters[0].grad, parameters[1].grad = torch.tensor([0.0, 4.0]), torch.tensor([3.0, 0.0])
+    return SimpleNamespace(
+        module=SimpleNamespace(parameters=lambda: iter(parameters)),
+        optimizer=SimpleNamespace(overflow=False),
+        zero_optimization_stage=lambda: zero,
+        get_global_grad_norm=lambda: 7.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "zero, tensor_rank, clip_norm, norm, factor",
+    [
+        # Another tensor-parallel rank has a part of norm 12, and the same whole parameter, which the first rank counts.
+        (0, 0, 6.5, 13.0, 0.5),
+        (0, 1, 6.5, 13.0, 0.5),
+        (0, None, 2.5, 5.0, 0.5),
+        (0, None, 0.5, 5.0, 0.1),
+        (0, None, 0.0, 5.0, 1.0),  # no clipping
+        (0, None, 9.0, 5.0, 1.0),  # smaller gradients stay as they are
+        (1, None, 2.5, 7.0, 1.0),  # DeepSpeed clips
+    ],
+)
+def test_gradients_are_clipped_to_the_norm_of_all_parts_where_deepspeed_does_not(
+    zero: int, tensor_rank: int | None, clip_norm: float, norm: float, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {0: 144.0, 1: 153.0, None: 0.0}[tensor_rank]
+    monkeypatch.setattr(dist, "all_reduce", lambda squares, group: squares.add_(others))
+    group: Any = "the two ranks"
+    parallel = ParallelContext()
+    if tensor_rank is not None:
+        parallel = ParallelContext(tensor_rank=tensor_rank, tensor_size=2, tensor_group=group)
+    found = engine(zero=zero)
+    of_step = GradientNorm(found, clip_norm, parallel)
+    of_step.before_step()
+    assert float(of_step.value(torch.device("cpu"))) == norm
+    divided, whole, none = (parameter.grad for parameter in found.module.parameters())
+    torch.testing.assert_close(divided, torch.tensor([0.0, 4.0 * factor]))
+    torch.testing.assert_close(whole, torch.tensor([3.0 * factor, 0.0]))
+    assert none is None
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_makes_every_gradient_nan_and_another_changes_nothing(wrong: float) -> None:
+    for own, losses in ((0.3, [1.0, 2.0]), (wrong, [1.0, 2.0]), (0.3, [1.0, wrong])):
+        weights = torch.tensor([0.1, 1.7], requires_grad=True)
+        objective = weights.square().sum() + own
+        poisoned = poisoned_unless_finite(objective, torch.tensor(losses))
+        poisoned.backward()
+        assert weights.grad is not None
+        if np.isfinite([own, *losses]).all():
+            assert torch.equal(poisoned, objective) and torch.equal(weights.grad, 2.0 * weights)
+        else:
+            assert weights.grad.isnan().all()

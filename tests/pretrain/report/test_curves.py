@@ -19,7 +19,7 @@ import pretrain.report.pictures
 from model.costs import training_flops_per_token
 from pretrain.config.schema import Config
 from pretrain.engine.details import KINDS, Details
-from pretrain.late_reading import Laps
+from pretrain.late_reading import Laps, Stopwatch
 from pretrain.report import peak, tags
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.pictures import draw_load
@@ -212,6 +212,15 @@ def test_laps_add_up_to_the_time_between_two_ends(monkeypatch: pytest.MonkeyPatc
     second = laps.cut("reading")
     assert first.seconds() == {"forward": 1.0 + 3.0, "backward": 2.0}
     assert second.seconds() == {"reading": 4.0, "forward": 5.0}
+    assert Laps(torch.device("cpu")).seconds() == {}
+
+
+def test_a_stopwatch_counts_from_its_making_to_its_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0, 7.5])
+    monkeypatch.setattr("pretrain.late_reading.time.perf_counter", lambda: next(times))
+    watch = Stopwatch(torch.device("cpu"))
+    watch.stop()
+    assert watch.seconds() == 4.5
 
 
 def test_the_peak_of_a_cpu_is_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,111 @@
+"""The record of a sweep, which several commands write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from launch.sweeps.plan import combinations, configurations
+from launch.sweeps.record import Sweep
+from pretrain.config.loading import to_json
+from tests.pretrain.runs import small_config
+
+RATE = "optimizer.learning_rate"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of the sweep."""
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def configs(tmp_path: Path, prepared: Path) -> dict[str, Path]:
+    (tmp_path / "x.json").write_text(json.dumps(to_json(small_config(prepared))))
+    return configurations([str(tmp_path / "x.json")])
+
+
+def test_what_another_command_adds_meanwhile_stays_in_the_record(folder: Path, configs: dict[str, Path]) -> None:
+    """Both read the record before either writes: checks of large data take minutes."""
+    with pytest.raises(UserError, match=r"another command has begun a sweep in .*; give this command once more"):
+        _begin_both(folder, configs, "1e-3", "2e-3")
+    _begin_both(folder, configs, "3e-3", "4e-3")
+    found = Sweep.load(folder)
+    assert found is not None and [run.values[RATE] for run in found.runs.values()] == ["1e-3", "3e-3", "4e-3"]
+
+
+def _begin_both(folder: Path, configs: dict[str, Path], *rates: str) -> None:
+    sweeps = [Sweep.open(folder, [RATE], [], configs) for _ in rates]
+    for sweep, rate in zip(sweeps, rates, strict=True):
+        sweep.add(combinations(list(configs), {RATE: [rate]}))
+        sweep.begin(configs)
+
+
+def test_what_another_command_noted_while_this_one_checked_its_runs_stays(
+    folder: Path, configs: dict[str, Path]
+) -> None:
+    Sweep.open(folder, [RATE], [], configs).begin(configs)
+    one, other = (Sweep.open(folder, [RATE], [], configs) for _ in range(2))
+    (first,) = one.add(combinations(["x"], {RATE: ["1e-3"]}))
+    (second,) = other.add(combinations(["x"], {RATE: ["2e-3"]}))
+    one.begin(configs)
+    one.note(first, job="41")
+    other.begin(configs)
+    found = Sweep.load(folder)
+    assert found is not None and found.jobs == {first.name: "41"} and not found.unrecorded
+    assert list(found.runs) == [first.name, second.name] == list(other.runs)
+    one.note(first, job="43")
+    other.note(second, job="44")
+    found = Sweep.load(folder)
+    assert found is not None and found.jobs == {first.name: "43", second.name: "44"}
+
+
+def test_the_record_holds_the_newest_outcome_that_a_run_did_not_record_itself(
+    folder: Path, configs: dict[str, Path]
+) -> None:
+    sweep = Sweep.open(folder, [RATE], [], configs)
+    first, second = sweep.add(combinations(["x"], {RATE: ["1e-3", "2e-3"]}))
+    for _ in range(2):
+        sweep.begin(configs)  # the second time the sweep is no new one
+    for run, code, noted in (
+        (first, 2, {first.name: 2}),
+        (second, 0, {first.name: 2, second.name: 0}),
+        (first, None, {second.name: 0}),
+    ):
+        (folder / "sweep.json").unlink()  # a record that is lost is written again
+        sweep.note(run, unrecorded=code)
+        found = Sweep.load(folder)
+        assert found is not None and found.unrecorded == noted and list(found.runs) == [first.name, second.name]
+
+
+def test_a_sweep_keeps_its_own_copy_of_a_configuration_that_is_edited(folder: Path, configs: dict[str, Path]) -> None:
+    (path,) = configs.values()
+    before = path.read_bytes()
+    Sweep.open(folder, [RATE], [], configs).begin(configs)
+    tree = json.loads(before)
+    tree["optimizer"]["clip_norm"] = 1.0
+    path.write_text(json.dumps(tree))
+    again = Sweep.open(folder, [RATE], ["optimizer.clip_norm=0.5"], configs)  # the same runs, said in another way
+    again.begin(configs)
+    assert again.config("x").read_bytes() == before
+
+
+def test_a_key_that_an_edit_adds_or_removes_is_refused_as_not_given(folder: Path, configs: dict[str, Path]) -> None:
+    (path,) = configs.values()
+    whole = path.read_text()
+    tree = json.loads(whole)
+    del tree["optimizer"]["clip_norm"]
+    for number, (before, after, words) in enumerate(
+        (
+            (whole, json.dumps(tree), "is 0.5 in the runs of .*, and not given in this command"),
+            (json.dumps(tree), whole, "is not given in the runs of .*, and 0.5 in this command"),
+        )
+    ):
+        path.write_text(before)
+        Sweep.open(folder / str(number), [RATE], [], configs).begin(configs)
+        path.write_text(after)
+        with pytest.raises(UserError, match=rf"^optimizer\.clip_norm: {words}"):
+            Sweep.open(folder / str(number), [RATE], [], configs)
