@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.kernel_cases.recording import Launch
-from model.kernels.triton import gated_gemm, sorted_gemm, sorted_slots, switchhead_output, switchhead_value
+from model.kernels.triton import (
+    gated_gemm,
+    gated_rows,
+    set_gemm,
+    sorted_gemm,
+    sorted_slots,
+    switchhead_output,
+    switchhead_value,
+)
 from model.kernels.triton.gated_gemm import GemmTiles
 
 
@@ -18,12 +26,15 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, size: int, depth: int | None = No
         (gated_gemm, "gradient_tiles"),
         (sorted_gemm, "gradient_tiles"),
         (sorted_gemm, "project_tiles"),
+        (set_gemm, "project_tiles"),
+        (set_gemm, "gradient_tiles"),
         (switchhead_value, "forward_tiles"),
         (switchhead_value, "backward_tiles"),
         (switchhead_output, "forward_tiles"),
         (switchhead_output, "backward_tiles"),
     ):
         monkeypatch.setattr(module, name, lambda *_: tiles)
+    monkeypatch.setattr(gated_rows, "tile", lambda *_: {"BLOCK_M": size, "BLOCK_N": size})
     monkeypatch.setattr(gated_gemm, "GATE_BLOCK", size)
     monkeypatch.setattr(sorted_slots, "SUM_TILE", (size, size))
     monkeypatch.setattr(sorted_slots, "SORT_TILE", 512)

@@ -1,5 +1,6 @@
-"""SwitchHead as GEMMs over all experts (backend `dense`), its Triton kernels interpreted, against the fp64 loops of the
-test of the other backends. A test that takes `op` runs for both."""
+"""SwitchHead as GEMMs over all experts (backend `dense`) and by sets of experts (backend `sets`), the Triton kernels
+interpreted, against the fp64 loops of the test of the other backends. A test that takes `op` runs for both ops,
+one that takes `way` for both backends. What `sets` has alone is in test_sets.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases.recording import recording
+from model.kernels.backend import MOST_EXPERTS_IN_SETS
 from model.kernels.dense import gemms, plain_rows
 from model.kernels.triton import gated_rows
 from tests.model.kernels.test_switchhead import (
@@ -28,13 +30,21 @@ from tests.model.kernels.test_switchhead import (
     run,
     strided,
 )
+from tests.model.kernels.triton.small_tiles import use_tiles
 
-FUSED = ("dense", "fused")
+Way = tuple[str, str]
+FUSED: Way = ("dense", "fused")
+SETS: Way = ("sets", "fused")
 # Tiles are 16 wide: most shapes have a part of one, in both directions.
 SHAPES = [
     Shape(18, 17, 2, 17, 5, 3),
+    Shape(70, 17, 2, 19, 5, 3),
+    Shape(90, 32, 3, 16, 4, 2),
+    Shape(33, 32, 1, 16, 4, 2, "first"),
+    Shape(40, 7, 2, 35, 2, 2),
     Shape(17, 32, 1, 16, 4, 2, "first"),
     Shape(18, 13, 1, 5, 4, 1, "single"),
+    Shape(37, 8, 1, 4, 6, 4, "single"),
     Shape(17, 7, 1, 35, 2, 2),
     Shape(17, 8, 1, 4, 10, 8, "single"),
     Shape(6, 5, 1, 1, 1, 1),
@@ -47,14 +57,19 @@ LIMIT = DENSE_TOLERANCE | {torch.float16: 2**-10}
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_rows, "tile", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
+    use_tiles(monkeypatch, 16)
 
 
-def assert_equals_loop(op: Op, shape: Shape, dtype: torch.dtype) -> None:
+both_ways = pytest.mark.parametrize("way", [FUSED, SETS], ids=["dense", "sets"])
+
+
+def assert_equals_loop(op: Op, way: Way, shape: Shape, dtype: torch.dtype) -> None:
     """And no access out of bounds, no element written twice, no atomics."""
+    if way == SETS and shape.E > MOST_EXPERTS_IN_SETS:
+        pytest.skip("2^E numbers of sets: refused")
     case, upstream, expected = expectation(op, shape, dtype)
     with recording() as launches:
-        actual = run(computed(op, FUSED), case, upstream)
+        actual = run(computed(op, way), case, upstream)
     given = (case.rows, case.rows, case.choice.scores, case.experts)
     for name, ours, exact, like in zip(NAMES, actual, expected, given, strict=True):
         assert ours.dtype == like.dtype
@@ -64,30 +79,41 @@ def assert_equals_loop(op: Op, shape: Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@both_ways
 @both_ops
-def test_forward_and_every_gradient_equal_the_loop(op: Op, shape: Shape) -> None:
-    assert_equals_loop(op, shape, torch.bfloat16)
+def test_forward_and_every_gradient_equal_the_loop(op: Op, way: Way, shape: Shape) -> None:
+    assert_equals_loop(op, way, shape, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@both_ways
 @both_ops
-def test_other_dtypes(op: Op, dtype: torch.dtype) -> None:
-    assert_equals_loop(op, SMALL, dtype)
+def test_other_dtypes(op: Op, way: Way, dtype: torch.dtype) -> None:
+    assert_equals_loop(op, way, SMALL, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [*SHAPES, MANY_EXPERTS, Shape(300, 412, 2, 76, 5, 3), Shape(260, 264, 4, 112, 4, 2), Shape(140, 72, 2, 132, 8, 4)],
+    [
+        *SHAPES,
+        MANY_EXPERTS,
+        Shape(300, 412, 2, 76, 5, 3),
+        Shape(260, 264, 4, 112, 4, 2),
+        Shape(140, 72, 2, 132, 8, 4),
+        Shape(600, 72, 2, 128, 4, 2),
+        Shape(300, 64, 2, 256, 5, 3),
+    ],
     ids=str,
 )
+@both_ways
 @both_ops
 def test_shipped_tiles_equal_the_loop(
-    op: Op, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    op: Op, way: Way, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    assert_equals_loop(op, shape, dtype)
+    assert_equals_loop(op, way, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -95,24 +121,26 @@ def test_shipped_tiles_equal_the_loop(
 def test_chunks_of_tokens(op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 tokens, the last one short. Each fills its own part of every result."""
     monkeypatch.setattr(gemms, "CHUNK_BYTES", 8 * SMALL.H * SMALL.E * SMALL.h * dtype.itemsize)
-    assert_equals_loop(op, SMALL, dtype)
+    assert_equals_loop(op, FUSED, SMALL, dtype)
 
 
+@both_ways
 @both_ops
-def test_non_contiguous_inputs_and_expanded_gradient(op: Op) -> None:
+def test_non_contiguous_inputs_and_expanded_gradient(op: Op, way: Way) -> None:
     case, upstream = strided(inputs(op, SMALL, torch.float32)), torch.ones(())
     expected = run(op.loop, case.to(double), upstream)
     with recording():
-        actual = run(computed(op, FUSED), case, upstream)
+        actual = run(computed(op, way), case, upstream)
     for name, ours, exact in zip(NAMES, actual, expected, strict=True):
         assert error(ours, exact) < LIMIT[torch.float32], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@both_ways
 @both_ops
-def test_repetition_is_bitwise_equal(op: Op, dtype: torch.dtype) -> None:
+def test_repetition_is_bitwise_equal(op: Op, way: Way, dtype: torch.dtype) -> None:
     case, upstream, _ = expectation(op, SMALL, dtype)
-    first, second = (run(computed(op, FUSED), case, upstream) for _ in range(2))
+    first, second = (run(computed(op, way), case, upstream) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
@@ -131,12 +159,13 @@ def test_launches_do_not_depend_on_the_routing(op: Op) -> None:
     assert kernels == expected
 
 
+@both_ways
 @both_ops
-def test_half_of_the_heads_each(op: Op) -> None:
+def test_half_of_the_heads_each(op: Op, way: Way) -> None:
     """Tensor parallelism: ranks hold heads. What a head has is its rank's; y and the gradients of x are summed."""
     shape = Shape(9, 19, 4, 6, 4, 2)
     case, upstream, _ = expectation(op, shape, torch.float32)
-    function = computed(op, FUSED)
+    function = computed(op, way)
     whole, halves = run(function, case, upstream), []
     for heads in (slice(0, 2), slice(2, 4)):
         (scores, index, order, load), rows, grad = case.choice, case.rows, upstream
@@ -151,9 +180,10 @@ def test_half_of_the_heads_each(op: Op) -> None:
 
 
 @pytest.mark.slow
+@both_ways
 @both_ops
-def test_opcheck(op: Op) -> None:
-    check_op(op, Shape(5, 6, 1, 5, 3, 2), torch.float32, *FUSED)
+def test_opcheck(op: Op, way: Way) -> None:
+    check_op(op, Shape(5, 6, 1, 5, 3, 2), torch.float32, *way)
 
 
 def pairs(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
-"""SwitchHead's tokens grouped by the set of their chosen experts (backend `sets`), interpreted, against the fp64 loops
-of the test of the other backends. A test that takes `op` runs for both."""
+"""SwitchHead's tokens grouped by the set of their chosen experts (backend `sets`), interpreted: launches, flops, tiles
+and limits. That its results are those of the fp64 loops is in test_dense.py."""
 
 from __future__ import annotations
 
@@ -12,110 +12,27 @@ import triton.language as tl
 
 from benchmarks.kernel_cases.recording import recording
 from model.kernels.backend import resolve
-from model.kernels.triton import gated_rows, set_gemm, sorted_slots
-from model.kernels.triton.gated_gemm import GemmTiles
+from model.kernels.triton import set_gemm
 from tests.model.kernels.test_switchhead import (
-    DENSE_TOLERANCE,
-    NAMES,
     OUTPUT,
     VALUE,
-    Case,
     Op,
     Shape,
     both_ops,
-    check_op,
     computed,
-    double,
-    error,
-    expectation,
     gradient,
     inputs,
     run,
-    strided,
 )
+from tests.model.kernels.triton.small_tiles import use_tiles
 
 SETS = ("sets", "fused")
-# Tiles are 16 wide: most shapes have a part of one, in both directions, and sets without a token.
-SHAPES = [
-    Shape(70, 17, 2, 19, 5, 3),
-    Shape(90, 32, 3, 16, 4, 2),
-    Shape(33, 32, 1, 16, 4, 2, "first"),
-    Shape(18, 13, 1, 5, 4, 1, "single"),
-    Shape(40, 7, 2, 35, 2, 2),
-    Shape(37, 8, 1, 4, 6, 4, "single"),
-    Shape(6, 5, 1, 1, 1, 1),
-    Shape(0, 12, 2, 5, 4, 2),
-]
 SMALL = Shape(50, 17, 2, 19, 4, 2)
-LIMIT = DENSE_TOLERANCE | {torch.float16: 2**-10}
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = GemmTiles(16, 16, 16, 4, 1)
-    monkeypatch.setattr(set_gemm, "project_tiles", lambda *_: tiles)
-    monkeypatch.setattr(set_gemm, "gradient_tiles", lambda *_: tiles)
-    monkeypatch.setattr(gated_rows, "tile", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16})
-    monkeypatch.setattr(sorted_slots, "SORT_TILE", 512)
-    monkeypatch.setattr(sorted_slots, "COUNT_BLOCK", 2)
-
-
-def assert_equals_loop(op: Op, shape: Shape, dtype: torch.dtype) -> None:
-    """And no access out of bounds, no element written twice, no atomics."""
-    case, upstream, expected = expectation(op, shape, dtype)
-    with recording() as launches:
-        actual = run(computed(op, SETS), case, upstream)
-    given = (case.rows, case.rows, case.choice.scores, case.experts)
-    for name, ours, exact, like in zip(NAMES, actual, expected, given, strict=True):
-        assert ours.dtype == like.dtype
-        assert ours.is_contiguous()
-        assert error(ours, exact) <= LIMIT[dtype], f"{name} is off by {error(ours, exact):.1e}"
-    assert not any(launch.atomics for launch in launches)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@both_ops
-def test_forward_and_every_gradient_equal_the_loop(op: Op, shape: Shape) -> None:
-    assert_equals_loop(op, shape, torch.bfloat16)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@both_ops
-def test_other_dtypes(op: Op, dtype: torch.dtype) -> None:
-    assert_equals_loop(op, SMALL, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape",
-    [*SHAPES, Shape(600, 72, 2, 128, 4, 2), Shape(260, 264, 4, 112, 4, 2), Shape(300, 64, 2, 256, 5, 3)],
-    ids=str,
-)
-@both_ops
-def test_shipped_tiles_equal_the_loop(
-    op: Op, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    assert_equals_loop(op, shape, dtype)
-
-
-@both_ops
-def test_non_contiguous_inputs_and_expanded_gradient(op: Op) -> None:
-    case, upstream = strided(inputs(op, SMALL, torch.float32)), torch.ones(())
-    expected = run(op.loop, case.to(double), upstream)
-    with recording():
-        actual = run(computed(op, SETS), case, upstream)
-    for name, ours, exact in zip(NAMES, actual, expected, strict=True):
-        assert error(ours, exact) < LIMIT[torch.float32], name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@both_ops
-def test_repetition_is_bitwise_equal(op: Op, dtype: torch.dtype) -> None:
-    case, upstream, _ = expectation(op, SMALL, dtype)
-    first, second = (run(computed(op, SETS), case, upstream) for _ in range(2))
-    assert all(map(torch.equal, first, second))
+    use_tiles(monkeypatch, 16)
 
 
 @both_ops
@@ -174,29 +91,6 @@ def test_tiles_of_sets_are_counted_in_rounds(load: list[int]) -> None:
     list_tiles_kernel[(len(found),)](torch.tensor(load), found, SETS=8, BLOCK_M=16)
     assert [tuple(row) for row in found[: len(expected)].tolist()] == expected
     assert all(first >= stop for _, first, stop in found[len(expected) :].tolist()), "a tile of no set has no row"
-
-
-@both_ops
-def test_half_of_the_heads_each(op: Op) -> None:
-    """Tensor parallelism: ranks hold heads."""
-    shape = Shape(40, 19, 4, 6, 4, 2)
-    case, upstream, expected = expectation(op, shape, torch.float32)
-    halves = []
-    for heads in (slice(0, 2), slice(2, 4)):
-        (scores, index, order, load), rows, grad = case.choice, case.rows, upstream
-        choice = case.choice._replace(scores=scores[:, heads], index=index[:, heads], order=order[heads])
-        choice = choice._replace(load=load[heads])
-        rows, grad = (rows, grad[:, heads]) if op is VALUE else (rows[:, heads], grad)
-        halves.append(run(computed(op, SETS), Case(rows, choice, case.experts[heads]), grad))
-    own, summed = (0, 1) if op is VALUE else (1, 0)
-    for i, axis in ((own, 1), (2, 1), (3, 0)):
-        assert error(torch.cat([half[i] for half in halves], axis), expected[i]) < LIMIT[torch.float32], NAMES[i]
-    assert error(halves[0][summed] + halves[1][summed], expected[summed]) < LIMIT[torch.float32]
-
-
-@both_ops
-def test_torch_knows_the_op(op: Op) -> None:
-    check_op(op, Shape(9, 8, 2, 8, 4, 2), torch.float32, *SETS)
 
 
 def test_what_cannot_be_grouped_is_refused() -> None:
