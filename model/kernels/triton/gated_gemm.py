@@ -153,6 +153,22 @@ def gather_gate_gradient(partial: Tensor, index: Tensor, dtype: torch.dtype) -> 
 
 
 @triton.jit
+def store_expert_gradient(
+    grad_experts, pair, total, rows, columns, d: tl.constexpr, h: tl.constexpr, NARROW_FIRST: tl.constexpr
+):
+    """`total`, the tile at `rows` of d and `columns` of h, to the expert number `pair` of grad_experts: [d, h], or [h,
+    d] if NARROW_FIRST."""
+    out = grad_experts + pair.to(tl.int64) * d * h
+    result = total.to(grad_experts.dtype.element_ty)
+    row_mask, column_mask = rows < d, columns < h
+    if NARROW_FIRST:
+        mask = column_mask[:, None] & row_mask[None, :]
+        tl.store(out + columns[:, None] * d + rows[None, :], tl.trans(result), mask=mask)
+    else:
+        tl.store(out + rows[:, None] * h + columns[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
 def gated_weight_gradient_kernel(
     wide,
     narrow,
@@ -196,14 +212,7 @@ def gated_weight_gradient_kernel(
             narrow + (token * H + head) * h + columns[None, :], mask=mask[:, None] & column_mask[None, :], other=0.0
         )
         total = tl.dot(tl.trans(scale_rows(a, gate)), b, total, input_precision="ieee")
-
-    out = grad_experts + pair.to(tl.int64) * d * h
-    result = total.to(grad_experts.dtype.element_ty)
-    if NARROW_FIRST:
-        mask = column_mask[:, None] & row_mask[None, :]
-        tl.store(out + columns[:, None] * d + rows[None, :], tl.trans(result), mask=mask)
-    else:
-        tl.store(out + rows[:, None] * h + columns[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
+    store_expert_gradient(grad_experts, pair, total, rows, columns, d, h, NARROW_FIRST)
 
 
 def gradient_tiles(h: int, dtype: torch.dtype) -> GemmTiles:

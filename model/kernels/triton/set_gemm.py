@@ -23,8 +23,9 @@ from torch import Tensor
 
 from model.kernels.backend import cuda_capability
 from model.kernels.ops.route import Choice
-from model.kernels.triton.gated_gemm import GemmTiles, column_tile, padded_experts
+from model.kernels.triton.gated_gemm import GemmTiles, column_tile, padded_experts, store_expert_gradient
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.sorted_gemm import find_segment
 from model.kernels.triton.sorted_slots import sort_slots
 
 
@@ -185,10 +186,7 @@ def set_gradient_kernel(
     columns = (program % narrow_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = (program // narrow_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature_mask, column_mask = features < d, columns < h
-    experts = tl.arange(0, PADDED_E)
-    count = tl.load(load + head * E + experts, mask=experts < E, other=0).to(tl.int32)
-    start = tl.sum(tl.where(experts < expert, count, 0), axis=0)
-    stop = start + tl.sum(tl.where(experts == expert, count, 0), axis=0)
+    start, stop = find_segment(load + head * E, expert, E, PADDED_E)
     order += head.to(tl.int64) * N * K
 
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -200,15 +198,7 @@ def set_gradient_kernel(
         row = gated + (tokens * H * E + pair)[:, None] * h
         b = tl.load(row + columns[None, :], mask=mask[:, None] & column_mask[None, :], other=0)
         total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-
-    out = grad_experts + pair.to(tl.int64) * d * h
-    result = total.to(grad_experts.dtype.element_ty)
-    if NARROW_FIRST:
-        mask = column_mask[:, None] & feature_mask[None, :]
-        tl.store(out + columns[:, None] * d + features[None, :], tl.trans(result), mask=mask)
-    else:
-        mask = feature_mask[:, None] & column_mask[None, :]
-        tl.store(out + features[:, None] * h + columns[None, :], result, mask=mask)
+    store_expert_gradient(grad_experts, pair, total, features, columns, d, h, NARROW_FIRST)
 
 
 WIDE_TILES_ON = ((9, 0),)

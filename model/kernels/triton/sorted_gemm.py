@@ -26,6 +26,7 @@ from model.kernels.triton.gated_gemm import (
     gradient_tiles,
     padded_experts,
     scale_rows,
+    store_expert_gradient,
 )
 
 
@@ -62,6 +63,15 @@ def find_tile(load, tile, E, PADDED_E: tl.constexpr, BLOCK_M: tl.constexpr):
     is_mine = experts == expert
     first = tl.sum(tl.where(is_mine, stop - count + (tile - last_tile + tiles) * BLOCK_M, 0), axis=0)
     return expert, first, tl.sum(tl.where(is_mine, stop, 0), axis=0)
+
+
+@triton.jit
+def find_segment(load, expert, E, PADDED_E: tl.constexpr):
+    """-> (first row, row after the last) of an expert in the sorted slots of one router."""
+    experts = tl.arange(0, PADDED_E)
+    count = tl.load(load + experts, mask=experts < E, other=0).to(tl.int32)
+    start = tl.sum(tl.where(experts < expert, count, 0), axis=0)
+    return start, start + tl.sum(tl.where(experts == expert, count, 0), axis=0)
 
 
 @triton.jit
@@ -168,10 +178,7 @@ def sorted_weight_gradient_kernel(
     pair = program // wide_tiles
     router, expert = pair // E, pair % E
     feature_mask, column_mask = features < d, columns < h
-    experts = tl.arange(0, PADDED_E)
-    count = tl.load(load + router * E + experts, mask=experts < E, other=0).to(tl.int32)
-    start = tl.sum(tl.where(experts < expert, count, 0), axis=0)
-    stop = start + tl.sum(tl.where(experts == expert, count, 0), axis=0)
+    start, stop = find_segment(load + router * E, expert, E, PADDED_E)
     wide += router * wide_router_stride
     narrow += router * narrow_router_stride
 
@@ -188,15 +195,7 @@ def sorted_weight_gradient_kernel(
             gate = tl.load(gates + gate_address(slots, router, routers, k), mask=mask, other=0.0).to(tl.float32)
             a = scale_rows(a, gate)
         total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-
-    out = grad_weights + pair.to(tl.int64) * d * h
-    result = total.to(grad_weights.dtype.element_ty)
-    if NARROW_FIRST:
-        mask = column_mask[:, None] & feature_mask[None, :]
-        tl.store(out + columns[:, None] * d + features[None, :], tl.trans(result), mask=mask)
-    else:
-        mask = feature_mask[:, None] & column_mask[None, :]
-        tl.store(out + features[:, None] * h + columns[None, :], result, mask=mask)
+    store_expert_gradient(grad_weights, pair, total, features, columns, d, h, NARROW_FIRST)
 
 
 def project_tiles(width: int, dtype: torch.dtype) -> GemmTiles:
