@@ -211,9 +211,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the block does to `hidden` [B, T, d], given the `context` [B, M + T, d] that attention sees. -> the
         hidden state and the auxiliary losses of attention and feed-forward, fp32 scalars."""
-        attended, attention_loss = self.attention(
-            self.attention_norm(context), hidden.shape[1], sequence_index, documents
-        )
+        context, normalised = self.attention_norm.add(context, None, None)
+        if self.memory is None:
+            hidden = context  # the same values, but the gradient by the residual is added inside the norm
+        attended, attention_loss = self.attention(normalised, hidden.shape[1], sequence_index, documents)
         draw = self.attention_dropout.draw(hidden.shape[1], sequence_index)
         hidden, normalised = self.feedforward_norm.add(hidden, attended, draw)
         transformed, feedforward_loss = self.feedforward(normalised, sequence_index)

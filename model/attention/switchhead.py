@@ -14,8 +14,8 @@ from model.documents import Seen, causal_attention
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
-from model.kernels.ops.route import Choice, group_choices, route
-from model.kernels.ops.switchhead import switchhead_output, switchhead_value
+from model.kernels.ops.route import Choice, group_choices, route_handing_on
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value_handing_on
 from model.linear import region_linear
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late, enter_overlapped
@@ -136,16 +136,17 @@ class SwitchHeadAttention(nn.Module):
         context, late = self._enter(context, num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
-        selections = self._select(context, T, sequence_index)
-        source, chunk = context.reshape(B * L, d), context[:, L - T :].reshape(B * T, d)
-        v = self._project("value", source, selections, late).view(B, L, H, h)
+        context, selections = self._select(context, T, sequence_index)
+        source, v = self._project("value", context.reshape(B * L, d), selections, late)
+        v = v.view(B, L, H, h)
         is_joint = "query and key" in late
         if is_joint:
             joint = region_linear(source, late["query and key"]).view(B, T, 2 * H, h)
             q, k = joint.split(H, dim=2)
         else:
-            q = self._project("query", chunk, selections, late).view(B, T, H, h)
-            k = self._project("key", source, selections, late).view(B, L, H, h)
+            chunk = context[:, L - T :].reshape(B * T, d)
+            q = self._project("query", chunk, selections, late)[1].view(B, T, H, h)
+            k = self._project("key", source, selections, late)[1].view(B, L, H, h)
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -184,26 +185,28 @@ class SwitchHeadAttention(nn.Module):
 
     def _project(
         self, projection: Projection, tokens: Tensor, selections: dict[Projection, Choice], late: dict[str, Late]
-    ) -> Tensor:
-        """[N, d] -> [N, H, h] or [N, H h]."""
+    ) -> tuple[Tensor, Tensor]:
+        """[N, d] -> the tokens, handed on for the next projection, and [N, H, h] or [N, H h]."""
         if projection not in selections:
-            return region_linear(tokens, late[projection])
+            return tokens, region_linear(tokens, late[projection])
         ((experts,), slot), backend = late[projection], self.backends.switchhead_value
-        return switchhead_value(tokens, selections[projection], experts, backend=backend, slot=slot)
+        return switchhead_value_handing_on(tokens, selections[projection], experts, backend=backend, slot=slot)
 
-    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> dict[Projection, Choice]:
-        """What is chosen for each expert projection: for keys and values at every token of the context, for queries
-        and outputs at the chunk's. Selectors that look at the same tokens share one product."""
+    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> tuple[Tensor, dict[Projection, Choice]]:
+        """The context, handed on, and what is chosen for each expert projection: for keys and values at every token of
+        the context, for queries and outputs at the chunk's. Selectors that look at the same tokens share one
+        product."""
         sides: dict[bool, list[Projection]] = {True: [], False: []}
         for owner in self.selectors:
             of_source = any(self._selector_of.get(p) == owner for p in SOURCE)
             # Without memory both sides are the same tokens.
             sides[of_source or context.shape[1] == T].append(owner)
         chosen: dict[Projection, Choice] = {}
-        for of_context, owners in sides.items():
-            if owners:
-                tokens = context if of_context else context[:, context.shape[1] - T :]
-                chosen |= self._route(tokens, owners, sequence_index, T)
+        if sides[True]:
+            context, found = self._route(context, sides[True], sequence_index, T)
+            chosen |= found
+        if sides[False]:
+            chosen |= self._route(context[:, context.shape[1] - T :], sides[False], sequence_index, T)[1]
         selections = {}
         for projection, owner in self._selector_of.items():
             choice, B = chosen[owner], context.shape[0]
@@ -212,13 +215,13 @@ class SwitchHeadAttention(nn.Module):
                 backend = self.backends.switchhead_value
                 choice = Choice(scores, index, *group_choices(index, self.config.num_experts, backend=backend))
             selections[projection] = choice
-        return selections
+        return context, selections
 
     def _route(
         self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int
-    ) -> dict[Projection, Choice]:
-        """What each selector in `owners` chooses for `tokens` [B, L, d], as N = B L tokens; counts the choices of the
-        last T tokens of each sequence, those of memory were counted when they were new."""
+    ) -> tuple[Tensor, dict[Projection, Choice]]:
+        """`tokens` [B, L, d], handed on, and what each selector in `owners` chooses for them, as N = B L tokens; counts
+        the choices of the last T tokens of each sequence, those of memory were counted when they were new."""
         B, L, d = tokens.shape
         H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
         heads, keep = self.parallel.slice_of(self.config.num_heads), None
@@ -228,7 +231,7 @@ class SwitchHeadAttention(nn.Module):
             masks = [keep_mask((B, L, H, E), draw, backend=backend) for draw in draws]
             keep = torch.cat(masks, dim=2).flatten(0, 1)
         weight = torch.cat([getattr(self, f"{owner}_selector") for owner in owners])
-        routing = route(
+        flat, routing = route_handing_on(
             tokens.reshape(B * L, d), weight, self.config.active_experts, keep=keep, backend=self.backends.route
         )
         if self.training:
@@ -244,4 +247,4 @@ class SwitchHeadAttention(nn.Module):
                     of_chunk = choice.index.unflatten(0, (B, L))[:, L - T :].permute(2, 0, 1, 3).reshape(H, -1)
                     load = torch.zeros_like(load).scatter_add_(1, of_chunk, torch.ones_like(of_chunk))
                 getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
-        return found
+        return flat.view(B, L, d), found

@@ -11,7 +11,7 @@ from model.distributions import Normal, block_std
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import keep_mask
-from model.kernels.ops.route import Choice, Routing, route
+from model.kernels.ops.route import Choice, Routing, route_handing_on
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.parallel.collectives import enter_shards
 from model.parallel.context import ParallelContext
@@ -70,16 +70,18 @@ class SigmaMoE(nn.Module):
         """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape and the weighted
         entropy regulariser (fp32 scalar, part of the loss)."""
         if self.exchanges:
-            routing, auxiliary_loss = self._route(x, sequence_index)
-            y = self._exchange(x.reshape(-1, x.shape[2]), routing)
-            return y.view_as(x), auxiliary_loss
+            tokens, routing, auxiliary_loss = self._route(x, sequence_index)
+            return self._exchange(tokens, routing).view_as(x), auxiliary_loss
         divided, x, (late,) = enter_overlapped(x, self.parallel, (self.up_experts, self.down_experts))
-        routing, auxiliary_loss = self._route(x, sequence_index)
-        y = self._divide(divided.reshape(-1, x.shape[2]), routing, late)
+        tokens, routing, auxiliary_loss = self._route(x, sequence_index)
+        if self.parallel.tensor_group is not None:
+            tokens = divided.reshape(-1, x.shape[2])
+        y = self._divide(tokens, routing, late)
         return leave_region(y.view_as(x), self.parallel), auxiliary_loss
 
-    def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Routing, Tensor]:
-        """The choices of `x` [B, T, d], without the axis of the single router, and the regulariser."""
+    def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Routing, Tensor]:
+        """The tokens [N, d] of `x` [B, T, d], handed on, their choices, without the axis of the single router, and the
+        regulariser."""
         (B, T, d), keep = x.shape, None
         first = first_token(T, self.parallel) if self.exchanges else 0
         if self.training and self.config.expert_dropout > 0.0:
@@ -87,7 +89,7 @@ class SigmaMoE(nn.Module):
             keep = keep_mask((B, T, self.config.num_experts), draw, backend=self.backends.elementwise)
             keep = keep.view(B * T, 1, -1)
         router = between_regions(self.router, self.parallel) if self.exchanges else self.router
-        found = route(
+        tokens, found = route_handing_on(
             x.reshape(B * T, d),
             router[None],
             self.config.active_experts,
@@ -106,7 +108,7 @@ class SigmaMoE(nn.Module):
                     routing.logits, self.config, self.statistics, self.parallel, token_group=self.token_group
                 )
             self.statistics.record(routing.load, routing.logits)
-        return routing, auxiliary_loss
+        return tokens, routing, auxiliary_loss
 
     def _divide(self, tokens: Tensor, routing: Routing, late: Late) -> Tensor:
         """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts."""

@@ -79,6 +79,10 @@ function for each."""
 BACKENDS: dict[str, tuple[str, ...]] = {op: ("reference", *modules) for op, modules in IMPLEMENTATIONS.items()}
 """Every op and the backends that it has."""
 
+ADDING: dict[str, tuple[str, ...]] = {"route": ("dense",), "switchhead_value": ("dense", "sets")}
+"""Op -> backends whose `backward` takes a `total` too, to which its last product adds the gradient of the input
+(model/kernels/op.py, `hand_on`)."""
+
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_EXPERTS_IN_SETS = 6

@@ -13,3 +13,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     # GPU-ONLY half-gemm-in-fp32
     return torch.addmm(out, a, b, out.dtype, out=out) if add else torch.mm(a, b, out.dtype, out=out)
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
+    """`total` += a @ b, all of one dtype, or a new tensor without `total`. The sum costs one more read of `total`
+    inside the product, where a sum of two tensors reads both and writes a third."""
+    return torch.mm(a, b) if total is None else multiply(a, b, total, add=True)

@@ -166,13 +166,13 @@ def test_one_expert_with_gates_of_one_is_dense_attention(
     one = {"type": "switchhead", "num_heads": H, "head_dim": h, "num_experts": 1, "active_experts": 1}
     layer = build(model_config(one, position, d, T), "cpu")
     dense = build(model_config({"type": "dense", "num_heads": H, "head_dim": h}, position, d, T), "cpu")
-    original = switchhead_module.route
+    original = switchhead_module.route_handing_on
 
-    def open_gates(*arguments: object, **options: object) -> Routing:
-        routing = original(*arguments, **options)  # type: ignore[arg-type]
-        return routing._replace(scores=torch.ones_like(routing.scores))
+    def open_gates(*arguments: object, **options: object) -> tuple[torch.Tensor, Routing]:
+        x, routing = original(*arguments, **options)  # type: ignore[arg-type]
+        return x, routing._replace(scores=torch.ones_like(routing.scores))
 
-    monkeypatch.setattr(switchhead_module, "route", open_gates)
+    monkeypatch.setattr(switchhead_module, "route_handing_on", open_gates)
     copy_first_experts(layer, dense)
     context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
     index = torch.zeros(B, dtype=torch.int64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.backend import implementation
-from model.kernels.gemm import multiply
+from model.kernels.gemm import add_product, multiply
 
 
 def forward(
@@ -24,15 +24,24 @@ def forward(
 
 
 def backward(
-    grad_logits: Tensor | None, grad_scores: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, index: Tensor
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> gradients of x and weight. At least one of `grad_logits` [N, R, E] and `grad_scores` [N, R, k] is there."""
+    """-> gradients of x and weight, that of x added to `total` [N, d] of the dtype of x if it is given. At least one of
+    `grad_logits` [N, R, E] and `grad_scores` [N, R, k] is there."""
     if x.dtype == weight.dtype == torch.bfloat16:
-        return _gradients_of_parts(_in_two_parts(grad_logits, grad_scores, scores, index, weight.shape[1]), x, weight)
+        parts = _in_two_parts(grad_logits, grad_scores, scores, index, weight.shape[1])
+        return _gradients_of_parts(parts, x, weight, total)
     flat = _grad_of_logits(grad_logits, grad_scores, scores, index, weight.shape[1]).flatten(1)
     grad_x = torch.mm(flat, weight.reshape(-1, weight.shape[2]).to(flat.dtype))
     grad_weight = torch.mm(flat.t(), x.to(flat.dtype))
-    return grad_x.to(x.dtype), grad_weight.view(weight.shape).to(weight.dtype)
+    grad_x = grad_x.to(x.dtype) if total is None else total.add_(grad_x)
+    return grad_x, grad_weight.view(weight.shape).to(weight.dtype)
 
 
 def _grad_of_logits(
@@ -63,11 +72,11 @@ def _in_two_parts(
     return parts
 
 
-def _gradients_of_parts(parts: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` [N, d] and `weight` [R, E, d]. The parts stand side by side, so that either gradient is one
-    product whose sums are in fp32."""
+def _gradients_of_parts(parts: Tensor, x: Tensor, weight: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` [N, d], added to `total` if it is given, and `weight` [R, E, d]. The parts stand side by side,
+    so that either gradient is one product whose sums are in fp32."""
     both, matrix = parts.flatten(1), weight.reshape(-1, weight.shape[2])
-    grad_x = torch.mm(both, torch.cat([matrix, matrix]))
+    grad_x = add_product(both, torch.cat([matrix, matrix]), total)
     wide = torch.empty(both.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     multiply(both.t(), x, wide)
     high, low = wide.chunk(2)

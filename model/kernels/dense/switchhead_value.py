@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.dense.gemms import WeightGradient, check_dtypes, chunks, rows_module
+from model.kernels.gemm import multiply
 from model.kernels.ops.switchhead import Inputs
 
 
@@ -30,10 +31,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return v, kept.view(N * H * k, h)
 
 
-def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
-    grad_x, grad_scores, grad_experts = _gradients(grad, inputs, saved, of_inputs=True, of_experts=True)
-    return grad_x, grad_scores, grad_experts
+def backward(
+    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, added to `total` [N, d] if it is given, scores and experts; `saved` is what `forward` gives after
+    v."""
+    return _gradients(grad, inputs, saved, of_inputs=True, of_experts=True, total=total)
 
 
 def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, None]:
@@ -49,7 +52,13 @@ def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], kep
 
 
 def _gradients(
-    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], *, of_inputs: bool, of_experts: bool
+    grad: Tensor,
+    inputs: Inputs,
+    saved: tuple[Tensor, ...],
+    *,
+    of_inputs: bool,
+    of_experts: bool,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; what was not asked for is not filled."""
     x, choice, experts, strategy = inputs
@@ -57,7 +66,8 @@ def _gradients(
     (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
     weight, gated_spread = stacked(experts), rows_module(strategy).gated_spread
     kept, parts = saved[0].view(N, H, k, h), chunks(N, H * E * h, x.itemsize)
-    grad_x, grad_scores = x.new_empty((N, d) if of_inputs else (0,)), torch.empty_like(scores)
+    grad_scores = torch.empty_like(scores)
+    grad_x = x.new_empty((N, d) if of_inputs else (0,)) if total is None else total
     grad_weight = WeightGradient(d, H * E * h, experts, len(parts))
     for chunk in parts:
         gated, choices = x.new_empty(len(chunk) * H, E, h), (chunk.pairs(scores), chunk.pairs(index))
@@ -65,7 +75,7 @@ def _gradients(
         gated_spread(chunk.pairs(grad), *choices, gated, dot=dot)
         columns = gated.view(len(chunk), H * E * h)
         if of_inputs:
-            torch.mm(columns, weight.t(), out=grad_x[chunk.tokens])
+            multiply(columns, weight.t(), grad_x[chunk.tokens], add=total is not None)
         if of_experts:
             grad_weight.add(x[chunk.tokens], columns)
     grad_experts = grad_weight.total.to(experts.dtype).view(d, H, E, h).permute(1, 2, 0, 3)

@@ -74,7 +74,8 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x` and `branch` [B, T, d] of one dtype, `weight` and `bias` [d] -> the sum of x and of the branch after dropout
     by `draw` (x itself without a branch), and the sum's LayerNorm, both [B, T, d]. Differentiable in all four. The norm
-    is that of the sum as it is stored."""
+    is that of the sum as it is stored. Who goes on with the sum, or with x, takes the one returned: what comes back for
+    it is added inside the norm's backward pass."""
     assert branch is None or (branch.dtype, branch.shape) == (x.dtype, x.shape), "the sum has one dtype and shape"
     assert branch is not None or draw is None, "dropout of a branch that is not given"
     if backend == "reference":
@@ -82,8 +83,11 @@ def layer_norm(
     if backend == "cpu":
         return cpu.layer_norm(x, branch, weight, bias, epsilon, draw)
     drawn = (0.0, 0, None, 0) if draw is None else (draw.probability, draw.key, draw.sequence_index, draw.first_token)
+    if branch is None:
+        x, _, y, _, _ = _layer_norm.hand_on(x, branch, weight, bias, epsilon, *drawn, backend)
+        return x, y
     total, y, _, _ = _layer_norm(x, branch, weight, bias, epsilon, *drawn, backend)
-    return x if branch is None else total, y
+    return total, y
 
 
 def layer_norm_reference(
@@ -285,11 +289,19 @@ def _layer_norm_autograd(ctx, grad_sum, grad_y, *_):
         return (None,) * 10
     grad_y = torch.zeros_like(total) if grad_y is None else grad_y
     place = ctx.probability, ctx.key, sequence_index, ctx.first_token, ctx.backend
-    grads = _layer_norm_backward(grad_y, grad_sum if ctx.has_branch else None, total, weight, mean, rstd, *place)
+    grads = _layer_norm_backward(grad_y, grad_sum, total, weight, mean, rstd, *place)
     grad_x, grad_branch, grad_weight, grad_bias = grads
     if sequence_index is None:
         grad_branch = grad_x if ctx.has_branch else None
     return grad_x, grad_branch, grad_weight, grad_bias, *[None] * 6
 
 
+def _added_norm_gradient(ctx, grad_sum, _, grad_y, *rest):
+    """Without a branch the sum is x. Writes to nothing."""
+    if grad_y is None:
+        return grad_sum, *[None] * 9
+    return _layer_norm_autograd(ctx, grad_sum, grad_y, *rest)
+
+
 _layer_norm.register_autograd(_layer_norm_autograd, setup_context=_setup_layer_norm)
+_layer_norm.register_added_gradient(_added_norm_gradient)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.backend import implementation
+from model.kernels.backend import ADDING, implementation
 from model.kernels.dtypes import wide_dtype
 from model.kernels.op import op
 
@@ -65,6 +65,17 @@ def route(
     if backend == "reference":
         return route_reference(x, weight, k, keep=keep, drop_scores=drop_scores)
     return Routing(*_route(x, weight, keep, k, drop_scores, backend))
+
+
+def route_handing_on(
+    x: Tensor, weight: Tensor, k: int, *, keep: Tensor | None = None, drop_scores: bool = False, backend: str
+) -> tuple[Tensor, Routing]:
+    """`x` for what is computed of it next, and `route`: a backend of `ADDING` sums the gradients of x by both inside
+    its product (model/kernels/op.py, `hand_on`)."""
+    if backend not in ADDING["route"]:
+        return x, route(x, weight, k, keep=keep, drop_scores=drop_scores, backend=backend)
+    x, *found = _route.hand_on(x, weight, keep, k, drop_scores, backend)
+    return x, Routing(*found)
 
 
 def route_reference(
@@ -156,6 +167,26 @@ def _route_backward(
     return implementation("route", backend).backward(grad_logits, grad_scores, x, weight, scores, index)
 
 
+@op("route_backward_added", changes=("total",))
+def _route_backward_added(
+    total: Tensor,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    backend: str,
+) -> Tensor:
+    """Adds the gradient of x to `total` [N, d] -> gradient of weight."""
+    return implementation("route", backend).backward(grad_logits, grad_scores, x, weight, scores, index, total)[1]
+
+
+@_route_backward_added.register_fake
+def _(total, grad_logits, grad_scores, x, weight, scores, index, backend):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
 @_route_backward.register_fake
 def _(grad_logits, grad_scores, x, weight, scores, index, backend):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
@@ -176,7 +207,16 @@ def _autograd(ctx, grad_logits, grad_scores, *_):
     return grad_x, grad_weight, None, None, None, None
 
 
+def _added(ctx, total, grad_logits, grad_scores, *_):
+    if grad_logits is None and grad_scores is None:
+        return total, *[None] * 5
+    total = total.contiguous()
+    grad_weight = _route_backward_added(total, grad_logits, grad_scores, *ctx.saved_tensors, ctx.backend)
+    return total, grad_weight, *[None] * 4
+
+
 _route.register_autograd(_autograd, setup_context=_setup_context)
+_route.register_added_gradient(_added)
 
 
 @register_flop_formula(torch.ops.switchall.route)
@@ -184,6 +224,11 @@ def route_flop(x_shape, weight_shape, *args, **kwargs) -> int:
     """The logits; sigmoid, selection and sort are not counted."""
     R, E, d = weight_shape
     return 2 * x_shape[0] * R * E * d
+
+
+@register_flop_formula(torch.ops.switchall.route_backward_added)
+def route_backward_added_flop(total_shape, *args, **kwargs) -> int:
+    return route_backward_flop(*args, **kwargs)
 
 
 @register_flop_formula(torch.ops.switchall.route_backward)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from model.kernels.backend import check_backend, implementation, triton_limit
+from model.kernels.backend import ADDING, check_backend, implementation, triton_limit
 from model.kernels.cpu.grouping import saved_shapes
 from model.kernels.dtypes import wide_dtype
 from model.kernels.op import op
@@ -77,6 +77,17 @@ def switchhead_value(
     if slot is not None:
         return _LateValue.apply(slot, x, *choice, experts, backend, strategy)
     return torch.ops.switchall.switchhead_value(x, *choice, experts, backend, strategy)[0]
+
+
+def switchhead_value_handing_on(
+    x: Tensor, choice: Choice, experts: Tensor, *, backend: str, slot: Slot | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x` for what is computed of it next, and `switchhead_value`: a backend of `ADDING` sums the gradients of x by
+    both inside its product, but not with a `slot` (model/kernels/op.py, `hand_on`)."""
+    if backend not in ADDING["switchhead_value"] or slot is not None:
+        return x, switchhead_value(x, choice, experts, backend=backend, slot=slot)
+    strategy = _resolve_strategy("switchhead_value", backend, None, choice, experts)
+    return _value.hand_on(x, *choice, experts, backend, strategy)[:2]
 
 
 def switchhead_output(
@@ -185,6 +196,27 @@ def _value_backward(
     return implementation("switchhead_value", backend).backward(grad, inputs, (products, token, place, ends))
 
 
+@op("switchhead_value_backward_added", changes=("total",))
+def _value_backward_added(
+    total: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    order: Tensor,
+    load: Tensor,
+    experts: Tensor,
+    products: Tensor,
+    backend: str,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gradient of x to `total` [N, d] -> gradients of scores and experts. Of backends that need no
+    grouping."""
+    inputs = Inputs.of((x, scores, index, order, load, experts), strategy)
+    _, *found = implementation("switchhead_value", backend).backward(grad, inputs, (products,), total)
+    return found[0], found[1]
+
+
 @op("switchhead_output")
 def _output(
     a: Tensor,
@@ -275,6 +307,23 @@ for _op, _op_backward in ((_value, _value_backward), (_output, _output_backward)
     _op.register_autograd(_autograd(_op_backward), setup_context=_setup_context)
 
 
+@_value_backward_added.register_fake
+def _(total, grad, x, scores, index, order, load, experts, products, backend, strategy):
+    return scores.new_empty(scores.shape), experts.new_empty(experts.shape)
+
+
+def _added_value_gradient(ctx: Any, total: Tensor, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return total, *[None] * 7
+    *inputs, products = ctx.saved_tensors[:7]
+    total = total.contiguous()
+    grad_scores, grad_experts = _value_backward_added(total, grad, *inputs, products, ctx.backend, ctx.strategy)
+    return total, grad_scores, None, None, None, grad_experts, None, None
+
+
+_value.register_added_gradient(_added_value_gradient)
+
+
 class _LateValue(torch.autograd.Function):
     """switchhead_value, whose backward pass computes the gradients of `x` and the scores and leaves the experts'."""
 
@@ -306,3 +355,8 @@ def _forward_flops(rows: Any, scores: Any, index: Any, order: Any, load: Any, ex
 def _backward_flops(grad: Any, *args: Any, **kwargs: Any) -> int:
     """Input and weight gradient: twice the forward pass."""
     return 2 * _forward_flops(*args)
+
+
+@register_flop_formula(torch.ops.switchall.switchhead_value_backward_added)
+def _added_flops(total: Any, grad: Any, *args: Any, **kwargs: Any) -> int:
+    return _backward_flops(grad, *args)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.dense.gemms import check_dtypes
+from model.kernels.gemm import add_product
 from model.kernels.ops.switchhead import Inputs
 from model.kernels.triton import set_gemm
 from model.kernels.triton.gated_rows import gated_spread
@@ -29,24 +30,30 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return v, products.view(-1, v.shape[2])
 
 
-def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
-    grad_x, grad_scores, gated = input_gradients(grad, inputs, saved)
+def backward(
+    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, added to `total` [N, d] if it is given, scores and experts; `saved` is what `forward` gives after
+    v."""
+    grad_x, grad_scores, gated = input_gradients(grad, inputs, saved, total)
     return grad_x, grad_scores, expert_gradient(grad, inputs, saved, gated)
 
 
-def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and scores, and the gated gradient [N, H, E, h], which `expert_gradient` needs."""
+def input_gradients(
+    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, added to `total` if it is given, and scores, and the gated gradient [N, H, E, h], which
+    `expert_gradient` needs."""
     x, choice, experts, _ = inputs.contiguous()
     (N, H, k), (_, E, d, h) = choice.index.shape, experts.shape
     gated, grad_scores = x.new_empty(N, H, E, h), torch.empty_like(choice.scores)
     if N == 0:
-        return torch.empty_like(x), grad_scores, gated
+        return torch.empty_like(x) if total is None else total, grad_scores, gated
     of_pairs = grad.contiguous().view(N * H, h), choice.scores.flatten(0, 1), choice.index.flatten(0, 1)
     dot = saved[0].view(N * H, k, h), grad_scores.view(N * H, k)
     gated_spread(*of_pairs, gated.view(N * H, E, h), dot=dot)
     weight = experts.transpose(2, 3).reshape(H * E * h, d)
-    return torch.mm(gated.view(N, H * E * h), weight), grad_scores, gated
+    return add_product(gated.view(N, H * E * h), weight, total), grad_scores, gated
 
 
 def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gated: Tensor) -> Tensor:

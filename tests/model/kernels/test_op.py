@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +17,7 @@ from model.dropout import Draw
 from model.kernels.op import OPS, op
 from model.kernels.ops.elementwise import keep_mask, rotate
 from model.kernels.ops.route import group_choices
+from tests.model.kernels.test_handing_on import WAYS, handing_on, stored
 
 
 @op("test_scaled")
@@ -91,7 +91,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_op_changes_or_returns_what_it_was_given_and_all_promise_their_shapes() -> None:
+def test_no_op_changes_or_returns_what_its_schema_does_not_say_and_all_promise_their_shapes() -> None:
     torch.manual_seed(0)
     with Calls() as calls:
         for build in equality_cases(small=True):
@@ -105,6 +105,10 @@ def test_no_op_changes_or_returns_what_it_was_given_and_all_promise_their_shapes
         q, tables = torch.randn(2, 3, 2, 4, requires_grad=True), (torch.rand(3, 1, 2), torch.rand(3, 1, 2))
         (rotate(q, None, tables, heads=1, backend="triton")[0].sum()).backward()
         keep_mask((2, 3, 4), Draw(0.5, 7, torch.arange(2)), backend="triton")
+        for way in WAYS:
+            t = {name: leaf.requires_grad_() for name, leaf in stored(torch.float32).items()}
+            x, results = handing_on(way, t)
+            (x.square().sum() + sum(y.sum() for y in results)).backward()  # type: ignore[no-untyped-call]
     ours = {name for name in OPS if not name.startswith("test_")}
     assert set(calls.found) == ours
     for name, given in calls.found.items():
@@ -112,15 +116,25 @@ def test_no_op_changes_or_returns_what_it_was_given_and_all_promise_their_shapes
 
 
 def test_a_module_of_ops_may_be_imported_again() -> None:
-    """As a notebook does, and an import after one that failed."""
-    route = importlib.import_module("model.kernels.ops.route")
-    x, weight = torch.randn(4, 8), torch.randn(1, 4, 8)
-    before = route.route(x, weight, 2, backend="cpu")
-    importlib.reload(route)
+    """As a notebook does, and an import after one that failed. In a process of its own: other tests have imported the
+    functions of before."""
+    code = """
+import importlib, torch
+from torch.utils.flop_counter import FlopCounterMode
+from model.kernels.op import OPS
+from model.kernels.ops import route
+x, weight = torch.randn(4, 8), torch.randn(1, 4, 8)
+before = route.route(x, weight, 2, backend="cpu")
+importlib.reload(route)
+with FlopCounterMode(display=False) as counter:
     after = route.route(x.requires_grad_(), weight, 2, backend="cpu")
-    assert torch.equal(before.scores, after.scores)
-    after.scores.sum().backward()
-    assert x.grad is not None and OPS["route"] is route._route
+assert torch.equal(before.scores, after.scores)
+after.scores.sum().backward()
+assert x.grad is not None and OPS["route"] is route._route
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(2 * 4 * 4 * 8), done.stderr
 
 
 def test_a_step_of_a_model_imports_no_compiler() -> None:

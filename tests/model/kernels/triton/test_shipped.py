@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,14 @@ from triton.runtime.interpreter import InterpretedFunction
 from benchmarks import compiled
 from benchmarks.kernel_cases.case import TYPE_NAMES
 from model.kernels.choice import Backends
+from model.kernels.op import OPS
 from model.kernels.triton import linear_cross_entropy, switchhead_value
 from model.kernels.triton.gated_gemm import GemmTiles
 from model.language_model import LanguageModel
 from model.memory import LayerMemory
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
-from tests.model.kernels.triton.test_dispatch import BODIES, _devices, _indexing, op_module  # noqa: F401  # fixtures
+from tests.model.kernels.triton.test_dispatch import _devices, _indexing  # noqa: F401  # fixtures
 
 CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 ADDRESSES_ALONE = {"sorted_project_kernel": ("k", "divide"), "sorted_weight_gradient_kernel": ("k", "wide_divide")}
@@ -88,15 +89,6 @@ def op_calls(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[OpCall]:
     return calls.found
 
 
-def op_bodies() -> dict[str, Callable[..., Any]]:
-    found = {}
-    for op, names in BODIES.items():
-        for name in names:
-            definition = getattr(op_module(op), name)
-            found[definition.name] = definition.body
-    return found
-
-
 def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
     found: set[Launch] = set()
 
@@ -111,15 +103,15 @@ def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Laun
         found.add(launch(self.fn.__name__, constants, dtypes, warps, stages))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    # Dense products with an output in fp32, for which fake tensors of a CPU build have no answer.
+    # Products with an output in fp32, or added to one, for which fake tensors of a CPU build have no answer.
     monkeypatch.setattr(linear_cross_entropy, "multiply", lambda a, b, out, add=False: out)
-    bodies = op_bodies()
+    monkeypatch.setattr(torch, "addmm", lambda *factors, out: out)
     with FakeTensorMode(), torch.no_grad():
         for name, args in calls:
             given = [
                 torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Described) else a for a in args
             ]
-            bodies[name](*("fused" if a == "plain" else a for a in given))  # the model ran on a CPU
+            OPS[name].body(*("fused" if a == "plain" else a for a in given))  # the model ran on a CPU
     return found
 
 
