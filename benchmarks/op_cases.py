@@ -17,9 +17,9 @@ from model.kernels.ops.elementwise import dropout, layer_norm, rotate
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.relative_attention import Inputs, relative_attention
-from model.kernels.ops.route import Choice, group_choices, route
+from model.kernels.ops.route import Choice, group_choices, route_handing_on
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
-from model.kernels.ops.switchhead import switchhead_output, switchhead_value
+from model.kernels.ops.switchhead import switchhead_output, switchhead_value_handing_on
 
 
 class Case(NamedTuple):
@@ -84,10 +84,10 @@ def normal(*size: int, scale: float = 1.0) -> Tensor:
 
 def route_case(N: int, d: int, R: int, E: int, k: int) -> Case:
     """The choice is the backend's own and checked by itself; values are compared at the experts that it chose, which
-    `compute` leaves beside its tensors."""
+    `compute` leaves beside its tensors, and the x handed on."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        r = route(t["x"], t["weight"], k, backend=backend)
+        t["handed"], r = route_handing_on(t["x"], t["weight"], k, backend=backend)
         if backend == "reference" and "index" in t:
             return r.logits, r.logits.sigmoid().gather(-1, t["index"])
         t |= {"logits": r.logits.detach(), "index": r.index, "load": r.load, "order": r.order}
@@ -99,6 +99,20 @@ def route_case(N: int, d: int, R: int, E: int, k: int) -> Case:
     leaves = {"x": normal(N, d), "weight": normal(R, E, d, scale=d**-0.5)}
     shape = f"N={N} d={d} R={R} E={E} k={k}"
     return Case("route", shape, leaves, {}, compute, 2 * N * R * E * d, ("x", "index"), check=check)
+
+
+def handing_on(build: Build) -> Case:
+    """A case whose op hands x on to a map."""
+    case = build()
+    N, d = case.leaves["x"].shape
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        outputs = case.compute(t, backend)
+        return *outputs, t["handed"] @ t["next"]
+
+    leaves = case.leaves | {"next": normal(d, 8, scale=d**-0.5)}
+    flops = case.useful_flops + 2 * N * d * 8
+    return case._replace(shape=f"{case.shape} handing on", leaves=leaves, compute=compute, useful_flops=flops)
 
 
 def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> None:
@@ -123,8 +137,11 @@ def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
 
 
 def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
+    """`compute` leaves the x handed on beside its tensors."""
+
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        return (switchhead_value(t["x"], choice(t), t["experts"], backend=backend),)
+        t["handed"], v = switchhead_value_handing_on(t["x"], choice(t), t["experts"], backend=backend)
+        return (v,)
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
@@ -267,6 +284,18 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(dropout_case, 3, 333, 412),
         *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
     ]
+
+
+def handing_on_cases(*, small: bool) -> list[Build]:
+    """Whose backward pass adds to a gradient: for checks of equality, not for timing."""
+    if small:
+        return [
+            partial(handing_on, partial(value_case, 37, 24, 2, 4, 2, 8)),
+            partial(handing_on, partial(route_case, 37, 24, 2, 5, 3)),
+        ]
+    value = partial(value_case, 5000, 2048, 8, 4, 2, 128), partial(value_case, 1000, 512, 4, 4, 2, 112)
+    route = partial(route_case, 5000, 2048, 16, 4, 2), partial(route_case, 1000, 2048, 1, 64, 8)
+    return [partial(handing_on, build) for build in (*value, *route)]
 
 
 MODELS = ("1b", "262m")

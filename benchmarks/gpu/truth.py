@@ -15,7 +15,7 @@ from benchmarks.gpu import attention, ceilings, compilation, dropout, sanitizer
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.equality import DTYPES, REPEATING, backends_on, check, results, same_bits
 from benchmarks.gpu.timing import draw
-from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases
+from benchmarks.op_cases import MODELS, Build, equality_cases, handing_on_cases, outlines, shipped_cases
 from model.kernels.backend import BACKENDS
 
 REPETITIONS = 50
@@ -29,6 +29,10 @@ def cases_of(model: str, *, tiny: bool) -> list[Build]:
     return shipped_cases(model)
 
 
+def sums_of(model: str, *, tiny: bool) -> list[Build]:
+    return handing_on_cases(small=tiny) if tiny or model == MODELS[0] else []
+
+
 def parts(*, tiny: bool) -> Iterator[Part]:
     """`tiny` has one model, of the small shapes."""
     yield Part(ceilings.COPY, ceilings.copy)
@@ -37,22 +41,23 @@ def parts(*, tiny: bool) -> Iterator[Part]:
     models = ("tiny",) if tiny else MODELS
     for dtype in ("bf16", "fp32"):
         for model in models:
-            yield from _op_parts("equal", equality, model, dtype, tiny=tiny)
+            yield from _op_parts(
+                "equal", equality, model, dtype, cases_of(model, tiny=tiny) + sums_of(model, tiny=tiny)
+            )
     for model in models:
-        yield from _op_parts("repeat", repetition, model, "bf16", tiny=tiny)
+        yield from _op_parts("repeat", repetition, model, "bf16", cases_of(model, tiny=tiny))
     yield from attention.truth_parts()
     yield from dropout.parts()
     for model in models:
-        yield from _op_parts("equal", equality, model, "fp16", tiny=tiny)
+        yield from _op_parts("equal", equality, model, "fp16", cases_of(model, tiny=tiny))
     if not tiny:
         for dtype in DTYPES:
-            yield from _op_parts("equal", equality, ODD, dtype, tiny=tiny)
+            yield from _op_parts("equal", equality, ODD, dtype, cases_of(ODD, tiny=tiny))
     yield Part("cases", every_op_has_a_case)
     yield from sanitizer.parts(tiny=tiny)
 
 
-def _op_parts(what: str, compute: Any, model: str, dtype: str, *, tiny: bool) -> Iterator[Part]:
-    builds = cases_of(model, tiny=tiny)
+def _op_parts(what: str, compute: Any, model: str, dtype: str, builds: list[Build]) -> Iterator[Part]:
     for build, case in zip(builds, outlines(builds), strict=True):
         name = f"{what} {model} {dtype} {case.op} {case.shape}"
         yield Part(name, functools.partial(compute, build=build, dtype=dtype))
