@@ -7,6 +7,7 @@
 Files are read from front to back in blocks, so memory is that of a block and of one document.
 """
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from data_prep.raw.unpack import DamagedFileError, Unpacked
 
 BLOCK_IDS = 1 << 20
 NPY_MAGIC = b"\x93NUMPY"
+MAX_NPY_HEADER_BYTES = 1 << 14  # numpy itself reads no more than 10,000 of it
 LLM_C_HEADER_BYTES = 1024
-LLM_C_DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version), in dev/data/data_common.py of llm.c
+LLM_C_DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) in karpathy/llm.c
 _NONE = np.empty(0, np.int64)
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Ids, and of the documents that end in the block by the index: their tokens, and where in the block they end."""
@@ -170,10 +172,11 @@ def _array_header(content: Unpacked) -> tuple[np.dtype[np.generic], int | None]:
 
 
 def _npy_header(content: Unpacked) -> tuple[np.dtype[np.generic], int]:
+    head = io.BytesIO(content.peek(MAX_NPY_HEADER_BYTES))
     try:
-        version = np.lib.format.read_magic(content)
+        version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(content)
+        shape, _, dtype = read(head)
     except ValueError as error:
         raise DamagedFileError(f"{content.name} has a damaged header ({error}); fetch it again") from None
     if dtype.kind not in "iu" or len(shape) != 1:
@@ -181,4 +184,5 @@ def _npy_header(content: Unpacked) -> tuple[np.dtype[np.generic], int]:
             f"{content.name} is an array of {dtype} with {len(shape)} dimensions; save integers with one: "
             "ids.reshape(-1)"
         )
+    content.read(head.tell())
     return dtype, shape[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -347,6 +348,35 @@ def test_a_changed_index_is_noticed(
     assert "a.idx has changed" in one_error(capsys)
     assert main([*command, "--force"]) == 0
     assert stored_documents(tmp_path / "out") == [[5], [6, 7]]
+
+
+def test_work_of_another_index_is_not_taken_over(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two starts the index alone changes; it is in another batch than its ids, as a large one is."""
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 1)
+    write_megatron(tmp_path / "a", "uint16", [[[5, 6]], [[7]]])
+    path = config(format="megatron", input=f"{tmp_path}/a", validation_fraction=0)
+    assert main(["ingest", "--config", str(path)]) == 0
+    before = (tmp_path / "a.bin").stat()
+    write_megatron(tmp_path / "a", "uint16", [[[5]], [[6, 7]]])
+    os.utime(tmp_path / "a.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert main(["run", "--config", str(path)]) == 0
+    assert stored_documents(tmp_path / "out") == [[5], [6, 7]]
+
+
+def test_array_tasks_share_the_files_and_give_the_same_bytes(
+    megatron: Path, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 1)
+    settings = {"format": "megatron", "input": f"{megatron}/part_*"}
+    assert main(["run", "--config", str(config(**settings, output=str(tmp_path / "one")))]) == 0
+    path = str(config(**settings, output=str(tmp_path / "shared")))
+    for step, tasks in (("dedup", 2), ("tokenizer", 0), ("encode", 2), ("shard", 0)):
+        for task in range(max(tasks, 1)):
+            share = ["--task", str(task), "--tasks", str(tasks)] if tasks else []
+            assert main([step, "--config", path, *share]) == 0
+    assert outputs(tmp_path / "shared").items() >= outputs(tmp_path / "one").items()
 
 
 def _cut(path: Path, size: int) -> None:
