@@ -9,10 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,21 @@ from data_prep.raw import token_ids
 from data_prep.raw.megatron_index import MegatronIndex
 from data_prep.report.show import verify
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
 from data_prep.work import folder as work
 from tests.data_prep.conftest import Corpus
+from tests.data_prep.id_files import (
+    EOS,
+    ODD,
+    Prepare,
+    stored_documents,
+    write_llm_c,
+    write_megatron,
+    write_plain,
+)
 from tests.data_prep.test_prepare import one_error, outputs
 from tests.data_prep.test_stages import Killed
 
-EOS = 1  # of the models that a preparation trains
 WRITE_AND_READ = """
 import json, sys
 import numpy, torch
@@ -48,33 +54,6 @@ for prefix, dtype, documents in json.load(sys.stdin):
     ends = data.document_indices.tolist()
     print(json.dumps([int(data.sequence_lengths[a:b].sum()) for a, b in zip(ends, ends[1:])]))
 """
-Documents = list[list[list[int]]]
-"""Each a list of sentences of ids."""
-ODD: Documents = [
-    [[]],  # a sentence without ids
-    [[5], [], [6, 7]],
-    [],  # a document without sentences
-    [[8] * 5001],  # longer than a shard, and than several blocks
-    [[9, EOS]],
-    [[EOS]],
-    [],
-    [[10, EOS, 11], [12]],  # an end inside
-    [[13]],
-]
-
-
-def write_megatron(prefix: Path, dtype: str, documents: Documents) -> None:
-    """The .bin and .idx file of a data set."""
-    sentences = [sentence for document in documents for sentence in document]
-    sizes = np.array([len(sentence) for sentence in sentences], "<i4")
-    ids = np.array([number for sentence in sentences for number in sentence], dtype)
-    pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * ids.itemsize
-    ends = np.cumsum([0, *map(len, documents)]).astype("<i8")
-    code = {"int32": 4, "uint16": 8}[dtype]
-    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sentences), len(ends))
-    prefix.with_suffix(".bin").write_bytes(ids.tobytes())
-    index = b"".join(array.tobytes() for array in (sizes, pointers.astype("<i8"), ends))
-    prefix.with_suffix(".idx").write_bytes(header + index)
 
 
 @pytest.mark.slow  # megatron-core imports torch; the fast tests read files that are written by its format
@@ -88,18 +67,6 @@ def test_megatron_core_writes_the_files_of_these_tests_and_reads_the_same_length
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     lengths = np.concatenate(list(MegatronIndex(tmp_path / "theirs.bin").lengths())).tolist()
     assert lengths == json.loads(done.stdout.splitlines()[-1]) == [sum(map(len, document)) for document in ODD]
-
-
-def write_llm_c(path: Path, ids: Sequence[int], *, dtype: str = "<u2", magic: int = 20240520, version: int = 1) -> Path:
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(ids)
-    path.write_bytes(header.tobytes() + np.array(ids, dtype).tobytes())
-    return path
-
-
-def stored_documents(folder: Path, split: str = "train") -> list[list[int]]:
-    with SplitReader(Manifest.load(folder), split, verify_on_first_read=True) as reader:
-        return [reader.document(number).tolist() for number in range(reader.num_documents)]
 
 
 @pytest.fixture(scope="module")
@@ -126,50 +93,17 @@ def megatron(text_documents: dict[str, list[list[int]]], tmp_path_factory: pytes
     return folder
 
 
-Prepare = Callable[..., Path]
-
-
-@pytest.fixture
-def config(prepared_once: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a config with the model of the corpus and its small shards."""
-
-    def write(**changes: Any) -> Path:
-        body = {
-            "output": str(tmp_path / "out"),
-            "workers": 1,
-            "tokenizer": {"model": str(prepared_once / "tokenizer.model")},
-            "shard": {"tokens_per_shard": 5000, "tokens_per_member": 1024},
-            **changes,
-        }
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(body))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def prepare(config: Callable[..., Path], tmp_path: Path) -> Prepare:
-    """Runs a preparation; the folder of its data."""
-
-    def run(**changes: Any) -> Path:
-        assert main(["run", "--config", str(config(**changes))]) == 0
-        return tmp_path / "out"
-
-    return run
-
-
 def shards(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in outputs(folder).items() if name.startswith(("train-", "validation-"))}
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
 def test_a_megatron_data_set_gives_the_shards_that_its_text_gives(
-    dtype: str, megatron: Path, prepared_once: Path, prepare: Prepare
+    dtype: str, megatron: Path, prepared_once: Path, prepare_ids: Prepare
 ) -> None:
     """Byte for byte, and as many bytes of text; with --append-eod and without; from several files and sentences."""
     held_out = f"{megatron}/held_out_{dtype}"
-    out = prepare(format="megatron", input=f"{megatron}/text_{dtype}_*", validation_input=held_out)
+    out = prepare_ids(format="megatron", input=f"{megatron}/text_{dtype}_*", validation_input=held_out)
     assert shards(out) == shards(prepared_once)
     ours, theirs = Manifest.load(out), Manifest.load(prepared_once)
     assert ours.totals == theirs.totals
@@ -186,14 +120,9 @@ def _npy(path: Path, ids: list[int], dtype: str) -> Path:
     return path.with_name(path.name + ".npy") if path.suffix != ".npy" else path
 
 
-def _plain(path: Path, ids: list[int], dtype: str) -> Path:
-    path.write_bytes(np.array(ids, dtype).tobytes())
-    return path
-
-
 ARRAYS: dict[str, tuple[Callable[[Path, list[int]], Path], dict[str, Any]]] = {
-    "nanogpt.bin": (lambda path, ids: _plain(path, ids, "<u2"), {}),
-    "wide.bin": (lambda path, ids: _plain(path, ids, "<u4"), {"id_dtype": "uint32"}),
+    "nanogpt.bin": (lambda path, ids: write_plain(path, ids, "<u2"), {}),
+    "wide.bin": (lambda path, ids: write_plain(path, ids, "<u4"), {"id_dtype": "uint32"}),
     "gpt2.bin": (write_llm_c, {}),
     "llama3.bin": (lambda path, ids: write_llm_c(path, ids, dtype="<u4", magic=20240801, version=7), {}),
     "array.npy": (lambda path, ids: _npy(path, ids, "<i8"), {}),
@@ -214,7 +143,7 @@ def test_an_array_of_ids_gives_the_shards_that_its_text_gives(
     end_first: bool,
     text_documents: dict[str, list[list[int]]],
     prepared_once: Path,
-    prepare: Prepare,
+    prepare_ids: Prepare,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -226,7 +155,7 @@ def test_an_array_of_ids_gives_the_shards_that_its_text_gives(
     for split, documents in text_documents.items():
         joined = [number for ids in documents for number in ([end, *ids] if end_first else [*ids, end])]
         inputs[split] = str(write(tmp_path / f"{split}_{name}", joined))
-    out = prepare(
+    out = prepare_ids(
         format="token_array",
         input=inputs["train"],
         validation_input=f"file://{inputs['validation']}",
@@ -239,11 +168,11 @@ def test_an_array_of_ids_gives_the_shards_that_its_text_gives(
 
 @pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
 def test_odd_documents_are_kept_and_empty_ones_counted(
-    block: int, megatron: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+    block: int, megatron: Path, prepare_ids: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_ids, "BLOCK_IDS", block)
     monkeypatch.setattr("data_prep.raw.megatron_index._DOCUMENTS_AT_ONCE", 3)
-    out = prepare(format="megatron", input=f"{megatron}/odd.idx", validation_fraction=0)
+    out = prepare_ids(format="megatron", input=f"{megatron}/odd.idx", validation_fraction=0)
     assert stored_documents(out) == [[5, 6, 7], [8] * 5001, [9], [10], [11, 12], [13]]
     assert Manifest.load(out).provenance.dropped["quarantined"] == {"empty": 4}
     assert len(Manifest.load(out).split("train")) == 2
@@ -265,34 +194,34 @@ def test_documents_of_an_array_lie_between_end_ids(
     documents: list[list[int]],
     empty: int,
     block: int,
-    prepare: Prepare,
+    prepare_ids: Prepare,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_ids, "BLOCK_IDS", block)
-    array = _plain(tmp_path / "ids.bin", ids, "<u2")
-    out = prepare(format="token_array", input=str(array), validation_fraction=0)
+    array = write_plain(tmp_path / "ids.bin", ids, "<u2")
+    out = prepare_ids(format="token_array", input=str(array), validation_fraction=0)
     assert stored_documents(out) == documents
     assert Manifest.load(out).provenance.dropped.get("quarantined", {"empty": 0}) == {"empty": empty}
 
 
 def test_an_end_of_document_beyond_the_vocabulary_is_stored_as_the_tokenizers_own(
-    prepare: Prepare, tmp_path: Path
+    prepare_ids: Prepare, tmp_path: Path
 ) -> None:
     """As Megatron-LM's <EOD> behind the pieces of a SentencePiece model."""
     write_megatron(tmp_path / "eod", "int32", [[[5, 6, 502]], [[7, 502]]])
-    out = prepare(format="megatron", input=f"{tmp_path}/eod", end_of_document=502, validation_fraction=0)
+    out = prepare_ids(format="megatron", input=f"{tmp_path}/eod", end_of_document=502, validation_fraction=0)
     assert stored_documents(out) == [[5, 6], [7]]
     verify(Manifest.load(out))
 
 
 def test_validation_gets_its_fraction_by_a_hash_of_the_ids(
-    text_documents: dict[str, list[list[int]]], prepare: Prepare, tmp_path: Path
+    text_documents: dict[str, list[list[int]]], prepare_ids: Prepare, tmp_path: Path
 ) -> None:
     """Equal documents go the same way."""
     documents = [*text_documents["train"], *text_documents["train"]]
     array = _npy(tmp_path / "twice.npy", [number for ids in documents for number in [*ids, EOS]], "<u2")
-    out = prepare(format="token_array", input=str(array), validation_fraction=0.2)
+    out = prepare_ids(format="token_array", input=str(array), validation_fraction=0.2)
     train, held_out = stored_documents(out), stored_documents(out, "validation")
     assert len(train) + len(held_out) == len(documents)
     assert 0.1 < len(held_out) / len(documents) < 0.3
@@ -301,7 +230,7 @@ def test_validation_gets_its_fraction_by_a_hash_of_the_ids(
 
 def test_a_killed_preparation_of_ids_goes_on_and_ends_with_the_same_bytes(
     megatron: Path,
-    config: Callable[..., Path],
+    id_config: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -309,8 +238,8 @@ def test_a_killed_preparation_of_ids_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 1)
     monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 20_000)
     settings = {"format": "megatron", "input": f"{megatron}/part_*"}
-    assert main(["run", "--config", str(config(**settings, output=str(tmp_path / "clean")))]) == 0
-    command = ["run", "--config", str(config(**settings, output=str(tmp_path / "stopped")))]
+    assert main(["run", "--config", str(id_config(**settings, output=str(tmp_path / "clean")))]) == 0
+    command = ["run", "--config", str(id_config(**settings, output=str(tmp_path / "stopped")))]
     real, states, budget = work.os.replace, list[str](), 0
 
     def replace(source: Any, target: Any) -> None:
@@ -336,10 +265,10 @@ def test_a_killed_preparation_of_ids_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_a_changed_index_is_noticed(
-    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    id_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_megatron(tmp_path / "a", "uint16", [[[5, 6]], [[7]]])
-    command = ["run", "--config", str(config(format="megatron", input=f"{tmp_path}/a", validation_fraction=0))]
+    command = ["run", "--config", str(id_config(format="megatron", input=f"{tmp_path}/a", validation_fraction=0))]
     assert main(command) == 0
     assert main(command) == 0
     assert "up to date" in capsys.readouterr().out
@@ -351,12 +280,12 @@ def test_a_changed_index_is_noticed(
 
 
 def test_work_of_another_index_is_not_taken_over(
-    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    id_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two starts the index alone changes; it is in another batch than its ids, as a large one is."""
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 1)
     write_megatron(tmp_path / "a", "uint16", [[[5, 6]], [[7]]])
-    path = config(format="megatron", input=f"{tmp_path}/a", validation_fraction=0)
+    path = id_config(format="megatron", input=f"{tmp_path}/a", validation_fraction=0)
     assert main(["ingest", "--config", str(path)]) == 0
     before = (tmp_path / "a.bin").stat()
     write_megatron(tmp_path / "a", "uint16", [[[5]], [[6, 7]]])
@@ -366,12 +295,12 @@ def test_work_of_another_index_is_not_taken_over(
 
 
 def test_array_tasks_share_the_files_and_give_the_same_bytes(
-    megatron: Path, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    megatron: Path, id_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 1)
     settings = {"format": "megatron", "input": f"{megatron}/part_*"}
-    assert main(["run", "--config", str(config(**settings, output=str(tmp_path / "one")))]) == 0
-    path = str(config(**settings, output=str(tmp_path / "shared")))
+    assert main(["run", "--config", str(id_config(**settings, output=str(tmp_path / "one")))]) == 0
+    path = str(id_config(**settings, output=str(tmp_path / "shared")))
     for step, tasks in (("dedup", 2), ("tokenizer", 0), ("encode", 2), ("shard", 0)):
         for task in range(max(tasks, 1)):
             share = ["--task", str(task), "--tasks", str(tasks)] if tasks else []
@@ -379,111 +308,8 @@ def test_array_tasks_share_the_files_and_give_the_same_bytes(
     assert outputs(tmp_path / "shared").items() >= outputs(tmp_path / "one").items()
 
 
-def _cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def _patched(path: Path, offset: int, data: bytes) -> None:
-    body = bytearray(path.read_bytes())
-    body[offset : offset + len(data)] = data
-    path.write_bytes(body)
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda folder: _cut(folder / "two.bin", 7), "two.bin has 7 bytes, two.idx describes 8"),
-        (lambda folder: _cut(folder / "two.idx", 60), "two.idx has 60 bytes, its header says 82"),
-        (lambda folder: _cut(folder / "two.idx", 20), "two.idx is no index of Megatron-LM"),
-        (lambda folder: (folder / "two.idx").unlink(), "two.bin has no index beside it; fetch two.idx too"),
-        (lambda folder: _patched(folder / "two.idx", 9, b"\2"), "two.idx has version 2 and dtype 8"),
-        (lambda folder: _patched(folder / "two.idx", 17, b"\6"), "version 1 and dtype 6; integers"),
-        (lambda folder: _patched(folder / "two.idx", 34, b"\3"), "its documents are not all sequences"),
-        (lambda folder: _patched(folder / "two.idx", 42, b"\2"), "its documents are not all sequences"),
-        (lambda folder: _patched(folder / "two.idx", 58, b"\1"), "its documents are not all sequences"),
-        (lambda folder: _patched(folder / "two.idx", 66, b"\3"), "its documents are not all sequences"),
-        (lambda folder: _patched(folder / "two.idx", 82, b"\0\0"), "two.idx is the index of a multimodal data set"),
-    ],
-)
-def test_a_damaged_data_set_is_refused_by_name(
-    damage: Callable[[Path], object],
-    message: str,
-    tmp_path: Path,
-    config: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Even where another file is whole: ids are never left out unsaid."""
-    for name in ("same", "two"):
-        write_megatron(tmp_path / name, "uint16", [[[5, 6]], [[7, 8]]])
-    damage(tmp_path)
-    files = [f"{tmp_path}/same.bin", f"{tmp_path}/two.bin"]
-    assert main(["run", "--config", str(config(format="megatron", input=files, validation_fraction=0))]) == 2
-    assert message in one_error(capsys)
-
-
-@pytest.mark.parametrize(
-    "write, settings, message",
-    [
-        (
-            lambda path: _plain(path, [5, 6, 500, 7], "<u2"),
-            {},
-            "token 2 is the id 500, and tokenizer.model has 500 pieces; name the model that made these ids, or, if "
-            "this id ends documents, set end_of_document to it",
-        ),
-        (lambda path: _plain(path, [5, -6], "<i4"), {"id_dtype": "int32"}, "token 1 is the id -6"),
-        (lambda path: path.write_bytes(b"abc"), {}, "ends inside an id of 2 bytes (id_dtype)"),
-        (lambda path: path.write_bytes(b""), {}, "holds no document"),
-        (lambda path: _cut(write_llm_c(path, [5, 6, 7]), 1029), {}, "ends after 1,029 bytes, too early"),
-        (
-            lambda path: path.write_bytes(write_llm_c(path, [5, 6]).read_bytes() + b"\0"),
-            {},
-            "more than the 2 ids of its header",
-        ),
-        (lambda path: np.save(path.open("wb"), np.zeros((2, 2), np.int32)), {}, "int32 with 2 dimensions"),
-        (lambda path: np.save(path.open("wb"), np.zeros(2)), {}, "is an array of float64"),
-        (lambda path: np.save(path.open("wb"), np.array([{}])), {}, "is an array of object"),
-        (
-            lambda path: _plain(path, [5] * 600, "<u2"),
-            {"ingest": {"max_document_bytes": 1024}},
-            "too long (more than ingest.max_document_bytes 1024; documents end at the id 1, see end_of_document)",
-        ),
-    ],
-)
-def test_an_array_that_cannot_be_read_is_one_sentence(
-    write: Callable[[Path], object],
-    settings: dict[str, Any],
-    message: str,
-    config: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write(tmp_path / "ids.bin")
-    changes = {"format": "token_array", "input": f"{tmp_path}/ids.bin", "validation_fraction": 0, **settings}
-    assert main(["run", "--config", str(config(**changes))]) == 2
-    assert message in one_error(capsys)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"tokenizer": {}}, "tokenizer.model: format"),
-        ({"filter": {}}, "filter: format"),
-        ({"dedup": {}}, "dedup: format"),
-        ({"text_key": "content"}, "text_key: has no effect"),
-        ({"id_dtype": "int32"}, "id_dtype: has no effect"),
-        ({"input": "s3://bucket/a"}, "is read from local files"),
-        ({"format": "jsonl", "end_of_document": 2}, "end_of_document: has no effect"),
-    ],
-)
-def test_keys_that_do_not_go_with_ids_are_refused(
-    changes: dict[str, Any], message: str, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--config", str(config(**{"format": "megatron", "input": "a", **changes}))]) == 2
-    assert message in one_error(capsys)
-
-
-def test_ids_that_begin_like_a_packed_file_are_ids(prepare: Prepare, tmp_path: Path) -> None:
+def test_ids_that_begin_like_a_packed_file_are_ids(prepare_ids: Prepare, tmp_path: Path) -> None:
     """The first id of a file may have the bytes that open gzip, 0x8b1f = 35,615."""
-    array = _plain(tmp_path / "ids.bin", [35_615, 5, EOS, 7], "<u2")
-    out = prepare(format="token_array", input=str(array), validation_fraction=0, end_of_document=35_615)
+    array = write_plain(tmp_path / "ids.bin", [35_615, 5, EOS, 7], "<u2")
+    out = prepare_ids(format="token_array", input=str(array), validation_fraction=0, end_of_document=35_615)
     assert stored_documents(out) == [[5], [7]]
