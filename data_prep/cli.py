@@ -224,7 +224,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data_prep",
         description="Turns raw C4, peS2o, Wikitext-103, Enwik8, JSON lines, Parquet, webdataset tars and text into a "
-        "SentencePiece model and webdataset shards.",
+        "SentencePiece model and webdataset shards, and token ids of Megatron-LM or plain arrays into shards.",
         epilog="Example: python -m data_prep run --config configs/data/sample.json --set workers=4",
         allow_abbrev=False,
     )

@@ -16,6 +16,7 @@ from common.urls import URL, without_secrets
 from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import ORIGINS, SourceSplit
 from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match
+from data_prep.raw.megatron_index import bin_pattern, index_of
 from data_prep.work.folder import WORK
 
 
@@ -106,9 +107,14 @@ def resolve(config: DataConfig) -> ResolvedConfig:
     if origin and config.input[0].endswith(".tokens"):
         origin = origin.replace("-raw-", "-")  # the archive of the files with <unk>
     patterns = {"input": config.input, "validation_input": config.validation_input, "test_input": config.test_input}
+    if config.format == "megatron":
+        patterns = {key: tuple(map(bin_pattern, value)) for key, value in patterns.items()}
     found = {key: _find(key, value, origin=origin) for key, value in patterns.items()}
     matched = len(found["input"])
     found["input"] = found["input"][: config.max_input_files]
+    unread = matched - len(found["input"])
+    if config.format == "megatron":
+        found = {key: _with_indexes(key, value) for key, value in found.items()}
     _check_once(found, format=config.format)
     model = None
     if config.tokenizer.model is not None:
@@ -127,8 +133,16 @@ def resolve(config: DataConfig) -> ResolvedConfig:
         ),
         output=output_folder(config),
         external_model=model,
-        unread=matched - len(found["input"]),
+        unread=unread,
     )
+
+
+def _with_indexes(key: str, files: list[InputFile]) -> list[InputFile]:
+    """Each .bin file of Megatron-LM and its index, which is a raw file too: its hash is recorded and compared."""
+    paths = [path for path in files if isinstance(path, Path)]
+    if missing := next((path for path in paths if not index_of(path).is_file()), None):
+        raise DataError(f"{key}: {missing} has no index beside it; fetch {index_of(missing).name} too")
+    return [file for path in paths for file in (path, index_of(path))]
 
 
 def output_folder(config: DataConfig) -> Path:

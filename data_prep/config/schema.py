@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from common.json_config import Section
-from common.urls import URL
-from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, FormatName
+from common.urls import PIPE, URL
+from data_prep.raw.documents import ENWIK8_SPLIT_BYTES, ID_FORMATS, FormatName
 from data_prep.raw.plain_text import TextDocuments
 from data_prep.shards.format import BYTE_VALUES
 
@@ -229,13 +229,19 @@ class DataConfig(Section):
     members. text: plain UTF-8 text, see `text_documents`. wikitext: wiki.train.raw (or wiki.train.tokens) as `input`,
     wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file
     as `input`, see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
-    file."""
+    file. megatron and token_array: token ids of `tokenizer.model`, as data sets of Megatron-LM (NAME.bin and NAME.idx)
+    or as arrays of integers."""
     text_key: str = Field(default="text", min_length=1)
     """Where the text of a JSON record or a row of Parquet is; dotted for a key inside another: a.b is
     `{"a": {"b": "..."}}`."""
     text_documents: TextDocuments = "file"
     """What a document is in files of format text: file, the whole file; blank_lines, what stands between lines that
     are blank."""
+    end_of_document: int | None = Field(default=None, ge=0)
+    """The id that ends each document, or comes before it, in files of format megatron and token_array; it is stored as
+    the tokenizer's own and need be no piece. null: the tokenizer's own."""
+    id_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Integers of a token_array without a header, little-endian. A .npy and the header of llm.c say it themselves."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Processes; 0 takes every CPU that this process may use. The output does not depend on it."""
     keep_work: bool = False
@@ -262,11 +268,32 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_format_keys(self) -> "DataConfig":
         set_keys = self.model_fields_set
-        if "text_key" in set_keys and self.format in ("text", "wikitext", "enwik8"):
+        if "text_key" in set_keys and self.format in ("text", "wikitext", "enwik8", *ID_FORMATS):
             raise ValueError(f'text_key: has no effect with format "{self.format}", which is no JSON; drop it')
         if "text_documents" in set_keys and self.format != "text":
             raise ValueError('text_documents: has no effect without format "text"; drop it or set the format')
+        if "end_of_document" in set_keys and self.format not in ID_FORMATS:
+            raise ValueError('end_of_document: has no effect without format "megatron" or "token_array"; drop it')
+        if "id_dtype" in set_keys and self.format != "token_array":
+            raise ValueError('id_dtype: has no effect without format "token_array"; drop it or set the format')
+        if self.format in ID_FORMATS:
+            self._check_ids()
         return self
+
+    def _check_ids(self) -> None:
+        if self.tokenizer.model is None:
+            raise ValueError(
+                f'tokenizer.model: format "{self.format}" is token ids; name the SentencePiece model that made them '
+                "(ids of other tokenizers are not read)"
+            )
+        if self.tokenizer.separator is not None:
+            raise ValueError(f'tokenizer.separator: has no effect with format "{self.format}"; drop it')
+        if self.format == "megatron" and any(URL.match(name) or name.startswith(PIPE) for name in self._patterns):
+            raise ValueError('input: format "megatron" is read from local files, a .bin and its .idx; copy them here')
+
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        return (*self.input, *self.validation_input, *self.test_input)
 
     @model_validator(mode="after")
     def _check_splits(self) -> "DataConfig":
@@ -284,6 +311,10 @@ class DataConfig(Section):
         for key in ("filter", "dedup"):
             if getattr(self, key) is not None and self.format in ("enwik8", "wikitext"):
                 raise ValueError(f'{key}: format "{self.format}" is used whole, in its order; drop the section')
+            if getattr(self, key) is not None and self.format in ID_FORMATS:
+                raise ValueError(
+                    f'{key}: format "{self.format}" is token ids, and {key} looks at text; drop the section'
+                )
         if self.test_input and not self.validation_input:
             raise ValueError("test_input: needs validation_input; set it too")
         if self.validation_input and "validation_fraction" in self.model_fields_set:
@@ -313,7 +344,13 @@ class DataConfig(Section):
     def reading_settings(self) -> dict[str, Any]:
         """The settings that decide which text of a record is a document; empty if they are the defaults."""
         settings: dict[str, Any] = {} if self.text_key == "text" else {"text_key": self.text_key}
-        return {**settings, "text_documents": self.text_documents} if self.format == "text" else settings
+        if self.format == "text":
+            settings["text_documents"] = self.text_documents
+        if self.format in ID_FORMATS:
+            settings["end_of_document"] = self.end_of_document
+        if self.format == "token_array":
+            settings["id_dtype"] = self.id_dtype
+        return settings
 
     @property
     def enwik8_split_bytes(self) -> tuple[int, int, int]:

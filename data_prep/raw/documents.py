@@ -8,6 +8,7 @@
     wikitext    UTF-8 text; a document is an article: a line ` = Title = ` and all up to the next such line
     enwik8      bytes; a document is a page of the XML dump, so that `show` and `stats` have something to name.
                 train, validation and test are consecutive parts of the one file
+    megatron, token_array  token ids; see data_prep/raw/token_ids.py
 
 Joining the documents of wikitext or enwik8 gives the file again, byte for byte (but for a byte order mark before
 wikitext). A record that cannot be used becomes a `Rejected` in its place, with its line or byte. A fault of the whole
@@ -15,6 +16,7 @@ file raises an error, and so does a file that gives no document at all.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,10 +26,12 @@ from common.splits import SPLITS, SplitName
 from data_prep.raw.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, is_parquet, is_tar, no_json_lines
 from data_prep.raw.json_text import json_record, text_in
 from data_prep.raw.locations import InputFile
+from data_prep.raw.megatron_index import INDEX, MegatronIndex
 from data_prep.raw.parquet_rows import parquet_documents
 from data_prep.raw.plain_text import TextDocuments, text_documents
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, too_long
 from data_prep.raw.tar_samples import tar_documents
+from data_prep.raw.token_ids import IdReading, id_documents
 from data_prep.raw.unpack import DAMAGE, DamagedFileError, NoDocumentError, Unpacked, unpacked
 
 # The keys that every line of a format carries; more keys are allowed (a dump may be annotated).
@@ -35,10 +39,14 @@ FORMAT_KEYS: dict[str, frozenset[str]] = {
     "c4": frozenset({"text", "timestamp", "url"}),
     "pes2o": frozenset({"added", "created", "id", "source", "text", "version"}),
 }
-FormatName = Literal["auto", "c4", "pes2o", "jsonl", "parquet", "webdataset", "text", "wikitext", "enwik8"]
+FormatName = Literal[
+    "auto", "c4", "pes2o", "jsonl", "parquet", "webdataset", "text", "wikitext", "enwik8", "megatron", "token_array"
+]
+ID_FORMATS = ("megatron", "token_array")
+"""Formats of token ids: their documents are ids, as bytes, and no text."""
 _NAMES = {"parquet": "Parquet file", "webdataset": "tar archive"}
 # What `position` counts.
-UNITS = ("line", "byte", "row", "sample")
+UNITS = ("line", "byte", "row", "sample", "token")
 SourceSplit = Literal["train", "validation", "test", "hash", "position"]
 # Files of a split in the archives of Wikitext: as written, and with rare words as <unk>.
 WIKITEXT_MEMBERS = {
@@ -61,7 +69,8 @@ class RawFile:
 
     `split`: where the documents go (`hash`: train, save those that the hash of their text sends to validation).
     enwik8 is cut into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
-    `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is.
+    `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is. `ids`:
+    what is known about the ids of ID_FORMATS, which need it.
     """
 
     def __init__(  # noqa: PLR0913 (settings of a file, each with its default)
@@ -74,6 +83,7 @@ class RawFile:
         max_document_bytes: int = 1 << 24,
         text_key: str = "text",
         text_documents: TextDocuments = "file",
+        ids: IdReading | None = None,
     ) -> None:
         self.path = path
         self.format: str = format
@@ -84,6 +94,7 @@ class RawFile:
         self._max_bytes = max_document_bytes
         self._text_key = text_key
         self._text_documents = text_documents
+        self._ids = ids
         self._documents = 0
         self._first_rejected: Rejected | None = None
         self._all_harmless = True
@@ -94,7 +105,7 @@ class RawFile:
         for one without a document, and DataError if it is missing or not of its format."""
         member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": ("enwik8",)}.get(self.format)
         reported = 0
-        with unpacked(self.path, member=member) as content:
+        with unpacked(self.path, member=member, binary=self.format in ID_FORMATS) as content:
             try:
                 head = content.peek(HEAD_BYTES)
                 if self._is_parquet(content, head):
@@ -125,9 +136,11 @@ class RawFile:
     def unit(self) -> str:
         """What the positions of its records count: one of UNITS."""
         units = {"wikitext": "byte", "enwik8": "byte", "parquet": "row", "webdataset": "sample"}
-        return units.get(self.format, "line")
+        return "token" if self.format in ID_FORMATS else units.get(self.format, "line")
 
     def _records(self, content: Unpacked, head: bytes) -> Iterator[Document | Rejected]:
+        if self._ids is not None:
+            return self._id_documents(content, self._ids)
         if self.format == "enwik8":
             return self._pages(content)
         if is_tar(head) and self.format in ("auto", "webdataset"):
@@ -145,6 +158,17 @@ class RawFile:
             return self._articles(content)
         return text_documents(content, self._split, by=self._text_documents, max_bytes=self._max_bytes)
 
+    def _id_documents(self, content: Unpacked, ids: IdReading) -> Iterator[Document | Rejected]:
+        """An index of Megatron-LM gives nothing: it is read with its .bin file, and here for its hash alone."""
+        if self.format != "megatron":
+            return id_documents(content, self._split, ids, None)
+        assert isinstance(self.path, Path), "data sets of Megatron-LM are local"
+        return iter(()) if self._is_index else id_documents(content, self._split, ids, MegatronIndex(self.path))
+
+    @property
+    def _is_index(self) -> bool:
+        return self.format == "megatron" and self.path.suffix == INDEX
+
     def _noted(self, records: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
         """Passes the records on and notes what they are, to describe a file that gives no document."""
         for record in records:
@@ -159,9 +183,11 @@ class RawFile:
         """Raises NoDocumentError, with what the file looks like, unless it gave a document or all that it holds are
         records whose text is empty."""
         first = self._first_rejected
-        if self._documents or (first is not None and self._all_harmless) or self.format == "enwik8":
+        if self._documents or (first is not None and self._all_harmless) or self.format == "enwik8" or self._is_index:
             return
-        if self.format == "text":
+        if self.format in ID_FORMATS:
+            words = "holds no document" if first is None else f"gives no document: {first.reason} ({first.detail})"
+        elif self.format == "text":
             words = "holds no text" if first is None else f"gives no document: {first.reason} ({first.detail})"
         elif self.format in _NAMES:
             words = "holds no record" if first is None else f"gives no document: {first.detail}"

@@ -16,7 +16,7 @@ class Document:
     split: SplitName
     """Where it goes, before `validation_fraction` takes its share of train."""
     data: bytes
-    """Its text in UTF-8; for enwik8 its bytes."""
+    """Its text in UTF-8; for enwik8 its bytes; for formats of token ids these, in the dtype of shards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,14 +182,19 @@ class Unpacked:
 
 
 @contextlib.contextmanager
-def unpacked(path: InputFile, *, member: tuple[str, ...] | None) -> Iterator[Unpacked]:
+def unpacked(path: InputFile, *, member: tuple[str, ...] | None, binary: bool = False) -> Iterator[Unpacked]:
     """Opens a file by what its first bytes say it is. `member`: names, without folders, that the one file inside a
-    zip may have. Raises DamagedFileError, also while it is being read, DataError for a file that is missing or
-    unreadable, or UnreachableError (a DataError) if that may pass."""
+    zip may have. `binary`: content that may begin with any bytes, so that only its name says that it is packed. Raises
+    DamagedFileError, also while it is being read, DataError for a file that is missing or unreadable, or
+    UnreachableError (a DataError) if that may pass."""
     try:
         with path.open("rb") as stored:
             magic = stored.read(len(ZIP_MAGIC))
             _check_suffix(path, stored, magic)
+            if binary and path.suffix.lower() not in PACKED_SUFFIXES:
+                counter = _CountingStream(stored, magic)
+                yield _counted(str(path), counter.read, counter, is_packed=False)
+                return
             if magic == ZIP_MAGIC:
                 with zipfile.ZipFile(stored) as archive:
                     yield from _zipped(path, archive, _find_member(archive, path, member))

@@ -8,6 +8,7 @@ import numpy as np
 from common.errors import DataError
 from common.tables import text_table
 from common.terminal import visible
+from data_prep.raw.documents import ID_FORMATS
 from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import REBUILD, Manifest
@@ -90,7 +91,8 @@ def found_so_far(preparation: Preparation) -> None:
     rejected = sum(sum(state.rejected.values()) for state in states)
     text_bytes = sum(part.bytes for part in preparation.parts(all_slices=False))
     rows = [(len(states), sum(state.documents for state in states), text_bytes, rejected)]
-    print(text_table(("raw files", "documents", "text bytes", "quarantined"), rows))
+    what = "bytes of ids" if preparation.resolved.config.format in ID_FORMATS else "text bytes"
+    print(text_table(("raw files", "documents", what, "quarantined"), rows))
 
 
 def bad_files(preparation: Preparation) -> None:

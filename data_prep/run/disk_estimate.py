@@ -7,8 +7,9 @@ bytes = text (stored as zstd) + ids, twice (as made, and in shards) + signatures
     ids         text / 4 tokens (bytes: text) of 2 bytes, above 65,536 pieces of 4
     signatures  500 bytes a document of 2,000, for near-duplicates
 
-Files behind URLs and commands are not counted. Filters may leave much less, so a disk with less room than the estimate
-gives a warning; the preparation is refused only if less than a quarter of the estimate is free.
+Token ids that are there already take their stored bytes twice. Files behind URLs and commands are not counted. Filters
+may leave much less, so a disk with less room than the estimate gives a warning; the preparation is refused only if less
+than a quarter of the estimate is free.
 """
 
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.folders import free_bytes, no_room
 from data_prep.config.resolved import ResolvedConfig
+from data_prep.raw.documents import ID_FORMATS
 from data_prep.raw.unpack import PACKED_SUFFIXES
 
 UNPACKED = 3  # bytes of text for a stored one, of JSON lines in gzip or zstd
@@ -34,6 +36,8 @@ def needed_bytes(resolved: ResolvedConfig) -> int:
         if isinstance(source.path, Path) and source.path.is_file():
             packed = source.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet")
             text += source.path.stat().st_size * (UNPACKED if packed else 1)
+    if config.format in ID_FORMATS:
+        return 2 * text
     is_bytes = config.tokenizer.type == "bytes"
     id_bytes = 4 if config.tokenizer.vocab_size > 65_536 and not is_bytes else 2
     needed = 2 * id_bytes * text / (1 if is_bytes else BYTES_PER_TOKEN)

@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.splits import SplitName
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.versions import versions
+from data_prep.raw.documents import ID_FORMATS
 from data_prep.raw.locations import identity, size_and_stamp
 from data_prep.shards.format import TOKENIZER_FILE
 from data_prep.stages.id_maker import IdRecipe
@@ -95,7 +96,7 @@ class Preparation:
     def _all_batches(self) -> list[IngestTask]:
         encoding = None
         if self._encodes_while_reading:
-            recipe = IdRecipe(model=self._copied_model(), settings=self.resolved.config.tokenizer)
+            recipe = self._recipe(self._copied_model())
             encoding = Encoding(
                 recipe=recipe,
                 validation_fraction=self.resolved.validation_fraction,
@@ -108,6 +109,8 @@ class Preparation:
         """Whether ingest makes the ids and stores no text. False if there are fewer batches of raw files than workers,
         because stored text is divided into smaller parts. The first run decides it for all runs and array tasks,
         however many workers they have."""
+        if self.resolved.config.format in ID_FORMATS:  # there is no text to store
+            return True
         if not self.resolved.may_encode_while_reading:
             return False
         sources = self.resolved.sources
@@ -128,7 +131,11 @@ class Preparation:
     @property
     def recipe(self) -> IdRecipe:
         """How documents become ids."""
-        return IdRecipe(model=self.model, settings=self.resolved.config.tokenizer)
+        return self._recipe(self.model)
+
+    def _recipe(self, model: Path | None) -> IdRecipe:
+        config = self.resolved.config
+        return IdRecipe(model=model, settings=config.tokenizer, takes_ids=config.format in ID_FORMATS)
 
     def given_model(self) -> ModelTask:
         """The task of copying the model that is there already."""

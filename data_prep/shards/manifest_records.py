@@ -106,7 +106,7 @@ class InputRecord(Record):
     documents: Count
     """Documents of it that are in the shards."""
     format: str
-    """Source format: c4, pes2o, jsonl, wikitext or enwik8."""
+    """Source format, as in the config; of auto what was found: c4, pes2o, jsonl, parquet or webdataset."""
     split: Literal["train", "validation", "test", "hash", "position"]
     """Where its documents went; `hash`: to train or validation by a hash of the text; `position`: to every
     split, by their place in the file."""

@@ -85,8 +85,9 @@ class PartEncoder:
         self._splits: dict[SplitName, _Ids] = {split: _Ids(dtype) for split in SPLITS}
 
     def add(self, data: bytes, split: SplitName) -> None:
-        """Appends one document, its text in UTF-8."""
-        self._splits[split].add(self._maker.ids(data), self._maker.eos_id, len(data))
+        """Appends one document, its text in UTF-8 or, if the recipe takes these, its ids as bytes."""
+        ids = self._maker.ids(data)
+        self._splits[split].add(ids, self._maker.eos_id, self._maker.text_bytes(data, ids))
 
     def finish(self) -> None:
         """Gives the files their names."""

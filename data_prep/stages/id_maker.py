@@ -1,7 +1,7 @@
 """From a document to its ids: by a SentencePiece model, by the values of its bytes, or by the numbers of these."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import DataError
 from common.hashing import sha256_file
 from data_prep.config.schema import TokenizerConfig
-from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry
+from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry, dtype_name
 from data_prep.stages.tokenizer import TextTokenizer
 
 
@@ -20,6 +20,8 @@ class IdRecipe:
     model: Path | None
     """SentencePiece model, or the symbols in the order of their ids; None for bytes."""
     settings: TokenizerConfig
+    takes_ids: bool = False
+    """Whether documents are ids already, as bytes in the dtype of shards; `model` is the one that made them."""
 
     def maker(self) -> "IdMaker":
         """The same object while the recipe and the file stay the same."""
@@ -49,6 +51,7 @@ class IdMaker:
 
     def __init__(self, recipe: IdRecipe) -> None:
         self._settings = recipe.settings
+        self._takes_ids = recipe.takes_ids
         self._tokenizer, self._numbers = None, None
         self.eos_id: int | None = None
         """Id that is put after each document; None if nothing or a text is."""
@@ -67,12 +70,32 @@ class IdMaker:
 
     def ids(self, data: bytes) -> np.ndarray:
         """Integers [n]: the ids of a document in UTF-8 (or any bytes, without a model), `eos_id` not among them."""
+        if self._takes_ids:
+            return np.frombuffer(data, self.dtype)
         if self._tokenizer is None:
             values = np.frombuffer(data, np.uint8)
             return values if self._numbers is None else self._numbers[values]
         text = data.decode("utf-8") + (self._settings.separator or "")
         by_line = self._settings.sentences == "lines"
         return self._tokenizer.encode_lines(text) if by_line else self._tokenizer.encode(text)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Of the ids in shards."""
+        return np.dtype(dtype_name(self.vocab_size))
+
+    def text_bytes(self, data: bytes, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text of a document, given also its ids."""
+        if not self._takes_ids:
+            return len(data)
+        sizes, prefix = self._sizes
+        return max(0, int(sizes[ids].sum()) - prefix)
+
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray, int]:
+        """int64 [vocab_size] bytes that an id is decoded to, and those of a document that decoding takes away."""
+        assert self._tokenizer is not None, "ids have a model"
+        return self._tokenizer.piece_bytes(), self._tokenizer.prefix_bytes
 
 
 @lru_cache(maxsize=1)  # per process

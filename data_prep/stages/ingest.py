@@ -16,16 +16,19 @@ from common.terminal import visible
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.schema import DataConfig
 from data_prep.config.versions import base_versions, versions
-from data_prep.raw.documents import HARMLESS_REASONS, UNITS, RawFile, SourceSplit
+from data_prep.raw.documents import HARMLESS_REASONS, ID_FORMATS, UNITS, RawFile, SourceSplit
 from data_prep.raw.locations import InputFile, UnreachableError, identity, sha256_of, size_and_stamp
+from data_prep.raw.megatron_index import index_of
 from data_prep.raw.records import Document, Rejected
+from data_prep.raw.token_ids import IdReading
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
 from data_prep.stages.part_cutter import Encoding, PartCutter
 from data_prep.work.folder import fingerprint, read_json, stage_folder
 from data_prep.work.parts import PART_BYTES, Part
 
-# Formats that are one known file or archive each, in order: a damaged one must be fetched again, not left out.
-STRICT_FORMATS = ("wikitext", "enwik8")
+# Formats that are one known file or archive each, in order, or few large files: a damaged one must be fetched again,
+# not left out.
+STRICT_FORMATS = ("wikitext", "enwik8", *ID_FORMATS)
 # Reasons that stand for a whole file.
 DAMAGED, NO_DOCUMENT = "damaged file", "no document"
 # Small files are read together, because each batch makes some files on disk: alone, a file of one line costs 5 times
@@ -147,7 +150,13 @@ def ingest_tasks(resolved: ResolvedConfig, encoding: Encoding | None) -> list[In
     tasks = []
     for batch in cut_batches([(source.split, stamps[number][0]) for number, source in enumerate(resolved.sources)]):
         sources = [(resolved.sources[number], *stamps[number]) for number in batch]
-        marks = [(identity(source.path), source.name, size, stamp, source.split) for source, size, stamp in sources]
+        marks: list[Any] = [
+            (identity(source.path), source.name, size, stamp, source.split) for source, size, stamp in sources
+        ]
+        if resolved.config.format == "megatron":  # which documents a file gives, its index decides
+            marks += [
+                size_and_stamp(index_of(source.path)) for source, _, _ in sources if isinstance(source.path, Path)
+            ]
         tasks.append(
             IngestTask(
                 config=resolved.config,
@@ -210,6 +219,7 @@ def _read_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantine:
         max_document_bytes=task.config.ingest.max_document_bytes,
         text_key=task.config.text_key,
         text_documents=task.config.text_documents,
+        ids=_id_reading(task),
     )
     rejected: Counter[str] = Counter()
     damaged = None
@@ -246,6 +256,23 @@ def _read_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantine:
         documents=documents,
         rejected=dict(sorted(rejected.items())),
         damaged=damaged,
+    )
+
+
+def _id_reading(task: IngestTask) -> IdReading | None:
+    config = task.config
+    if config.format not in ID_FORMATS:
+        return None
+    assert task.encoding is not None, "ids are stored as they are read"
+    maker = task.encoding.recipe.maker()
+    assert maker.eos_id is not None, "without tokenizer.separator, a model has it"
+    return IdReading(
+        vocab_size=maker.vocab_size,
+        eos_id=maker.eos_id,
+        end_id=maker.eos_id if config.end_of_document is None else config.end_of_document,
+        array_dtype=config.id_dtype,
+        max_bytes=config.ingest.max_document_bytes,
+        dtype=maker.dtype,
     )
 
 

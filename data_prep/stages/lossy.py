@@ -7,6 +7,7 @@ repeated blanks and rewrites symbols) or have no pieces for bytes, so that chara
 from common.errors import DataError
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.schema import TokenizerConfig
+from data_prep.raw.documents import ID_FORMATS
 from data_prep.stages.tokenizer import TextTokenizer, normalizer_name
 
 # What text is made of, and an example of it. Rare characters come last: a model may know the others and not these.
@@ -56,14 +57,15 @@ def _visible(text: str) -> str:
 
 
 def check_given_model(resolved: ResolvedConfig) -> str:
-    """The warning for a given model that changes text, if `tokenizer.allow_lossy` accepts that; empty for any other
-    model. Raises DataError for a file that is no model, another `vocab_size`, and a loss that is not accepted."""
+    """The warning for a given model that changes text, if `tokenizer.allow_lossy` accepts that or its ids are there
+    already; empty for any other model. Raises DataError for a file that is no model, another `vocab_size`, and a loss
+    that is not accepted."""
     if resolved.external_model is None:
         return ""
     settings, content = resolved.config.tokenizer, resolved.external_model.read_bytes()
     check_vocab_size(TextTokenizer(content, name=str(resolved.external_model)), settings, str(resolved.external_model))
     found = describe_losses(content, f"tokenizer.model {resolved.external_model}")
-    if found and not settings.allow_lossy:
+    if found and not settings.allow_lossy and resolved.config.format not in ID_FORMATS:
         raise DataError(
             f"{found}; set tokenizer.allow_lossy=true to lose that, or tokenizer.model=null to train a model that "
             "keeps every text"

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,33 @@ def prepared(prepared_once: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def manifest(prepared: Path) -> Manifest:
     return Manifest.load(prepared)
+
+
+@pytest.fixture
+def id_config(prepared_once: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config with the model of the corpus and its small shards."""
+
+    def write(**changes: Any) -> Path:
+        body = {
+            "output": str(tmp_path / "out"),
+            "workers": 1,
+            "tokenizer": {"model": str(prepared_once / "tokenizer.model")},
+            "shard": {"tokens_per_shard": 5000, "tokens_per_member": 1024},
+            **changes,
+        }
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(body))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def prepare_ids(id_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Runs a preparation; the folder of its data."""
+
+    def run(**changes: Any) -> Path:
+        assert main(["run", "--config", str(id_config(**changes))]) == 0
+        return tmp_path / "out"
+
+    return run

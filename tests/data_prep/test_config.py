@@ -47,7 +47,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
             {"format": "csv"},
             [],
             "format: input should be 'auto', 'c4', 'pes2o', 'jsonl', 'parquet', 'webdataset', 'text', "
-            "'wikitext' or 'enwik8' (given \"csv\")",
+            "'wikitext', 'enwik8', 'megatron' or 'token_array' (given \"csv\")",
         ),
         (
             {"tokenizer": {"type": "word"}},
