@@ -39,6 +39,7 @@ import pretrain.cli.status
 import pretrain.cli.train
 import pretrain.smoke.cli
 from data_prep.config.loading import load_config as load_data_config
+from launch.sweeps.plan import values_of
 from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +191,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def check_config(args: argparse.Namespace) -> None:
     """The configuration exists and takes the overrides; of a sweep each one, and the first of the varied values."""
     given, overrides = getattr(args, "config", None), list(getattr(args, "overrides", []))
-    overrides += [text.partition(",")[0] for text in getattr(args, "vary", [])]
+    for text in getattr(args, "vary", []):
+        key, _, listed = text.partition("=")
+        overrides.append(f"{key}={values_of(listed)[0]}")
     for path in given if isinstance(given, list) else [given]:
         if path is None or str(path) == "CONFIG":
             continue

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, loss_name, number_of, ranked
+from pretrain.views.sweep import Result, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
@@ -40,10 +40,11 @@ def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
 
 def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], key: str, others: Sequence[str]) -> None:
     name = loss_name(results)
-    places = _places(results, key)
+    places, short = _places(results, key), short_keys([other for other in others if other != CONFIG])
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in finished:
-        label = ", ".join(_short(other) + _shortened(_value(result, other)) for other in others)
+        texts = {other: _shortened(_value(result, other)) for other in others}
+        label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
     style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
     for label, points in sorted(lines.items()):
@@ -74,11 +75,6 @@ def _shortened(value: str) -> str:
 
 def _value(result: Result, key: str) -> str:
     return result.run.config if key == CONFIG else result.run.values[key]
-
-
-def _short(key: str) -> str:
-    """What stands before a value in the legend."""
-    return "" if key == CONFIG else key.rpartition(".")[2] + "="
 
 
 def _are_numbers(results: Sequence[Result], key: str) -> bool:
