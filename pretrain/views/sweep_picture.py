@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pretrain.views.comparison_page import set_scale
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
-WIDE = 10.0
-"""Losses that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the others
-would lie on one line."""
 MOST_LETTERS = 24
 """Of a value in the picture."""
 MOST_LABELS = 16
@@ -58,9 +55,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
     axes.set(ylabel=f"{name} loss, nats per token")
-    known = [loss for points in lines.values() for _, loss in points if math.isfinite(loss)]
-    if known and 0 < min(known) < max(known) / WIDE:
-        axes.set_yscale("log")
+    set_scale(axes)
     axes.grid(alpha=0.3)
     if others and 0 < len(lines) <= MOST_LABELS:
         axes.legend(fontsize=8)
