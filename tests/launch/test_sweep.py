@@ -40,7 +40,8 @@ print("trains", rate, flush=True)
 if code == 2:
     sys.exit(2)
 if code == "waits":
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: (own / "got").write_text(str(number)))
     (own / "waits").touch()
     signal.pause()
     code = 85
@@ -53,7 +54,7 @@ rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second
 (folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
 sys.exit(1 if code else 0)  # as deepspeed, which may return another code
 """
-"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for SIGTERM."""
+"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for a signal."""
 
 
 class Case:
@@ -286,7 +287,8 @@ def test_options_that_do_not_go_together_are_refused(
     assert words in said and said.count("\n") == 1
 
 
-def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
     case.ends(**{"1e_3": "waits"})
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -294,16 +296,24 @@ def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: py
             while not (case.folder / "waits").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             printed, _ = process.communicate()
         finally:
             process.kill()
-    assert process.returncode == 85
+    assert process.returncode == 128 + number
+    assert (case.folder / "got").read_text() == str(number)
     assert printed.endswith("stopped at step 2\nstopped; the same command goes on\n")
     assert case.trained == ["1e-3"]
     case.ends()
     assert case.run(*VARY) == 0
     assert case.trained == ["1e-3", "1e-3", "2e-3"]
+
+
+def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.ends(**{"1e_3": 85})
+    assert case.run(*VARY) == 85
+    assert capsys.readouterr().out.endswith("stopped at step 2\nstopped; the same command goes on\n")
+    assert case.trained == ["1e-3"]
 
 
 def test_every_run_is_submitted_as_a_job_and_none_twice(

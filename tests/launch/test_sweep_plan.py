@@ -56,7 +56,7 @@ def test_an_entry_may_be_varied_of_a_list_that_set_gives() -> None:
     assert list(varied(given, ["data.sources=[]"])) == ["data.sources.0.weight", "data.sources.1.weight"]
     with pytest.raises(UserError, match=r"--vary data\.sources: overlaps with data\.sources\.0\.weight"):
         varied(["data.sources=[]"], ["data.sources.0.weight=1"])
-    with pytest.raises(UserError, match="overlaps with data.sources"):
+    with pytest.raises(UserError, match=r"overlaps with data\.sources"):
         varied(["data.sources=[],[1]", "data.sources.0.weight=1"], [])
 
 
