@@ -116,6 +116,23 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(case: Case, capsys: p
     assert not case.dir.exists()
 
 
+def test_the_weight_of_a_source_is_varied_as_a_key_of_its_entry(
+    case: Case, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = f'data.sources=[{{"manifest": "{prepared}", "weight": 1}}]'
+    key = "data.sources.0.weight"
+    assert main(case.line("--set", sources, "--vary", f"{key}=0.5,2", "--dry-run")) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
+    assert [line[-4:] for line in lines] == [["--set", sources, "--set", f"{key}={weight}"] for weight in ("0.5", "2")]
+    assert [Path(line[line.index("--run-dir") + 1]).name for line in lines] == [
+        "x,sources.0.weight=0.5",
+        "x,sources.0.weight=2",
+    ]
+    assert main(case.line("--set", sources, "--vary", f"{key}=0.5,-1", "--vary", "data.sources.1.weight=1")) == 2
+    said = capsys.readouterr().err
+    assert "data.sources is a list without entry 1; its entries are 0 to 0" in said
+
+
 def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run("--vary", f"{RATE}=2e-3,1e-3") == 0
     printed = capsys.readouterr().out
