@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +90,8 @@ def _kind(value: Any) -> str:
 def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = None) -> None:
     """Applies `dotted.key=value` to `tree` in place. The value is JSON if it parses as JSON, else a string.
 
-    A section that is absent or null begins empty. `tag`: the key that says which kind of section one is; kinds have
+    A section that is absent or null begins empty. In a list of sections a number stands for an entry, the first is 0:
+    `data.sources.0.weight=2`. `tag`: the key that says which kind of section one is; kinds have
     different keys, so a new value of it clears the section.
     """
     key, equals, text = override.partition("=")
@@ -102,16 +104,28 @@ def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = Non
     except (ValueError, RecursionError) as error:  # too many digits, too deep
         raise ConfigError(f"{key}: the value of --set cannot be read: {error}") from None
     *sections, leaf = key.strip().split(".")
-    node = tree
+    node: Any = tree
     for depth, section in enumerate(sections):
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
+        if isinstance(node, list):
+            node = _entry(node, section, ".".join(sections[:depth]), override)
+        else:
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+        if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    if isinstance(node, list):
+        raise ConfigError(f"--set {override}: {'.'.join(sections)} is a list; give all of it, or a key of an entry")
     if leaf == tag and node.get(leaf, value) != value:
         node.clear()
     node[leaf] = value
+
+
+def _entry(entries: list[Any], number: str, key: str, override: str) -> Any:
+    if re.fullmatch("[0-9]{1,9}", number) and int(number) < len(entries):
+        return entries[int(number)]
+    known = f"its entries are 0 to {len(entries) - 1}" if entries else "it is empty"
+    raise ConfigError(f"--set {override}: {key} is a list without entry {number}; {known}")
 
 
 def validate(model: type[Model], tree: dict[str, Any]) -> Model:

@@ -2,6 +2,7 @@
 
 import sys
 
+import common.interruption  # noqa: F401  # before anything that takes long
 from data_prep.work.parallel import one_thread
 
 one_thread()  # before numpy loads: workers are forked, which needs a process of one thread

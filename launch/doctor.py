@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Python puts this file's folder first, where `import pretrain` would find launch/pretrain.py instead of the package.
 sys.path[0] = str(ROOT)
 
+import common.interruption  # noqa: E402, F401  # before anything that takes long
+
 PYTHONS = ((3, 11), (3, 14))
 """The oldest, and the first that is too new (pyproject.toml, requires-python)."""
 MINIMUM_DRIVER = {"13": 580, "12": 525}

@@ -7,6 +7,7 @@ from pathlib import Path
 # Python puts this file's folder first, where `import pretrain` would find launch/pretrain.py instead of the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import common.interruption  # noqa: E402, F401  # before anything that takes long
 import model.openmp  # noqa: E402, F401  # before anything imports torch
 from pretrain.cli.import_weights import main  # noqa: E402
 

@@ -7,6 +7,7 @@ from pathlib import Path
 # Python puts this file's folder first, where `import pretrain` would find this very file instead of the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import common.interruption  # noqa: E402, F401  # before anything that takes long
 from pretrain.report import console  # noqa: E402
 from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
 

@@ -336,6 +336,7 @@ class Segment:
             first_step=self.progress.step - max(1, steps) + 1,
             skipped=stream.range_of(consumed, steps * sequences) if steps else None,
             branch_start=branch_start(self.setup.config, self.start.checkpoint),
+            manifest_digest=self.setup.sources.digest,
         )
         if self.monitor is not None:
             skipped = rollback.skipped

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import pretrain.cli.status
 import pretrain.cli.train
 import pretrain.smoke.cli
 from data_prep.config.loading import load_config as load_data_config
+from launch.sweeps.plan import values_of
 from pretrain.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +159,10 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "-m":
         _, module, *arguments = words
         ours = (ROOT / module.partition(".")[0]).is_dir()
-        assert importlib.util.find_spec(module if ours else module.partition(".")[0]) is not None, module
+        # Of others only the path is asked: on Python 3.11 setuptools gives up its own distutils, for the whole process,
+        # where a finder of sys.meta_path is asked for pip, and then it cannot be imported any more.
+        find: Callable[[str], Any] = importlib.util.find_spec if ours else PathFinder.find_spec
+        assert find(module if ours else module.partition(".")[0]) is not None, module
         if module == "pytest":
             assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
         if not module.startswith(("data_prep", "benchmarks.")):
@@ -187,10 +192,26 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     check_config(parsed[0])
 
 
+def test_a_command_of_pip_asks_no_finder_that_setuptools_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *others: Any) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "pip", raising=False)
+    parse(["-m", "pip", "install", "x"], monkeypatch)
+    assert asked == []
+
+
 def check_config(args: argparse.Namespace) -> None:
     """The configuration exists and takes the overrides; of a sweep each one, and the first of the varied values."""
     given, overrides = getattr(args, "config", None), list(getattr(args, "overrides", []))
-    overrides += [text.partition(",")[0] for text in getattr(args, "vary", [])]
+    for text in getattr(args, "vary", []):
+        key, _, listed = text.partition("=")
+        overrides.append(f"{key}={values_of(listed)[0]}")
     for path in given if isinstance(given, list) else [given]:
         if path is None or str(path) == "CONFIG":
             continue

@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains a run for every combination of the configurations and of the varied values, one after the "
         "other, and ranks them by validation loss. The same command again goes on: finished runs stay, the others "
         f"continue, and new values are added. Exit codes: 0 all finished, {NOT_ALL} some failed or diverged, or go on "
-        f"in another process, 2 refused, {int(ExitCode.STOPPED)} stopped by a signal.",
+        f"in another process, 2 refused, 128 + its number stopped by a signal (130 Ctrl-C, 143 SIGTERM), "
+        f"{int(ExitCode.STOPPED)} a run was sent one.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -133,9 +134,9 @@ def sweep(args: argparse.Namespace) -> int:
         queue.submit_all(to_do)
         print(f"  table   python launch/sweep.py --sweep-dir {shlex.quote(str(args.sweep_dir))} --table", flush=True)
         return 0
-    if not train_all(found, to_do, pretrain):
+    if stopped := train_all(found, to_do, pretrain):
         print("stopped; the same command goes on", flush=True)
-        return ExitCode.STOPPED
+        return stopped
     show(found)
     return NOT_ALL if any(found.result(run).state is not State.FINISHED for run in asked) else 0
 

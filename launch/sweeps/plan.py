@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from pretrain.report.run_paths import SAVED_CONFIG, config_file, is_run
-from pretrain.views.sweep import SweepRun
+from pretrain.views.sweep import SweepRun, short_keys
 
 MOST_LETTERS = 40
 """Of a value in a name."""
+DIGITS = 6
+"""Of the digest that ends a value which is cut."""
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and a log has a few more than its run folder."""
 
@@ -44,7 +48,8 @@ def varied(given: Sequence[str], overrides: Sequence[str]) -> dict[str, list[str
             raise UserError(f"--vary {text}: write it as KEY=A,B,..., e.g. optimizer.learning_rate=1e-3,2e-3")
         if key in found or key in fixed:
             raise UserError(f"--vary {key}: stands in another --vary or --set too; keep one of them")
-        if other := next((other for other in (*found, *fixed) if _holds(key, other) or _holds(other, key)), None):
+        fixed_overlaps = (other for other in fixed if not is_entry_key(key, other))  # it is set first, then varied
+        if other := next((o for o in (*found, *fixed_overlaps) if _holds(key, o) or _holds(o, key)), None):
             raise UserError(
                 f"--vary {key}: overlaps with {other}, and one would replace the other; give the keys of a section "
                 f"one by one"
@@ -57,6 +62,13 @@ def varied(given: Sequence[str], overrides: Sequence[str]) -> dict[str, list[str
 
 def _holds(section: str, key: str) -> bool:
     return key.startswith(f"{section}.")
+
+
+def is_entry_key(key: str, of_list: str | None = None) -> bool:
+    """Whether a key is of an entry of a list, as `data.sources.0.weight` is, and of the list `of_list` if one is
+    given."""
+    lists = [key[: place.start()] for place in re.finditer(r"\.[0-9]+\.", key)]
+    return bool(lists) if of_list is None else of_list in lists
 
 
 def values_of(text: str) -> list[str]:
@@ -106,11 +118,31 @@ def combinations(configs: Sequence[str], values: dict[str, list[str]]) -> list[S
 
 
 def run_name(config: str, values: dict[str, str]) -> str:
-    """`x,learning_rate=1e-3`: keys by their last part where that says which key it is. Safe as the name of a file."""
-    tails = [key.rpartition(".")[2] for key in values]
-    shown = [tail if tails.count(tail) == 1 else key for key, tail in zip(values, tails, strict=True)]
-    pairs = zip(shown, values.values(), strict=True)
-    return ",".join([config, *(f"{_safe(key)}={_safe(value)[:MOST_LETTERS]}" for key, value in pairs)])
+    """`x,learning_rate=1e-3`: the short form of each key, and its value. Safe as the name of a file."""
+    shown = short_keys(list(values))
+    return ",".join([config, *(f"{_safe(shown[key])}={_shown(value)}" for key, value in values.items())])
+
+
+def _shown(value: str) -> str:
+    """What a list or a section holds, without the names of its keys: `data-c4-0.3-data-math-0.7` for two sources. What
+    is too long ends in a digest of all of it, so that no two values share a name because they begin alike."""
+    try:
+        tree = json.loads(value, parse_float=str, parse_int=str)  # numbers as the user wrote them
+        text = "-".join(_safe(leaf) for leaf in _leaves(tree)) if isinstance(tree, dict | list) else _safe(value)
+    except (ValueError, RecursionError):  # no JSON, or too deep for Python
+        text = _safe(value)
+    if len(text) <= MOST_LETTERS:
+        return text
+    digest = hashlib.sha256(normal(value).encode()).hexdigest()[:DIGITS]
+    return f"{text[: MOST_LETTERS - DIGITS - 1]}-{digest}"
+
+
+def _leaves(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict | list):
+        for entry in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(entry)
+    else:
+        yield tree if isinstance(tree, str) else json.dumps(tree)
 
 
 def _safe(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_file, write_json
 from common.folders import check_writable_folder
-from launch.sweeps.plan import normal
+from launch.sweeps.plan import is_entry_key, normal
 from pretrain.config.loading import config_tree
 from pretrain.report.run_paths import SWEEP_RECORD, is_run
 from pretrain.views.comparison import flattened
@@ -75,9 +75,11 @@ class Sweep:
 
     def _check_unchanged(self, name: str, path: Path, overrides: Sequence[str]) -> None:
         """Whether the configuration with --set, but for what is varied, is what earlier runs had."""
-        ours, theirs = config_tree(path, overrides), config_tree(path, self.overrides)
-        if (copy := self.config(name)).exists():
-            theirs = config_tree(copy, self.overrides)
+        # A list is compared as one value, so what is varied of its entries is made the same.
+        entries = [f"{key}=null" for key in self.keys if is_entry_key(key)]
+        copy = self.config(name)
+        ours = config_tree(path, [*overrides, *entries])
+        theirs = config_tree(copy if copy.exists() else path, [*self.overrides, *entries])
         old, new = flattened(theirs), flattened(ours)
         for key in sorted((old.keys() | new.keys()) - {"description"}):
             is_varied = any(f"{key}.".startswith(f"{varied}.") for varied in self.keys)  # no run has the file's value

@@ -30,11 +30,13 @@ LINE_SECONDS = 60.0
 
 
 class Stopping:
-    """Whether somebody asked for a stop. A terminal sends Ctrl-C and its end to the run as well; what was sent to this
-    process alone is handed on."""
+    """Whether somebody asked for a stop, which is handed on to the run. A terminal sends Ctrl-C and its end to the run
+    as well, and nothing says whether it did; a run takes two signals within seconds for one
+    (pretrain/resilience/signals.py)."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        """The number of the first signal."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
@@ -55,8 +57,9 @@ class Stopping:
             process.send_signal(signal.SIGTERM)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        if self._process is not None and number not in IGNORABLE:
+        if self.requested is None:
+            self.requested = number
+        if self._process is not None:
             self._process.send_signal(number)
 
 
@@ -105,14 +108,15 @@ def launcher_of(given: str) -> list[str]:
     return words
 
 
-def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) -> bool:
+def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) -> int:
     """Trains `runs`, of which none is finished. `program`: what is called with the arguments of launch/pretrain.py.
-    Returns whether it came to its end, before which only a signal stops it. Raises UserError and OSError."""
+    Returns 0 if it came to its end, before which only a signal stops it; then the exit code: 128 + the number of one
+    that this process got, or the code of a run that was stopped by itself. Raises UserError and OSError."""
     began, stopping, trained = time.monotonic(), Stopping(), 0
     with stopping.installed():
         for number, run in enumerate(runs):
             if stopping.requested is not None:
-                return False
+                break
             title = f"run {number + 1} of {len(runs)}  {run.name}"
             each = (time.monotonic() - began) / trained if trained else None
             left = f"  (about {duration(each * (len(runs) - number))} for those that are left)" if each else ""
@@ -122,10 +126,10 @@ def train_all(sweep: Sweep, runs: Sequence[SweepRun], program: Sequence[str]) ->
                 print("  passed over: another process trains it", flush=True)
                 continue
             code = _train(sweep, run, [*program, *sweep.arguments(run)], Progress(title, sweep.run_dir(run)), stopping)
-            if code in STOPPED:
-                return False
+            if code in STOPPED and stopping.requested is None:
+                return ExitCode.STOPPED
             trained += 1
-    return stopping.requested is None
+    return 0 if stopping.requested is None else 128 + stopping.requested
 
 
 def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progress, stopping: Stopping) -> int:

@@ -25,6 +25,8 @@ class Rollback:
     """Positions of the data order never to be read again."""
     branch_start: str | None = None
     """The path given as checkpoint.resume, if any: another branch has rollbacks of its own."""
+    manifest_digest: str | None = None
+    """Sources.digest of the data whose positions `skipped` are; None: a file from before it was kept."""
 
 
 def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
@@ -79,8 +81,10 @@ def _step(path: Path) -> int:
         return 2**62
 
 
-def with_skips(progress: Progress, rollbacks: list[Rollback]) -> Progress:
-    """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out. Ranges behind it are the
-    checkpoint's own: they say how it came to be."""
-    ahead = tuple(r.skipped for r in rollbacks if r.skipped is not None and r.skipped[0] >= progress.position)
+def with_skips(progress: Progress, rollbacks: list[Rollback], manifest_digest: str) -> Progress:
+    """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out of the data that are read
+    now. Ranges behind it are the checkpoint's own: they say how it came to be. Of another mixture the same positions
+    are other windows, which nobody left out."""
+    ours = [r.skipped for r in rollbacks if r.skipped is not None and r.manifest_digest in (None, manifest_digest)]
+    ahead = tuple(skipped for skipped in ours if skipped[0] >= progress.position)
     return replace(progress, skipped_ranges=merged((*progress.skipped_ranges, *ahead)))

@@ -22,6 +22,18 @@ MARKS = "^svDP*"
 POINTS = 600
 """Most points of a curve: the mean of its steps in as many equal parts."""
 
+WIDE = 10.0
+"""Losses or norms that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the
+others would lie on one line."""
+
+
+def set_scale(axes: Axes) -> None:
+    """Makes the vertical axis logarithmic where the lines in it are that far apart; zero has no logarithm."""
+    values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines] or [np.array([])])
+    values = values[np.isfinite(values)]
+    if len(values) and 0 < values.min() < values.max() / WIDE:
+        axes.set_yscale("log")
+
 
 def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Means of neighbouring points, so that a curve has `points` at most; what is not finite is left out."""
@@ -51,6 +63,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
             grid[0, 0].set_title("training loss, validation loss (dots) against steps")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     _sources(grid[0, 0], runs)
+    for axes in grid[0]:
+        set_scale(axes)
     if len(runs) > 1:
         _distance(grid[1, 0], runs)
     else:
@@ -62,6 +76,7 @@ def drawn(runs: Sequence[Run]) -> bytes:
     ):
         _curves(axes, runs, "step", key)
         axes.set(title=title, xlabel="steps", ylabel=unit)
+    set_scale(grid[1, 1])
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
     rows = -(-len(runs) // 4)
     figure.tight_layout(rect=(0, 0.03 + 0.025 * rows, 1, 1))

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,14 @@ def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
         values = [result.run.values[key] for key in keys]
         writer.writerow([result.run.name, result.run.config, *values, result.state_text, result.step, *written])
     return text.getvalue()
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each key by its last part, where that says which of them it is; one of an entry of a list with the list and the
+    entry, `sources.0.weight`."""
+    tails = {key: re.search(r"([^.]+\.[0-9]+\.)*[^.]*$", key) for key in keys}
+    found = {key: tail[0] if tail is not None else key for key, tail in tails.items()}
+    return {key: tail if list(found.values()).count(tail) == 1 else key for key, tail in found.items()}
 
 
 def number_of(value: str) -> float | None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pretrain.views.comparison_page import set_scale
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, loss_name, number_of, ranked
+from pretrain.views.sweep import Result, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
-WIDE = 10.0
-"""Losses that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the others
-would lie on one line."""
 MOST_LETTERS = 24
 """Of a value in the picture."""
 MOST_LABELS = 16
@@ -40,10 +37,11 @@ def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
 
 def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], key: str, others: Sequence[str]) -> None:
     name = loss_name(results)
-    places = _places(results, key)
+    places, short = _places(results, key), short_keys([other for other in others if other != CONFIG])
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in finished:
-        label = ", ".join(_short(other) + _shortened(_value(result, other)) for other in others)
+        texts = {other: _shortened(_value(result, other)) for other in others}
+        label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
     style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
     for label, points in sorted(lines.items()):
@@ -57,9 +55,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
     axes.set(ylabel=f"{name} loss, nats per token")
-    known = [loss for points in lines.values() for _, loss in points if math.isfinite(loss)]
-    if known and 0 < min(known) < max(known) / WIDE:
-        axes.set_yscale("log")
+    set_scale(axes)
     axes.grid(alpha=0.3)
     if others and 0 < len(lines) <= MOST_LABELS:
         axes.legend(fontsize=8)
@@ -74,11 +70,6 @@ def _shortened(value: str) -> str:
 
 def _value(result: Result, key: str) -> str:
     return result.run.config if key == CONFIG else result.run.values[key]
-
-
-def _short(key: str) -> str:
-    """What stands before a value in the legend."""
-    return "" if key == CONFIG else key.rpartition(".")[2] + "="
 
 
 def _are_numbers(results: Sequence[Result], key: str) -> bool:

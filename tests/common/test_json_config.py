@@ -94,6 +94,25 @@ def test_overrides_make_sections_and_another_kind_clears_one() -> None:
             apply_override(tree, override)
 
 
+def test_an_override_of_an_entry_of_a_list_changes_that_entry_alone() -> None:
+    tree: dict[str, Any] = {"sources": [{"weight": 1, "shape": None}, {"weight": 2}], "sizes": [1, 2], "none": []}
+    for override in ("sources.1.weight=0.5", "sources.0.shape.radius=3"):
+        apply_override(tree, override)
+    assert tree["sources"] == [{"weight": 1, "shape": {"radius": 3}}, {"weight": 0.5}]
+    for override, message in (
+        ("sources.2.weight=1", "sources is a list without entry 2; its entries are 0 to 1"),
+        ("sources.c4.weight=1", "sources is a list without entry c4; its entries are 0 to 1"),
+        ("sources.-1.weight=1", "without entry -1"),
+        ("sources.\u0661.weight=1", "without entry"),  # a digit to Python, of another script
+        ("none.0.weight=1", "none is a list without entry 0; it is empty"),
+        ("sizes.0=3", "sizes is a list; give all of it, or a key of an entry"),
+        ("sizes.0.x=3", "sizes.0 is a value, not a section"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            apply_override(tree, override)
+    assert tree["sizes"] == [1, 2] and len(tree["sources"]) == 2
+
+
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with pytest.raises(ConfigError, match=r"^--config: there is no file .*a\.json"):

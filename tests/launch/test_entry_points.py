@@ -67,6 +67,43 @@ def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
     assert "usage:" in done.stdout
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, *others):
+        if "common.interruption" in sys.modules and name.partition(".")[0] != "common":
+            sys.meta_path.remove(Finder)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
+if sys.argv[0] == "data_prep":
+    runpy.run_module("data_prep", run_name="__main__")
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script, or `python -m data_prep`, and sends it a SIGINT at the first import that may take long."""
+ENTRY_POINTS = [
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.py", "slurm/*.py")
+    for path in (ROOT / "launch").glob(pattern)
+    if "\nsys.path[0] = " in path.read_text()  # launch/console_scripts.py imports nothing of the project
+]
+
+
+@pytest.mark.parametrize("script", [*sorted(ENTRY_POINTS), "data_prep"])
+def test_ctrl_c_while_imports_run_is_one_line(script: str) -> None:
+    assert len(ENTRY_POINTS) >= 15
+    done = start("-c", INTERRUPTED, script, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_another_exception_that_nothing_handles_keeps_its_traceback() -> None:
+    done = start("-c", "import common.interruption; raise ValueError('a')", cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ") and done.stderr.endswith("ValueError: a\n")
+
+
 def arguments_for(config: str, prepared: Path, *more: str) -> list[str]:
     """Of launch/pretrain.py, with a file of configs/."""
     return ["--config", str(ROOT / "configs" / config), "--set", f"data.manifest={prepared}", *more]

@@ -40,7 +40,8 @@ print("trains", rate, flush=True)
 if code == 2:
     sys.exit(2)
 if code == "waits":
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: (own / "got").write_text(str(number)))
     (own / "waits").touch()
     signal.pause()
     code = 85
@@ -53,7 +54,7 @@ rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second
 (folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
 sys.exit(1 if code else 0)  # as deepspeed, which may return another code
 """
-"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for SIGTERM."""
+"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for a signal."""
 
 
 class Case:
@@ -113,6 +114,23 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(case: Case, capsys: p
     settings = ["--set", "train.seed=3", "--set", f"{RATE}=1e-3"]
     assert first[2:] == ["--config", str(case.config), "--run-dir", str(folder), *settings]
     assert not case.dir.exists()
+
+
+def test_the_weight_of_a_source_is_varied_as_a_key_of_its_entry(
+    case: Case, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = f'data.sources=[{{"manifest": "{prepared}", "weight": 1}}]'
+    key = "data.sources.0.weight"
+    assert main(case.line("--set", sources, "--vary", f"{key}=0.5,2", "--dry-run")) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
+    assert [line[-4:] for line in lines] == [["--set", sources, "--set", f"{key}={weight}"] for weight in ("0.5", "2")]
+    assert [Path(line[line.index("--run-dir") + 1]).name for line in lines] == [
+        "x,sources.0.weight=0.5",
+        "x,sources.0.weight=2",
+    ]
+    assert main(case.line("--set", sources, "--vary", f"{key}=0.5,-1", "--vary", "data.sources.1.weight=1")) == 2
+    said = capsys.readouterr().err
+    assert "data.sources is a list without entry 1; its entries are 0 to 0" in said
 
 
 def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +304,8 @@ def test_options_that_do_not_go_together_are_refused(
     assert words in said and said.count("\n") == 1
 
 
-def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
     case.ends(**{"1e_3": "waits"})
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -294,16 +313,24 @@ def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: py
             while not (case.folder / "waits").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             printed, _ = process.communicate()
         finally:
             process.kill()
-    assert process.returncode == 85
+    assert process.returncode == 128 + number
+    assert (case.folder / "got").read_text() == str(number)
     assert printed.endswith("stopped at step 2\nstopped; the same command goes on\n")
     assert case.trained == ["1e-3"]
     case.ends()
     assert case.run(*VARY) == 0
     assert case.trained == ["1e-3", "1e-3", "2e-3"]
+
+
+def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.ends(**{"1e_3": 85})
+    assert case.run(*VARY) == 85
+    assert capsys.readouterr().out.endswith("stopped at step 2\nstopped; the same command goes on\n")
+    assert case.trained == ["1e-3"]
 
 
 def test_every_run_is_submitted_as_a_job_and_none_twice(

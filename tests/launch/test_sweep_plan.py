@@ -31,6 +31,35 @@ def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
     assert run_name("x", keys) == "x,model.attention.num_experts=4,model.feedforward.num_experts=8"
 
 
+def test_a_key_of_an_entry_of_a_list_is_named_with_the_entry() -> None:
+    keys = {"data.sources.0.weight": "0.3", "data.sources.1.weight": "2", "train.seed": "1"}
+    assert run_name("x", keys) == "x,sources.0.weight=0.3,sources.1.weight=2,seed=1"
+
+
+def test_the_mixture_as_one_value_is_named_by_what_its_sources_hold() -> None:
+    mix = '[{"manifest": "data/c4", "weight": 3e-1}, {"manifest": "data/math", "weight": 0.7}]'
+    assert run_name("x", {"data.sources": mix}) == "x,sources=data-c4-3e-1-data-math-0.7"
+    assert run_name("x", {"a": '{"b": [true, null], "c": "d e"}'}) == "x,a=true-null-d-e"
+
+
+def test_long_values_that_begin_alike_have_names_that_differ() -> None:
+    long = [f'[{{"manifest": "data/{"c4" * 30}", "weight": {weight}}}]' for weight in ("0.3", "0.30", "0.7")]
+    first, again, other = (run_name("x", {"data.sources": value}) for value in long)
+    assert first == again, "the same value, written in another way"
+    assert first != other and first[:40] == other[:40]
+    assert len(first) == len("x,sources=") + 40
+    assert len(combinations(["x"], varied([f"data.sources={long[0]},{long[2]}"], []))) == 2
+
+
+def test_an_entry_may_be_varied_of_a_list_that_set_gives() -> None:
+    given = ["data.sources.0.weight=1,2", "data.sources.1.weight=1,2"]
+    assert list(varied(given, ["data.sources=[]"])) == ["data.sources.0.weight", "data.sources.1.weight"]
+    with pytest.raises(UserError, match=r"--vary data\.sources: overlaps with data\.sources\.0\.weight"):
+        varied(["data.sources=[]"], ["data.sources.0.weight=1"])
+    with pytest.raises(UserError, match=r"overlaps with data\.sources"):
+        varied(["data.sources=[],[1]", "data.sources.0.weight=1"], [])
+
+
 def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
     runs = combinations(["x", "y"], {RATE: ["1e-3", "2e-3"], "train.seed": ["1", "2", "3"]})
     assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 3

@@ -109,3 +109,21 @@ def test_a_key_that_an_edit_adds_or_removes_is_refused_as_not_given(folder: Path
         path.write_text(after)
         with pytest.raises(UserError, match=rf"^optimizer\.clip_norm: {words}"):
             Sweep.open(folder / str(number), [RATE], [], configs)
+
+
+def test_the_weight_of_a_source_that_is_varied_may_be_edited_and_the_others_may_not(
+    folder: Path, configs: dict[str, Path]
+) -> None:
+    (path,) = configs.values()
+    tree = json.loads(path.read_text())
+    sources = tree["data"]["sources"] = [{"manifest": "data/c4", "weight": 1}, {"manifest": "data/math", "weight": 1}]
+    path.write_text(json.dumps(tree))
+    keys = ["data.sources.1.weight"]
+    Sweep.open(folder, keys, [], configs).begin(configs)
+    sources[1]["weight"] = 3
+    path.write_text(json.dumps(tree))
+    Sweep.open(folder, keys, [], configs)
+    sources[0]["weight"] = 3
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"^data\.sources: is .* in the runs of"):
+        Sweep.open(folder, keys, [], configs)

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
+from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
 from pretrain.data.progress import Progress
 from pretrain.saved_model import load_model
 from tests.pretrain.runs import small_config
-from tests.pretrain.saved import rewrite_state, whole_tensors
+from tests.pretrain.saved import add_moving_average, rewrite_state, whole_tensors
 
 
-def checkpoint(folder: Path, prepared: Path, step: int, *overrides: str) -> Path:
-    """A checkpoint of random weights that are its own."""
-    config = small_config(prepared, *overrides)
+def checkpoint(folder: Path, prepared: Path, step: int, *overrides: str, holds_tokenizer: bool = True) -> Path:
+    """A checkpoint of random weights that are its own. `holds_tokenizer`: as none of a run does."""
+    config, manifest = small_config(prepared, *overrides), Manifest.load(prepared)
     generator = torch.Generator().manual_seed(step)
     origin = WeightsOrigin(
         config=config,
         source="a test",
-        tokenizer=StoredTokenizer.of(Manifest.load(prepared)),
+        tokenizer=StoredTokenizer.of(manifest) if holds_tokenizer else None,
+        tokenizer_sha256=manifest.tokenizer.sha256,
+        manifest_digest=manifest.digest,
         progress=Progress(step, 8 * step),
     )
     shapes = {name: p.shape for name, p in build_model(config.model, seed=0).named_parameters()}
@@ -56,6 +61,49 @@ def test_the_mean_is_that_of_numpy(
     saved = load_model(out)
     assert saved.checkpoint.progress == Progress(30, 240) and saved.config.model.dropout == 0.1
     assert saved.tokenizer.vocab_size == 400
+
+
+def test_the_mean_of_moving_averages_is_of_them_and_says_so(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [checkpoint(tmp_path, prepared, step) for step in (1, 2)]
+    averages = [add_moving_average(folder, lambda value: value * 2 + 1) for folder in folders]
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    names = ", ".join(folder.name for folder in folders)
+    for out, given, said in (
+        (both, folders, f"mean of the moving average of {names}"),
+        (alone, folders[:1], f"moving average of {folders[0].name}"),
+    ):
+        assert main(["average", *map(str, given), "--to", str(out), "--ema"]) == 0
+        assert capsys.readouterr().out == f"{out}: {said}\n"
+        assert Checkpoint.open(out).state["weights_only"]["source"] == said
+    for name, value in whole_tensors(both).items():
+        key = name.removeprefix("master/")
+        mean = (averages[0][key].double() + averages[1][key].double()) / 2
+        np.testing.assert_allclose(value.numpy(), mean.numpy(), rtol=1e-7, atol=1e-9, err_msg=name)
+        assert torch.equal(whole_tensors(alone)[name], averages[0][key])
+
+
+def test_the_mean_holds_the_tokenizer_of_the_data_where_no_checkpoint_does(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    folders = [checkpoint(tmp_path, data, step, holds_tokenizer=False) for step in (1, 2)]
+    manifest = Manifest.load(data)
+    out = tmp_path / "mean"
+    assert main(["average", *map(str, folders), "--to", str(out)]) == 0
+    shutil.rmtree(data)
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(prepared / "tokenizer.model"))
+    assert load_model(out).tokenizer.encode("The river is wide.") == peer.encode("The river is wide.")
+    state = Checkpoint.open(out).state
+    assert (state["tokenizer_sha256"], state["manifest_digest"]) == (manifest.tokenizer.sha256, manifest.digest)
+
+    # Without the data the weights are averaged all the same, and the tokenizer is still known by its digest.
+    again = tmp_path / "again"
+    assert main(["average", *map(str, folders), "--to", str(again)]) == 0
+    state = Checkpoint.open(again).state
+    assert state["weights_only"]["tokenizer"] is None and state["tokenizer_sha256"] == manifest.tokenizer.sha256
+    for name, value in whole_tensors(again).items():
+        assert torch.equal(value, whole_tensors(out)[name])
 
 
 def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,32 @@ def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
     assert read_at(base, log) == read_at(base, twin_log)
 
 
+def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_it(base: Path, tmp_path: Path) -> None:
+    """Two steps are left out and the run is killed before the next checkpoint; with other weights the same positions
+    are other windows, and none of them is left out."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    log.mkdir()
+
+    def take(mix: dict[str, float], until: int, prepare: Callable[..., None], *given: object) -> None:
+        config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, "resilience.spike_skip_steps=2", ALLOWED)
+        assert set(run_ranks(train_with, 1, config, run, prepare, *given)) == {"FINISHED"}
+
+    take(FIRST, CHANGE + 4, note_reads_and_spike, log, (CHANGE + 1) * G + 3)
+    begin = CHANGE * G
+    (rollback,) = events(run, "rollback")
+    assert rollback["skipped"] == [begin, begin + 2 * G]
+    assert rollback["manifest_digest"] == Sources.load(mixed(base, FIRST)).digest
+    saved = {Checkpoint.open(path).progress.step: path for path in list_checkpoints(run / "checkpoints")}
+    for step in range(CHANGE + 1, CHANGE + 5):
+        shutil.rmtree(saved[step])  # as if it had been killed before each
+    for path in log.iterdir():
+        path.unlink()
+    take(SECOND, 10, note_reads, log)
+    expected = Expected(base, FIRST)
+    expected.stage(FIRST, begin)
+    assert read_at(base, log) == dict(enumerate(expected.stage(SECOND, 4 * G), begin))
+
+
 def test_the_sequences_of_a_stage_are_counted_without_what_was_left_out_before_it(base: Path) -> None:
     """Counted one by one."""
     config = mixed(base, FIRST)

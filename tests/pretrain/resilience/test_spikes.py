@@ -44,11 +44,23 @@ def test_nothing_stands_out_from_too_few_or_from_nothing() -> None:
 
 def test_ranges_ahead_of_a_checkpoint_are_added_and_those_behind_are_its_own() -> None:
     rollbacks = [Rollback("a", 9, 8, (56, 72)), Rollback("b", 5, 5), Rollback("c", 20, 19, (160, 176))]
-    assert with_skips(Progress(3, 24), rollbacks) == Progress(3, 24, ((56, 72), (160, 176)))
+    assert with_skips(Progress(3, 24), rollbacks, "") == Progress(3, 24, ((56, 72), (160, 176)))
     resumed = Progress(12, 96, ((56, 72),))  # next position: 112
-    assert with_skips(resumed, rollbacks) == Progress(12, 96, ((56, 72), (160, 176)))
+    assert with_skips(resumed, rollbacks, "") == Progress(12, 96, ((56, 72), (160, 176)))
     # A checkpoint of before the first rollback, saved by another course of the run: it did read 56 to 71.
-    assert with_skips(Progress(12, 96), rollbacks[:1]) == Progress(12, 96)
+    assert with_skips(Progress(12, 96), rollbacks[:1], "") == Progress(12, 96)
+
+
+def test_a_range_counts_for_the_data_alone_that_it_was_left_out_of() -> None:
+    """A rollback from before the digest was kept counts for any."""
+    rollbacks = [
+        Rollback("a", 9, 8, (56, 72), manifest_digest="0a"),
+        Rollback("b", 15, 14, (104, 112), manifest_digest="0b"),
+        Rollback("c", 20, 19, (160, 176)),
+    ]
+    for digest, skipped in (("0a", (56, 72)), ("0b", (104, 112))):
+        assert with_skips(Progress(3, 24), rollbacks, digest) == Progress(3, 24, (skipped, (160, 176)))
+    assert with_skips(Progress(3, 24), rollbacks, "0c") == Progress(3, 24, ((160, 176),))
 
 
 def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:

@@ -213,6 +213,35 @@ def test_the_picture_has_the_losses_of_a_few_sources(tmp_path: Path) -> None:
     assert len(drawn(runs_of(one, other))) > 10_000
 
 
+@pytest.mark.parametrize(
+    "loss, norm, logarithmic",
+    [
+        (8.0, 2.0, set()),
+        (math.nan, math.inf, set()),
+        (9e3, 2.0, {"training loss"}),
+        (8.0, 0.05, {"gradient norm before clipping"}),
+        (8.0, 0.0, set()),  # which has no logarithm
+    ],
+)
+def test_losses_and_norms_more_than_a_decade_apart_have_a_logarithmic_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, norm: float, logarithmic: set[str]
+) -> None:
+    """One run that blew up leaves the others apart; the first step of it is like theirs."""
+    found: dict[str, str] = {}
+    layout = Figure.tight_layout
+
+    def noted(figure: Figure, **options: Any) -> None:
+        found.update({axes.get_title(): axes.get_yscale() for axes in figure.axes})
+        layout(figure, **options)
+
+    monkeypatch.setattr(Figure, "tight_layout", noted)
+    calm = write(tmp_path / "calm", [row(n, 3.0) for n in (1, 2, 3)])
+    wild = write(tmp_path / "wild", [row(1, 3.0), row(2, loss, grad_norm=norm), row(3, loss)])
+    drawn(runs_of(calm, wild))
+    assert len(found) == 6
+    assert {title.partition(" against")[0] for title, scale in found.items() if scale == "log"} == logarithmic
+
+
 def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curves(tmp_path: Path) -> None:
     alone = of_mixture(tmp_path / "alone", {4: {}})
     four = of_mixture(tmp_path / "four", {4: dict.fromkeys("abcd", 4.0)})

@@ -148,6 +148,26 @@ def test_losses_are_drawn_for_numbers_words_and_what_no_logarithm_has(tmp_path: 
     assert not math.isclose(float(picture.std()), 0.0)
 
 
+def test_the_legend_says_which_of_two_weights_a_value_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: set[str] = set()
+    plot = Axes.plot
+
+    def noted(axes: Axes, *given: Any, **options: Any) -> Any:
+        labels.add(options.get("label", ""))
+        return plot(axes, *given, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    keys = ["data.sources.0.weight", "data.sources.1.weight"]
+    results = []
+    for first, second in (("1", "2"), ("2", "1")):
+        found = result(tmp_path, f"{first},{second}", [3.0])
+        run = SweepRun(name=found.run.name, config="x", values=dict(zip(keys, (first, second), strict=True)))
+        results.append(Result.read(run, tmp_path, None, ""))
+    losses_drawn(results, keys)
+    for label in ("sources.0.weight=1", "sources.1.weight=2"):
+        assert label in labels
+
+
 def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
