@@ -107,6 +107,21 @@ def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_all_ranks_together_leave_out_or_hold_twice_is_refused() -> None:
+    def planned(start: int, size: int) -> Metadata:
+        """The first rank has elements 0 and 1 of 4, the second `size` from `start` on."""
+        planners = SavePlanner(), SavePlanner()
+        for planner, (offset, length) in zip(planners, ((0, 2), (start, size)), strict=True):
+            planner.set_up_planner({"x": Fragments((4,), [Chunk((offset,), torch.ones(length))])})
+        return planners[0].create_global_plan([planner.create_local_plan() for planner in planners])[1]
+
+    assert len(planned(2, 2).state_dict_metadata["x"].chunks) == 2
+    with pytest.raises(ValueError, match="^x: 3 of 4 elements$"):
+        planned(2, 1)
+    with pytest.raises(ValueError, match="^x: overlapping chunks"):
+        planned(1, 2)
+
+
 def random_cuts(random: Random, shape: tuple[int, ...], pieces: int) -> list[Rectangle]:
     """The rectangles of flat ranges that together are the tensor."""
     cuts = sorted(random.sample(range(1, math.prod(shape)), pieces - 1))
