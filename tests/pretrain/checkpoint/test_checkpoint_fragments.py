@@ -116,9 +116,9 @@ def test_what_all_ranks_together_leave_out_or_hold_twice_is_refused() -> None:
         return planners[0].create_global_plan([planner.create_local_plan() for planner in planners])[1]
 
     assert len(planned(2, 2).state_dict_metadata["x"].chunks) == 2
-    with pytest.raises(ValueError, match="^x: 3 of 4 elements$"):
+    with pytest.raises(ValueError, match=r"^x: 3 of 4 elements$"):
         planned(2, 1)
-    with pytest.raises(ValueError, match="^x: overlapping chunks"):
+    with pytest.raises(ValueError, match=r"^x: overlapping chunks"):
         planned(1, 2)
 
 
