@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,8 +19,10 @@ from typing import Any
 import pytest
 
 from common.run_lock import FolderLock
+from launch.sweeps import check
 from launch.sweeps.command import main
-from pretrain.config.loading import to_json
+from pretrain.config.loading import load_config, to_json
+from pretrain.report.disk_space import checkpoint_space
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
 from tests.launch.launcher import ROOT, environment
@@ -39,6 +42,8 @@ code = json.loads((own / "codes.json").read_text()).get(rate, 0)
 print("trains", rate, flush=True)
 if code == 2:
     sys.exit(2)
+if code == "is killed":
+    signal.raise_signal(signal.SIGKILL)
 if code == "waits":
     signal.signal(signal.SIGTERM, lambda *_: None)
     (own / "waits").touch()
@@ -53,7 +58,7 @@ rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second
 (folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
 sys.exit(1 if code else 0)  # as deepspeed, which may return another code
 """
-"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for SIGTERM."""
+"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, `is killed`, or `waits` for SIGTERM."""
 
 
 class Case:
@@ -115,6 +120,18 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(case: Case, capsys: p
     assert not case.dir.exists()
 
 
+def test_a_disk_without_room_for_the_checkpoints_of_all_runs_is_said_before_the_first_starts(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run checks the disk for its own alone."""
+    needed = 2 * checkpoint_space(load_config(case.config), case.dir).wanted
+    said = f"no room for the checkpoints of all runs: {needed:,} bytes are needed, {needed - 1:,} are free"
+    for free, words in ((needed, ""), (needed - 1, f"warning: the disk of {case.dir} has {said}")):
+        monkeypatch.setattr(check, "free_bytes", lambda _, free=free: free)
+        assert main(case.line(*VARY, "--dry-run")) == 0
+        assert capsys.readouterr().err.partition(";")[0] == words
+
+
 def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run("--vary", f"{RATE}=2e-3,1e-3") == 0
     printed = capsys.readouterr().out
@@ -133,16 +150,16 @@ def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.Capt
 def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_failed(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3")
-    case.ends(**{"2e_3": 1, "3e_3": 2, "4e_3": 3})
+    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3,5e-3")
+    case.ends(**{"2e_3": 1, "3e_3": 2, "4e_3": 3, "5e_3": "is killed"})
     assert case.run(*rates) == 1
     said = capsys.readouterr()
-    for words in ("failed, code 1", "failed, code 2", "diverged at step 2"):
+    for words in ("failed, code 1\n", "failed, code 2\n", "diverged at step 2\n", "failed, code 137\n"):
         assert words in said.out
     assert "x,learning_rate=3e-3.log says more" in said.err
     case.ends()
     assert case.run(*rates) == 1, "the one that diverged stays so"
-    assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "2e-3", "3e-3"]
+    assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "2e-3", "3e-3", "5e-3"]
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
 
 
@@ -306,28 +323,32 @@ def test_a_stop_is_handed_on_and_the_same_command_goes_on(case: Case, capsys: py
     assert case.trained == ["1e-3", "1e-3", "2e-3"]
 
 
-def test_every_run_is_submitted_as_a_job_and_none_twice(
+def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_counts_among_those_at_once(
     case: Case,
     sbatch: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    squeue = sbatch.parent / "bin" / "squeue"
-    squeue.write_text('#!/bin/sh\n[ "$3" = 42 ] && echo 42 RUNNING || true\n')
+    squeue, queue = sbatch.parent / "bin" / "squeue", sbatch.parent / "queue"
+    squeue.write_text(f'#!/bin/sh\ngrep -x "$3" "{queue}" || true\n')
     squeue.chmod(0o755)
-    options = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
-    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3")
-    assert main(case.line(*rates, "--submit", "--at-once", "1", *options)) == 0
-    scripts = [Path(call[-1]) for call in calls(sbatch)]
-    assert [path.parent.parent.name for path in scripts] == [f"x,learning_rate={n}e-3" for n in (1, 2, 3)]
-    waits = [[line for line in path.read_text().splitlines() if "dependency" in line] for path in scripts]
-    assert waits == [[], ["#SBATCH --dependency=afterany:41"], ["#SBATCH --dependency=afterany:42"]]
-    assert "cancel  scancel 41 42 43" in capsys.readouterr().out
-    assert main(case.line(*rates, "--submit", *options)) == 0
-    assert [Path(call[-1]).parent.parent.name for call in calls(sbatch)[3:]] == [
-        "x,learning_rate=1e-3",
-        "x,learning_rate=3e-3",
-    ], "job 42 is in the queue"
+    line = case.line("--vary", f"{RATE}=1e-3,2e-3,3e-3", "--submit", "--at-once", "1")
+    line += ["--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local"]
+
+    def submitted(*in_queue: str) -> list[list[str]]:
+        """Of every job the rate, and the job for whose end it waits."""
+        queue.write_text("".join(f"{job}\n" for job in in_queue))
+        before = len(calls(sbatch)) if sbatch.exists() else 0
+        assert main(line) == 0
+        scripts = [Path(call[-1]) for call in calls(sbatch)[before:]]
+        waits = [re.findall(r"(?m)^#SBATCH --dependency=afterany:(\d+)$", path.read_text()) for path in scripts]
+        return [[path.parts[-3].partition("=")[2], *job] for path, job in zip(scripts, waits, strict=True)]
+
+    assert submitted() == [["1e-3"], ["2e-3", "41"], ["3e-3", "42"]]
+    said = capsys.readouterr()
+    assert "cancel  scancel 41 42 43" in said.out
+    assert said.err.count("warning: --cpus-per-rank: is not given") == 1, "once, not for every run"
+    assert submitted("42") == [["1e-3", "42"], ["3e-3", "44"]]
+    assert submitted("42", "44") == [["3e-3", "44"]], "44 was submitted last, though of the first run"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
     assert "not begun (job 44)" in capsys.readouterr().out
 
