@@ -104,9 +104,9 @@ def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
     assert rate.endswith("(in x,learning_rate=-1,global_sequences=8 and 1 other)")
     (batch,) = [line for line in said if "batch.global_sequences: 9" in line]
     assert batch.endswith("(in x,learning_rate=1e-3,global_sequences=9)")
-    assert case.run(*VARY, "--set", f"data.manifest={case.folder / 'gone'}") == 2
+    assert case.run("--vary", f"{RATE}=1e-3", "--set", f"data.manifest={case.folder / 'gone'}") == 2
     (data,) = capsys.readouterr().err.splitlines()
-    assert data.startswith("error: data.manifest: ") and data.endswith("(in every run)")
+    assert data.startswith("error: data.manifest: ") and data.endswith("(in x,learning_rate=1e-3)")
     assert not case.dir.exists() and not case.trained
 
 
