@@ -15,8 +15,8 @@ from launch.slurm import training
 from launch.sweeps.record import Sweep
 from pretrain.views.sweep import SweepRun
 
-OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run")
-"""Options of submit.py that the sweep gives, or that are for a single run."""
+OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run", "--help", "-h")
+"""Options of submit.py that the sweep gives, or that are for a single run, or for none."""
 
 SQUEUE_SECONDS = 120.0
 

@@ -293,6 +293,7 @@ def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
         (("--launcher", 'a "b'), '--launcher a "b: is no command'),
         (("--", "--nodes", "2"), "--nodes: options behind -- are for SLURM; add --submit"),
         (("--submit", "--", "--run-dir=x"), "--run-dir: stands behind --"),
+        (("--submit", "--", "--help"), "--help: stands behind --"),
         (("--submit", "--at-once", "1", "--", "--after", "3"), "--at-once: lets jobs wait for each other"),
     ],
 )
