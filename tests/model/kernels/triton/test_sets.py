@@ -110,5 +110,7 @@ def test_what_cannot_be_grouped_is_refused() -> None:
             resolved(dtype, *widths)
     for op in (VALUE, OUTPUT):
         case = inputs(op, SMALL, torch.float32)
-        with pytest.raises(ValueError, match=r"backend=sets .* of the same dtype, not torch\.float32 by torch\.bfloat16"):
+        with pytest.raises(
+            ValueError, match=r"backend=sets .* of the same dtype, not torch\.float32 by torch\.bfloat16"
+        ):
             op.call(case.rows, case.choice, case.experts.bfloat16(), backend="sets")
