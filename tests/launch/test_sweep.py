@@ -152,7 +152,8 @@ def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_f
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3,5e-3")
-    case.ends(**{"2e_3": 1, "3e_3": 2, "4e_3": 3, "5e_3": "is killed"})
+    ends: dict[str, int | str] = {"2e_3": 1, "3e_3": 2, "4e_3": 3, "5e_3": "is killed"}
+    case.ends(**ends)
     assert case.run(*rates) == 1
     said = capsys.readouterr()
     for words in ("failed, code 1\n", "failed, code 2\n", "diverged at step 2\n", "failed, code 137\n"):
