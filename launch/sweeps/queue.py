@@ -15,8 +15,8 @@ from launch.slurm import training
 from launch.sweeps.record import Sweep
 from pretrain.views.sweep import SweepRun
 
-OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run")
-"""Options of submit.py that the sweep gives, or that are for a single run."""
+OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run", "--help", "-h")
+"""Options of submit.py that the sweep gives, or that are for a single run, or for none."""
 
 SQUEUE_SECONDS = 120.0
 
@@ -49,17 +49,18 @@ class Queue:
 
     def submit_all(self, runs: Sequence[SweepRun]) -> None:
         """Submits what is not in the queue yet. Raises UserError."""
-        waiting: list[str] = []
+        waiting, left = [], []
         for run in runs:
             result = self._sweep.result(run)
-            job = result.job
-            if job and is_queued(job):
-                print(f"{run.name}: job {job} is in the queue already", flush=True)
-                waiting.append(job)
-                continue
-            if result.state is not None and result.state.goes_on:
+            if result.job and is_queued(result.job):
+                print(f"{run.name}: job {result.job} is in the queue already", flush=True)
+                waiting.append(result.job)
+            elif result.state is not None and result.state.goes_on:
                 print(f"{run.name}: passed over: another process trains it", flush=True)
-                continue
+            else:
+                left.append(run)
+        waiting.sort(key=int)  # each waits for one before it, and a run may have been submitted anew
+        for run in left:
             line = self.command(run)
             if self._at_once is not None and len(waiting) >= self._at_once:
                 # Whatever becomes of that one: a requeued job has not ended.

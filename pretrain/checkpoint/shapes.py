@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.errors import UserError
+from common.tables import counted
 from model.config import ModelConfig
 from model.parameters import owner_of, parameter_specs
 from pretrain.checkpoint.folder import Checkpoint
@@ -21,7 +22,7 @@ def check_shapes(checkpoint: Checkpoint, config: ModelConfig, key: str) -> None:
         if saved.get(name) != shape:
             wrong.append(f"{name} is {shape} here and {saved.get(name) or 'missing'} there")
     if wrong:
-        more = f" (and {len(wrong) - 1} more parameters)" if len(wrong) > 1 else ""
+        more = f" (and {counted(len(wrong) - 1, 'more parameter')})" if len(wrong) > 1 else ""
         raise UserError(
             f"{key}: {checkpoint.path} is of another model: {wrong[0]}{more}; give the model the sizes that it has "
             f"there, or name another checkpoint"

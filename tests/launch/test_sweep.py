@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from common.run_lock import FolderLock
+from launch.sweeps import check
 from launch.sweeps.command import main
-from pretrain.config.loading import to_json
+from pretrain.config.loading import load_config, to_json
+from pretrain.report.disk_space import checkpoint_space
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
 from tests.launch.launcher import ROOT, environment
-from tests.launch.slurm.test_submit import calls, sbatch  # noqa: F401  # a fixture
 from tests.pretrain.runs import small_config
 
 RATE = "optimizer.learning_rate"
@@ -39,6 +40,8 @@ code = json.loads((own / "codes.json").read_text()).get(rate, 0)
 print("trains", rate, flush=True)
 if code == 2:
     sys.exit(2)
+if code == "is killed":
+    signal.raise_signal(signal.SIGKILL)
 if code == "waits":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, _: (own / "got").write_text(str(number)))
@@ -54,7 +57,7 @@ rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second
 (folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
 sys.exit(1 if code else 0)  # as deepspeed, which may return another code
 """
-"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, or `waits` for a signal."""
+"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, `is killed`, or `waits` for a signal."""
 
 
 class Case:
@@ -102,6 +105,9 @@ def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
     assert rate.endswith("(in x,learning_rate=-1,global_sequences=8 and 1 other)")
     (batch,) = [line for line in said if "batch.global_sequences: 9" in line]
     assert batch.endswith("(in x,learning_rate=1e-3,global_sequences=9)")
+    assert case.run("--vary", f"{RATE}=1e-3", "--set", f"data.manifest={case.folder / 'gone'}") == 2
+    (data,) = capsys.readouterr().err.splitlines()
+    assert data.startswith("error: data.manifest: ") and data.endswith("(in x,learning_rate=1e-3)")
     assert not case.dir.exists() and not case.trained
 
 
@@ -133,6 +139,18 @@ def test_the_weight_of_a_source_is_varied_as_a_key_of_its_entry(
     assert "data.sources is a list without entry 1; its entries are 0 to 0" in said
 
 
+def test_a_disk_without_room_for_the_checkpoints_of_all_runs_is_said_before_the_first_starts(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run checks the disk for its own alone."""
+    needed = 2 * checkpoint_space(load_config(case.config), case.dir).wanted
+    said = f"no room for the checkpoints of all runs: {needed:,} bytes are needed, {needed - 1:,} are free"
+    for free, words in ((needed, ""), (needed - 1, f"warning: the disk of {case.dir} has {said}")):
+        monkeypatch.setattr(check, "free_bytes", lambda _, free=free: free)
+        assert main(case.line(*VARY, "--dry-run")) == 0
+        assert capsys.readouterr().err.partition(";")[0] == words
+
+
 def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run("--vary", f"{RATE}=2e-3,1e-3") == 0
     printed = capsys.readouterr().out
@@ -151,16 +169,17 @@ def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.Capt
 def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_failed(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3")
-    case.ends(**{"2e_3": 1, "3e_3": 2, "4e_3": 3})
+    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3,4e-3,5e-3")
+    ends: dict[str, int | str] = {"2e_3": 1, "3e_3": 2, "4e_3": 3, "5e_3": "is killed"}
+    case.ends(**ends)
     assert case.run(*rates) == 1
     said = capsys.readouterr()
-    for words in ("failed, code 1", "failed, code 2", "diverged at step 2"):
+    for words in ("failed, code 1\n", "failed, code 2\n", "diverged at step 2\n", "failed, code 137\n"):
         assert words in said.out
     assert "x,learning_rate=3e-3.log says more" in said.err
     case.ends()
     assert case.run(*rates) == 1, "the one that diverged stays so"
-    assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "2e-3", "3e-3"]
+    assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "2e-3", "3e-3", "5e-3"]
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
 
 
@@ -293,6 +312,7 @@ def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
         (("--launcher", 'a "b'), '--launcher a "b: is no command'),
         (("--", "--nodes", "2"), "--nodes: options behind -- are for SLURM; add --submit"),
         (("--submit", "--", "--run-dir=x"), "--run-dir: stands behind --"),
+        (("--submit", "--", "--help"), "--help: stands behind --"),
         (("--submit", "--at-once", "1", "--", "--after", "3"), "--at-once: lets jobs wait for each other"),
     ],
 )
@@ -331,68 +351,6 @@ def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: py
     assert case.run(*VARY) == 85
     assert capsys.readouterr().out.endswith("stopped at step 2\nstopped; the same command goes on\n")
     assert case.trained == ["1e-3"]
-
-
-def test_every_run_is_submitted_as_a_job_and_none_twice(
-    case: Case,
-    sbatch: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    squeue = sbatch.parent / "bin" / "squeue"
-    squeue.write_text('#!/bin/sh\n[ "$3" = 42 ] && echo 42 RUNNING || true\n')
-    squeue.chmod(0o755)
-    options = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
-    rates = ("--vary", f"{RATE}=1e-3,2e-3,3e-3")
-    assert main(case.line(*rates, "--submit", "--at-once", "1", *options)) == 0
-    scripts = [Path(call[-1]) for call in calls(sbatch)]
-    assert [path.parent.parent.name for path in scripts] == [f"x,learning_rate={n}e-3" for n in (1, 2, 3)]
-    waits = [[line for line in path.read_text().splitlines() if "dependency" in line] for path in scripts]
-    assert waits == [[], ["#SBATCH --dependency=afterany:41"], ["#SBATCH --dependency=afterany:42"]]
-    assert "cancel  scancel 41 42 43" in capsys.readouterr().out
-    assert main(case.line(*rates, "--submit", *options)) == 0
-    assert [Path(call[-1]).parent.parent.name for call in calls(sbatch)[3:]] == [
-        "x,learning_rate=1e-3",
-        "x,learning_rate=3e-3",
-    ], "job 42 is in the queue"
-    assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
-    assert "not begun (job 44)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "error, submitted", [("Unable to contact slurm controller (connect failure)", 2), ("Invalid job id specified", 4)]
-)
-def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
-    case: Case,
-    sbatch: Path,  # noqa: F811
-    error: str,
-    submitted: int,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    squeue = sbatch.parent / "bin" / "squeue"
-    squeue.write_text(f'#!/bin/sh\necho "slurm_load_jobs error: {error}" >&2; exit 1\n')
-    squeue.chmod(0o755)
-    line = case.line(*VARY, "--submit", "--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
-    line += ["--cpus-per-rank", "2"]
-    assert main(line) == 0
-    assert main(line) == (2 if submitted == 2 else 0)
-    assert len(calls(sbatch)) == submitted
-    if submitted == 2:
-        assert (
-            f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
-        )
-
-
-def test_what_the_job_would_refuse_is_said_before_any_is_submitted(
-    case: Case,
-    sbatch: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = ("--submit", "--", "--nodes", "3", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
-    assert main(case.line(*VARY, *options)) == 2
-    said = capsys.readouterr().err
-    assert "batch.global_sequences: 8 is not divisible" in said and "(in every run)" in said
-    assert not sbatch.exists() and not case.dir.exists()
 
 
 @pytest.mark.slow  # two processes that import torch; test_a_sweep_trains_ranks_and_draws_its_runs has all but training

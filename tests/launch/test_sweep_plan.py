@@ -29,6 +29,7 @@ def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
     )
     keys = {"model.attention.num_experts": "4", "model.feedforward.num_experts": "8"}
     assert run_name("x", keys) == "x,model.attention.num_experts=4,model.feedforward.num_experts=8"
+    assert run_name("x", {"a": "1" * 40}) == f"x,a={'1' * 40}"
 
 
 def test_a_key_of_an_entry_of_a_list_is_named_with_the_entry() -> None:
@@ -74,6 +75,7 @@ def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
         (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
         (["a=0,0.0"], "--vary a: 0,0.0 has a value twice"),
         (["a=[1.0],[1]"], "has a value twice"),
+        (['a={"b":1,"c":2},{"c":2,"b":1}'], "has a value twice"),
         (["a.b=1", 'a={"b":1}'], "--vary a: overlaps with a.b, and one would replace the other"),
         (["train.steps.x=1"], "--vary train.steps.x: overlaps with train.steps"),
         (["a=1", "a=2"], "--vary a: stands in another --vary or --set too"),
@@ -91,6 +93,23 @@ def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], wor
 def test_a_value_too_deep_for_json_is_kept_for_the_check_of_its_key() -> None:
     deep = "[" * 100_000
     assert varied([f"a={deep}"], []) == {"a": [deep]}
+
+
+def test_a_configuration_is_named_by_its_file_and_that_of_a_run_by_its_folder(tmp_path: Path) -> None:
+    run, plain = tmp_path / "run 1" / "config.json", tmp_path / "plain" / "config.json"
+    for path in (run, plain):
+        path.parent.mkdir()
+        path.touch()
+    for name in ("outcome.json", "events.jsonl"):
+        (run.parent / name).touch()
+    (plain.parent / "x.json").touch()
+    given = [str(run.parent), str(plain), str(run.with_name("outcome.json")), str(plain.with_name("x.json"))]
+    assert configurations(given) == {
+        "run-1": run,
+        "config": plain,
+        "outcome": run.with_name("outcome.json"),
+        "x": plain.with_name("x.json"),
+    }
 
 
 def test_configurations_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def _begin_both(folder: Path, configs: dict[str, Path], *rates: str) -> None:
         sweep.begin(configs)
 
 
+def test_a_sweep_may_begin_in_an_empty_folder_and_not_where_a_file_is(folder: Path, configs: dict[str, Path]) -> None:
+    folder.mkdir()
+    Sweep.open(folder, [RATE], [], configs).begin(configs)
+    with pytest.raises(UserError, match=r"^--sweep-dir: .*x\.json is a file"):
+        Sweep.open(configs["x"] / "sweep", [RATE], [], configs)
+
+
 def test_what_another_command_noted_while_this_one_checked_its_runs_stays(
     folder: Path, configs: dict[str, Path]
 ) -> None:

@@ -3,6 +3,8 @@ and empty shares."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +13,7 @@ from model.config import ModelConfig
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
-from model.parallel.exchange import collect, spread
+from model.parallel.exchange import Exchange, collect, spread
 from tests.harness import run_ranks
 
 D, EXPERTS, WIDTH, CHOICES, T = 8, 6, 4, 2, 5
@@ -124,6 +126,15 @@ def compare(rank: int, router: str, training: bool) -> None:
 def test_a_layer_computes_the_same() -> None:
     """With every backend, in training (with expert dropout) and evaluation."""
     run_ranks(exchange, 3)
+
+
+def test_received_rows_are_grouped_by_expert_in_the_order_of_their_sources() -> None:
+    no_group: Any = None
+    for load in ([[2, 0, 1], [0, 3, 1]], [[0, 0], [0, 4], [1, 2]], [[5]], [[0, 0]]):
+        exchange = Exchange(no_group, sent=[], received=list(map(sum, load)), received_load=torch.tensor(load))
+        experts = [expert for source in load for expert, rows in enumerate(source) for _ in range(rows)]
+        assert exchange.row_experts().tolist() == experts
+        assert exchange.row_order().tolist() == sorted(range(len(experts)), key=experts.__getitem__)
 
 
 def test_spread_and_collect_are_adjoint_and_sum_in_fp32() -> None:

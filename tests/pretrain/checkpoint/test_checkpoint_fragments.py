@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import _validate_global_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -34,7 +35,7 @@ from pretrain.checkpoint.fragments import (
     single_fragment,
 )
 from pretrain.checkpoint.loading import read
-from pretrain.checkpoint.planners import SavePlanner
+from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
 from pretrain.checkpoint.storage import Entry, Reader, Writer, write_safetensors
 
 SHAPES = [(), (1,), (7,), (1, 5), (3, 4), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 3, 2)]
@@ -105,6 +106,53 @@ def test_overlapping_rectangles_are_refused_before_anything_is_written(tmp_path:
     with pytest.raises(dcp.CheckpointException, match="overlapping chunks"):
         save(tmp_path, {"x": twice})
     assert not list(tmp_path.iterdir())
+
+
+def places(metadata: Metadata) -> set[MetadataIndex]:
+    """Name and beginning of every rectangle."""
+    found = metadata.state_dict_metadata.items()
+    tensors = [(name, saved) for name, saved in found if isinstance(saved, TensorStorageMetadata)]
+    return {MetadataIndex(name, chunk.offsets) for name, saved in tensors for chunk in saved.chunks}
+
+
+def test_what_all_ranks_together_leave_out_or_hold_twice_is_refused() -> None:
+    def planned(start: int, size: int) -> Metadata:
+        """The first rank has elements 0 and 1 of 4, the second `size` from `start` on."""
+        planners = SavePlanner(), SavePlanner()
+        for planner, (offset, length) in zip(planners, ((0, 2), (start, size)), strict=True):
+            planner.set_up_planner({"x": Fragments((4,), [Chunk((offset,), torch.ones(length))])})
+        return planners[0].create_global_plan([planner.create_local_plan() for planner in planners])[1]
+
+    assert places(planned(2, 2)) == {MetadataIndex("x", torch.Size([place])) for place in (0, 2)}
+    with pytest.raises(ValueError, match=r"^x: 3 of 4 elements$"):
+        planned(2, 1)
+    with pytest.raises(ValueError, match=r"^x: overlapping chunks"):
+        planned(1, 2)
+
+
+def test_what_a_rank_had_before_is_sent_no_more_and_planned_again_only_beside_something_new() -> None:
+    agreed = AgreedPlan(), AgreedPlan()
+
+    def save_on_both(*of_second: str) -> tuple[list[int], list[list[str]], Metadata]:
+        """How many rectangles each rank sends, the names of those that it writes, and what the first rank planned."""
+        planners = [SavePlanner(known) for known in agreed]
+        for number, (planner, more) in enumerate(zip(planners, ((), of_second), strict=True)):
+            half = Fragments((4,), [Chunk((2 * number,), torch.ones(2))])
+            planner.set_up_planner({"x": half} | {name: single_fragment(torch.ones(3)) for name in more})
+        sent = [planner.create_local_plan() for planner in planners]
+        told, metadata = planners[0].create_global_plan(sent)
+        written = [planner.finish_plan(plan) for planner, plan in zip(planners, told, strict=True)]
+        names = [[item.index.fqn for item in plan.items] for plan in written]
+        assert {item.index for plan in written for item in plan.items} == places(metadata)
+        return [len(plan.items) for plan in sent], names, metadata
+
+    planned = []
+    for more, sent in (((), [1, 1]), ((), [0, 0]), (("y",), [0, 2]), (("y",), [0, 0]), (("z",), [0, 2])):
+        *found, metadata = save_on_both(*more)
+        assert found == [sent, [["x"], ["x", *more]]]
+        planned.append(metadata)
+    assert planned[0] is planned[1] and planned[2] is planned[3], "the first rank plans nothing"
+    assert [sorted(metadata.state_dict_metadata) for metadata in planned[1::2]] == [["x"], ["x", "y"]]
 
 
 def random_cuts(random: Random, shape: tuple[int, ...], pieces: int) -> list[Rectangle]:

@@ -18,6 +18,7 @@ from data_prep.shards.format import Manifest
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint.initial import initial_checkpoint
+from pretrain.checkpoint.shapes import check_shapes, full_shapes
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
@@ -94,6 +95,23 @@ def test_what_does_not_fit_leaves_nothing(prepared: Path, tmp_path: Path, monkey
     written(place, prepared, weights)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     refused(lambda: weights, "--to: .*out exists; name a folder that does not")
+
+
+def test_parameters_that_are_missing_or_of_another_shape_are_counted_and_the_first_is_named(prepared: Path) -> None:
+    config = small_config(prepared, TIED).model
+    shapes = {name: list(value.shape) for name, value in parameters(prepared).items()}
+    first, second, third = list(full_shapes(config))[:3]
+    assert full_shapes(config) == shapes
+    check_shapes(Checkpoint(Path("x"), {"parameters": shapes | {"another": [1]}}), config, "key")
+    for saved, words in (
+        ({first: None}, "missing there; give"),
+        ({first: [1]}, "[1] there; give"),
+        ({first: None, third: [1]}, "missing there (and 1 more parameter); give"),
+        ({first: [1], second: [1], third: None}, "[1] there (and 2 more parameters); give"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_shapes(Checkpoint(Path("x"), {"parameters": shapes | saved}), config, "key")
+        assert f"key: x is of another model: {first} is {shapes[first]} here and {words}" in str(refused.value)
 
 
 def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_path: Path) -> None:

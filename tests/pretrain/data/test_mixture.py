@@ -85,9 +85,13 @@ def test_every_window_of_every_source_is_read_once_per_epoch(
         own = windows[(windows >= first) & (windows < first + size)] - first
         for epoch in range(len(own) // size):
             assert sorted(own[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+        seed = "17" if len(weights) == 1 else f"17/source {source}"
+        order = window_order(np.arange(len(own)), size, seed=seed, block_windows=block, blocks=3)
+        assert np.array_equal(own, order), "another order than that of earlier versions"
         assert stream.source_epochs(count)[source] == len(own) / size
         first += size
     assert stream.source_epochs(count)[0] == pytest.approx(epochs, abs=2 / reader.sizes[0])
+    assert stream.epoch(count) == count / reader.num_windows
 
 
 @pytest.mark.parametrize("kind", ["one", "mixture", "blocks", "streams"])

@@ -15,7 +15,7 @@ from pretrain.data.windows import TrainingStream
 from pretrain.resilience.rollback import Rollback, record
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.data.test_stages import ALLOWED, FIRST, SECOND, Expected, G, base, mixed, note_reads, read_at
+from tests.pretrain.data.test_stages import ALLOWED, FIRST, SECOND, Expected, G, alone, base, mixed, note_reads, read_at
 from tests.pretrain.resilience.faults import events, spike_on_position, train_with
 from tests.pretrain.runs import assert_bit_identical, metrics
 
@@ -117,3 +117,20 @@ def test_the_sequences_of_a_stage_are_counted_without_what_was_left_out_before_i
         )
         for consumed in (72, 90, 120):
             assert stream.read_in_stage(consumed) == sum(position >= first for position in read[:consumed])
+
+
+@pytest.mark.parametrize("order, together", [("shuffled", 1), ("streams", G)])
+def test_what_a_rollback_leaves_out_spans_its_sequences_and_in_streams_their_whole_steps(
+    base: Path, order: str, together: int
+) -> None:
+    config = alone(base, "c4", f"data.order={order}")
+    skipped = ((G, 2 * G), (4 * G, 5 * G))
+    reader = Sources.load(config).reader("train", config)
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1, skipped=skipped)
+    read = [position for position in range(20 * G) if not any(first <= position < end for first, end in skipped)]
+    for consumed in (0, 3, G - 1, G, 2 * G, 3 * G + 2):
+        for count in (1, G - 1, G, G + 1, 3 * G):
+            first, last = read[consumed], read[consumed + count - 1]
+            units = {position // together for position in range(first, last + 1)}
+            expected = [position for position in range(20 * G) if position // together in units]
+            assert list(range(*stream.range_of(consumed, count))) == expected

@@ -48,6 +48,7 @@ SHAPES = [
     Shape(17, 7, 1, 35, 2, 2),
     Shape(17, 8, 1, 4, 10, 8, "single"),
     Shape(6, 5, 1, 1, 1, 1),
+    Shape(1, 12, 2, 5, 4, 2),
     Shape(0, 12, 2, 5, 4, 2),
 ]
 SMALL = SHAPES[0]

@@ -93,6 +93,24 @@ def test_tiles_of_sets_are_counted_in_rounds(load: list[int]) -> None:
     assert all(first >= stop for _, first, stop in found[len(expected) :].tolist()), "a tile of no set has no row"
 
 
+@pytest.mark.parametrize("capability, most", [((8, 0), 64), ((9, 0), 128), ((10, 0), 64)])
+def test_the_sums_of_the_shipped_tiles_fit_the_registers(
+    capability: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of 8 warps has `most` of them; the widest tiles have as many, or a GPU idles."""
+    monkeypatch.undo()
+    seen: dict[str, int] = {}
+    for dtype, h, k in itertools.product((torch.bfloat16, torch.float32), (4, 16, 64, 76, 128, 256), range(1, 7)):
+        project = set_gemm.project_tiles(h, k, dtype, capability)
+        gradient = set_gemm.gradient_tiles(2048, h, 16, dtype, capability)
+        for name, tiles, experts in (("project", project, triton.next_power_of_2(k)), ("gradient", gradient, 1)):
+            assert tiles.columns == triton.next_power_of_2(tiles.columns) >= 16
+            seen[name] = max(seen.get(name, 0), tiles.rows * tiles.columns * experts // (32 * tiles.warps))
+    assert seen == {"project": most, "gradient": most}
+    narrow = set_gemm.gradient_tiles(2048, 128, 15, torch.bfloat16, capability)
+    assert narrow.rows == 128, "wide tiles were fewer than the SMs of an H100"
+
+
 def test_what_cannot_be_grouped_is_refused() -> None:
     def resolved(dtype: torch.dtype, *widths: int) -> str:
         return resolve("sets", VALUE.name, "cuda", dtype=dtype, widths=widths)
@@ -108,6 +126,9 @@ def test_what_cannot_be_grouped_is_refused() -> None:
             ValueError, match=f"^kernels.backend=sets cannot compute switchhead_value on cuda: .*{words}"
         ):
             resolved(dtype, *widths)
-    case = inputs(OUTPUT, SMALL, torch.float32)
-    with pytest.raises(ValueError, match=r"backend=sets .* of the same dtype, not torch\.float32 by torch\.bfloat16"):
-        OUTPUT.call(case.rows, case.choice, case.experts.bfloat16(), backend="sets")
+    for op in (VALUE, OUTPUT):
+        case = inputs(op, SMALL, torch.float32)
+        with pytest.raises(
+            ValueError, match=r"backend=sets .* of the same dtype, not torch\.float32 by torch\.bfloat16"
+        ):
+            op.call(case.rows, case.choice, case.experts.bfloat16(), backend="sets")

@@ -1,0 +1,105 @@
+"""launch/sweep.py --submit: which runs become jobs, and which of them wait for another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.sweeps.command import main
+from pretrain.views.reading import State
+from pretrain.views.sweep import Result
+from tests.launch.slurm.test_submit import calls, sbatch
+from tests.launch.test_sweep import RATE, VARY, Case, case
+
+__all__ = ["case", "sbatch"]
+
+JOB = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
+
+
+def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_counts_among_those_at_once(
+    case: Case,
+    sbatch: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    squeue, queue = sbatch.parent / "bin" / "squeue", sbatch.parent / "queue"
+    squeue.write_text(f'#!/bin/sh\necho "no error" >&2\ngrep -x "$3" "{queue}" || true\n')
+    squeue.chmod(0o755)
+    line = case.line("--vary", f"{RATE}=1e-3,2e-3,3e-3", "--submit", "--at-once", "1", *JOB)
+
+    def submitted(*in_queue: str) -> list[list[str]]:
+        """Of every job the rate, and the job for whose end it waits."""
+        queue.write_text("".join(f"{job}\n" for job in in_queue))
+        before = len(calls(sbatch)) if sbatch.exists() else 0
+        assert main(line) == 0
+        scripts = [Path(call[-1]) for call in calls(sbatch)[before:]]
+        waits = [re.findall(r"(?m)^#SBATCH --dependency=afterany:(\d+)$", path.read_text()) for path in scripts]
+        return [[path.parts[-3].partition("=")[2], *job] for path, job in zip(scripts, waits, strict=True)]
+
+    assert submitted() == [["1e-3"], ["2e-3", "41"], ["3e-3", "42"]]
+    said = capsys.readouterr()
+    assert "cancel  scancel 41 42 43" in said.out
+    assert said.err.count("warning: --cpus-per-rank: is not given") == 1, "once, not for every run"
+    assert submitted("42") == [["1e-3", "42"], ["3e-3", "44"]]
+    assert submitted("42", "44") == [["3e-3", "44"]], "44 was submitted last, though of the first run"
+    assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
+    assert "not begun (job 44)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, submitted", [("Unable to contact slurm controller (connect failure)", 2), ("Invalid job id specified", 4)]
+)
+def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
+    case: Case,
+    sbatch: Path,
+    error: str,
+    submitted: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "slurm_load_jobs error: {error}" >&2; exit 1\n')
+    squeue.chmod(0o755)
+    line = case.line(*VARY, "--submit", *JOB)
+    assert main(line) == 0
+    assert main(line) == (2 if submitted == 2 else 0)
+    assert len(calls(sbatch)) == submitted
+    if submitted == 2:
+        assert (
+            f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
+        )
+
+
+def test_a_job_that_sbatch_refuses_ends_the_command_with_its_words_and_the_run(
+    case: Case,
+    sbatch: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (sbatch.parent / "bin" / "sbatch").write_text(
+        f'#!/bin/sh\necho x >> "{sbatch}"; echo no such account >&2; exit 1\n'
+    )
+    assert main(case.line(*VARY, "--submit", *JOB)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: x,learning_rate=1e-3: ") and "no such account" in line
+    assert line.endswith("; the same command submits the others") and sbatch.read_text() == "x\n"
+
+
+def test_a_run_that_another_process_trains_is_submitted_as_no_job(
+    case: Case, sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Result, "state", State.RUNNING)
+    assert main(case.line("--vary", f"{RATE}=1e-3", "--submit", *JOB)) == 0
+    assert "passed over: another process trains it" in capsys.readouterr().out
+    assert not sbatch.exists()
+
+
+def test_what_the_job_would_refuse_is_said_before_any_is_submitted(
+    case: Case,
+    sbatch: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--submit", "--", "--nodes", "3", "--cpu", "--time", "30", "--allow-local", "--cpus-per-rank", "2")
+    assert main(case.line(*VARY, *options)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "batch.global_sequences" in line]
+    assert line.startswith("error: batch.global_sequences: 8 is not divisible") and line.endswith("(in every run)")
+    assert not sbatch.exists() and not case.dir.exists()
