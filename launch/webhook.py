@@ -6,6 +6,7 @@ printed. Uses the standard library alone, so any Python from 3.11 on will do.
 """
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
@@ -60,7 +61,7 @@ def post(address: str, content: dict[str, str]) -> str | None:
         return f"HTTP status {error.code}"
     except urllib.error.URLError as error:
         return str(error.reason)
-    except (OSError, ValueError) as error:  # a ValueError's text may have the address
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the text of the last two may have the address
         return getattr(error, "strerror", None) or type(error).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from common.errors import ConfigError, UserError
+from pretrain.config.alert_kinds import DEFAULT_ALERTS, AlertKind
 from pretrain.config.schema import Config, MonitorConfig
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report import alerts as alerts_module
@@ -333,3 +335,11 @@ def test_a_dry_run_refuses_a_command_that_is_no_program(prepared: Path, tmp_path
 def test_a_wrong_setting_is_refused_by_its_key(prepared: Path, key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_config(prepared, f"monitor.{key}")
+
+
+def test_the_page_has_every_kind_and_says_which_are_told_by_default() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    shown = {kind: default.strip() for _, kinds, *_, default, _ in rows for kind in re.findall("`([a-z_]+)`", kinds)}
+    assert shown == {kind: "yes" if kind in DEFAULT_ALERTS else "" for kind in get_args(AlertKind)}
