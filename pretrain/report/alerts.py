@@ -49,11 +49,11 @@ class Alert:
 
     @property
     def sentence(self) -> str:
-        """One line of at most LONGEST characters; it begins with no dash, so no program takes it for an option."""
+        """One line of about LONGEST characters at most; it begins with no dash, so no program takes it for an option."""
         more = ", ".join(f"{count} x {kind}" for kind, count in self.left_out.items())
         ending = f" (left out before: {more})" if more else ""
         text = " ".join(visible(f"run {self.run_dir.name}: {describe(self.event)}").split())
-        room = LONGEST - len(ending)
+        room = max(LONGEST - len(ending), LONGEST // 2)
         return (text if len(text) <= room else f"{text[: room - 3]}...") + ending
 
     def line(self) -> str:
@@ -85,6 +85,8 @@ class Command:
             process.communicate(self._alert.line(), timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a zombie would stay; a disk that hangs may keep it
+                process.wait(1.0)
             return f"{self._words[0]} did not end within {seconds:g} s and was killed"
         except Exception as error:  # whatever it is, training goes on
             return f"{self._words[0]}: {error}"
