@@ -49,7 +49,7 @@ class Alert:
 
     @property
     def sentence(self) -> str:
-        """One line of about LONGEST characters at most; it begins with no dash, so no program takes it for an option."""
+        """One line, of about LONGEST characters at most. It begins with no dash: no program takes it for an option."""
         more = ", ".join(f"{count} x {kind}" for kind, count in self.left_out.items())
         ending = f" (left out before: {more})" if more else ""
         text = " ".join(visible(f"run {self.run_dir.name}: {describe(self.event)}").split())
