@@ -33,8 +33,12 @@ class LineLog:
     before the next line as soon as the disk takes them: a full disk costs no line, unless the process ends before there
     is room."""
 
-    def __init__(self, path: Path, is_valid: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, path: Path, is_valid: Callable[[Any], bool], refused: Callable[[Path, str], None] | None = None
+    ) -> None:
+        """`refused` hears of the path, and of why the disk takes no line, when that begins."""
         self.path = path
+        self._refused = refused
         self._is_valid = is_valid
         self._pending: list[str] = []
         self._failure: str | None = None
@@ -126,6 +130,8 @@ class LineLog:
                     file=sys.stderr,
                     flush=True,
                 )
+                if self._refused is not None:
+                    self._refused(self.path, self._failure)
             raise
         self._pending = []
         if self._failure is not None:

@@ -16,6 +16,7 @@ from pretrain.device import record_memory_history
 from pretrain.evaluation.training import RunTasks
 from pretrain.parallel.agreement import agreed, check_same, check_shared
 from pretrain.parallel.context import parallel_context
+from pretrain.report.alerts import Alerts
 from pretrain.report.estimate import SideBySide
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.profile import note_full_memory
@@ -52,7 +53,8 @@ def train(
     setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
     if config.monitor.memory_history:
         record_memory_history(device)  # before a model is built: only what is allocated later has a stack
-    folder = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first))
+    alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None
+    folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first, alerts=alerts))
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
         remember_data(run_dir, sources)

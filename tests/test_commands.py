@@ -28,6 +28,8 @@ import launch.doctor
 import launch.slurm.preparation
 import launch.slurm.training
 import launch.sweeps.command
+import launch.webhook
+import pretrain.cli.alert
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
 import pretrain.cli.compare
@@ -53,6 +55,7 @@ PAGES = sorted(
 )
 SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/pretrain.py": pretrain.cli.train.main,
+    "launch/alert.py": pretrain.cli.alert.main,
     "launch/analyze.py": pretrain.cli.analyze.main,
     "launch/evaluate.py": pretrain.cli.evaluate.main,
     "launch/checkpoint.py": pretrain.cli.checkpoint.main,
@@ -64,6 +67,7 @@ SCRIPTS: dict[str, Callable[..., Any]] = {
     "launch/compare.py": pretrain.cli.compare.main,
     "launch/generate.py": pretrain.cli.generate.main,
     "launch/doctor.py": launch.doctor.main,
+    "launch/webhook.py": launch.webhook.main,
     "launch/sweep.py": launch.sweeps.command.main,
     "launch/slurm/submit.py": launch.slurm.training.main,
     "launch/slurm/submit_data_prep.py": launch.slurm.preparation.main,

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from common.json_config import Section
 from model.config import ModelConfig, PositiveInt
+from pretrain.config.alert_kinds import DEFAULT_ALERTS, AlertCommand, AlertKind
 
 FREE: dict[str, Any] = {"on_resume": "free"}
 """`json_schema_extra` of fields that may change on resume."""
@@ -309,6 +310,15 @@ class MonitorConfig(Section):
     collapse_after_steps: NonNegativeInt = Field(200, json_schema_extra=FREE)
     """A router that was collapsed for this many steps in a row is reported by a line and an event, and again after
     twice, four times, ... as many. 0: never."""
+    alert_command: AlertCommand | None = Field(None, json_schema_extra=FREE)
+    """Command that tells you what happens to the run, split into words as by a shell, without a shell. Rank 0 starts it
+    for every event of `alerts`, with a sentence as its last argument and JSON on stdin, and never waits for it
+    (docs/monitoring.md). It is saved as given: keep a password in a file or an environment variable. null: none."""
+    alerts: tuple[AlertKind, ...] = Field(DEFAULT_ALERTS, json_schema_extra=FREE)
+    """Events that alert_command is started for."""
+    alert_minutes: Annotated[float, Field(ge=0.0)] = Field(30.0, json_schema_extra=FREE)
+    """Between two alerts of the same kind at least; how many were left out is said in the next one. 0: none is left
+    out, but while the command still runs for that kind."""
 
 
 class KernelsConfig(Section):

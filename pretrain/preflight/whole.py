@@ -55,6 +55,7 @@ class Examination:
         self.checks.do("configuration", self._configuration)
         self.checks.do("rules", self._rules)
         self.checks.do("run folder", self._folder)
+        self.checks.do("alerts", self._alerts)
 
     def check_run(self, *, thorough: bool) -> None:
         """The rest, if there is a configuration: see PlannedRun."""
@@ -104,6 +105,14 @@ class Examination:
         self._run_dir = run_folder(self._path, self.wanted.run_dir)
         there = "is there" if self._run_dir.exists() else "will be made"
         return f"{self._run_dir} {there}, and this user may write there"
+
+    def _alerts(self, found: Outcome) -> str:
+        if self.config is None:
+            raise Blocked(NO_CONFIG)
+        from pretrain.report.alerts import check_command
+
+        check_command(self.config.monitor)  # a start only warns: its job may be requeued, and must not end for this
+        return f"{self.config.monitor.alert_command or 'no command'} tells what happens"
 
     def _nothing(self, found: Outcome) -> str:
         raise Blocked(NO_CONFIG)

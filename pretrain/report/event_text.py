@@ -16,9 +16,13 @@ def event_text(event: Row, now: float) -> str:
     if isinstance(when, int | float) and 0 <= when < 1e11:  # until the year 5138: localtime refuses what is far out
         same_day = time.strftime("%F", time.localtime(when)) == time.strftime("%F", time.localtime(now))
         clock = time.strftime("%H:%M:%S" if same_day else "%F %H:%M", time.localtime(when))
-    describe = TEXTS.get(event["event"])
-    text = describe(event) if describe is not None else _plain(event)
-    return f"{clock}  {text}"
+    return f"{clock}  {describe(event)}"
+
+
+def describe(event: Row) -> str:
+    """What it was, without the time."""
+    text = TEXTS.get(event["event"])
+    return text(event) if text is not None else _plain(event)
 
 
 def _plain(event: Row) -> str:
@@ -64,6 +68,11 @@ def _slow(event: Row) -> str:
     return f"{_step(event)}: slow: {', '.join(names) or '?'}{more}"
 
 
+def _told(event: Row) -> str:
+    """Of launch/alert.py, whose caller has the words."""
+    return f"{event['event'].replace('_', ' ')}: {event.get('reason', '?')}"
+
+
 def _compared(event: Row) -> str:
     warnings = event.get("warnings")
     warned = [f"warning: {text}" for text in warnings] if isinstance(warnings, list) else []
@@ -74,7 +83,8 @@ TEXTS = {
     "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} ranks",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
-    "stopped": lambda e: f"stopped after {_step(e)}: {e.get('reason', '?')}",
+    "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",
+    "failed": lambda e: f"failed with exit code {e.get('exit_code', '?')}: {e.get('reason', '?')}",
     "checkpoint": lambda e: (
         f"checkpoint {e.get('path', '?')} saved in {_number(e.get('seconds'), '.1f')} s, training stood still for "
         f"{_number(e.get('stall_seconds'), '.1f')} s"
@@ -82,6 +92,7 @@ TEXTS = {
     "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
     "validation": _validation,
     "evaluation": lambda e: f"{e.get('task', '?')} after {_step(e)}: accuracy {_number(e.get('accuracy'))}",
+    "log_not_written": lambda e: f"{e.get('file', '?')} cannot be written: {e.get('reason', '?')}",
     "loss_spike": lambda e: f"loss spike after {_step(e)}: {e.get('reason', '?')}",
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
     "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
@@ -99,6 +110,10 @@ TEXTS = {
         f"{_step(e)}: rank {e.get('rank', '?')} waited {_number(e.get('seconds'), '.1f')} s for {e.get('file', '?')}: "
         f"{e.get('reason', '?')}"
     ),
+    "test": _told,
+    "requeued": _told,
+    "node_excluded": _told,
+    "job_ended": _told,
     "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
 }
 """By kind."""

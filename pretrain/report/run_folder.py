@@ -15,6 +15,7 @@ from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
 from common.run_lock import FolderLock
 from pretrain.report import console
+from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
 
 REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
@@ -27,24 +28,27 @@ LEFTOVERS = (
     "ranks/rank-*",
 )
 """Files of its own that a killed start leaves; none that another program may have put here."""
+ENDS = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: "stopped", ExitCode.INTERRUPTED: "stopped"}
+"""Kinds of alerts about the end of a start; every other code is "failed"."""
 
 
 class RunFolder:
     """Creates the folder and appends to its logs; every line is written at once, so a killed run loses none. What a
     full disk refuses is written later, see line_log.py."""
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
+    def __init__(self, path: Path, *, writes: bool, alerts: Alerts | None = None) -> None:
         """`writes` is true on one rank, which creates the folder and appends; on the others every call is a no-op.
-        Raises UserError if the folder cannot be written, or if something in it is in the way."""
+        `alerts` hear of every event and of the end. Raises UserError if the folder cannot be written, or if something
+        in it is in the way."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.lock: FolderLock | None = None
         self._listener: Callable[[Row], None] | None = None
         self._unheard: collections.deque[Row] = collections.deque(maxlen=1000)
         self._has_ended = False
-        self._writes = writes
-        self._metrics = LineLog(path / "metrics.jsonl", is_step)
-        self._events = LineLog(path / "events.jsonl", is_event)
+        self._writes, self._alerts = writes, alerts
+        self._metrics = LineLog(path / "metrics.jsonl", is_step, self._disk_failed)
+        self._events = LineLog(path / "events.jsonl", is_event, self._disk_failed)
         if not writes:
             return
         try:
@@ -71,6 +75,9 @@ class RunFolder:
     def _stream_failed(self, stream: str, reason: str) -> None:
         self.event("output_lost", stream=stream, reason=reason)
 
+    def _disk_failed(self, log: Path, reason: str) -> None:
+        self.event("log_not_written", file=log.name, reason=reason)
+
     def _remove_leftovers(self) -> None:
         """Removes what a killed start did not clean up, but keeps a report of a hang, under a name with its time."""
         for pattern in LEFTOVERS:
@@ -85,13 +92,18 @@ class RunFolder:
         """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code. `node`: the
         one that is to blame. Releases the folder. May be called from another thread, and more than once: the first call
         counts."""
-        if not self._writes or code is ExitCode.FOLDER_LOST or self._has_ended:
+        if not self._writes or self._has_ended:
             return
         self._has_ended = True
-        console.forget(self._stream_failed)
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         if node is not None:
             outcome["node"] = node
+        if self._alerts is not None:
+            known = {key: value for key, value in outcome.items() if value is not None}
+            self._alerts.hear({"event": ENDS.get(code, "failed"), **known}, is_end=True)
+        if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
+            return
+        console.forget(self._stream_failed)
         try:
             self._events.flush()
             write_json(self.path / "outcome.json", outcome)
@@ -100,6 +112,11 @@ class RunFolder:
         finally:
             if self.lock is not None:
                 self.lock.release()
+
+    def finish_alerts(self) -> None:
+        """Waits some seconds for alerts that are being sent: the last call, when no rank waits for this one."""
+        if self._alerts is not None:
+            self._alerts.finish()
 
     def losses(self, last_step: int, count: int) -> list[float]:
         """The last `count` finite losses up to step `last_step`, from metrics.jsonl."""
@@ -131,6 +148,8 @@ class RunFolder:
         if self._writes:
             row = {"event": kind, "time": time.time(), **values}
             self._events.append(row)
+            if self._alerts is not None and kind not in ENDS.values():  # `end` tells those, with their code
+                self._alerts.hear(row)
             if self._listener is not None:
                 self._listener(row)
             else:

@@ -56,15 +56,20 @@ def collective_timeout(config: ResilienceConfig) -> float:
 
 @contextlib.contextmanager
 def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Phases) -> Iterator[Control]:
-    """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome and releases the
-    lock. Collective."""
+    """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome, releases the
+    lock and waits a moment for alerts. Collective."""
     own = {**process_identity(os.getpid()), "node": node_name(os.environ)}
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, own)
     neighbours = [other for other in identities if is_same_machine(own, other)]
     group = control_group(collective_timeout(config))
     control = Control(stop, group, [str(identity["node"]) for identity in identities])
-    stop.before_leaving.append(folder.end)
+
+    def leave(code: ExitCode, message: str) -> None:
+        folder.end(code, message)
+        folder.finish_alerts()
+
+    stop.before_leaving.append(leave)
     stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
     watchdog = Watchdog(
         folder.path,
@@ -98,4 +103,5 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     finally:
         watchdog.close()
         stop.peer_is_dead = lambda: False
-        stop.before_leaving.remove(folder.end)
+        stop.before_leaving.remove(leave)
+        folder.finish_alerts()

@@ -103,6 +103,7 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "evaluate.sequences": 0,
         "monitor.tensorboard": False,
         "monitor.print_every_steps": 1,
+        "monitor.alert_command": None,
     }
     return load_config(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
 

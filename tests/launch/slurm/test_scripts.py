@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from common.files import write_json
 from common.paths import REPOSITORY
 from launch.slurm import job
 
@@ -298,6 +300,32 @@ def test_requeues_are_bounded(bench: Bench) -> None:
 def test_a_refused_requeue_is_said(bench: Bench) -> None:
     code, output = bench.train(SRUN_CODE="85", REQUEUE_CODE="1")
     assert code == 85 and "SLURM refuses it" in output
+
+
+def test_the_users_command_hears_what_the_script_alone_knows(bench: Bench) -> None:
+    got = bench.folder / "got"
+    write = f"import sys; print(sys.argv[1], file=open({str(got)!r}, 'a'))"
+    tree = json.loads((REPOSITORY / "configs" / "switchall_tiny.json").read_text())
+    tree["monitor"] = {"alert_command": shlex.join([sys.executable, "-c", write])}
+    (bench.run_dir / "checkpoints").mkdir(parents=True)
+    write_json(bench.run_dir / "config.json", tree)
+    fails = {"SRUN_CODE": "1", "TASKS": json.dumps(["node2: task 3: Killed"]), "FAULTS": "9"}
+    code, output = bench.train(**fails)
+    assert (code == 1 and not bench.excluded()) or bench.excluded() == ["ExcNodeList=node2"], output
+    told = [line.partition("job 7: ")[2] for line in got.read_text().splitlines()]
+    why = "a rank failed (exit code 1; 128 + N: signal N)"
+    assert told[0] == f"{why}; again on the same nodes, newest checkpoint: none", output
+    assert told[1] == "two starts in a row failed on node2 alone: excluded from this job from now on"
+    assert told[2:] == [f"{why}; requeued, newest checkpoint: none"]
+    got.unlink()
+    for variables in ({"SRUN_CODE": "0"}, {"SRUN_CODE": "3"}, {"SRUN_CODE": "85", "REQUEUES": "0"}):
+        bench.train(**variables)
+    told = [line.partition("job 7: ")[2] for line in got.read_text().splitlines()]
+    assert len(told) == 2 and told[0].startswith("diverged (exit code 3)") and "0 restarts were allowed" in told[1]
+    tree["monitor"]["alert_command"] = "false"
+    write_json(bench.run_dir / "config.json", tree)
+    code, output = bench.train(SRUN_CODE="3")
+    assert code == 3 and "the alert was not sent: job_ended" in output
 
 
 @pytest.mark.parametrize("reason, requeued", [("TimeLimit", True), ("None", False)])

@@ -1,0 +1,66 @@
+"""Command line of launch/alert.py: sends one alert of a run, as a test, or for a script that knows what happened."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from common.arguments import at_least
+from common.errors import UserError
+from pretrain.cli.refusals import exit_code_of
+from pretrain.config.alert_kinds import AlertKind, command_words
+from pretrain.config.loading import load_config
+from pretrain.report.alerts import LIMIT_SECONDS, Alert, Command, check_command
+from pretrain.report.run_paths import config_file, run_folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/alert.py",
+        description="Starts monitor.alert_command of a run, shows what it prints, and says whether it worked: without "
+        "--event as a test. With --event and --text for a script that knows what happened: it does nothing if the run "
+        "has no command, or if monitor.alerts leaves the event out.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a configuration")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
+    )
+    parser.add_argument("--event", choices=get_args(AlertKind), metavar="KIND", help="one of monitor.alerts")
+    parser.add_argument("--text", metavar="TEXT", help="what happened")
+    parser.add_argument(
+        "--seconds",
+        type=at_least(1),
+        default=int(LIMIT_SECONDS),
+        metavar="N",
+        help=f"how long the command may take (default: {LIMIT_SECONDS:.0f})",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 sent, or not wanted; 2 refused, or the command failed."""
+    args = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: send(args))
+
+
+def send(args: argparse.Namespace) -> None:
+    """Raises UserError if the command cannot be started, or failed."""
+    if (args.event is None) != (args.text is None):
+        raise UserError("--event: goes with --text; give both, or neither for a test")
+    path = config_file(args.run, "RUN")
+    monitor = load_config(path, args.overrides, option="RUN").monitor
+    words = command_words(monitor.alert_command)
+    if args.event is not None and (not words or args.event not in monitor.alerts):
+        return
+    if not words:
+        raise UserError(f"monitor.alert_command: is not set in {path}; --set monitor.alert_command=... tries one")
+    check_command(monitor)
+    event = {"event": args.event or "test", "time": time.time(), "reason": args.text or "a test of its alerts"}
+    alert = Alert(run_folder(path, None), event)
+    failure = Command(words, alert, is_shown=True).run(args.seconds)
+    if failure is not None:
+        raise UserError(f"monitor.alert_command: {failure}; what it printed stands above")
+    print(f"sent: {alert.sentence}", flush=True)
