@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from model.dropout import Draw
-from model.kernels.dtypes import wide_dtype
 from model.kernels.ops.elementwise import dropout, entropy, layer_norm, rotate
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -29,7 +28,7 @@ class Case(NamedTuple):
     op: str
     shape: str
     leaves: dict[str, Tensor]
-    """fp64, differentiable; `scores` stay in fp32 or better."""
+    """fp64, differentiable; `scores` and `logits` stay in fp32 or better."""
     constants: dict[str, Tensor]
     """Indices."""
     compute: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
@@ -236,12 +235,11 @@ def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
 
 
 def entropy_case(N: int, E: int) -> Case:
-    """A σ-MoE router's regulariser, whose logits have another dtype than the model; `compute` leaves the sums of its
-    probabilities beside its tensors. One expert was never likely."""
+    """A σ-MoE router's regulariser; `compute` leaves the sums of its probabilities beside its tensors. One expert was
+    never likely."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        logits = t["logits"].to(wide_dtype(t["logits"].dtype))
-        value, t["probability_sum"] = entropy(logits, t["probability"], 0.3, backend=backend)
+        value, t["probability_sum"] = entropy(t["logits"], t["probability"], 0.3, backend=backend)
         return (value,)
 
     def check(t: dict[str, Tensor]) -> None:
