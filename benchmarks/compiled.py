@@ -54,7 +54,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 REPRESENTATIVE = re.compile(
     r"(?<!\d)((1024x112|2048x128|d1024 R[48] E4 k2|d2048 R16 E4 k2|d1024 R1 E32 k4|d2048 R1 E64 k8|32000) bf16"
     r"|(259m|1b) bf16$|place R(4|8|16) E4 |place R1 E(32|64) .*64 tokens"
-    r"|norm (forward|backward|sum) .*(1024|2048) bf16)"
+    r"|norm (forward|backward|sum) .*(1024|2048) bf16|entropy \w+ E(32|64)$)"
 )
 """Names of the cases of SwitchHead 262M, SwitchAll 259M and 1B."""
 

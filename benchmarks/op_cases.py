@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.dropout import Draw
-from model.kernels.ops.elementwise import dropout, layer_norm, rotate
+from model.kernels.ops.elementwise import dropout, entropy, layer_norm, rotate
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.relative_attention import Inputs, relative_attention
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     op: str
     shape: str
     leaves: dict[str, Tensor]
-    """fp64, differentiable; `scores` stay in fp32 or better."""
+    """fp64, differentiable; `scores` and `logits` stay in fp32 or better."""
     constants: dict[str, Tensor]
     """Indices."""
     compute: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
@@ -234,6 +234,27 @@ def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
     return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
 
 
+def entropy_case(N: int, E: int) -> Case:
+    """A σ-MoE router's regulariser; `compute` leaves the sums of its probabilities beside its tensors. One expert was
+    never likely."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        value, t["probability_sum"] = entropy(t["logits"], t["probability"], 0.3, backend=backend)
+        return (value,)
+
+    def check(t: dict[str, Tensor]) -> None:
+        wanted = t["logits"].detach().double().softmax(-1).sum(0)
+        torch.testing.assert_close(t["probability_sum"], wanted, rtol=1e-6, atol=1e-9)
+
+    def share(t: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(float(t["logits"].shape[0]), dtype=torch.float64)
+
+    probability = normal(E).softmax(0)
+    probability[0] = 0.0
+    leaves, constants = {"logits": normal(N, E, scale=2.0)}, {"probability": probability}
+    return Case("elementwise", f"entropy N={N} E={E}", leaves, constants, compute, 0, ("logits",), share, check)
+
+
 def rotate_case(B: int, T: int, H: int, h: int, half: int) -> Case:
     """RoPE of queries and keys; `half` pairs of each head are rotated."""
 
@@ -267,6 +288,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(loss_case, 37, 24, 50),
             partial(dropout_case, 3, 5, 24),
             partial(norm_case, 3, 5, 24, 0.2),
+            partial(entropy_case, 37, 5),
         ]
     return [
         partial(route_case, 1000, 412, 8, 5, 3),
@@ -283,6 +305,7 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(loss_case, 1000, 412, 8001),
         partial(dropout_case, 3, 333, 412),
         *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
+        partial(entropy_case, 5003, 21),
     ]
 
 
@@ -315,6 +338,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
             partial(route_case, N, d, 1, 64, 8),
             partial(loss_case, N, d, 32000),
             *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.0)),
+            partial(entropy_case, N, 64),
         ]
     N, d = num_tokens or 4096, 1024
     return [
@@ -328,6 +352,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(loss_case, N, d, 8000),
         partial(dropout_case, 8, N // 8, d),
         *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.2)),
+        partial(entropy_case, N, 32),
         *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
         *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
         partial(expert_linear_case, N, d, 16, 4, 146),

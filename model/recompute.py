@@ -37,7 +37,8 @@ KEPT_OPERATORS = {
 """What `selective` keeps. Batched products (bmm) are the attention matrices, T x L per head: they are what it saves."""
 
 CHEAP_OPERATORS = {"switchall::dropout", "switchall::layer_norm", "switchall::rotate"}
-"""Ours that `selective` computes again: model/kernels/ops/elementwise.py."""
+"""Ours that `selective` computes again, of model/kernels/ops/elementwise.py. What `entropy` gives is a few numbers, and
+kept."""
 
 
 class _Paused(AbstractContextManager[None]):

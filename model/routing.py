@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from model.config import SigmaMoEConfig
+from model.kernels.ops.elementwise import entropy, linear_entropy
 from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 
@@ -183,13 +184,17 @@ class RoutingStatistics(Counts):
         index: Tensor | None = None,
         *,
         heads: slice = slice(None),
+        probability: Tensor | None = None,
     ) -> None:
         """Leaves the entry of one forward pass: `load` of shape `shape` (or of its `heads`); where p or balance is
-        tracked the clean logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts."""
+        tracked the clean logits [N, E]; for balance also `gates` and `index` [N, k] of the chosen experts.
+        `probability` [E] fp64: the sums of softmax(logits) over tokens, where they are known."""
         if self.is_paused:
             return
-        probability = chosen = None
-        if self.tracks_probability:
+        chosen = None
+        if not self.tracks_probability:
+            probability = None
+        elif probability is None:
             assert logits is not None
             probability = logits.softmax(-1).sum(0, dtype=torch.float64)
         if self.tracks_balance:
@@ -254,8 +259,10 @@ def entropy_regularizer(
     parallel: ParallelContext,
     *,
     token_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """gamma * sum_e p_e log p_e, to be added to the loss (sigma-MoE eq. 21): minimal for a uniform p. Scalar, fp32.
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor | None]:
+    """gamma * sum_e p_e log p_e, to be added to the loss (sigma-MoE eq. 21): minimal for a uniform p. Scalar, fp32. And
+    the sums of softmax(logits) over the tokens for `statistics`, [E] fp64, where they were found on the way.
 
     `logits` [N, E] before expert dropout. Scope `micro_batch`: p is the mean of softmax(logits) over the N tokens of
     every data-parallel rank, reduced by a collective that autograd knows. Scope `global_batch`: the coefficient
@@ -265,13 +272,15 @@ def entropy_regularizer(
     If the ranks of `token_group` route different tokens of the same sequences, means are also over these ranks. The
     value is the same on each of them; the gradient is that of the rank's own tokens and must be summed with the
     others'.
+
+    `backend`, a resolved one of `elementwise`, computes the scope `global_batch` without a `token_group`.
     """
+    if config.entropy_scope == "global_batch" and token_group is None:
+        return entropy(logits, statistics.probability, config.entropy_weight, backend=backend)
     log_share = logits.log_softmax(-1)
     if config.entropy_scope == "global_batch":
-        # The 1 of (1 + log p) is left out: sum_e p_e = 1 has no gradient, and without it the value is the entropy's.
-        coefficient = statistics.probability.float().clamp_min(1e-30).log()
         share = _mean_over(token_group, log_share.exp().mean(0))
-        return config.entropy_weight * (coefficient * share).sum()
+        return linear_entropy(share, statistics.probability, config.entropy_weight), None
     # log p is computed in the log domain, because the log has no gradient if all probabilities underflow. The maximum
     # over the tokens of all ranks is subtracted first, detached.
     maximum = log_share.detach().amax(0)
@@ -283,7 +292,7 @@ def entropy_regularizer(
     if parallel.data_size > 1:
         scaled = differentiable_all_reduce(scaled, group=parallel.data_group) / parallel.data_size
     log_probability = scaled.log() + maximum
-    return config.entropy_weight * (log_probability.exp() * log_probability).sum()
+    return config.entropy_weight * (log_probability.exp() * log_probability).sum(), None
 
 
 def _mean_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:

@@ -167,10 +167,14 @@ class Inputs:
         return [self.tensors[name] for name in self.case.leaves]
 
 
+WIDE = ("logits", "scores")
+"""Leaves that are fp32 whatever the storage dtype, as routers give them."""
+
+
 def tensors_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The case's leaves rounded to `dtype` (scores to fp32 at least) and its constants, where they were drawn."""
+    """The case's leaves rounded to `dtype` (`WIDE` ones to fp32 at least) and its constants, where they were drawn."""
     wide = torch.promote_types(dtype, torch.float32)
-    leaves = {n: t.to(wide if n == "scores" else dtype).requires_grad_() for n, t in case.leaves.items()}
+    leaves = {n: t.to(wide if n in WIDE else dtype).requires_grad_() for n, t in case.leaves.items()}
     return leaves | case.constants
 
 

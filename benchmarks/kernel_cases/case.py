@@ -11,6 +11,7 @@ import torch
 from model.kernels.triton.gated_gemm import GemmTiles
 
 TYPE_NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -152,7 +152,7 @@ DATA_PREP: list[list[Cell]] = [
 MODEL: list[list[Cell]] = [
     [("counted_costs", ""), ("costs", ""), ("decoding", ""), ("language_model", ""), ("initialization", "")],
     [("parameters", ""), ("layers", ""), ("feedforward", "sigma-MoE"), ("attention", "SwitchHead"), ("recompute", "")],
-    [("balance", ""), ("choices", ""), ("kernels", "ops, backends"), ("routing_table", ""), ("routing", "")],
+    [("balance", ""), ("routing_table", ""), ("choices", ""), ("routing", ""), ("kernels", "ops, backends")],
     [("linear", ""), ("parallel", "collectives"), ("parameter_spec", ""), ("memory", ""), ("distributions", "")],
     [("dropout", ""), ("documents", ""), ("cache", ""), ("openmp", ""), ("config", "")],
 ]
@@ -166,7 +166,7 @@ IMPORTS = {
     "data_prep": "cli report, report run, run stages, stages config, config work, config shards, shards raw",
     "model": (
         "language_model layers, layers feedforward, "
-        "feedforward kernels, attention kernels, choices kernels, kernels parallel, "
+        "feedforward kernels, attention kernels, choices routing, routing kernels, kernels parallel, "
         "linear parallel, parallel parameter_spec, documents cache"
     ),
 }

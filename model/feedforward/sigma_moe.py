@@ -101,14 +101,19 @@ class SigmaMoE(nn.Module):
             found = settled(found, [self.statistics], sequence_index, keep=keep, drop_scores=True, first_token=first)
         routing = Routing(*(t.squeeze(dim) for t, dim in zip(found, (1, 1, 1, 0, 0), strict=True)))
         # The regulariser sees the clean logits: expert dropout must not teach the router to look balanced.
-        auxiliary_loss = routing.logits.new_zeros(())
+        auxiliary_loss = probability = None
         if self.training:
             if self.config.entropy_weight > 0.0:
-                auxiliary_loss = entropy_regularizer(
-                    routing.logits, self.config, self.statistics, self.parallel, token_group=self.token_group
+                auxiliary_loss, probability = entropy_regularizer(
+                    routing.logits,
+                    self.config,
+                    self.statistics,
+                    self.parallel,
+                    token_group=self.token_group,
+                    backend=self.backends.elementwise,
                 )
-            self.statistics.record(routing.load, routing.logits)
-        return tokens, routing, auxiliary_loss
+            self.statistics.record(routing.load, routing.logits, probability=probability)
+        return tokens, routing, routing.logits.new_zeros(()) if auxiliary_loss is None else auxiliary_loss
 
     def _divide(self, tokens: Tensor, routing: Routing, late: Late) -> Tensor:
         """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts."""

@@ -276,6 +276,15 @@ def test_a_wait_in_a_micro_step_would_be_found(monkeypatch: pytest.MonkeyPatch) 
     assert found.waits.total() == found.to_host == 3 and all("_local_scalar_dense" in wait for wait in found.waits)
 
 
+def test_the_regulariser_of_a_router_and_its_statistics_are_three_launches() -> None:
+    found = launches.count_step(one_layer(CONFIGS / "switchall_tiny.json"))
+    of_router = {operator for place, operator in found.forward.by_operator if place == "router"}
+    assert of_router == {"choose_kernel", "place_kernel", "probability_kernel", "entropy_kernel"}
+    assert ("statistics", "_softmax") not in found.forward.by_operator
+    for kernel in ("probability_kernel", "entropy_kernel", "entropy_backward_kernel"):
+        assert found.micro_step.by_operator["router", kernel] == 1
+
+
 @pytest.mark.slow  # test_table adds up two layers and one
 def test_layers_are_alike() -> None:
     """Which is why two layers and one tell what a model of any depth does."""

@@ -132,13 +132,14 @@ def test_global_batch_scope_linearises_at_the_previous_step() -> None:
     config = SigmaMoEConfig(num_experts=E, active_experts=2, entropy_weight=0.3, entropy_scope="global_batch")
     statistics = RoutingStatistics((E,), tracks_probability=True)
 
-    first = entropy_regularizer(x @ router.T, config, statistics, ParallelContext())
+    first, _ = entropy_regularizer(x @ router.T, config, statistics, ParallelContext())
     (gradient,) = torch.autograd.grad(first, router)
     assert gradient.abs().max() < 1e-7
 
     old = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     statistics.probability = old
-    (gradient,) = torch.autograd.grad(entropy_regularizer(x @ router.T, config, statistics, ParallelContext()), router)
+    value, _ = entropy_regularizer(x @ router.T, config, statistics, ParallelContext())
+    (gradient,) = torch.autograd.grad(value, router)
     router64 = router.detach().double().requires_grad_()
     mean = (x.double() @ router64.T).softmax(-1).mean(0)
     (expected,) = torch.autograd.grad(0.3 * ((1 + old.log()) * mean).sum(), router64)
@@ -146,7 +147,8 @@ def test_global_batch_scope_linearises_at_the_previous_step() -> None:
 
     # At its own p the linearised gradient is the true one.
     statistics.probability = mean.detach()
-    (gradient,) = torch.autograd.grad(entropy_regularizer(x @ router.T, config, statistics, ParallelContext()), router)
+    value, _ = entropy_regularizer(x @ router.T, config, statistics, ParallelContext())
+    (gradient,) = torch.autograd.grad(value, router)
     mean = (x.double() @ router64.T).softmax(-1).mean(0)
     (expected,) = torch.autograd.grad(0.3 * (mean * mean.log()).sum(), router64)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
@@ -179,7 +181,7 @@ def _rank_gradient(rank: int, x: torch.Tensor, router: torch.Tensor, world_size:
     statistics = RoutingStatistics((router.shape[0],), tracks_probability=True)
     router = router.clone().requires_grad_()
     share = x.chunk(world_size)[rank]
-    entropy_regularizer(share @ router.T, config, statistics, parallel).backward()
+    entropy_regularizer(share @ router.T, config, statistics, parallel)[0].backward()
     gradient = router.grad / world_size
     if world_size > 1:
         dist.all_reduce(gradient)
@@ -201,7 +203,7 @@ def test_an_expert_whose_probability_underflows_has_a_finite_gradient(scope: str
     config = SigmaMoEConfig(num_experts=3, active_experts=1, entropy_weight=1.0, entropy_scope=scope)
     logits = torch.tensor([[0.0, 0.0, -200.0], [1.0, 0.0, -150.0]], requires_grad=True)
     statistics = RoutingStatistics((3,), tracks_probability=True)
-    loss = entropy_regularizer(logits, config, statistics, ParallelContext())
+    loss, _ = entropy_regularizer(logits, config, statistics, ParallelContext())
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
     assert float(logits.grad[:, 2].abs().max()) == 0.0

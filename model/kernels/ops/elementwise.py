@@ -1,10 +1,12 @@
 """What lies between the matrix products, each as one pass over memory where a backend fuses it: dropout with the
-residual addition inside, masks of expert dropout, rotary position embedding, LayerNorm after a residual addition.
+residual addition inside, masks of expert dropout, rotary position embedding, LayerNorm after a residual addition, the
+entropy regulariser of a router.
 
     dropout      y = residual + x * mask / (1 - p), or without residual; the mask is drawn again in the backward pass
     keep_mask    the mask alone, of experts
     rotate       queries and keys by the tables of model/attention/rope.py, which also has the plain operators
     layer_norm   s = x + dropout(branch), and (s - mean) / sqrt(variance + epsilon) * weight + bias, of each token
+    entropy      weight * sum_e log(p_e) mean_n share[n, e] with share = softmax(logits), and sum_n share[n, e]
 
 Masks are those of model/dropout.py bit for bit, in every backend. Backends `cpu` and `reference` are plain operators,
 which autograd and torch.compile see through; `cpu` computes in the dtype of the tensors. Nothing here counts as flops:
@@ -99,6 +101,28 @@ def layer_norm_reference(
         x = (x.to(wide) + branch.to(wide)).to(x.dtype) if draw is None else dropout_reference(branch, x, draw)
     y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon)
     return x, y.to(x.dtype)
+
+
+def entropy(logits: Tensor, probability: Tensor, weight: float, *, backend: str) -> tuple[Tensor, Tensor]:
+    """The entropy regulariser of `logits` [N, E] fp32, linearised at the `probability` [E] fp64 of another step, and
+    the sums of softmax(logits) over tokens, [E] fp64. The value, a scalar in fp32, is differentiable in the logits. The
+    probability must not change between forward and backward pass."""
+    if backend in ("reference", "cpu"):
+        return entropy_reference(logits, probability, weight)
+    return _entropy(logits, probability, weight, backend)
+
+
+def entropy_reference(logits: Tensor, probability: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """The specification."""
+    value = linear_entropy(logits.log_softmax(-1).exp().mean(0), probability, weight)
+    return value, logits.detach().softmax(-1).sum(0, dtype=torch.float64)
+
+
+def linear_entropy(share: Tensor, probability: Tensor, weight: float) -> Tensor:
+    """weight * sum_e log(p_e) share_e of the mean `share` [E] over tokens: the entropy's term, linearised at p."""
+    # The 1 of (1 + log p) is left out: sum_e p_e = 1 has no gradient, and without it the value is the entropy's.
+    coefficient = probability.float().clamp_min(1e-30).log()
+    return weight * (coefficient * share).sum()
 
 
 def result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -305,3 +329,41 @@ def _added_norm_gradient(ctx, grad_sum, _, grad_y, *rest):
 
 _layer_norm.register_autograd(_layer_norm_autograd, setup_context=_setup_layer_norm)
 _layer_norm.register_added_gradient(_added_norm_gradient)
+
+
+@op("entropy")
+def _entropy(logits: Tensor, probability: Tensor, weight: float, backend: str) -> tuple[Tensor, Tensor]:
+    """-> the value [] fp32, and sums of softmax(logits) [E] fp64."""
+    return implementation("elementwise", backend).entropy(logits, probability, weight)
+
+
+@_entropy.register_fake
+def _(logits, probability, weight, backend):
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.shape[1], dtype=torch.float64)
+
+
+@op("entropy_backward")
+def _entropy_backward(grad_value: Tensor, logits: Tensor, probability: Tensor, weight: float, backend: str) -> Tensor:
+    """-> the gradient of the logits."""
+    return implementation("elementwise", backend).entropy_backward(grad_value, logits, probability, weight)
+
+
+@_entropy_backward.register_fake
+def _(grad_value, logits, probability, weight, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _setup_entropy(ctx, inputs, output):
+    logits, probability, ctx.weight, ctx.backend = inputs
+    ctx.save_for_backward(logits, probability)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _entropy_autograd(ctx, grad_value, _):
+    if grad_value is None:
+        return (None,) * 4
+    return _entropy_backward(grad_value, *ctx.saved_tensors, ctx.weight, ctx.backend), None, None, None
+
+
+_entropy.register_autograd(_entropy_autograd, setup_context=_setup_entropy)

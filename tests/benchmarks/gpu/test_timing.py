@@ -110,14 +110,16 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
 
 
 DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and", "bitwise_xor", "div", "ge", "mul", "unsqueeze")
+ENTROPY = ("clamp_min", "detach", "exp", "expand", "log", "_log_softmax", "_log_softmax_backward_data", "mean")
+ENTROPY = (*ENTROPY, "_softmax", "sum")
 PLAIN = {
     "linear_cross_entropy": {"aten.mul", "aten._to_copy"},
     "expert_linear": {"aten.add"},
-    "elementwise": {f"aten.{name}" for name in (*DROPOUT, "native_layer_norm", "native_layer_norm_backward")},
+    "elementwise": {f"aten.{name}" for name in (*DROPOUT, *ENTROPY, "native_layer_norm", "native_layer_norm_backward")},
 }
 """The loss makes its gradients in the forward pass, and the backward pass multiplies them. MoA's case gives the queries
-too, which the output projection takes: two gradients are added. On a CPU dropout and
-LayerNorm are plain operators."""
+too, which the output projection takes: two gradients are added. On a CPU dropout, LayerNorm and the entropy regulariser
+are plain operators."""
 
 
 class Devices(TorchDispatchMode):
@@ -140,9 +142,8 @@ def test_inputs_and_upstream_gradients_are_drawn_on_the_device(build: op_cases.B
         inputs = draw(build, torch.device("meta"), torch.bfloat16, 0)
     assert devices.found == {"meta"}
     assert all(t.device.type == "meta" for t in [*inputs.tensors.values(), *inputs.upstream])
-    assert {t.dtype for name, t in inputs.tensors.items() if name in inputs.case.leaves and name != "scores"} == {
-        torch.bfloat16
-    }
+    for name in inputs.case.leaves:
+        assert inputs.tensors[name].dtype == (torch.float32 if name in ("scores", "logits") else torch.bfloat16)
 
 
 def test_two_draws_differ_and_a_seed_repeats() -> None:

@@ -157,7 +157,7 @@ def test_every_module_of_the_table_computes_its_op() -> None:
     for op, modules in backend.IMPLEMENTATIONS.items():
         wanted = {"forward", "sum_forward"} if op == "expert_linear" else {"forward"}
         if op == "elementwise":  # several small ops
-            for name in ("dropout", "keep_mask", "layer_norm"):  # the plain rotation stands in model/attention/rope.py
+            for name in ("dropout", "keep_mask", "layer_norm"):  # plain rotation and entropy stand elsewhere
                 functions = [getattr(backend.implementation(op, other), name) for other in modules]
                 assert len({str(list(inspect.signature(f).parameters)) for f in functions}) == 1, name
             continue

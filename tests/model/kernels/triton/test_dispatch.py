@@ -38,6 +38,7 @@ BODIES = {
     "elementwise": (
         *("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
         *("_layer_norm", "_layer_norm_backward"),
+        *("_entropy", "_entropy_backward"),
     ),
 }
 """The custom ops of every op's module."""
@@ -205,6 +206,9 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
             yield 5, lambda *_, p=drawn: (rows, rows, rows, row, *statistics, *p, "triton")
         yield 4, lambda *_: (rows, None, row, row, 1e-5, 0.0, 0, None, 0, "triton")
         yield 5, lambda *_: (rows, None, rows, row, *statistics, 0.0, 0, None, 0, "triton")
+        logits, probability = wide(N, E), new(E, of=torch.float64)
+        yield 6, lambda *_: (logits, probability, 0.3, "triton")
+        yield 7, lambda value, _: (value, logits, probability, 0.3, "triton")
 
 
 @pytest.mark.parametrize("num_experts", [4, 8], ids=["half chosen", "a quarter chosen"])
@@ -305,8 +309,8 @@ def test_a_model_on_cuda_calls_no_operators_of_autograd(prepared: Path, attentio
         tokens = torch.zeros(2, config.sequence_length, dtype=torch.int64)
         model(tokens, tokens, torch.arange(2))[0].backward()
     own = {"switchhead": {"switchhead_value", "switchhead_output"}, "moa": {"expert_linear", "expert_linear_sum"}}
-    both_ways = {"route", "sigma_moe", "relative_attention" if position else "rotate", "layer_norm", "dropout"}
-    both_ways |= own[attention]
+    both_ways = {"route", "sigma_moe", "relative_attention" if position else "rotate"}
+    both_ways |= {"layer_norm", "dropout", "entropy"} | own[attention]
     expected = both_ways | {f"{name}_backward" for name in both_ways} | {"linear_cross_entropy"}
     expected = (expected | {"keep_mask"}) - {"dropout_backward"}
     found = {(name.removesuffix("_added"), backend) for name, backend in calls.found}  # what is after a sum too
