@@ -43,6 +43,9 @@ def _cases(width: int, kind: str, *, dropout: bool) -> Iterator[CompileCase]:
     alone = {"grad_sum_ptr": None, "sequence_index_ptr": None, "grad_branch_ptr": None}
     yield _case(f"norm backward alone {name}", norm_backward_kernel, kind, constants | alone)
     yield _case(f"norm backward {after} {name}", norm_backward_kernel, kind, constants | without)
+    if dropout and kind == "bf16":  # the residual stream goes on beside a block's first norm
+        without = {"sequence_index_ptr": None, "grad_branch_ptr": None}
+        yield _case(f"norm backward after a sum {name}", norm_backward_kernel, kind, constants | without)
     constants = {"WIDTH": width, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
     yield _case(f"norm sum {name}", norm_sum_kernel, kind, constants)
 
