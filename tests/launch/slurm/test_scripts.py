@@ -26,7 +26,7 @@ SCRIPTS = sorted(job.FOLDER.glob("*.sbatch"))
 STUB = """#!/bin/sh
 '''exec' '{python}' "$0" "$@"
 ' '''
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 sys.path.append('{repository}')
 from common.files import write_json
 name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
@@ -48,6 +48,8 @@ if name == "srun":
     time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
     sys.exit(int(os.environ.get("SRUN_CODE", "0")))
 if name == "scontrol" and sys.argv[1] == "requeue":
+    if os.environ.get("ENDS"):
+        os.kill(os.getppid(), signal.SIGTERM)
     sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
 if name == "scontrol" and sys.argv[1] == "update":
     sys.exit(int(os.environ.get("UPDATE_CODE", "0")))
@@ -295,6 +297,15 @@ def test_requeues_are_bounded(bench: Bench) -> None:
     assert code == 85 and not bench.requeues() and "4 restarts were allowed and used" in output
     code, output = bench.train(REQUEUES="4", SLURM_RESTART_COUNT="5")  # SLURM's own, after a node failure
     assert code == 1 and len(bench.calls("srun")) == 1 and "4 restarts are allowed" in output
+
+
+def test_slurm_may_end_the_script_before_scontrol_returns(bench: Bench) -> None:
+    """What the script has done is written all the same."""
+    code, output = bench.train(SRUN_CODE="137", ENDS="1")
+    assert code == 137 and "exit code 137; 128 + N: signal N); requeued" in output
+    code, output = bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_CODE="137", ENDS="1")
+    assert code == 137 and "exit code 137; requeued" in output
+    assert not bench.calls("sleep"), "what SLURM has ended waits for nothing"
 
 
 def test_a_refused_requeue_is_said(bench: Bench) -> None:
