@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -121,8 +122,8 @@ def test_ctrl_c_ends_the_command_too(tmp_path: Path) -> None:
     """Which has a session of its own, so that the terminal does not reach it."""
     script = str(ROOT / "launch" / "alert.py")
     number = tmp_path / "number"
-    words = f"sh -c 'cat; echo $$ >\"$0.new\"; mv \"$0.new\" \"$0\"; sleep 600' '{number}'"
-    given = config(tmp_path, alert_command=words)
+    program = 'cat; echo $$ >"$0.new"; mv "$0.new" "$0"; sleep 600'
+    given = config(tmp_path, alert_command=shlex.join(["sh", "-c", program, str(number)]))
     errors = tmp_path / "errors"
     with errors.open("w") as stream:
         process = subprocess.Popen([sys.executable, script, str(given)], stdout=subprocess.DEVNULL, stderr=stream)
