@@ -33,10 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 the server took it, 1 it did not, 2 refused."""
     args = build_parser().parse_args(arguments)
-    path = Path(args.url_file).expanduser()
+    path = Path(args.url_file)
     try:
+        path = path.expanduser()
         address = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: no user has this home
         print(f"error: --url-file: {path} cannot be read ({getattr(error, 'strerror', error)})", file=sys.stderr)
         return 2
     if not address.startswith(("https://", "http://")) or len(address.split()) != 1:
@@ -49,13 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib asks again elsewhere without what was posted, so the server there would take nothing and say 200."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follows none: the redirect is an HTTPError."""
+
+
 def post(address: str, content: dict[str, str]) -> str | None:
     """Why the server did not take it, without the address; None: it did."""
     # Some servers refuse urllib's own name.
     headers = {"Content-Type": "application/json", "User-Agent": "switchall-alert"}
     try:
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)
-        with urllib.request.urlopen(request, timeout=SECONDS):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=SECONDS):
             return None
     except urllib.error.HTTPError as error:
         return f"HTTP status {error.code}"

@@ -93,7 +93,7 @@ class _Held:
         self.bytes = 0
 
     def add(self, ids: np.ndarray, max_bytes: int) -> None:
-        if self.bytes <= max_bytes:
+        if self.bytes <= max_bytes and ids.size:  # none where a block ends just behind a document
             self._pieces.append(ids.tobytes())
         self.bytes += ids.nbytes
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.files import write_file, write_json
 from common.folders import check_writable_folder
 from launch.sweeps.plan import is_entry_key, normal
@@ -75,12 +75,9 @@ class Sweep:
 
     def _check_unchanged(self, name: str, path: Path, overrides: Sequence[str]) -> None:
         """Whether the configuration with --set, but for what is varied, is what earlier runs had."""
-        # A list is compared as one value, so what is varied of its entries is made the same.
-        entries = [f"{key}=null" for key in self.keys if is_entry_key(key)]
         copy = self.config(name)
-        ours = config_tree(path, [*overrides, *entries])
-        theirs = config_tree(copy if copy.exists() else path, [*self.overrides, *entries])
-        old, new = flattened(theirs), flattened(ours)
+        old = self._unvaried(copy if copy.exists() else path, self.overrides)
+        new = self._unvaried(path, overrides)
         for key in sorted((old.keys() | new.keys()) - {"description"}):
             is_varied = any(f"{key}.".startswith(f"{varied}.") for varied in self.keys)  # no run has the file's value
             if old.get(key) != new.get(key) and not is_varied:
@@ -89,6 +86,14 @@ class Sweep:
                     f"{key}: is {before} in the runs of {self.folder}, and {now} in this command; a sweep takes other "
                     f"values of what it varies alone, so name another --sweep-dir"
                 )
+
+    def _unvaried(self, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+        """Every key and its value. A list is one value, so what is varied of its entries is null."""
+        entries = [f"{key}=null" for key in self.keys if is_entry_key(key)]
+        try:
+            return flattened(config_tree(path, [*overrides, *entries]))
+        except ConfigError:  # no list, or one without that entry: another value than that of the runs
+            return flattened(config_tree(path, overrides))
 
     def add(self, wanted: Sequence[SweepRun]) -> list[SweepRun]:
         """Adds what is new. Returns the runs that were asked for, in the spelling in which they are recorded. Raises

@@ -88,6 +88,9 @@ class Command:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a zombie would stay; a disk that hangs may keep it
                 process.wait(1.0)
             return f"{self._words[0]} did not end within {seconds:g} s and was killed"
+        except KeyboardInterrupt:  # of launch/alert.py; no thread gets it
+            self.kill()
+            raise
         except Exception as error:  # whatever it is, training goes on
             return f"{self._words[0]}: {error}"
         return f"{self._words[0]} ended with exit code {process.returncode}" if process.returncode else None

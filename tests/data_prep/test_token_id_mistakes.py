@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from tests.data_prep.id_files import write_llm_c, write_megatron, write_plain
+from data_prep.raw import token_ids
+from tests.data_prep.id_files import EOS, write_llm_c, write_megatron, write_plain
 from tests.data_prep.test_prepare import one_error
 
 
@@ -96,6 +98,20 @@ def test_an_array_that_cannot_be_read_is_one_sentence(
     changes = {"format": "token_array", "input": f"{tmp_path}/ids.bin", "validation_fraction": 0, **settings}
     assert main(["run", "--config", str(id_config(**changes))]) == 2
     assert message in one_error(capsys)
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 1 << 20])
+def test_the_beginning_of_a_document_that_is_too_long_is_shown_wherever_a_block_ends(
+    block: int, id_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_ids, "BLOCK_IDS", block)
+    array = write_plain(tmp_path / "ids.bin", [5, 6, EOS, *[7] * 600, EOS], "<u2")
+    limits = {"max_document_bytes": 1024, "max_bad_records": 1}
+    changes = {"format": "token_array", "input": str(array), "validation_fraction": 0, "ingest": limits}
+    assert main(["run", "--config", str(id_config(**changes))]) == 0
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["token"], found["reason"]) == (3, "too long") and found["excerpt"].startswith("7")
 
 
 @pytest.mark.parametrize(

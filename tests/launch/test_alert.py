@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +43,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.posts.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        self.send_response(self.server.status)
+        self.answer(self.server.status)
+
+    def do_GET(self) -> None:
+        self.answer(200)
+
+    def answer(self, status: int) -> None:
+        self.send_response(status)
+        if status in (301, 302, 303, 307):
+            self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -105,6 +118,38 @@ def test_a_command_that_hangs_is_said_to_hang(tmp_path: Path, capsys: pytest.Cap
     assert "monitor.alert_command: sh did not end within 1 s and was killed" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_the_command_too(tmp_path: Path) -> None:
+    """Which has a session of its own, so that the terminal does not reach it."""
+    script = str(ROOT / "launch" / "alert.py")
+    number = tmp_path / "number"
+    program = 'cat; echo $$ >"$0.new"; mv "$0.new" "$0"; sleep 600'
+    given = config(tmp_path, alert_command=shlex.join(["sh", "-c", program, str(number)]))
+    errors = tmp_path / "errors"
+    with errors.open("w") as stream:
+        process = subprocess.Popen([sys.executable, script, str(given)], stdout=subprocess.DEVNULL, stderr=stream)
+    while not number.exists() and process.poll() is None:
+        time.sleep(0.05)
+    group = int(number.read_text())
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(300) == 130 and errors.read_text() == "interrupted\n"
+        assert ends(group)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def ends(group: int) -> bool:
+    """Whether all processes of the group end; waits for what was killed to go."""
+    for _ in range(200):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_the_webhook_takes_the_key_of_another_chat_and_needs_no_package(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "hook").write_text(chat.address)
     script = str(ROOT / "launch" / "webhook.py")
@@ -114,6 +159,23 @@ def test_the_webhook_takes_the_key_of_another_chat_and_needs_no_package(chat: Ch
     done = subprocess.run([sys.executable, "-I", "-S", *arguments], env=environment, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert [content for _, _, content in chat.posts] == [{"content": "-- naïve σ\n"}]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307])
+def test_a_server_that_sends_elsewhere_has_not_taken_the_text(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    """As from http to https: urllib would ask there without the text, and hear 200."""
+    (tmp_path / "hook").write_text(chat.address)
+    chat.status = status
+    assert webhook.main(["--url-file", str(tmp_path / "hook"), "text"]) == 1
+    assert capsys.readouterr().err.endswith(f"did not take it: HTTP status {status}\n")
+
+
+def test_the_home_of_no_user_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert webhook.main(["--url-file", "~no-such-user/hook", "text"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --url-file: ~no-such-user/hook cannot be read (") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

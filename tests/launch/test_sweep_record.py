@@ -134,3 +134,15 @@ def test_the_weight_of_a_source_that_is_varied_may_be_edited_and_the_others_may_
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"^data\.sources: is .* in the runs of"):
         Sweep.open(folder, keys, [], configs)
+
+
+def test_a_mixture_that_lost_the_source_whose_weight_is_varied_is_another_mixture(
+    folder: Path, configs: dict[str, Path]
+) -> None:
+    """Said as that, and not of a setting that nobody gave."""
+    two = 'data.sources=[{"manifest": "data/c4", "weight": 1}, {"manifest": "data/math", "weight": 1}]'
+    one = 'data.sources=[{"manifest": "data/c4", "weight": 1}]'
+    keys = ["data.sources.1.weight"]
+    Sweep.open(folder, keys, [two], configs).begin(configs)
+    with pytest.raises(UserError, match=r"^data\.sources: is .* in the runs of .* and \[.*c4[^}]*\}\] in this command"):
+        Sweep.open(folder, keys, [one], configs)

@@ -49,7 +49,7 @@ if name == "srun":
     sys.exit(int(os.environ.get("SRUN_CODE", "0")))
 if name == "scontrol" and sys.argv[1] == "requeue":
     if os.environ.get("ENDS"):
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.killpg(0, signal.SIGTERM)  # all of the job's processes, this one too
     sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
 if name == "scontrol" and sys.argv[1] == "update":
     sys.exit(int(os.environ.get("UPDATE_CODE", "0")))
@@ -97,6 +97,7 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def start(self, script: Path, *arguments: str, **more: str) -> tuple[int, str]:
@@ -300,7 +301,7 @@ def test_requeues_are_bounded(bench: Bench) -> None:
 
 
 def test_slurm_may_end_the_script_before_scontrol_returns(bench: Bench) -> None:
-    """What the script has done is written all the same."""
+    """And scontrol itself: what was done is written all the same."""
     code, output = bench.train(SRUN_CODE="137", ENDS="1")
     assert code == 137 and "exit code 137; 128 + N: signal N); requeued" in output
     code, output = bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_CODE="137", ENDS="1")
