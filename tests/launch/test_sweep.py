@@ -328,7 +328,10 @@ def test_options_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
     case.ends(**{"1e_3": "waits"})
-    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
+    # What nohup, or a shell's job in the background, ignores stays ignored.
+    heard = f"import os, signal, sys; signal.signal({number:d}, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    sweep = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
+    command = [sys.executable, "-c", heard, *sweep]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
             while not (case.folder / "waits").exists():

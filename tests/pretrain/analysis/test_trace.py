@@ -12,7 +12,7 @@ import torch
 import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
-from model.kernels.ops.route import route
+from model.kernels.ops.route import route_handing_on
 from pretrain.analysis.counting import Counts, favourites, gate_matrix
 from pretrain.analysis.trace import Request, RouterTrace, trace_text
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
@@ -26,12 +26,13 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
-        routing = route(x, weight, k, **options)
+        handed, routing = route_handing_on(x, weight, k, **options)
         made.append((weight, routing.index))
-        return routing
+        return handed, routing
 
-    for module in (model.attention.moa, model.attention.switchhead, model.feedforward.sigma_moe):
-        monkeypatch.setattr(module, "route", watched)
+    for module in (model.attention.switchhead, model.feedforward.sigma_moe):
+        monkeypatch.setattr(module, "route_handing_on", watched)
+    monkeypatch.setattr(model.attention.moa, "route", lambda *given, **options: watched(*given, **options)[1])
     trace = trace_text(network, tokens, Request([0]))
     assert trace.routers
     for router in trace.routers:
