@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SECONDS = 10.0
 """Longest wait for an answer."""
@@ -49,16 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is a failure: urllib would ask the other address for a page, without what is sent."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
 def post(address: str, content: dict[str, str]) -> str | None:
     """Why the server did not take it, without the address; None: it did."""
     # Some servers refuse urllib's own name.
     headers = {"Content-Type": "application/json", "User-Agent": "switchall-alert"}
     try:
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)
-        with urllib.request.urlopen(request, timeout=SECONDS):
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=SECONDS):
             return None
     except urllib.error.HTTPError as error:
-        return f"HTTP status {error.code}"
+        moved = "; it names another address, give that one" if 300 <= error.code < 400 else ""
+        return f"HTTP status {error.code}{moved}"
     except urllib.error.URLError as error:
         return str(error.reason)
     except (OSError, ValueError, http.client.HTTPException) as error:  # the text of the last two may have the address
