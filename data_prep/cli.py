@@ -121,11 +121,9 @@ def _print_result(preparation: Preparation, took: str) -> None:
     show.dropped(manifest)
     print(f"\nwrote {resolved.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
     if not manifest.split("validation"):
-        print(
-            "warning: no document went to validation; raise validation_fraction to get some, or, if a file of plain "
-            "text holds many, set text_documents to blank_lines",
-            file=sys.stderr,
-        )
+        is_text = resolved.config.format in ("auto", "text")
+        more = ", or, if a file of plain text holds many, set text_documents to blank_lines" if is_text else ""
+        print(f"warning: no document went to validation; raise validation_fraction to get some{more}", file=sys.stderr)
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
         print(f"warning: records were quarantined, see {resolved.output / QUARANTINE_FILE}", file=sys.stderr)

@@ -66,7 +66,8 @@ def post(address: str, content: dict[str, str]) -> str | None:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=SECONDS):
             return None
     except urllib.error.HTTPError as error:
-        return f"HTTP status {error.code}"
+        moved = "; it names another address, give that one" if 300 <= error.code < 400 else ""
+        return f"HTTP status {error.code}{moved}"
     except urllib.error.URLError as error:
         return str(error.reason)
     except (OSError, ValueError, http.client.HTTPException) as error:  # the text of the last two may have the address

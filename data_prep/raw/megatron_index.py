@@ -67,7 +67,8 @@ class MegatronIndex:
             raise DamagedFileError(
                 f"{bin_file} has {bin_size:,} bytes, {self.path.name} describes {described:,}; fetch both again"
             )
-        if self._entries and (self._documents[0], self._documents[-1]) != (0, self._sequences):
+        first, last = (self._documents[0], self._documents[-1]) if self._entries else (0, 0)
+        if (first, last) != (0, self._sequences):
             raise self._broken()
 
     def lengths(self) -> Iterator[np.ndarray]:

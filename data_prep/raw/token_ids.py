@@ -17,13 +17,14 @@ from common.errors import DataError
 from common.splits import SplitName
 from data_prep.raw.megatron_index import MegatronIndex
 from data_prep.raw.records import EXCERPT_BYTES, Document, Rejected
-from data_prep.raw.unpack import DamagedFileError, Unpacked
+from data_prep.raw.unpack import ZIP_MAGIC, DamagedFileError, Unpacked
 
 BLOCK_IDS = 1 << 20
 NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER_BYTES = 1 << 14  # numpy itself reads no more than 10,000 of it
 LLM_C_HEADER_BYTES = 1024
 LLM_C_DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) in karpathy/llm.c
+FEWEST_TELLING_IDS = 16  # with fewer, that every second one is 0 says nothing
 _NONE = np.empty(0, np.int64)
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Ids, and of the documents that end in the block by the index: their tokens, and where in the block they end."""
@@ -137,18 +138,40 @@ def _indexed_blocks(content: Unpacked, index: MegatronIndex) -> Iterator[Block]:
 def _array_blocks(content: Unpacked, reading: IdReading) -> Iterator[Block]:
     dtype, count = _array_header(content)
     if count is None:
-        dtype = np.dtype(reading.array_dtype).newbyteorder("<")
-        while data := content.read(BLOCK_IDS * dtype.itemsize):
-            if len(data) % dtype.itemsize:
-                raise DamagedFileError(
-                    f"{content.name} ends inside an id of {dtype.itemsize} bytes (id_dtype); fetch it again"
-                )
-            yield np.frombuffer(data, dtype), _NONE, _NONE
+        yield from _plain_blocks(content, reading)
         return
     for start in range(0, count, BLOCK_IDS):
         yield _read(content, dtype, min(BLOCK_IDS, count - start)), _NONE, _NONE
     if content.read(1):
         raise DamagedFileError(f"{content.name} holds more than the {count:,} ids of its header; fetch it again")
+
+
+def _plain_blocks(content: Unpacked, reading: IdReading) -> Iterator[Block]:
+    """Of an array without a header. Nothing in it says how many bytes an id has, so what another size looks like is
+    refused: most of it would pass for ids."""
+    dtype = np.dtype(reading.array_dtype).newbyteorder("<")
+    largest, most = max(reading.vocab_size - 1, reading.end_id), int(np.iinfo(dtype).max)
+    if largest > most:
+        raise DataError(
+            f"id_dtype: {reading.array_dtype} holds numbers up to {most:,}, and ids of {content.name} may be "
+            f"{largest:,} (pieces of tokenizer.model, end_of_document); set it to what wrote them, such as uint32"
+        )
+    if content.peek(len(ZIP_MAGIC)) == ZIP_MAGIC:
+        raise DataError(f"{content.name} is a zip, as .npz files are; save each array by itself, with numpy.save")
+    is_first = True
+    while data := content.read(BLOCK_IDS * dtype.itemsize):
+        if len(data) % dtype.itemsize:
+            raise DamagedFileError(
+                f"{content.name} ends inside an id of {dtype.itemsize} bytes (id_dtype); fetch it again"
+            )
+        ids = np.frombuffer(data, dtype)
+        if is_first and len(ids) >= FEWEST_TELLING_IDS and not ids[1::2].any():
+            raise DataError(
+                f"{content.name}: every second id is 0, as where ids have more bytes than id_dtype "
+                f"{reading.array_dtype}; set it to what wrote them (uint32, int32, int64)"
+            )
+        is_first = False
+        yield ids, _NONE, _NONE
 
 
 def _read(content: Unpacked, dtype: np.dtype[np.generic], count: int) -> np.ndarray:
@@ -177,8 +200,8 @@ def _npy_header(content: Unpacked) -> tuple[np.dtype[np.generic], int]:
         version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(head)
-    except ValueError as error:
-        raise DamagedFileError(f"{content.name} has a damaged header ({error}); fetch it again") from None
+    except Exception:  # a header is Python, and numpy passes on what Python's parser and tokenizer raise
+        raise DamagedFileError(f"{content.name} has a damaged header; fetch it again") from None
     if dtype.kind not in "iu" or len(shape) != 1:
         raise DamagedFileError(
             f"{content.name} is an array of {dtype} with {len(shape)} dimensions; save integers with one: "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import get_args
 
 from common.arguments import at_least
@@ -58,9 +61,29 @@ def send(args: argparse.Namespace) -> None:
     if not words:
         raise UserError(f"monitor.alert_command: is not set in {path}; --set monitor.alert_command=... tries one")
     check_command(monitor)
-    event = {"event": args.event or "test", "time": time.time(), "reason": args.text or "a test of its alerts"}
-    alert = Alert(run_folder(path, None), event)
-    failure = Command(words, alert, is_shown=True).run(args.seconds)
+    text = "a test of its alerts" if args.text is None else args.text
+    event = {"event": args.event or "test", "time": time.time(), "reason": text}
+    alert = Alert(run_folder(path, None), event, text=text)
+    with _signals_exit():
+        failure = Command(words, alert, is_shown=True).run(args.seconds)
     if failure is not None:
         raise UserError(f"monitor.alert_command: {failure}; what it printed stands above")
     print(f"sent: {alert.sentence}", flush=True)
+
+
+@contextlib.contextmanager
+def _signals_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does, so that its command ends too, which has a session of its own
+    and ignores SIGTERM. One that the caller ignores stays ignored: a job's script sends alerts while SLURM ends it."""
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -46,13 +46,16 @@ class Alert:
     event: Row
     left_out: dict[str, int] = field(default_factory=dict)
     """By kind, how many were not told since the last one that was."""
+    text: str | None = None
+    """What happened, of a caller who has the words; None: the event has them."""
 
     @property
     def sentence(self) -> str:
         """One line, of about LONGEST characters at most. It begins with no dash: no program takes it for an option."""
         more = ", ".join(f"{count} x {kind}" for kind, count in self.left_out.items())
         ending = f" (left out before: {more})" if more else ""
-        text = " ".join(visible(f"run {self.run_dir.name}: {describe(self.event)}").split())
+        what = describe(self.event) if self.text is None else f"{self.event['event'].replace('_', ' ')}: {self.text}"
+        text = " ".join(visible(f"run {self.run_dir.name}: {what}").split())
         room = max(LONGEST - len(ending), LONGEST // 2)
         return (text if len(text) <= room else f"{text[: room - 3]}...") + ending
 
@@ -71,7 +74,8 @@ class Command:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, seconds: float) -> str | None:
-        """Waits for its end, or kills it after `seconds`. Why it failed; None: it did not."""
+        """Waits for its end, or kills it after `seconds`. Why it failed; None: it did not. What ends the wait, such as
+        Ctrl-C, ends the command as well."""
         try:
             process = self._process = subprocess.Popen(
                 [*OUTLIVES, *self._words, self._alert.sentence],
@@ -88,11 +92,12 @@ class Command:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a zombie would stay; a disk that hangs may keep it
                 process.wait(1.0)
             return f"{self._words[0]} did not end within {seconds:g} s and was killed"
-        except KeyboardInterrupt:  # of launch/alert.py; no thread gets it
+        except Exception as error:  # whatever it is, training goes on
+            self.kill()
+            return f"{self._words[0]}: {error}"
+        except BaseException:  # a signal to launch/alert.py; no thread gets it
             self.kill()
             raise
-        except Exception as error:  # whatever it is, training goes on
-            return f"{self._words[0]}: {error}"
         return f"{self._words[0]} ended with exit code {process.returncode}" if process.returncode else None
 
     def kill(self) -> None:

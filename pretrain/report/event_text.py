@@ -68,11 +68,6 @@ def _slow(event: Row) -> str:
     return f"{_step(event)}: slow: {', '.join(names) or '?'}{more}"
 
 
-def _told(event: Row) -> str:
-    """Of launch/alert.py, whose caller has the words."""
-    return f"{event['event'].replace('_', ' ')}: {event.get('reason', '?')}"
-
-
 def _compared(event: Row) -> str:
     warnings = event.get("warnings")
     warned = [f"warning: {text}" for text in warnings] if isinstance(warnings, list) else []
@@ -110,10 +105,6 @@ TEXTS = {
         f"{_step(e)}: rank {e.get('rank', '?')} waited {_number(e.get('seconds'), '.1f')} s for {e.get('file', '?')}: "
         f"{e.get('reason', '?')}"
     ),
-    "test": _told,
-    "requeued": _told,
-    "node_excluded": _told,
-    "job_ended": _told,
     "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
 }
 """By kind."""

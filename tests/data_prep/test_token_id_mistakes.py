@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def _patched(path: Path, offset: int, data: bytes) -> None:
     path.write_bytes(body)
 
 
+def _without_documents(path: Path) -> None:
+    """An index of two sequences whose document index has no entry."""
+    _cut(path, 58)
+    _patched(path, 26, struct.pack("<Q", 0))
+
+
+def _npy(header: str) -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode()
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -39,6 +50,7 @@ def _patched(path: Path, offset: int, data: bytes) -> None:
         (lambda folder: _patched(folder / "two.idx", 42, b"\2"), "its documents are not all sequences"),
         (lambda folder: _patched(folder / "two.idx", 58, b"\1"), "its documents are not all sequences"),
         (lambda folder: _patched(folder / "two.idx", 66, b"\3"), "its documents are not all sequences"),
+        (lambda folder: _without_documents(folder / "two.idx"), "its documents are not all sequences"),
         (lambda folder: _patched(folder / "two.idx", 82, b"\0\0"), "two.idx is the index of a multimodal data set"),
     ],
 )
@@ -79,6 +91,22 @@ def test_a_damaged_data_set_is_refused_by_name(
         (lambda path: np.save(path.open("wb"), np.zeros((2, 2), np.int32)), {}, "int32 with 2 dimensions"),
         (lambda path: np.save(path.open("wb"), np.zeros(2)), {}, "is an array of float64"),
         (lambda path: np.save(path.open("wb"), np.array([{}])), {}, "is an array of object"),
+        (lambda path: np.savez(path.open("wb"), ids=np.zeros(9, np.uint16)), {}, "is a zip, as .npz files are; save"),
+        *(
+            (lambda path, header=header: path.write_bytes(_npy(header)), {}, "ids.bin has a damaged header; fetch")
+            for header in ("'''", "-" * 9000 + "1", "{[]: 3}", "(" * 5000, " {\n 1\n  2", "{'descr': [[]]}")
+        ),
+        (
+            lambda path: write_plain(path, [5, 6, 1, 7] * 4, "<u4"),
+            {},
+            "ids.bin: every second id is 0, as where ids have more bytes than id_dtype uint16; set it to",
+        ),
+        (lambda path: write_plain(path, [5] * 16, "<i8"), {"id_dtype": "int32"}, "more bytes than id_dtype int32"),
+        (
+            lambda path: write_plain(path, [5, 6], "<u4"),
+            {"end_of_document": 65536},
+            "id_dtype: uint16 holds numbers up to 65,535, and ids of",
+        ),
         (
             lambda path: write_plain(path, [5] * 600, "<u2"),
             {"ingest": {"max_document_bytes": 1024}},

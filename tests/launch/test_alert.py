@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from launch import webhook
 from pretrain.cli.alert import main
+from pretrain.config.alert_kinds import AlertKind
+from tests.pretrain.report.test_alerts import HANGS, has_ended, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,19 +40,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Chat
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.posts.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        self.answer(self.server.status)
-
-    def do_GET(self) -> None:
-        self.answer(200)
-
-    def answer(self, status: int) -> None:
-        self.send_response(status)
-        if status in (301, 302, 303, 307):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.posts.append((self.path, self.headers["Content-Type"], json.loads(body or "null")))
+        self.send_response(self.server.status)
+        if 300 <= self.server.status < 400:
             self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    do_GET = do_POST
 
     def log_message(self, *args: Any) -> None:
         """Nothing is printed."""
@@ -112,42 +107,49 @@ def test_a_script_may_tell_of_a_run_without_a_command_and_a_test_says_that_there
     assert "--event: goes with --text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", get_args(AlertKind))
+def test_the_words_of_a_script_are_told_whatever_the_kind(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    given = str(config(tmp_path, alert_command="true", alerts=get_args(AlertKind)))
+    assert main([given, "--event", kind, "--text", "node 7 burns"]) == 0
+    assert capfd.readouterr() == (f"sent: run night: {kind.replace('_', ' ')}: node 7 burns\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_too(tmp_path: Path, number: signal.Signals) -> None:
+    given = str(config(tmp_path, alert_command=f"{HANGS} '{tmp_path / 'pid'}'"))
+    taken = signal.signal(number, signal.SIG_DFL)  # nohup, and a shell's job in the background, ignore some
+    try:
+        process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "alert.py"), given], stderr=subprocess.PIPE)
+    finally:
+        signal.signal(number, taken)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    pid = int((tmp_path / "pid").read_text())
+    assert os.getpgid(pid) != os.getpgid(process.pid), "Ctrl-C on a terminal reaches it"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said == (b"interrupted\n" if number == signal.SIGINT else b"")
+    until(lambda: has_ended(pid))
+
+
 def test_a_command_that_hangs_is_said_to_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = str(config(tmp_path, alert_command="sh -c 'sleep 600'"))
     assert main([given, "--seconds", "1"]) == 2
     assert "monitor.alert_command: sh did not end within 1 s and was killed" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_command_too(tmp_path: Path) -> None:
-    """Which has a session of its own, so that the terminal does not reach it."""
-    script = str(ROOT / "launch" / "alert.py")
-    number = tmp_path / "number"
-    program = 'cat; echo $$ >"$0.new"; mv "$0.new" "$0"; sleep 600'
-    given = config(tmp_path, alert_command=shlex.join(["sh", "-c", program, str(number)]))
-    errors = tmp_path / "errors"
-    with errors.open("w") as stream:
-        process = subprocess.Popen([sys.executable, script, str(given)], stdout=subprocess.DEVNULL, stderr=stream)
-    while not number.exists() and process.poll() is None:
-        time.sleep(0.05)
-    group = int(number.read_text())
-    process.send_signal(signal.SIGINT)
-    try:
-        assert process.wait(300) == 130 and errors.read_text() == "interrupted\n"
-        assert ends(group)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-
-
-def ends(group: int) -> bool:
-    """Whether all processes of the group end; waits for what was killed to go."""
-    for _ in range(200):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_a_failure_because_the_other_address_would_get_no_text(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    (tmp_path / "hook").write_text(chat.address)
+    chat.status = status
+    assert webhook.main(["--url-file", str(tmp_path / "hook"), "text"]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"HTTP status {status}; it names another address, give that one\n") and "secret" not in said
+    assert len(chat.posts) == 1
 
 
 def test_the_webhook_takes_the_key_of_another_chat_and_needs_no_package(chat: Chat, tmp_path: Path) -> None:
@@ -159,17 +161,6 @@ def test_the_webhook_takes_the_key_of_another_chat_and_needs_no_package(chat: Ch
     done = subprocess.run([sys.executable, "-I", "-S", *arguments], env=environment, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert [content for _, _, content in chat.posts] == [{"content": "-- naïve σ\n"}]
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307])
-def test_a_server_that_sends_elsewhere_has_not_taken_the_text(
-    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
-) -> None:
-    """As from http to https: urllib would ask there without the text, and hear 200."""
-    (tmp_path / "hook").write_text(chat.address)
-    chat.status = status
-    assert webhook.main(["--url-file", str(tmp_path / "hook"), "text"]) == 1
-    assert capsys.readouterr().err.endswith(f"did not take it: HTTP status {status}\n")
 
 
 def test_the_home_of_no_user_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

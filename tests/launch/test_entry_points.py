@@ -98,6 +98,29 @@ def test_ctrl_c_while_imports_run_is_one_line(script: str) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
+LOST = """
+import common.interruption, signal, time, weakref
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda dead: signal.raise_signal(signal.SIGINT))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del thing
+time.sleep(3600)
+"""
+"""A SIGINT while Python calls back from C, where it drops every exception."""
+
+
+def test_ctrl_c_that_python_drops_comes_again() -> None:
+    done = start("-c", LOST, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_another_exception_that_python_drops_is_still_shown() -> None:
+    done = start("-c", LOST.replace("signal.raise_signal(signal.SIGINT)", "1 / 0").replace("3600", "0"), cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr.startswith("Exception ignored in: ") and "ZeroDivisionError" in done.stderr
+
+
 def test_another_exception_that_nothing_handles_keeps_its_traceback() -> None:
     done = start("-c", "import common.interruption; raise ValueError('a')", cwd=ROOT)
     assert done.returncode == 1
