@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -176,7 +177,7 @@ class Alerts:
         key = "" if failure.startswith("monitor.alert_command: ") else "monitor.alert_command: "
         print(
             f"warning: {key}{failure}. The run goes on, and this is said once; "
-            f"`python launch/alert.py {self._run_dir}` tries the command",
+            f"`python launch/alert.py {shlex.quote(str(self._run_dir))}` tries the command",
             file=sys.stderr,
             flush=True,
         )

@@ -201,13 +201,13 @@ def test_a_command_that_fails_is_one_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], program: str | None, words: str
 ) -> None:
     given = "'/nowhere/to be' secret" if program is None else command(tmp_path, program, "secret")
-    alerts = Alerts(settings(given), tmp_path / "run")
+    alerts = Alerts(settings(given), tmp_path / "my $(run)")
     for kind in ("loss_spike", "rollback", "loss_spike"):
         alerts.hear({"event": kind, "step": 1})
         alerts.finish()
     said = capfd.readouterr().err
     assert said.count("warning: monitor.alert_command: ") == said.count("\n") == 1 and words in said
-    assert "secret" not in said and "python launch/alert.py" in said
+    assert "secret" not in said and f"`python launch/alert.py '{tmp_path}/my $(run)'` tries the command" in said
 
 
 def test_a_system_without_threads_or_processes_left_does_not_end_the_run(
