@@ -79,7 +79,7 @@ class Command:
         Ctrl-C, ends the command as well."""
         try:
             process = self._process = subprocess.Popen(
-                [*OUTLIVES, *self._words, self._alert.sentence],
+                [*OUTLIVES, *self._words, self._alert.sentence.encode()],  # UTF-8 in every locale, as stdin
                 stdin=subprocess.PIPE,
                 stdout=self._output,
                 stderr=self._output,
