@@ -247,6 +247,23 @@ while not os.path.exists({str(go)!r}):
     assert len(calls(got)) == 1
 
 
+def test_a_sentence_is_utf_8_in_a_locale_that_is_not(tmp_path: Path) -> None:
+    """In a process of its own, whose arguments Python encodes as ASCII."""
+    given = command(tmp_path, "import os, sys\nopen(sys.argv[1], 'wb').write(os.fsencode(sys.argv[2]))", "got")
+    told = f"""
+from pathlib import Path
+from pretrain.config.schema import MonitorConfig
+from pretrain.report.alerts import Alerts
+alerts = Alerts(MonitorConfig(alert_command={given!r}), Path("night"))
+alerts.hear({{"event": "loss_spike", "step": 1, "reason": "na\\u00efve \\u03c3"}})
+alerts.finish()
+"""
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **ascii_locale, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    subprocess.run([sys.executable, "-c", told], env=environment, cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "got").read_bytes().decode() == "run night: loss spike after step 1: naïve σ"
+
+
 def test_a_sentence_is_short_whatever_the_event_holds(tmp_path: Path) -> None:
     alert = Alert(tmp_path / "run", {"event": "failed", "reason": "x" * 9999}, {"loss_spike": 2})
     assert len(alert.sentence) == LONGEST and alert.sentence.endswith("x... (left out before: 2 x loss_spike)")
