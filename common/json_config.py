@@ -122,7 +122,7 @@ def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = Non
 
 
 def _entry(entries: list[Any], number: str, key: str, override: str) -> Any:
-    if re.fullmatch("[0-9]{1,9}", number) and int(number) < len(entries):
+    if re.fullmatch("0|[1-9][0-9]{0,8}", number) and int(number) < len(entries):
         return entries[int(number)]
     known = f"its entries are 0 to {len(entries) - 1}" if entries else "it is empty"
     raise ConfigError(f"--set {override}: {key} is a list without entry {number}; {known}")

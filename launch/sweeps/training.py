@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import shutil
 import signal
@@ -154,7 +155,8 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
         code = 128 - code if code < 0 else code
         sweep.note(run, unrecorded=code or None)
     result = sweep.result(run)
-    loss = f", validation loss {result.validation:.4f}" if result.state is State.FINISHED else ""
+    has_loss = result.state is State.FINISHED and not math.isnan(result.validation)  # NaN: evaluate.sequences=0
+    loss = f", validation loss {result.validation:.4f}" if has_loss else ""
     print(f"  {result.state_text}{loss}", flush=True)
     if result.state is State.FAILED:
         meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,7 +79,7 @@ class Command:
         Ctrl-C, ends the command as well."""
         try:
             process = self._process = subprocess.Popen(
-                [*OUTLIVES, *self._words, self._alert.sentence],
+                [*OUTLIVES, *self._words, self._alert.sentence.encode()],  # UTF-8 in every locale, as stdin
                 stdin=subprocess.PIPE,
                 stdout=self._output,
                 stderr=self._output,
@@ -176,7 +177,7 @@ class Alerts:
         key = "" if failure.startswith("monitor.alert_command: ") else "monitor.alert_command: "
         print(
             f"warning: {key}{failure}. The run goes on, and this is said once; "
-            f"`python launch/alert.py {self._run_dir}` tries the command",
+            f"`python launch/alert.py {shlex.quote(str(self._run_dir))}` tries the command",
             file=sys.stderr,
             flush=True,
         )

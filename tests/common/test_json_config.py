@@ -103,6 +103,7 @@ def test_an_override_of_an_entry_of_a_list_changes_that_entry_alone() -> None:
         ("sources.2.weight=1", "sources is a list without entry 2; its entries are 0 to 1"),
         ("sources.c4.weight=1", "sources is a list without entry c4; its entries are 0 to 1"),
         ("sources.-1.weight=1", "without entry -1"),
+        ("sources.01.weight=1", "without entry 01"),  # else one key has two names, and a sweep could vary it twice
         ("sources.\u0661.weight=1", "without entry"),  # a digit to Python, of another script
         ("none.0.weight=1", "none is a list without entry 0; it is empty"),
         ("sizes.0=3", "sizes is a list; give all of it, or a key of an entry"),

@@ -126,12 +126,17 @@ def test_a_signal_ends_the_command_too(tmp_path: Path, number: signal.Signals) -
         signal.signal(number, taken)
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     pid = int((tmp_path / "pid").read_text())
-    assert os.getpgid(pid) != os.getpgid(process.pid), "Ctrl-C on a terminal reaches it"
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert said == (b"interrupted\n" if number == signal.SIGINT else b"")
-    until(lambda: has_ended(pid))
+    try:
+        assert os.getpgid(pid) != os.getpgid(process.pid), "Ctrl-C on a terminal reaches it"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert said == (b"interrupted\n" if number == signal.SIGINT else b"")
+        until(lambda: has_ended(pid))
+    finally:
+        process.kill()
+        if not has_ended(pid):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def test_a_command_that_hangs_is_said_to_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,8 @@ folder.mkdir(exist_ok=True)
 (folder / "config.json").write_text('{"train": {"steps": 2}}')
 rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second": 5} for n in (1, 2)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-(folder / "events.jsonl").write_text(json.dumps({"event": "validation", "step": 2, "loss": float(rate)}) + "\\n")
+validation = json.dumps({"event": "validation", "step": 2, "loss": float(rate)}) + "\\n"
+(folder / "events.jsonl").write_text("" if "evaluate.sequences=0" in arguments else validation)
 (folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
 sys.exit(1 if code else 0)  # as deepspeed, which may return another code
 """
@@ -165,6 +166,15 @@ def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.Capt
         ]
     assert (case.dir / "x,learning_rate=2e-3.log").read_text() == "trains 2e-3\n"
     assert all((case.dir / name).read_bytes().startswith(b"\x89PNG") for name in ("losses.png", "curves.png"))
+
+
+def test_a_run_without_validation_ends_without_a_validation_loss(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("--vary", f"{RATE}=2e-3", "--set", "evaluate.sequences=0") == 0
+    assert case.run("--vary", f"{RATE}=2e-3", "--set", "evaluate.sequences=0") == 0
+    printed = capsys.readouterr().out
+    assert "\n  finished\n" in printed and "nan" not in printed
 
 
 def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_failed(

@@ -36,8 +36,8 @@ with open(sys.argv[1], "a") as file:
     file.write(json.dumps([sys.argv[2:], sys.stdin.read(), os.environ.get("RANK")]) + "\\n")
 """
 """Appends its arguments after the first, its stdin and its rank to a file that the first one names."""
-HANGS = "sh -c 'echo $$ >\"$0\"; sleep 600'"
-"""Writes the number of its process to the file that the next word names, and does not end."""
+HANGS = "sh -c 'cat >/dev/null; echo $$ >\"$0\"; sleep 600'"
+"""Reads the event, writes the number of its process to the file that the next word names, and does not end."""
 
 
 def command(folder: Path, program: str, *words: str) -> str:
@@ -201,13 +201,13 @@ def test_a_command_that_fails_is_one_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], program: str | None, words: str
 ) -> None:
     given = "'/nowhere/to be' secret" if program is None else command(tmp_path, program, "secret")
-    alerts = Alerts(settings(given), tmp_path / "run")
+    alerts = Alerts(settings(given), tmp_path / "my $(run)")
     for kind in ("loss_spike", "rollback", "loss_spike"):
         alerts.hear({"event": kind, "step": 1})
         alerts.finish()
     said = capfd.readouterr().err
     assert said.count("warning: monitor.alert_command: ") == said.count("\n") == 1 and words in said
-    assert "secret" not in said and "python launch/alert.py" in said
+    assert "secret" not in said and f"`python launch/alert.py '{tmp_path}/my $(run)'` tries the command" in said
 
 
 def test_a_system_without_threads_or_processes_left_does_not_end_the_run(
@@ -245,6 +245,23 @@ while not os.path.exists({str(go)!r}):
     go.touch()
     alerts.finish()
     assert len(calls(got)) == 1
+
+
+def test_a_sentence_is_utf_8_in_a_locale_that_is_not(tmp_path: Path) -> None:
+    """In a process of its own, whose arguments Python encodes as ASCII."""
+    given = command(tmp_path, "import os, sys\nopen(sys.argv[1], 'wb').write(os.fsencode(sys.argv[2]))", "got")
+    told = f"""
+from pathlib import Path
+from pretrain.config.schema import MonitorConfig
+from pretrain.report.alerts import Alerts
+alerts = Alerts(MonitorConfig(alert_command={given!r}), Path("night"))
+alerts.hear({{"event": "loss_spike", "step": 1, "reason": "na\\u00efve \\u03c3"}})
+alerts.finish()
+"""
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **ascii_locale, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    subprocess.run([sys.executable, "-c", told], env=environment, cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "got").read_bytes().decode() == "run night: loss spike after step 1: naïve σ"
 
 
 def test_a_sentence_is_short_whatever_the_event_holds(tmp_path: Path) -> None:
