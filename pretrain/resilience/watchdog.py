@@ -187,24 +187,32 @@ class Watchdog:
         is_called = not is_reader and (self._hang / READER).exists()
         is_stuck = self._phases.record.count == record.count and (self._has_hung(time.monotonic()) or is_called)
         if not is_stuck and not message.exists():
-            path.unlink(missing_ok=True)  # slow, not hung
-            path.with_suffix(collectives.SUFFIX).unlink(missing_ok=True)
-            if is_reader:
-                (self._hang / READER).unlink(missing_ok=True)
-            self._reporting.clear()
+            self._go_on(path, is_reader)
             return
         deadline = time.monotonic() + 5.0 + READ_SECONDS * len(self._identities)
         while not message.exists() and time.monotonic() < deadline:
             # The one before went on.
-            is_reader = is_reader or (self._has_hung(time.monotonic()) and self._becomes_reader())
+            has_hung = self._has_hung(time.monotonic())
+            is_reader = is_reader or (has_hung and self._becomes_reader())
             if is_reader:
                 self._describe_for_all(message)
-            else:
+            elif has_hung or (self._hang / READER).exists() or message.exists():
                 time.sleep(self._pause)
+            else:  # the rank that called this one has just gone on
+                self._go_on(path, is_reader)
+                return
         silent = self._wake_silent_ranks_here()
         if not self._stop.launcher_ends_others:
             self._stop.before_leaving.append(lambda code, message: self._kill(silent))
         self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
+
+    def _go_on(self, path: Path, is_reader: bool) -> None:
+        """Takes back the report at `path`: slow, not hung."""
+        path.unlink(missing_ok=True)
+        path.with_suffix(collectives.SUFFIX).unlink(missing_ok=True)
+        if is_reader:
+            (self._hang / READER).unlink(missing_ok=True)
+        self._reporting.clear()
 
     def _becomes_reader(self) -> bool:
         """Whether this rank is the one that reads all reports: the first to ask. If all did, a thousand ranks would

@@ -229,13 +229,17 @@ def test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too(tmp_path:
     assert "(a step's limit of 0 s, resilience.step_timeout_factor)" in message
 
 
-def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graces", [(6.0, 6.0), (3.0, 1.0)], ids=["after it", "before it"])
+def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(
+    tmp_path: Path, graces: tuple[float, float]
+) -> None:
+    """Whether its time is over after that one's, or shortly before."""
     codes: list[int] = []
     phases, watchdogs = ranks_of_two(tmp_path, codes)
     hang, deadline = tmp_path / "hang", time.monotonic() + 60
     phases[1].enter("waiting for the batches of other ranks")
-    for watchdog in watchdogs:
-        watchdog._grace = 6.0
+    for watchdog, grace in zip(watchdogs, graces, strict=True):
+        watchdog._grace = grace
     monotonic = time.monotonic
     watchdogs[0]._all_have_reported = lambda: False  # type: ignore[method-assign]  # it waits until its time is over
     phases[0].enter("forward", quick=True)
