@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator
 
@@ -30,23 +30,8 @@ AlertKind = Literal[
 ]
 """The end of a start, the fate of its SLURM job, and events of events.jsonl."""
 
-DEFAULT_ALERTS: tuple[AlertKind, ...] = (
-    "finished",
-    "failed",
-    "requeued",
-    "node_excluded",
-    "job_ended",
-    "loss_spike",
-    "rollback",
-    "skipped_update",
-    "replicas_differ",
-    "router_collapsed",
-    "slow_ranks",
-    "data_waited",
-    "checkpoint_failed",
-    "checkpoint_passed_over",
-    "log_not_written",
-)
+QUIET: tuple[AlertKind, ...] = ("stopped", "started", "checkpoint", "validation")
+DEFAULT_ALERTS: tuple[AlertKind, ...] = tuple(kind for kind in get_args(AlertKind) if kind not in QUIET)
 """All but those of a run that does as it should, and of a stop, which somebody has asked for."""
 
 
