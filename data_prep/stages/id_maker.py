@@ -91,6 +91,11 @@ class IdMaker:
         sizes, prefix = self._sizes
         return max(0, int(sizes[ids].sum()) - prefix)
 
+    def text_piece(self, number: int) -> str | None:
+        """As TextTokenizer's."""
+        assert self._tokenizer is not None, "ids have a model"
+        return self._tokenizer.text_piece(number)
+
     @cached_property
     def _sizes(self) -> tuple[np.ndarray, int]:
         """int64 [vocab_size] bytes that an id is decoded to, and those of a document that decoding takes away."""

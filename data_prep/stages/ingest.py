@@ -266,6 +266,12 @@ def _id_reading(task: IngestTask) -> IdReading | None:
     assert task.encoding is not None, "ids are stored as they are read"
     maker = task.encoding.recipe.maker()
     assert maker.eos_id is not None, "without tokenizer.separator, a model has it"
+    end = config.end_of_document
+    if end is not None and (piece := maker.text_piece(end)) is not None:
+        raise DataError(
+            f"end_of_document: {end} is the piece {piece!r} of tokenizer.model, which stands inside texts; give the id "
+            "that ends documents, or null for the model's own EOS"
+        )
     return IdReading(
         vocab_size=maker.vocab_size,
         eos_id=maker.eos_id,

@@ -55,6 +55,10 @@ LOSSLESS: dict[str, Any] = {
 }
 
 
+MARKER_SIGNS = frozenset("<>[]{}|")
+"""A piece with one of these may be a marker that somebody put into the vocabulary; whether it is, no model says."""
+
+
 class TextTokenizer:
     """A SentencePiece model on text: `encode` to int32 ids, `decode` back to the same text.
 
@@ -89,6 +93,14 @@ class TextTokenizer:
         if not len(ids) or pieces[ids[-1]] not in ("\n", "<0x0A>"):
             return None
         return None if any("\n" in piece and piece != "\n" for piece in pieces) else ids
+
+    def text_piece(self, number: int) -> str | None:
+        """The piece of an id that stands in texts; None for a control piece, a marker such as <|endoftext|>, and an id
+        beyond the vocabulary."""
+        if number >= self.vocab_size or self._model.is_control(number) or self._model.is_unknown(number):
+            return None
+        piece: str = self._model.id_to_piece(number)
+        return None if set(piece) & MARKER_SIGNS and not self._model.is_byte(number) else piece
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from data_prep.cli import main
 from data_prep.raw import token_ids
@@ -140,6 +141,22 @@ def test_the_beginning_of_a_document_that_is_too_long_is_shown_wherever_a_block_
     (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert (found["token"], found["reason"]) == (3, "too long") and found["excerpt"].startswith("7")
+
+
+@pytest.mark.parametrize("format", ["token_array", "megatron"])
+def test_a_piece_of_texts_ends_no_document(
+    format: str, tmp_path: Path, id_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As 2, the EOS of Llama's models, is in a model that has another. Documents would be cut inside."""
+    model = sentencepiece.SentencePieceProcessor(model_file=json.loads(id_config().read_text())["tokenizer"]["model"])
+    write_plain(tmp_path / "ids.bin", [7, 8, EOS], "<u2")
+    write_megatron(tmp_path / "ids", "uint16", [[[7, 8, EOS]]])
+    texts = [number for number in range(model.vocab_size()) if not model.is_control(number)][1:]  # but <unk>
+    for number in (texts[0], texts[-1], model.piece_to_id("<0x0A>")):
+        given = {"format": format, "input": str(tmp_path / "ids.bin"), "end_of_document": number}
+        assert main(["run", "--config", str(id_config(**given))]) == 2
+        words = f"end_of_document: {number} is the piece {model.id_to_piece(number)!r} of tokenizer.model"
+        assert words in one_error(capsys)
 
 
 @pytest.mark.parametrize(
