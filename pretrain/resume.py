@@ -226,9 +226,9 @@ def find_start(
     changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
     branch = branch_start(config, resumed)
     rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
-    progress = with_skips(resumed.progress if resumed else Progress(0, 0), rollbacks, sources.digest)
-    # Of the checkpoint itself: what later rollbacks leave out are positions of the new stage.
-    progress = replace(progress, stages=stages_of(resumed, sources))
+    stages = stages_of(resumed, sources)
+    progress = resumed.progress if resumed else Progress(0, 0)
+    progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
     return StartPoint(resumed, progress, rollbacks, damaged, changes)
 
 

@@ -336,13 +336,13 @@ class Segment:
             first_step=self.progress.step - max(1, steps) + 1,
             skipped=stream.range_of(consumed, steps * sequences) if steps else None,
             branch_start=branch_start(self.setup.config, self.start.checkpoint),
-            manifest_digest=self.setup.sources.digest,
+            stage=stream.stage,
         )
         if self.monitor is not None:
             skipped = rollback.skipped
             data = f", leaving out the positions {skipped[0]} to {skipped[1] - 1} of the data" if skipped else ""
             print(f"going back to before step {rollback.first_step}{data}: {reason}", flush=True)
-        self.folder.event("rollback", **vars(rollback))
+        self.folder.event("rollback", **rollback.to_json())
         return rollback
 
     def _validation_is_missing(self) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
 from pretrain.data.progress import Progress, Range, merged
+from pretrain.data.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,20 @@ class Rollback:
     """Positions of the data order never to be read again."""
     branch_start: str | None = None
     """The path given as checkpoint.resume, if any: another branch has rollbacks of its own."""
+    stage: Stage | None = None
+    """The stage of the data whose positions `skipped` are; None: a file from before it was kept."""
     manifest_digest: str | None = None
-    """Sources.digest of the data whose positions `skipped` are; None: a file from before it was kept."""
+    """Sources.digest of those data, in files from before `stage` was kept; None: in files from before that too."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Rollback:
+        """The inverse of `to_json`. Files of before have fewer keys."""
+        skipped, stage = tree.get("skipped"), tree.get("stage")
+        known = {"skipped": tuple(skipped) if skipped else None, "stage": Stage.from_json(stage) if stage else None}
+        return cls(**{**tree, **known})
 
 
 def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
@@ -35,10 +49,10 @@ def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
     path = run_dir / "rollbacks.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [Rollback(**{**row, "skipped": tuple(row["skipped"]) if row["skipped"] else None}) for row in rows]
+        found = [Rollback.from_json(row) for row in rows]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--run-dir: {path} cannot be read ({error}); it says which data the run leaves out: repair it, or remove "
             f"it to read all data"
@@ -54,7 +68,7 @@ def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
     path = run_dir / "rollbacks.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     try:
-        write_json(path, [*rows, asdict(rollback)])
+        write_json(path, [*rows, rollback.to_json()])
     except OSError as error:
         raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
 
@@ -81,10 +95,18 @@ def _step(path: Path) -> int:
         return 2**62
 
 
-def with_skips(progress: Progress, rollbacks: list[Rollback], manifest_digest: str) -> Progress:
-    """`progress` of a checkpoint with the ranges ahead of it that later rollbacks left out of the data that are read
-    now. Ranges behind it are the checkpoint's own: they say how it came to be. Of another mixture the same positions
-    are other windows, which nobody left out."""
-    ours = [r.skipped for r in rollbacks if r.skipped is not None and r.manifest_digest in (None, manifest_digest)]
-    ahead = tuple(skipped for skipped in ours if skipped[0] >= progress.position)
-    return replace(progress, skipped_ranges=merged((*progress.skipped_ranges, *ahead)))
+def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks: list[Rollback]) -> Progress:
+    """`progress` of a checkpoint, from which on `stage` is read, with the ranges ahead of it that rollbacks left out of
+    that very stage. Ranges behind it are the checkpoint's own: they say how it came to be. Those ahead of it are
+    another stage's if this one begins here: the same positions are other windows, which nobody left out."""
+
+    def is_ours(rollback: Rollback) -> bool:
+        if rollback.stage is not None:
+            return rollback.stage == stage
+        return rollback.manifest_digest in (None, manifest_digest)
+
+    position = progress.position
+    own = tuple(part for part in progress.skipped_ranges if part[0] < position or stage.first < position)
+    left_out = (rollback.skipped for rollback in rollbacks if rollback.skipped is not None and is_ours(rollback))
+    ahead = tuple(skipped for skipped in left_out if skipped[0] >= position)
+    return replace(progress, skipped_ranges=merged((*own, *ahead)))

@@ -78,9 +78,13 @@ def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
     assert read_at(base, log) == read_at(base, twin_log)
 
 
-def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_it(base: Path, tmp_path: Path) -> None:
-    """Two steps are left out and the run is killed before the next checkpoint; with other weights the same positions
-    are other windows, and none of them is left out."""
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_it(
+    base: Path, tmp_path: Path, kept: int
+) -> None:
+    """A step spikes, and two are left out. The run goes on from a checkpoint that was saved before the rollback, or
+    from one of after it, which knows of the gap ahead. With other weights the same positions are other windows, and
+    none of them is left out; nor where the first weights come back, behind windows of the others."""
     log, run = tmp_path / "log", tmp_path / "run"
     log.mkdir()
 
@@ -88,20 +92,31 @@ def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_
         config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, "resilience.spike_skip_steps=2", ALLOWED)
         assert set(run_ranks(train_with, 1, config, run, prepare, *given)) == {"FINISHED"}
 
-    take(FIRST, CHANGE + 4, note_reads_and_spike, log, (CHANGE + 1) * G + 3)
-    begin = CHANGE * G
+    def forget(first: int) -> None:
+        """As if the run had been killed before each checkpoint from step `first` on."""
+        for path in list_checkpoints(run / "checkpoints"):
+            if Checkpoint.open(path).progress.step >= first:
+                shutil.rmtree(path)
+
+    take(FIRST, CHANGE + 4, note_reads_and_spike, log, (CHANGE + 3) * G + 3)
     (rollback,) = events(run, "rollback")
-    assert rollback["skipped"] == [begin, begin + 2 * G]
-    assert rollback["manifest_digest"] == Sources.load(mixed(base, FIRST)).digest
-    saved = {Checkpoint.open(path).progress.step: path for path in list_checkpoints(run / "checkpoints")}
-    for step in range(CHANGE + 1, CHANGE + 5):
-        shutil.rmtree(saved[step])  # as if it had been killed before each
+    assert rollback["skipped"] == [(CHANGE + 2) * G, (CHANGE + 4) * G]
+    (stage,) = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1]).progress.stages
+    assert rollback["stage"] == stage.to_json()
+    begin = (CHANGE + kept) * G
+    forget(CHANGE + 1)
+    if kept:
+        take(FIRST, CHANGE + 1, note_reads, log)
+        ahead = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1]).progress.skipped_ranges
+        assert ahead == (tuple(rollback["skipped"]),)
     for path in log.iterdir():
         path.unlink()
-    take(SECOND, 10, note_reads, log)
+    take(SECOND, CHANGE + kept + 1, note_reads, log)
+    take(FIRST, CHANGE + 5, note_reads, log)  # over the positions that were left out
     expected = Expected(base, FIRST)
     expected.stage(FIRST, begin)
-    assert read_at(base, log) == dict(enumerate(expected.stage(SECOND, 4 * G), begin))
+    wanted = expected.stage(SECOND, G) + expected.stage(FIRST, (4 - kept) * G)
+    assert read_at(base, log) == dict(enumerate(wanted, begin))
 
 
 def test_the_sequences_of_a_stage_are_counted_without_what_was_left_out_before_it(base: Path) -> None:

@@ -13,6 +13,7 @@ from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.data.stages import first_stage
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
@@ -42,30 +43,46 @@ def test_nothing_stands_out_from_too_few_or_from_nothing() -> None:
     assert constant.see(3.4)
 
 
+STAGE = first_stage(["a", "b"], ["0a", "0b"], [1, 2])
+
+
 def test_ranges_ahead_of_a_checkpoint_are_added_and_those_behind_are_its_own() -> None:
     rollbacks = [Rollback("a", 9, 8, (56, 72)), Rollback("b", 5, 5), Rollback("c", 20, 19, (160, 176))]
-    assert with_skips(Progress(3, 24), rollbacks, "") == Progress(3, 24, ((56, 72), (160, 176)))
+    assert with_skips(Progress(3, 24), STAGE, "", rollbacks) == Progress(3, 24, ((56, 72), (160, 176)))
     resumed = Progress(12, 96, ((56, 72),))  # next position: 112
-    assert with_skips(resumed, rollbacks, "") == Progress(12, 96, ((56, 72), (160, 176)))
+    assert with_skips(resumed, STAGE, "", rollbacks) == Progress(12, 96, ((56, 72), (160, 176)))
     # A checkpoint of before the first rollback, saved by another course of the run: it did read 56 to 71.
-    assert with_skips(Progress(12, 96), rollbacks[:1], "") == Progress(12, 96)
+    assert with_skips(Progress(12, 96), STAGE, "", rollbacks[:1]) == Progress(12, 96)
 
 
-def test_a_range_counts_for_the_data_alone_that_it_was_left_out_of() -> None:
-    """A rollback from before the digest was kept counts for any."""
+def test_a_range_counts_for_the_stage_alone_that_it_was_left_out_of() -> None:
+    """The same sources with the same weights are other windows where they went on from other places. A rollback from
+    before the stage was kept counts by the digest of the data, one from before that for any."""
+    elsewhere, later = (STAGE.followed_by(first, STAGE.mixed) for first in (8, 16))
     rollbacks = [
-        Rollback("a", 9, 8, (56, 72), manifest_digest="0a"),
-        Rollback("b", 15, 14, (104, 112), manifest_digest="0b"),
+        Rollback("a", 9, 8, (56, 72), stage=STAGE),
+        Rollback("b", 15, 14, (104, 112), stage=elsewhere),
         Rollback("c", 20, 19, (160, 176)),
+        Rollback("d", 24, 23, (184, 192), manifest_digest="0d"),
     ]
-    for digest, skipped in (("0a", (56, 72)), ("0b", (104, 112))):
-        assert with_skips(Progress(3, 24), rollbacks, digest) == Progress(3, 24, (skipped, (160, 176)))
-    assert with_skips(Progress(3, 24), rollbacks, "0c") == Progress(3, 24, ((160, 176),))
+    for stage, digest, skipped in (
+        (STAGE, "", ((56, 72), (160, 176))),
+        (elsewhere, "", ((104, 112), (160, 176))),
+        (later, "", ((160, 176),)),
+        (later, "0d", ((160, 176), (184, 192))),
+    ):
+        assert with_skips(Progress(3, 24), stage, digest, rollbacks) == Progress(3, 24, skipped)
+
+
+def test_a_stage_that_begins_at_a_checkpoint_leaves_out_nothing_of_the_one_before() -> None:
+    saved = Progress(6, 48, ((16, 24), (64, 72)))
+    assert with_skips(saved, STAGE, "", []) == saved
+    assert with_skips(saved, STAGE.followed_by(saved.position, STAGE.mixed), "", []) == Progress(6, 48, ((16, 24),))
 
 
 def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:
     assert read_rollbacks(tmp_path, None) == []
-    one, two = Rollback("a", 9, 8, (56, 72)), Rollback("b", 5, 5, None, "/elsewhere/step-00000004")
+    one, two = Rollback("a", 9, 8, (56, 72), stage=STAGE), Rollback("b", 5, 5, None, "/elsewhere/step-00000004")
     record(tmp_path, one)
     record(tmp_path, two)
     assert read_rollbacks(tmp_path, None) == [one]
