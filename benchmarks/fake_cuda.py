@@ -69,8 +69,7 @@ def _device_guard() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    registry = (ctypes.c_void_p * (META_TYPE + 1)).in_dll(library, GUARDS)
+    registry = device_guards()
     before = registry[CUDA_TYPE]
     assert registry[META_TYPE], "this torch has no device guard for meta tensors"
     registry[CUDA_TYPE] = registry[META_TYPE]
@@ -78,6 +77,12 @@ def _device_guard() -> Iterator[None]:
         yield
     finally:
         registry[CUDA_TYPE] = before
+
+
+def device_guards() -> ctypes.Array[ctypes.c_void_p]:
+    """torch's registry of device guards, up to that of meta tensors; CUDA's is empty in a CPU build."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    return (ctypes.c_void_p * (META_TYPE + 1)).in_dll(library, GUARDS)
 
 
 def _attention(
