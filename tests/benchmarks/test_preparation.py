@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ def test_an_interpreter_without_the_peer_is_named() -> None:
 
 
 def test_the_cost_of_a_command_is_that_of_its_children_too(tmp_path: Path) -> None:
-    child = "python3 -c 'x = b\"x\" * 60_000_000; import time; time.sleep(0.5)'; true"
+    code = "x = b'x' * 60_000_000; import time; time.sleep(0.5)"
+    child = f"{shlex.join([sys.executable, '-c', code])}; true"
     assert measure(["bash", "-c", child], log=tmp_path / "l").peak_bytes > 60e6
     with pytest.raises(RuntimeError, match="no such thing"):
         measure(["bash", "-c", "echo no such thing; exit 3"], log=tmp_path / "l")

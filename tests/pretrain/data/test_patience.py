@@ -92,9 +92,12 @@ def test_a_read_that_fails_twice_gives_what_it_gives_without_a_fault(
     assert faults.met == 2
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     (wait,) = patience.taken_waits()
-    # Path.resolve, which looks whether a link leads out, takes no notice of the first.
-    failed = 1 if call == "Path.stat" else 2
-    assert (wait["rank"], wait["attempts"]) == (3, failed) and wait["file"].endswith(suffix)
+    # Path.resolve, which looks whether a link leads out, takes no notice of a fault: it meets one before Python 3.13.
+    unnoticed = Faults(suffix, number, 2)
+    with monkeypatch.context() as patch:
+        unnoticed.install(patch, call)
+        (prepared / suffix).resolve()
+    assert (wait["rank"], wait["attempts"]) == (3, 2 - unnoticed.met) and wait["file"].endswith(suffix)
     assert wait["reason"] == f"{os.strerror(number)} (errno {number}, {errno.errorcode[number]})"
     assert patience.taken_waits() == []
 
