@@ -1,7 +1,7 @@
 # Everything installs into .venv by itself; `make help` lists the targets. No path is absolute and every program runs as a
 # module: names with spaces or brackets, whose venv has no working console scripts, are as good as others.
-PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
-  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && \
   command -v "$$python" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,13 +40,14 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { echo \
-	  "error: Python 3.11, 3.12 or 3.13 is needed; install one, or name it: make install PYTHON=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || { echo \
+	  "error: Python 3.11 to 3.14 is needed; install one, or name it: make install PYTHON=/path/to/python3.12"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@[ $(PINS) = constraints.txt ] || grep -vE '^(cuda|nvidia)-' constraints.txt > $(PINS)
 	@# torch first and alone, so that this line decides which build of it the others find installed.
 	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c $(PINS) $(INDEX)
-	$(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
+	@# megatron-core has wheels up to Python 3.13; its build from source calls `python3`, which must be this one.
+	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py
 	@echo "$(CUDA)" > $@

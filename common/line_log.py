@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import replace_file
+from common.presence import exists, is_file
 from common.strict_json import dumps
 
 Row = dict[str, Any]
@@ -66,16 +67,16 @@ class LineLog:
         """Brings every line to the disk. Raises OSError."""
         with self._lock:
             self._write()
-            if self.path.exists():
+            if exists(self.path):
                 with open(self.path, "rb") as file:
                     os.fsync(file.fileno())
 
     def repair(self) -> int:
         """Moves lines that are no row (a user's editor, a damaged disk) to PATH.damaged and returns how many there
         were; a torn last line (the machine stopped while writing) is dropped. Raises UserError and OSError."""
-        if not self.path.exists():
+        if not exists(self.path):
             return 0
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise UserError(f"--run-dir: {self.path} is no file; move it away, and a new one is begun")
         damaged: list[bytes] = []
         last = b"\n"
@@ -102,7 +103,7 @@ class LineLog:
 
     def _lines(self) -> Iterator[tuple[bytes, Row | None]]:
         """Every line that is not blank, with its end, and its row; None if it is no row."""
-        if not self.path.exists():
+        if not exists(self.path):
             return
         with open(self.path, "rb") as file:
             for line in file:

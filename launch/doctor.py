@@ -26,7 +26,7 @@ sys.path[0] = str(ROOT)
 
 import common.interruption  # noqa: E402, F401  # before anything that takes long
 
-PYTHONS = ((3, 11), (3, 14))
+PYTHONS = ((3, 11), (3, 15))
 """The oldest, and the first that is too new (pyproject.toml, requires-python)."""
 MINIMUM_DRIVER = {"13": 580, "12": 525}
 """The oldest NVIDIA driver for each major version of the CUDA that torch was built with (NVIDIA's compatibility
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 def python() -> Iterator[Finding]:
     version, usable = platform.python_version(), PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]
-    fix = "" if usable else "install Python 3.11, 3.12 or 3.13, then make install PYTHON=/path/to/python3.12"
+    fix = "" if usable else "install one of Python 3.11 to 3.14, then make install PYTHON=/path/to/python3.12"
     yield Finding("Python", f"{version} ({sys.executable})", fix, True)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     fix = "" if header.exists() else "install Python's headers (Debian: python3-dev)"

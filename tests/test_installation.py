@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -123,7 +123,7 @@ def test_what_is_installed_is_declared_for_this_python() -> None:
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in PYTHONS
     for python in PYTHONS:
         assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(f"{python}.0")
-    assert not Requirement(f"python{PROJECT['requires-python']}").specifier.contains("3.14.0")
+    assert not Requirement(f"python{PROJECT['requires-python']}").specifier.contains("3.15.0")
 
 
 def imported_at_run_time(path: Path) -> set[str]:
@@ -213,7 +213,7 @@ def test_make_install_takes_the_chosen_build_of_torch(odd_copy: Path, build: str
     # Ours are pins of CUDA 13's libraries, which torch's build for CUDA 12 does not take.
     constraints = ".venv/constraints.txt" if build == "cu126" else "constraints.txt"
     assert torch == f'{pip} "torch=={pins("3.11")["torch"]}+{build}" -c {constraints} --extra-index-url {index}'
-    assert rest == f'{pip} -e ".[dev]" -c {constraints}'
+    assert rest == f'PATH="$PWD/.venv/bin:$PATH" {pip} -e ".[dev]" -c {constraints}'
     stamp = odd_copy / ".venv" / ".installed"
     stamp.parent.mkdir()
     stamp.write_text(f"{build}\n")
@@ -237,8 +237,8 @@ def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> 
     "arguments, words",
     [
         (["CUDA=12"], "CUDA=12: choose CUDA=cpu, CUDA=cu126 or CUDA=cu130"),
-        (["PYTHON=/nowhere/python"], "error: Python 3.11, 3.12 or 3.13 is needed"),
-        (["PYTHON="], "error: Python 3.11, 3.12 or 3.13 is needed"),
+        (["PYTHON=/nowhere/python"], "error: Python 3.11 to 3.14 is needed"),
+        (["PYTHON="], "error: Python 3.11 to 3.14 is needed"),
     ],
 )
 def test_make_install_refuses_with_the_fix(odd_copy: Path, arguments: list[str], words: str) -> None:

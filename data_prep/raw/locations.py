@@ -15,6 +15,7 @@ from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from common import presence
 from common.errors import DataError, PassingError
 from common.hashing import sha256_stream
 from common.urls import PIPE, URL, WEB, without_secrets
@@ -245,7 +246,7 @@ def _match_url(file: RemoteFile) -> Iterator[RemoteFile]:
 def is_file(file: InputFile) -> bool:
     """Whether something that `match` found is a file."""
     if isinstance(file, Path):
-        return file.is_file()
+        return presence.is_file(file)
     if isinstance(file, PipeFile) or file.is_http:
         return True
     filesystem, path = _filesystem(file.url)

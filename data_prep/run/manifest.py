@@ -9,6 +9,7 @@ from typing import Any
 
 from common.files import replacing, write_file
 from common.hashing import sha256_file
+from common.presence import exists
 from common.splits import SplitName
 from data_prep.config.versions import versions
 from data_prep.run.output_files import DUPLICATE_SAMPLES_FILE, FILTER_SAMPLES_FILE, QUARANTINE_FILE, RECORD_FILES
@@ -130,9 +131,9 @@ def _write_records(
     records = []
     for name in RECORD_FILES:
         path = folder / name
-        if path.exists() and path.stat().st_size == 0:
+        if exists(path) and path.stat().st_size == 0:
             path.unlink()
-        if path.exists():
+        if exists(path):
             records.append({"file": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
     return records
 

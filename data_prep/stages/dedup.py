@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from common.files import replacing, write_file, write_json
+from common.presence import exists
 from data_prep.config.schema import DedupConfig
 from data_prep.stages.external_sort import ExternalSorter
 from data_prep.stages.selection import EXACT, NEAR, Selection
@@ -261,7 +262,7 @@ def _write_verdicts(task: DedupTask) -> None:
 def read_rows(folder: Path, name: str, columns: int) -> np.ndarray:
     """Rows uint64 [n, columns] of a result, mapped and not read."""
     path = folder / name
-    if not path.exists() or path.stat().st_size == 0:
+    if not exists(path) or path.stat().st_size == 0:
         return np.empty((0, columns), np.uint64)
     return np.memmap(path, np.uint64, mode="r").reshape(-1, columns)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from common.presence import exists
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filter import filtered_out
 from data_prep.work.parts import Part, read_documents, read_index
@@ -17,7 +18,7 @@ EXACT, NEAR = 1, 2  # what the dedup stage says of a document; 0 keeps it
 def duplicate_verdicts(folder: Path, part: Part) -> np.ndarray:
     """uint8 [documents]: 0, EXACT or NEAR."""
     path = folder / f"{part.name}.safetensors"
-    if not path.exists():  # no file for a part without duplicates
+    if not exists(path):  # no file for a part without duplicates
         return np.zeros(part.documents, np.uint8)
     verdicts: np.ndarray = safetensors.numpy.load_file(path)["verdict"]
     return verdicts

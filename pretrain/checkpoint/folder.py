@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import intended_name
 from common.hashing import sha256_file
+from common.presence import exists, is_dir
 from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
@@ -59,7 +60,7 @@ class Checkpoint:
 
         Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but has another format."""
         try:
-            if not path.is_dir():
+            if not is_dir(path):
                 raise UserError(
                     f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
                 )
@@ -132,7 +133,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     belongs to the user, and no run resumes from it by itself or removes it. Raises UserError if the folder cannot be
     read."""
     try:
-        found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
+        found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and is_dir(p)]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -154,7 +155,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 def set_aside(path: Path) -> Path:
     """Renames a checkpoint, so that no run resumes from it or removes it. Returns its new name."""
     number = 1
-    while (target := path.with_name(f"superseded-{number}-{path.name}")).exists():
+    while exists(target := path.with_name(f"superseded-{number}-{path.name}")):
         number += 1
     return path.rename(target)
 

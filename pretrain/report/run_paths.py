@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, UserError
 from common.folders import check_writable_folder
+from common.presence import exists, is_file
 
 SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
@@ -20,7 +21,7 @@ FOLDERS = ("checkpoints", "tensorboard", "wandb", "routing")
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds a run: its configuration and what only a run writes."""
-    return (folder / SAVED_CONFIG).is_file() and any((folder / mark).exists() for mark in MARKS)
+    return is_file(folder / SAVED_CONFIG) and any(exists(folder / mark) for mark in MARKS)
 
 
 def config_file(given: str | Path, option: str = "--config") -> Path:
@@ -62,7 +63,7 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
 
 def _check_own(folder: Path) -> None:
     """Refuses a folder that is no run and holds a file that a run replaces."""
-    if any((folder / mark).exists() for mark in MARKS):
+    if any(exists(folder / mark) for mark in MARKS):
         return
     for name in (SAVED_CONFIG, "metrics.jsonl", "outcome.json"):
         if os.path.lexists(folder / name):

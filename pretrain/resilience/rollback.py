@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
+from common.presence import exists
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
 from pretrain.data.progress import Progress, Range, merged
 from pretrain.data.stages import Stage
@@ -66,7 +67,7 @@ def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
     if not writes:
         return
     path = run_dir / "rollbacks.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = json.loads(path.read_text(encoding="utf-8")) if exists(path) else []
     try:
         write_json(path, [*rows, rollback.to_json()])
     except OSError as error:

@@ -71,7 +71,7 @@ def test_plain_files_concatenated_gzip_zstd_and_blank_lines_are_read(tmp_path: P
         (b'{"text": "cut', "not JSON", "Invalid control character"),
         (b'{"text": "\xff"}', "not UTF-8", "byte 10 of the line"),
         (b'{"text": "\xed\xa0\x80"}', "not UTF-8", "byte 10 of the line"),
-        (b"[" * 100_000, "not JSON", "recursion"),
+        (b"[" * 100_000, "not JSON", "recursion|Stack overflow"),  # before Python 3.14 | from it on
         (b"[1, 2]", "not JSON", "expected an object, found list"),
         (b'{"url": "x"}', "no text", "the key `text` is missing; keys found: url"),
         (b'{"text": null}', "no text", "`text` is null, not a string"),
@@ -90,7 +90,7 @@ def test_a_malformed_line_is_rejected_with_its_number_and_the_rest_is_read(
     _, texts, (rejected,) = read(path, max_document_bytes=150_000)
     assert texts == ["good"] * 3 + ["more"]
     assert (rejected.position, rejected.reason) == (5, reason)
-    assert detail in rejected.detail
+    assert any(part in rejected.detail for part in detail.split("|"))
     assert bad.startswith(rejected.record)
 
 
