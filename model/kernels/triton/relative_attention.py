@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.backend import cuda_capability, relative_attention_limit
+from model.kernels.backend import attention_limit, cuda_capability
 from model.kernels.ops.relative_attention import Inputs
 from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, store_rows
 from model.kernels.triton.launch import on_its_device
@@ -240,7 +240,7 @@ class Chunk(NamedTuple):
 def _prepared(inputs: Inputs) -> Inputs:
     """As the kernels read them. ValueError for what they cannot."""
     (_, T, H, h), L = inputs.content_queries.shape, inputs.k.shape[1]
-    limit = relative_attention_limit("cpu", None, (h,))
+    limit = attention_limit("cpu", None, (h,))
     if limit is not None:
         raise ValueError(f"relative_attention: {limit}: set kernels.backend=reference")
     if max(L * H * (h + 7), T * (L + 7)) >= 2**31:  # offsets inside a sequence, and inside a matrix, are 32 bits
