@@ -1,5 +1,5 @@
-"""Causal attention in the two cases that torch's fastest kernels leave out: inside the documents of a sequence, and with
-a memory before the chunk. A query sees a range of keys, and no mask says so.
+"""Causal attention in the two cases that torch's fastest kernels leave out: inside the documents of a sequence, and
+with a memory before the chunk. A query sees a range of keys, so no mask is needed.
 
     out[i] = sum over first[i] <= j <= M + i of  softmax_j(q[i] . k[j] / sqrt(h)) v[j]
 

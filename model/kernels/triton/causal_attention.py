@@ -3,8 +3,9 @@ there is no mask in memory.
 
 FlashAttention-2 (arXiv 2307.08691): a program walks over tiles of keys or queries, nothing is kept but the logarithm of
 the softmax's sum, every gradient has programs that own it, and there are no atomics. What a query sees is a range of
-keys, so a walk covers tiles in that range alone: of queries it begins at the first key of the tile's first query, and of
-keys it ends behind the last query that sees the tile's last key. Both are read from memory, so the host never waits.
+keys, so a walk covers the tiles in that range alone: of queries it begins at the first key of the tile's first query,
+and of keys it ends behind the last query that sees the tile's last key. Both are read from memory, so the host never
+waits.
 
 Layout: queries [B, H, T, h], keys and values [B, K, L, h], K is H or 1, read where they stand by their strides: those
 of the projections, tokens before heads, or of heads before tokens. Results have tokens before heads in memory. Only
@@ -156,7 +157,10 @@ def key_gradient_kernel(
     if OF_V:
         of_values = tl.zeros((KEYS, WIDTH), tl.float32)
     for head in range(key_head, H, K):
-        of_head, upstream_of_head = queries + (b * q_batch + head * q_head) * 8, grad + (b * g_batch + head * g_head) * 8
+        of_head, upstream_of_head = (
+            queries + (b * q_batch + head * q_head) * 8,
+            grad + (b * g_batch + head * g_head) * 8,
+        )
         statistics = (b * H + head) * T
         for i0 in range(tl.maximum(0, j0 - M) // QUERIES * QUERIES, last, QUERIES):
             i = i0 + r
@@ -186,14 +190,25 @@ def key_gradient_kernel(
 # -------------------------------------------------------------------------------------------------------------- host
 
 TILES = {
-    64: {"forward": (128, 64, 4, 3), "queries": (64, 64, 4, 2), "k and v": (32, 64, 4, 2)},
-    128: {"forward": (128, 64, 8, 3), "queries": (64, 64, 8, 2), "k and v": (32, 64, 8, 2)},
+    64: {"forward": (128, 64, 4, 3), "queries": (64, 32, 4, 2), "k and v": (32, 64, 4, 2)},
+    128: {"forward": (128, 32, 8, 2), "queries": (64, 64, 8, 2), "k and v": (32, 64, 8, 2)},
     256: {"forward": (64, 32, 8, 2), "queries": (64, 32, 8, 2), "k": (16, 64, 8, 2), "v": (16, 64, 8, 2)},
 }
 """Widest head -> what is computed -> queries and keys of a tile, warps, pipeline stages: what compiles without spilled
-registers on every architecture of benchmarks/compiled.py."""
-TILES_ON: dict[tuple[int, int, str], tuple[int, int, int, int]] = {}
-"""Other tiles for GPUs of one major capability: the same for a width and what is computed."""
+registers on sm_80 (benchmarks/compiled.py)."""
+TILES_ON = {
+    (9, 64, "queries"): (64, 64, 4, 2),
+    (9, 64, "k and v"): (64, 64, 4, 2),
+    (9, 128, "forward"): (128, 64, 8, 3),
+    (9, 128, "queries"): (128, 64, 8, 2),
+    (9, 128, "k and v"): (32, 128, 8, 2),
+    (10, 64, "queries"): (64, 64, 4, 2),
+    (10, 128, "forward"): (128, 64, 8, 3),
+    (10, 128, "queries"): (128, 64, 8, 2),
+    (10, 256, "k"): (32, 64, 8, 1),
+}
+"""Larger tiles, or such as fit, on GPUs of one major capability: the same for a width and what is computed. A group of
+four warps multiplies 64 rows at a time there, so eight take tiles of 128."""
 
 
 def tiles(h: int, what: str, capability: int = 9) -> dict[str, int]:
@@ -221,9 +236,11 @@ def _prepared(inputs: Inputs) -> Inputs:
     if limit is not None:
         raise ValueError(f"causal_attention: {limit}: set kernels.backend=reference")
     q, k, v = map(_readable, inputs[:3])
-    (_, H, T, h), L = q.shape, k.shape[2]
+    (_, H, _, h), L = q.shape, k.shape[2]
     if max(_span(q), _span(k), _span(v), L * H * h) >= 2**31:  # offsets inside a sequence are 32 bits
-        raise ValueError(f"causal_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference")
+        raise ValueError(
+            f"causal_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference"
+        )
     return Inputs(q, k, v, inputs.first, inputs.end)
 
 

@@ -33,18 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "data"
 
 
-def test_positions_and_mask_by_hand() -> None:
+def test_positions_and_ranges_by_hand() -> None:
     documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]]))
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-    assert documents.mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-    assert torch.equal(documents.mask[1, 0], torch.ones(6, 6, dtype=torch.bool).tril())
+    assert documents.first.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+    assert documents.end.tolist() == [[2, 2, 5, 5, 5, 6], [6] * 6]
 
 
 def test_the_index_of_documents_follows_eos(folder: Path) -> None:
