@@ -24,8 +24,9 @@ from model.kernels.ops.causal_attention import Inputs
 from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, store_rows
 from model.kernels.triton.launch import on_its_device
 
-STRIDES = tuple(f"{name}_{axis}" for name in "qkvg" for axis in ("batch", "head", "token"))
-"""In eighths of their number of values; g is the gradient of the result."""
+AXES = ("batch", "head", "token")
+STRIDES = tuple(f"{name}_{axis}" for name in "qkvgo" for axis in AXES)
+"""In eighths of their number of values; o is the result, g its gradient."""
 SIZES = ("T", "L", "H", "K", "eighths", "scale", *STRIDES)
 """One machine code for all values."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -84,17 +85,19 @@ def query_gradient_kernel(
     queries, k, v, first, out, grad, log_sum, delta, grad_queries,
     T, L, H, K, eighths, scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
+    o_batch, o_head, o_token,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """One program per (query tile, head of a sequence) -> grad_queries [B, T, H, h], and delta [B, H, T] fp32, the
-    inner product of a result, which is like grad_queries, and its gradient."""
+    inner product of a result and its gradient."""
     h = eighths * 8
     tiles = tl.cdiv(T, QUERIES)
     tile, row = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, head = (row // H).to(tl.int64), row % H
     i0, M, steepness = tile * QUERIES, L - T, scale * LOG2_E
-    own, statistics = (b * T * H + head) * h, (b * H + head) * T
+    statistics = (b * H + head) * T
     queries += (b * q_batch + head * q_head) * 8
+    out += (b * o_batch + head * o_head) * 8
     grad += (b * g_batch + head * g_head) * 8
     k += (b * k_batch + head % K * k_head) * 8
     v += (b * v_batch + head % K * v_head) * 8
@@ -105,7 +108,7 @@ def query_gradient_kernel(
         begins = tl.load(first + i, mask=i < T, other=0)
         begin = tl.load(first + i0) // KEYS * KEYS
     upstream = load_rows(grad, i0, T, g_token * 8, h, QUERIES, WIDTH)
-    result = load_rows(out + own, i0, T, H * h, h, QUERIES, WIDTH)
+    result = load_rows(out, i0, T, o_token * 8, h, QUERIES, WIDTH)
     inner = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + statistics + i, inner, mask=i < T)
     q = load_rows(queries, i0, T, q_token * 8, h, QUERIES, WIDTH)
@@ -123,7 +126,7 @@ def query_gradient_kernel(
         slopes = tl.dot(upstream, tl.trans(values), zeros, input_precision="ieee")
         of_logits = (weights * (slopes - inner[:, None])).to(keys.dtype)
         total = tl.dot(of_logits, keys, total, input_precision="ieee")
-    store_rows(grad_queries + own, total * scale, i0, T, H * h, h, QUERIES, WIDTH)
+    store_rows(grad_queries + (b * T * H + head) * h, total * scale, i0, T, H * h, h, QUERIES, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -254,7 +257,7 @@ def _sizes(inputs: Inputs, scale: float, **others: Tensor) -> dict[str, float]:
     (_, H, T, h), (_, K, L, _) = inputs.q.shape, inputs.k.shape
     found = {"T": T, "L": L, "H": H, "K": K, "eighths": h // 8, "scale": scale}
     for name, t in {"q": inputs.q, "k": inputs.k, "v": inputs.v, **others}.items():
-        found |= {f"{name}_{axis}": t.stride(n) // 8 for n, axis in enumerate(("batch", "head", "token"))}
+        found |= {f"{name}_{axis}": t.stride(n) // 8 for n, axis in enumerate(AXES)}
     return found
 
 
@@ -276,17 +279,17 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 @on_its_device
 def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of q, k and v, shaped as these, in memory with tokens before heads."""
-    narrow, inputs, grad = grad.shape[3], _prepared(inputs), _readable(grad)
-    out = padded(out.transpose(1, 2))
+    narrow, inputs, grad, out = grad.shape[3], _prepared(inputs), _readable(grad), _readable(out)
     (B, H, T, h), (_, K, L, _) = inputs.q.shape, inputs.k.shape
-    of_q, delta = torch.empty_like(out), torch.empty_like(log_sum)
+    of_q, delta = out.new_empty(B, T, H, h), torch.empty_like(log_sum)
     of_k, of_v = (out.new_empty(B, L, K, h) for _ in range(2))
     if out.numel() > 0:
         sizes, capability = _sizes(inputs, narrow**-0.5, g=grad), cuda_capability()[0]
         options = tiles(h, "queries", capability)
         grid = (triton.cdiv(T, options["QUERIES"]) * B * H,)
         tensors = inputs.q, inputs.k, inputs.v, inputs.first
-        query_gradient_kernel[grid](*tensors, out, grad, log_sum, delta, of_q, **sizes, **options)
+        of_result = {f"o_{axis}": out.stride(n) // 8 for n, axis in enumerate(AXES)}
+        query_gradient_kernel[grid](*tensors, out, grad, log_sum, delta, of_q, **sizes, **of_result, **options)
         for what in TILES[widest(h)]:
             if what in ("forward", "queries"):
                 continue

@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from data_prep.shards.reader import SplitReader
 from model.documents import Documents
 from model.language_model import build_model
+from pretrain.config.rules import choose_backends
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from tests.data_prep.test_shards import joined, random_documents, write_data
@@ -106,6 +107,23 @@ def test_layouts_train_with_the_mask_as_one_process(folder: Path, ranks: int, ov
     trace = run_ranks(engine_trace, ranks, [small_config(folder, *keys, *overrides)], 3, ())[0][0]
     assert trace.losses == pytest.approx(reference.losses, rel=1e-5)
     assert trace.grad_norms == pytest.approx(reference.grad_norms, rel=1e-4)
+
+
+MEMORY = 'model.position={"type": "rope", "memory_chunks": 1}'
+
+
+@pytest.mark.parametrize("override", [MASK, MEMORY], ids=["documents", "memory"])
+def test_the_triton_kernels_train_with_the_losses_of_the_cpu(folder: Path, override: str) -> None:
+    """Interpreted, through the real trainer; losses, gradient norms and every gradient of two steps."""
+    shape = ("evaluate.sequences=0", "batch.global_sequences=2", "batch.micro_sequences=2", override)
+    configs = [small_config(folder, *shape, f"kernels.backend={name}") for name in ("cpu", "triton")]
+    assert choose_backends(configs[1], "cpu").causal_attention == "triton"
+    cpu, triton = run_ranks(engine_trace, 1, configs, 2, (0, 1))[0]
+    assert len(set(cpu.losses)) == 2
+    assert triton.losses == pytest.approx(cpu.losses, rel=1e-5)
+    assert triton.grad_norms == pytest.approx(cpu.grad_norms, rel=1e-5)
+    for ours, wanted in zip(triton.gradients, cpu.gradients, strict=True):
+        assert max(gradient_error(triton.gradients[ours][name], g) for name, g in cpu.gradients[wanted].items()) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

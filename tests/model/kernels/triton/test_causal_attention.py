@@ -115,7 +115,7 @@ def test_inputs_are_read_where_they_stand(layout: str, monkeypatch: pytest.Monke
     given = torch.ones(()).expand(out.shape) if layout == "expanded gradient" else upstream(inputs)
     grads = torch.autograd.grad(out, (q, k, v), given)
     of_gradient = layout == "expanded gradient"
-    assert copied == ([True] * 7 if layout == "odd" else [False] * 6 + [of_gradient])
+    assert copied == ([True] * 8 if layout == "odd" else [False] * 6 + [of_gradient, False])
     expected = causal_attention(inputs, backend="reference")
     wanted = torch.autograd.grad(expected, inputs[:3], given)
     for actual, reference in zip((out, *grads), (expected, *wanted), strict=True):
