@@ -161,12 +161,15 @@ def test_what_a_configuration_launches_is_compiled(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("overrides", [["data.document_mask=true"], ["model.position.memory_chunks=1"]], ids=str)
-def test_what_documents_and_memory_launch_is_compiled(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_attention_launches_for_documents_and_memory_is_compiled(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No shipped configuration has either with RoPE."""
     with monkeypatch.context() as patch:
         plain = missing([CONFIGS / "switchall_1b.json"], patch)[0]
     launched, absent = missing([CONFIGS / "switchall_1b.json"], monkeypatch, overrides)
-    assert launched >= plain + 3 and not absent, "\n".join(absent)
+    of_attention = [name for name in absent if "QUERIES" in name]
+    assert launched >= plain + 3 and not of_attention, "\n".join(of_attention)
 
 
 @pytest.mark.slow
