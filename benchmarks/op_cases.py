@@ -195,7 +195,8 @@ def attention_case(B: int, T: int, H: int, h: int, *, shared: bool = False, bias
 
 def range_attention_case(B: int, T: int, H: int, h: int, *, length: int = 0, shared: bool = False) -> Case:
     """RoPE's, inside documents of `length` tokens, whose borders stand at other places in each sequence; 0: without
-    documents, of T tokens after as many of memory. `shared`: one head of keys and values, as MoA."""
+    documents, of T tokens after as many of memory. `shared`: one head of keys and values, as MoA. The FLOPs are those
+    of all of [T, L], which the reference computes: kernels that skip may be faster than that."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         q, k, v = (t[name].transpose(1, 2) for name in "qkv")
@@ -208,10 +209,9 @@ def range_attention_case(B: int, T: int, H: int, h: int, *, length: int = 0, sha
         documents = Documents.of(index - index[:, :1])
         constants = {"first": documents.first, "end": documents.end}
     leaves = {"q": normal(B, T, H, h), "k": normal(B, L, K, h), "v": normal(B, L, K, h)}
-    seen = min(length, T) / 2 if length else 1.5 * T  # keys of a query, on average
     shape = f"B={B} T={T} H={H} h={h} K={K} {f'documents of {length}' if length else f'memory of {T}'}"
-    flops = int(4 * B * H * T * seen * h)
-    return Case("causal_attention", shape, leaves, constants, compute, flops, (*leaves, *constants))
+    flops, per_token = 4 * B * H * T * L * h, (*leaves, *constants)
+    return Case("causal_attention", shape, leaves, constants, compute, flops, per_token)
 
 
 def loss_case(N: int, d: int, V: int) -> Case:
