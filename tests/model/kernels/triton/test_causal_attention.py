@@ -11,6 +11,7 @@ from benchmarks.kernel_cases.recording import recording
 from model.documents import Documents
 from model.kernels.ops.causal_attention import Inputs, causal_attention
 from model.kernels.triton import causal_attention as kernels
+from model.recompute import Recompute, recomputed
 from tests.model.kernels.test_causal_attention import NAMES, SHAPES, Shape, check, make_inputs, run, upstream
 
 READABLE = kernels._readable
@@ -121,6 +122,33 @@ def test_inputs_are_read_where_they_stand(layout: str, monkeypatch: pytest.Monke
     for actual, reference in zip((out, *grads), (expected, *wanted), strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
         assert actual.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_selective_recomputation_keeps_the_result(mode: Recompute) -> None:
+    inputs = make_inputs(SHAPES["one document"], torch.float32)
+    with recording() as launches:
+        out = recomputed(lambda x: causal_attention(x, backend="triton"), inputs, mode=mode, recorders=())
+        torch.autograd.grad(out, inputs[:3], upstream(inputs))
+    forward = ["forward_kernel"] * (1 if mode == "selective" else 2)
+    assert [launch.kernel for launch in launches] == [*forward, *BACKWARD]
+
+
+def test_a_compiled_function_calls_the_op_without_a_break() -> None:
+    """And its results stand in memory as the op promises."""
+    inputs = make_inputs(SHAPES["shared keys"], torch.float32)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        out = causal_attention(Inputs(2 * q, k, v, first, end), backend="triton")
+        return out.transpose(1, 2).flatten(2) + 1
+
+    assert inputs.first is not None and inputs.end is not None
+    ranges = inputs.first, inputs.end
+    compiled = torch.compile(attended, backend="aot_eager", fullgraph=True, dynamic=False)
+    found, wanted = compiled(*inputs[:3], *ranges), attended(*inputs[:3], *ranges)
+    assert torch.equal(found, wanted)
+    for one, other in zip(*(torch.autograd.grad(y.sum(), inputs[:3]) for y in (found, wanted)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_no_sequences_are_no_launch() -> None:
