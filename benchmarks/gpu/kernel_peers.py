@@ -125,11 +125,12 @@ def _attention_of_operators(
 
 
 def _range_leaves(t: Tensors) -> list[Tensor]:
-    return [*(_leaf(t[name].transpose(1, 2)) for name in "qkv"), *(t[name] for name in ("first", "end") if name in t)]
+    q, k, v = (_leaf(t[name].transpose(1, 2)) for name in "qkv")
+    return [q, k, v, causal_attention.dense_mask(causal_attention.Inputs(q, k, v, t.get("first")))]
 
 
-def _attention_with_a_mask(q: Tensor, k: Tensor, v: Tensor, *ranges: Tensor) -> Tensor:
-    return causal_attention.causal_attention_reference(causal_attention.Inputs(q, k, v, *ranges))
+def _attention_with_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 PEERS: dict[str, list[Peer]] = {

@@ -47,12 +47,18 @@ def causal_attention(inputs: Inputs, *, backend: str) -> Tensor:
 
 def causal_attention_reference(inputs: Inputs) -> Tensor:
     """The specification."""
-    q, k, v, first, _ = inputs
-    T, L = q.shape[2], k.shape[2]
-    seen = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
-    if first is not None:
-        seen = ((torch.arange(L, device=q.device) >= first[:, :, None]) & seen)[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+    q, k, v = inputs[:3]
+    mask = dense_mask(inputs)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def dense_mask(inputs: Inputs) -> Tensor:
+    """[B, 1, T, L], or [T, L] without `first`, bool: whether the query may see the key."""
+    (T, L), first, device = (inputs.q.shape[2], inputs.k.shape[2]), inputs.first, inputs.q.device
+    before = torch.ones(T, L, dtype=torch.bool, device=device).tril(L - T)
+    if first is None:
+        return before
+    return ((torch.arange(L, device=device) >= first[:, :, None]) & before)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------- op
