@@ -79,8 +79,8 @@ class Backends:
 
 
 def _measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
-    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`. So causal_attention takes
-    Triton without a measurement: by arithmetic, for the other reads a mask and multiplies what it leaves out."""
+    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`. causal_attention was not
+    timed: Triton is first by arithmetic, for the reference reads a mask and multiplies what that leaves out."""
     a = model.attention
     if op.startswith("switchhead") and isinstance(a, SwitchHeadConfig):
         few = a.num_experts <= MOST_EXPERTS_OF_A_CHOICE * a.active_experts
