@@ -15,7 +15,7 @@ PARTS = {
     "routers": r"switchall.*route|group_choices|RouterInput",
     "experts of attention": r"switchhead_(value|output)|expert_linear",
     "experts of feed-forward": r"switchall.*sigma_moe",
-    "attention itself": r"scaled_dot_product|ScaledDotProduct|relative_attention|softmax|Softmax|bmm|Bmm|matmul",
+    "attention itself": r"scaled_dot_product|ScaledDotProduct|(relative|causal)_attention|[sS]oftmax|[bB]mm|matmul",
     "dense products": r"aten::linear|aten::mm|aten::addmm|\bMmBackward|AddmmBackward|_Linear",
 }
 """Part of a step -> what its operators and nodes of the graph are called. The first that fits counts."""

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.documents import Documents
 from model.dropout import Draw
+from model.kernels.ops import causal_attention
 from model.kernels.ops.elementwise import dropout, entropy, layer_norm, rotate
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -50,7 +52,7 @@ class Case(NamedTuple):
             _, E, *sides = self.leaves["experts"].shape
             d, h = sides if self.op == "switchhead_value" else sides[::-1]
             return d, h, E, self.constants["index"].shape[-1]
-        if self.op == "relative_attention":
+        if self.op.endswith("_attention"):
             return tuple(self.leaves["k"].shape[3:])
         return tuple(self.leaves["up"].shape[1:]) if self.op == "sigma_moe" else ()
 
@@ -191,6 +193,27 @@ def attention_case(B: int, T: int, H: int, h: int, *, shared: bool = False, bias
     return Case("relative_attention", shape, leaves, {}, compute, 6 * B * H * T * L * h, (*names, "k", "v"))
 
 
+def range_attention_case(B: int, T: int, H: int, h: int, *, length: int = 0, shared: bool = False) -> Case:
+    """RoPE's, inside documents of `length` tokens, whose borders stand at other places in each sequence; 0: without
+    documents, of T tokens after as many of memory. `shared`: one head of keys and values, as MoA. The FLOPs are those
+    of all of [T, L], which the reference computes: kernels that skip may be faster than that."""
+
+    def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        q, k, v = (t[name].transpose(1, 2) for name in "qkv")
+        inputs = causal_attention.Inputs(q, k, v, t.get("first"), t.get("end"))
+        return (causal_attention.causal_attention(inputs, backend=backend).transpose(1, 2),)
+
+    L, K, constants = T if length else 2 * T, 1 if shared else H, {}
+    if length:
+        index = (torch.arange(T) + 37 * torch.arange(B)[:, None]) // length
+        documents = Documents.of(index - index[:, :1])
+        constants = {"first": documents.first, "end": documents.end}
+    leaves = {"q": normal(B, T, H, h), "k": normal(B, L, K, h), "v": normal(B, L, K, h)}
+    shape = f"B={B} T={T} H={H} h={h} K={K} {f'documents of {length}' if length else f'memory of {T}'}"
+    flops, per_token = 4 * B * H * T * L * h, (*leaves, *constants)
+    return Case("causal_attention", shape, leaves, constants, compute, flops, per_token)
+
+
 def loss_case(N: int, d: int, V: int) -> Case:
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         return (linear_cross_entropy(t["hidden"], t["weight"], t["bias"], t["targets"], backend=backend)[0],)
@@ -285,6 +308,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(output_case, 37, 24, 2, 5, 2, 8),
             partial(expert_linear_case, 37, 24, 4, 2, 16),
             partial(attention_case, 2, 7, 2, 8, biases=True),
+            partial(range_attention_case, 2, 7, 2, 8, length=3),
             partial(loss_case, 37, 24, 50),
             partial(dropout_case, 3, 5, 24),
             partial(norm_case, 3, 5, 24, 0.2),
@@ -302,6 +326,9 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(expert_linear_case, 1000, 416, 10, 4, 88),
         partial(attention_case, 3, 333, 2, 76),
         partial(attention_case, 3, 221, 4, 88, shared=True),
+        partial(range_attention_case, 3, 333, 2, 76, length=100),
+        partial(range_attention_case, 3, 221, 4, 88, shared=True),
+        partial(range_attention_case, 2, 221, 2, 197, length=50),
         partial(loss_case, 1000, 412, 8001),
         partial(dropout_case, 3, 333, 412),
         *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
@@ -337,6 +364,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
             partial(route_case, N, d, 16, 4, 2),
             partial(route_case, N, d, 1, 64, 8),
             partial(loss_case, N, d, 32000),
+            partial(range_attention_case, 8, N // 8, 8, 128, length=600),
             *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.0)),
             partial(entropy_case, N, 64),
         ]
@@ -349,6 +377,8 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(route_case, N, d, 1, 32, 4),
         partial(attention_case, 8, N // 8, 4, 112),
         partial(attention_case, 8, N // 8, 16, 64, biases=True),
+        partial(range_attention_case, 8, N // 8, 16, 64, length=200),
+        partial(range_attention_case, 8, N // 8, 4, 112),
         partial(loss_case, N, d, 8000),
         partial(dropout_case, 8, N // 8, d),
         *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.2)),

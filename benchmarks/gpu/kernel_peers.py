@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.timing import Clock, Inputs, Work
+from model.kernels.ops import causal_attention
 from model.kernels.ops import relative_attention as attention
 
 Tensors = dict[str, Tensor]
@@ -123,6 +124,15 @@ def _attention_of_operators(
     return attention.relative_attention_reference(attention.Inputs(*queries, k, v, position_keys))
 
 
+def _range_leaves(t: Tensors) -> list[Tensor]:
+    q, k, v = (_leaf(t[name].transpose(1, 2)) for name in "qkv")
+    return [q, k, v, causal_attention.dense_mask(causal_attention.Inputs(q, k, v, t.get("first")))]
+
+
+def _attention_with_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 PEERS: dict[str, list[Peer]] = {
     "switchhead_value": [Peer("cuBLAS, all experts", _value_product, torch.mm)],
     "switchhead_output": [Peer("cuBLAS, all experts", _output_product, torch.mm)],
@@ -131,6 +141,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("cuBLAS, one expert", _sorted_rows, _dense_products),
     ],
     "relative_attention": [Peer("torch's operators", _attention_leaves, _attention_of_operators)],
+    "causal_attention": [Peer("torch's, with a mask", _range_leaves, _attention_with_a_mask)],
     "linear_cross_entropy": [
         Peer("F.cross_entropy", _loss_leaves, _plain_loss),
         *([Peer("cut_cross_entropy", _loss_leaves, _cut_cross_entropy)] if "cut_cross_entropy" in importable() else []),

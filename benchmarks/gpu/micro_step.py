@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from model.language_model import LanguageModel
 
 COSTLIEST = 30
-TINY = [("", 1), ("compiled", 1), ("", 2), ("dense", 2)]
+TINY = [("", 1), ("compiled", 1), ("", 2), ("dense", 2), ("documents", 2)]
 ALL = [
     *[("", 8), ("graphs", 8), ("graphs", 16), ("graphs", 32), ("compiled", 8), ("", 4), ("graphs", 4)],
     *[("", 2), ("graphs", 2), ("", 1), ("graphs", 1), ("compiled", 1)],
     *[("sets", 8), ("dense", 8), ("dense graphs", 8), ("dense graphs", 16)],
+    *[("documents", 8), ("documents graphs", 8)],
 ]
 """Kinds and sequences, in order. On an H200 the 1B model took 8.6 ms and 14.5 ms more for each sequence, so micro-steps
 above the configuration's 8 share what a micro-step costs whatever its tokens (4 and 8 as graphs, 2026-11-27)."""
@@ -49,6 +50,8 @@ class Activity(NamedTuple):
 def parts(*, tiny: bool) -> Iterator[Part]:
     for name in ("tiny",) if tiny else ("1b", "262m"):
         for kind, sequences in TINY if tiny else ALL:
+            if "documents" in kind and name == "262m":  # Transformer-XL, whose memory reaches across documents
+                continue
             one = functools.partial(compute, name=name, sequences=sequences, kind=kind)
             yield Part(name_of(name, sequences, kind=kind), one, 60.0 if kind == "compiled" else 15.0)
 
@@ -60,7 +63,7 @@ def name_of(name: str, sequences: int, *, kind: str = "") -> str:
 def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> dict[str, Any]:
     """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler. `kind`:
     `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs; `sets`, the same with kernels.backend=sets;
-    `compiled`, blocks by torch.compile."""
+    `compiled`, blocks by torch.compile; `documents`, with data.document_mask."""
     config = models.load(name)
     if "dense" in kind:
         config = models.dense_counterpart(config)
@@ -68,7 +71,8 @@ def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> d
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step = Step(config, context.device, sequences, "sets" if kind == "sets" else "auto")
+    backend = "sets" if kind == "sets" else "auto"
+    step = Step(config, context.device, sequences, backend, has_documents="documents" in kind)
     if kind == "sets" or "graphs" in kind:
         step.record()
     if kind == "compiled":
@@ -110,12 +114,23 @@ def utilisation(config: ModelConfig, tokens_per_second: float, context: Context)
 class Step:
     """The model, a batch on the device, and one micro-step of it; gradients are dropped before each."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, sequences: int, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        sequences: int,
+        backend: str = "auto",
+        *,
+        has_documents: bool = False,
+    ) -> None:
+        """`has_documents`: three of about equal length in a sequence, with other borders in each."""
         self.device = device
         self.model: LanguageModel = models.build(config, device, torch.bfloat16, backend).train()
         shape = (sequences, config.sequence_length)
         self.tokens, self.targets = (torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2))
         self.index = torch.arange(sequences, device=device)
+        places = torch.arange(config.sequence_length, device=device) + 37 * self.index[:, None]
+        self.documents = (places // -(-config.sequence_length // 3),) if has_documents else ()
         self.loss: Tensor = torch.zeros((), device=device)
         chunks = config.memory_length // config.sequence_length
         forward = functools.partial(self.model, self.tokens, self.targets, self.index)
@@ -138,7 +153,7 @@ class Step:
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)
-        objective, _, _ = self.model(self.tokens, self.targets, self.index)
+        objective, _, _ = self.model(self.tokens, self.targets, self.index, *self.documents)
         objective.backward()
         self.loss = objective.detach()
 

@@ -95,6 +95,6 @@ class DenseAttention(nn.Module):
             tables = self.rope(documents, L, context.device)
             q, k = rotate(q, k, tables, backend=self.backends.elementwise)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = causal_attention(q, k, v, documents)
+            attended = causal_attention(q, k, v, documents, backend=self.backends.causal_attention)
         y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)
         return y, y.new_zeros((), dtype=torch.float32)

@@ -137,7 +137,8 @@ class MoAAttention(nn.Module):
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))
         # One key and value head serves k query heads, without copies.
-        attended = causal_attention(q, key, value, documents, shared=True)
+        backend = self.backends.causal_attention
+        attended = causal_attention(q, key, value, documents, backend=backend, shared=True)
         return attended.transpose(1, 2)
 
     def _route(self, tokens: Tensor, sequence_index: Tensor, T: int) -> Routing:

@@ -161,7 +161,7 @@ class SwitchHeadAttention(nn.Module):
             else:
                 q, k = rotate(q, k, tables, backend=backend)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = causal_attention(q, k, v, documents)
+            attended = causal_attention(q, k, v, documents, backend=self.backends.causal_attention)
         attended = attended.transpose(1, 2).reshape(B * T, H, h)
         if "output" in selections:
             backend = self.backends.switchhead_output

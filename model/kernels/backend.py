@@ -62,6 +62,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "relative_attention": {
         "triton": "model.kernels.triton.relative_attention",
     },
+    "causal_attention": {
+        "triton": "model.kernels.triton.causal_attention",
+    },
     "linear_cross_entropy": {
         "cpu": "model.kernels.cpu.linear_cross_entropy",
         "triton": "model.kernels.triton.linear_cross_entropy",
@@ -87,9 +90,9 @@ GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_EXPERTS_IN_SETS = 6
 """Experts of a head that `sets` takes: 3 of 6 are 20 sets, and each leaves a tile of tokens partly empty."""
-RELATIVE_ATTENTION_WIDTHS = {(8, 0): 256, (9, 0): 256, (10, 0): 256}
-"""Compute capability -> the widest head whose Triton kernels pass benchmarks/compiled.py there; 128 on others, where a
-block has less shared memory."""
+ATTENTION_WIDTHS = {(8, 0): 256, (9, 0): 256, (10, 0): 256}
+"""Compute capability -> the widest head whose Triton kernels, of both attentions, pass benchmarks/compiled.py there;
+128 on others, where a block has less shared memory."""
 PREFERENCE = ("cpu", "triton", "grouped_mm", "reference")
 """What `auto` takes, best first. On the CPU, `triton` is an interpreter that is asked for by name only; so is `cuda`,
 which needs nvcc, everywhere; and `sets`. Which ops are `dense` on CUDA is in model/kernels/choice.py."""
@@ -101,7 +104,7 @@ def resolve(
     """The backend that computes `op` on `device_type`; ValueError with the reason where `requested` cannot.
 
     `dtype` of the tensors and `widths` (sigma_moe: d_model, expert size; SwitchHead's ops: d_model, head_dim, experts
-    of a head, chosen ones; relative_attention: head_dim), where given, are checked against the limits of F.grouped_mm
+    of a head, chosen ones; both attentions: head_dim), where given, are checked against the limits of F.grouped_mm
     and of the Triton kernels. `auto` takes the first of `PREFERENCE` that works, and warns where that is not the op's
     fastest on the device.
     """
@@ -154,7 +157,7 @@ def _why_not(backend: str, op: str, device_type: str, dtype: torch.dtype | None,
         return sets_limit(device_type, dtype, widths)
     if backend == "triton":
         limit = triton_limit(device_type, dtype)
-        return limit or (relative_attention_limit(device_type, dtype, widths) if op == "relative_attention" else None)
+        return limit or (attention_limit(device_type, dtype, widths) if op.endswith("_attention") else None)
     if backend == "cuda":
         return cuda_limit(op, device_type, dtype)
     if backend == "dense" and device_type not in ("cpu", "cuda"):
@@ -182,12 +185,12 @@ def triton_limit(device_type: str, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-def relative_attention_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
-    """Why the Triton kernels of relative_attention do not take heads of these widths, or None. What they leave out
-    does not fit the registers of a GPU."""
+def attention_limit(device_type: str, dtype: torch.dtype | None, widths: Sequence[int]) -> str | None:
+    """Why the Triton kernels of attention do not take heads of these widths, or None. What they leave out does not fit
+    the registers of a GPU."""
     if device_type == "cuda" and dtype == torch.float32:
         return "its Triton kernels take bfloat16 and float16 on CUDA, not torch.float32"
-    widest = RELATIVE_ATTENTION_WIDTHS.get(cuda_capability(), 128)
+    widest = ATTENTION_WIDTHS.get(cuda_capability(), 128)
     for width in widths:
         if width > widest:
             return f"its Triton kernels take heads of at most {widest} columns here, not {width}"

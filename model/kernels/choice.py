@@ -34,13 +34,23 @@ class Backends:
     expert_linear: str = "reference"
     sigma_moe: str = "reference"
     relative_attention: str = "reference"
+    causal_attention: str = "reference"
     linear_cross_entropy: str = "reference"
     elementwise: str = "reference"
 
     @classmethod
-    def choose(cls, requested: str, model: ModelConfig, *, device_type: str, dtype: torch.dtype) -> Backends:
-        """`requested` (kernels.backend) for every op that has such a backend, `auto` for the others. Raises ValueError
-        with the reason where the op has it but cannot use it here."""
+    def choose(
+        cls,
+        requested: str,
+        model: ModelConfig,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        document_mask: bool = False,
+    ) -> Backends:
+        """`requested` (kernels.backend) for every op that has such a backend, `auto` for the others. `document_mask`:
+        whether batches come with documents (data.document_mask). Raises ValueError with the reason where the op has it
+        but cannot use it here. What an attention cannot take matters only where the model computes it."""
         widths: dict[str, tuple[int, ...]] = {}
         if isinstance(model.feedforward, SigmaMoEConfig):
             widths["sigma_moe"] = model.d_model, model.feedforward.expert_size
@@ -48,15 +58,20 @@ class Backends:
             a = model.attention
             of_heads: tuple[int, ...] = model.d_model, a.head_dim, a.num_experts, a.active_experts
             widths |= dict.fromkeys(("switchhead_value", "switchhead_output"), of_heads)
-        if isinstance(model.position, XLConfig):
-            widths["relative_attention"] = (model.attention.head_dim,)
+        has_xl = isinstance(model.position, XLConfig)
+        computed = {
+            "relative_attention": has_xl,
+            "causal_attention": not has_xl and (document_mask or model.memory_length > 0),
+        }
+        widths |= {op: (model.attention.head_dim,) for op, is_computed in computed.items() if is_computed}
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"
             fastest = _measured(op, model, dtype) if wanted == "auto" and device_type == "cuda" else wanted
             if fastest != wanted and not can_compute(fastest, op, device_type, dtype, widths.get(op, ())):
                 fastest = wanted
-            chosen[op] = resolve(fastest, op, device_type, dtype=dtype, widths=widths.get(op, ()))
+            limiting = dtype if computed.get(op, True) else None
+            chosen[op] = resolve(fastest, op, device_type, dtype=limiting, widths=widths.get(op, ()))
         return cls(**chosen)
 
     def __str__(self) -> str:
@@ -64,7 +79,8 @@ class Backends:
 
 
 def _measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
-    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`."""
+    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`. causal_attention was not
+    timed: Triton is first by arithmetic, for the reference reads a mask and multiplies what that leaves out."""
     a = model.attention
     if op.startswith("switchhead") and isinstance(a, SwitchHeadConfig):
         few = a.num_experts <= MOST_EXPERTS_OF_A_CHOICE * a.active_experts

@@ -314,7 +314,13 @@ def choose_backends(config: Config, device_type: str) -> Backends:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     try:
-        return Backends.choose(config.kernels.backend, config.model, device_type=device_type, dtype=dtype)
+        return Backends.choose(
+            config.kernels.backend,
+            config.model,
+            device_type=device_type,
+            dtype=dtype,
+            document_mask=config.data.document_mask,
+        )
     except ValueError as error:
         raise ConfigError(f"kernels.backend: {error}") from None
 

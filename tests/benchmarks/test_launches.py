@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import launches, places
 from benchmarks.fake_cuda import CUDA_TYPE, META_TYPE, backward, device_guards, fake_cuda, set_materialize_grads
@@ -257,6 +258,29 @@ def test_the_host_never_waits_in_a_micro_step(case: str) -> None:
     assert found.total.kernels > 80 and found.to_host == found.to_device == 0 and not found.waits
     assert OTHER not in found.by_place and {"attention", "feed-forward", "norm", "head"} <= found.by_place.keys()
     assert ("dropout" in found.by_place) is (config.model.dropout > 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_documents_make_no_mask_but_in_the_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor whose last axes are queries and keys."""
+    shapes: set[tuple[int, ...]] = set()
+
+    class WithShapes(launches.LaunchCounter):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = super().__torch_dispatch__(func, types, args, kwargs)
+            shapes.update(tuple(t.shape) for t in tree_leaves(results) if isinstance(t, Tensor))
+            return results
+
+    monkeypatch.setattr(launches, "LaunchCounter", WithShapes)
+    overrides = ("data.document_mask=true", "train.precision=bf16", "model.sequence_length=200")
+    config = one_layer(CONFIGS / "switchall_tiny.json", (*overrides, f"kernels.backend={backend}"))
+    found = launches.count_step(config, with_documents=True).micro_step.by_operator
+    masks = {shape for shape in shapes if shape[-2:] == (200, 200)}
+    kernels = {("attention", name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
+    if backend == "auto":
+        assert not masks and kernels <= found.keys()
+    else:
+        assert (2, 1, 200, 200) in masks and not kernels & found.keys()
 
 
 @pytest.mark.slow

@@ -22,42 +22,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.backend import cuda_capability, relative_attention_limit
+from model.kernels.backend import attention_limit, cuda_capability
 from model.kernels.ops.relative_attention import Inputs
+from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, store_rows
 from model.kernels.triton.launch import on_its_device
 
 CHUNK_BYTES = 32 << 20
 """Of a matrix of logits; one sequence at least is computed at a time. Two of them exist in the backward pass."""
 SIZES = ("B", "T", "L", "H", "K", "P", "eighths")
 """One machine code for all values."""
-
-
-@triton.jit
-def load_rows(tensor, start, num_rows, stride, h, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `start` to `start` + ROWS of [num_rows, h] at distance `stride`; 0 outside of it."""
-    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    mask = (rows < num_rows)[:, None] & (columns < h)[None, :]
-    return tl.load(tensor + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(tensor, values, start, num_rows, stride, h, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    mask = (rows < num_rows)[:, None] & (columns < h)[None, :]
-    target = tensor + rows[:, None] * stride + columns[None, :]
-    tl.store(target, values.to(tensor.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_each(tensor, start, num_rows, ROWS: tl.constexpr):
-    """A number of each row; 0 outside."""
-    rows = start + tl.arange(0, ROWS)
-    return tl.load(tensor + rows, mask=rows < num_rows, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -260,27 +237,17 @@ class Chunk(NamedTuple):
     """[H, B, T, L] with padded rows: the workspace of the position logits, the same memory for all chunks."""
 
 
-def _padded(t: Tensor) -> Tensor:
-    """Whole 16 bytes a row of a head in half precision."""
-    missing = -t.shape[-1] % 8
-    return F.pad(t, (0, missing)) if missing else t.contiguous()
-
-
-def _narrowed(t: Tensor, width: int) -> Tensor:
-    return t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))
-
-
 def _prepared(inputs: Inputs) -> Inputs:
     """As the kernels read them. ValueError for what they cannot."""
     (_, T, H, h), L = inputs.content_queries.shape, inputs.k.shape[1]
-    limit = relative_attention_limit("cpu", None, (h,))
+    limit = attention_limit("cpu", None, (h,))
     if limit is not None:
         raise ValueError(f"relative_attention: {limit}: set kernels.backend=reference")
     if max(L * H * (h + 7), T * (L + 7)) >= 2**31:  # offsets inside a sequence, and inside a matrix, are 32 bits
         raise ValueError(
             f"relative_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference"
         )
-    return Inputs(*map(_padded, inputs))
+    return Inputs(*map(padded, inputs))
 
 
 def workspace(inputs: Inputs) -> Tensor:
@@ -320,13 +287,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         grid = triton.cdiv(T, options["QUERIES"]), sizes["B"] * H
         given = part.content_queries, part.k, part.v, logits
         forward_kernel[grid](*given, out[sequences], log_sum[sequences], **sizes, **options)
-    return _narrowed(out, narrow), log_sum
+    return narrowed(out, narrow), log_sum
 
 
 @on_its_device
 def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """-> the gradients of the inputs, in their order."""
-    narrow, inputs, grad, out = grad.shape[3], _prepared(inputs), _padded(grad), _padded(out)
+    narrow, inputs, grad, out = grad.shape[3], _prepared(inputs), padded(grad), padded(out)
     k, position_keys = inputs.k, inputs.position_keys
     (B, T, H, h), (_, L, K, _), P = grad.shape, k.shape, position_keys.shape[1]
     of_content, of_position, of_k, of_v = (torch.empty_like(t) for t in inputs[:4])
@@ -356,4 +323,4 @@ def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tupl
         of_places = of_places.sum((0, 2)).unsqueeze(1)
     else:
         of_places = of_places.sum(0) if len(of_places) != 1 else of_places[0]
-    return tuple(_narrowed(t, narrow) for t in (of_content, of_position, of_k, of_v, of_places))
+    return tuple(narrowed(t, narrow) for t in (of_content, of_position, of_k, of_v, of_places))

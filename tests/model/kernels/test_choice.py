@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.config import RopeConfig
 from model.kernels.choice import Backends
 from pretrain.config.loading import load_config
 
@@ -60,6 +61,28 @@ def test_wide_heads_of_transformer_xl_are_left_to_torch(name: str, backend: str)
     assert found.relative_attention == backend
     asked = Backends.choose("triton", model, device_type="cuda", dtype=torch.bfloat16)
     assert asked.relative_attention == "triton"
+
+
+def test_attention_is_limited_only_where_the_model_computes_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Of wide heads with RoPE the kernels take none; without documents and memory nothing asks for them."""
+    model = load_config(CONFIGS / "paper" / "wt103_dense_2heads_262m.json", []).model
+    model = model.model_copy(update={"position": RopeConfig()})
+    assert model.attention.head_dim == 512
+
+    def attention(requested: str, dtype: torch.dtype, **options: bool) -> str:
+        found = Backends.choose(requested, model, device_type="cuda", dtype=dtype, **options)
+        assert found.relative_attention == "triton"
+        return found.causal_attention
+
+    for dtype in (torch.bfloat16, torch.float32):
+        assert attention("auto", dtype) == attention("triton", dtype) == "triton"
+        assert not [record for record in caplog.records if "attention takes backend reference" in record.message]
+        assert attention("auto", dtype, document_mask=True) == "reference"
+        with pytest.raises(ValueError, match=r"^kernels\.backend=triton cannot compute causal_attention on cuda"):
+            attention("triton", dtype, document_mask=True)
+        caplog.clear()
+    model = model.model_copy(update={"position": RopeConfig(memory_chunks=1)})
+    assert attention("auto", torch.bfloat16) == "reference"
 
 
 def test_dense_can_be_asked_for_everywhere() -> None:

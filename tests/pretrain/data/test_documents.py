@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from data_prep.shards.reader import SplitReader
 from model.documents import Documents
 from model.language_model import build_model
+from pretrain.config.rules import choose_backends
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from tests.data_prep.test_shards import joined, random_documents, write_data
@@ -33,18 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "data"
 
 
-def test_positions_and_mask_by_hand() -> None:
+def test_positions_and_ranges_by_hand() -> None:
     documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]]))
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-    assert documents.mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-    assert torch.equal(documents.mask[1, 0], torch.ones(6, 6, dtype=torch.bool).tril())
+    assert documents.first.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+    assert documents.end.tolist() == [[2, 2, 5, 5, 5, 6], [6] * 6]
 
 
 def test_the_index_of_documents_follows_eos(folder: Path) -> None:
@@ -113,6 +107,23 @@ def test_layouts_train_with_the_mask_as_one_process(folder: Path, ranks: int, ov
     trace = run_ranks(engine_trace, ranks, [small_config(folder, *keys, *overrides)], 3, ())[0][0]
     assert trace.losses == pytest.approx(reference.losses, rel=1e-5)
     assert trace.grad_norms == pytest.approx(reference.grad_norms, rel=1e-4)
+
+
+MEMORY = 'model.position={"type": "rope", "memory_chunks": 1}'
+
+
+@pytest.mark.parametrize("override", [MASK, MEMORY], ids=["documents", "memory"])
+def test_the_triton_kernels_train_with_the_losses_of_the_cpu(folder: Path, override: str) -> None:
+    """Interpreted, through the real trainer; losses, gradient norms and every gradient of the second step, the first
+    with a memory. Adam has moved the weights by then, which magnifies a difference of rounding."""
+    shape = ("evaluate.sequences=0", "batch.global_sequences=2", "batch.micro_sequences=2", override)
+    configs = [small_config(folder, *shape, f"kernels.backend={name}") for name in ("cpu", "triton")]
+    assert choose_backends(configs[1], "cpu").causal_attention == "triton"
+    cpu, triton = run_ranks(engine_trace, 1, configs, 2, (1,))[0]
+    assert len(set(cpu.losses)) == 2
+    assert triton.losses == pytest.approx(cpu.losses, rel=1e-5)
+    assert triton.grad_norms == pytest.approx(cpu.grad_norms, rel=1e-5)
+    assert max(gradient_error(triton.gradients[1][name], g) for name, g in cpu.gradients[1].items()) < 1e-4
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[str, Layout, tuple[str, ...], bool]] = {
     "memory that grows": ("switchall xl", Layout(), (ONE_LAYER,), False),
     "blocks that share a program": ("switchall", Layout(), ("model.num_layers=3",), False),
     "memory with RoPE": ("switchall rope with memory", Layout(recompute="full"), (), True),
+    "documents": ("switchall", Layout(), ("data.document_mask=true",), False),
     "MoA": ("moa", Layout(), (), True),
     "dense": ("dense", Layout(), (), True),
 }

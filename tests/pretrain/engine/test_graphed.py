@@ -164,6 +164,11 @@ CASES: dict[str, tuple[str, Layout, tuple[str, ...]]] = {
         ("train.precision=bf16",),
     ),
     "documents": ("switchall", Layout(micro=4, tied=True), ("train.precision=bf16", "data.document_mask=true")),
+    "documents by Triton's kernels": (
+        "switchall",
+        Layout(micro=4),
+        ("data.document_mask=true", "kernels.backend=triton"),
+    ),
     "MoA": ("moa", Layout(micro=4), ()),
     "offloaded": ("dense", Layout(micro=4, tied=True), ("parallel.offload_optimizer=true",)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,25 @@ def test_what_is_traced_is_what_autograd_saves(prepared: Path, name: str) -> Non
     less = traced(TracedRun(config.model, 2, "full", backends, torch.float32, False))
     a_state = 2 * 32 * 48 * 4
     assert a_state <= less.of_a_layer < 2 * a_state, "a block keeps its input alone"
+
+
+def test_documents_cost_a_mask_in_the_reference_alone(prepared: Path) -> None:
+    """On CUDA in half precision: two numbers a token, and the softmax's sum of each query and head."""
+    overrides = ("data.document_mask=true", "train.precision=bf16", "model.sequence_length=64")
+    config = small_config(prepared, *overrides)
+    layers, B, T, H = config.model.num_layers, 2, 64, config.model.attention.num_heads
+    chosen = Backends.choose("auto", config.model, device_type="cuda", dtype=torch.bfloat16, document_mask=True)
+    kept = {}
+    for backend in (chosen.causal_attention, "reference"):
+        backends = replace(chosen, causal_attention=backend)
+        kept[backend] = [
+            traced(TracedRun(config.model, B, "none", backends, torch.bfloat16, documents)).kept
+            for documents in (False, True)
+        ]
+    without, with_documents = kept["triton"]
+    tables = B * T * 2 * 4 * config.model.attention.head_dim * layers  # of RoPE, of each sequence, at most
+    assert with_documents - without <= 3 * 8 * B * T + tables + layers * 4 * B * H * T
+    assert kept["reference"][1] - with_documents > layers * B * T * T
 
 
 # ------------------------------------------------------------------------------------ a rank, by the allocator's counts

@@ -34,6 +34,7 @@ BODIES = {
     "switchhead_output": ("_output", "_output_backward"),
     "expert_linear": ("_expert_linear", "_expert_linear_backward", "_expert_linear_sum", "_expert_linear_sum_backward"),
     "relative_attention": ("_relative_attention", "_relative_attention_backward"),
+    "causal_attention": ("_causal_attention", "_causal_attention_backward"),
     "linear_cross_entropy": ("_linear_cross_entropy",),
     "elementwise": (
         *("_dropout", "_keep_mask", "_rotate", "_rotate_backward"),
@@ -54,8 +55,9 @@ def test_every_op_is_covered() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", sorted(BACKENDS.keys() - {"relative_attention"}))  # which has limits of its own
+@pytest.mark.parametrize("op", sorted(BACKENDS.keys() - {"relative_attention", "causal_attention"}))
 def test_auto_on_cuda_is_triton(op: str, dtype: torch.dtype) -> None:
+    """Of all but attention, which has limits of its own."""
     assert resolve("auto", op, "cuda", dtype=dtype, widths=(412, 100) if op == "sigma_moe" else ()) == "triton"
     assert resolve("auto", op, "cpu", dtype=dtype) == "cpu"
 
@@ -189,6 +191,13 @@ def arguments(op: str, dtype: torch.dtype, num_experts: int) -> Iterator[tuple[i
         tensors = heads, heads, shared, shared, new(56, 1, 12)
         yield 0, lambda: (*tensors, "triton")
         yield 1, lambda out, log_sum: (new(3, 40, H, 12), out, log_sum, *tensors, "triton")
+    elif op == "causal_attention":
+        q, shared = new(3, 40, H, 12).transpose(1, 2), new(3, 1, 56, 12)
+        yield 0, lambda: (q, shared, shared, None, None, "triton")
+        yield 1, lambda out, log_sum: (new(3, H, 40, 12), out, log_sum, q, shared, shared, None, None, "triton")
+        own, ranges = new(3, 40, H, 12).transpose(1, 2), (new(3, 40, of=torch.int32), new(3, 40, of=torch.int32))
+        yield 0, lambda *_: (q, own, own, *ranges, "triton")
+        yield 1, lambda out, log_sum: (new(3, H, 40, 12), out, log_sum, q, own, own, *ranges, "triton")
     elif op == "linear_cross_entropy":
         yield 0, lambda: (x, new(V, d), new(V), integers(N), -100, True, True, "", 0, "triton")
     elif op == "elementwise":
@@ -236,6 +245,7 @@ def test_op_bodies_launch_kernels_and_never_wait(
             promised = promised if isinstance(promised, tuple) else (promised,)
             for actual, wanted in zip(results, promised, strict=True):
                 assert (actual.shape, actual.dtype, actual.device) == (wanted.shape, wanted.dtype, wanted.device)
+                assert actual.stride() == wanted.stride()
     assert visited == set(range(len(BODIES[op])))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +60,11 @@ class OpCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def configurations(paths: Iterable[Path]) -> Iterator[Config]:
+def configurations(paths: Iterable[Path], overrides: Sequence[str]) -> Iterator[Config]:
     """One layer of every configuration, each shape once."""
     seen = set()
     for path in paths:
-        config = load_config(path, ["model.num_layers=1"])
+        config = load_config(path, ["model.num_layers=1", *overrides])
         model = config.model
         shape = str((model.attention, model.position, model.feedforward, model.d_model, model.vocab_size))
         if (shape, config.batch.micro_sequences) not in seen:
@@ -77,7 +77,8 @@ def op_calls(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[OpCall]:
     # A memory as long as the chunk.
     monkeypatch.setattr(LayerMemory, "extend", lambda self, hidden, index: torch.cat([hidden, hidden], 1))
     model, sequences = config.model, config.batch.micro_sequences
-    backends = Backends.choose("auto", model, device_type="cuda", dtype=torch.bfloat16)
+    has_documents = config.data.document_mask
+    backends = Backends.choose("auto", model, device_type="cuda", dtype=torch.bfloat16, document_mask=has_documents)
     with FakeTensorMode(allow_non_fake_inputs=True), OpCalls() as calls:
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -85,7 +86,8 @@ def op_calls(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[OpCall]:
         finally:
             torch.set_default_dtype(torch.float32)
         tokens = torch.zeros(sequences, model.sequence_length, dtype=torch.int64)
-        network(tokens, tokens, torch.arange(sequences))[0].backward()
+        documents = torch.zeros_like(tokens) if has_documents else None
+        network(tokens, tokens, torch.arange(sequences), documents)[0].backward()
     return calls.found
 
 
@@ -135,10 +137,12 @@ def compiled_launches() -> set[Launch]:
     }
 
 
-def missing(paths: Iterable[Path], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+def missing(
+    paths: Iterable[Path], monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str] = ()
+) -> tuple[int, list[str]]:
     """-> how many different launches there are, and those that are not compiled."""
     calls: set[OpCall] = set()
-    for config in configurations(paths):
+    for config in configurations(paths, overrides):
         calls |= op_calls(config, monkeypatch)
     launched = launches_of(calls, monkeypatch)
     return len(launched), sorted(
@@ -154,6 +158,18 @@ def missing(paths: Iterable[Path], monkeypatch: pytest.MonkeyPatch) -> tuple[int
 def test_what_a_configuration_launches_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, absent = missing([CONFIGS / f"{name}.json"], monkeypatch)
     assert launched >= 10 and not absent, "\n".join(absent)
+
+
+@pytest.mark.parametrize("overrides", [["data.document_mask=true"], ["model.position.memory_chunks=1"]], ids=str)
+def test_what_attention_launches_for_documents_and_memory_is_compiled(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shipped configuration has either with RoPE."""
+    with monkeypatch.context() as patch:
+        plain = missing([CONFIGS / "switchall_1b.json"], patch)[0]
+    launched, absent = missing([CONFIGS / "switchall_1b.json"], monkeypatch, overrides)
+    of_attention = [name for name in absent if "QUERIES" in name]
+    assert launched >= plain + 3 and not of_attention, "\n".join(of_attention)
 
 
 @pytest.mark.slow
