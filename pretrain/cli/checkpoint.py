@@ -178,8 +178,10 @@ def verify_all(folder: Path) -> int:
     """Prints a line per checkpoint. Returns the exit code. Raises UserError."""
     _check_folder(folder, "PATH")
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
+    if not paths:
+        raise UserError(f"PATH: {folder} holds no checkpoints")
     code = 0
-    for path in paths:
+    for path in (path.absolute() for path in paths):  # "." has no name of its own
         try:
             checkpoint = Checkpoint.open(path)
             problem = checkpoint.damaged_file(read=progress_bar(path.name, checkpoint.bytes))
