@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain.checkpoint.loading
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.checkpoint import main
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
@@ -97,6 +97,23 @@ def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.C
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 2
     assert "exists; name another folder" in capsys.readouterr().err
     assert main(["convert", str(newest.with_name("step-00000002")), str(tmp_path / "other")]) == 0
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    damaged_file = Checkpoint.damaged_file
+
+    def removed(checkpoint: Checkpoint, **options: Any) -> str | None:
+        shutil.rmtree(copy / "checkpoints" / "step-00000002", ignore_errors=True)  # as keep_last=1 does
+        return damaged_file(checkpoint, **options)
+
+    monkeypatch.setattr(Checkpoint, "damaged_file", removed)
+    assert main(["verify", str(copy)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step-00000002: removed meanwhile, by a run that goes on (checkpoint.keep_last)"
+    assert second == "step-00000004: whole, every sha256 matches"
 
 
 def test_a_run_without_checkpoints_is_not_called_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
