@@ -116,6 +116,30 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(
     assert second == "step-00000004: whole, every sha256 matches"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["convert", "{0}/run", "{0}/out"], ["average", "{0}/run", "{0}/run", "--to={0}/out"]]
+)
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_said_to_be_gone(
+    arguments: list[str],
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    newest = list_checkpoints(shutil.copytree(run_dir, tmp_path / "run") / "checkpoints")[-1]
+    damaged_file = Checkpoint.damaged_file
+
+    def removed(checkpoint: Checkpoint, **options: Any) -> str | None:
+        shutil.rmtree(newest, ignore_errors=True)
+        return damaged_file(checkpoint, **options)
+
+    monkeypatch.setattr(Checkpoint, "damaged_file", removed)
+    assert main([part.format(tmp_path) for part in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: PATH: {newest} was removed while it was read") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_checkpoints_is_not_called_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert main(["verify", str(tmp_path / "run")]) == 2
