@@ -30,6 +30,8 @@ class Findings:
     layers: list[int]
     """Those that are drawn."""
     trace: Trace
+    of_average: bool = False
+    """Whether the weights are the moving average (train.ema_decay)."""
     counts: list[Counts] = field(default_factory=list)
     """One for each of trace.routers."""
 
@@ -38,7 +40,7 @@ class Findings:
 
     @property
     def title(self) -> str:
-        return f"{self.label}, step {self.step:,}"
+        return f"{self.label}, step {self.step:,}{', moving average' * self.of_average}"
 
     @property
     def map_name(self) -> str:

@@ -41,6 +41,7 @@ def _run(run: Findings) -> dict[str, Any]:
         "label": run.label,
         "checkpoint": str(run.place),
         "step": run.step,
+        "moving_average": run.of_average,
         "parameters": run.num_parameters,
         "model": run.model.model_dump(mode="json"),
         "loss": run.trace.loss,

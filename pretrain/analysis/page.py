@@ -48,7 +48,7 @@ class Page:
         rows = [
             (
                 escape(run.label),
-                f"{run.step:,}",
+                f"{run.step:,}{' (moving average)' * run.of_average}",
                 escape(model_text(run.model)),
                 str(run.model.num_layers),
                 f"{run.num_parameters:,}",

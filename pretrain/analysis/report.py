@@ -72,9 +72,15 @@ def encoded(saved: SavedModel, text: str, settings: Settings) -> list[int]:
 
 
 def findings_of(
-    saved: SavedModel, label: str, ids: Sequence[int], settings: Settings, after_window: Callable[[int], object]
+    saved: SavedModel,
+    label: str,
+    ids: Sequence[int],
+    settings: Settings,
+    after_window: Callable[[int], object],
+    *,
+    of_average: bool = False,
 ) -> Findings:
-    """Runs the model over `ids`."""
+    """Runs the model over `ids`. `of_average`: `saved` holds the moving average of the weights."""
     layers = chosen_layers(settings.layers, saved.config.model.num_layers, label)
     request = Request(layers, settings.window, settings.map_tokens)
     return Findings(
@@ -87,6 +93,7 @@ def findings_of(
         pieces=saved.tokenizer.pieces(ids),
         layers=layers,
         trace=trace_text(saved.model, ids, request, after_window=after_window),
+        of_average=of_average,
     )
 
 
@@ -98,12 +105,12 @@ def labels(checkpoints: Sequence[Path]) -> list[str]:
     return [f"{n} ({i + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def default_folder(checkpoints: Sequence[Path]) -> Path:
+def default_folder(checkpoints: Sequence[Path], *, of_average: bool = False) -> Path:
     """In the first one's run, named after its step; several checkpoints, and after the others, so that the page of the
-    first alone stays."""
+    first alone stays; of moving averages with `-ema`, so that the page of the weights stays."""
     others = [re.sub(r"[^\w.=-]+", "-", label).strip("-.") for label in labels(checkpoints)[1:]]
     name = "-".join([checkpoints[0].name, *(["with", *others] if others else [])])
-    return run_folder(checkpoints[0]) / "analysis" / name[:150]
+    return run_folder(checkpoints[0]) / "analysis" / (name[:150] + "-ema" * of_average)
 
 
 def run_folder(checkpoint: Path) -> Path:

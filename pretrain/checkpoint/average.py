@@ -80,7 +80,9 @@ def _shares(folders: Sequence[Path], weights: Sequence[float] | None) -> list[fl
     for weight in given:
         if not (weight > 0.0 and math.isfinite(weight)):
             raise UserError(f"--weights: {weight:g} is no share; give positive numbers")
-    return [weight / sum(given) for weight in given]
+    largest = max(given)  # first: their sum may be more than a float holds
+    shares = [weight / largest for weight in given]
+    return [share / sum(shares) for share in shares]
 
 
 def _check_same_model(one: Checkpoint, other: Checkpoint) -> None:

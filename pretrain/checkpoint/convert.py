@@ -44,7 +44,7 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
             made.append(tokenizer)
             replace_file(out / tokenizer, [(found.folder / tokenizer).read_bytes()])
         made += [WEIGHTS, CONFIG, MODEL]
-        write_json(out / WEIGHTS, {**_description(checkpoint, found), "moving_average": ema})
+        write_json(out / WEIGHTS, _description(checkpoint, found, ema=ema))
         write_json(out / CONFIG, checkpoint.state["config"])
         size = _write_weights(checkpoint, out / (MODEL + PARTIAL), "ema" if ema else "master")
         os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: if it is there, everything is
@@ -89,17 +89,19 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
     return manifest, ""
 
 
-def _description(checkpoint: Checkpoint, tokenizer: StoredTokenizer | None) -> dict[str, Any]:
-    """The content of weights.json: where the weights come from."""
+def _description(checkpoint: Checkpoint, tokenizer: StoredTokenizer | None, *, ema: bool) -> dict[str, Any]:
+    """The content of weights.json: where the weights come from. The losses are those of the weights, so the moving
+    average has none."""
     progress, state = checkpoint.progress, checkpoint.state
     return {
         "step": progress.step,
         "tokens": progress.consumed_sequences * state["config"]["model"]["sequence_length"],
-        "loss": state["loss"],
-        "validation_loss": state["validation_loss"],
+        "loss": None if ema else state["loss"],
+        "validation_loss": None if ema else state["validation_loss"],
         "data_digest": state["manifest_digest"],
         "tokenizer": tokenizer.entry.model_dump(mode="json") if tokenizer is not None else None,
         "versions": state["versions"],
+        "moving_average": ema,
     }
 
 

@@ -22,6 +22,8 @@ STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.js
 TOKENIZER_FILE = "tokenizer.model"
 """Only in checkpoints of weights alone, see weights.py."""
 PARTIAL = ".partial"
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
+"""Of a folder that a run writes, and continues from."""
 OWN_FILE = re.compile(
     rf"(rank-\d{{5,}}\.safetensors|tensors\.json|state\.json|commit\.json|tokenizer\.model)({re.escape(PARTIAL)})?"
 )
@@ -133,7 +135,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     belongs to the user, and no run resumes from it by itself or removes it. Raises UserError if the folder cannot be
     read."""
     try:
-        found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and is_dir(p)]
+        found = [p for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and is_dir(p)]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -163,7 +165,7 @@ def set_aside(path: Path) -> Path:
 def remove_partials(folder: Path) -> None:
     """Removes what interrupted saves and removals left."""
     for stale in folder.glob(f"step-*{PARTIAL}"):
-        if re.fullmatch(rf"step-\d{{8,}}{re.escape(PARTIAL)}", stale.name) and holds_checkpoint_files_alone(stale):
+        if CHECKPOINT_NAME.fullmatch(stale.name.removesuffix(PARTIAL)) and holds_checkpoint_files_alone(stale):
             shutil.rmtree(stale)
 
 

@@ -91,7 +91,7 @@ def analyze(args: argparse.Namespace) -> None:
     settings = report.Settings(args.layers, args.tokens, args.map_tokens, args.window - 1)
     checkpoints = [find_checkpoint(place) for place in args.runs]
     paths = [checkpoint.path for checkpoint in checkpoints]
-    out = (args.out or report.default_folder(paths)).absolute()
+    out = (args.out or report.default_folder(paths, of_average=args.ema)).absolute()
     report.check_folder(out)
     device = device_named(args.device)
     found = []
@@ -99,9 +99,9 @@ def analyze(args: argparse.Namespace) -> None:
         saved = load_model(path, device=str(device), data=args.data, ema=args.ema)
         ids = report.encoded(saved, text, settings)
         with tqdm(total=len(ids), desc=label, unit=" tokens", leave=False, disable=None) as bar:
-            found.append(report.findings_of(saved, label, ids, settings, bar.update))
+            found.append(report.findings_of(saved, label, ids, settings, bar.update, of_average=args.ema))
         run = found[-1]
-        print(f"{visible(label)}: step {run.step:,}, {len(ids):,} tokens, loss {run.trace.loss:.4f}", flush=True)
+        print(f"{visible(run.title)}: {len(ids):,} tokens, loss {run.trace.loss:.4f}", flush=True)
         del saved  # one model in memory at a time
     with tqdm(desc="pictures", unit="", leave=False, disable=None) as bar:
         images = report.drawn(found, settings, lambda name: bar.update(1))

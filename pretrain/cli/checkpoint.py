@@ -4,9 +4,10 @@ other programs."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import UserError
@@ -91,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "average":
         average_of(args)
     else:
-        convert(_newest(args.folder), args.out, data=args.data, ema=args.ema)
+        folder = _newest(args.folder)
+        with _while_they_are_there([folder]):
+            convert(folder, args.out, data=args.data, ema=args.ema)
     return 0
 
 
@@ -106,7 +109,24 @@ def average_of(args: argparse.Namespace) -> None:
     from pretrain.checkpoint.average import average  # imports torch, for which the other commands need not wait
 
     kind = "ema" if args.ema else "master"
-    average([_newest(folder) for folder in args.folders], args.to, weights=weights, kind=kind)
+    folders = [_newest(folder) for folder in args.folders]
+    with _while_they_are_there(folders):
+        average(folders, args.to, weights=weights, kind=kind)
+
+
+@contextlib.contextmanager
+def _while_they_are_there(folders: Sequence[Path]) -> Iterator[None]:
+    """What fails inside because a run that goes on has removed a checkpoint is raised as a UserError that says so."""
+    try:
+        yield
+    except Exception:
+        gone = next((folder for folder in folders if not folder.is_dir()), None)
+        if gone is None:
+            raise
+        raise UserError(
+            f"PATH: {gone} was removed while it was read, by a run that goes on (checkpoint.keep_last); give the "
+            f"command again for the newest one"
+        ) from None
 
 
 def _checkpoints_folder(folder: Path) -> Path:
@@ -178,13 +198,20 @@ def verify_all(folder: Path) -> int:
     """Prints a line per checkpoint. Returns the exit code. Raises UserError."""
     _check_folder(folder, "PATH")
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
+    if not paths:
+        raise UserError(f"PATH: {folder} holds no checkpoints")
     code = 0
-    for path in paths:
+    for path in (path.absolute() for path in paths):  # "." has no name of its own
         try:
             checkpoint = Checkpoint.open(path)
             problem = checkpoint.damaged_file(read=progress_bar(path.name, checkpoint.bytes))
-        except DamagedCheckpoint as error:
+        except UserError as error:
+            if path.is_dir() and not isinstance(error, DamagedCheckpoint):
+                raise
             problem = _reason(error, path)
+        if problem and not path.is_dir():
+            print(f"{path.name}: removed meanwhile, by a run that goes on (checkpoint.keep_last)", flush=True)
+            continue
         if problem:
             code = ExitCode.REFUSED
         print(f"{path.name}: {f'DAMAGED: {problem}' if problem else 'whole, every sha256 matches'}", flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import replace_file
+from common.folders import check_writable_folder
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
 from pretrain.views.comparison_text import text
@@ -61,6 +62,7 @@ def compare(args: argparse.Namespace) -> None:
     from pretrain.views.comparison_page import drawn, page  # matplotlib, for which the text need not wait
 
     out = args.out or default_folder(runs)
+    check_writable_folder(out.absolute(), "--out")
     out.mkdir(parents=True, exist_ok=True)
     png = drawn(runs)
     replace_file(out / PICTURE, [png])

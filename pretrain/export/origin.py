@@ -6,6 +6,7 @@ Places on the machine of the training are left out: of a path to data its last p
 from __future__ import annotations
 
 import json
+import math
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -43,11 +44,14 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
 
 
 def evaluations_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What launch/evaluate.py found for this checkpoint: task, measures and number of examples of each."""
+    """What launch/evaluate.py found for this checkpoint: task, measures and number of examples of each. What is older
+    than the checkpoint was found for another that once had its name."""
     folder, found = results_folder(checkpoint), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
+            if result.get("time", math.inf) < checkpoint.state["time"]:
+                continue
             measured = {key: float(result[key]) for key in MEASURES if result.get(key) is not None}
             found.append({"task": str(result["task"]), **measured, "examples": int(result["examples"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ def check_transformers(option: str) -> None:
         ) from None
 
 
-def verify(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, ema: bool = False) -> str:
+def verify(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, data: Sequence[str | Path] = (), ema: bool = False
+) -> str:
     """Compares ids, text and logits, computed in fp32 on the CPU. Where the weights were rounded to `dtype`, so are
-    those of the checkpoint. Returns what was found, in a line. Raises UserError if something differs."""
+    those of the checkpoint. `data`, `ema`: as of `load_model`. Returns what was found, in a line. Raises UserError if
+    something differs."""
     from transformers.utils import logging
 
     from pretrain.export.modeling_switchall import SwitchAllForCausalLM
@@ -45,7 +49,7 @@ def verify(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, ema: boo
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    saved = load_model(checkpoint.path, verify=False, ema=ema)
+    saved = load_model(checkpoint.path, data=data, verify=False, ema=ema)
     ids = _check_tokenizer(SwitchAllTokenizer.from_pretrained(folder), saved.tokenizer)
     length = CHUNKS * saved.config.model.sequence_length
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])

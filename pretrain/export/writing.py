@@ -103,7 +103,9 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
             ema=options.ema,
         )
         _write_rest(place, source, options, name=out.name)
-        found = verify(place, checkpoint, DTYPES[options.dtype], ema=options.ema) if options.verify else ""
+        found = ""
+        if options.verify:
+            found = verify(place, checkpoint, DTYPES[options.dtype], data=options.data, ema=options.ema)
         count = len(list(place.iterdir()))
     print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of weights, {count} files", flush=True)
     if found:

@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 def read_text(option: str) -> str:
     """All of standard input as one prompt, without the end of its last line. Raises UserError."""
-    return _content(Path("-"), option, "standard input").removesuffix("\n")
+    return _content(Path("-"), option, "standard input").removesuffix("\n").removesuffix("\r")
 
 
 def _prompt_of(line: str, place: str) -> str:

@@ -40,7 +40,7 @@ class Sampling:
 
 class Draws:
     """The random numbers of one text. They depend on (seed, sample) alone, so a prompt's texts are the same beside any
-    others, on any device."""
+    others, on any device, but where rounding decides: the logits of two ids may be equal up to it."""
 
     def __init__(self, seed: int, sample: int) -> None:
         self._generator = np.random.default_rng([seed, sample])

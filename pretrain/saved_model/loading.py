@@ -15,7 +15,7 @@ from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.convert import find_data, progress_bar
-from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import CHECKPOINT_NAME, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
@@ -76,9 +76,10 @@ def find_checkpoint(place: Path) -> Checkpoint:
     if not place.is_dir():
         there = "is a file" if place.exists() else "is not there"
         raise UserError(f"RUN: {place} {there}; name a run folder (runs/NAME) or a checkpoint (step-...)")
-    if (place / STATE_FILE).exists() or place.name.startswith("step-"):
+    is_run = (place / "checkpoints").is_dir()  # which may have any name
+    if (place / STATE_FILE).exists() or (CHECKPOINT_NAME.fullmatch(place.name) and not is_run):
         return Checkpoint.open(place)
-    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    folder = place / "checkpoints" if is_run else place
     found = list_checkpoints(folder)
     if not found:
         if (place / "generation_config.json").exists():
@@ -86,7 +87,7 @@ def find_checkpoint(place: Path) -> Checkpoint:
                 f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
                 f"commands make a checkpoint of it: python launch/import_weights.py {place} --to FOLDER"
             )
-        is_run = folder != place or (place / "config.json").exists()
+        is_run = is_run or (place / "config.json").exists()
         raise UserError(
             f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"
             if is_run

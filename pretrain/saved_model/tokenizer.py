@@ -43,9 +43,17 @@ class Tokenizer:
             raise UserError(f"{path} is not a SentencePiece model; prepare the data again") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without EOS. Raises UserError for a byte that has no id."""
+        """Ids of a text, without EOS. Raises UserError for a byte that has no id, and for half of a surrogate pair (as
+        an argument that is no UTF-8 has them), which is no text."""
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"character {error.start + 1} of the text, {text[error.start]!a}, is half of a pair or a byte that is "
+                f"no UTF-8; give text in UTF-8"
+            ) from None
         if self._model is None:
-            return self._numbers(text.encode("utf-8"))
+            return self._numbers(data)
         if self._by_line:
             lines = re.findall(r"[^\n]*\n|[^\n]+", text)
             return [number for line in lines for number in self._model.encode(line)]

@@ -61,7 +61,6 @@ def drawn(runs: Sequence[Run]) -> bytes:
         if validations := run.view.validations():
             grid[0, 0].plot(*zip(*validations, strict=True), "o", color=f"C{number}", markersize=5)
             grid[0, 0].set_title("training loss, validation loss (dots) against steps")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
     _sources(grid[0, 0], runs)
     for axes in grid[0]:
         set_scale(axes)
@@ -77,7 +76,11 @@ def drawn(runs: Sequence[Run]) -> bytes:
         _curves(axes, runs, "step", key)
         axes.set(title=title, xlabel="steps", ylabel=unit)
     set_scale(grid[1, 1])
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
+    # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
+    handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+    legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=min(4, len(runs)), frameon=False)
+    for entry, run in zip(legend.get_texts(), runs, strict=True):
+        entry.set(text=run.label, parse_math=False)
     rows = -(-len(runs) // 4)
     figure.tight_layout(rect=(0, 0.03 + 0.025 * rows, 1, 1))
     data = io.BytesIO()
@@ -90,7 +93,7 @@ def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
         x, y = thinned(run.column(axis), run.column(key))
         # Wider and paler, so that the first is seen below one that is equal.
         width, alpha = (1.2, 1.0) if number else (3.0, 0.5)
-        axes.plot(x, y, label=run.label, color=f"C{number}", linewidth=width, alpha=alpha)
+        axes.plot(x, y, color=f"C{number}", linewidth=width, alpha=alpha)
     axes.grid(alpha=0.3)
 
 

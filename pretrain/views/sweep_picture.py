@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from pretrain.views.comparison_page import set_scale
 from pretrain.views.reading import State
@@ -44,8 +45,9 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
         label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
     style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
+    curves: list[Line2D] = []
     for label, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1.2)
+        curves += axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1.2)
     if finished:
         best = finished[0]
         axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
@@ -57,11 +59,12 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.set(ylabel=f"{name} loss, nats per token")
     set_scale(axes)
     axes.grid(alpha=0.3)
-    if others and 0 < len(lines) <= MOST_LABELS:
-        axes.legend(fontsize=8)
-    legend = axes.get_legend()
-    for text in (*axes.get_xticklabels(), *(legend.get_texts() if legend is not None else [])):
+    for text in axes.get_xticklabels():
         text.set_parse_math(False)  # a user's value may hold a $
+    if others and 0 < len(lines) <= MOST_LABELS:
+        legend = axes.legend(curves, ["" for _ in curves], fontsize=8)
+        for text, label in zip(legend.get_texts(), sorted(lines), strict=True):
+            text.set(text=label, parse_math=False)  # set here: matplotlib leaves out labels that begin with _
 
 
 def _shortened(value: str) -> str:

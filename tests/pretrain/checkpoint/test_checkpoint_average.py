@@ -13,6 +13,7 @@ import torch
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
@@ -104,6 +105,28 @@ def test_the_mean_holds_the_tokenizer_of_the_data_where_no_checkpoint_does(prepa
     assert state["weights_only"]["tokenizer"] is None and state["tokenizer_sha256"] == manifest.tokenizer.sha256
     for name, value in whole_tensors(again).items():
         assert torch.equal(value, whole_tensors(out)[name])
+
+
+def test_shares_whose_sum_no_float_holds_give_the_mean_all_the_same(prepared: Path, tmp_path: Path) -> None:
+    folders = [checkpoint(tmp_path, prepared, step) for step in (1, 2)]
+    for name, weights in (("large", "1e308,1e308"), ("equal", "1,1")):
+        assert main(["average", *map(str, folders), "--to", str(tmp_path / name), "--weights", weights]) == 0
+    large, equal = (whole_tensors(tmp_path / name) for name in ("large", "equal"))
+    assert all(torch.equal(value, equal[name]) for name, value in large.items())
+    assert any(value.abs().max() > 0 for value in large.values())
+
+
+def test_a_mean_does_not_take_the_place_of_a_checkpoint_that_its_run_continues_from(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run" / "checkpoints"
+    of_run = [shutil.copytree(checkpoint(tmp_path, prepared, s), place / f"step-{s:08d}") for s in (1, 2)]
+    assert main(["average", *map(str, of_run), "--to", str(place / "step-00000003")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --to: {place / 'step-00000003'} would pass for a checkpoint of the run")
+    assert error.count("\n") == 1 and sorted(place.iterdir()) == of_run
+    assert main(["average", *map(str, of_run), "--to", str(place / "mean")]) == 0
+    assert list_checkpoints(place) == of_run
 
 
 def test_what_has_no_mean(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from pretrain.analysis.report import write
+from pretrain.api import open_model
 from pretrain.cli.analyze import main
 from pretrain.saved_model import load_model
 from tests.harness import run_ranks
 from tests.pretrain.runs import MOA, small_config, train_runs
+from tests.pretrain.saved import add_moving_average
 
 TEXT = "a word & a word, <b>another</b> word;\n" * 12
 STEPS = ("train.steps=1", "evaluate.sequences=0")
@@ -105,6 +108,27 @@ def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -
         "blocks.0.feedforward",
     ]
     assert not told["runs"][1]["routers"]
+
+
+def test_the_page_of_the_moving_average_says_so_and_leaves_that_of_the_weights(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "dense", tmp_path / "run")
+    add_moving_average(run / "checkpoints" / "step-00000001", lambda weight: weight.flip(-1) + 0.05)
+    of_weights, of_average = (run / "analysis" / f"step-00000001{end}" for end in ("", "-ema"))
+    options = ["--text", str(runs / "text"), "--layers", "0", "--map-tokens", "9"]
+    assert main([str(run), *options]) == 0
+    before = {path.name: path.read_bytes() for path in of_weights.iterdir()}
+    assert "average" not in capsys.readouterr().out
+    assert main([str(run), *options, "--ema"]) == 0
+    assert "run, step 1, moving average: " in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in of_weights.iterdir()} == before
+    told = [json.loads((folder / "analysis.json").read_text())["runs"][0] for folder in (of_weights, of_average)]
+    assert [one["moving_average"] for one in told] == [False, True] and told[0]["loss"] != told[1]["loss"]
+    pages = [(folder / "analysis.html").read_text(encoding="utf-8") for folder in (of_weights, of_average)]
+    assert ["moving average" in page for page in pages] == [False, True]
+    losses = [open_model(run, ema=ema).loss(TEXT).mean for ema in (False, True)]
+    assert [one["loss"] for one in told] == pytest.approx(losses, rel=1e-5)
 
 
 def test_the_program_of_the_page(

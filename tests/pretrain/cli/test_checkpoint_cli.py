@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain.checkpoint.loading
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.checkpoint import main
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import gradient_error, metrics, small_config, train_runs
-from tests.pretrain.saved import rewrite_state, whole_tensors
+from tests.pretrain.saved import add_moving_average, rewrite_state, whole_tensors
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,76 @@ def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.C
     assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 2
     assert "exists; name another folder" in capsys.readouterr().err
     assert main(["convert", str(newest.with_name("step-00000002")), str(tmp_path / "other")]) == 0
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    damaged_file = Checkpoint.damaged_file
+
+    def removed(checkpoint: Checkpoint, **options: Any) -> str | None:
+        shutil.rmtree(copy / "checkpoints" / "step-00000002", ignore_errors=True)  # as keep_last=1 does
+        return damaged_file(checkpoint, **options)
+
+    monkeypatch.setattr(Checkpoint, "damaged_file", removed)
+    assert main(["verify", str(copy)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step-00000002: removed meanwhile, by a run that goes on (checkpoint.keep_last)"
+    assert second == "step-00000004: whole, every sha256 matches"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["convert", "{0}/run", "{0}/out"], ["average", "{0}/run", "{0}/run", "--to={0}/out"]]
+)
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_said_to_be_gone(
+    arguments: list[str],
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    newest = list_checkpoints(shutil.copytree(run_dir, tmp_path / "run") / "checkpoints")[-1]
+    damaged_file = Checkpoint.damaged_file
+
+    def removed(checkpoint: Checkpoint, **options: Any) -> str | None:
+        shutil.rmtree(newest, ignore_errors=True)
+        return damaged_file(checkpoint, **options)
+
+    monkeypatch.setattr(Checkpoint, "damaged_file", removed)
+    assert main([part.format(tmp_path) for part in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: PATH: {newest} was removed while it was read") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_checkpoints_is_not_called_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert main(["verify", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr() == ("", f"error: PATH: {tmp_path / 'run'} holds no checkpoints\n")
+
+
+def test_a_checkpoint_is_named_also_where_it_is_the_current_folder(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_dir / "checkpoints" / "step-00000002")
+    assert main(["verify", "."]) == 0
+    assert capsys.readouterr().out == "step-00000002: whole, every sha256 matches\n"
+
+
+def test_a_converted_moving_average_does_not_have_the_losses_of_the_weights(trained: Path, tmp_path: Path) -> None:
+    newest = list_checkpoints(shutil.copytree(trained, tmp_path / "run") / "checkpoints")[-1]
+    rewrite_state(newest, lambda state: state.update(loss=5.0, validation_loss=6.0))
+    average = add_moving_average(newest, lambda weight: weight + 1)
+    assert main(["convert", str(newest), str(tmp_path / "of_average"), "--ema"]) == 0
+    assert main(["convert", str(newest), str(tmp_path / "of_weights")]) == 0
+    found = load_file(tmp_path / "of_average" / "model.safetensors")
+    assert all(torch.equal(value, average[name]) for name, value in found.items())
+    told = [json.loads((tmp_path / name / "weights.json").read_text()) for name in ("of_average", "of_weights")]
+    assert [one.pop("moving_average") for one in told] == [True, False]
+    losses = [(one.pop("loss"), one.pop("validation_loss")) for one in told]
+    assert losses == [(None, None), (5.0, 6.0)]
+    assert told[0] == told[1]
 
 
 def test_convert_finds_the_tokenizer_or_says_why_not(

@@ -170,6 +170,26 @@ def test_what_is_refused(
     assert re.match("error: " + words, said), said
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_the_end_of_the_last_line_of_standard_input_is_no_part_of_the_prompt(
+    end: str, trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"one\r\n{PROMPT}{end}".encode())))
+    code, out, _ = generate(trained, "--prompt", "-", "--tokens", 2, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == f"one\r\n{PROMPT}"
+
+
+def test_bytes_that_are_no_text_are_refused_as_an_argument_and_in_a_conversation(
+    trained: Path, generate: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, said = generate(trained, "--prompt", "a\udcff", "--tokens", 2)
+    assert (code, out, said.count("\n")) == (2, "", 1) and "character 2 of the text" in said
+    lines = iter(["a\udcff", PROMPT])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    code, out, said = generate(trained, "--interactive", "--tokens", 2)
+    assert code == 0 and PROMPT in out and "error: character 2 of the text" in said
+
+
 def test_a_damaged_checkpoint(trained: Path, generate: Callable[..., Printed], tmp_path: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "rope")
     (shard,) = copy.rglob("rank-*.safetensors")

@@ -143,6 +143,33 @@ def test_transformers_loads_it_before_it_gets_its_name(
     refused(checkpoint.path, out, "--verify: needs the package transformers; install it with `pip", capsys, "--verify")
 
 
+def test_an_evaluation_of_an_earlier_checkpoint_of_that_name_is_not_in_the_card(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """As of a mean that was made anew under its name."""
+    place = shutil.copytree(checkpoint.path, tmp_path / "mean")
+    results = tmp_path / "evaluation" / "mean"
+    results.mkdir(parents=True)
+    saved = checkpoint.state["time"]
+    for task, age in (("lambada", 1.0), ("cbt", -1.0)):
+        content = {"task": task, "accuracy": 0.25, "examples": 9, "time": saved - age}
+        (results / f"{task}.json").write_text(json.dumps(content))
+    assert main([str(place), "--to", str(tmp_path / "mine")]) == 0
+    told = json.loads((tmp_path / "mine" / "training.json").read_text())
+    assert [found["task"] for found in told["evaluations"]] == ["cbt"]
+    assert "lambada" not in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_what_is_verified_reads_the_tokenizer_where_the_data_are_now(
+    checkpoint: Checkpoint, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shutil.copytree(checkpoint.path, tmp_path / "step-00000003")
+    rewrite_state(place, lambda state: state["weights_only"].update(tokenizer=None))
+    rewrite_state(place, lambda state: state["config"]["data"].update(manifest=str(tmp_path / "gone")))
+    assert main([str(place), "--to", str(tmp_path / "mine"), "--data", str(prepared), "--verify"]) == 0
+    assert "transformers gives the same ids" in capsys.readouterr().out
+
+
 def test_half_precision_is_rounded_and_overflow_refused(
     checkpoint: Checkpoint, model: LanguageModel, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,24 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
         load_model(copy)
 
 
+def test_a_run_folder_may_have_any_name(run: Path, tmp_path: Path) -> None:
+    for name in ("step-size", "step-00000007"):
+        (tmp_path / name).symlink_to(run)
+        assert find_checkpoint(tmp_path / name).progress.step == 2
+
+
+@pytest.mark.parametrize("text", ["a\udcffb", "\ud800"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_half_of_a_surrogate_pair_is_no_text(prepared: Path, text: str, kind: str) -> None:
+    manifest = Manifest.load(prepared)
+    if kind == "bytes":
+        entry = {"kind": kind, "file": None, "sha256": None, "eos_id": None, "vocab_size": 256}
+        manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update=entry)})
+    place = len(text.rstrip("b"))
+    with pytest.raises(UserError, match=rf"character {place} of the text, '\\ud.*; give text in UTF-8"):
+        Tokenizer(manifest).encode(text)
+
+
 def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
     def tokenizer(**entry: object) -> Tokenizer:
         manifest = Manifest.load(prepared)

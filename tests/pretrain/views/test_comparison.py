@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pretrain.cli.compare import main
@@ -261,3 +262,31 @@ def test_a_source_keeps_its_name_where_values_differ(tmp_path: Path, capsys: pyt
     folders = [write(tmp_path / name, [row(1, 3.0, **{key: value})]) for name, value in (("a", 0.1), ("b", 0.2))]
     assert main([str(folder) for folder in folders]) == 0
     assert f"\n{key} " in capsys.readouterr().out
+
+
+def test_the_legend_names_every_run_whatever_its_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """matplotlib leaves out labels that begin with _, and takes what stands between two $ for a formula."""
+    drawn_labels: list[list[str]] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
+        drawn_labels.extend([text.get_text() for text in legend.get_texts()] for legend in canvas.figure.legends)
+        return print_png(canvas, *given, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    names = ["_old", r"a$\frac$b", "<b>&x", "plain"]
+    assert main([str(write(tmp_path / name, [row(n, 5.0) for n in (1, 2)])) for name in names]) == 0
+    assert drawn_labels == [names]
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_option_after_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path / "run", [row(1, 5.0)])
+    (tmp_path / "file").write_text("mine")
+    assert main([str(run), "--out", str(tmp_path / "file")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Loss by steps") and printed.err.startswith("error: --out: ")
+    assert printed.err.count("\n") == 1 and (tmp_path / "file").read_text() == "mine"

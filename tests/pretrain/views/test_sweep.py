@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
@@ -178,3 +179,20 @@ def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(
     assert scales == []
     losses_drawn([*near, result(tmp_path, "1", [3e6])], [RATE])
     assert scales == ["log"]
+
+
+def test_the_legend_names_also_a_configuration_that_begins_with_an_underscore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
+        legend = canvas.figure.axes[0].get_legend()
+        drawn.append([] if legend is None else [text.get_text() for text in legend.get_texts()])
+        return print_png(canvas, *given, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    values = ("1e-3", "2e-3")
+    losses_drawn([result(tmp_path, value, [3.0], config=config) for config in ("_x", "y") for value in values], [RATE])
+    assert drawn == [["_x", "y"]]
