@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig
-from model.documents import Seen
+from model.documents import Documents, Seen
 from model.kernels.ops import elementwise
 
 
@@ -36,8 +36,11 @@ class RopeTables:
         self._kept: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, documents: Seen | None, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`rope_tables` of a context of L tokens. Positions that begin again in `documents`, or go on in a cache, are
-        others in the next call, so nothing of them is kept."""
+        """`rope_tables` of a context of L tokens. Where positions begin again in `documents`, their rows are gathered
+        from what is kept. Those that go on in a cache may be beyond any length, so nothing of them is kept."""
+        if isinstance(documents, Documents):
+            cos, sin = self(None, L, device)
+            return cos[documents.positions], sin[documents.positions]
         if documents is not None:
             return rope_tables(documents.positions, self._head_dim, self._config)
         if (L, device) not in self._kept:

@@ -172,6 +172,15 @@ def test_no_token_sees_its_future() -> None:
     assert (before[:, 9] - after[:, 9]).abs().max() > 0.1
 
 
+def test_rope_tables_of_documents_are_those_of_their_positions() -> None:
+    """To the last bit; they begin again in each document."""
+    config = RopeConfig(fraction=0.5)
+    documents = Documents.of(torch.tensor([[0, 0, 1, 1, 1, 2], [0] * 6, [0, 1, 2, 3, 4, 5]]))
+    found = RopeTables(12, config)(documents, 6, torch.device("cpu"))
+    for table, expected in zip(found, rope_tables(documents.positions, 12, config), strict=True):
+        assert table.shape == (3, 6, 1, 3) and torch.equal(table, expected)
+
+
 def test_rope_tables_are_computed_once_for_each_length() -> None:
     config = RopeConfig(fraction=0.5)
     tables, device = RopeTables(12, config), torch.device("cpu")
