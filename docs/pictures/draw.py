@@ -152,9 +152,9 @@ DATA_PREP: list[list[Cell]] = [
 MODEL: list[list[Cell]] = [
     [("counted_costs", ""), ("costs", ""), ("decoding", ""), ("language_model", ""), ("initialization", "")],
     [("parameters", ""), ("layers", ""), ("feedforward", "sigma-MoE"), ("attention", "SwitchHead"), ("recompute", "")],
-    [("balance", ""), ("routing_table", ""), ("choices", ""), ("routing", ""), ("kernels", "ops, backends")],
+    [("balance", ""), ("routing_table", ""), ("choices", ""), ("routing", ""), ("documents", ""), ("kernels", "ops")],
     [("linear", ""), ("parallel", "collectives"), ("parameter_spec", ""), ("memory", ""), ("distributions", "")],
-    [("dropout", ""), ("documents", ""), ("cache", ""), ("openmp", ""), ("config", "")],
+    [("dropout", ""), ("cache", ""), ("openmp", ""), ("config", "")],
 ]
 IMPORTS = {
     "pretrain": (
@@ -166,8 +166,8 @@ IMPORTS = {
     "data_prep": "cli report, report run, run stages, stages config, config work, config shards, shards raw",
     "model": (
         "language_model layers, layers feedforward, "
-        "feedforward kernels, attention kernels, choices routing, routing kernels, kernels parallel, "
-        "linear parallel, parallel parameter_spec, documents cache"
+        "feedforward kernels, attention kernels, choices routing, kernels parallel, "
+        "linear parallel, parallel parameter_spec, documents kernels"
     ),
 }
 """Some of the imports, for each package: from a room to one below it."""

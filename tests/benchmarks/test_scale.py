@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from benchmarks.scale.__main__ import main, simulate, with_ranks
 from benchmarks.scale.checkpoint import owned_parts
@@ -27,6 +28,7 @@ def _parts(rank: int, config: Config) -> list[tuple[str, int, int]]:
         for piece in pieces(trainer.engine, rank=rank, world_size=5, for_saving=True)
     ]
     trainer.engine.destroy()
+    dist.barrier()  # others may still make a group with the store that rank 0 holds
     return found
 
 
