@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +41,35 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_all(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """A function of a name and a content, for files of one folder that belong together. They get their names, in the
+    order of the calls, when the block ends without an error; after an error in it every file is what it was."""
+    written: list[tuple[Path, Path]] = []
+
+    def put(name: str, content: bytes) -> None:
+        path = folder / name
+        temporary = temporary_path(path)
+        written.append((temporary, path))
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    try:
+        yield put
+        for temporary, path in written:
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:

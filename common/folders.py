@@ -3,10 +3,12 @@
 Errors are raised as DataError with the key that names the folder.
 """
 
+import contextlib
 import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
@@ -68,6 +70,21 @@ def check_permission(folder: Path, key: str) -> None:
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         where = "" if existing == folder else f" to make {folder}"
         raise DataError(f"{key}: no permission to write into {existing}{where}; name another folder")
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Makes a folder and those that it is in. If the block ends with an error, the ones made here that are empty then
+    are gone again."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            for place in made:
+                place.rmdir()
+        raise
 
 
 def free_bytes(folder: Path) -> int:

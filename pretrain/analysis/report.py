@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import write_file, write_json
-from common.folders import check_writable_folder
+from common.files import replacing_all
+from common.folders import check_writable_folder, making
+from common.strict_json import dumps
 from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
@@ -154,15 +155,15 @@ def drawn(runs: Sequence[Findings], settings: Settings, after_picture: Callable[
 
 
 def write(folder: Path, runs: Sequence[Findings], images: dict[str, bytes], text_name: str) -> None:
-    """Writes the folder; the pictures of an earlier analysis that this one does not have are removed. analysis.json
-    comes first, so that what a kill leaves is known as ours."""
+    """Writes the folder; the pictures of an earlier analysis that this one does not have are removed. After an error
+    the folder is what it was. analysis.json gets its name first, so that what a kill leaves is known as ours."""
     before = read_object(folder / DESCRIPTION).get("pictures", []) if _is_ours(folder) else []
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DESCRIPTION, numbers.description(runs, sorted(images)))
+    with making(folder), replacing_all(folder) as put:
+        put(DESCRIPTION, dumps(numbers.description(runs, sorted(images)), indent=1).encode() + b"\n")
+        for name, content in images.items():
+            put(name, content)
+        put(NUMBERS, numbers.arrays(runs))
+        put(PAGE, Page(runs, images, text_name).html().encode("utf-8"))
     for name in before:
         if isinstance(name, str) and re.fullmatch(r"[a-z0-9-]+\.png", name) and name not in images:
             (folder / name).unlink(missing_ok=True)
-    for name, content in images.items():
-        write_file(folder / name, content)
-    write_file(folder / NUMBERS, numbers.arrays(runs))
-    write_file(folder / PAGE, Page(runs, images, text_name).html().encode("utf-8"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import replace_file, write_json
+from common.folders import making
 from common.hashing import sha256_file
 from common.urls import URL
 from data_prep.shards.format import Manifest
@@ -38,8 +39,7 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
             raise UserError(f"OUT: {out / name} exists; name another folder")
     if problem := checkpoint.damaged_file(read=progress_bar(folder.name, checkpoint.bytes)):
         raise DamagedCheckpoint(f"checkpoint {folder}: {problem}")
-    out.mkdir(parents=True, exist_ok=True)
-    with _removed_if_it_fails(out) as made:
+    with making(out), _removed_if_it_fails(out) as made:
         if found is not None and tokenizer is not None:
             made.append(tokenizer)
             replace_file(out / tokenizer, [(found.folder / tokenizer).read_bytes()])

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import replace_file
-from common.folders import check_writable_folder
+from common.files import replacing_all
+from common.folders import check_writable_folder, making
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
 from pretrain.views.comparison_text import text
@@ -63,10 +63,10 @@ def compare(args: argparse.Namespace) -> None:
 
     out = args.out or default_folder(runs)
     check_writable_folder(out.absolute(), "--out")
-    out.mkdir(parents=True, exist_ok=True)
     png = drawn(runs)
-    replace_file(out / PICTURE, [png])
-    replace_file(out / PAGE, [page(runs, args.tolerance, png).encode()])
+    with making(out), replacing_all(out) as put:
+        put(PICTURE, png)
+        put(PAGE, page(runs, args.tolerance, png).encode())
     print(f"\n{out / PAGE}: the page; beside it {PICTURE}", flush=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
-from common.folders import check_writable_folder
+from common.folders import check_writable_folder, making
 from common.tables import text_table
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.evaluation.tasks import TASKS, TaskResult
@@ -35,8 +35,8 @@ def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """Writes NAME.json, whole or not at all, in place of an earlier one of the same task. Raises UserError."""
     path = folder / f"{name}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**content, "time": time.time()})
+        with making(folder):
+            write_json(path, {**content, "time": time.time()})
     except OSError as error:
         raise UserError(f"--out: {error.filename or path} cannot be written: {error.strerror}") from None
     return path

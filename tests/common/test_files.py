@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import intended_name, replace_file, replacing, temporary_path, write_file, write_json
+from common.files import intended_name, replace_file, replacing, replacing_all, temporary_path, write_file, write_json
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -72,6 +72,33 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name_and_the_name_before_
     write_file(tmp_path / "a", b"content")
     assert calls == [("fsync", b"content"), ("replace", b"content"), ("fsync", ["a"])]
     assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_files_of_one_folder_are_replaced_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").write_bytes(b"old")
+
+    def write(*contents: bytes) -> None:
+        with replacing_all(tmp_path) as put:
+            for name, content in zip("ab", contents, strict=False):
+                put(name, content)
+                assert not (tmp_path / "a").exists() and (tmp_path / "b").read_bytes() == b"old"
+            if len(contents) == 1:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        write(b"one")
+    with monkeypatch.context() as patched:
+        # The second stream takes nothing: /dev/full answers every write as a full disk does.
+        patched.setattr("common.files.temporary_path", lambda path: tmp_path / f"{path.name}.tmp")
+        (tmp_path / "b.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as refused:
+            write(b"one", b"two")
+    assert refused.value.filename == str(tmp_path / "b")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"b": b"old"}
+    write(b"one", b"two")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"one", "b": b"two"}
 
 
 def test_what_fails_in_the_block_is_what_its_user_hears(tmp_path: Path) -> None:

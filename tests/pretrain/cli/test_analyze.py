@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
@@ -151,6 +152,24 @@ def test_a_second_analysis_leaves_no_picture_of_the_first(tmp_path: Path) -> Non
         "b.png": b"second",
         "mine.png": b"mine",
     }
+
+
+def test_a_full_disk_leaves_the_page_of_before_and_no_folder_that_was_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", [], {"a-0.png": b"first", "b.png": b"first"}, "text")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(runs: object) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.analysis.report.numbers.arrays", full)
+        for folder in ("out", "new/deep"):
+            with pytest.raises(OSError, match="No space left"):
+                write(tmp_path / folder, [], {"b.png": b"second"}, "text")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

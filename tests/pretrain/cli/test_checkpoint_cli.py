@@ -221,6 +221,8 @@ def test_convert_leaves_what_it_did_not_write(
     assert main(["convert", str(run_dir), str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [(p.name, p.read_text()) for p in out.iterdir()] == [("notes", "mine")]
+    assert main(["convert", str(run_dir), str(tmp_path / "new" / "deep")]) == 2
+    assert capsys.readouterr().err and not (tmp_path / "new").exists()
     assert main(["convert", str(run_dir), str(out / "notes")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
