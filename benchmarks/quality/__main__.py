@@ -1,12 +1,13 @@
 r"""Quality of the models at a size that a CPU affords: tuned alike, trained on the same tokens, compared by perplexity.
 
     python -m data_prep run --config configs/data/c4.json            # or --set input=... for other text: 20 MB at least
-    python -m benchmarks.quality run --data data/c4/manifest.json    # many hours; again: goes on where it was
-    python -m benchmarks.quality table --page docs/benchmarks.md     # at any time; also writes the picture
+    python -m benchmarks.quality run --data data/c4/manifest.json --results runs/quality-c4   # hours; again: goes on
+    python -m benchmarks.quality table --results runs/quality-c4     # at any time; also writes the picture
 
-Fifteen runs of 2 million tokens choose a learning rate for each model, twelve of 8 million are compared. They are
-trained by launch/pretrain.py, with checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of
-each, the metrics are kept in --results, and its run folder can be removed.
+Runs of 2 million tokens choose a learning rate for each model: three, and further ones while the best is the highest or
+the lowest that was tried. Twelve runs of 8 million tokens are compared. They are trained by launch/pretrain.py, with
+checkpoints: Ctrl-C loses at most 100 steps. One at a time, or --jobs of them. Of each, the metrics are kept in
+--results, and its run folder can be removed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from benchmarks.quality.plan import NUM_TRAININGS, Training, missing
-from benchmarks.quality.records import RESULTS, keep, read_records, record_of
+from benchmarks.quality.plan import Training, missing
+from benchmarks.quality.records import RESULTS, check_data, keep, read_records, record_of
 from benchmarks.quality.table import origins, page, picture, table
 from common.errors import DataError, UserError
 from common.paths import REPOSITORY
 from pretrain.report.exit_codes import ExitCode
 
-PICTURE = REPOSITORY / "docs" / "pictures" / "quality.png"
+PICTURE = Path("docs", "pictures", "quality.png")
 
 
 def main() -> int:
@@ -38,19 +39,24 @@ def main() -> int:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--data", type=Path, help="run: manifest of the prepared text, 8,000 pieces")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="run folders (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs (default: ours)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs (default: %(default)s)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="run: of every run; repeatable")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="table: the PNG that it writes")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help=f"table: the PNG that it writes (default: quality.png in --results; of ours, {PICTURE})",
+    )
     parser.add_argument("--page", type=Path, help="table: also the page that has it between its marks")
     args = parser.parse_args()
     try:
         if args.what == "table":
             records = read_records(args.results)
             print(f"{origins(records)}\n\n{table(records)}")
-            picture(records, args.picture)
+            ours = args.results.resolve() == RESULTS
+            picture(records, args.picture or (REPOSITORY / PICTURE if ours else args.results / "quality.png"))
             if args.page is not None:
                 args.page.write_text(page(args.page.read_text(encoding="utf-8"), records), encoding="utf-8")
             return 0
@@ -67,14 +73,15 @@ def main() -> int:
 
 def run(data: Path, runs: Path, results: Path, most: int, jobs: int, settings: Sequence[str]) -> int:
     """Trains what has no record yet. Returns the exit code: that of the first run that did not end, after which those
-    that run are awaited and no other begins."""
+    that run are awaited and no other begins. Raises DataError."""
+    check_data(data, results)
     code, begun, running = 0, 0, dict[Future[tuple[int, Path]], Training]()
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         while True:
             losses = {record.name: record.last_loss for record in read_records(results)}
             for training in missing(losses):
                 if code == 0 and begun < most and len(running) < max(1, jobs) and training not in running.values():
-                    print(f"== {training.name}, {len(losses)} of {NUM_TRAININGS} runs have a result", flush=True)
+                    print(f"== {training.name}, {len(losses)} runs have a result", flush=True)
                     log = runs / f"{training.name}.log" if jobs > 1 else None
                     running[pool.submit(train, training, data, runs, settings, log)] = training
                     begun += 1

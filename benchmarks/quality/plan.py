@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,9 @@ CONFIGS = REPOSITORY / "configs" / "quality"
 SEEDS = {"dense": 3, "dense_2heads": 2, "moa": 2, "switchhead": 3, "switchall": 2}
 """Model -> how many seeds are trained: more for the two that the paper is about."""
 RATES = (0.001, 0.002, 0.004)
-NUM_TRAININGS = len(SEEDS) * len(RATES) + sum(SEEDS.values())
+"""The learning rates that every model tries first."""
+LOWEST, HIGHEST = 0.00025, 0.064
+"""Bounds of further ones."""
 TUNED_STEPS = 250
 """2.05 million tokens, with a schedule of that length."""
 STEPS = 1000
@@ -48,21 +50,39 @@ class Training(NamedTuple):
         ]
 
 
-def tuning() -> Iterator[Training]:
-    """The runs that choose a learning rate for each model."""
-    for model in SEEDS:
-        for rate in RATES:
-            yield Training(model, rate, 0, TUNED_STEPS)
+def rates(model: str, losses: dict[str, float]) -> list[float]:
+    """Those that a model tries, rising: RATES, and while the best is the lowest or the highest, half or twice of it.
+    `losses`: name of a run -> its last validation loss, NaN if it failed."""
+    found = list(RATES)
+    while (best := _best(model, found, losses)) is not None:
+        if best == found[-1] and best < HIGHEST:
+            found.append(2 * best)
+        elif best == found[0] and best > LOWEST:
+            found.insert(0, best / 2)
+        else:
+            break
+    return found
 
 
-def chosen_rate(model: str, losses: dict[str, float]) -> float | None:
-    """The one whose short run ended with the lowest validation loss; None: not all have. `losses`: name of a run ->
-    its last validation loss, NaN if it failed."""
-    of_rates = {rate: losses.get(Training(model, rate, 0, TUNED_STEPS).name) for rate in RATES}
+def _best(model: str, tried: Sequence[float], losses: dict[str, float]) -> float | None:
+    """The rate whose short run ended with the lowest validation loss; None: not all have ended, or all have failed."""
+    of_rates = {rate: losses.get(Training(model, rate, 0, TUNED_STEPS).name) for rate in tried}
     if any(loss is None for loss in of_rates.values()):
         return None
     finite = {rate: loss for rate, loss in of_rates.items() if loss is not None and loss == loss}
     return min(finite, key=lambda rate: finite[rate]) if finite else None
+
+
+def tuning(losses: dict[str, float]) -> Iterator[Training]:
+    """The short runs that choose a learning rate for each model, as far as `losses` say which."""
+    for model in SEEDS:
+        for rate in rates(model, losses):
+            yield Training(model, rate, 0, TUNED_STEPS)
+
+
+def chosen_rate(model: str, losses: dict[str, float]) -> float | None:
+    """The best of those that a model tries; None: not all have ended, or all have failed."""
+    return _best(model, rates(model, losses), losses)
 
 
 def compared(losses: dict[str, float]) -> Iterator[Training]:
@@ -77,4 +97,4 @@ def compared(losses: dict[str, float]) -> Iterator[Training]:
 
 def missing(losses: dict[str, float]) -> Iterator[Training]:
     """In their order, those without a result of which everything is known."""
-    return (training for training in (*tuning(), *compared(losses)) if training.name not in losses)
+    return (training for training in (*tuning(losses), *compared(losses)) if training.name not in losses)

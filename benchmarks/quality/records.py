@@ -80,9 +80,24 @@ def record_of(training: Training, folder: Path, data: Path, *, diverged: bool) -
             **software,
             "processor": processor(setting(view.config, "train.device")),
             "began": datetime.fromtimestamp(float(opened.get("time", 0)), UTC).date().isoformat(),
-            "data": Manifest.load(data).digest[:12],
+            "data": digest_of(data),
         },
     )
+
+
+def digest_of(data: Path) -> str:
+    """By which a record names the data set of a manifest. Raises DataError."""
+    return Manifest.load(data).digest[:12]
+
+
+def check_data(data: Path, results: Path) -> None:
+    """Raises DataError if a kept run saw other text: perplexities of two texts cannot be compared."""
+    for record in read_records(results):
+        if record.origin.get("data", digest_of(data)) != digest_of(data):
+            raise DataError(
+                f"--data: {data} is the data set {digest_of(data)}, but the runs in {results} saw "
+                f"{record.origin['data']}; name a new folder with --results, for which all runs are made"
+            )
 
 
 def processor(device: object) -> str:

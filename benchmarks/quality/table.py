@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.marked import with_table
-from benchmarks.quality.plan import CONFIGS, SEEDS, STEPS, chosen_rate
+from benchmarks.quality.plan import CONFIGS, SEEDS, STEPS, TUNED_STEPS, Training, chosen_rate, rates
 from benchmarks.quality.records import EVERY, Record
 from model.costs import attention_memory, formula_parameters, training_flops_per_token
 from pretrain.config.loading import load_config
@@ -23,20 +23,24 @@ NAMES = {
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: a line for each model, of what is there. Perplexity: mean, and the lowest and highest of the seeds."""
+    """Markdown: a line for each model, of what is there. Perplexity: mean, and the lowest and highest of the seeds. A
+    rate with a star is not the one that the short runs chose, or not yet known to be."""
     losses = {record.name: record.last_loss for record in records}
+    notes = []
     rows = [
         "| model | parameters | MFLOP a token | attention floats | rate | seeds | perplexity | spread | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in SEEDS:
         config = load_config(CONFIGS / f"{model}.json").model
-        rate = chosen_rate(model, losses)
+        rate, chosen = compared_rate(records, model), chosen_rate(model, losses)
         whole = of_model(records, model)
+        if rate is not None and rate != chosen:
+            notes.append(note(model, losses, rate))
         cells = [NAMES[model], f"{formula_parameters(config).total:,}", f"{training_flops_per_token(config) / 1e6:.1f}"]
         cells += [
             f"{attention_memory(config):,}",
-            "" if rate is None else f"{rate:g}",
+            "" if rate is None else f"{rate:g}" + r"\*" * (rate != chosen),
             f"{len(whole)} of {SEEDS[model]}",
         ]
         if whole:
@@ -44,7 +48,28 @@ def table(records: Sequence[Record]) -> str:
             cells += [f"{statistics.mean(spread):.2f}", f"{min(spread):.2f} to {max(spread):.2f}"]
             cells += [f"{statistics.median(record.seconds[-1] for record in whole) / 60:.0f}"]
         rows.append("| " + " | ".join([*cells, "", "", ""][:9]) + " |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *(["", r"\* " + " ".join(notes)] if notes else [])])
+
+
+def note(model: str, losses: dict[str, float], rate: float) -> str:
+    """What the short runs of a model say of a rate that they did not choose, or do not choose yet."""
+    short = {each: losses.get(Training(model, each, 0, TUNED_STEPS).name) for each in (*rates(model, losses), rate)}
+    said = [f"{each:g} not tried" for each, loss in short.items() if loss is None]
+    ended = {each: loss for each, loss in short.items() if loss is not None and loss == loss}
+    best = min(ended, key=lambda each: ended[each], default=rate)
+    if rate in ended and best != rate:
+        said.insert(0, f"in short runs {best:g} was better by {ended[rate] - ended[best]:.2f} nats")
+    return f"{NAMES[model]}: {', '.join(said)}."
+
+
+def compared_rate(records: Sequence[Record], model: str) -> float | None:
+    """That of the compared runs: the chosen one, or else the best by short runs of those that have long ones."""
+    losses = {record.name: record.last_loss for record in records}
+    chosen = chosen_rate(model, losses)
+    long = {r.rate for r in records if r.model == model and r.steps == STEPS}
+    if chosen in long or not long:
+        return chosen
+    return min(long, key=lambda rate: (losses.get(Training(model, rate, 0, TUNED_STEPS).name, math.inf), rate))
 
 
 def origins(records: Sequence[Record]) -> str:
@@ -66,8 +91,8 @@ def page(text: str, records: Sequence[Record]) -> str:
 
 
 def of_model(records: Sequence[Record], model: str) -> list[Record]:
-    """Its compared runs, with the chosen learning rate."""
-    rate = chosen_rate(model, {record.name: record.last_loss for record in records})
+    """Its compared runs, all with one learning rate."""
+    rate = compared_rate(records, model)
     return [r for r in records if r.model == model and r.steps == STEPS and r.rate == rate and not r.diverged]
 
 

@@ -15,7 +15,8 @@ import pytest
 from benchmarks.quality import __main__ as command
 from benchmarks.quality.plan import (
     CONFIGS,
-    NUM_TRAININGS,
+    HIGHEST,
+    LOWEST,
     RATES,
     SEEDS,
     STEPS,
@@ -23,10 +24,12 @@ from benchmarks.quality.plan import (
     Training,
     chosen_rate,
     missing,
+    rates,
     tuning,
 )
-from benchmarks.quality.records import RESULTS, Record, keep, read_records, record_of
+from benchmarks.quality.records import RESULTS, Record, digest_of, keep, read_records, record_of
 from benchmarks.quality.table import page, picture, table
+from common.errors import DataError
 from common.paths import REPOSITORY
 from model.costs import formula_parameters
 from pretrain.config.loading import load_config
@@ -59,38 +62,62 @@ def test_models_have_equally_many_parameters_and_differ_in_the_layers_alone() ->
     assert batch * TUNED_STEPS >= 2e6 and batch * STEPS >= 8e6
 
 
-def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
+def trained_until_nothing_is_missing(best: dict[str, float]) -> list[Training]:
+    """All runs in their order, if the loss of each is the distance of its rate from the best one of its model."""
     losses: dict[str, float] = {}
     order = []
     while (training := next(missing(losses), None)) is not None:
         order.append(training)
-        best = RATES[len(training.model) % 3]
-        losses[training.name] = abs(math.log(training.rate / best))
-    assert order[:15] == list(tuning()) and len(order) == 15 + 12 == NUM_TRAININGS
+        losses[training.name] = abs(math.log(training.rate / best[training.model]))
+    return order
+
+
+def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
+    best = dict.fromkeys(SEEDS, 0.002)
+    order = trained_until_nothing_is_missing(best)
+    assert [(run.model, run.rate) for run in order[:15]] == [(model, rate) for model in SEEDS for rate in RATES]
+    assert all(run.steps == TUNED_STEPS for run in order[:15]) and all(run.steps == STEPS for run in order[15:])
     assert [training.seed for training in order[15:]] == sorted(training.seed for training in order[15:])
     for model, seeds in SEEDS.items():
         of_model = [training for training in order[15:] if training.model == model]
         assert [training.seed for training in of_model] == list(range(seeds))
-        assert {training.rate for training in of_model} == {RATES[len(model) % 3]}
+        assert {training.rate for training in of_model} == {best[model]}
+
+
+def test_rates_beyond_the_best_are_tried_until_one_is_worse() -> None:
+    """The best rate is never the highest or the lowest of those that were tried, but at the bounds."""
+    best = {"dense": 0.002, "dense_2heads": 0.004, "moa": 0.016, "switchhead": 0.0005, "switchall": 1.0}
+    order = trained_until_nothing_is_missing(best)
+    tried = {
+        model: sorted(run.rate for run in order if run.model == model and run.steps == TUNED_STEPS) for model in SEEDS
+    }
+    assert tried["dense"] == list(RATES) and tried["dense_2heads"] == [*RATES, 0.008]
+    assert tried["moa"] == [*RATES, 0.008, 0.016, 0.032] and tried["switchhead"] == [LOWEST, 0.0005, *RATES]
+    assert tried["switchall"] == [*RATES, 0.008, 0.016, 0.032, HIGHEST]
+    assert {(run.model, run.rate) for run in order if run.steps == STEPS} == {*best.items()} - {("switchall", 1.0)} | {
+        ("switchall", HIGHEST)
+    }
 
 
 def test_a_run_that_diverged_is_not_chosen() -> None:
-    names = [Training("dense", rate, 0, TUNED_STEPS).name for rate in RATES]
-    assert chosen_rate("dense", {names[0]: 3.0, names[1]: math.nan, names[2]: 4.0}) == RATES[0]
+    names = [Training("dense", rate, 0, TUNED_STEPS).name for rate in (*RATES, 0.008)]
+    assert chosen_rate("dense", {names[0]: 4.0, names[1]: 3.0, names[2]: math.nan}) == RATES[1]
+    assert chosen_rate("dense", {names[0]: 4.0, names[1]: 3.5, names[2]: 3.0, names[3]: math.nan}) == RATES[2]
     assert chosen_rate("dense", dict.fromkeys(names, math.nan)) is None
     assert chosen_rate("dense", {names[0]: 3.0, names[1]: 2.0}) is None, "one has not been trained"
+    assert rates("dense", {names[0]: 3.0, names[1]: 2.0}) == list(RATES)
 
 
 def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
-    for number, training in enumerate(tuning()):
-        keep(record(training, 4.0 + number % 3), tmp_path / "results")
+    for training in tuning({}):
+        keep(record(training, 4.0 + abs(training.rate - RATES[1])), tmp_path / "results")
     for seed, loss in enumerate((3.0, 3.2)):
-        keep(record(Training("moa", RATES[0], seed, STEPS), loss), tmp_path / "results")
-    keep(record(Training("moa", RATES[1], 0, STEPS), 1.0), tmp_path / "results")  # not the chosen rate
+        keep(record(Training("moa", RATES[1], seed, STEPS), loss), tmp_path / "results")
+    keep(record(Training("moa", RATES[0], 0, STEPS), 1.0), tmp_path / "results")  # not the chosen rate
     records = read_records(tmp_path / "results")
     assert len(records) == 18
     lines = table(records).splitlines()
-    assert len({line.count("|") for line in lines}) == 1
+    assert len({line.count("|") for line in lines}) == 1 and "*" not in table(records)
     mean = (math.exp(3.0) + math.exp(3.2)) / 2
     (row,) = [line for line in lines if line.startswith("| MoA")]
     assert f"| 2 of 2 | {mean:.2f} | {math.exp(3.0):.2f} to {math.exp(3.2):.2f} | 99 |" in row
@@ -99,6 +126,30 @@ def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
     (tmp_path / "results" / "other.json").write_text("{}")
     with pytest.raises(command.UserError, match=r"other.json is no record of a run"):
         read_records(tmp_path / "results")
+
+
+def test_the_table_says_of_a_rate_that_others_were_better_or_were_not_tried() -> None:
+    short = [record(training, 5.0 - 100 * training.rate) for training in tuning({})]
+    long = [record(Training(model, RATES[2], 0, STEPS), 3.0) for model in ("dense", "moa")]
+    moa = [record(Training("moa", rate, 0, TUNED_STEPS), loss) for rate, loss in ((0.008, 4.25), (0.016, 4.5))]
+    lines = table([*short, *long, *moa]).splitlines()
+    assert [line.split("|")[5].strip() for line in lines if line.startswith(("| dense, 8", "| MoA"))] == [
+        r"0.004\*",
+        r"0.004\*",
+    ]
+    assert lines[-2:] == [
+        "",
+        r"\* dense, 8 heads: 0.008 not tried. MoA, 4 of 8: in short runs 0.008 was better by 0.35 nats.",
+    ]
+
+
+def test_runs_of_another_text_are_not_gone_on_with(prepared: Path, tmp_path: Path) -> None:
+    training = next(tuning({}))
+    keep(record(training, 3.0)._replace(origin={"data": "0123456789ab"}), tmp_path)
+    with pytest.raises(DataError, match=r"--data: .* saw 0123456789ab; name a new folder with --results"):
+        command.run(prepared, tmp_path / "runs", tmp_path, 1, 1, [])
+    keep(record(training, 3.0)._replace(origin={"data": digest_of(prepared)}), tmp_path)
+    assert command.run(prepared, tmp_path / "runs", tmp_path, 0, 1, []) == 0
 
 
 def test_what_is_kept_of_a_run(prepared: Path, tmp_path: Path) -> None:
@@ -134,7 +185,7 @@ def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(
     line = ["quality", "run", "--data", str(prepared), "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
     monkeypatch.setattr("sys.argv", line)
     assert command.main() == 85
-    assert trained == list(tuning())[:3] and "the same command goes on" in capsys.readouterr().err
+    assert trained == list(tuning({}))[:3] and "the same command goes on" in capsys.readouterr().err
     kept = {each.name: each.diverged for each in read_records(tmp_path / "results")}
     assert kept == {trained[0].name: False, trained[1].name: True}
     monkeypatch.setattr("sys.argv", ["quality", "run"])
@@ -163,15 +214,26 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     def read(training: Training, folder: Path, data: Path, *, diverged: bool) -> Record:
         return record(training, abs(math.log(training.rate / RATES[1])), diverged=diverged)
 
-    first = list(tuning())[:4]
+    first = list(tuning({}))[:4]
     monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr(command, "record_of", read)
     assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, ["train.device=cuda"]) == 0
-    assert max(at_once) == 4 and len(trained) == len(set(trained)) == NUM_TRAININGS
+    assert max(at_once) == 4 and len(trained) == len(set(trained)) == 27
     # In the order in which they were given out: that in which threads begin is the system's.
     begun = re.findall(r"(?m)^== (\S+),", capsys.readouterr().out)
-    assert set(begun[:15]) == {training.name for training in tuning()} and len(begun) == NUM_TRAININGS
-    assert all(training.rate == RATES[1] for training in set(trained) - set(tuning()))
+    assert set(begun[:15]) == {training.name for training in tuning({})} and len(begun) == 27
+    assert all(training.rate == RATES[1] for training in set(trained) - set(tuning({})))
+
+
+def test_a_users_own_results_get_a_picture_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(record(Training("moa", RATES[1], 0, STEPS), 3.0), tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality", "table", "--results", str(tmp_path)])
+    ours = REPOSITORY / command.PICTURE
+    before = ours.stat().st_mtime_ns
+    assert command.main() == 0 and "| MoA, 4 of 8 |" in capsys.readouterr().out
+    assert (tmp_path / "quality.png").is_file() and ours.stat().st_mtime_ns == before
 
 
 def test_the_page_has_the_table_of_the_records() -> None:
