@@ -72,8 +72,8 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         return
     check_output(resolved, force=arguments.force)
     check_room(resolved)
-    if command == "tokenizer" and resolved.config.tokenizer.type == "bytes":
-        print("nothing to do: tokenizer.type bytes has no model; go on with `shard`")
+    if command == "tokenizer" and not resolved.config.tokenizer.has_file:
+        print(f"nothing to do: tokenizer.type {resolved.config.tokenizer.type} has no model; go on with `shard`")
         return
     with (
         _full_disk_named(resolved),

@@ -96,7 +96,7 @@ class OpenModel:
         targets = torch.tensor(ids[1:])[:, None]
         tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
         total = float(tokens.sum(dtype=torch.float64))
-        size = sum(len(self.tokenizer.content(number)) for number in ids[1:])
+        size = sum(len(self.tokenizer.content(number)) for number in ids[1:]) if self.tokenizer.has_text else 0
         mean = total / len(tokens)
         return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
 

@@ -74,12 +74,14 @@ class ResolvedConfig:
         """Whether text can be encoded while it is read: the tokenizer exists already, no stage comes between reading
         and encoding, and the text is not kept for other settings."""
         config = self.config
-        given = self.external_model is not None or config.tokenizer.type == "bytes"
+        given = self.external_model is not None or not config.tokenizer.has_file
         return given and config.filter is None and config.dedup is None and not config.keep_work
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """What decides the tokenizer: the hash of an existing model, or how it is trained."""
         settings = self.config.tokenizer
+        if settings.type == "ids":
+            return {"type": "ids", "name": settings.name, "vocab_size": settings.vocab_size}
         if not settings.has_model:
             return {"type": settings.type}
         if self.external_model is not None:

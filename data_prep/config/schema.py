@@ -106,7 +106,7 @@ class DedupConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Which tokenizer: an existing SentencePiece model, or how to train one, or none (`type` bytes)."""
+    """Which tokenizer: an existing SentencePiece model, or how to train one, or none (`type` bytes, symbols, ids)."""
 
     model: str | None = None
     """Path of an existing SentencePiece model, which is copied into `output`; null trains one. The other keys of this
@@ -115,11 +115,15 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=8000, ge=8, le=1_000_000)
     """Number of pieces, the special ones and 256 byte pieces included. Above 65,536 ids take 4 bytes instead
     of 2."""
-    type: Literal["bpe", "unigram", "bytes", "symbols"] = "bpe"
+    name: str | None = Field(default=None, min_length=1)
+    """What the tokenizer of `type` ids is called, such as gpt2; data sets of two names are not mixed."""
+    type: Literal["bpe", "unigram", "bytes", "symbols", "ids"] = "bpe"
     """SentencePiece model type. unigram encodes 5 times faster and trains 30 times slower than bpe. bytes: no
     model; an id is the value of a byte, 256 in all, and nothing is put between documents. symbols: the same, but ids
     number the byte values that occur in the raw files, in rising order; a `vocab_size` that is given must be their
-    number (205 in Enwik8, as published). Both are for the formats enwik8 and wikitext, without other keys here."""
+    number (205 in Enwik8, as published). Both are for the formats enwik8 and wikitext, without other keys here. ids:
+    those of another tokenizer, which is not here: `name` and `vocab_size` say all that is known of it, and
+    `end_of_document` its end. For the formats megatron and token_array."""
     allow_lossy: bool = False
     """Whether a model may change text: whether `model` may be one that normalises (SentencePiece's default, nmt_nfkc,
     loses newlines, tabs, repeated blanks and half the symbols) or that has no pieces for bytes."""
@@ -151,16 +155,28 @@ class TokenizerConfig(Section):
 
     @property
     def has_model(self) -> bool:
-        """Whether ids are SentencePiece's, not byte values or their numbers."""
+        """Whether ids are SentencePiece's, not byte values, their numbers, or ids of another tokenizer."""
         return self.type in ("bpe", "unigram")
 
+    @property
+    def has_file(self) -> bool:
+        """Whether a file beside the shards says what ids stand for."""
+        return self.type not in ("bytes", "ids")
+
     @model_validator(mode="after")
-    def _check_bytes(self) -> "TokenizerConfig":
-        useless = sorted(self.model_fields_set - {"type", "vocab_size"})
+    def _check_type(self) -> "TokenizerConfig":
+        known = {"type", "vocab_size"} | ({"name"} if self.type == "ids" else set())
+        useless = sorted(self.model_fields_set - known)
         if not self.has_model and useless:
             raise ValueError(
-                f'{", ".join(useless)} has no effect with type {self.type}; make the section {{"type": "{self.type}"}}'
+                f"{', '.join(useless)} has no effect with type {self.type}; keep of the section "
+                f"{', '.join(sorted(known & self.model_fields_set))} alone"
             )
+        if self.type != "ids" and self.name is not None:
+            raise ValueError("name: has no effect without type ids; drop it")
+        for key in ("name", "vocab_size"):
+            if self.type == "ids" and key not in self.model_fields_set:
+                raise ValueError(f"{key}: with type ids nothing else says it; set it to that of the ids' tokenizer")
         if self.type == "bytes" and "vocab_size" in self.model_fields_set and self.vocab_size != BYTE_VALUES:
             raise ValueError(f"vocab_size is {BYTE_VALUES} with type bytes; drop it or set it to that")
         if self.normalization != "identity" and not self.allow_lossy and self.model is None:
@@ -173,7 +189,7 @@ class TokenizerConfig(Section):
     def training_settings(self) -> dict[str, Any]:
         """What decides a model that is trained, and the ids of documents. Keys that are newer than the first manifests
         are left out at their defaults, so that older data stay up to date."""
-        young = {"normalization", "sentences", "separator", "sample_files"}
+        young = {"normalization", "sentences", "separator", "sample_files", "name"}
         settings = self.model_dump(mode="json", exclude={"model", "allow_lossy"})
         defaults = TokenizerConfig().model_dump(mode="json")
         return {key: value for key, value in settings.items() if key not in young or value != defaults[key]}
@@ -229,8 +245,8 @@ class DataConfig(Section):
     members. text: plain UTF-8 text, see `text_documents`. wikitext: wiki.train.raw (or wiki.train.tokens) as `input`,
     wiki.valid.raw as `validation_input`, wiki.test.raw as `test_input`, a document is an article. enwik8: the one file
     as `input`, see `split_bytes`. For these two a zip as downloaded also does, and documents stay in the order of the
-    file. megatron and token_array: token ids of `tokenizer.model`, as data sets of Megatron-LM (NAME.bin and NAME.idx)
-    or as arrays of integers."""
+    file. megatron and token_array: token ids of `tokenizer.model`, or of another tokenizer (`tokenizer.type` ids), as
+    data sets of Megatron-LM (NAME.bin and NAME.idx) or as arrays of integers."""
     text_key: str = Field(default="text", min_length=1)
     """Where the text of a JSON record or a row of Parquet is; dotted for a key inside another: a.b is
     `{"a": {"b": "..."}}`."""
@@ -239,7 +255,8 @@ class DataConfig(Section):
     are blank."""
     end_of_document: int | None = Field(default=None, ge=0)
     """The id that ends each document, or comes before it, in files of format megatron and token_array; it is stored as
-    the tokenizer's own and need be no piece. null: the tokenizer's own."""
+    the tokenizer's own and need be no piece. null: the tokenizer's own. With `tokenizer.type` ids it is the tokenizer's
+    own, and must be given."""
     id_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
     """Integers of a token_array without a header, little-endian. A .npy and the header of llm.c say it themselves."""
     workers: int = Field(default=0, ge=0, le=1024)
@@ -281,10 +298,20 @@ class DataConfig(Section):
         return self
 
     def _check_ids(self) -> None:
-        if self.tokenizer.model is None:
+        if self.tokenizer.type == "ids":
+            if self.end_of_document is None:
+                raise ValueError(
+                    "end_of_document: tokenizer.type ids does not say it; set it to the id between documents"
+                )
+            if self.end_of_document >= self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"end_of_document: {self.end_of_document} is no id below tokenizer.vocab_size "
+                    f"{self.tokenizer.vocab_size}, which counts it"
+                )
+        elif self.tokenizer.model is None:
             raise ValueError(
-                f'tokenizer.model: format "{self.format}" is token ids; name the SentencePiece model that made them '
-                "(ids of other tokenizers are not read)"
+                f'tokenizer.model: format "{self.format}" is token ids; name the SentencePiece model that made them, '
+                "or set tokenizer.type to ids if another tokenizer did"
             )
         if self.tokenizer.separator is not None:
             raise ValueError(f'tokenizer.separator: has no effect with format "{self.format}"; drop it')
@@ -303,7 +330,13 @@ class DataConfig(Section):
             raise ValueError('split_bytes: has no effect without format "enwik8"; drop it')
         if self.format == "wikitext" and not self.validation_input:
             raise ValueError('format: "wikitext" comes in splits; set validation_input to its wiki.valid.raw')
-        if not self.tokenizer.has_model and self.format not in ("enwik8", "wikitext"):
+        if self.tokenizer.type == "ids":
+            if self.format not in ID_FORMATS:
+                raise ValueError(
+                    f"tokenizer.type: ids is for formats that hold token ids ({', '.join(ID_FORMATS)}), not "
+                    f'"{self.format}"; use bpe or unigram'
+                )
+        elif not self.tokenizer.has_model and self.format not in ("enwik8", "wikitext"):
             raise ValueError(
                 f"tokenizer.type: {self.tokenizer.type} have no end-of-document id, which the documents of format "
                 f'"{self.format}" need; use bpe or unigram'
@@ -327,7 +360,7 @@ class DataConfig(Section):
         for key in ("validation_input", "test_input", "validation_fraction"):
             if key in self.model_fields_set:
                 raise ValueError(f'{key}: has no effect with format "enwik8", whose splits are split_bytes; drop it')
-        if self.tokenizer.has_model:
+        if self.tokenizer.type not in ("bytes", "symbols"):
             raise ValueError('tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}')
 
     def stage_settings(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class IdReading:
 
     vocab_size: int
     """Pieces of the tokenizer; every id but those that end documents is below it."""
+    has_model: bool
+    """Whether the tokenizer is tokenizer.model, not one that is not here."""
     eos_id: int
     """Its id of the end of a document."""
     end_id: int
@@ -118,9 +120,15 @@ def _check_ids(ids: np.ndarray, is_end: np.ndarray, position: int, name: str, re
     foreign = ((ids < 0) | (ids >= reading.vocab_size)) & ~is_end
     if foreign.any():
         at = int(foreign.argmax())
+        where = f"{name}: token {position + at:,} is the id {ids[at]}"
+        if not reading.has_model:
+            raise DataError(
+                f"{where}, and tokenizer.vocab_size is {reading.vocab_size}; set it to that of the tokenizer that made "
+                "these ids (with the ids that it was given later, which its size may leave out)"
+            )
         raise DataError(
-            f"{name}: token {position + at:,} is the id {ids[at]}, and tokenizer.model has {reading.vocab_size} "
-            "pieces; name the model that made these ids, or, if this id ends documents, set end_of_document to it"
+            f"{where}, and tokenizer.model has {reading.vocab_size} pieces; name the model that made these ids, or, if "
+            "this id ends documents, set end_of_document to it"
         )
 
 
@@ -154,7 +162,7 @@ def _plain_blocks(content: Unpacked, reading: IdReading) -> Iterator[Block]:
     if largest > most:
         raise DataError(
             f"id_dtype: {reading.array_dtype} holds numbers up to {most:,}, and ids of {content.name} may be "
-            f"{largest:,} (pieces of tokenizer.model, end_of_document); set it to what wrote them, such as uint32"
+            f"{largest:,} (the tokenizer's, end_of_document); set it to what wrote them, such as uint32"
         )
     if content.peek(len(ZIP_MAGIC)) == ZIP_MAGIC:
         raise DataError(f"{content.name} is a zip, as .npz files are; save each array by itself, with numpy.save")

@@ -9,7 +9,7 @@ from common.errors import DataError
 from common.tables import text_table
 from common.terminal import visible
 from data_prep.raw.documents import ID_FORMATS
-from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows
+from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows, other_tokenizer, text_sums
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import REBUILD, Manifest
 from data_prep.shards.reader import ShardReader, SplitReader
@@ -28,7 +28,9 @@ def verify(manifest: Manifest) -> None:
     rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
     print(text_table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
-    if tokenizer.sha256 is None:
+    if not tokenizer.has_text:
+        print(f"tokenizer: not here; {tokenizer.vocab_size} ids of {other_tokenizer(manifest)}")
+    elif tokenizer.sha256 is None:
         print(f"tokenizer: bytes, {tokenizer.vocab_size} values, no model")
     else:
         unit = "symbols" if tokenizer.kind == "symbols" else "pieces"
@@ -64,8 +66,7 @@ def stats(manifest: Manifest) -> None:
     totals = []
     lengths = []
     for split, sums in manifest.totals.items():
-        ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
-        totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
+        totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, *text_sums(manifest, split)))
         if sums.documents:
             of_split = Lengths.of(manifest, split)
             lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
@@ -113,7 +114,9 @@ def show(manifest: Manifest, *, split: str, index: int, count: int) -> None:
 
 
 def _decoder(manifest: Manifest) -> Callable[[np.ndarray], str]:
-    """Ids [n] to text, by the tokenizer of the manifest."""
+    """Ids [n] to text, by the tokenizer of the manifest; to numbers where it is not here."""
+    if not manifest.tokenizer.has_text:
+        return lambda ids: " ".join(map(str, ids.tolist()))
     if manifest.tokenizer.file is None:
         return lambda ids: ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
     path = manifest.folder / manifest.tokenizer.file

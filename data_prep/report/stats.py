@@ -9,6 +9,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.folders import check_writable_folder, expanded
+from common.splits import SplitName
 from data_prep.shards.format import BYTE_VALUES, Manifest, ShardIndex
 from data_prep.shards.reader import ShardReader
 from data_prep.stages.id_maker import read_symbols
@@ -138,7 +139,7 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     lines += _left_out(manifest, folder)
     entry = manifest.tokenizer
     model = manifest.folder / (entry.file or "")
-    tokenizer = None if entry.tokens_are_bytes else TextTokenizer.load(model)
+    tokenizer = TextTokenizer.load(model) if entry.kind == "sentencepiece" else None
     values = read_symbols(model) if entry.kind == "symbols" else np.arange(BYTE_VALUES)
     sizes = np.ones(manifest.tokenizer.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
     prefix = 0 if tokenizer is None else tokenizer.prefix_bytes
@@ -148,7 +149,7 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
     if tokenizer is not None:
         lines += _bytes_per_token(found, folder)
     if "train" in found:
-        lines += _vocabulary(found["train"].counts, _piece_namer(tokenizer, values), folder)
+        lines += _vocabulary(found["train"].counts, _piece_namer(tokenizer, values if entry.has_text else None), folder)
     lines += _inputs(manifest)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -163,9 +164,22 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[s
 def _totals(manifest: Manifest) -> list[str]:
     rows = []
     for split, sums in manifest.totals.items():
-        ratio = f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
-        rows.append((split, len(manifest.split(split)), sums.documents, sums.tokens, sums.text_bytes, ratio))
+        rows.append((split, len(manifest.split(split)), sums.documents, sums.tokens, *text_sums(manifest, split)))
     return _markdown(("split", "shards", "documents", "tokens", "text bytes", "bytes per token"), rows)
+
+
+def text_sums(manifest: Manifest, split: SplitName) -> tuple[object, str]:
+    """Bytes of text of a split, and bytes per token; - where nobody knows."""
+    sums = manifest.totals[split]
+    if not manifest.tokenizer.has_text:
+        return "-", "-"
+    return sums.text_bytes, f"{sums.text_bytes / sums.tokens:.3f}" if sums.tokens else "-"
+
+
+def other_tokenizer(manifest: Manifest) -> str:
+    """The name that the preparation was given for the tokenizer of ids."""
+    settings = manifest.provenance.config.get("tokenizer")
+    return str(settings.get("name")) if isinstance(settings, dict) else "another tokenizer"
 
 
 def _lengths(lengths: dict[str, Lengths], folder: Path) -> list[str]:
@@ -238,9 +252,12 @@ def _vocabulary(counts: np.ndarray, name: Callable[[int], str], folder: Path) ->
     ]  # fmt: skip
 
 
-def _piece_namer(tokenizer: TextTokenizer | None, values: np.ndarray) -> Callable[[int], str]:
-    """`values`: the byte that each id stands for, without a tokenizer."""
+def _piece_namer(tokenizer: TextTokenizer | None, values: np.ndarray | None) -> Callable[[int], str]:
+    """`values`: the byte that each id stands for, without a tokenizer; None where nobody knows."""
+    if tokenizer is None and values is None:
+        return str
     if tokenizer is None:
+        assert values is not None
         return lambda piece: f"{values[piece]:#04x}"
     return lambda piece: tokenizer.piece(piece).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 

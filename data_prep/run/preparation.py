@@ -122,8 +122,8 @@ class Preparation:
 
     @property
     def model(self) -> Path | None:
-        """The tokenizer's file, once it is made; None for bytes, which need none."""
-        if self.resolved.config.tokenizer.type == "bytes":
+        """The tokenizer's file, once it is made; None for bytes and ids, which have none."""
+        if not self.resolved.config.tokenizer.has_file:
             return None
         folder = self.resolved.output if self.takes_published_model else self.tokenizer_folder()
         return folder / TOKENIZER_FILE
@@ -135,7 +135,12 @@ class Preparation:
 
     def _recipe(self, model: Path | None) -> IdRecipe:
         config = self.resolved.config
-        return IdRecipe(model=model, settings=config.tokenizer, takes_ids=config.format in ID_FORMATS)
+        return IdRecipe(
+            model=model,
+            settings=config.tokenizer,
+            takes_ids=config.format in ID_FORMATS,
+            eos_id=config.end_of_document if config.tokenizer.type == "ids" else None,
+        )
 
     def given_model(self) -> ModelTask:
         """The task of copying the model that is there already."""

@@ -127,7 +127,7 @@ def dedup_tasks(preparation: Preparation, all_slices: bool) -> Sequence[DedupTas
 def _model_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ModelTask]:
     resolved = preparation.resolved
     config = resolved.config.tokenizer
-    if preparation.takes_published_model or config.type == "bytes":
+    if preparation.takes_published_model or not config.has_file:
         return []
     if resolved.external_model is not None:
         return [preparation.given_model()]

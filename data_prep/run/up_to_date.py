@@ -20,9 +20,9 @@ from data_prep.work.folder import fingerprint, read_json
 
 
 def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
-    """The model that the `tokenizer` step left in the output, None for bytes. DataError if it is missing or not the
-    configured one."""
-    if resolved.config.tokenizer.type == "bytes":
+    """The model that the `tokenizer` step left in the output, None for bytes and ids. DataError if it is missing or not
+    the configured one."""
+    if not resolved.config.tokenizer.has_file:
         return None
     fix = "make it with `python -m data_prep tokenizer --config CONFIG`"
     model, record = resolved.output / TOKENIZER_FILE, resolved.output / TOKENIZER_RECORD

@@ -46,15 +46,16 @@ class ShardEntry(Record):
 
 
 class TokenizerEntry(Record):
-    """What made the ids: a SentencePiece model, or nothing if the ids are the bytes themselves."""
+    """What made the ids: a SentencePiece model, nothing if the ids are the bytes themselves, or another tokenizer."""
 
-    kind: Literal["sentencepiece", "bytes", "symbols"] = "sentencepiece"
+    kind: Literal["sentencepiece", "bytes", "symbols", "ids"] = "sentencepiece"
     """bytes: the id is the value of the byte, and the three keys about a model are absent. symbols: the id numbers the
-    byte values that `file` holds in rising order. A manifest without this key is for SentencePiece."""
+    byte values that `file` holds in rising order. ids: of a tokenizer that is not here, so there is no `file`. A
+    manifest without this key is for SentencePiece."""
     file: SafeName | None = None
     """Name of the model or the list of symbols, relative to the manifest."""
     sha256: Sha256 | None = None
-    """Hash of the model."""
+    """Hash of the model; of ids that of the name that the preparation was given for their tokenizer."""
     vocab_size: Annotated[int, Field(ge=2)]
     """Number of pieces; every id is below it. 256 for bytes."""
     eos_id: Count | None = None
@@ -69,12 +70,19 @@ class TokenizerEntry(Record):
             raise ValueError("a SentencePiece model needs file and sha256")
         if self.kind == "symbols" and (None in model[:2] or self.eos_id is not None or self.vocab_size > BYTE_VALUES):
             raise ValueError(f"symbols need file and sha256, are {BYTE_VALUES} at most and have no eos_id")
+        if self.kind == "ids" and (self.file is not None or None in model[1:]):
+            raise ValueError("ids need sha256 and eos_id, and have no file")
         return self
 
     @property
     def tokens_are_bytes(self) -> bool:
         """Whether every token stands for one byte, so that bits per token are bits per byte."""
         return self.kind in ("bytes", "symbols")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether ids can be made of a text, and a text of ids."""
+        return self.kind != "ids"
 
     @property
     def end_tokens(self) -> int:
@@ -90,7 +98,8 @@ class SplitTotals(Record):
     tokens: Count
     """Token ids, EOS included."""
     text_bytes: Count
-    """UTF-8 bytes of the documents' text, EOS excluded: bits per byte = nats * tokens / text_bytes / ln 2."""
+    """UTF-8 bytes of the documents' text, EOS excluded: bits per byte = nats * tokens / text_bytes / ln 2. 0 where the
+    tokenizer is of kind ids, whose texts nobody knows."""
 
 
 class InputRecord(Record):

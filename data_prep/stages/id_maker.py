@@ -1,4 +1,5 @@
-"""From a document to its ids: by a SentencePiece model, by the values of its bytes, or by the numbers of these."""
+"""From a document to its ids: by a SentencePiece model, by the values of its bytes, or by the numbers of these; or they
+are there already."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError
-from common.hashing import sha256_file
+from common.hashing import sha256_file, sha256_json
 from data_prep.config.schema import TokenizerConfig
 from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry, dtype_name
 from data_prep.stages.tokenizer import TextTokenizer
@@ -18,10 +19,13 @@ class IdRecipe:
     """How documents become ids; small, so that tasks carry it."""
 
     model: Path | None
-    """SentencePiece model, or the symbols in the order of their ids; None for bytes."""
+    """SentencePiece model, or the symbols in the order of their ids; None for bytes, and for ids of other
+    tokenizers."""
     settings: TokenizerConfig
     takes_ids: bool = False
-    """Whether documents are ids already, as bytes in the dtype of shards; `model` is the one that made them."""
+    """Whether documents are ids already, as bytes in the dtype of shards; `model`, if there is one, made them."""
+    eos_id: int | None = None
+    """Of ids of another tokenizer: the one that ends documents."""
 
     def maker(self) -> "IdMaker":
         """The same object while the recipe and the file stay the same."""
@@ -29,12 +33,22 @@ class IdRecipe:
 
     def key(self) -> list[object]:
         """What decides the ids, for the name of a folder."""
+        if self.settings.type == "ids":
+            return [*self._other_tokenizer]
         ids = self.settings.type if self.model is None else sha256_file(self.model)
         return [ids, *self.settings.encoding_settings().items()]
+
+    @property
+    def _other_tokenizer(self) -> tuple[str, str | None, int, int | None]:
+        """What is known of the tokenizer of ids that are there already."""
+        return "ids", self.settings.name, self.settings.vocab_size, self.eos_id
 
     def entry(self) -> TokenizerEntry:
         """What the manifest says of it."""
         maker = self.maker()
+        if self.settings.type == "ids":
+            sha256 = sha256_json([*self._other_tokenizer])
+            return TokenizerEntry(kind="ids", sha256=sha256, vocab_size=maker.vocab_size, eos_id=maker.eos_id)
         if self.model is None:
             return TokenizerEntry(kind="bytes", vocab_size=BYTE_VALUES)
         return TokenizerEntry(
@@ -56,6 +70,8 @@ class IdMaker:
         self.eos_id: int | None = None
         """Id that is put after each document; None if nothing or a text is."""
         self.vocab_size = BYTE_VALUES
+        if recipe.settings.type == "ids":
+            self.eos_id, self.vocab_size = recipe.eos_id, recipe.settings.vocab_size
         if recipe.model is None:
             return
         if recipe.settings.has_model:
@@ -85,21 +101,22 @@ class IdMaker:
         return np.dtype(dtype_name(self.vocab_size))
 
     def text_bytes(self, data: bytes, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text of a document, given also its ids."""
+        """UTF-8 bytes of the text of a document, given also its ids; 0 where ids have no text."""
         if not self._takes_ids:
             return len(data)
+        if self._tokenizer is None:
+            return 0
         sizes, prefix = self._sizes
         return max(0, int(sizes[ids].sum()) - prefix)
 
     def text_piece(self, number: int) -> str | None:
-        """As TextTokenizer's."""
-        assert self._tokenizer is not None, "ids have a model"
-        return self._tokenizer.text_piece(number)
+        """As TextTokenizer's; None where ids have no text."""
+        return None if self._tokenizer is None else self._tokenizer.text_piece(number)
 
     @cached_property
     def _sizes(self) -> tuple[np.ndarray, int]:
         """int64 [vocab_size] bytes that an id is decoded to, and those of a document that decoding takes away."""
-        assert self._tokenizer is not None, "ids have a model"
+        assert self._tokenizer is not None
         return self._tokenizer.piece_bytes(), self._tokenizer.prefix_bytes
 
 

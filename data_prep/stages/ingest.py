@@ -265,7 +265,7 @@ def _id_reading(task: IngestTask) -> IdReading | None:
         return None
     assert task.encoding is not None, "ids are stored as they are read"
     maker = task.encoding.recipe.maker()
-    assert maker.eos_id is not None, "without tokenizer.separator, a model has it"
+    assert maker.eos_id is not None, "without tokenizer.separator, a model has it, and ids end_of_document"
     end = config.end_of_document
     if end is not None and (piece := maker.text_piece(end)) is not None:
         raise DataError(
@@ -274,6 +274,7 @@ def _id_reading(task: IngestTask) -> IdReading | None:
         )
     return IdReading(
         vocab_size=maker.vocab_size,
+        has_model=config.tokenizer.has_model,
         eos_id=maker.eos_id,
         end_id=maker.eos_id if config.end_of_document is None else config.end_of_document,
         array_dtype=config.id_dtype,

@@ -53,8 +53,8 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
     if found is None:
         print(f"no tokenizer was written: {reason}", flush=True)
     else:
-        kind = found.entry.kind
-        print(f"{out / tokenizer}: the tokenizer" if tokenizer else f"no tokenizer: ids are {kind}", flush=True)
+        without = "ids are bytes" if found.entry.has_text else "the data are token ids of one that is not here"
+        print(f"{out / tokenizer}: the tokenizer" if tokenizer else f"no tokenizer: {without}", flush=True)
 
 
 def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifest | None, str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from pretrain.saved_model.tokenizer import Tokenizer
+from pretrain.saved_model.tokenizer import NO_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where ids have no text."""
+        if not tokenizer.has_text:
+            raise UserError(
+                f"{NO_TEXT}, and this task is text; export the model (launch/export.py), put its tokenizer's files "
+                "beside it, and evaluate that"
+            )
         self._tokenizer = tokenizer
 
     def queries(self, example: Example) -> list[Query]:

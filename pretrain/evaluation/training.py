@@ -41,8 +41,9 @@ class RunTasks(NamedTuple):
         if not settings.tasks:
             return NO_TASKS
         limits = Limits(config.batch.micro_sequences, learned_context(config.model))
-        encoder = Encoder(Tokenizer(sources.sources[0].manifest))
+        tokenizer = Tokenizer(sources.sources[0].manifest)
         try:
+            encoder = Encoder(tokenizer)
             prepared = [
                 PreparedTask.of(name, find_files(name, given), encoder, limit=settings.tasks_limit or None)
                 for name, given in settings.tasks.items()
@@ -50,7 +51,7 @@ class RunTasks(NamedTuple):
             for task in prepared:
                 task.check(limits)
         except UserError as error:
-            raise UserError(f"evaluate.tasks.{error}") from None
+            raise UserError(f"evaluate.tasks{'.' if tokenizer.has_text else ': '}{error}") from None
         return cls(tuple(prepared), settings.tasks_every_steps, limits)
 
     def are_due(self, step: int, last: int) -> bool:

@@ -32,6 +32,8 @@ class CardFacts:
     """`provenance` and `totals` of the data's manifest, where it was found."""
     tokens_are_bytes: bool
     has_eos: bool
+    has_text: bool
+    """False: the folder has no tokenizer, because nobody knows the one of the data's ids."""
 
 
 def card(model: ModelConfig, facts: CardFacts) -> str:
@@ -60,6 +62,10 @@ def _usage(model: ModelConfig, facts: CardFacts) -> str:
     notes = [
         "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
         "transformers (5.0 or newer), and the tokenizer sentencepiece."
+        if facts.has_text
+        else "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
+        "transformers (5.0 or newer). It has no tokenizer: training read token ids that another program had made. Put "
+        "the files of the tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
     ]
     if facts.dtype != "float32":
         notes.append(f"The weights were rounded to {facts.dtype}; training kept them in float32.")
@@ -121,13 +127,17 @@ def _data(facts: CardFacts) -> str:
         return f"{known}\n"
     totals, inputs = facts.provenance["totals"], facts.provenance["inputs"]
     rows = [
-        (split, f"{sums['documents']:,} documents, {sums['tokens']:,} tokens, {sums['text_bytes']:,} bytes of text")
+        (split, f"{sums['documents']:,} documents, {sums['tokens']:,} tokens" + _text_bytes(sums, facts))
         for split, sums in totals.items()
     ]
     files = [f"- `{entry['name']}` ({entry['format']}), sha256 `{entry['sha256']}`" for entry in inputs[:MOST_INPUTS]]
     if len(inputs) > MOST_INPUTS:
         files.append(f"- and {len(inputs) - MOST_INPUTS:,} more files")
     return f"{known} `training.json` has the settings.\n\n{_table(rows)}\nMade from\n\n" + "\n".join(files) + "\n"
+
+
+def _text_bytes(sums: dict[str, Any], facts: CardFacts) -> str:
+    return f", {sums['text_bytes']:,} bytes of text" if facts.has_text else ""
 
 
 def _results(facts: CardFacts) -> str:

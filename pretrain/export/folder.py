@@ -22,7 +22,8 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
 )
 CARD, LICENSE, ORIGIN = "README.md", "LICENSE", "training.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CODE = ("configuration_switchall.py", "layers_switchall.py", "modeling_switchall.py", "tokenization_switchall.py")
+CODE_OF_MODEL = ("configuration_switchall.py", "layers_switchall.py", "modeling_switchall.py")
+CODE = (*CODE_OF_MODEL, "tokenization_switchall.py")
 OWN = {CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, CARD, LICENSE, ORIGIN, WEIGHTS, INDEX, *CODE}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 

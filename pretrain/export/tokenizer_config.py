@@ -22,8 +22,8 @@ ALL_BYTES = bytes(range(BYTE_VALUES))
 
 
 def check_tokenizer(tokenizer: StoredTokenizer, model: ModelConfig) -> bytes:
-    """The content of tokenizer.model. Raises UserError: no file, another one than the data's, more pieces than the
-    model has rows."""
+    """The content of tokenizer.model; empty of ids, which have none. Raises UserError: no file, another one than the
+    data's, more pieces than the model has rows."""
     entry, path = tokenizer.entry, tokenizer.path
     if entry.vocab_size > model.vocab_size:
         raise UserError(
@@ -31,7 +31,7 @@ def check_tokenizer(tokenizer: StoredTokenizer, model: ModelConfig) -> bytes:
             f"of this model"
         )
     if path is None:
-        return ALL_BYTES
+        return ALL_BYTES if entry.has_text else b""
     try:
         if sha256_file(path) != entry.sha256:
             raise UserError(f"{path} is not the tokenizer that its data set names (another sha256); restore the file")
@@ -42,7 +42,8 @@ def check_tokenizer(tokenizer: StoredTokenizer, model: ModelConfig) -> bytes:
 
 def special_ids(tokenizer: StoredTokenizer, content: bytes) -> dict[str, int | None]:
     """Ids by the names of transformers. What ends a document also begins a text out of nothing. Padding is the piece
-    for what has no piece: EOS as padding would hide it from the loss of many a fine-tuning. Bytes pad with zero."""
+    for what has no piece: EOS as padding would hide it from the loss of many a fine-tuning. Bytes pad with zero, ids
+    of which nothing is known with nothing."""
     entry = tokenizer.entry
     pad: int | None
     if entry.kind == "sentencepiece":
@@ -79,6 +80,8 @@ def tokenizer_config(
 def stored_tokenizer(folder: Path, known: dict[str, Any] | None) -> StoredTokenizer:
     """The tokenizer in the export `folder`. `known`: the entry of training.json, where there is one. Raises
     UserError."""
+    if known is not None and known.get("kind") == "ids":  # files that a user put there are of another tokenizer
+        return StoredTokenizer(entry=TokenizerEntry.model_validate(known), folder=folder)
     path, settings_path = folder / TOKENIZER, folder / TOKENIZER_CONFIG
     try:
         content = path.read_bytes()

@@ -123,10 +123,12 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
     special = special_ids(tokenizer, content)
     write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)
-    write_file(place / names.TOKENIZER, content)
-    write_json(place / names.TOKENIZER_CONFIG, tokenizer_config(tokenizer, content, model, special), indent=2)
+    has_text = tokenizer.entry.has_text
+    if has_text:
+        write_file(place / names.TOKENIZER, content)
+        write_json(place / names.TOKENIZER_CONFIG, tokenizer_config(tokenizer, content, model, special), indent=2)
     write_json(place / names.ORIGIN, origin, indent=2)
-    for file in names.CODE:
+    for file in names.CODE if has_text else names.CODE_OF_MODEL:
         write_file(place / file, (Path(__file__).parent / file).read_bytes())
     write_file(place / names.LICENSE, (REPOSITORY / "LICENSE").read_bytes())
     facts = CardFacts(
@@ -137,6 +139,7 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
         provenance=None if source.manifest is None else _provenance(source.manifest),
         tokens_are_bytes=tokenizer.entry.tokens_are_bytes,
         has_eos=tokenizer.entry.eos_id is not None,
+        has_text=has_text,
     )
     write_file(place / names.CARD, card(model, facts).encode())
 

@@ -12,6 +12,7 @@ from pretrain.generation.ids import Cost, NotFinite, Work, check_lengths, contin
 from pretrain.generation.pieces import TextStream
 from pretrain.generation.sampling import Sampling
 from pretrain.saved_model import SavedModel
+from pretrain.saved_model.tokenizer import NO_TEXT
 
 TOKENS = 100
 """New tokens of a text where nothing is said."""
@@ -100,6 +101,8 @@ def stream(
     """
     model, tokenizer = saved.model, saved.tokenizer
     check_vocabulary(saved)
+    if settings.until is not None and not tokenizer.has_text:
+        raise UserError(f"--until: {NO_TEXT}; leave the option out")
     names = names or [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number, _ in enumerate(prompts, 1)]
     if not prompts:
         raise UserError("--prompt: there is none; give a text to continue")

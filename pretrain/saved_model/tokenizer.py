@@ -1,4 +1,7 @@
-"""Text to token ids and back, as the data of a run were made: by SentencePiece, bytes, or numbered byte values."""
+"""Text to token ids and back, as the data of a run were made: by SentencePiece, bytes, or numbered byte values.
+
+Where a tokenizer that is not here made the ids, the text of ids is their numbers, with blanks between them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 
 SPACE_SYMBOL = "\u2581"
 """SentencePiece's sign for a blank."""
+NO_TEXT = "the run's data are token ids whose tokenizer is not here (tokenizer.type ids), so there is no text"
 UNKNOWN_TEXT = " \u2047 "
 """What SentencePiece decodes the unknown id to."""
 
@@ -28,6 +32,7 @@ class Tokenizer:
         stored = StoredTokenizer.of(source) if isinstance(source, Manifest) else source
         entry, path = stored.entry, stored.path
         self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
+        self.has_text = entry.has_text
         self._model: sentencepiece.SentencePieceProcessor | None = None
         self._values = np.arange(BYTE_VALUES, dtype=np.uint8)
         self._by_line = stored.by_line
@@ -43,8 +48,10 @@ class Tokenizer:
             raise UserError(f"{path} is not a SentencePiece model; prepare the data again") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without EOS. Raises UserError for a byte that has no id, and for half of a surrogate pair (as
-        an argument that is no UTF-8 has them), which is no text."""
+        """Ids of a text, without EOS. Raises UserError for a byte that has no id, for what is no number where ids have
+        no text, and for half of a surrogate pair (as an argument that is no UTF-8 has them), which is no text."""
+        if not self.has_text:
+            return [self._id(word) for word in text.split()]
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -78,6 +85,13 @@ class Tokenizer:
         is_across = any("\n" in piece and piece != "\n" for piece in pieces)
         return symbol if can_cut and not is_across and all(map(model.is_byte, symbol)) else []
 
+    def _id(self, word: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) >= self.vocab_size:
+            raise UserError(
+                f"{NO_TEXT}; give ids with blanks between them, 0 to {self.vocab_size - 1}, instead of {word[:40]!a}"
+            )
+        return int(word)
+
     def _numbers(self, data: bytes) -> list[int]:
         numbers = np.full(BYTE_VALUES, -1)
         numbers[self._values] = np.arange(len(self._values))
@@ -92,6 +106,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        if not self.has_text:
+            return "".join(map(self._piece, ids))
         if self._model is None:
             return self._values[np.asarray(ids, np.int64)].tobytes().decode("utf-8", errors="replace")
         return str(self._model.decode([int(number) for number in ids]))
@@ -99,6 +115,8 @@ class Tokenizer:
     def content(self, number: int) -> bytes:
         """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS)
         nothing."""
+        if not self.has_text:
+            return self._piece(number).encode()
         if self._model is None:
             return self._values[number].tobytes()
         if self._model.is_control(number):
@@ -114,6 +132,8 @@ class Tokenizer:
         return [self._piece(int(number)) for number in ids]
 
     def _piece(self, number: int) -> str:
+        if not self.has_text:
+            return f" {int(number)}"
         if self._model is None:
             return _byte(int(self._values[number]))
         if number >= self.vocab_size:

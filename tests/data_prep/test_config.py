@@ -52,7 +52,7 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         (
             {"tokenizer": {"type": "word"}},
             [],
-            "tokenizer.type: input should be 'bpe', 'unigram', 'bytes' or 'symbols' (given \"word\")",
+            "tokenizer.type: input should be 'bpe', 'unigram', 'bytes', 'symbols' or 'ids' (given \"word\")",
         ),
         (
             {"tokenizer": {"split_digits": "yes"}},
