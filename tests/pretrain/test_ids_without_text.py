@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
@@ -149,7 +151,10 @@ def test_an_export_has_no_tokenizer_and_comes_back(
     assert json.loads((tmp_path / "mine" / "config.json").read_text())["eos_token_id"] == 1
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "It has no tokenizer: training read token ids" in card and "bytes of text" not in card
-    (tmp_path / "mine" / "tokenizer.json").write_text("{}")  # a user's
+    users = Tokenizer(models.WordLevel({f"w{number}": number for number in range(400)}, unk_token="w0"))
+    users.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=users, eos_token="w1").save_pretrained(tmp_path / "mine")
+    assert AutoTokenizer.from_pretrained(tmp_path / "mine", trust_remote_code=True)("w5 w6 w7").input_ids == [5, 6, 7]
     opened, before = open_model(tmp_path / "mine"), open_model(run)
     assert torch.equal(opened.logits("5 6 7"), before.logits("5 6 7"))
 
