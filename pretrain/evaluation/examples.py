@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from pretrain.saved_model.tokenizer import NO_TEXT, Tokenizer
+from pretrain.saved_model.tokenizer import TASK_IS_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises UserError where ids have no text."""
         if not tokenizer.has_text:
-            raise UserError(
-                f"{NO_TEXT}, and this task is text; export the model (launch/export.py), put its tokenizer's files "
-                "beside it, and evaluate that"
-            )
+            raise UserError(TASK_IS_TEXT)
         self._tokenizer = tokenizer
 
     def queries(self, example: Example) -> list[Query]:

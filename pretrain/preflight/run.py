@@ -216,7 +216,10 @@ class PlannedRun:
         if not tasks:
             return "no evaluate.tasks"
         from pretrain.evaluation.training import check_places
+        from pretrain.saved_model.tokenizer import TASK_IS_TEXT
 
+        if self.sources is not None and not self.sources.tokenizer.has_text:
+            raise UserError(f"evaluate.tasks: {TASK_IS_TEXT}")
         check_places(self.config, found.problem)
         return f"the files of {', '.join(tasks)} are there"
 

@@ -24,6 +24,12 @@ UNKNOWN_TEXT = " \u2047 "
 """What SentencePiece decodes the unknown id to."""
 
 
+TASK_IS_TEXT = (
+    f"{NO_TEXT}, and this task is text; export the model (launch/export.py), put its tokenizer's files beside it, and "
+    f"evaluate that"
+)
+
+
 class Tokenizer:
     """The tokenizer of a data set. `eos_id` ends a document; None if nothing, or a text, does."""
 

@@ -20,6 +20,7 @@ import pretrain.cli.checkpoint
 import pretrain.cli.evaluate
 import pretrain.cli.export
 import pretrain.cli.generate
+import pretrain.cli.plan
 from common.errors import UserError
 from data_prep.cli import main as prepare
 from data_prep.shards.format import Manifest
@@ -135,6 +136,9 @@ def test_what_needs_text_says_that_there_is_none(
     config = small_config(data, *STEPS, f'evaluate.tasks={{"lambada": "{tmp_path / "lambada"}"}}')
     with pytest.raises(UserError, match=f"evaluate.tasks: the run's data .*{text}"):
         RunTasks.open(config, Sources.load(config))
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    planned = ["check", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run"), "--no-step"]
+    refused(pretrain.cli.plan.main, f"evaluate.tasks: the run's data .*{text}", capsys, *planned)
     (tmp_path / "ids").write_text("5 17 300 " * 20)
     assert pretrain.cli.analyze.main([place, "--text", str(tmp_path / "ids"), "--out", str(tmp_path / "page")]) == 0
     assert json.loads((tmp_path / "page" / "analysis.json").read_text())
