@@ -1,5 +1,6 @@
 """`stats` as a folder: report.md with tables and plots of what is in the shards and of what was left out."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError
-from common.folders import check_writable_folder, expanded
+from common.files import replacing_all
+from common.folders import check_writable_folder, expanded, making
 from common.splits import SplitName
 from data_prep.shards.format import BYTE_VALUES, Manifest, ShardIndex
 from data_prep.shards.reader import ShardReader
@@ -17,6 +19,8 @@ from data_prep.stages.tokenizer import TextTokenizer
 
 REPORT_FOLDER = "report"
 TITLE = "# Prepared data "  # then the digest: how a report is known as ours
+Plots = dict[str, bytes]
+"""PNG by file name."""
 PLOTS = ("lengths.png", "bytes_per_token.png", "left_out.png", "duplicates.png", "vocabulary.png")
 READ_TOKENS = 1 << 20
 RATIO_STEP, RATIO_BINS = 0.05, 240  # bytes per token up to 12
@@ -126,17 +130,29 @@ def check_own(folder: Path) -> None:
 
 
 def write_report(manifest: Manifest, folder: Path) -> Path:
-    """Writes report.md and its plots into a folder; the path of report.md. The same data give the same text."""
+    """Writes report.md and its plots into a folder; the path of report.md. The same data give the same text. After an
+    error the folder is what it was; report.md comes first, so that what a kill leaves is known as ours."""
     folder = expanded(str(folder), "--out")
     check_writable_folder(folder, "--out")
     check_own(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    lines, plots = _report(manifest)
+    with making(folder), replacing_all(folder) as put:
+        put("report.md", ("\n".join(lines) + "\n").encode())
+        for name, content in plots.items():
+            put(name, content)
+    for name in PLOTS:
+        if name not in plots:  # of an earlier report
+            (folder / name).unlink(missing_ok=True)
+    return folder / "report.md"
+
+
+def _report(manifest: Manifest) -> tuple[list[str], Plots]:
+    """The lines of report.md, and the plots that it names."""
+    plots: Plots = {}
     lines = [f"{TITLE}{manifest.digest[:12]}", ""]
-    path = folder / "report.md"
-    path.write_text(lines[0] + "\n", encoding="utf-8")  # first, so that what a kill leaves is known as ours
     lines += _totals(manifest)
-    lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, folder)
-    lines += _left_out(manifest, folder)
+    lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, plots)
+    lines += _left_out(manifest, plots)
     entry = manifest.tokenizer
     model = manifest.folder / (entry.file or "")
     tokenizer = TextTokenizer.load(model) if entry.kind == "sentencepiece" else None
@@ -147,12 +163,10 @@ def write_report(manifest: Manifest, folder: Path) -> Path:
         split: pieces(manifest, split, sizes, prefix) for split in manifest.splits if manifest.split(split)
     }
     if tokenizer is not None:
-        lines += _bytes_per_token(found, folder)
+        lines += _bytes_per_token(found, plots)
     if "train" in found:
-        lines += _vocabulary(found["train"].counts, _piece_namer(tokenizer, values if entry.has_text else None), folder)
-    lines += _inputs(manifest)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+        lines += _vocabulary(found["train"].counts, _piece_namer(tokenizer, values if entry.has_text else None), plots)
+    return lines + _inputs(manifest), plots
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -182,10 +196,10 @@ def other_tokenizer(manifest: Manifest) -> str:
     return str(settings.get("name")) if isinstance(settings, dict) else "another tokenizer"
 
 
-def _lengths(lengths: dict[str, Lengths], folder: Path) -> list[str]:
+def _lengths(lengths: dict[str, Lengths], plots: Plots) -> list[str]:
     found = {split: of_split for split, of_split in lengths.items() if of_split.documents}
     rows = [(split, *of_split.quantiles(), f"{of_split.mean:.1f}") for split, of_split in found.items()]
-    with _figure(folder / "lengths.png", "tokens of a document", "share of documents") as axes:
+    with _figure(plots, "lengths.png", "tokens of a document", "share of documents") as axes:
         for split, of_split in found.items():
             edges = np.geomspace(1, max(2, of_split.values[-1] + 1), 50)
             weights = of_split.counts / of_split.documents
@@ -196,11 +210,11 @@ def _lengths(lengths: dict[str, Lengths], folder: Path) -> list[str]:
     return ["## Lengths", "", *table, "![lengths](lengths.png)", ""]
 
 
-def _bytes_per_token(found: dict[str, Pieces], folder: Path) -> list[str]:
+def _bytes_per_token(found: dict[str, Pieces], plots: Plots) -> list[str]:
     """Documents that stand apart here are in another language, or are tables or code."""
     edges = RATIO_STEP * np.arange(RATIO_BINS + 1)
     highest = 1
-    with _figure(folder / "bytes_per_token.png", "bytes per token of a document", "share of documents") as axes:
+    with _figure(plots, "bytes_per_token.png", "bytes per token of a document", "share of documents") as axes:
         for split, of_split in found.items():
             axes.stairs(of_split.ratios / max(1, of_split.ratios.sum()), edges, label=split)
             highest = max(highest, int(np.flatnonzero(of_split.ratios).max(initial=0)) + 1)
@@ -209,13 +223,13 @@ def _bytes_per_token(found: dict[str, Pieces], folder: Path) -> list[str]:
     return ["## Bytes per token", "", "![bytes per token](bytes_per_token.png)", ""]
 
 
-def _left_out(manifest: Manifest, folder: Path) -> list[str]:
+def _left_out(manifest: Manifest, plots: Plots) -> list[str]:
     rows = dropped_rows(manifest)
     lines = ["## Left out", ""]
     if not rows:
         return [*lines, "Nothing was quarantined, filtered or removed as a duplicate.", ""]
     lines += _markdown(("stage: reason", "documents"), [(f"{stage}: {reason}", count) for stage, reason, count in rows])
-    with _figure(folder / "left_out.png", "documents", "", height=1.0 + 0.22 * len(rows)) as axes:
+    with _figure(plots, "left_out.png", "documents", "", height=1.0 + 0.22 * len(rows)) as axes:
         axes.barh([f"{stage}: {reason}" for stage, reason, _ in reversed(rows)], [c for *_, c in reversed(rows)])
     lines += ["![left out](left_out.png)", ""]
     if of_documents := manifest.provenance.dropped.get("lines"):
@@ -223,7 +237,7 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     duplicates: Any = manifest.provenance.dropped.get("duplicates", {})
     if duplicates.get("near_similarity"):
         counts = duplicates["near_similarity"]
-        with _figure(folder / "duplicates.png", "estimated Jaccard similarity to the kept one", "documents") as axes:
+        with _figure(plots, "duplicates.png", "estimated Jaccard similarity to the kept one", "documents") as axes:
             width = 1 / len(counts)
             axes.bar([(number + 0.5) * width for number in range(len(counts))], counts, 0.9 * width)
             axes.set_xlim(0.45, 1)
@@ -232,11 +246,11 @@ def _left_out(manifest: Manifest, folder: Path) -> list[str]:
     return [*lines, "Examples and places: " + ", ".join(f"`{name}`" for name in names) + ".", ""] if names else lines
 
 
-def _vocabulary(counts: np.ndarray, name: Callable[[int], str], folder: Path) -> list[str]:
+def _vocabulary(counts: np.ndarray, name: Callable[[int], str], plots: Plots) -> list[str]:
     """`name` says what an id stands for."""
     used, total = int((counts > 0).sum()), int(counts.sum())
     order = np.argsort(-counts, kind="stable")
-    with _figure(folder / "vocabulary.png", "rank of the piece", "occurrences in train") as axes:
+    with _figure(plots, "vocabulary.png", "rank of the piece", "occurrences in train") as axes:
         axes.plot(np.arange(1, used + 1), counts[order[:used]])
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -273,13 +287,13 @@ def _inputs(manifest: Manifest) -> list[str]:
 
 
 class _figure:
-    """A plot that is saved when the block ends."""
+    """A plot that is drawn into `plots` when the block ends."""
 
-    def __init__(self, path: Path, x: str, y: str, *, height: float = FIGURE_INCHES[1]) -> None:
+    def __init__(self, plots: Plots, name: str, x: str, y: str, *, height: float = FIGURE_INCHES[1]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: 0.5 s, and only `stats` plots
         from matplotlib.figure import Figure
 
-        self._path = path
+        self._plots, self._name = plots, name
         self._figure = Figure(figsize=(FIGURE_INCHES[0], height), dpi=100, layout="constrained")
         FigureCanvasAgg(self._figure)
         self._axes = self._figure.add_subplot()
@@ -291,4 +305,6 @@ class _figure:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
-            self._figure.savefig(self._path, metadata={"Software": None})
+            drawn = io.BytesIO()
+            self._figure.savefig(drawn, format="png", metadata={"Software": None})
+            self._plots[self._name] = drawn.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.report.stats import PLOTS, check_own
+from data_prep.report.stats import PLOTS, check_own, write_report
 from data_prep.run import output_files
 from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
@@ -215,3 +216,25 @@ def test_the_report_replaces_no_foreign_file(
     assert made <= {"report.md", *PLOTS} and "report.md" in made
     report = (tmp_path / "own" / "report.md").read_text()
     assert report.startswith(f"# Prepared data {Manifest.load(prepared_once).digest[:12]}\n")
+
+
+def test_a_report_that_fails_leaves_the_one_of_before_and_a_new_one_no_plot_of_it(
+    prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, out = Manifest.load(prepared_once), tmp_path / "own"
+    write_report(manifest, out)
+    (out / "duplicates.png").write_bytes(b"of an earlier report")
+    before = content_of(out)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("common.files.os.fsync", full)
+        for folder in (out, tmp_path / "new"):
+            with pytest.raises(OSError, match="No space left"):
+                write_report(manifest, folder)
+    assert content_of(out) == before and [path.name for path in tmp_path.iterdir()] == ["own"]
+    write_report(manifest, out)
+    del before["duplicates.png"]
+    assert content_of(out) == before
