@@ -283,12 +283,15 @@ def rotate_case(B: int, T: int, H: int, h: int, half: int, kind: str = "") -> Ca
     tensor; `memory`, as many keys again before the queries' own; `documents`, each sequence has tables of its own."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        q, k, tables = t.get("q", t.get("joint")), t.get("k"), (t["cos"], t["sin"])
+        tables = t["cos"], t["sin"]
         if backend not in ("reference", "cpu"):
-            return rotate(q, k, tables, heads=H, backend=backend)
-        if k is None:
-            q, k = q.split(H, 2)
-        return tuple(turned(x, *(table[..., table.shape[-3] - x.shape[1] :, :, :] for table in tables)) for x in (q, k))
+            return rotate(t.get("joint", t.get("q")), t.get("k"), tables, heads=H, backend=backend)  # type: ignore[arg-type]
+        return tuple(
+            turned(x, *(table[..., table.shape[-3] - x.shape[1] :, :, :] for table in tables)) for x in apart(t)
+        )
+
+    def apart(t: dict[str, Tensor]) -> Sequence[Tensor]:
+        return t["joint"].split(H, 2) if kind == "joint" else (t["q"], t["k"])
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x[..., :half], x[..., half : 2 * half]
