@@ -35,7 +35,7 @@ from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import PlainExecutor
-from pretrain.engine.optimizer import parameter_groups
+from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.step_sums import StepReducer
 from pretrain.phases import Phases
 
@@ -100,7 +100,7 @@ def count_step(config: Config, *, with_documents: bool = False) -> StepCounts:
     found = StepCounts()
     with fake_cuda():
         model = _model(config)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config))  # the foreach form, as counted until now
+        optimizer = build_optimizer(model, config)
         _give_moments(optimizer)
         counter = LaunchCounter()
         engine = CountedEngine(model, optimizer, counter)

@@ -278,22 +278,39 @@ def entropy_case(N: int, E: int) -> Case:
     return Case("elementwise", f"entropy N={N} E={E}", leaves, constants, compute, 0, ("logits",), share, check)
 
 
-def rotate_case(B: int, T: int, H: int, h: int, half: int) -> Case:
-    """RoPE of queries and keys; `half` pairs of each head are rotated."""
+def rotate_case(B: int, T: int, H: int, h: int, half: int, kind: str = "") -> Case:
+    """RoPE of queries and keys; `half` pairs of each head are rotated. `kind`: `joint`, queries and keys are one
+    tensor; `memory`, as many keys again before the queries' own; `documents`, each sequence has tables of its own."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        if backend != "reference":
-            return rotate(t["q"], t["k"], (t["cos"], t["sin"]), backend=backend)
-        return tuple(torch.cat([*turned(t[name], t["cos"], t["sin"]), t[name][..., 2 * half :]], -1) for name in "qk")
+        tables = t["cos"], t["sin"]
+        if backend not in ("reference", "cpu"):
+            return rotate(t.get("joint", t.get("q")), t.get("k"), tables, heads=H, backend=backend)  # type: ignore[arg-type]
+        return tuple(
+            turned(x, *(table[..., table.shape[-3] - x.shape[1] :, :, :] for table in tables)) for x in apart(t)
+        )
 
-    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def apart(t: dict[str, Tensor]) -> Sequence[Tensor]:
+        return t["joint"].split(H, 2) if kind == "joint" else (t["q"], t["k"])
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x[..., :half], x[..., half : 2 * half]
-        return (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+        found = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), x[..., 2 * half :]
+        return torch.cat(found, -1)
 
-    leaves = {name: normal(B, T, H, h) for name in "qk"}
-    angle = torch.arange(T, dtype=torch.float32)[:, None, None] * 1e-4 ** torch.linspace(0, 1, half)
+    L = 2 * T if kind == "memory" else T
+    if kind == "joint":
+        leaves = {"joint": normal(B, T, 2 * H, h)}
+    else:
+        leaves = {"q": normal(B, T, H, h), "k": normal(B, L, H, h)}
+    position = torch.arange(L, dtype=torch.float32)
+    if kind == "documents":
+        position = (position + 37 * torch.arange(B)[:, None]) % (L // 3 + 1)
+    angle = position[..., None, None] * 1e-4 ** torch.linspace(0, 1, half)
     constants = {"cos": angle.cos(), "sin": angle.sin()}
-    return Case("elementwise", f"rotate B={B} T={T} H={H} h={h} half={half}", leaves, constants, compute, 0, ("q", "k"))
+    shape = f"rotate B={B} T={T} H={H} h={h} half={half}{kind and ' '}{kind}"
+    per_token = (*leaves, *(constants if kind == "documents" else ()))
+    return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
 
 
 def equality_cases(*, small: bool) -> list[Build]:
@@ -313,6 +330,7 @@ def equality_cases(*, small: bool) -> list[Build]:
             partial(dropout_case, 3, 5, 24),
             partial(norm_case, 3, 5, 24, 0.2),
             partial(entropy_case, 37, 5),
+            partial(rotate_case, 2, 7, 3, 8, 2, "memory"),
         ]
     return [
         partial(route_case, 1000, 412, 8, 5, 3),
@@ -333,6 +351,7 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(dropout_case, 3, 333, 412),
         *(partial(norm_case, 3, 333, 412, probability) for probability in (None, 0.0, 0.2)),
         partial(entropy_case, 5003, 21),
+        *(partial(rotate_case, 3, 333, 2, 76, 19, kind) for kind in ("", "joint", "memory", "documents")),
     ]
 
 
@@ -367,6 +386,7 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
             partial(range_attention_case, 8, N // 8, 8, 128, length=600),
             *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.0)),
             partial(entropy_case, N, 64),
+            *(partial(rotate_case, 8, N // 8, 8, 128, 32, kind) for kind in ("", "documents")),
         ]
     N, d = num_tokens or 4096, 1024
     return [
@@ -383,6 +403,8 @@ def shipped_cases(model: str, *, num_tokens: int | None = None) -> list[Build]:
         partial(dropout_case, 8, N // 8, d),
         *(partial(norm_case, 8, N // 8, d, probability) for probability in (None, 0.2)),
         partial(entropy_case, N, 32),
+        partial(rotate_case, 8, N // 8, 16, 64, 16, "joint"),
+        partial(rotate_case, 8, N // 8, 4, 100, 25, "memory"),
         *(partial(build, N, d, 2, 8, 4, 132) for build in (value_case, output_case)),
         *(partial(build, N, d, 4, 4, 2, h) for h in (100, 197, 256) for build in (value_case, output_case)),
         partial(expert_linear_case, N, d, 16, 4, 146),

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,8 +36,8 @@ CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 """The values of CUBLAS_WORKSPACE_CONFIG that torch accepts with deterministic algorithms."""
 NVLS = "NCCL_NVLS_ENABLE"
 """Whether NCCL may let the switches of NVLink add up: 0, 1, or 2 (its default) where it finds that it can."""
-_ATTENTION = contextlib.ExitStack()
-"""Holds torch's choice of fused attention, which has only a context manager, for the life of the process."""
+_NUMERICS = contextlib.ExitStack()
+"""Holds them for the life of the process: torch's choice of fused attention has only a context manager."""
 NCCL_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 """torch ends a process whose NCCL thread has stood still for this many seconds (480 if unset)."""
 
@@ -195,19 +196,39 @@ def own_gpu(ranks: Ranks) -> torch.device:
 
 
 def set_numerics(device: torch.device, *, deterministic: bool) -> None:
-    """Products on `device`, a GPU, are never added up in half precision. Fused attention is cuDNN's first on capability
-    9.0 (H100, H200), where it is expected to be the fastest that torch has; not measured here. Its backward pass is not
-    deterministic, so it is left out where `deterministic` (train.deterministic) asks for that."""
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    """`numerics` for the life of the process."""
+    _NUMERICS.enter_context(numerics(device, deterministic=deterministic))
+
+
+@contextlib.contextmanager
+def numerics(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """torch's switches as a run has them on `device`, a GPU; afterwards they are as they were. Products are never added
+    up in half precision. Fused attention is cuDNN's first on capability 9.0 (H100, H200), where it is expected to be
+    the fastest that torch has; not measured here. Its backward pass is not deterministic, so it is left out where
+    `deterministic` (train.deterministic) asks for that."""
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-        # It would find bugs by filling every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        _ATTENTION.enter_context(sdpa_kernel(others, set_priority=True))
-    elif torch.cuda.get_device_capability(device) == (9, 0):
-        _ATTENTION.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
+    with contextlib.ExitStack() as stack:
+        for flag in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+            stack.enter_context(_switched(torch.backends.cuda.matmul, flag, False))
+        if deterministic:
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+            # It would find bugs by filling every new tensor.
+            stack.enter_context(_switched(torch.utils.deterministic, "fill_uninitialized_memory", False))
+            stack.enter_context(sdpa_kernel(others, set_priority=True))
+        elif torch.cuda.get_device_capability(device) == (9, 0):
+            stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
+        yield
+
+
+@contextlib.contextmanager
+def _switched(owner: Any, name: str, value: bool) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def ask_cublas_for_determinism() -> None:

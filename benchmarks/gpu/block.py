@@ -26,6 +26,11 @@ def parts(*, tiny: bool) -> Iterator[Part]:
 def compute(context: Context, *, name: str, backend: str = "auto") -> dict[str, Any]:
     """Milliseconds of block and attention layer, of the model and of its dense counterpart; the ratio of the attention
     layers' times over the ratio of their multiply-accumulates. `backend`: the model's kernels.backend."""
+    with models.as_in_training(context.device):
+        return _measured(context, name, backend)
+
+
+def _measured(context: Context, name: str, backend: str) -> dict[str, Any]:
     from model.costs import attention_macs
 
     config = models.load(name, num_layers=1)

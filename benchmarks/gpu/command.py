@@ -113,10 +113,11 @@ def run_parts(
 
     folder = options.results or (record.RESULTS if options.device == "cuda" else CPU_RESULTS)
     if options.only:
-        parts = [p for p in parts if any(p.name == name or p.name.startswith(name) for name in options.only)]
-        if not parts:
-            print(f"benchmarks.gpu {options.command}: no part is called {', '.join(options.only)}: see --list")
+        unknown = [name for name in options.only if not any(part.name.startswith(name) for part in parts)]
+        if unknown:  # also beside others: minutes on a card would go by without what was asked for
+            print(f"benchmarks.gpu {options.command}: no part is called {', '.join(unknown)}: see --list")
             return 2
+        parts = [part for part in parts if part.name.startswith(tuple(options.only))]
     if options.list and options.device == "cuda" and not torch.cuda.is_available():
         return _list(parts, {})  # no card, so no record of this one
     book = Record(folder, options.command, record.identity(options.device))

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.command import Context, Failed, Part
+from benchmarks.gpu.equality import backends_on
+from model.dropout import Draw
+from model.kernels.ops import elementwise
 
 KEY = 0x1234_5678_9ABC_DEF1
 
@@ -28,12 +31,23 @@ def masks(context: Context) -> dict[str, Any]:
         settings = {"probability": probability, "key": KEY, "first_token": first_token}
         here = keep_mask(sequence_index=sequence, shape=(B, T, d), **settings)  # type: ignore[arg-type]
         found = keep_mask(sequence_index=there, shape=(B, T, d), **settings)  # type: ignore[arg-type]
+        for backend, why_not in backends_on("elementwise", context.device.type, torch.float32).items():
+            if why_not is None:
+                drawn = elementwise.keep_mask(
+                    (len(sequence), T, d), Draw(probability, KEY, there, first_token), backend=backend
+                )
+                _compare(drawn, here, f"{backend}, p {probability}")
+        _compare(found, here, f"torch's operators, p {probability}")
         rates[str(probability)] = round(1.0 - found.double().mean().item(), 5)
-        if not torch.equal(found.cpu(), here):
-            raise Failed(f"{(found.cpu() != here).sum().item()} of {here.numel()} mask bits differ, p {probability}")
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(B, T, d).to(dtype)
             wanted = dropout(x, sequence_index=sequence, **settings)  # type: ignore[arg-type]
             dropped = dropout(x.to(context.device), sequence_index=there, **settings)  # type: ignore[arg-type]
             torch.testing.assert_close(dropped.cpu(), wanted)
     return {"shape": [B, T, d], "dropped": rates}
+
+
+def _compare(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    differ = (found.cpu() != wanted).sum().item()
+    if differ:
+        raise Failed(f"{differ} of {wanted.numel()} mask bits differ ({what})")

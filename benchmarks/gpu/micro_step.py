@@ -64,6 +64,11 @@ def compute(context: Context, *, name: str, sequences: int, kind: str = "") -> d
     """Medians over steps of wall and host time; device time, launches and gaps of one step under the profiler. `kind`:
     `dense`, the dense counterpart; `graphs`, recorded as CUDA graphs; `sets`, the same with kernels.backend=sets;
     `compiled`, blocks by torch.compile; `documents`, with data.document_mask."""
+    with models.as_in_training(context.device):
+        return _measured(context, name, sequences, kind)
+
+
+def _measured(context: Context, name: str, sequences: int, kind: str) -> dict[str, Any]:
     config = models.load(name)
     if "dense" in kind:
         config = models.dense_counterpart(config)
@@ -226,7 +231,8 @@ def union(intervals: Iterable[tuple[float, float]]) -> Iterator[tuple[float, flo
 def main(arguments: Sequence[str]) -> int:
     name, sequences, device, *layers = arguments
     config = models.load(name, **({"num_layers": int(layers[0])} if layers else {}))
-    Step(config, torch.device(device), int(sequences)).timed()
+    with models.as_in_training(torch.device(device)):
+        Step(config, torch.device(device), int(sequences)).timed()
     return 0
 
 

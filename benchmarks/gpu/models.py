@@ -3,9 +3,10 @@ can bring (docs/gpu.md)."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,18 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, backend
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     return model
+
+
+@contextlib.contextmanager
+def as_in_training(device: torch.device) -> Iterator[None]:
+    """torch's switches on a GPU as launch/pretrain.py sets them: what is timed is what a run computes."""
+    if device.type != "cuda":
+        yield
+        return
+    from pretrain.gpus import numerics
+
+    with numerics(device, deterministic=False):
+        yield
 
 
 def fill_memory(module: nn.Module, index: Tensor, chunks: int, forward: Callable[[], Any]) -> None:

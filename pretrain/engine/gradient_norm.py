@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,38 @@ def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
     norm = math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
     # With an offloaded optimizer DeepSpeed's is in CPU memory.
     return norm.to(device) if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
+
+
+def ask_once(optimizer: Any) -> None:
+    """Lets DeepSpeed's optimizer of ZeRO 1 and 2 ask the device once a step whether the gradients are finite, by their
+    norm, which is not finite where one of them is not. DeepSpeed 0.19.8 asks before that about the values (some
+    launches for each parameter), and before it clips once for each group of parameters; it also copies a -1 to the
+    device for each group. The host waits for the device each time. The numbers are the same.
+
+    Where the norm does not tell, the optimizer stays as it is: of experts DeepSpeed averages it over ranks, which hides
+    one that is not finite; of what tensor-parallel ranks or stages all hold, it counts one rank's. So does an offloaded
+    one, whose gradients are in CPU memory."""
+    from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
+
+    if optimizer.has_moe_layers or optimizer.mpu is not None or optimizer.cpu_offload:
+        return
+    norm, clip = optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads
+
+    def norm_without_a_copy(*args: Any, **options: Any) -> Any:
+        with mock.patch.object(stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _marked_in_place):
+            return norm(*args, **options)
+
+    def clip_without_a_question(*args: Any, **options: Any) -> None:
+        with mock.patch.object(stage_1_and_2, "is_invalid_grad_norm", return_value=False):  # the step is not skipped
+            clip(*args, **options)
+
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads = norm_without_a_copy, clip_without_a_question
+
+
+def _marked_in_place(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's own, with a number of the host."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
 
 
 class GradientNorm:

@@ -27,6 +27,7 @@ from model.layers import LayerNorm
 from model.parallel.context import ParallelContext
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
+from pretrain.engine.optimizer import parameter_groups
 
 CONFIGS = launches.CONFIGS
 
@@ -323,13 +324,22 @@ def test_layers_are_alike() -> None:
         assert launches.total_of(first, further, 2) == wanted
 
 
-def test_waits_of_an_optimizer_step() -> None:
-    """The host reads the gradient norm, which an optimizer that is not fused needs. All else is one copy to pinned
-    memory, which nobody waits for."""
+def test_the_host_never_waits_in_an_optimizer_step() -> None:
+    """The fused optimizer of a run reads the gradient norm on the device. What the host wants to know is one copy to
+    pinned memory, which nobody waits for."""
     found = launches.count_step(one_layer(CONFIGS / "switchall_1b.json")).step
-    assert found.waits == {"_local_scalar_dense (gradient norm)": 1}
-    assert found.to_host == 2
+    assert not found.waits and (found.to_host, found.to_device) == (1, 0)
     assert found.by_place["statistics"].kernels <= 60
+    assert found.by_operator["optimizer", "_fused_adamw_"] > 0 and found.by_place["optimizer"].kernels <= 10
+
+
+def test_an_optimizer_that_is_not_fused_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def foreach(model: nn.Module, config: Config) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameter_groups(model, config), foreach=True)
+
+    monkeypatch.setattr(launches, "build_optimizer", foreach)
+    found = launches.count_step(one_layer(CONFIGS / "switchall_1b.json")).step
+    assert found.waits == {"_local_scalar_dense (gradient norm)": 1} and found.to_host == 2
 
 
 def test_table() -> None:

@@ -210,19 +210,26 @@ def test_a_rank_touches_its_own_gpu_first(
     assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=1140)
 
 
+def switches() -> list[Any]:
+    """torch's, that decide how products and attention round."""
+    matmul = torch.backends.cuda.matmul
+    return [
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        _cur_sdpa_kernel_backends(with_priority=True),
+    ]
+
+
 @pytest.fixture
 def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """torch's switches as they were, afterwards."""
-    matmul, fill = torch.backends.cuda.matmul, torch.utils.deterministic.fill_uninitialized_memory
-    flags = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
-    values = [getattr(matmul, flag) for flag in flags]
-    with contextlib.ExitStack() as attention:
-        monkeypatch.setattr(gpus, "_ATTENTION", attention)
+    before = switches()
+    with contextlib.ExitStack() as held:
+        monkeypatch.setattr(gpus, "_NUMERICS", held)
         yield monkeypatch
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    for flag, value in zip(flags, values, strict=True):
-        setattr(matmul, flag, value)
+    assert switches() == before
 
 
 @pytest.mark.parametrize(
@@ -248,7 +255,7 @@ def test_order_of_fused_attention(
     assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-    gpus._ATTENTION.close()
+    gpus._NUMERICS.close()
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 

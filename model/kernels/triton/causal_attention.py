@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.kernels.backend import attention_limit, cuda_capability
 from model.kernels.ops.causal_attention import Inputs
-from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, store_rows
+from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, span, store_rows
 from model.kernels.triton.launch import on_its_device
 
 AXES = ("batch", "head", "token")
@@ -240,16 +240,11 @@ def _prepared(inputs: Inputs) -> Inputs:
         raise ValueError(f"causal_attention: {limit}: set kernels.backend=reference")
     q, k, v = map(_readable, inputs[:3])
     (_, H, _, h), L = q.shape, k.shape[2]
-    if max(_span(q), _span(k), _span(v), L * H * h) >= 2**31:  # offsets inside a sequence are 32 bits
+    if max(span(q), span(k), span(v), L * H * h) >= 2**31:  # offsets inside a sequence are 32 bits
         raise ValueError(
             f"causal_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference"
         )
     return Inputs(q, k, v, inputs.first, inputs.end)
-
-
-def _span(t: Tensor) -> int:
-    """Values from the first to behind the last of a sequence."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
 
 
 def _sizes(inputs: Inputs, scale: float, **others: Tensor) -> dict[str, float]:

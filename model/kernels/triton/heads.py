@@ -43,3 +43,8 @@ def padded(t: Tensor) -> Tensor:
 def narrowed(t: Tensor, width: int) -> Tensor:
     """Without the columns after `width`."""
     return t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))
+
+
+def span(t: Tensor) -> int:
+    """Values of [B, ...] from the first to behind the last of a sequence."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))

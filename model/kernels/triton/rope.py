@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.triton.heads import span
 from model.kernels.triton.launch import on_its_device
 
 TILE, WARPS = 2048, 4
@@ -141,6 +142,11 @@ def launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     for side, x, out in (("q", q, q_out), ("k", k, k_out)):
         if x.stride(3) != 1 or any(stride % sizes.unit for stride in x.stride()[:3]):
             x = x.contiguous()
+        if max(span(x), span(out)) >= 2**31:  # offsets inside a sequence are 32 bits
+            raise ValueError(
+                f"RoPE: {x.shape[1]} tokens of {x.shape[2]} heads of {sizes.width} are too many: set "
+                f"kernels.backend=reference"
+            )
         tensors.append(x)
         tokens, heads = x.shape[1:3]
         strides = (x.stride(0), x.stride(1), x.stride(2), out.stride(1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import command
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu import command, record
+from benchmarks.gpu.__main__ import COMMANDS, main
 from benchmarks.gpu.command import TIME_OVER, Context, Failed, Part, Unavailable
 from benchmarks.gpu.record import Identity, read
 
@@ -90,7 +92,29 @@ def test_some_parts_alone(parts: Parts, capsys: pytest.CaptureFixture[str]) -> N
     assert parts.run(listed, list=True) == 0 and parts.ran == []
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[-1] for line in lines] == ["passed", "passed", "-"]
-    assert parts.run(listed, only=["spede"]) == 2
+    parts.ran = []
+    for only in (["spede"], ["equal", "spede"]):
+        assert parts.run(listed, only=only) == 2 and parts.ran == []
+        assert capsys.readouterr().out == "benchmarks.gpu truth: no part is called spede: see --list\n"
+
+
+@pytest.mark.parametrize("page", ["gpu.md", "untested-on-gpu.md"])
+def test_the_parts_that_a_page_names_are_there(page: str) -> None:
+    """Every `--only NAME`, of the command that stands before it in its line."""
+    known = {name: [part.name for part in parts_of(name)] for name in COMMANDS}
+    asked: list[tuple[str, str]] = []
+    for line in (record.ROOT / "docs" / page).read_text(encoding="utf-8").splitlines():
+        for match in re.finditer(r'--only (?:"([^"]+)"|([a-z]+))', line):
+            before = [word for word in re.findall(r"[a-z]+", line[: match.start()]) if word in COMMANDS]
+            asked.append((before[-1] if before else "tune", match[1] or match[2]))
+    assert len(asked) >= 2
+    for name, only in asked:
+        assert any(part.startswith(only) for part in known[name]), f"{page}: no part of {name} is called {only}"
+
+
+def parts_of(name: str) -> list[Part]:
+    found: list[Part] = list(importlib.import_module(f"benchmarks.gpu.{name}").parts(tiny=False))
+    return found
 
 
 def test_a_part_knows_what_earlier_ones_measured(parts: Parts) -> None:

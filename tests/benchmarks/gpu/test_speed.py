@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -22,6 +23,8 @@ from benchmarks.gpu.micro_step import Activity, timeline, union
 from benchmarks.gpu.record import Entry, read
 from benchmarks.gpu.timing import CudaClock, HostClock, draw
 from model.language_model import build_on_meta
+from pretrain.gpus import numerics
+from tests.pretrain.test_gpus import switches
 
 CPU = torch.device("cpu")
 CASES = op_cases.equality_cases(small=True)
@@ -138,6 +141,35 @@ def test_a_micro_step_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     head, row = tables.step_rows([entry])
     assert len(head) == len(row) and row[0] == "tiny 2"
+
+
+def test_models_are_timed_with_the_numerics_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Micro-steps, blocks and what ncu counts; afterwards torch is as it was, for the parts that follow."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: (9, 0))
+    before, seen = switches(), []  # type: list[Any], list[list[Any]]
+
+    class Stop(Exception):
+        pass
+
+    def building(*args: Any, **options: Any) -> Any:
+        seen.append(switches())
+        raise Stop
+
+    monkeypatch.setattr(models, "build", building)
+    on_card = dataclasses.replace(context(tmp_path), device=device)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(block, "clock_of", lambda device: HostClock())
+    for compute in (
+        partial(micro_step.compute, on_card, name="tiny", sequences=1),
+        partial(block.compute, on_card, name="tiny"),
+        partial(micro_step.main, ["tiny", "1", "cuda"]),
+    ):
+        with pytest.raises(Stop):
+            compute()
+        assert switches() == before
+    with numerics(device, deterministic=False):
+        assert seen == [switches()] * 3 and switches() != before
 
 
 def test_a_model_with_memory_has_it_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,14 +112,17 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
 DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and", "bitwise_xor", "div", "ge", "mul", "unsqueeze")
 ENTROPY = ("clamp_min", "detach", "exp", "expand", "log", "_log_softmax", "_log_softmax_backward_data", "mean")
 ENTROPY = (*ENTROPY, "_softmax", "sum")
+ROTATE = ("cat", "neg", "slice", "slice_backward", "sub")
 PLAIN = {
     "linear_cross_entropy": {"aten.mul", "aten._to_copy"},
     "expert_linear": {"aten.add"},
-    "elementwise": {f"aten.{name}" for name in (*DROPOUT, *ENTROPY, "native_layer_norm", "native_layer_norm_backward")},
+    "elementwise": {
+        f"aten.{name}" for name in (*DROPOUT, *ENTROPY, *ROTATE, "native_layer_norm", "native_layer_norm_backward")
+    },
 }
 """The loss makes its gradients in the forward pass, and the backward pass multiplies them. MoA's case gives the queries
-too, which the output projection takes: two gradients are added. On a CPU dropout, LayerNorm and the entropy regulariser
-are plain operators."""
+too, which the output projection takes: two gradients are added. On a CPU dropout, RoPE, LayerNorm and the entropy
+regulariser are plain operators."""
 
 
 class Devices(TorchDispatchMode):

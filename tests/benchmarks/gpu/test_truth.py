@@ -14,13 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import op_cases
-from benchmarks.gpu import equality, sanitizer, truth
+from benchmarks import compiled, op_cases
+from benchmarks.fake_cuda import backward, fake_cuda
+from benchmarks.gpu import dropout, equality, sanitizer, truth
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.record import ROOT, read
-from benchmarks.gpu.timing import Inputs, draw
+from benchmarks.gpu.timing import Inputs, draw, tensors_of
+from benchmarks.launch_counter import LaunchCounter
+from model.dropout import Draw
 from model.kernels.backend import BACKENDS
+from model.kernels.ops import elementwise
 from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
 
@@ -115,6 +119,50 @@ def test_an_op_without_a_case_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setitem(BACKENDS, "hyper_moe", ("reference",))
     with pytest.raises(Failed, match=r"no case in benchmarks/op_cases\.py for hyper_moe"):
         truth.every_op_has_a_case(context(tmp_path))
+
+
+class Launched(LaunchCounter):
+    """Module and name of every Triton kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: set[tuple[str, str]] = set()
+
+    def launched(self, kernel: Any, args: Any, kwargs: Any) -> None:
+        self.kernels.add((kernel.fn.__module__, kernel.fn.__name__))
+
+
+def test_every_triton_kernel_is_launched_by_some_part(tmp_path: Path) -> None:
+    """On fake CUDA tensors, by the cases that `truth` compares in bf16 and its masks of dropout."""
+    with fake_cuda(), Launched() as counter:
+        for model in (*op_cases.MODELS, truth.ODD):
+            for build in [*truth.cases_of(model, tiny=False), *truth.sums_of(model, tiny=False)]:
+                with torch.device("cuda"):
+                    case = build()
+                for backend, why_not in equality.backends_on(case.op, "cuda", torch.bfloat16, case.widths).items():
+                    if why_not is None and backend in equality.REPEATING and backend != "cuda":
+                        outputs = case.compute(tensors_of(case, torch.bfloat16), backend)
+                        backward(sum(y.double().sum() for y in outputs if y.requires_grad))  # type: ignore[arg-type]
+    compiled_kernels = {case.kernel.fn for case in compiled.cases(compiled.case_modules())}
+    every = {(kernel.__module__, kernel.__name__) for kernel in compiled_kernels}
+    # The masks of experts have no gradient: the part `dropout masks` draws them.
+    assert every - counter.kernels == {("model.kernels.triton.dropout", "keep_mask_kernel")}
+
+
+@pytest.mark.parametrize("backend", BACKENDS["elementwise"])
+def test_masks_of_every_backend_are_compared(backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = elementwise.keep_mask
+
+    def wrong(shape: tuple[int, ...], draw: Draw, *, backend: str) -> Tensor:
+        mask = right(shape, draw, backend=backend)
+        return mask ^ (torch.arange(mask.numel()).view(mask.shape) == 7) if backend == chosen else mask
+
+    chosen = ""
+    monkeypatch.setattr(elementwise, "keep_mask", wrong)
+    assert dropout.masks(context(tmp_path))["shape"] == [2, 8, 24]
+    chosen = backend
+    with pytest.raises(Failed, match=rf"1 of 384 mask bits differ \({backend}, p 0.1\)"):
+        dropout.masks(context(tmp_path))
 
 
 def tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.parallel.context import ParallelContext
-from pretrain.engine.gradient_norm import ROW, GradientNorm, deepspeed_norm, poisoned_unless_finite, sum_of_squares
+from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
+from pretrain.engine import build
+from pretrain.engine.gradient_norm import (
+    ROW,
+    GradientNorm,
+    ask_once,
+    deepspeed_norm,
+    poisoned_unless_finite,
+    sum_of_squares,
+)
+from tests.harness import run_ranks
+from tests.pretrain.runs import one_step, small_config, trainer_of
 
 SHAPES = [(3,), (ROW,), (ROW + 1,), (8000, 128), (7, 11, 513), (2, ROW * 3), ()]
 
@@ -120,3 +136,67 @@ def test_a_loss_that_is_not_finite_makes_every_gradient_nan_and_another_changes_
             assert torch.equal(poisoned, objective) and torch.equal(weights.grad, 2.0 * weights)
         else:
             assert weights.grad.isnan().all()
+
+
+class Questions(TorchDispatchMode):
+    """How often the host asks for a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.asked += func._opname == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def updates(rank: int, config: Config, once: bool) -> tuple[list[tuple[int, int]], list[Any], torch.Tensor]:
+    """Of four optimizer steps, the second of whose gradients is not finite in one value: questions and small tensors
+    copied to the device while the optimizer steps; losses, norms and whether it skipped; and the weights."""
+    if not once:
+        build.ask_once = lambda optimizer: None  # type: ignore[assignment]  # this process ends with the test
+    trainer = trainer_of(config)
+    optimizer, seen, found = trainer.engine.optimizer, [], []
+    step, tensor = optimizer.step, torch.tensor
+    made: list[Any] = []
+
+    def stepping() -> Any:
+        if len(seen) == 1 and rank == 0:
+            optimizer.averaged_gradients[0][0].view(-1)[0] = math.inf
+        with (
+            Questions() as questions,
+            mock.patch.object(torch, "tensor", lambda *a, **k: made.append(a) or tensor(*a, **k)),
+        ):
+            made.clear()
+            result = step()
+        seen.append((questions.asked, len(made)))
+        return result
+
+    optimizer.step = stepping
+    for number in range(4):
+        sums = one_step(trainer, Progress(number, number * config.batch.global_sequences)).sums
+        found.append((sums.loss, sums.grad_norm, optimizer.overflow))
+    return seen, found, torch.cat([p.detach().float().flatten() for p in trainer.engine.module.parameters()])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision, zero", [("bf16", 1), ("fp32", 1), ("fp32", 2)])
+def test_the_host_asks_deepspeed_s_optimizer_once_a_step(prepared: Path, ranks: int, precision: str, zero: int) -> None:
+    """And every number is what it was, also where an update is skipped because one value on one rank is not finite."""
+    config = small_config(prepared, f"train.precision={precision}", f"parallel.zero={zero}")
+    (seen, found, weights), *_ = run_ranks(updates, ranks, config, True)
+    (before, expected, expected_weights), *_ = run_ranks(updates, ranks, config, False)
+    assert seen == [(1, 0)] * 4
+    assert all(asked > 1 and made > 0 for asked, made in [before[0], *before[2:]]), "DeepSpeed asks less by now"
+    assert found == expected and torch.equal(weights, expected_weights)
+    assert [skipped for _, _, skipped in found] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("layout", ["has_moe_layers", "mpu", "cpu_offload"])
+def test_where_the_norm_does_not_tell_the_values_are_asked(layout: str) -> None:
+    plain = {"has_moe_layers": False, "mpu": None, "cpu_offload": False}
+    methods = dict.fromkeys(("check_overflow", "scaled_global_norm", "unscale_and_clip_grads"), print)
+    ordinary, other = SimpleNamespace(**plain, **methods), SimpleNamespace(**(plain | {layout: True}), **methods)
+    ask_once(ordinary)
+    ask_once(other)
+    assert vars(other).items() >= methods.items() and print not in vars(ordinary).values()
