@@ -45,7 +45,7 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["communication_data_type"] = "fp32"
     if zero_1.is_used(config):
-        derived["zero_optimization"] |= zero_1.settings()
+        derived["zero_optimization"] |= zero_1.settings(data_size)
     if config.train.precision == "fp16":
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
         derived["communication_data_type"] = "fp32"

@@ -26,12 +26,15 @@ def is_used(config: Config) -> bool:
     return is_bf16 and parallel.zero == 1 and parallel.pipeline == 1 and not parallel.offload_optimizer
 
 
-def settings() -> dict[str, Any]:
+def settings(data_size: int) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization`: all-reduced by buckets during the backward pass. DeepSpeed can send each
     gradient to its owner alone (use_multi_rank_bucket_allreduce = false), half the bytes, but then the host waits for
-    the GPU before every such reduction (DeepSpeedZeroOptimizer.allreduce_and_copy)."""
+    the GPU before every such reduction (DeepSpeedZeroOptimizer.allreduce_and_copy).
+
+    A rank alone sends nothing, so nothing overlaps: there the second buffer would be memory for nothing, and the host
+    would wait for the GPU at the end of the backward pass (independent_gradient_partition_epilogue)."""
     return {
-        "overlap_comm": True,
+        "overlap_comm": data_size > 1,
         "contiguous_gradients": True,
         "reduce_scatter": True,
     }
