@@ -23,7 +23,7 @@ from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
 from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
-from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
+from data_prep.run.disk_estimate import WHAT, check_room, fullest, needed_bytes, used_bytes
 from data_prep.run.output_files import (
     QUARANTINE_FILE,
     check_manifest_is_own,
@@ -110,7 +110,7 @@ def _full_disk_named(resolved: ResolvedConfig) -> Iterator[None]:
         if not is_full(error):
             raise
         needed = max(1, needed_bytes(resolved) - used_bytes(resolved.work))
-        sentence = no_room(resolved.output, needed, WHAT, about=True)
+        sentence = no_room(fullest(resolved), needed, WHAT, about=True)
         raise PassingError(f"output: {sentence}; make room: the same command goes on where it was") from None
 
 
