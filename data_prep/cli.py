@@ -33,7 +33,14 @@ from data_prep.run.output_files import (
 )
 from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation, Slice
-from data_prep.run.up_to_date import check_tokenizer, difference, is_up_to_date, write_run_record
+from data_prep.run.up_to_date import (
+    check_tokenizer,
+    difference,
+    is_up_to_date,
+    name_changed_files,
+    stamps,
+    write_run_record,
+)
 from data_prep.shards.format import TOKENIZER_FILE, Manifest
 from data_prep.stages.lossy import check_given_model
 from data_prep.work.folder import WORK
@@ -83,13 +90,15 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         takes_published = arguments.command in ("encode", "shard")
         if takes_published:
             check_tokenizer(resolved)
+        seen = stamps(resolved)
         preparation = Preparation(resolved, slice, takes_published)
         pipeline = Pipeline(preparation, workers, force=arguments.force)
         pipeline.run(until=command)
         if command in ("shard", "tokenizer"):
-            write_run_record(resolved, config_path=arguments.config, seconds=pipeline.seconds)
+            write_run_record(resolved, config_path=arguments.config, seconds=pipeline.seconds, seen=seen)
         if command == "shard":
             remove_work(resolved)
+            name_changed_files(resolved, seen)
     took = ", ".join(f"{step} {value:.1f} s" for step, value in pipeline.seconds.items())
     if command == "shard":
         _print_result(preparation, took)

@@ -15,7 +15,7 @@ import pytest
 from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config import versions
-from data_prep.run import output_files
+from data_prep.run import output_files, stages
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
@@ -146,6 +146,38 @@ def test_other_raw_files_are_refused(
     changed.unlink()
     assert run(config) == 2
     assert "made from 5 raw files, there are now 4" in one_error(capsys)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_raw_file_that_changes_or_goes_while_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stays: bool
+) -> None:
+    """Of the same size, after it was read: the data are those of the former text, and are not up to date."""
+    raw = tmp_path / "a.jsonl"
+    raw.write_text("".join(json.dumps(c4_line(f"the text {n} " * 40)) + "\n" for n in range(50)))
+    body = {"input": str(raw), "output": str(tmp_path / "out"), "workers": 1, "validation_fraction": 0.1}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**body, "tokenizer": {"vocab_size": 280}}))
+    real = stages.write_data_manifest
+
+    def change_and_write(*arguments: Any) -> None:
+        before = raw.read_bytes()
+        raw.unlink()
+        if stays:
+            raw.write_bytes(before.replace(b"text", b"TEXT"))
+        real(*arguments)
+
+    monkeypatch.setattr(stages, "write_data_manifest", change_and_write)
+    assert run(config) == 0
+    monkeypatch.undo()
+    output = capsys.readouterr()
+    assert ("a.jsonl has changed since it was read" in output.err) == stays
+    manifest = Manifest.load(tmp_path / "out")
+    manifest.check("full")
+    assert all("the text" in text for text in decoded(manifest, "train"))
+    assert not (tmp_path / "out" / ".work").exists()
+    assert run(config) == 2
+    assert ("a.jsonl has changed" if stays else "matches no file") in one_error(capsys)
 
 
 def test_a_failing_rebuild_leaves_the_former_data_whole(
