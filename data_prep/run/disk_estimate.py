@@ -12,6 +12,8 @@ may leave much less, so a disk with less room than the estimate gives a warning;
 than a quarter of the estimate is free.
 """
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,7 +52,12 @@ def needed_bytes(resolved: ResolvedConfig) -> int:
 
 def used_bytes(folder: Path) -> int:
     """Bytes of the files below a folder, 0 if there is none: what a run that was killed has done already."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    used = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # other array tasks rename what they have finished
+                used += os.lstat(os.path.join(place, name)).st_size
+    return used
 
 
 def fullest(resolved: ResolvedConfig) -> Path:
