@@ -129,10 +129,7 @@ def _print_result(preparation: Preparation, took: str) -> None:
     show.stats(manifest)
     show.dropped(manifest)
     print(f"\nwrote {resolved.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
-    if not manifest.split("validation"):
-        is_text = resolved.config.format in ("auto", "text")
-        more = ", or, if a file of plain text holds many, set text_documents to blank_lines" if is_text else ""
-        print(f"warning: no document went to validation; raise validation_fraction to get some{more}", file=sys.stderr)
+    show.empty_splits(manifest, resolved.config)
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
         print(f"warning: records were quarantined, see {resolved.output / QUARANTINE_FILE}", file=sys.stderr)

@@ -256,6 +256,32 @@ def test_validation_by_hash_splits_without_loss(
     assert used == {"model_sha256": hashlib.sha256((prepared / "tokenizer.model").read_bytes()).hexdigest()}
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_an_empty_held_out_split_is_said_with_what_would_fill_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: bool
+) -> None:
+    """`validation_fraction` is no way out where validation_input is given, whose texts train has too."""
+    texts = [f"text {number} " * 40 for number in range(30)]
+    write_dump(tmp_path / "train.json.gz", [c4_line(text) for text in texts])
+    body: dict[str, Any] = {"input": str(tmp_path / "train.json.gz"), "output": str(tmp_path / "out"), "workers": 1}
+    body |= {"tokenizer": {"vocab_size": 280}, "dedup": {"near": False}}
+    if held_out:
+        for name in ("validation", "test"):
+            write_dump(tmp_path / f"{name}.json.gz", [c4_line(text) for text in texts[:5]])
+            body[f"{name}_input"] = str(tmp_path / f"{name}.json.gz")
+    else:
+        body["validation_fraction"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert run(tmp_path / "config.json") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no document went" in line]
+    if held_out:
+        ends = "is left, and the table above says why"
+        splits = ("validation", "test")
+        assert lines == [f"warning: no document went to {n}; nothing of {n}_input {ends}" for n in splits]
+    else:
+        assert len(lines) == 1 and "no document went to validation; raise validation_fraction" in lines[0]
+
+
 def test_shard_needs_the_tokenizer_of_this_config(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
