@@ -330,7 +330,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     first = next(lines, None)
     if first is None:
         raise DataError(
-            "no text to train a tokenizer on; check `input` and validation_fraction, or raise tokenizer.sample_bytes"
+            "no text to train a tokenizer on; check `input`, `validation_fraction` and `filter`, or raise "
+            "tokenizer.sample_bytes"
         )
     model = io.BytesIO()
     with heartbeat(f"training {config.type}, {config.vocab_size} pieces"):

@@ -181,7 +181,7 @@ def test_bad_files_are_named_in_the_last_lines_and_count_as_files(
         ("good-41.jsonl", "no document"),
     ]
     assert main(["run", "--config", str(config), "--set", f"input={tmp_path}/good-4*.jsonl", "--force"]) == 2
-    assert "2 of 2 raw files are bad (damaged, or without a document)" in one_error(capsys)
+    assert "2 of 2 raw files are bad (damaged, or without a document), so nothing is left; the" in one_error(capsys)
 
 
 @pytest.mark.parametrize("bad, named, more", [(5, 5, []), (12, 10, ["warning: 2 more raw files were left out whole"])])
