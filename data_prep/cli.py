@@ -23,7 +23,7 @@ from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
 from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
-from data_prep.run.disk_estimate import WHAT, check_room, needed_bytes, used_bytes
+from data_prep.run.disk_estimate import WHAT, check_room, fullest, needed_bytes, used_bytes
 from data_prep.run.output_files import (
     QUARANTINE_FILE,
     check_manifest_is_own,
@@ -33,7 +33,14 @@ from data_prep.run.output_files import (
 )
 from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation, Slice
-from data_prep.run.up_to_date import check_tokenizer, difference, is_up_to_date, write_run_record
+from data_prep.run.up_to_date import (
+    check_tokenizer,
+    difference,
+    is_up_to_date,
+    name_changed_files,
+    stamps,
+    write_run_record,
+)
 from data_prep.shards.format import TOKENIZER_FILE, Manifest
 from data_prep.stages.lossy import check_given_model
 from data_prep.work.folder import WORK
@@ -83,13 +90,15 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         takes_published = arguments.command in ("encode", "shard")
         if takes_published:
             check_tokenizer(resolved)
+        seen = stamps(resolved)
         preparation = Preparation(resolved, slice, takes_published)
         pipeline = Pipeline(preparation, workers, force=arguments.force)
         pipeline.run(until=command)
         if command in ("shard", "tokenizer"):
-            write_run_record(resolved, config_path=arguments.config, seconds=pipeline.seconds)
+            write_run_record(resolved, config_path=arguments.config, seconds=pipeline.seconds, seen=seen)
         if command == "shard":
             remove_work(resolved)
+            name_changed_files(resolved, seen)
     took = ", ".join(f"{step} {value:.1f} s" for step, value in pipeline.seconds.items())
     if command == "shard":
         _print_result(preparation, took)
@@ -110,7 +119,7 @@ def _full_disk_named(resolved: ResolvedConfig) -> Iterator[None]:
         if not is_full(error):
             raise
         needed = max(1, needed_bytes(resolved) - used_bytes(resolved.work))
-        sentence = no_room(resolved.output, needed, WHAT, about=True)
+        sentence = no_room(fullest(resolved), needed, WHAT, about=True)
         raise PassingError(f"output: {sentence}; make room: the same command goes on where it was") from None
 
 
@@ -120,10 +129,7 @@ def _print_result(preparation: Preparation, took: str) -> None:
     show.stats(manifest)
     show.dropped(manifest)
     print(f"\nwrote {resolved.output / 'manifest.json'}, digest {manifest.digest[:12]} ({took})")
-    if not manifest.split("validation"):
-        is_text = resolved.config.format in ("auto", "text")
-        more = ", or, if a file of plain text holds many, set text_documents to blank_lines" if is_text else ""
-        print(f"warning: no document went to validation; raise validation_fraction to get some{more}", file=sys.stderr)
+    show.empty_splits(manifest, resolved.config)
     quarantined = manifest.provenance.dropped.get("quarantined")
     if quarantined:
         print(f"warning: records were quarantined, see {resolved.output / QUARANTINE_FILE}", file=sys.stderr)

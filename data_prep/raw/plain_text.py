@@ -35,8 +35,10 @@ def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[in
     waiting: list[bytes] = []
     size = 0
     number = first = 1
+    begins, is_blank = True, True  # a long line comes in pieces: the first alone begins it, and its end may be blank
     for line in content.lines(max_bytes=max_bytes):
-        if line.isspace():
+        is_blank = line.isspace() and (begins or is_blank)
+        if is_blank:
             if waiting:
                 yield first, b"".join(waiting).rstrip(b"\r\n")
             waiting, size = [], 0
@@ -45,6 +47,7 @@ def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[in
             if size <= max_bytes:
                 waiting.append(line)
                 size += len(line)
-        number += line.endswith(b"\n")
+        begins = line.endswith(b"\n")
+        number += begins
     if waiting:
         yield first, b"".join(waiting).rstrip(b"\r\n")

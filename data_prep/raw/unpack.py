@@ -166,15 +166,21 @@ class Unpacked:
         """Lines with their ends, which are newlines alone, so that joining them gives the content. A line longer
         than `max_bytes` comes in pieces longer than that, of which only the last ends in a newline. With a limit, only
         the next `limit_bytes` bytes are read, and nothing after them."""
-        rest, stop = b"", None if limit_bytes is None else self.position + limit_bytes
+        waiting: list[bytes] = []  # of the line that goes on in the next block: joined once, or a long one takes hours
+        size, stop = 0, None if limit_bytes is None else self.position + limit_bytes
         while block := self.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - self.position)):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-            if len(rest) > max_bytes:
-                yield rest
-                rest = b""
-        if rest:
-            yield rest
+            first, *others = block.split(b"\n")
+            waiting.append(first)
+            size += len(first)
+            if others:
+                yield b"".join([*waiting, b"\n"])
+                yield from (line + b"\n" for line in others[:-1])
+                waiting, size = [others[-1]], len(others[-1])
+            if size > max_bytes:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+        if size:
+            yield b"".join(waiting)
 
     def finish(self) -> tuple[str, int]:
         """sha256 and size of the whole stored file, however much of its content was read."""

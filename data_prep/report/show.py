@@ -1,5 +1,6 @@
 """What a user sees of prepared data: verification table, statistics, documents."""
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import numpy as np
 from common.errors import DataError
 from common.tables import text_table
 from common.terminal import visible
+from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import ID_FORMATS
 from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows, other_tokenizer, text_sums
 from data_prep.run.preparation import Preparation
@@ -84,6 +86,22 @@ def dropped(manifest: Manifest) -> None:
         print(text_table(("left out", "reason", "documents"), rows))
     if lines := manifest.provenance.dropped.get("lines"):
         print(f"lines of documents that filter.c4_lines dropped: {lines:,}")
+
+
+def empty_splits(manifest: Manifest, config: DataConfig) -> None:
+    """Warns on stderr of held-out splits without a document, with what would give them some."""
+    for split in manifest.splits:
+        if split == "train" or manifest.split(split):
+            continue
+        if config.format == "enwik8":
+            fix = "split_bytes gives it none"
+        elif config.validation_input:
+            fix = f"nothing of {split}_input is left, and the table above says why"
+        else:
+            fix = "raise validation_fraction to get some"
+            if config.format in ("auto", "text"):
+                fix += ", or, if a file of plain text holds many, set text_documents to blank_lines"
+        print(f"warning: no document went to {split}; {fix}", file=sys.stderr)
 
 
 def found_so_far(preparation: Preparation) -> None:

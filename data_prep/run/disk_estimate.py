@@ -12,6 +12,8 @@ may leave much less, so a disk with less room than the estimate gives a warning;
 than a quarter of the estimate is free.
 """
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,17 +52,27 @@ def needed_bytes(resolved: ResolvedConfig) -> int:
 
 def used_bytes(folder: Path) -> int:
     """Bytes of the files below a folder, 0 if there is none: what a run that was killed has done already."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    used = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # other array tasks rename what they have finished
+                used += os.lstat(os.path.join(place, name)).st_size
+    return used
+
+
+def fullest(resolved: ResolvedConfig) -> Path:
+    """`output`, or the work folder if that is a link to a disk with less room."""
+    return min(resolved.output, resolved.work, key=free_bytes)
 
 
 def check_room(resolved: ResolvedConfig) -> None:
     """Warns if the disk of `output` has less room than estimated; raises DataError if it has less than a quarter of
     that."""
-    needed = needed_bytes(resolved) - used_bytes(resolved.work)
-    free = free_bytes(resolved.output)
+    needed, folder = needed_bytes(resolved) - used_bytes(resolved.work), fullest(resolved)
+    free = free_bytes(folder)
     if free >= needed:
         return
-    sentence = f"output: {no_room(resolved.output, needed, WHAT, about=True)}"
+    sentence = f"output: {no_room(folder, needed, WHAT, about=True)}"
     if free * REFUSED_BELOW < needed:
         raise DataError(f"{sentence}; make room, or choose another `output`")
     print(f"warning: {sentence}; filters may leave less text, else it stops there", file=sys.stderr)

@@ -8,6 +8,7 @@ manifest at all. So a manifest never describes files that are not there.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import write_json
+from common.files import replacing, write_json
 from common.folders import check_folder, check_permission
 from common.hashing import sha256_file
 from common.locks import NoLocks, file_lock
@@ -159,8 +160,20 @@ def publish(folder: Path, output: Path, *, force: bool) -> None:
     for name in sorted(own - new - {MANIFEST_FILE, RUN_RECORD}):
         (output / name).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: (name == MANIFEST_FILE, name)):
-        os.replace(folder / name, output / name)
+        _move(folder / name, output / name)
     (output / WORK / PUBLISHED).unlink()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Gives a finished file its place; by a copy, whole or absent too, where the work folder is on another disk."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with source.open("rb") as content, replacing(target) as stream:
+            shutil.copyfileobj(content, stream)
+        source.unlink()
 
 
 @contextlib.contextmanager

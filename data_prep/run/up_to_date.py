@@ -1,7 +1,9 @@
 """Whether the output is what a config makes, and the record of this run that the answer is quick by."""
 
+import contextlib
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from common.errors import DataError
 from common.files import write_json
 from common.hashing import sha256_file
 from common.progress_bar import byte_bar
+from common.terminal import visible
 from data_prep.config import versions
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.versions import changes_since
@@ -96,15 +99,32 @@ def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
     return True
 
 
-def write_run_record(resolved: ResolvedConfig, *, config_path: Path, seconds: dict[str, float]) -> None:
-    """Writes run.json: what depends on this host and this moment."""
+def name_changed_files(resolved: ResolvedConfig, seen: list[list[Any]]) -> None:
+    """Warns on stderr of raw files on disks that have changed since `stamps` gave `seen`; not of those that are
+    gone."""
+    changed = []
+    for source, (*_, size, stamp, _split) in zip(resolved.sources, seen, strict=True):
+        with contextlib.suppress(DataError):
+            if isinstance(source.path, Path) and size_and_stamp(source.path) != (size, stamp):
+                changed.append(source.path)
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        warning = f"warning: {changed[0]}{more} has changed since it was read; --force prepares it as it is now"
+        print(visible(warning), file=sys.stderr)
+
+
+def write_run_record(
+    resolved: ResolvedConfig, *, config_path: Path, seconds: dict[str, float], seen: list[list[Any]]
+) -> None:
+    """Writes run.json: what depends on this host and this moment. `seen`: the `stamps` from before anything was read,
+    so that a file which changes meanwhile is not taken for the one that was read."""
     record = {
         "host": socket.gethostname(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": {step: round(value, 3) for step, value in seconds.items()},
         "workers": resolved.workers,
         "config": str(config_path.resolve()),
-        "inputs": stamps(resolved),
+        "inputs": seen,
         "output": str(resolved.output),
         "files": sizes(resolved.output),
     }

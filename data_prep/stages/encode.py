@@ -11,6 +11,7 @@ from common.errors import DataError
 from common.files import replacing, write_file
 from common.splits import SPLITS, SplitName
 from data_prep.raw.documents import stable_fractions
+from data_prep.raw.records import EXCERPT_BYTES
 from data_prep.shards.format import dtype_name
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.stages.selection import Selection
@@ -85,8 +86,15 @@ class PartEncoder:
         self._splits: dict[SplitName, _Ids] = {split: _Ids(dtype) for split in SPLITS}
 
     def add(self, data: bytes, split: SplitName) -> None:
-        """Appends one document, its text in UTF-8 or, if the recipe takes these, its ids as bytes."""
+        """Appends one document, its text in UTF-8 or, if the recipe takes these, its ids as bytes. Raises DataError for
+        one that would have no id at all."""
         ids = self._maker.ids(data)
+        if not len(ids) and self._maker.eos_id is None:
+            raise DataError(
+                f"tokenizer.separator: a document has neither a piece nor an end, so it has no place in a shard: "
+                f"{data[:EXCERPT_BYTES].decode(errors='replace')!a}; set separator to null, or to a text that has "
+                "pieces, or remove that document"
+            )
         self._splits[split].add(ids, self._maker.eos_id, self._maker.text_bytes(data, ids))
 
     def finish(self) -> None:

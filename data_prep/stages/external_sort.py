@@ -44,8 +44,9 @@ class ExternalSorter:
     def _spill(self) -> None:
         rows = self._sorted_waiting()
         path = self._folder / f"{self._name}-{len(self._runs):05d}.run"
-        rows.tofile(path)
         self._runs.append((path, len(rows)))
+        with path.open("wb") as stream:  # tofile passes over a disk that is full while the last bytes are written
+            stream.write(rows.data)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All rows in order, as arrays uint64 [n, columns] of any length above 0. Call it once."""

@@ -313,9 +313,10 @@ def check_limits(tasks: Sequence[IngestTask], states: Sequence[FileState], confi
     limits = config.ingest
     if damaged and (len(damaged) == len(states) or len(damaged) > max(1, limits.max_bad_files * len(states))):
         name_bad_files(states)
+        over = f"more than ingest.max_bad_files {limits.max_bad_files} allows"
         raise DataError(
-            f"{len(damaged)} of {len(states)} raw files are bad (damaged, or without a document), more than "
-            f"ingest.max_bad_files {limits.max_bad_files} allows; the first: {damaged[0].damaged}"
+            f"{len(damaged)} of {len(states)} raw files are bad (damaged, or without a document), "
+            f"{'so nothing is left' if len(damaged) == len(states) else over}; the first: {damaged[0].damaged}"
         )
     bad = sum(count for state in states for reason, count in state.rejected.items() if _counts(reason))
     records = sum(state.documents + sum(state.rejected.values()) for state in states)

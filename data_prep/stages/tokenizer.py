@@ -329,7 +329,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     lines = sentences(texts, config)
     first = next(lines, None)
     if first is None:
-        raise DataError("no text to train a tokenizer on; check `input`, or raise tokenizer.sample_bytes")
+        raise DataError(
+            "no text to train a tokenizer on; check `input`, `validation_fraction` and `filter`, or raise "
+            "tokenizer.sample_bytes"
+        )
     model = io.BytesIO()
     with heartbeat(f"training {config.type}, {config.vocab_size} pieces"):
         try:

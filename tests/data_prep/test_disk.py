@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 from collections import namedtuple
@@ -60,6 +61,35 @@ def test_the_estimate_is_near_what_real_text_takes(tmp_path: Path) -> None:
     expected = estimate(tmp_path, **body)
     assert main(["run", "--config", str(tmp_path / "estimate.json")]) == 0
     assert expected / 2 < used_bytes(tmp_path / "out") < 2 * expected
+
+
+def test_files_that_other_array_tasks_rename_meanwhile_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task counts what is done while the others write: a name that was listed may be gone when it is asked for."""
+    asked: list[str] = []
+    stat, lstat = os.stat, os.lstat
+
+    def gone_after(path: Any, **options: Any) -> os.stat_result:
+        found = stat(path, **options)
+        if str(path).endswith(".tmp"):
+            Path(path).unlink()
+        return found
+
+    def gone_before(path: Any) -> os.stat_result:
+        if str(path).endswith(".tmp"):
+            asked.append(str(path))
+            Path(path).unlink()
+        return lstat(path)
+
+    folder = tmp_path / ".work" / "ingest-0123456789abcdef"
+    folder.mkdir(parents=True)
+    for name in ("a.zst", ".b.zst.host-1-01234567.tmp", "c.zst"):
+        (folder / name).write_bytes(bytes(10))
+    monkeypatch.setattr(os, "stat", gone_after)
+    monkeypatch.setattr(os, "lstat", gone_before)
+    assert used_bytes(tmp_path / ".work") == 20 and asked
+    assert used_bytes(tmp_path / "none") == 0
 
 
 def test_a_disk_below_the_estimate_is_said_at_the_start(

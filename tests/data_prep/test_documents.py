@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import random
@@ -16,7 +17,7 @@ import zstandard
 
 from common.errors import DataError
 from data_prep.raw.documents import Document, RawFile, Rejected, stable_fraction, stable_fractions
-from data_prep.raw.unpack import DamagedFileError
+from data_prep.raw.unpack import DamagedFileError, Unpacked
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
 
@@ -190,3 +191,35 @@ def test_the_fraction_of_one_hash_is_that_of_many() -> None:
     digests = [hashlib.sha256(str(number).encode()).digest() for number in range(2000)] + [b"\xff" * 32, bytes(32)]
     many = stable_fractions(np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64))
     assert [stable_fraction(digest) for digest in digests] == many.tolist()
+
+
+class Block(bytes):
+    """Notes how many bytes are copied to put it behind others."""
+
+    copied = 0
+
+    def __radd__(self, before: bytes) -> "Block":
+        Block.copied += len(before)
+        return Block(bytes(before) + bytes(self))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 9, 40, 10**6])
+@pytest.mark.parametrize("block_bytes", [1, 3, 8, 1000])
+def test_lines_are_those_of_the_content_and_a_long_one_is_put_together_once(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, max_bytes: int
+) -> None:
+    """A line of 1 GB, which ingest.max_document_bytes allows, has 1,024 blocks: adding each of them to those before
+    would copy 500 GB."""
+    monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", block_bytes)
+    rng = random.Random(0)
+    content = b"".join(b"x" * rng.choice([0, 1, 7, 8, 9, 200]) + b"\n" * rng.choice([0, 1, 1, 2]) for _ in range(99))
+    stream = io.BytesIO(content)
+    unpacked = Unpacked(lambda size: Block(stream.read(size)), name="a", stored_bytes=lambda: 0, finish=lambda: ("", 0))
+    Block.copied = 0
+    pieces = list(unpacked.lines(max_bytes=max_bytes))
+    assert b"".join(pieces) == content and all(pieces)
+    assert all(b"\n" not in piece[:-1] for piece in pieces)
+    assert all(piece.endswith(b"\n") or len(piece) > max_bytes for piece in pieces[:-1])
+    if max_bytes == 10**6:
+        assert pieces == content.splitlines(keepends=True)
+    assert Block.copied == 0

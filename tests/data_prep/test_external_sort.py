@@ -1,5 +1,6 @@
 """The external sort gives what numpy's sort gives, whatever the memory."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,14 @@ def test_blocks_stay_small_while_merging(tmp_path: Path) -> None:
             sorter.add(rows[start : start + 10_000])
         largest = max(len(block) for block in sorter.blocks())
     assert largest * 16 < 1 << 20
+
+
+@pytest.mark.parametrize("rows", [1, 300, 100_000])
+def test_a_full_disk_is_an_error_however_few_bytes_were_left(tmp_path: Path, rows: int) -> None:
+    """numpy's tofile keeps the last block of a run in memory, and says nothing if the disk does not take it."""
+    (tmp_path / "t-00000.run").symlink_to("/dev/full")
+    with ExternalSorter(tmp_path, "t", columns=1, memory_bytes=32 * rows) as sorter:
+        with pytest.raises(OSError) as raised:
+            sorter.add(np.arange(rows, dtype=np.uint64)[:, None])
+        assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir()), "nothing half-written"

@@ -15,7 +15,7 @@ import zstandard
 
 from data_prep.cli import main
 from data_prep.raw.documents import Document, RawFile, Rejected
-from data_prep.raw.unpack import NoDocumentError
+from data_prep.raw.unpack import BLOCK_BYTES, NoDocumentError
 from tests.data_prep.test_prepare import one_error
 
 LINES = [json.dumps({"text": f"document {number}", "id": number}).encode() for number in range(5)]
@@ -181,7 +181,7 @@ def test_bad_files_are_named_in_the_last_lines_and_count_as_files(
         ("good-41.jsonl", "no document"),
     ]
     assert main(["run", "--config", str(config), "--set", f"input={tmp_path}/good-4*.jsonl", "--force"]) == 2
-    assert "2 of 2 raw files are bad (damaged, or without a document)" in one_error(capsys)
+    assert "2 of 2 raw files are bad (damaged, or without a document), so nothing is left; the" in one_error(capsys)
 
 
 @pytest.mark.parametrize("bad, named, more", [(5, 5, []), (12, 10, ["warning: 2 more raw files were left out whole"])])
@@ -225,5 +225,11 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     long = write(tmp_path / "c.txt", b"small\n\n" + b"word " * 500 + b"\nmore\n\nsmall too\n")
     texts, (rejected,) = read(long, "text", text_documents="blank_lines", max_document_bytes=1024)
     assert (texts, rejected.reason, rejected.position) == (["small", "small too"], "too long", 3)
+    for end in (b"", b"  "):  # where a piece of the long line ends: no document of its own begins behind it
+        cut = write(tmp_path / "d.txt", b"w" * BLOCK_BYTES + end + b"\nmore\n\nsmall")
+        texts, (rejected,) = read(cut, "text", text_documents="blank_lines", max_document_bytes=1024)
+        assert (texts, rejected.reason, rejected.position) == (["small"], "too long", 1)
+    blank = write(tmp_path / "e.txt", b"one\n" + b" " * BLOCK_BYTES + b"  \ntwo\n")
+    assert read(blank, "text", text_documents="blank_lines", max_document_bytes=1024) == (["one", "two"], [])
     with pytest.raises(NoDocumentError, match=r"more than ingest\.max_document_bytes 1024"):
         read(long, "text", max_document_bytes=1024)

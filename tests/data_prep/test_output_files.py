@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ FOREIGN = (
     "train-00000.tar", "train-00099.tar", "validation-00000.idx.safetensors", "tokenizer.model", "tokenizer.json",
     "quarantine.jsonl", "filter_samples.jsonl", "duplicate_samples.jsonl", "run.json",
 )  # fmt: skip
+DISK = Path("/dev/shm")  # a file system of its own
 COMMANDS = ("run", "ingest", "filter", "dedup", "tokenizer", "encode", "shard")
 OTHERS = (
     "train-1.tar",
@@ -89,6 +91,19 @@ def test_other_files_in_the_output_and_its_work_folder_stay(
     assert left[".work.removed/mine"] == b"mine: .work.removed/mine"
     stages = [name for name in left if name.startswith(".work/") and name not in OTHERS]
     assert stages == [], "what the preparation made is gone"
+
+
+def test_a_work_folder_on_another_disk_gives_the_same_files(config: Path, prepared_once: Path, tmp_path: Path) -> None:
+    """No rename leads from one disk to another; new data also take the place of former ones."""
+    if not DISK.is_dir() or DISK.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=DISK) as elsewhere:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".work").symlink_to(elsewhere)
+        assert main(["run", "--config", str(config), "--set", "shard.tokens_per_shard=40000"]) == 0
+        assert main(["run", "--config", str(config), "--force"]) == 0
+        assert list(Path(elsewhere).iterdir()) == [], "what the preparation made is gone"
+    assert outputs(tmp_path / "out") == outputs(prepared_once)
 
 
 def test_force_replaces_what_is_in_the_way_and_nothing_else(config: Path, tmp_path: Path) -> None:

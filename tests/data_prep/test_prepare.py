@@ -15,7 +15,7 @@ import pytest
 from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config import versions
-from data_prep.run import output_files
+from data_prep.run import output_files, stages
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from data_prep.stages.tokenizer import TextTokenizer
@@ -148,6 +148,38 @@ def test_other_raw_files_are_refused(
     assert "made from 5 raw files, there are now 4" in one_error(capsys)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_raw_file_that_changes_or_goes_while_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stays: bool
+) -> None:
+    """Of the same size, after it was read: the data are those of the former text, and are not up to date."""
+    raw = tmp_path / "a.jsonl"
+    raw.write_text("".join(json.dumps(c4_line(f"the text {n} " * 40)) + "\n" for n in range(50)))
+    body = {"input": str(raw), "output": str(tmp_path / "out"), "workers": 1, "validation_fraction": 0.1}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**body, "tokenizer": {"vocab_size": 280}}))
+    real = stages.write_data_manifest
+
+    def change_and_write(*arguments: Any) -> None:
+        before = raw.read_bytes()
+        raw.unlink()
+        if stays:
+            raw.write_bytes(before.replace(b"text", b"TEXT"))
+        real(*arguments)
+
+    monkeypatch.setattr(stages, "write_data_manifest", change_and_write)
+    assert run(config) == 0
+    monkeypatch.undo()
+    output = capsys.readouterr()
+    assert ("a.jsonl has changed since it was read" in output.err) == stays
+    manifest = Manifest.load(tmp_path / "out")
+    manifest.check("full")
+    assert all("the text" in text for text in decoded(manifest, "train"))
+    assert not (tmp_path / "out" / ".work").exists()
+    assert run(config) == 2
+    assert ("a.jsonl has changed" if stays else "matches no file") in one_error(capsys)
+
+
 def test_a_failing_rebuild_leaves_the_former_data_whole(
     config: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +254,32 @@ def test_validation_by_hash_splits_without_loss(
     assert {record.split for record in manifest.provenance.inputs} == {"hash"}
     used = manifest.provenance.config["tokenizer"]
     assert used == {"model_sha256": hashlib.sha256((prepared / "tokenizer.model").read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_an_empty_held_out_split_is_said_with_what_would_fill_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: bool
+) -> None:
+    """`validation_fraction` is no way out where validation_input is given, whose texts train has too."""
+    texts = [f"text {number} " * 40 for number in range(30)]
+    write_dump(tmp_path / "train.json.gz", [c4_line(text) for text in texts])
+    body: dict[str, Any] = {"input": str(tmp_path / "train.json.gz"), "output": str(tmp_path / "out"), "workers": 1}
+    body |= {"tokenizer": {"vocab_size": 280}, "dedup": {"near": False}}
+    if held_out:
+        for name in ("validation", "test"):
+            write_dump(tmp_path / f"{name}.json.gz", [c4_line(text) for text in texts[:5]])
+            body[f"{name}_input"] = str(tmp_path / f"{name}.json.gz")
+    else:
+        body["validation_fraction"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert run(tmp_path / "config.json") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no document went" in line]
+    if held_out:
+        ends = "is left, and the table above says why"
+        splits = ("validation", "test")
+        assert lines == [f"warning: no document went to {n}; nothing of {n}_input {ends}" for n in splits]
+    else:
+        assert len(lines) == 1 and "no document went to validation; raise validation_fraction" in lines[0]
 
 
 def test_shard_needs_the_tokenizer_of_this_config(

@@ -122,6 +122,28 @@ def test_json_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str], corpus
     assert same_bytes(tmp_path / "out", tmp_path / "again")
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["while reading", "from stored text"])
+def test_a_document_without_a_piece_or_an_end_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
+    """nmt_nfkc takes a zero-width blank away, and with no separator nothing of the document is left."""
+    lines = [json.dumps({"text": text}) for text in [*texts(40, seed=1), "\u200b"]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    authors = authors_tokenizer(tmp_path / "authors", sentence_iterator=iter(texts(40, seed=1)))
+    assert authors.encode("\u200b") == []
+    lossy = {"separator": "", "allow_lossy": True}
+    own = {"vocab_size": PIECES, "normalization": "nmt_nfkc", "byte_fallback": False}
+    tokenizer = {**lossy, **({"model": str(tmp_path / "authors.model")} if given else own)}
+    body = {"input": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "out"), "workers": 1, "tokenizer": tokenizer}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: tokenizer.separator: a document has neither a piece nor an end")
+    assert "'\\u200b'" in error and "set separator to null" in error
+    assert main(["run", "--config", str(tmp_path / "config.json"), "--set", "tokenizer.separator=null"]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 def articles(count: int, *, seed: int) -> Iterator[str]:
     """Text as in wiki.*.tokens: blanks around each line, <unk> and @-@ in it."""
     for number, text in enumerate(texts(count, seed=seed)):
