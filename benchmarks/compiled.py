@@ -1,12 +1,13 @@
-"""What the Triton kernels become: compiled ahead of time for three generations of GPUs, on a machine without any.
+"""What the Triton kernels become: compiled ahead of time for four kinds of GPUs, on a machine without any.
 
     python -m benchmarks.compiled [--check] [--update] [--recompile all|sample] [--representative] [--markdown]
 
 Covers every `compile_cases()` of benchmarks/kernel_cases and reads from metadata and machine code (SASS):
 registers, stack, shared memory, tensor-core instructions, width of global loads, atomics on floats. With --check the
 exit status is 1 unless every case
-- has no stack (a stack means spilled registers or indexed local arrays),
-- fits the shared memory of one block (163 KB on sm_80, 227 KB on sm_90 and sm_100) and 512 columns of tensor memory,
+- has no stack (a stack means spilled registers or indexed local arrays; on sm_120 up to 96 bytes a thread),
+- fits the shared memory of one block (163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on sm_120; of sm_80, but for
+  attention with wide heads, 99 KB too, which capability 8.6 and 8.9 have) and 512 columns of tensor memory,
 - if a GEMM, uses that architecture's own tensor-core instructions (HMMA, HGMMA, UTC*MMA),
 - has 16-byte global loads (8 where rows are no multiple of 16 bytes, or single 8-byte numbers are gathered),
 - has no atomics on floats.
@@ -115,6 +116,11 @@ class Job:
     architecture: int
     key: str
     is_gemm: bool
+    is_for_small: bool
+
+    def named(self, record: Compiled) -> Compiled:
+        """A record with what it does not know: what the case is called today, and for whom it is."""
+        return replace(record, kernel=self.kernel, name=self.name, is_for_small=self.is_for_small)
 
     def run(self) -> Compiled:
         return compile_case(list(cases([self.module]))[self.position], self.architecture)
@@ -128,7 +134,16 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
         for position, case in enumerate(cases([module])):
             for architecture in case.architectures:
                 decides = key(case, architecture, triton_version)
-                job = Job(module, position, kernel_name(case), case.name, architecture, decides, case.is_gemm)
+                job = Job(
+                    module,
+                    position,
+                    kernel_name(case),
+                    case.name,
+                    architecture,
+                    decides,
+                    case.is_gemm,
+                    120 in case.architectures,
+                )
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
                 found.setdefault(job.key, job)
@@ -163,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit status 1 unless every case passes")
     parser.add_argument("--update", action="store_true", help=f"write {RECORDS.name} and the table in the docs")
     parser.add_argument("--recompile", choices=("none", "sample", "all"), default="none")
-    parser.add_argument("--arch", default="80,90,100", help="compute capabilities times ten, comma-separated")
+    parser.add_argument("--arch", default="80,90,100,120", help="compute capabilities times ten, comma-separated")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument(
         "--representative", action="store_true", help="sm_90 alone: every kernel, at the shapes of 262M and 1B models"
@@ -244,9 +259,9 @@ class Gate:
             record = found.get(version, {}).get(job.key)
             substitute = record or found.get(complete, {}).get(other.key)
             if record is not None:
-                records[job.key] = replace(record, kernel=job.kernel, name=job.name)
+                records[job.key] = job.named(record)
             if substitute is not None:
-                standing[job.key] = replace(substitute, kernel=job.kernel, name=job.name)
+                standing[job.key] = job.named(substitute)
         return cls(version, complete, own, records, standing)
 
 
@@ -256,11 +271,7 @@ def _update(path: Path, modules: Sequence[str], found: Records, gate: Gate, comp
     updated = {gate.version: {key: result for key, result in kept.items() if result is not None}}
     for version in found.keys() - {gate.version}:
         named = {job.key: job for job in jobs(modules, version)}
-        updated[version] = {
-            key: replace(result, kernel=named[key].kernel, name=named[key].name)
-            for key, result in found[version].items()
-            if key in named
-        }
+        updated[version] = {key: named[key].named(result) for key, result in found[version].items() if key in named}
     updated = dict(sorted(updated.items(), key=lambda item: -len(item[1])))
     write_records(path, updated)
     if path == RECORDS:

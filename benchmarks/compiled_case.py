@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.kernel_cases.case import CompileCase
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-TENSOR_CORE = {80: r"HMMA\.", 90: r"HGMMA\.", 100: r"UTC\w*MMA\b"}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Of a block, by architecture: A100; H100, H200; B200; RTX 5090, RTX PRO 6000."""
+STACK_BYTES = {80: 0, 90: 0, 100: 0, 120: 96}
+"""Of a thread. A kernel of many rows keeps up to 88 bytes there on sm_120, for which no tiles were chosen."""
+SMALL_BYTES = 99 << 10
+"""On GPUs of capability 8.6 and 8.9 (A10, A40, RTX 3090; L4, L40S, RTX 4090). For these Triton makes what it makes for
+sm_80."""
+HMMA = r"HMMA\."
+TENSOR_CORE = {80: HMMA, 90: r"HGMMA\.", 100: r"UTC\w*MMA\b", 120: HMMA}
 TENSOR_MEMORY_COLUMNS = 512
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS|UTMALDG|UBLKCP)\b")
@@ -58,15 +65,19 @@ class Compiled:
     float_atomics: int
     error: str = ""
     """Why the compiler gave nothing; such a result is never recorded."""
+    is_for_small: bool = False
+    """Whether GPUs with less shared memory launch it too. Of the case, so never recorded."""
 
     def failures(self) -> list[str]:
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
-        if self.stack_bytes > 0:
+        if self.stack_bytes > STACK_BYTES[self.architecture]:
             found.append(f"{self.stack_bytes} bytes of stack per thread")
         if self.shared_bytes > SHARED_BYTES[self.architecture]:
             found.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_BYTES[self.architecture]} fit")
+        elif self.architecture == 80 and self.is_for_small and self.shared_bytes > SMALL_BYTES:
+            found.append(f"{self.shared_bytes} bytes of shared memory, {SMALL_BYTES} fit on capability 8.6 and 8.9")
         if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
             found.append(f"{self.tensor_memory_columns} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} fit")
         if self.is_gemm and self.tensor_core == 0:
@@ -102,6 +113,7 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         resources, operations = read_cubin(kernel.asm["cubin"])
         float_atomics = sum(n for name, n in operations.items() if FLOAT_ATOMIC.match(name))
         float_atomics = max(float_atomics, len(FLOAT_ATOMIC_IR.findall(kernel.asm["ttir"])))
+    older = sum(n for name, n in operations.items() if re.match(HMMA, name))
     loads = {name: n for name, n in operations.items() if GLOBAL_LOAD.match(name)}
     return Compiled(
         kernel=kernel_name(case),
@@ -116,12 +128,13 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         shared_bytes=shared,
         tensor_memory_columns=columns,
         tensor_core=sum(n for name, n in operations.items() if re.match(TENSOR_CORE[architecture], name)),
-        older_tensor_core=sum(n for name, n in operations.items() if name.startswith("HMMA.")) * (architecture > 80),
+        older_tensor_core=0 if TENSOR_CORE[architecture] == HMMA else older,
         load_bytes=max((load_width(name) for name in loads), default=0),
         wide_loads=sum(n for name, n in loads.items() if load_width(name) == 16),
         loads=sum(loads.values()),
         float_atomics=float_atomics,
         error=error,
+        is_for_small=120 in case.architectures,
     )
 
 

@@ -29,7 +29,7 @@ def read_records(path: Path) -> Records:
 
 
 def write_records(path: Path, records: Records) -> None:
-    names = [field.name for field in fields(Compiled) if field.name != "error"]
+    names = [field.name for field in fields(Compiled) if field.name not in ("error", "is_for_small")]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["key", "triton", *names], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

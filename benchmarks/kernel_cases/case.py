@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from model.kernels.backend import ATTENTION_WIDTHS
 from model.kernels.triton.gated_gemm import GemmTiles
 
 TYPE_NAMES = {
@@ -20,6 +22,11 @@ TYPE_NAMES = {
     torch.bool: "i1",
 }
 """Triton's names of dtypes in a signature; a pointer has a star before it."""
+
+
+def without_wide_heads(architectures: Iterable[int], width: int) -> tuple[int, ...]:
+    """Those on which attention's kernels take heads of `width` columns."""
+    return tuple(a for a in architectures if width <= ATTENTION_WIDTHS.get((a // 10, a % 10), 128))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +49,8 @@ class CompileCase:
     is_gemm: bool = False
     """Must contain the tensor-core instructions of the architecture."""
     divisible: frozenset[str] = field(default_factory=frozenset)
-    architectures: tuple[int, ...] = (80, 90, 100)
-    """Those that it is for, where a kernel has other tiles on another."""
+    architectures: tuple[int, ...] = (80, 90, 100, 120)
+    """Those that it is for, where a kernel has other tiles on another, or takes less there."""
 
     def __post_init__(self) -> None:
         names = list(self.kernel.arg_names)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.kernel_cases.case import CompileCase
+from benchmarks.kernel_cases.case import CompileCase, without_wide_heads
 from model.kernels.triton.causal_attention import (
     SIZES,
     TILES,
@@ -40,8 +40,9 @@ def _cases(width: int, kind: str, *, documents: bool) -> Iterator[CompileCase]:
         kernel, name = KERNELS.get(what, key_gradient_kernel), f"{'document' if documents else 'memory'} attention"
         name = f"{name} {what} {width}"
         found = _case(f"{name} {kind}", kernel, kind, tiles(width, what, OTHERS), documents)
+        taken = without_wide_heads(found.architectures, width)
         others = [major for major, *row in TILES_ON if row == [width, what]]
-        yield replace(found, architectures=tuple(a for a in found.architectures if a // 10 not in others))
+        yield replace(found, architectures=tuple(a for a in taken if a // 10 not in others))
         for major in others:
             found = _case(f"{name} on sm_{major}0 {kind}", kernel, kind, tiles(width, what, major), documents)
             yield replace(found, architectures=(10 * major,))

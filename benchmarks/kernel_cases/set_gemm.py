@@ -26,7 +26,7 @@ def compile_cases() -> Iterator[CompileCase]:
             name = f"E{E} k{k} {d}x{h} {kind}"
             shape: dict[str, Any] = {"d": d, "h": h, "E": E, "K": k}
             options: dict[str, Any] = {"load_bytes": row_load(d, h), "tensor_cores": dtype != torch.float32}
-            for capability, where, architectures in (((9, 0), "", (90,)), ((10, 0), " not on sm_90", (80, 100))):
+            for capability, where, architectures in (((9, 0), "", (90,)), ((10, 0), " not on sm_90", (80, 100, 120))):
                 project = project_tiles(h, k, dtype, capability)
                 gradient = gradient_tiles(d, h, H * E, dtype, capability)
                 padded = {"PADDED_K": 1 << (k - 1).bit_length()}, {"PADDED_E": padded_experts(E)}

@@ -18,7 +18,7 @@ from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.engine.gradient_norm import ask_once
+from pretrain.engine.gradient_norm import ask_once, sum_as_we_do
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.parallel.experts import declare_experts
 from pretrain.parallel.groups import ModelParallelUnit
@@ -55,6 +55,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
         engine.optimizer.check_grad_overflow = True
         ask_once(engine.optimizer)
+        sum_as_we_do(engine.optimizer)
     if config.parallel.offload_optimizer and config.parallel.zero < 3:
         _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
@@ -56,11 +57,42 @@ def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
     return norm.to(device) if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
 
 
+def sum_as_we_do(optimizer: Any) -> None:
+    """Lets DeepSpeed's optimizer of ZeRO 1 and 2 take the norm by `sum_of_squares`: the same to 1e-7, in one reading of
+    the gradients. DeepSpeed 0.19.8 makes an fp64 copy of each gradient, in two launches for each parameter (20 bytes an
+    element where 4 are needed), and copies a -1 to the device for each group of parameters, for which the host waits.
+    An offloaded optimizer, whose gradients are in CPU memory, keeps its own."""
+    from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
+
+    if optimizer.cpu_offload:
+        return
+
+    def norm_of(gradients: Iterable[Tensor], parameters: Iterable[Any], norm_type: int = 2) -> Tensor:
+        """Of one group of parameters, over all ranks, each element once: what tensor-parallel ranks or stages of a
+        pipeline all hold is the first one's. -1 if it is not finite, by which DeepSpeed knows it."""
+        assert norm_type == 2
+        given = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        counted = [
+            gradient
+            for gradient, parameter in zip(given, parameters, strict=False)
+            if not getattr(parameter, "ds_pipe_replicated", False)
+            and (stage_1_and_2.is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0)
+        ]
+        squares = sum_of_squares(counted).float() if counted else torch.zeros((), device=optimizer.device)
+        dist.all_reduce(squares, group=optimizer.dp_process_group)
+        optimizer._model_parallel_all_reduce(tensor=squares, op=dist.ReduceOp.SUM)
+        norm = squares.sqrt()
+        return norm.masked_fill_(~torch.isfinite(norm), -1.0)
+
+    assert callable(optimizer.get_grad_norm_direct)
+    optimizer.get_grad_norm_direct = norm_of
+
+
 def ask_once(optimizer: Any) -> None:
     """Lets DeepSpeed's optimizer of ZeRO 1 and 2 ask the device once a step whether the gradients are finite, by their
     norm, which is not finite where one of them is not. DeepSpeed 0.19.8 asks before that about the values (some
-    launches for each parameter), and before it clips once for each group of parameters; it also copies a -1 to the
-    device for each group. The host waits for the device each time. The numbers are the same.
+    launches for each parameter), and before it clips once for each group of parameters. The host waits for the device
+    each time. The numbers are the same.
 
     Where the norm does not tell, the optimizer stays as it is: of experts DeepSpeed averages it over ranks, which hides
     one that is not finite; of what tensor-parallel ranks or stages all hold, it counts one rank's. So does an offloaded
@@ -69,23 +101,14 @@ def ask_once(optimizer: Any) -> None:
 
     if optimizer.has_moe_layers or optimizer.mpu is not None or optimizer.cpu_offload:
         return
-    norm, clip = optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads
-
-    def norm_without_a_copy(*args: Any, **options: Any) -> Any:
-        with mock.patch.object(stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _marked_in_place):
-            return norm(*args, **options)
+    clip = optimizer.unscale_and_clip_grads
 
     def clip_without_a_question(*args: Any, **options: Any) -> None:
         with mock.patch.object(stage_1_and_2, "is_invalid_grad_norm", return_value=False):  # the step is not skipped
             clip(*args, **options)
 
     optimizer.check_overflow = lambda partition_gradients=True: None
-    optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads = norm_without_a_copy, clip_without_a_question
-
-
-def _marked_in_place(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """DeepSpeed's own, with a number of the host."""
-    norm.masked_fill_(~torch.isfinite(norm), val)
+    optimizer.unscale_and_clip_grads = clip_without_a_question
 
 
 class GradientNorm:
@@ -96,8 +119,9 @@ class GradientNorm:
     For ZeRO 0 a fused optimizer decides on the device; for another one we drop the gradients, because AdamW does not
     touch a parameter that has none, and the host waits.
 
-    DeepSpeed gives the norm for ZeRO 1 to 3, summed in fp64. For ZeRO 0 norm and clipping are ours, between the last
-    backward pass (which averages over ranks) and the optimizer step (which clears the gradients), see `sum_of_squares`.
+    DeepSpeed gives the norm for ZeRO 1 to 3, at 3 summed in fp64. For ZeRO 0 norm and clipping are ours, between the
+    last backward pass (which averages over ranks) and the optimizer step (which clears the gradients), see
+    `sum_of_squares`.
     """
 
     def __init__(self, engine: Any, clip_norm: float, parallel: ParallelContext) -> None:

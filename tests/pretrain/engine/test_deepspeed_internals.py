@@ -31,8 +31,9 @@ DEEPSPEED = {
     "runtime.pipe.topology": "pp_group dp_group slice_group",
     "runtime.zero.stage_1_and_2": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
     "_fill_param_grad_accum_attribute grad_accum update_lp_params averaged_gradients reset_cpu_buffers "
-    "flatten unflatten check_overflow scaled_global_norm unscale_and_clip_grads has_moe_layers cpu_offload "
-    "mpu mask_nan_or_inf_with_val_inplace is_invalid_grad_norm",
+    "flatten unflatten check_overflow unscale_and_clip_grads has_moe_layers cpu_offload mpu "
+    "is_invalid_grad_norm get_grad_norm_direct is_model_parallel_parameter model_parallel_rank dp_process_group "
+    "_model_parallel_all_reduce _zero_padding",
     "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow "
     "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
     "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",

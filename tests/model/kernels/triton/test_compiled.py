@@ -1,4 +1,4 @@
-"""The gate over compiled kernels: every shipped configuration passes on three architectures, and it can fail.
+"""The gate over compiled kernels: every shipped configuration passes on four architectures, and it can fail.
 
 Compiling needs a process without TRITON_INTERPRET, so everything here runs `python -m benchmarks.compiled`."""
 
@@ -9,14 +9,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import compiled, compiled_case, compiled_tables
 from benchmarks.compiled_records import in_one_table, read_records, write_records
 from benchmarks.marked import with_table
+from model.kernels.backend import attention_limit
 
 ROOT = Path(__file__).resolve().parents[4]
 GATE_KERNELS = "tests.model.kernels.triton.gate_kernels"
@@ -72,6 +75,25 @@ def test_the_triton_of_the_lock_has_records_of_its_own() -> None:
     assert ("are records of Triton" in result.stderr) == (version("triton") not in recorded), (
         "python -m benchmarks.compiled --check --update --representative"
     )
+
+
+def test_what_smaller_gpus_launch_fits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but attention with wide heads, which `auto` leaves to the reference there."""
+    found = [case for module in compiled.case_modules() for case in compiled.cases([module])]
+    left_out = [case for case in found if 80 in case.architectures and 120 not in case.architectures]
+    assert left_out and all(re.search(r"attention .* 256 ", case.name) for case in left_out)
+    for capability, widest in (((8, 0), 256), ((8, 6), 128), ((8, 9), 128), ((12, 0), 128)):
+        monkeypatch.setattr("model.kernels.backend.cuda_capability", lambda capability=capability: capability)
+        assert attention_limit("cuda", torch.bfloat16, (widest,)) is None
+        assert attention_limit("cuda", torch.bfloat16, (widest + 1,)) is not None
+    record = next(iter(next(iter(read_records(compiled.RECORDS).values())).values()))
+    of_80 = replace(record, architecture=80, shared_bytes=(99 << 10) + 1, stack_bytes=0)
+    assert replace(of_80, is_for_small=False).failures() == []
+    assert replace(of_80, is_for_small=True).failures() == [
+        "101377 bytes of shared memory, 101376 fit on capability 8.6 and 8.9"
+    ]
+    assert replace(of_80, shared_bytes=99 << 10, is_for_small=True).failures() == []
+    assert replace(of_80, architecture=120).failures() == ["101377 bytes of shared memory, 101376 fit"]
 
 
 @pytest.mark.slow
