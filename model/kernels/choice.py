@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,19 +10,71 @@ import torch
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
 from model.kernels.backend import BACKENDS, can_compute, resolve
 
-MOST_EXPERTS_OF_A_CHOICE = 3
-"""On CUDA in half precision `kernels.backend=auto` computes SwitchHead's projections as `dense`, all E experts at
-cuBLAS's rate, up to this many experts for each of the k chosen: E <= 3 k. At E = 2 k, six shapes, both
-ops took 0.27 to 0.54 of the time of `triton`, forward and backward (H200, 2026-11-27, docs/gpu.md); between 2 and 3
-nothing was timed, and its flops grow with E / k."""
+HALF = (torch.bfloat16, torch.float16)
 
 
-SLOW_HEADS = range(129, 256)
-"""On CUDA `auto` computes Transformer-XL attention with heads of so many columns by torch's operators: 0.53 ms against
-0.68 with 132, 2.0 against 3.6 with 146 (H200, 2026-11-27), whose tiles are filled up to 256. 256 was not timed."""
-ROUTER_WIDTH = 2048
-"""From this d_model on `auto` computes routing by `dense` on CUDA in bf16: forward and backward 0.16 to 0.19 ms against
-1.2 to 1.5 of `triton` (H200, 2026-11-27). At 1024 `triton` is faster by 0.02 to 0.03 ms; between nothing was timed."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a GPU has decided: `kernels.backend=auto` computes `ops` by `backend` on CUDA, in these dtypes, where the
+    model's `fact` is `least` to `most`."""
+
+    ops: tuple[str, ...]
+    backend: str
+    dtypes: tuple[torch.dtype, ...]
+    fact: str
+    """A key of `facts_of`."""
+    least: float
+    most: float
+    because: str
+    """The times, the card and the date; and where nothing was timed."""
+
+
+MEASURED = (
+    Measured(
+        ops=("switchhead_value", "switchhead_output"),
+        backend="dense",
+        dtypes=HALF,
+        fact="experts of a choice",
+        least=1,
+        most=3,
+        because="all experts at cuBLAS's rate: at 2, six shapes, both ops took 0.27 to 0.54 of the time of triton, "
+        "forward and backward (H200, 2026-11-27); between 2 and 3 nothing was timed, and the flops grow with it",
+    ),
+    Measured(
+        ops=("relative_attention",),
+        backend="reference",
+        dtypes=(*HALF, torch.float32),
+        fact="head_dim of Transformer-XL",
+        least=129,
+        most=255,
+        because="tiles are filled up to 256: 0.53 ms against 0.68 of triton with 132, 2.0 against 3.6 with 146 (H200, "
+        "2026-11-27); 256 was not timed",
+    ),
+    Measured(
+        ops=("route",),
+        backend="dense",
+        dtypes=(torch.bfloat16,),
+        fact="d_model",
+        least=2048,
+        most=math.inf,
+        because="forward and backward 0.16 to 0.19 ms against 1.2 to 1.5 of triton (H200, 2026-11-27); at 1024 triton "
+        "is faster by 0.02 to 0.03 ms, between nothing was timed",
+    ),
+)
+"""Where the fastest is not the first of `PREFERENCE`; the first line that fits counts. docs/gpu.md has the times.
+causal_attention was not timed: Triton is first by arithmetic, for the reference reads a mask and multiplies what that
+leaves out."""
+
+
+def facts_of(model: ModelConfig) -> dict[str, float]:
+    """What `MEASURED` asks of a model; what it has not is left out."""
+    a = model.attention
+    found: dict[str, float] = {"d_model": model.d_model}
+    if isinstance(a, SwitchHeadConfig):
+        found["experts of a choice"] = a.num_experts / a.active_experts
+    if isinstance(model.position, XLConfig):
+        found["head_dim of Transformer-XL"] = a.head_dim
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +120,7 @@ class Backends:
         chosen = {}
         for op in (field.name for field in fields(cls)):
             wanted = requested if requested in BACKENDS[op] else "auto"
-            fastest = _measured(op, model, dtype) if wanted == "auto" and device_type == "cuda" else wanted
+            fastest = measured(op, model, dtype) if wanted == "auto" and device_type == "cuda" else wanted
             if fastest != wanted and not can_compute(fastest, op, device_type, dtype, widths.get(op, ())):
                 fastest = wanted
             limiting = dtype if computed.get(op, True) else None
@@ -78,14 +131,12 @@ class Backends:
         return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
-def _measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
-    """What an H200 computed fastest, where that is not the first of `PREFERENCE`; else `auto`. causal_attention was not
-    timed: Triton is first by arithmetic, for the reference reads a mask and multiplies what that leaves out."""
-    a = model.attention
-    if op.startswith("switchhead") and isinstance(a, SwitchHeadConfig):
-        few = a.num_experts <= MOST_EXPERTS_OF_A_CHOICE * a.active_experts
-        return "dense" if few and dtype.itemsize == 2 else "auto"
-    if op == "relative_attention" and isinstance(model.position, XLConfig) and a.head_dim in SLOW_HEADS:
-        return "reference"
-    wide = model.d_model >= ROUTER_WIDTH
-    return "dense" if op == "route" and wide and dtype == torch.bfloat16 else "auto"
+def measured(op: str, model: ModelConfig, dtype: torch.dtype) -> str:
+    """The backend that `MEASURED` gives, or `auto`."""
+    facts = facts_of(model)
+    fitting = (
+        line.backend
+        for line in MEASURED
+        if op in line.ops and dtype in line.dtypes and line.least <= facts.get(line.fact, -1) <= line.most
+    )
+    return next(fitting, "auto")

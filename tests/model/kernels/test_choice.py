@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model.config import RopeConfig
-from model.kernels.choice import Backends
+from model.kernels.backend import BACKENDS
+from model.kernels.choice import MEASURED, Backends, facts_of
 from pretrain.config.loading import load_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -35,6 +36,14 @@ def test_half_precision_on_a_gpu_takes_dense_where_few_experts_are_left_out(name
     assert chosen(name, device="cpu") == ["cpu"] * 2
     assert chosen(name, requested="reference") == ["reference"] * 2
     assert chosen(name, requested="triton") == ["triton"] * 2
+
+
+def test_the_table_names_ops_backends_and_facts_that_there_are() -> None:
+    models = [load_config(path, []).model for path in sorted(CONFIGS.rglob("*.json")) if "data" not in path.parts]
+    facts = {fact for model in models for fact in facts_of(model)}
+    for line in MEASURED:
+        assert all(line.backend in BACKENDS[op] for op in line.ops) and line.least <= line.most
+        assert line.fact in facts and "2026" in line.because
 
 
 def test_without_triton_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
