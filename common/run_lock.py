@@ -1,5 +1,6 @@
 """One writer per run folder: `lock-N.json` holds host, process and start; its age is the owner's last sign of life.
 
+A copy of a folder holds a copy of the lock, whose owner writes to the original: it counts as no lock.
 Locks are taken over by number: a process that finds lock N dead creates lock N + 1. Creating a file is exclusive on
 every file system, so of two such processes one gets the lock and the other finds a living owner. Ages are differences
 between times of the file server, never between the clocks of two machines.
@@ -45,6 +46,7 @@ class FolderLock:
             **process_identity(os.getpid()),
             "token": secrets.token_hex(8),
             "job": job_id(os.environ),
+            "folder": str(folder.resolve()),
         }
         self._is_released = False
         self.taken_over: list[str] = []
@@ -69,7 +71,8 @@ class FolderLock:
             except UserError:
                 self.release()  # it was created between the two looks
                 raise
-            self.taken_over.append(_name(_read(path) or {}))
+            if not _is_copy(path, _read(path) or {}):
+                self.taken_over.append(_name(_read(path) or {}))
             path.unlink(missing_ok=True)
 
     @property
@@ -101,7 +104,7 @@ class FolderLock:
     def _refuse_if_alive(self, path: Path) -> None:
         owner = _read(path)
         age = _age(path)
-        if age is None:  # released in between
+        if age is None or _is_copy(path, owner or {}):  # None: released in between
             return
         if owner is None:  # being written this moment, or left torn by a machine that stopped
             alive, owner = age < BEAT_SECONDS, {}
@@ -146,6 +149,8 @@ def last_sign_of_life(folder: Path) -> SignOfLife | None:
     listed."""
     for path in reversed(_locks(folder)):
         owner = _read(path)
+        if _is_copy(path, owner or {}):
+            continue
         try:
             age = _age(path)
         except OSError:  # nothing may be written there, so this machine's clock has to do
@@ -229,6 +234,27 @@ def _age(path: Path) -> float | None:
         return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
     except FileNotFoundError:
         return None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _is_copy(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether the lock came here with a copy of the owner's folder, as `cp -r` of a run that goes on makes one: the
+    owner's own lock is still where it was made, and that is another folder. A new name in this folder tells them apart,
+    because two mounts or links of one folder may differ in device and inode."""
+    home = owner.get("folder")
+    if not isinstance(home, str) or home == str(path.parent.resolve()):
+        return False
+    own = _read(Path(home) / path.name)
+    if own is None or own["token"] != owner["token"]:
+        return False
+    probe = path.with_name(f".clock-{secrets.token_hex(8)}")
+    try:
+        probe.touch()
+        return not (Path(home) / probe.name).exists()
+    except OSError:  # a reader who may not write here
+        return not os.path.samefile(home, path.parent)
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def changes_since(
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
         names = dict.fromkeys([*config.checkpoint.allow_changes, *map(_allowing, refused)])
-        why = f" ({_why_not_extended(config)})" if _is_under(key, SCHEDULE) else ""
+        why = f" ({_why_not_extended(config, saved.steps)})" if _is_under(key, SCHEDULE) else ""
         one = len(refused) == 1
         allow = (
             f", or allow {'the change' if one else 'all changes'} with "
@@ -96,7 +96,9 @@ def _keeps_learning_rates(saved: SavedRun, config: Config) -> bool:
     return keeps_the_past(then, now, saved.steps)
 
 
-def _why_not_extended(config: Config) -> str:
+def _why_not_extended(config: Config, done: int) -> str:
+    if config.train.steps < done:
+        return f"{done} steps are done; an earlier checkpoint is taken with checkpoint.resume=PATH"
     if config.schedule.shape in SPANNING:
         return f"schedule.shape = {config.schedule.shape} spans the whole run; constant, inverse_sqrt and wsd do not"
     return (

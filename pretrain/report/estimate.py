@@ -87,19 +87,23 @@ class Comparison(NamedTuple):
         found = []
         expected, taken = self.estimate.memory_bytes, self.measured.memory_bytes
         if expected is not None and abs(self._memory_difference()) > TOLERANCE * expected:
-            found.append(
-                f"memory is {_percent(taken, expected)} the estimate: leave that much room when the next run is "
-                f"planned (docs/operations.md says what is not counted)"
+            advice = (
+                "leave that much room when the next run is planned (docs/operations.md says what is not counted)"
+                if taken > expected
+                else "a larger batch.micro_sequences may fit than it says"
             )
+            found.append(f"memory is {_percent(taken, expected)} the estimate: {advice}")
         if self.estimate.step_seconds is not None:
             low, high = self.estimate.step_seconds
             seconds = self.measured.step_seconds
             nearest = min(max(seconds, low), high)
             if abs(seconds - nearest) > TOLERANCE * nearest:
-                found.append(
-                    f"a step takes {_percent(seconds, nearest)} the estimate: the time of a step in TensorBoard shows "
-                    f"what it waits for"
+                advice = (
+                    "the time of a step in TensorBoard shows what it waits for"
+                    if seconds > nearest
+                    else "what was assumed of this device or its links is too slow (docs/operations.md)"
                 )
+                found.append(f"a step takes {_percent(seconds, nearest)} the estimate: {advice}")
         return found
 
     def _memory_difference(self) -> int:

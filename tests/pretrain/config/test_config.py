@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.keys import fields, flatten
 from pretrain.config.loading import apply_override, load_config, parse_config, to_json
-from pretrain.config.resume_rules import free_keys
+from pretrain.config.resume_rules import SavedRun, changes_since, free_keys
 from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
@@ -262,6 +262,16 @@ def test_what_may_change_on_resume() -> None:
     assert {key for key in free if key.startswith("batch.")} == {"batch.micro_sequences"}, "how a step is cut is layout"
     assert {"train.stop_after_steps", "train.threads", "parallel.zero", "data.verify"} <= free
     assert not {"train.steps", "train.seed", "train.precision"} & free
+
+
+@pytest.mark.parametrize("shape", ["constant", "cosine"])
+def test_a_run_shortened_below_what_is_done_is_refused_for_that_and_not_for_its_rates(shape: str) -> None:
+    """The rates of a constant schedule are the same, so saying that they would differ sends the reader astray."""
+    keys = [f"schedule.shape={shape}", "schedule.warmup_steps=0"]
+    saved = SavedRun("step-00000012", to_json(load_config(TINY, [*keys, "train.steps=12"])), "digest", 12)
+    with pytest.raises(UserError, match=r"train\.steps: was 12 .* is 8 now; .* \(12 steps are done") as found:
+        changes_since(saved, load_config(TINY, [*keys, "train.steps=8"]), "digest")
+    assert "learning rates" not in str(found.value) and "spans" not in str(found.value)
 
 
 def test_deepspeed_json_is_derived() -> None:

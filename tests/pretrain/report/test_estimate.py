@@ -62,6 +62,14 @@ def test_a_warning_above_fifteen_percent(found: Comparison, warned: list[str]) -
     assert all(text.startswith(words) for text, words in zip(found.warnings, warned, strict=True)), found.warnings
 
 
+def test_less_than_was_estimated_asks_for_no_more_room_and_for_no_waiting() -> None:
+    """What helps where a run takes more is wrong where it takes less."""
+    more, less = (compared((10 * GIB, x * GIB), step=((2.0, 2.0), x / 5)).warnings for x in (20, 5))
+    assert "leave that much room" in more[0] and "what it waits for" in more[1]
+    assert "leave that much room" not in less[0] and "larger batch.micro_sequences may fit" in less[0]
+    assert "waits for" not in less[1] and "too slow" in less[1]
+
+
 def test_the_words_say_what_was_measured() -> None:
     on_gpu = compared((2 * GIB, GIB), step=((0.5, 1.0), 0.75))
     assert on_gpu.text == (

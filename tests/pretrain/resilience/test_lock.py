@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -52,6 +53,35 @@ def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     assert lock.taken_over and f"process {owner.pid} " in lock.taken_over[0]
     assert [p.name for p in tmp_path.iterdir()] == ["lock-2.json"]
+
+
+def test_the_lock_in_a_copy_of_a_folder_in_use_is_none_and_by_another_name_it_is_one(tmp_path: Path) -> None:
+    """`cp -r` of a run that goes on: the branch starts, and the run keeps its folder. A link is the same folder."""
+    original, copy, link = tmp_path / "original", tmp_path / "copy", tmp_path / "link"
+    original.mkdir()
+    link.symlink_to(original)
+    owner = FolderLock(original)
+    shutil.copytree(original, copy)
+    assert locks.last_sign_of_life(copy) is None
+    branch = FolderLock(copy)
+    assert branch.taken_over == []
+    assert [p.name for p in copy.iterdir()] == ["lock-2.json"]
+    for name in (original, link):
+        assert (sign := locks.last_sign_of_life(name)) is not None and sign.is_alive
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+            FolderLock(name)
+    owner.beat()
+    branch.beat()
+    owner.release()
+    branch.release()
+
+
+def test_a_folder_in_use_that_was_moved_stays_in_use(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    FolderLock(tmp_path / "before")
+    moved = (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+        FolderLock(moved)
 
 
 def _written_elsewhere(folder: Path, age: float, **changes: object) -> Path:
