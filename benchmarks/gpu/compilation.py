@@ -14,7 +14,8 @@ import torch
 from benchmarks.gpu.command import Context, Failed
 from benchmarks.gpu.equality import DTYPES, backends_on, results_by_triton
 from benchmarks.gpu.timing import draw
-from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases
+from benchmarks.op_cases import Build
+from benchmarks.op_shapes import MODELS, equality_cases, outlines, shipped_cases
 
 PROCESSES = 16
 """At most; each holds a CUDA context and the tensors of one case."""

@@ -19,7 +19,8 @@ from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.command import Context, Failed, Part
 from benchmarks.gpu.equality import backends_on
 from benchmarks.gpu.timing import Inputs, Work, backward_of, clock_of, draw, forward_of, measure, number_of_sets
-from benchmarks.op_cases import Build, equality_cases, outlines, shipped_cases
+from benchmarks.op_cases import Build
+from benchmarks.op_shapes import equality_cases, outlines, shipped_cases
 
 ROUNDS = 50
 

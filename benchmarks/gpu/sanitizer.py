@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.record import ROOT
-from benchmarks.op_cases import MODELS, Build, equality_cases, outlines, shipped_cases, sigma_moe_case
+from benchmarks.op_cases import Build, sigma_moe_case
+from benchmarks.op_shapes import MODELS, equality_cases, outlines, shipped_cases
 
 TOOLS = ("racecheck", "memcheck")
 TOKENS = 512

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu import attention, block, ceilings, counters, kernel_peers, kernels, micro_step
 from benchmarks.gpu.command import Context, Part
-from benchmarks.op_cases import MODELS
+from benchmarks.op_shapes import MODELS
 
 
 def parts(*, tiny: bool) -> Iterator[Part]:

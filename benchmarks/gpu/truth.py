@@ -15,7 +15,8 @@ from benchmarks.gpu import attention, ceilings, compilation, dropout, sanitizer
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.equality import DTYPES, REPEATING, backends_on, check, results, same_bits
 from benchmarks.gpu.timing import draw
-from benchmarks.op_cases import MODELS, Build, equality_cases, handing_on_cases, outlines, shipped_cases
+from benchmarks.op_cases import Build
+from benchmarks.op_shapes import MODELS, equality_cases, handing_on_cases, outlines, shipped_cases
 from model.kernels.backend import BACKENDS
 
 REPETITIONS = 50

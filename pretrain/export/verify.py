@@ -50,7 +50,7 @@ def verify(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     saved = load_model(checkpoint.path, data=data, verify=False, ema=ema)
-    ids, found_ids = any_ids(saved.tokenizer), ""
+    ids, found_ids = _any_ids(saved.tokenizer), ""
     if saved.tokenizer.has_text:
         ids = _check_tokenizer(SwitchAllTokenizer.from_pretrained(folder), saved.tokenizer)
         found_ids = "the same ids, and "
@@ -91,7 +91,7 @@ def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def any_ids(tokenizer: Tokenizer) -> list[int]:
+def _any_ids(tokenizer: Tokenizer) -> list[int]:
     """The first ones, where no text gives any."""
     return list(range(min(tokenizer.vocab_size, 200)))
 
@@ -100,7 +100,7 @@ def _check_tokenizer(theirs: Any, ours: Tokenizer) -> list[int]:
     try:
         ids = ours.encode(TEXT)
     except UserError:
-        return any_ids(ours)  # symbols of other texts than this one
+        return _any_ids(ours)  # symbols of other texts than this one
     if theirs.encode(TEXT) != ids or theirs.decode(ids) != ours.decode(ids):
         raise UserError("the exported tokenizer gives other ids; this is an error of the exporter, please report it")
     return ids

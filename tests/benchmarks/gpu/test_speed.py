@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import op_cases
+from benchmarks import op_cases, op_shapes
 from benchmarks.gpu import block, ceilings, counters, kernel_peers, kernels, micro_step, models, speed, tables, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
@@ -27,7 +27,7 @@ from pretrain.gpus import numerics
 from tests.pretrain.test_gpus import switches
 
 CPU = torch.device("cpu")
-CASES = op_cases.equality_cases(small=True)
+CASES = op_shapes.equality_cases(small=True)
 MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
 
 
@@ -47,10 +47,10 @@ def test_least_work_of_an_op() -> None:
     assert Phase(10**6, 6 * 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_cases.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
 def test_useful_flops_are_the_ops_own_formula(build: op_cases.Build) -> None:
     """The loss makes its gradients forward: three products there."""
-    work, case = work_of(build, torch.bfloat16), op_cases.outlines([build])[0]
+    work, case = work_of(build, torch.bfloat16), op_shapes.outlines([build])[0]
     factor = 3 if case.op == "linear_cross_entropy" else 1
     assert work["forward"].flops == factor * case.useful_flops
     assert work["backward"].flops == (0 if factor == 3 else 2 * case.useful_flops)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compiled, op_cases
+from benchmarks import compiled, op_cases, op_shapes
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.gpu import dropout, equality, sanitizer, truth
 from benchmarks.gpu.__main__ import main
@@ -29,7 +29,7 @@ from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
 
 CPU = torch.device("cpu")
-CASES = op_cases.equality_cases(small=True)
+CASES = op_shapes.equality_cases(small=True)
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
 
 
@@ -99,7 +99,7 @@ def test_a_choice_is_checked_where_the_backend_makes_it(monkeypatch: pytest.Monk
         truth.equality(context(tmp_path), build=partial(op_cases.route_case, 37, 24, 2, 5, 3), dtype="fp32")
 
 
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_cases.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
 @pytest.mark.parametrize("chunk", [10, 37])
 def test_the_reference_in_chunks_is_the_reference(build: op_cases.Build, chunk: int) -> None:
     """Against the whole at once, in fp64 on both sides."""
@@ -135,7 +135,7 @@ class Launched(LaunchCounter):
 def test_every_triton_kernel_is_launched_by_some_part(tmp_path: Path) -> None:
     """On fake CUDA tensors, by the cases that `truth` compares in bf16 and its masks of dropout."""
     with fake_cuda(), Launched() as counter:
-        for model in (*op_cases.MODELS, truth.ODD):
+        for model in (*op_shapes.MODELS, truth.ODD):
             for build in [*truth.cases_of(model, tiny=False), *truth.sums_of(model, tiny=False)]:
                 with torch.device("cuda"):
                     case = build()
@@ -177,7 +177,7 @@ def tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For real but the tool, which passes the command on."""
     tool(tmp_path, 'shift 6; echo "========= RACECHECK SUMMARY: 0 hazards displayed"; exec "$@"', monkeypatch)
-    number = [case.op for case in op_cases.outlines(sanitizer.cases("tiny", tiny=True))].index("route")
+    number = [case.op for case in op_shapes.outlines(sanitizer.cases("tiny", tiny=True))].index("route")
     result = sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=number)
     assert {"choose_kernel", "place_kernel", "gradients_kernel"} <= result["kernels"].keys()
     assert result["kernels"]["gradients_kernel"] == [8]

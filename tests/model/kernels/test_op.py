@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.op_cases import equality_cases
+from benchmarks.op_shapes import equality_cases
 from common.paths import REPOSITORY
 from model.dropout import Draw
 from model.kernels.op import OPS, op
