@@ -53,6 +53,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.what == "table":
+            if not args.results.is_dir():
+                raise DataError(f"--results: there is no folder {args.results}; `run` with it makes it")
             records = read_records(args.results)
             print(f"{origins(records)}\n\n{table(records)}")
             ours = args.results.resolve() == RESULTS

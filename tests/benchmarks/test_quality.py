@@ -234,6 +234,9 @@ def test_a_users_own_results_get_a_picture_beside_them(
     before = ours.stat().st_mtime_ns
     assert command.main() == 0 and "| MoA, 4 of 8 |" in capsys.readouterr().out
     assert (tmp_path / "quality.png").is_file() and ours.stat().st_mtime_ns == before
+    monkeypatch.setattr("sys.argv", ["quality", "table", "--results", str(tmp_path / "gone")])
+    assert command.main() == 2 and "error: --results: there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "gone").exists()
 
 
 def test_the_page_has_the_table_of_the_records() -> None:
