@@ -1,4 +1,4 @@
-"""The gradient norm, ours where DeepSpeed has none or a slower one, and what makes it show a loss that is not finite."""
+"""The gradient norm, ours where DeepSpeed has none or a slower one, and what makes it show a loss that is no number."""
 
 from __future__ import annotations
 
