@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # Bytecode is written when a module is first imported: pip would compile thousands of files that nobody imports, for half
 # a minute on one core.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Some container images set it. Then nothing is ever written, and each process, so each rank of each run, compiles torch
+# and deepspeed anew for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Of the demo. Two, so that something is parallel, but where there is one GPU: ranks do not share one.
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 DEMO_RUN := runs/demo
@@ -50,6 +53,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py
+	@# What a rank imports, once, so that its bytecode is there for programs that make does not start.
+	DS_ACCELERATOR=cpu $(BIN)/python -c \
+	  "import pretrain.cli.train, deepspeed.runtime.pipe.engine, torch._dynamo, torch.utils.tensorboard" >/dev/null
 	@echo "$(CUDA)" > $@
 
 install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu, cu126 or cu130 chooses the build of torch
