@@ -74,7 +74,7 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
     window = settings.spike_window_steps
     spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
-    profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device)
+    profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device, ahead=steps)
     timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
     ranks = RankComparison(config, parallel, control, setup.phases, folder)
     limit = StepLimit(settings, setup.phases, reads_files=trainer.tape is not None)

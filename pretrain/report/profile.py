@@ -21,12 +21,32 @@ class StepProfiler:
     """Records the steps first .. last on the ranks of the first data-parallel slice: other slices do the same."""
 
     def __init__(
-        self, steps: tuple[int, int] | None, run_dir: Path, parallel: ParallelContext, device: torch.device
+        self,
+        steps: tuple[int, int] | None,
+        run_dir: Path,
+        parallel: ParallelContext,
+        device: torch.device,
+        *,
+        ahead: range,
     ) -> None:
-        """`steps`: both ends included, counted from 1; None: nothing is recorded."""
+        """`steps`: both ends included, counted from 1; None: nothing is recorded. `ahead`: the steps that this start
+        runs; a warning says that the first of `steps` is not among them, unless they were recorded before."""
         self._steps = steps if steps is not None and parallel.data_rank == 0 else None
         self._run_dir, self._device, self._rank = run_dir, device, dist.get_rank()
         self._profiler: profile | None = None
+        if self._steps is not None and self._rank == 0 and self._steps[0] not in ahead and not self._folder.exists():
+            run = f"runs steps {ahead[0]} to {ahead[-1]}" if ahead else f"is done, at step {ahead.stop - 1}"
+            print(
+                f"warning: monitor.profile_steps: {list(self._steps)} begins outside of this start, which {run}; "
+                f"nothing is profiled",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @property
+    def _folder(self) -> Path:
+        assert self._steps is not None
+        return self._run_dir / "profile" / f"steps-{self._steps[0]}-{self._steps[1]}"
 
     def before(self, step: int) -> None:
         """Call before anything of the step is launched."""
@@ -50,7 +70,7 @@ class StepProfiler:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         first, last = self._steps
-        folder = self._run_dir / "profile" / f"steps-{first}-{last}"
+        folder = self._folder
         name = f"rank-{self._rank:05d}"
         by = "self_cpu_time_total" if self._device.type == "cpu" else "self_device_time_total"
         try:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError
+from model.parallel.context import ParallelContext
 from pretrain import device, loop
 from pretrain.config.schema import Config
 from pretrain.report import profile
@@ -63,6 +64,26 @@ def test_a_disk_that_refuses_it_is_a_warning(prepared: Path, tmp_path: Path) -> 
     run_ranks(train_and_keep_warnings, 1, [(small_config(prepared, *keys), tmp_path)], tmp_path / "err")
     assert (tmp_path / "err").read_text().startswith("warning: monitor.profile_steps: ")
     assert len(metrics(tmp_path)) == 2
+
+
+def test_steps_that_this_start_does_not_run_are_a_warning(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pretrain.report.profile.dist.get_rank", lambda: 0)
+
+    def build(steps: tuple[int, int] | None, ahead: range) -> str:
+        profile.StepProfiler(steps, tmp_path, ParallelContext(), torch.device("cpu"), ahead=ahead)
+        return capsys.readouterr().err
+
+    assert build((4, 9), range(5, 9)) == (
+        "warning: monitor.profile_steps: [4, 9] begins outside of this start, which runs steps 5 to 8; "
+        "nothing is profiled\n"
+    )
+    assert "[9, 9] begins outside of this start, which runs steps 5 to 8;" in build((9, 9), range(5, 9))
+    assert "[9, 9] begins outside of this start, which is done, at step 8;" in build((9, 9), range(9, 9))
+    assert build((5, 9), range(5, 9)) == build((8, 8), range(5, 9)) == build(None, range(5, 9)) == ""
+    (tmp_path / "profile" / "steps-4-9").mkdir(parents=True)
+    assert build((4, 9), range(5, 9)) == "", "an earlier start recorded them"
 
 
 def test_steps_in_the_wrong_order_are_refused(prepared: Path) -> None:
