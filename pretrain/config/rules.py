@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
+from common.tables import counted
 from pretrain.config.compile_rules import check_compile
 from pretrain.config.data_rules import check_data
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.graph_rules import check_graphs
 from pretrain.config.keys import fields
-from pretrain.config.schema import Config
+from pretrain.config.schema import BatchConfig, Config
 
 if TYPE_CHECKING:
     from model.kernels.choice import Backends
@@ -286,8 +287,7 @@ def rank_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
         yield ConfigError(
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences x DP = "
             f"{batch.micro_sequences} x {data_size} = {sequences}; set it to "
-            f"{_nearest_multiple(batch.global_sequences, sequences)}, or lower batch.micro_sequences, or start "
-            f"fewer ranks"
+            + ", or ".join(_ways_to_divide(batch, data_size, expert, model_ranks))
         )
     for check in (check_graphs, check_compile):
         error = _error_of(check, config, data_size=data_size)
@@ -329,6 +329,17 @@ def _largest_divisor(value: int, limit: int) -> int:
     """The largest divisor of `value` that is at most `limit`."""
     small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
     return max(size for size in (*small, *(value // size for size in small)) if size <= limit)
+
+
+def _ways_to_divide(batch: BatchConfig, data_size: int, expert: int, model_ranks: int) -> Iterator[str]:
+    """What makes batch.micro_sequences x DP divide batch.global_sequences: each way that there is."""
+    total, micro = batch.global_sequences, batch.micro_sequences
+    yield str(_nearest_multiple(total, micro * data_size))
+    if total % data_size == 0:
+        yield f"batch.micro_sequences to {_largest_divisor(total // data_size, micro)}"
+    sizes = [size for size in range(expert, data_size, expert) if total % (micro * size) == 0]
+    if sizes:
+        yield f"start {counted(sizes[-1] * model_ranks, 'rank')}"
 
 
 def _nearest_multiple(value: int, divisor: int) -> int:

@@ -136,6 +136,27 @@ def test_ranks_that_do_not_divide_the_batch() -> None:
     assert check_ranks(config, 3) == 3
 
 
+@pytest.mark.parametrize(
+    "keys, ranks, advice",
+    [
+        (["batch.global_sequences=24"], 4, ["32", "batch.micro_sequences to 6", "start 3 ranks"]),
+        (["batch.global_sequences=512"], 3, ["504", "start 2 ranks"]),
+        (["batch.global_sequences=8"], 2, ["16", "batch.micro_sequences to 4", "start 1 rank"]),
+        (["batch.global_sequences=32", "parallel.expert=2"], 6, ["48", "start 4 ranks"]),
+        (["batch.global_sequences=32", "parallel.tensor=2"], 6, ["24", "start 4 ranks"]),
+        (["batch.global_sequences=40", "parallel.expert=4", "parallel.zero=1"], 4, ["32", "batch.micro_sequences to 5"]),
+    ],
+)
+def test_the_advice_for_a_batch_that_ranks_do_not_divide_helps(keys: list[str], ranks: int, advice: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_ranks(load_config(TINY, keys), ranks)
+    assert str(refusal.value).rpartition("; set it to ")[2].split(", or ") == advice
+    for way in advice:
+        number = int(re.sub(r"[^0-9]", "", way))
+        changed = {"s": [], "b": [f"batch.micro_sequences={number}"]}.get(way[0], [f"batch.global_sequences={number}"])
+        check_ranks(load_config(TINY, [*keys, *changed]), number if way.startswith("start") else ranks)
+
+
 def test_fp16_is_refused_on_the_cpu_with_the_reason() -> None:
     config = load_config(TINY, ["train.precision=fp16"])
     with pytest.raises(ConfigError, match=r"train\.precision: fp16 needs CUDA"):
