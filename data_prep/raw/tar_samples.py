@@ -5,12 +5,14 @@ webdataset groups the members into samples (group_by_keys). Its iterator over th
 is not used, for three reasons that a test holds: it takes a tar that was cut between two members for a whole one, it
 reads a member of any size into memory, and what it is told to skip is missing from the sample, so that nothing can be
 said of a sample without text. Nothing is decoded but text and JSON: any other member, a pickle least of all, is passed
-over unread, and named if its sample has no text. Nothing is unpacked to disk.
+over unread, and named if its sample has no text. Nothing is unpacked to disk, so a link leads nowhere: one that stands
+for a text is a document that is missing, and said to be.
 """
 
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from common.splits import SplitName
@@ -21,6 +23,13 @@ from data_prep.raw.unpack import BLOCK_BYTES, DamagedFileError, Unpacked
 TEXT_ENDINGS, JSON_ENDING = ("txt", "text"), "json"
 _META = re.compile(r"__[^/]*__($|/)")  # what describes the archive, by webdataset's rule
 _RECENT_BYTES = 1 << 16  # more than tarfile reads ahead of itself
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What a member has in place of a content."""
+
+    target: str
 
 
 class _Tail:
@@ -64,12 +73,15 @@ def _members(content: Unpacked, max_bytes: int) -> Iterator[dict[str, Any]]:
         for member in archive:
             archive.members = []  # else it remembers every one
             name = member.name
-            if not member.isreg() or name.rpartition("/")[2].startswith(".") or _META.match(name):
+            is_link = member.issym() or member.islnk()  # tar makes them of files with two names
+            if not (member.isreg() or is_link) or name.rpartition("/")[2].startswith(".") or _META.match(name):
                 continue
             if "." not in name.rpartition("/")[2]:
                 name += ".(no ending)"
-            data = None
-            if name.lower().rpartition(".")[2] in (*TEXT_ENDINGS, JSON_ENDING):
+            data: bytes | _Link | None = None
+            if is_link:
+                data = _Link(member.linkname)
+            elif name.lower().rpartition(".")[2] in (*TEXT_ENDINGS, JSON_ENDING):
                 opened = archive.extractfile(member)
                 assert opened is not None, "a regular member"
                 data = opened.read(max_bytes + 1)
@@ -95,7 +107,11 @@ def _sample_documents(
         detail = f"sample {sample['__key__']} has {named(sorted(members))}; only .txt and .json members are read"
         yield Rejected(number, "no text", detail, b"", 0)
     for name in chosen:
-        data: bytes = members[name]
+        data: bytes | _Link = members[name]
+        if isinstance(data, _Link):
+            detail = f"{sample['__key__']}.{name} is a link to {data.target}; make the archive with `tar --dereference "
+            yield Rejected(number, "a link", detail + "--hard-dereference`", b"", 0)
+            continue
         if len(data) > max_bytes:
             yield too_long(number, data, max_bytes)
             continue

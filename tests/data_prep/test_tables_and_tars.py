@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,49 @@ def test_members_of_other_kinds_are_named_and_never_opened(tmp_path: Path) -> No
         read(images)
     with pytest.raises(NoDocumentError, match=r'a tar archive; set format to "webdataset"'):
         read(images, "jsonl")
+
+
+def test_links_are_no_documents_and_said_to_be(tmp_path: Path) -> None:
+    """tar itself makes a link of a file's second name, so a text can be missing where nobody made a link."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write(folder / "a.txt", b"one")
+    os.link(folder / "a.txt", folder / "b.txt")
+    (folder / "c.json").symlink_to("/etc/passwd")
+    (folder / "d.jpg").symlink_to("a.txt")  # its sample has a text
+    write(folder / "d.txt", b"two")
+
+    def archive(name: str) -> Path:
+        with tarfile.open(tmp_path / name, "w") as made:
+            for path in sorted(folder.iterdir()):
+                made.add(path, path.name)
+        return tmp_path / name
+
+    texts, rejected = read(archive("linked.tar"))
+    assert texts == ["one", "two"]
+    advice = "; make the archive with `tar --dereference --hard-dereference`"
+    assert [(record.position, record.reason, record.detail) for record in rejected] == [
+        (2, "a link", "b.txt is a link to a.txt" + advice),
+        (3, "a link", "c.json is a link to /etc/passwd" + advice),
+    ]
+    line = [
+        "tar",
+        "--dereference",
+        "--hard-dereference",
+        "--sort=name",
+        "-cf",
+        tmp_path / "whole.tar",
+        "b.txt",
+        "d.txt",
+    ]
+    subprocess.run([*line, "a.txt"], cwd=folder, check=True)
+    assert read(tmp_path / "whole.tar") == (["one", "two", "one"], [])
+    for path in folder.glob("[acd].*"):
+        path.unlink()
+    (folder / "b.txt").unlink()
+    (folder / "e.txt").symlink_to("nowhere")
+    with pytest.raises(NoDocumentError, match=r"gives no document: e\.txt is a link to nowhere; make the archive"):
+        read(archive("links.tar"))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,11 @@ def test_ranks_that_do_not_divide_the_batch() -> None:
         (["batch.global_sequences=8"], 2, ["16", "batch.micro_sequences to 4", "start 1 rank"]),
         (["batch.global_sequences=32", "parallel.expert=2"], 6, ["48", "start 4 ranks"]),
         (["batch.global_sequences=32", "parallel.tensor=2"], 6, ["24", "start 4 ranks"]),
-        (["batch.global_sequences=40", "parallel.expert=4", "parallel.zero=1"], 4, ["32", "batch.micro_sequences to 5"]),
+        (
+            ["batch.global_sequences=40", "parallel.expert=4", "parallel.zero=1"],
+            4,
+            ["32", "batch.micro_sequences to 5"],
+        ),
     ],
 )
 def test_the_advice_for_a_batch_that_ranks_do_not_divide_helps(keys: list[str], ranks: int, advice: list[str]) -> None:
