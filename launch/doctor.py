@@ -8,9 +8,11 @@ from 3.11 on. The exit status is 1 if something that training needs is missing.
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +71,24 @@ def packages() -> Iterator[Finding]:
             yield Finding(name, f"{version} (needed: {requirement})", INSTALL, True)
         else:
             yield Finding(name, version, "", True)
+
+
+def bytecode() -> Iterator[Finding]:
+    """Whether Python finds, or may write, the compiled form of the two largest packages."""
+    missing = False
+    for name in ("torch", "deepspeed"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            return
+        path = Path(importlib.util.cache_from_source(spec.origin))
+        folder = next(parent for parent in path.parents if parent.exists())
+        missing |= not path.exists() and (sys.dont_write_bytecode or not os.access(folder, os.W_OK))
+        packages = Path(spec.origin).parents[1]
+    if missing:
+        why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else "its folder cannot be written"
+        command = [sys.executable, "-m", "compileall", "-q", "-j", "0", str(packages)]
+        fix = f"each rank compiles torch and deepspeed anew: once, {shlex.join(command)}"
+        yield Finding("bytecode", f"none, and {why}", fix)
 
 
 def _dependencies() -> list[str]:
@@ -201,7 +221,7 @@ def examine() -> list[Finding]:
     """The whole report."""
     if sys.version_info[:2] < PYTHONS[0]:  # it cannot read pyproject.toml
         return [*python(), *programs(), *machine()]
-    return [finding for part in (python, torch_and_gpu, packages, programs, machine) for finding in part()]
+    return [finding for part in (python, torch_and_gpu, packages, bytecode, programs, machine) for finding in part()]
 
 
 def describe(findings: list[Finding], missing: dict[bool, list[Finding]]) -> str:
