@@ -55,6 +55,13 @@ def test_two_ranks_pass_and_leave_no_checkpoint(prepared: Path, tmp_path: Path) 
     assert not list(run_dir.rglob("step-*")) and (run_dir / "smoke-1" / "of an earlier test").exists()
 
 
+def test_one_rank_tries_no_collective_and_says_so(prepared: Path, tmp_path: Path) -> None:
+    assert run_ranks(smoke, 1, small_file(prepared, tmp_path), tmp_path / "run") == [0]
+    [verdict] = said(tmp_path)
+    assert verdict.startswith("smoke: PASSED: no collectives, as there is one rank; ")
+    assert "resume equal in every bit" in verdict and "GB/s" not in verdict
+
+
 def lying(rank: int, name: str) -> list[str]:
     """One collective of rank 1 is off by one element."""
     call = getattr(dist, name)
