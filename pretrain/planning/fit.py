@@ -169,7 +169,7 @@ def cheapest_change(
     for tried, number in enumerate(order, 1):
         overrides, changed, time = candidates[number]
         tell(f"trying {' '.join(overrides)}")
-        memories = layout_plan.stage_memories(changed, machine)
+        memories = layout_plan.stage_memories(changed, machine, layout_plan.decisive_stages(changed))
         if layout_plan.fits(memories, machine):
             return Change(overrides, max(memory.total for memory in memories), time), tried
     return None, len(order)

@@ -78,12 +78,25 @@ def micro_steps(config: Config, machine: Machine) -> int:
     return config.batch.global_sequences // (config.batch.micro_sequences * data_size(config, machine))
 
 
-def stage_memories(config: Config, machine: Machine) -> list[StageMemory]:
-    """Of every pipeline stage. Where the model is in one piece its activations are traced (memory.py); elsewhere a step
-    of the first rank of each stage is rehearsed."""
+def decisive_stages(config: Config) -> list[int]:
+    """Pipeline stages one of which needs the most memory. Between the ends a later stage with no more blocks holds no
+    more: it has the same parts, and has begun fewer micro-steps when it goes back."""
+    blocks, chosen = blocks_of_stages(config), list[int]()
+    for stage, number in enumerate(blocks):
+        is_between = 0 < stage < len(blocks) - 1
+        if not (is_between and any(other > 0 and blocks[other] >= number for other in chosen)):
+            chosen.append(stage)
+    return chosen
+
+
+def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | None = None) -> list[StageMemory]:
+    """Of `stages`, by default of every pipeline stage. Where the model is in one piece its activations are traced
+    (memory.py); elsewhere a step of the first rank of each stage is rehearsed."""
     held = held_by_stages(config, data_size(config, machine))
     found = []
     for stage, blocks in enumerate(blocks_of_stages(config)):
+        if stages is not None and stage not in stages:
+            continue
         if why_unknown(config) is None:
             kind = machine.device.device_type
             traced = estimate(config, machine.num_gpus, kind)

@@ -189,7 +189,8 @@ class Rehearsal:
     def _needed(self, layout: Layout) -> int | None:
         """Bytes of the rank that needs most; None: it does not fit."""
         self.traced += 1
-        memories = layout_plan.stage_memories(layout.applied(self._config), self._machine)
+        config = layout.applied(self._config)
+        memories = layout_plan.stage_memories(config, self._machine, layout_plan.decisive_stages(config))
         return max(memory.total for memory in memories) if layout_plan.fits(memories, self._machine) else None
 
 

@@ -26,10 +26,10 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 NOWHERE = Path("no records")
 
 
-def by_stage(estimate: Callable[..., Any]) -> Callable[[Config, Machine], list[Any]]:
+def by_stage(estimate: Callable[..., Any]) -> Callable[..., list[Any]]:
     """In place of layout_plan.stage_memories."""
-    return lambda config, found: [
-        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in range(config.parallel.pipeline)
+    return lambda config, found, stages=None: [
+        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in stages or range(config.parallel.pipeline)
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from pretrain.config.schema import Config
+from pretrain.planning.layout_plan import decisive_stages
 from pretrain.planning.rehearsal import rehearse
 from tests.harness import run_ranks
 from tests.pretrain.planning.counted_memory import build, counted
@@ -84,3 +85,23 @@ def test_it_is_what_the_allocator_counts(
         )
     assert rests == pytest.approx([1.0] * ranks, rel=0.05)
     assert peaks == pytest.approx([1.0] * ranks, rel=0.1)
+
+
+def peaks_of_stages(rank: int, config: Config, num_ranks: int) -> list[int]:
+    dist.destroy_process_group()  # of this process alone, which plays others
+    stages = config.parallel.pipeline
+    return [rehearse(config, num_ranks, stage * num_ranks // stages, "cuda").peak for stage in range(stages)]
+
+
+# Which stages these are, test_search.py holds.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layers, stages, keys",
+    [(10, 6, ()), (6, 4, (BF16, "train.recompute=full")), (6, 4, (TP2, SP)), (13, 8, (BF16, "train.recompute=full"))],
+)
+def test_a_decisive_stage_needs_most(prepared: Path, layers: int, stages: int, keys: tuple[str, ...]) -> None:
+    keys = (*SIZES, *keys, f"model.num_layers={layers}", f"parallel.pipeline={stages}", "batch.global_sequences=32")
+    config = small_config(prepared, *keys)
+    (peaks,) = run_ranks(peaks_of_stages, 1, config, stages * config.parallel.tensor)
+    decisive = decisive_stages(config)
+    assert max(peaks) == max(peaks[stage] for stage in decisive) and len(decisive) < stages

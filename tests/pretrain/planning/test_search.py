@@ -27,7 +27,7 @@ from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
-from pretrain.planning.step_time import Pace, Terms
+from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -37,10 +37,10 @@ SMALL = ("model.num_layers=2", "batch.global_sequences=8")
 """Of the 1B model: a space of a few hundred layouts on four GPUs."""
 
 
-def by_stage(estimate: Callable[..., Any]) -> Callable[[Config, Machine], list[Any]]:
+def by_stage(estimate: Callable[..., Any]) -> Callable[..., list[Any]]:
     """In place of layout_plan.stage_memories."""
-    return lambda config, found: [
-        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in range(config.parallel.pipeline)
+    return lambda config, found, stages=None: [
+        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in stages or range(config.parallel.pipeline)
     ]
 
 
@@ -116,6 +116,22 @@ def test_the_best_are_those_of_brute_force() -> None:
         assert len(report.best) + sum(report.excluded.values()) == len(ranked)
         assert len(report.best) <= report.traced < len(ranked)
         assert told == sorted(told) and told[-1][1] <= told[-1][2] == search.SHOWN
+
+
+@pytest.mark.parametrize(
+    "stages, blocks, decisive",
+    [
+        (1, [18], [0]),
+        (4, [5, 5, 6, 2], [0, 1, 2, 3]),
+        (7, [2, 3, 3, 3, 3, 3, 1], [0, 1, 6]),
+        (8, [2, 2, 2, 2, 3, 3, 3, 1], [0, 1, 4, 7]),
+    ],
+)
+def test_stages_between_the_ends_with_no_more_blocks_than_an_earlier_one_are_not_rehearsed(
+    stages: int, blocks: list[int], decisive: list[int]
+) -> None:
+    config = load_config(ONE_BILLION, [f"parallel.pipeline={stages}"])
+    assert blocks_of_stages(config) == blocks and layout_plan.decisive_stages(config) == decisive
 
 
 @pytest.mark.parametrize(("gpu", "results"), [("h100-80gb", NOWHERE), ("h200", RESULTS)])
