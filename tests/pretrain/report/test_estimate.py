@@ -32,6 +32,7 @@ from tests.harness import run_ranks
 from tests.pretrain.runs import metrics, small_config
 
 GIB = 1 << 30
+PIPELINE = ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")
 
 
 def compared(
@@ -196,14 +197,14 @@ def test_what_the_process_computes(
 @pytest.mark.parametrize(
     "stages, keys",
     [
-        (2, ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")),
+        (2, (*PIPELINE, "batch.global_sequences=2")),
         # ZeRO 3 is rehearsed in the same way; that its memory is rehearsed at all: planning/test_memory.py.
         pytest.param(1, ("parallel.zero=3", "batch.micro_sequences=1"), marks=pytest.mark.slow),
     ],
 )
 def test_a_divided_run_is_rehearsed(prepared: Path, stages: int, keys: tuple[str, ...]) -> None:
     """By the process itself: what libraries print is no part of its answer."""
-    config = small_config(prepared, "train.device=cpu", "batch.global_sequences=4", *keys)
+    config = small_config(prepared, "train.device=cpu", *keys)
     found = taken(Forecast(config, Ranks(rank=0, local_rank=0, world_size=4, local_size=4)))
     assert found is not None and found.device_type == "cpu"
     (peaks,) = run_ranks(peaks_of, 1, config, stages)
