@@ -295,7 +295,7 @@ class _figure:
 
         self._plots, self._name = plots, name
         self._figure = Figure(figsize=(FIGURE_INCHES[0], height), dpi=100, layout="constrained")
-        FigureCanvasAgg(self._figure)
+        self._canvas = FigureCanvasAgg(self._figure)
         self._axes = self._figure.add_subplot()
         self._axes.set_xlabel(x)
         self._axes.set_ylabel(y)
@@ -306,5 +306,5 @@ class _figure:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             drawn = io.BytesIO()
-            self._figure.savefig(drawn, format="png", metadata={"Software": None})
+            self._canvas.print_png(drawn, metadata={"Software": None})  # figure.savefig would draw it twice
             self._plots[self._name] = drawn.getvalue()

@@ -212,9 +212,9 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
-        figure.savefig(buffer, metadata={"Software": None})
+        figure.canvas.print_png(buffer, metadata={"Software": None})  # figure.savefig would draw it twice
     return buffer.getvalue()

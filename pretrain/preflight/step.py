@@ -1,5 +1,8 @@
 """A training step of a planned run, rehearsed: what a rank holds at its highest point, and whether the ranks of each
-group call the same collectives. This process plays a few ranks, one after the other, on tensors without data."""
+group call the same collectives. This process plays a few ranks, one after the other, on tensors without data.
+
+What imports torch is imported inside functions: programs that check a run's settings alone say sooner what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from unittest import mock
 
 from common.errors import ConfigError, UserError
 from pretrain.config.schema import Config
-from pretrain.parallel.layout import group_ranks, mesh
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.preflight.run import PlannedRun
 
@@ -57,6 +59,8 @@ class StepRehearsal:
 
     def _ends(self) -> list[int]:
         """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""
+        from pretrain.parallel.layout import mesh
+
         ranks = mesh(self._run.config, self._data_size)
         ends = dict.fromkeys(int(ranks[stage, 0, 0]) for stage in (0, -1))
         if self._rank is not None and self._rank < self._run.world_size:
@@ -149,6 +153,8 @@ class StepRehearsal:
 
     def _key(self, group: tuple[int, ...]) -> str:
         """The setting that divides the run into such groups."""
+        from pretrain.parallel.layout import group_ranks
+
         for name, groups in group_ranks(self._run.config, self._data_size).items():
             if name != "data" and any(set(group) <= set(row) for row in groups.tolist()):
                 return f"parallel.{name}"

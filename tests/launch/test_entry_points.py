@@ -67,6 +67,13 @@ def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
     assert "usage:" in done.stdout
 
 
+def test_what_only_reads_settings_imports_no_torch() -> None:
+    """Which takes seconds: --help and what is refused need none."""
+    modules = ("pretrain.cli.train", "pretrain.cli.plan_check", "launch.slurm.training", "launch.sweeps.command")
+    done = start("-c", f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 INTERRUPTED = """
 import os, runpy, signal, sys
 class Finder:

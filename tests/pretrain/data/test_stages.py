@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(base: Path, mix: Mix, *overrides: str) -> Config:
     rows = [{"manifest": str(base / name), "weight": weight} for name, weight in mix.items()]
-    keys = ("evaluate.sequences=0", "train.steps=12", "checkpoint.keep_last=9")
+    keys = ("evaluate.sequences=0", "train.steps=12", "checkpoint.keep_last=9", "batch.micro_sequences=4")
     return small_config(base / "c4", f"data.sources={json.dumps(rows)}", *keys, *overrides)
 
 

@@ -252,9 +252,9 @@ def test_a_file_of_a_file_of_the_search_says_once_what_it_is(tmp_path: Path) -> 
 
 
 def test_a_dry_run_takes_the_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    user, chosen = tmp_path / "user.json", tmp_path / "chosen.json"
+    user, chosen, run = tmp_path / "user.json", tmp_path / "chosen.json", ("--run-dir", str(tmp_path / "run"))
     user.write_text(json.dumps(to_json(small_config(prepared, "train.device=cpu"))), encoding="utf-8")
     line = ["search", str(user), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none", "--write", str(chosen)]
     assert main(line) == 0
-    assert train.main(["--config", str(chosen), "--dry-run", "--ranks", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    assert train.main(["--config", str(chosen), "--dry-run", "--no-step", "--ranks", "2", *run]) == 0
     assert "Layout by plan.py search for 2 x h100-80gb" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from pretrain.preflight.step import StepRehearsal
 from tests.pretrain.runs import small_config
 
 TWO = ("parallel.tensor=2", "model.feedforward.num_experts=6")
+SHORT = ("model.num_layers=1", "batch.global_sequences=2")  # one block, one micro-step
 
 
 def rehearsed(
@@ -43,7 +44,7 @@ def test_a_collective_that_one_rank_does_not_call_is_found(prepared: Path, monke
         return transform(self, hidden, *others)
 
     monkeypatch.setattr(Block, "transform", planted)
-    collectives, memory = rehearsed(prepared, 2, *TWO).outcomes
+    collectives, memory = rehearsed(prepared, 2, *TWO, *SHORT).outcomes
     assert memory.passed
     (problem,) = map(str, collectives.problems)
     assert problem.startswith("parallel.tensor: ") and "equal calls in their group of 2 ranks, rank 0 calls" in problem
@@ -64,9 +65,9 @@ def test_what_gloo_takes_and_nccl_does_not_is_found_for_a_gpu_alone(
         return transform(self, hidden, *others)
 
     monkeypatch.setattr(Block, "transform", planted)
-    on_cpu = rehearsed(prepared, 2, *TWO).outcomes[0]
+    on_cpu = rehearsed(prepared, 2, *TWO, *SHORT).outcomes[0]
     assert on_cpu.passed
-    (problem,) = map(str, rehearsed(prepared, 2, *TWO, device="cuda").outcomes[0].problems)
+    (problem,) = map(str, rehearsed(prepared, 2, *TWO, *SHORT, device="cuda").outcomes[0].problems)
     assert problem.startswith("parallel.tensor: all_reduce of 768 ")
     reason = "strides (24, 384, 1) is not contiguous" if fault == "strides" else "int16 is no dtype of NCCL"
     assert f"{reason}, which NCCL does not take between GPUs" in problem

@@ -31,6 +31,7 @@ from tests.pretrain.resilience.test_spikes import SPIKY, spike_on_position
 from tests.pretrain.runs import metrics, small_config, train_runs
 
 KEYS = (
+    "batch.micro_sequences=4",
     "monitor.tensorboard=true",
     "monitor.details_every_steps=2",
     "evaluate.every_steps=2",

@@ -32,6 +32,7 @@ from tests.harness import run_ranks
 from tests.pretrain.runs import metrics, small_config
 
 GIB = 1 << 30
+PIPELINE = ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")
 
 
 def compared(
@@ -195,7 +196,11 @@ def test_what_the_process_computes(
 
 @pytest.mark.parametrize(
     "stages, keys",
-    [(2, ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")), (1, ("parallel.zero=3",))],
+    [
+        (2, (*PIPELINE, "batch.global_sequences=2")),
+        # ZeRO 3 is rehearsed in the same way; that its memory is rehearsed at all: planning/test_memory.py.
+        pytest.param(1, ("parallel.zero=3", "batch.micro_sequences=1"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_divided_run_is_rehearsed(prepared: Path, stages: int, keys: tuple[str, ...]) -> None:
     """By the process itself: what libraries print is no part of its answer."""

@@ -94,6 +94,7 @@ def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path)
 
 SPIKY = (
     "train.steps=16",
+    "batch.micro_sequences=4",
     "evaluate.sequences=0",
     "checkpoint.every_steps=3",
     "checkpoint.keep_last=9",

@@ -84,7 +84,8 @@ def test_a_run_has_the_limit_from_its_sixteenth_step_on_unless_memory_begins_ane
     prepared: Path, tmp_path: Path
 ) -> None:
     """Of the run with memory every pass over the data has 20 steps."""
-    steps, memory = ("train.steps=22", "evaluate.sequences=0"), 'model.position={"type": "xl", "memory_chunks": 1}'
+    steps = ("train.steps=22", "evaluate.sequences=0", "batch.micro_sequences=8")
+    memory = 'model.position={"type": "xl", "memory_chunks": 1}'
     plain = small_config(prepared, *steps)
     streams = small_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
     limits = []

@@ -26,6 +26,7 @@ from tests.pretrain.runs import COMPARED, metrics, small_config, train_runs
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 STEPS = 4
 SHORT = (f"train.steps={STEPS}", "evaluate.sequences=0", "checkpoint.every_steps=100", "train.seed=5")
+SHORT += ("batch.micro_sequences=4",)  # two micro-steps on one rank
 TP2_SP = ("parallel.tensor=2", "parallel.sequence=true")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
