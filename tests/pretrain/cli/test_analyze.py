@@ -27,7 +27,12 @@ from tests.pretrain.saved import add_moving_average
 
 TEXT = "a word & a word, <b>another</b> word;\n" * 12
 STEPS = ("train.steps=1", "evaluate.sequences=0")
-DENSE = ("model.attention.type=dense", "model.attention.num_heads=3", "model.feedforward.type=dense", "model.position.type=xl")
+DENSE = (
+    "model.attention.type=dense",
+    "model.attention.num_heads=3",
+    "model.feedforward.type=dense",
+    "model.position.type=xl",
+)
 
 
 @pytest.fixture(scope="module")
