@@ -22,7 +22,6 @@ from launch.sweeps import check
 from launch.sweeps.command import main
 from pretrain.config.loading import load_config, to_json
 from pretrain.report.disk_space import checkpoint_space
-from pretrain.views import comparison_page, sweep_picture
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
 from tests.launch.launcher import ROOT, environment
@@ -92,16 +91,8 @@ class Case:
 
 
 @pytest.fixture
-def drawn_case(tmp_path: Path, prepared: Path) -> Case:
+def case(tmp_path: Path, prepared: Path) -> Case:
     return Case(tmp_path, prepared)
-
-
-@pytest.fixture
-def case(drawn_case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """Without pictures, which take as long as all else; test_a_sweep_trains_ranks_and_draws_its_runs has them."""
-    monkeypatch.setattr(comparison_page, "drawn", lambda runs: b"")
-    monkeypatch.setattr(sweep_picture, "losses_drawn", lambda results, keys: b"")
-    return drawn_case
 
 
 def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
@@ -162,8 +153,7 @@ def test_a_disk_without_room_for_the_checkpoints_of_all_runs_is_said_before_the_
         assert capsys.readouterr().err.partition(";")[0] == words
 
 
-def test_a_sweep_trains_ranks_and_draws_its_runs(drawn_case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    case = drawn_case
+def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run("--vary", f"{RATE}=2e-3,1e-3") == 0
     printed = capsys.readouterr().out
     assert case.trained == ["2e-3", "1e-3"]
