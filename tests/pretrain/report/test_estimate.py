@@ -198,8 +198,7 @@ def test_what_the_process_computes(
     "stages, keys",
     [
         (2, (*PIPELINE, "batch.global_sequences=2")),
-        # ZeRO 3 is rehearsed in the same way; that its memory is rehearsed at all: planning/test_memory.py.
-        pytest.param(1, ("parallel.zero=3", "batch.micro_sequences=1"), marks=pytest.mark.slow),
+        (1, ("parallel.zero=3", "batch.micro_sequences=1")),
     ],
 )
 def test_a_divided_run_is_rehearsed(prepared: Path, stages: int, keys: tuple[str, ...]) -> None:
