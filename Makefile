@@ -53,9 +53,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py
-	@# What a rank imports, once, so that its bytecode is there for programs that make does not start.
-	DS_ACCELERATOR=cpu $(BIN)/python -c \
-	  "import pretrain.cli.train, deepspeed.runtime.pipe.engine, torch._dynamo, torch.utils.tensorboard" >/dev/null
+	@# What a rank imports (the list that tests/test_harness.py keeps whole), once, so that its bytecode is there for
+	@# programs that make does not start.
+	$(BIN)/python -c "import tests.harness_preload" >/dev/null
 	@echo "$(CUDA)" > $@
 
 install: $(VENV)/.installed  ## create .venv and install everything; CUDA=cpu, cu126 or cu130 chooses the build of torch

@@ -83,10 +83,10 @@ def bytecode() -> Iterator[Finding]:
         path = Path(importlib.util.cache_from_source(spec.origin))
         folder = next(parent for parent in path.parents if parent.exists())
         missing |= not path.exists() and (sys.dont_write_bytecode or not os.access(folder, os.W_OK))
-        packages = Path(spec.origin).parents[1]
+        site = Path(spec.origin).parents[1]
     if missing:
         why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else "its folder cannot be written"
-        command = [sys.executable, "-m", "compileall", "-q", "-j", "0", str(packages)]
+        command = [sys.executable, "-m", "compileall", "-q", "-j", "0", str(site)]
         fix = f"each rank compiles torch and deepspeed anew: once, {shlex.join(command)}"
         yield Finding("bytecode", f"none, and {why}", fix)
 

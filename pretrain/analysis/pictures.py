@@ -207,14 +207,12 @@ def _colours(name: str) -> Any:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
-        figure.canvas.print_png(buffer, metadata={"Software": None})  # figure.savefig would draw it twice
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # figure.savefig would draw it twice
     return buffer.getvalue()
