@@ -116,7 +116,7 @@ class Preparation:
         sources = self.resolved.sources
         folder = stage_folder(self.resolved.work, "reading", [identity(source.path) for source in sources])
         batches = cut_batches([(source.split, size_and_stamp(source.path)[0]) for source in sources])
-        return decided(folder / "encodes.json", len(batches) >= self.resolved.workers)
+        return decided(folder / "encodes", len(batches) >= self.resolved.workers)
 
     # The tokenizer.
 

@@ -7,10 +7,11 @@ it is complete. So there is nothing to repair after a kill, and any number of pr
 the folder at the same time: at worst they make the same bytes twice.
 """
 
-import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from common.files import temporary_path, write_json
 from common.hashing import sha256_json
 
 WORK = ".work"
+CHOICE = "choice.json"
 STAGE_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}")  # the names that `stage_folder` gives
 T = TypeVar("T")
 
@@ -51,13 +53,19 @@ def stage_key(folder: Path) -> str:
 
 
 def decided(path: Path, choice: bool) -> bool:
-    """The choice of the process that asked first, which all later processes get too, on any node."""
+    """The choice of the process that asked first, which all later processes get too, on any node. `path` becomes a
+    folder: none replaces a folder that holds something, on file systems without hard links too."""
     proposal = temporary_path(path)
-    write_json(proposal, choice)
-    with contextlib.suppress(FileExistsError):
-        os.link(proposal, path)
-    proposal.unlink()
-    first: bool = read_json(path)
+    proposal.mkdir()
+    try:
+        write_json(proposal / CHOICE, choice)
+        os.rename(proposal, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    finally:
+        shutil.rmtree(proposal, ignore_errors=True)  # it is there if it was not moved
+    first: bool = read_json(path / CHOICE)
     return first
 
 

@@ -1,9 +1,11 @@
 """With a tokenizer that is there already, raw files become ids as they are read: the same bytes, no text on disk."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,29 @@ def test_the_command_forks_its_workers(raw: tuple[Path, dict[str, Any]], apart: 
     subprocess.run([sys.executable, "-c", code, "run", "--config", config], check=True, env=environment, cwd=raw[0])
     assert outputs(raw[0] / "forked") == apart
     assert _start_method() in ("fork", "spawn")
+
+
+def test_the_first_choice_holds_for_all_also_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems have none."""
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert [work.decided(tmp_path / "choice", choice) for choice in (False, True, False)] == [False] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["choice"]
+    with ThreadPoolExecutor(8) as together:
+        for place in (tmp_path / str(number) for number in range(20)):
+            assert len(set(together.map(lambda choice, to=place: work.decided(to, choice), [True, False] * 4))) == 1
+
+
+def test_a_disk_that_is_full_leaves_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(work, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        work.decided(tmp_path / "choice", True)
+    assert not list(tmp_path.iterdir())
