@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.compiled_case import SHARED_BYTES, resource_usage
 from benchmarks.gpu.tile_search import Search, Tiles, tiles_of
-from benchmarks.gpu.timing import draw
+from benchmarks.gpu.timing import Inputs, draw
 
 REGISTERS = 65536
 """Of a multiprocessor, for all threads of a block."""
@@ -71,29 +71,39 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
-def launches_on_fake_cuda(search: Search, tiles: Tiles) -> list[Launch]:
-    """What the op launches of the kernels in their phase."""
+def launches_on_fake_cuda(search: Search, every: Sequence[Tiles]) -> list[list[Launch]]:
+    """What the op launches of the kernels in their phase, with each of `every` tiles; the inputs are drawn once."""
     from benchmarks.fake_cuda import backward, fake_cuda
     from benchmarks.launch_counter import LaunchCounter
 
-    found: list[Launch] = []
+    launched: list[Launch] = []
 
     class Noting(LaunchCounter):
         def launched(self, kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-            found.append(Launch(kernel, (), tuple(args), kwargs))
+            launched.append(Launch(kernel, (), tuple(args), kwargs))
 
-    with fake_cuda(), Noting():
-        inputs = draw(search.build, torch.device("cuda"), torch.bfloat16, 0)
+    def run(inputs: Inputs, tiles: Tiles) -> None:
+        tensors = {
+            name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in inputs.tensors.items()
+        }
         if search.phase == "forward":
             with tiles_of(search, tiles):
-                inputs.case.compute(dict(inputs.tensors), search.backend)
-        else:
-            outputs = inputs.case.compute(dict(inputs.tensors), search.backend)
-            loss = torch.stack([(y * u).float().sum() for y, u in zip(outputs, inputs.upstream, strict=True)]).sum()
-            found.clear()
-            with tiles_of(search, tiles):
-                backward(loss)
-    return [launch for launch in found if launch.name in search.kernels]
+                inputs.case.compute(tensors, search.backend)
+            return
+        outputs = inputs.case.compute(tensors, search.backend)
+        loss = torch.stack([(y * u).float().sum() for y, u in zip(outputs, inputs.upstream, strict=True)]).sum()
+        launched.clear()
+        with tiles_of(search, tiles):
+            backward(loss)
+
+    found = []
+    with fake_cuda(), Noting():
+        inputs = draw(search.build, torch.device("cuda"), torch.bfloat16, 0)
+        for tiles in every:
+            launched.clear()
+            run(inputs, tiles)
+            found.append([launch for launch in launched if launch.name in search.kernels])
+    return found
 
 
 class _Target:
@@ -126,7 +136,7 @@ def compile_tiles(search: Search, tiles: Tiles, architecture: int) -> Resources:
     """Compiles the kernels of one candidate."""
     needs: list[tuple[int, int, int]] = []
     try:
-        launches = launches_on_fake_cuda(search, tiles)
+        (launches,) = launches_on_fake_cuda(search, [tiles])
         if not launches:
             raise RuntimeError(f"the op launches no {' or '.join(search.kernels)}")
         with _compiling_for(architecture):

@@ -72,23 +72,15 @@ def given(launches: Sequence[Launch]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", [name for name in FULL if "1b" in name or "relative_attention" in name])
-def test_a_change_of_every_number_reaches_the_kernel(name: str) -> None:
+def test_todays_tiles_are_those_of_the_kernel_and_a_change_of_every_number_reaches_it(name: str) -> None:
     """On fake CUDA tensors, at the shipped shape; afterwards today's tiles are launched again."""
     search = FULL[name]
-    today = given(launches_on_fake_cuda(search, search.today))
-    assert today
-    for changed in search.values:
-        tiles = next(t for t in candidates(search) if t[changed] != search.today[changed])
-        assert given(launches_on_fake_cuda(search, tiles)) != today, changed
-    assert given(launches_on_fake_cuda(search, search.today)) == today
-
-
-def test_todays_tiles_are_those_of_a_launch_without_the_tuner() -> None:
-    unchanged = {name: dataclasses.replace(search, replace=lambda _: []) for name, search in FULL.items()}
-    for name, search in FULL.items():
-        if "relative_attention" in name or "1b" in name:
-            own = given(launches_on_fake_cuda(unchanged[name], search.today))
-            assert given(launches_on_fake_cuda(search, search.today)) == own, name
+    (own,) = launches_on_fake_cuda(dataclasses.replace(search, replace=lambda _: []), [search.today])
+    one_each = {n: next(t for t in candidates(search) if t[n] != search.today[n]) for n in search.values}
+    today, *others, again = map(given, launches_on_fake_cuda(search, [search.today, *one_each.values(), search.today]))
+    assert today and given(own) == today == again
+    for changed, other in zip(one_each, others, strict=True):
+        assert other != today, changed
 
 
 def test_an_error_leaves_the_modules_as_they_were() -> None:
