@@ -21,6 +21,7 @@ from triton.runtime import interpreter as stock
 from model.kernels.triton.interpreter_speed import speed_up
 
 Builder, Handle = stock.InterpreterBuilder, stock.TensorHandle
+_BITS = np.dtype(np.uint16)
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -41,7 +42,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(handle: Any) -> bool:
-    return isinstance(handle, Handle) and handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return isinstance(handle, Handle) and handle.data.dtype == _BITS and handle.dtype.scalar == tl.bfloat16
 
 
 def _wide(handle: Any) -> Any:
