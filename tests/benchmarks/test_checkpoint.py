@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,26 +27,33 @@ SMALLER = {
 }
 
 
-def save_by_all(rank: int, folder: Path) -> list[str]:
-    """Each into a folder of its own, after two steps. Returns their names."""
+def save_and_measure(rank: int, folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Each method saves into a folder of its own, after two steps; then each is measured. Returns their names and what
+    was measured."""
     config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER})
     parallel, device = parallel_context(config), torch.device("cpu")
     engine = engine_of(config, parallel, device)
-    Training(engine, config, parallel)(2)
+    training = Training(engine, config, parallel)
+    training(2)
     chosen = methods(engine, parallel, device)
     for name, method in chosen.items():
         (folder / name).mkdir(exist_ok=True)
         method.save(folder / name, 1)
         method.finish()
-    return list(chosen)
+    (folder / "measured").mkdir(exist_ok=True)
+    return list(chosen), measured(Measurement(chosen, training, folder / "measured"), list(chosen), 1)
 
 
-def measure_all(rank: int, folder: Path) -> dict[str, Any]:
-    config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER})
-    parallel, device = parallel_context(config), torch.device("cpu")
-    engine = engine_of(config, parallel, device)
-    chosen = methods(engine, parallel, device)
-    return measured(Measurement(chosen, Training(engine, config, parallel), folder), list(chosen), 1)
+class Done(NamedTuple):
+    folder: Path
+    names: list[str]
+    measured: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("methods")
+    return Done(folder, *run_ranks(save_and_measure, 2, folder)[0])
 
 
 def of_dcp(folder: Path) -> dict[str, Tensor]:
@@ -73,21 +80,21 @@ def whole(rectangles: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor
     return tensor
 
 
-def test_all_methods_save_the_same_state_of_two_ranks(tmp_path: Path) -> None:
-    names = run_ranks(save_by_all, 2, tmp_path)[0]
-    states = [of_ours(tmp_path / name) if "ours" in name else of_dcp(tmp_path / name / "step-1") for name in names[:-1]]
+def test_all_methods_save_the_same_state_of_two_ranks(done: Done) -> None:
+    folder, names, _ = done
+    states = [of_ours(folder / name) if "ours" in name else of_dcp(folder / name / "step-1") for name in names[:-1]]
     first = states[0]
     assert len(first) > 50 and any(value.dtype == torch.float32 and value.any() for value in first.values())
     for state in states[1:]:
         assert state.keys() == first.keys()
         assert all(torch.equal(state[key], first[key]) for key in first)
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / names[-1]), tag="step-1")
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / names[-1]), tag="step-1")
     for name, tensor in weights.items():
         assert torch.equal(tensor, whole(first, f"master/{name}", tensor.shape)), name
 
 
-def test_every_method_is_measured_on_two_ranks(tmp_path: Path) -> None:
-    found = run_ranks(measure_all, 2, tmp_path)[0]
+def test_every_method_is_measured_on_two_ranks(done: Done) -> None:
+    found = done.measured
     assert len(found["saves"]) == 5 and found["steps_beside"] >= 1
     for saves in found["saves"].values():
         assert saves[0].keys() == {"stall", "commit", "flush", "files", "plain", "beside"} and saves[0]["files"] > 0

@@ -219,9 +219,8 @@ def test_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch, pre
         yield lambda steps: [Piece(2.0 * steps * (rank + 1), 1.0 * steps * rank) for rank in range(count)]
 
     monkeypatch.setattr(ranks, "group", group)
-    configs = {
-        n: ranks.config_for(Path("configs/switchall_tiny.json"), [f"data.manifest={prepared}"], n) for n in (1, 2)
-    }
+    words = [f"data.manifest={prepared}", *SMALL]
+    configs = {n: ranks.config_for(Path("configs/switchall_tiny.json"), words, n) for n in (1, 2)}
     one, two = ranks.measured(configs, rounds=3, steps=5)
     assert (one["passed"], one["worked"]) == ([2.0] * 3, [0.0] * 3)
     assert (two["ranks"], two["passed"], two["worked"]) == (2, [4.0] * 3, [0.5] * 3)

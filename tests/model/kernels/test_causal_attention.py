@@ -34,13 +34,13 @@ class Shape(NamedTuple):
 SHAPES = {
     "one document": Shape(T=21, h=8, lengths=((21,), (21,))),
     "documents of one token": Shape(T=18, h=8, lengths=((1,) * 18, (1, 1, 16))),
-    "documents cross tiles, width 11": Shape(T=75, h=11, lengths=((3, 40, 32), (37, 1, 1, 36)), H=1, K=1),
-    "documents end where tiles end": Shape(T=96, h=16, lengths=((32, 32, 32), (16, 48, 32)), H=1, K=1),
-    "shared keys": Shape(T=37, h=20, lengths=((9, 28), (36, 1)), H=3, K=1),
+    "documents cross tiles, width 11": Shape(T=51, h=11, lengths=((3, 25, 23), (20, 1, 1, 29)), H=1, K=1),
+    "documents end where tiles end": Shape(T=64, h=16, lengths=((32, 32), (16, 48)), H=1, K=1),
+    "shared keys": Shape(T=37, h=20, lengths=((9, 28),), B=1, H=3, K=1),
     "memory": Shape(T=17, h=8, M=40),
-    "memory, shared keys, width 20": Shape(T=37, h=20, M=5, K=1),
+    "memory, shared keys, width 20": Shape(T=28, h=20, M=5, K=1),
     "one token, long memory": Shape(T=1, h=8, M=37, B=1),
-    "large logits": Shape(T=41, h=8, lengths=((20, 21), (5, 36)), scale=9.0),
+    "large logits": Shape(T=41, h=8, lengths=((20, 21), (5, 36)), H=1, K=1, scale=9.0),
 }
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Of the largest difference, in units of the largest expected value."""
