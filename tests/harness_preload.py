@@ -31,7 +31,8 @@ import model.kernels.cpu  # noqa: E402
 import model.parallel.megatron_core  # noqa: E402
 import pretrain.cli.train  # noqa: E402
 import pretrain.engine.pipeline  # noqa: E402
-import pretrain.loop  # noqa: E402, F401
+import pretrain.loop  # noqa: E402
+import pretrain.report.pictures  # noqa: E402, F401  # matplotlib, which a run with a board draws with
 import tests.pretrain.runs  # noqa: E402, F401
 
 for backend in pkgutil.iter_modules(model.kernels.cpu.__path__, "model.kernels.cpu."):

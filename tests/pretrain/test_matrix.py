@@ -76,6 +76,8 @@ FAST = [
     ),
 ]
 """What every commit runs: model, every dropout on, layouts of one fork. Each way of dividing occurs."""
+FEW_STEPS, FEW_GRADIENT_STEPS = 3, (0, 2)
+"""Of test_some: the last has weights, moments and memory of two steps."""
 
 
 def ways(layout: Layout) -> set[str]:
@@ -122,18 +124,25 @@ def test_every_legal_pair_occurs() -> None:
 
 
 @pytest.fixture(scope="module")
-def references(prepared: Path) -> dict[tuple[str, bool, bool], Trace]:
-    """Filled as needed: (model, tied, dropouts on) -> trace of one process without DeepSpeed."""
+def references(prepared: Path) -> dict[tuple[str, bool, bool, int], Trace]:
+    """Filled as needed: (model, tied, dropouts on, steps) -> trace of one process without DeepSpeed."""
     return {}
 
 
 def reference_of(
-    references: dict[tuple[str, bool, bool], Trace], prepared: Path, model: str, *, tied: bool, with_dropouts: bool
+    references: dict[tuple[str, bool, bool, int], Trace],
+    prepared: Path,
+    model: str,
+    steps: int,
+    gradient_steps: tuple[int, ...],
+    *,
+    tied: bool,
+    with_dropouts: bool,
 ) -> Trace:
-    key = (model, tied, with_dropouts)
+    key = (model, tied, with_dropouts, steps)
     if key not in references:
         config = config_of(prepared, model, Layout(micro=8, tied=tied), with_dropouts=with_dropouts)
-        references[key] = plain_trace(config, STEPS, GRADIENT_STEPS)
+        references[key] = plain_trace(config, steps, gradient_steps)
         assert max(references[key].grad_norms) > 0.5, "clipping was never active"
     return references[key]
 
@@ -147,21 +156,32 @@ def legal(model: str, layout: Layout) -> bool:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", MODELS)
 def test_all(prepared: Path, references, model: str, ranks: int, with_dropouts: bool) -> None:
-    check(prepared, references, model, [x for x in LAYOUTS if x.ranks == ranks and legal(model, x)], with_dropouts)
+    layouts = [x for x in LAYOUTS if x.ranks == ranks and legal(model, x)]
+    check(prepared, references, model, layouts, with_dropouts, STEPS, GRADIENT_STEPS)
 
 
 @pytest.mark.parametrize("model, with_dropouts, layouts", FAST)
 def test_some(prepared: Path, references, model: str, with_dropouts: bool, layouts: list[Layout]) -> None:
-    check(prepared, references, model, layouts, with_dropouts)
+    check(prepared, references, model, layouts, with_dropouts, FEW_STEPS, FEW_GRADIENT_STEPS)
 
 
-def check(prepared: Path, references, model: str, layouts: list[Layout], with_dropouts: bool) -> None:  # type: ignore[no-untyped-def]
+def check(  # type: ignore[no-untyped-def]
+    prepared: Path,
+    references,
+    model: str,
+    layouts: list[Layout],
+    with_dropouts: bool,
+    steps: int,
+    gradient_steps: tuple[int, ...],
+) -> None:
     """One fork for all `layouts`, which have the same number of ranks."""
     configs = [config_of(prepared, model, layout, with_dropouts=with_dropouts) for layout in layouts]
-    traces = run_ranks(engine_trace, layouts[0].ranks, configs, STEPS, GRADIENT_STEPS, timeout_seconds=900)[0]
+    traces = run_ranks(engine_trace, layouts[0].ranks, configs, steps, gradient_steps, timeout_seconds=900)[0]
     failures = []
     for layout, trace in zip(layouts, traces, strict=True):
-        reference = reference_of(references, prepared, model, tied=layout.tied, with_dropouts=with_dropouts)
+        reference = reference_of(
+            references, prepared, model, steps, gradient_steps, tied=layout.tied, with_dropouts=with_dropouts
+        )
         try:
             assert_same(trace, reference, f"{model} {layout}")
         except AssertionError as error:

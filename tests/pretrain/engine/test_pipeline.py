@@ -74,7 +74,7 @@ def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_
 def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
     """With XL memory, every dropout, the statistics of routers on every stage and evaluation."""
     keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=24")
-    config = config_of(prepared, "switchall xl", Layout(pipeline=2), *keys, with_dropouts=True)
+    config = config_of(prepared, "switchall xl", Layout(pipeline=2, micro=4), *keys, with_dropouts=True)
     stopped = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_steps": 3})})
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     run_ranks(train_runs, 2, [(config, unbroken), (stopped, resumed), (config, resumed)])
@@ -183,7 +183,7 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
     """Measured on one rank: single losses 0.7%, norms 2.7% away; a gradient's norm 12% (a LayerNorm's bias)."""
     reference = plain_trace(config_of(prepared, "switchall", Layout(micro=8)), STEPS, (0,))
     configs = [
-        config_of(prepared, "switchall", Layout(pipeline=2, recompute=recompute), "train.precision=bf16")
+        config_of(prepared, "switchall", Layout(pipeline=2, micro=4, recompute=recompute), "train.precision=bf16")
         for recompute in ("none", "full")
     ]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, (0,))[0]:

@@ -306,6 +306,7 @@ def test_rank_0_alone_tells_what_happens_and_how_it_ended_and_training_is_the_sa
     """Two ranks: a spike, an update that is skipped because of rank 1, and three in a row that end the run."""
     keys = (
         "train.steps=20",
+        "batch.micro_sequences=4",
         "evaluate.sequences=0",
         "resilience.spike_window_steps=8",
         "resilience.max_skipped_updates=3",
