@@ -229,15 +229,37 @@ def test_losses_and_norms_more_than_a_decade_apart_have_a_logarithmic_axis(
     """One run that blew up leaves the others apart; the first step of it is like theirs."""
     found: dict[str, str] = {}
 
-    def noted(figure: Figure, **options: Any) -> None:  # and lays nothing out, which takes longer than to draw
-        found.update({axes.get_title(): axes.get_yscale() for axes in figure.axes})
+    def noted(canvas: FigureCanvasAgg, *_: Any) -> None:  # and draws nothing
+        found.update({axes.get_title(): axes.get_yscale() for axes in canvas.figure.axes})
 
-    monkeypatch.setattr(Figure, "tight_layout", noted)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
     calm = write(tmp_path / "calm", [row(n, 3.0) for n in (1, 2, 3)])
     wild = write(tmp_path / "wild", [row(1, 3.0), row(2, loss, grad_norm=norm), row(3, loss)])
     drawn(runs_of(calm, wild))
     assert len(found) == 6
     assert {title.partition(" against")[0] for title, scale in found.items() if scale == "log"} == logarithmic
+
+
+@pytest.mark.parametrize("runs", [1, 3, 9])
+def test_words_and_numbers_have_room_in_the_picture(tmp_path: Path, runs: int) -> None:
+    """Nothing touches its edge: long numbers, two rows of the legend."""
+    paths = []
+    for number in range(runs):
+        rows = [
+            row(
+                n,
+                2.25 - 1e-5 * number * n,
+                10**9 * n,
+                lr=2.5e-5 * n,
+                grad_norm=12345.0 + n,
+                tokens_per_second=1.25e8 + n,
+            )
+            for n in range(1, 100_001, 10_000)
+        ]
+        paths.append(write(tmp_path / f"a run with a name of some length {number}", rows))
+    picture = np.asarray(Image.open(io.BytesIO(drawn(runs_of(*paths)))).convert("L"))
+    for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
+        assert edge.min() == 255
 
 
 def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curves(tmp_path: Path) -> None:
