@@ -125,7 +125,7 @@ def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserErro
     free = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with contextlib.suppress(OSError):
-            free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there (a quota may leave less)"
+            free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there (a quota may leave less): make room"
     return UserError(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{free}")
 
 
