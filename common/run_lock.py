@@ -112,11 +112,13 @@ class FolderLock:
         return f"another process has taken over this run folder ({_name(_read(others[-1]) or {})})"
 
     def release(self) -> None:
-        """Removes the lock if it is still this process's."""
+        """Removes the lock if it is still this process's, and if the disk lets it: one that stays is that of a dead
+        process soon."""
         self._is_released = True
         owner = _read(self._path)
         if owner is not None and owner.get("token") == self._me["token"]:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
     def _refuse_if_alive(self, path: Path) -> None:
         owner = _read(path)

@@ -14,7 +14,7 @@ from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
-from pretrain.parallel.agreement import PeerFailed
+from pretrain.parallel.agreement import PeerFailed, agreed
 from pretrain.parallel.lost_ranks import lost_connection
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
@@ -84,19 +84,32 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
 
     stop.before_leaving.append(leave)
     stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
-    watchdog = Watchdog(
-        folder.path,
-        phases,
-        stop,
-        Peers(dist.get_rank(), identities),
-        hang_timeout_seconds=config.hang_timeout_seconds,
-        lock=folder.lock,
-    )
+    watchdog: Watchdog | None = None
+
+    def watch() -> None:
+        nonlocal watchdog
+        try:
+            watchdog = Watchdog(
+                folder.path,
+                phases,
+                stop,
+                Peers(dist.get_rank(), identities),
+                hang_timeout_seconds=config.hang_timeout_seconds,
+                lock=folder.lock,
+            )
+        except OSError as error:  # on this rank alone, perhaps: its node may see the folder otherwise
+            raise UserError(
+                f"--run-dir: {error.filename or folder.path} cannot be written by rank {dist.get_rank()}: "
+                f"{error.strerror}"
+            ) from None
+
     try:
+        agreed(watch)
         try:
             yield control
         except BaseException:
-            watchdog.settle()
+            if watchdog is not None:
+                watchdog.settle()
             raise
     except ReplicasDiffer as error:
         folder.end(error.code, str(error), node=error.node)
@@ -119,7 +132,8 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.end(lost.code, str(lost))
         raise lost from None
     finally:
-        watchdog.close()
+        if watchdog is not None:
+            watchdog.close()
         stop.peer_is_dead = lambda: False
         stop.before_leaving.remove(leave)
         folder.finish_alerts()
