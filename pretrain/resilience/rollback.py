@@ -87,18 +87,18 @@ def record_made(run_dir: Path) -> None:
 
 
 def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
-    """The checkpoints among `paths`, best first, that `rollback` can go back to: those from before its first step or,
-    if retention has left none, the oldest from before the step that showed the fault. No paths: the beginning of the
-    run. Raises UserError."""
+    """The checkpoints among `paths`, newest first, that `rollback` can go back to, best first: those from before its
+    first step; then, if retention has left none of them or none is whole, those from before the step that showed the
+    fault, the oldest first. No paths: the beginning of the run. Raises UserError."""
     steps = {path: _step(path) for path in paths}
-    found = [path for path in paths if steps[path] < rollback.first_step]
-    found = found or [path for path in paths if steps[path] < rollback.at_step][-1:]
-    if paths and not found:
+    before = [path for path in paths if steps[path] < rollback.first_step]
+    within = [path for path in paths[::-1] if rollback.first_step <= steps[path] < rollback.at_step]
+    if paths and not before and not within:
         raise UserError(
             f"checkpoint.keep_last: the run must go back to before step {rollback.at_step} ({rollback.reason}), and no "
             f"checkpoint is old enough; keep more of them"
         )
-    return found
+    return before + within
 
 
 def _step(path: Path) -> int:

@@ -16,6 +16,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import first_stage
+from pretrain.resilience import rollback as going_back
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
@@ -90,6 +91,20 @@ def test_a_stage_that_begins_at_a_checkpoint_leaves_out_nothing_of_the_one_befor
     saved = Progress(6, 48, ((16, 24), (64, 72)))
     assert with_skips(saved, STAGE, "", []) == saved
     assert with_skips(saved, STAGE.followed_by(saved.position, STAGE.mixed), "", []) == Progress(6, 48, ((16, 24),))
+
+
+def test_a_rollback_goes_to_before_its_steps_else_as_far_back_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the older checkpoints turn out to be damaged: one within the steps is better than no start at all."""
+    monkeypatch.setattr(going_back, "_step", lambda path: int(path.name))
+    newest_first = [Path(str(step)) for step in (12, 9, 8, 6, 3)]
+    wanted = Rollback("a", at_step=9, first_step=5)
+    assert [path.name for path in going_back.serving(newest_first, wanted)] == ["3", "6", "8"]
+    assert [path.name for path in going_back.serving(newest_first[:4], wanted)] == ["6", "8"]
+    replicas = Rollback("b", at_step=9, first_step=9)
+    assert [path.name for path in going_back.serving(newest_first, replicas)] == ["8", "6", "3"]
+    assert going_back.serving([], wanted) == []
+    with pytest.raises(UserError, match=r"checkpoint\.keep_last: the run must go back to before step 9 \(a\)"):
+        going_back.serving(newest_first[:2], wanted)
 
 
 def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:
