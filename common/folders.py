@@ -99,6 +99,17 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
+def room_text(folder: Path) -> str:
+    """How much room a disk that has refused a file has, and what would help; empty if nobody knows."""
+    try:
+        there = os.statvfs(folder)
+    except OSError:
+        return ""
+    if there.f_files and not there.f_favail:
+        return "no more files may be made there, however small (inodes): remove some"
+    return f"{there.f_bavail * there.f_frsize:,} bytes are free there (a quota may leave less): make room"
+
+
 def no_room(folder: Path, needed: int, what: str, *, about: bool = False) -> str:
     """The sentence, without a fix, that the disk has no room for `needed` bytes (`about`: approximately) for `what`."""
     amount = f"{'about ' * about}{needed:,} bytes are needed, {free_bytes(folder):,} are free"

@@ -148,7 +148,7 @@ def append_whole(path: Path, data: bytes) -> None:
         try:
             while view:
                 view = view[file.write(view) :]
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), size)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file

@@ -60,8 +60,13 @@ class FolderLock:
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
                 continue  # somebody was faster: look at that one
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self._me))
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(self._me))
+            except OSError as error:  # on a full disk: an empty lock would pass for that of a start under way
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             break
         for path in _locks(folder):
             if path == self._path:
@@ -81,7 +86,8 @@ class FolderLock:
         return {key: self._me[key] for key in ("host", "pid", "start")}
 
     def beat(self) -> None:
-        """A sign of life. Raises LockLost if another process has taken the folder over."""
+        """A sign of life. Raises LockLost if another process has taken the folder over, or if lock or folder are
+        gone."""
         if self._is_released:
             return
         try:
@@ -92,14 +98,27 @@ class FolderLock:
         except (OSError, ValueError, KeyError):
             return  # the file system does not answer: the next beat will say more
         if not own:
-            raise LockLost(f"{self._folder}: another process has taken over this run folder")
+            raise LockLost(f"{self._folder}: {self._why_lost()}")
+
+    def _why_lost(self) -> str:
+        try:
+            others = _locks(self._folder)
+        except FileNotFoundError:
+            return "this run folder is gone, removed or renamed while the run went on"
+        except OSError as error:
+            return f"the lock of this run folder is gone, and the folder cannot be read ({error.strerror})"
+        if not others:
+            return f"the lock of this run folder, {self._path.name}, was removed while the run went on"
+        return f"another process has taken over this run folder ({_name(_read(others[-1]) or {})})"
 
     def release(self) -> None:
-        """Removes the lock if it is still this process's."""
+        """Removes the lock if it is still this process's, and if the disk lets it: one that stays is that of a dead
+        process soon."""
         self._is_released = True
         owner = _read(self._path)
         if owner is not None and owner.get("token") == self._me["token"]:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
     def _refuse_if_alive(self, path: Path) -> None:
         owner = _read(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def train(
             rollback = end.rollback
             if rollback is None:
                 break
-            agreed(partial(record, run_dir, rollback, writes=setup.parallel.is_first))
+            pending = replace(rollback, is_pending=True)
+            agreed(partial(record, run_dir, pending, writes=setup.parallel.is_first))
         setup.phases.enter("ending")
         code = ExitCode.STOPPED if end.stopped else ExitCode.FINISHED
         if setup.parallel.is_first:

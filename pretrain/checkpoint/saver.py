@@ -197,7 +197,7 @@ class Saver:
 
     def _raise_if(self, condition: bool) -> None:
         if condition:
-            message = self._errors[-1]
+            message = f"{self._errors[-1]}. When the disk takes files again, the same command continues"
             self._errors = []
             raise UserError(message) if dist.get_rank() == 0 else PeerFailed
 

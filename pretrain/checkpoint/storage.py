@@ -6,12 +6,10 @@ a file by tensor name alone: if one rank owns two rectangles of a tensor, the fi
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from torch.futures import Future
 
 from common.errors import UserError
 from common.files import sync_directory, write_json
+from common.folders import room_text
 from pretrain.checkpoint.folder import (
     COMMIT_FILE,
     STATE_FILE,
@@ -122,11 +121,14 @@ def _write_all(file: Any, block: Any) -> int:
 
 
 def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserError:
-    free = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        with contextlib.suppress(OSError):
-            free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there (a quota may leave less)"
-    return UserError(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{free}")
+    return UserError(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{_room(error, path)}")
+
+
+def _room(error: OSError, path: Path) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    room = room_text(path.parent)
+    return f"; {room}" if room else ""
 
 
 def commit(
@@ -186,7 +188,7 @@ class Writer(StorageWriter):
             remove_partials(self.final.parent)
             self.partial.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{self.partial}: {error.strerror}") from None
+            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
         # A plan that is the same as at the save before comes without items and is marked as such.
         return [replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
@@ -211,7 +213,7 @@ class Writer(StorageWriter):
         try:
             self._finish(metadata, results)
         except OSError as error:
-            raise UserError(f"{self.partial}: {error.strerror}") from None
+            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
 
     def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {r.storage_data["name"]: r.storage_data for rank in results for r in rank}

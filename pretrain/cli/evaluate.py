@@ -117,6 +117,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
     from pretrain import device as devices
     from pretrain.config.schema import TrainConfig
     from pretrain.parallel.agreement import PeerFailed
+    from pretrain.parallel.lost_ranks import lost_connection
 
     def together() -> None:
         evaluate_checkpoint(args.run, choices, devices.start(ranks, TrainConfig(device=args.device)))
@@ -129,8 +130,12 @@ def evaluate(args: argparse.Namespace) -> int | None:
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.CUT_OFF
-    except Exception:
-        traceback.print_exc()  # said now: the process group may not let this process go
+    except Exception as error:
+        if (reason := lost_connection(error)) is not None:
+            print(f"error: another rank is gone ({reason}); its output says why", file=sys.stderr, flush=True)
+            code = ExitCode.CUT_OFF
+        else:
+            traceback.print_exc()  # said now: the process group may not let this process go
     finally:
         devices.stop(code)
     return code

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,16 +73,28 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     is_first = opened.place.parallel.is_first
     rows: list[tuple[str, ...]] = []
     notes: list[str] = []
-    for name, place in choices.wanted.items():
-        found = _evaluate_one(opened, name, place, choices, limits)
-        _refuse_what_is_not_finite(opened, name, found.content)
-        rows, notes = rows + found.rows, notes + found.notes
+
+    def show() -> None:
+        if is_first and rows:
+            of = ", moving average of the weights" if choices.ema else ""
+            print(f"{visible(str(checkpoint.path))}: step {checkpoint.progress.step:,}{of}")
+            print("\n".join([results.table(rows), *(f"note: {note}" for note in notes)]), flush=True)
+
+    def write(name: str, content: dict[str, Any]) -> None:
         if is_first:
-            results.write_result(out, name, found.content)
+            results.write_result(out, name, content)
+
+    try:
+        for name, place in choices.wanted.items():
+            found = _evaluate_one(opened, name, place, choices, limits)
+            _refuse_what_is_not_finite(opened, name, found.content)
+            rows, notes = rows + found.rows, notes + found.notes
+            agreed(partial(write, name, found.content))
+    except UserError:
+        show()  # hours of computing are not lost with the disk that refuses their file, nor with a later task
+        raise
+    show()
     if is_first and rows:
-        of = ", moving average of the weights" if choices.ema else ""
-        print(f"{visible(str(checkpoint.path))}: step {checkpoint.progress.step:,}{of}")
-        print("\n".join([results.table(rows), *(f"note: {note}" for note in notes)]))
         print(f"{out}: a JSON file for each task", flush=True)
     if specs:
         evaluate_with_harness(opened, specs, limits, choices.limit, out)

@@ -200,7 +200,8 @@ def run(
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.resilience.guard import RunFailed, collective_timeout
+    from pretrain.parallel.lost_ranks import lost_connection
+    from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout, lost_text
 
     try:
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
@@ -217,11 +218,15 @@ def run(
     except PeerFailed as error:
         code = code_of(error.kind)
     except RunFailed as error:
-        if ranks.rank == 0:
+        if ranks.rank == 0 or isinstance(error, RankLost):  # rank 0 may be the one that is gone
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.code
-    except Exception:
-        traceback.print_exc()  # said now: the process group may not let this process go
+    except Exception as error:
+        if (reason := lost_connection(error)) is not None:
+            print(f"error: {lost_text(reason)}", file=sys.stderr, flush=True)
+            code = ExitCode.CUT_OFF
+        else:
+            traceback.print_exc()  # said now: the process group may not let this process go
     finally:
         stop.enter(ProcessState.ENDING)
         devices.stop(code)

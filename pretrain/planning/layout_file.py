@@ -56,4 +56,10 @@ def check_target(target: Path, *, force: bool) -> None:
 def write_config(target: Path, tree: dict[str, Any], *, force: bool) -> None:
     """Whole or not at all. Raises UserError."""
     check_target(target, force=force)
-    write_json(target, tree, indent=2)
+    try:
+        write_json(target, tree, indent=2)
+    except OSError as error:
+        raise UserError(
+            f"--write: {target} cannot be written: {error.strerror}; make room, or name a file elsewhere. The table "
+            f"has the layout as options"
+        ) from None

@@ -24,6 +24,14 @@ FLUSH_SECONDS = 30.0
 """Longest time that a point waits for the file, as long as steps come."""
 PENDING_BYTES = 1 << 26
 """Most bytes that are kept while the disk refuses them."""
+PREFIX = "events.out.tfevents."
+
+
+def _next_number(folder: Path) -> int:
+    """The time in seconds, as other writers name their files, but above every file that is there: TensorBoard reads
+    them in the order of their names. The clock may have been set back since, or be another machine's."""
+    numbers = (path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*"))
+    return max([int(time.time()), *(int(number) + 1 for number in numbers if number.isdecimal())])
 
 
 class Board:
@@ -39,7 +47,7 @@ class Board:
                 f"monitor.tensorboard: {folder} is to be a folder ({error.strerror}); move what is there away, or set "
                 f"monitor.tensorboard to false"
             ) from None
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{PREFIX}{_next_number(folder):010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / f"{name}.{first_step}"
         self._pending = bytearray()
         self._records = RecordWriter(self)

@@ -30,7 +30,8 @@ MEANING = {
     ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
     ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds, or within the shorter limit of a "
     "step (resilience.step_timeout_factor); the last checkpoint stands",
-    ExitCode.FOLDER_LOST: "another run has taken over the run folder; this one stopped writing",
+    ExitCode.FOLDER_LOST: "another run has taken over the run folder, or it was removed or renamed; this one stopped "
+    "writing",
     ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
     "minutes (a fault that may pass); the last checkpoint stands",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",

@@ -14,7 +14,8 @@ from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
-from pretrain.parallel.agreement import PeerFailed
+from pretrain.parallel.agreement import PeerFailed, agreed
+from pretrain.parallel.lost_ranks import lost_connection
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
@@ -38,6 +39,12 @@ class Diverged(RunFailed):
     code = ExitCode.DIVERGED
 
 
+class RankLost(RunFailed):
+    """Another rank has ended, or cannot be reached any more."""
+
+    code = ExitCode.CUT_OFF
+
+
 class ReplicasDiffer(RunFailed):
     """Ranks that must hold the same weights do not."""
 
@@ -47,6 +54,12 @@ class ReplicasDiffer(RunFailed):
         """`node`: see replicas.suspect_node."""
         super().__init__(message)
         self.node = node
+
+
+def lost_text(reason: str, where: str = "") -> str:
+    """What a rank says that ends because another one is gone. `reason`: see lost_connection."""
+    why = "its output, or the code with which it ended, says why"
+    return f"another rank is gone{where} ({reason}); {why}. The last checkpoint stands"
 
 
 def collective_timeout(config: ResilienceConfig) -> float:
@@ -71,19 +84,32 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
 
     stop.before_leaving.append(leave)
     stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
-    watchdog = Watchdog(
-        folder.path,
-        phases,
-        stop,
-        Peers(dist.get_rank(), identities),
-        hang_timeout_seconds=config.hang_timeout_seconds,
-        lock=folder.lock,
-    )
+    watchdog: Watchdog | None = None
+
+    def watch() -> None:
+        nonlocal watchdog
+        try:
+            watchdog = Watchdog(
+                folder.path,
+                phases,
+                stop,
+                Peers(dist.get_rank(), identities),
+                hang_timeout_seconds=config.hang_timeout_seconds,
+                lock=folder.lock,
+            )
+        except OSError as error:  # on this rank alone, perhaps: its node may see the folder otherwise
+            raise UserError(
+                f"--run-dir: {error.filename or folder.path} cannot be written by rank {dist.get_rank()}: "
+                f"{error.strerror}"
+            ) from None
+
     try:
+        agreed(watch)
         try:
             yield control
         except BaseException:
-            watchdog.settle()
+            if watchdog is not None:
+                watchdog.settle()
             raise
     except ReplicasDiffer as error:
         folder.end(error.code, str(error), node=error.node)
@@ -98,10 +124,16 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.end(code_of(error.kind), "another rank met an error and said so")
         raise
     except BaseException as error:
-        folder.end(ExitCode.UNFORESEEN, repr(error))
-        raise
+        reason = lost_connection(error)
+        if reason is None:
+            folder.end(ExitCode.UNFORESEEN, repr(error))
+            raise
+        lost = RankLost(lost_text(reason, f" in {phases.record}"))
+        folder.end(lost.code, str(lost))
+        raise lost from None
     finally:
-        watchdog.close()
+        if watchdog is not None:
+            watchdog.close()
         stop.peer_is_dead = lambda: False
         stop.before_leaving.remove(leave)
         folder.finish_alerts()

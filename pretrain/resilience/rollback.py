@@ -32,9 +32,14 @@ class Rollback:
     """The stage of the data whose positions `skipped` are; None: a file from before it was kept."""
     manifest_digest: str | None = None
     """Sources.digest of those data, in files from before `stage` was kept; None: in files from before that too."""
+    is_pending: bool = False
+    """Decided, but no start has begun before `first_step` yet: the run was stopped or killed in between."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        tree = asdict(self)
+        if not tree["is_pending"]:
+            del tree["is_pending"]
+        return tree
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Rollback:
@@ -74,19 +79,26 @@ def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
         raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
 
 
+def record_made(run_dir: Path) -> None:
+    """Writes down that no rollback is pending any more: what they undo is set aside. Raises OSError."""
+    path = run_dir / "rollbacks.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, [{key: value for key, value in row.items() if key != "is_pending"} for row in rows])
+
+
 def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
-    """The checkpoints among `paths`, best first, that `rollback` can go back to: those from before its first step or,
-    if retention has left none, the oldest from before the step that showed the fault. No paths: the beginning of the
-    run. Raises UserError."""
+    """The checkpoints among `paths`, newest first, that `rollback` can go back to, best first: those from before its
+    first step; then, if retention has left none of them or none is whole, those from before the step that showed the
+    fault, the oldest first. No paths: the beginning of the run. Raises UserError."""
     steps = {path: _step(path) for path in paths}
-    found = [path for path in paths if steps[path] < rollback.first_step]
-    found = found or [path for path in paths if steps[path] < rollback.at_step][-1:]
-    if paths and not found:
+    before = [path for path in paths if steps[path] < rollback.first_step]
+    within = [path for path in paths[::-1] if rollback.first_step <= steps[path] < rollback.at_step]
+    if paths and not before and not within:
         raise UserError(
             f"checkpoint.keep_last: the run must go back to before step {rollback.at_step} ({rollback.reason}), and no "
             f"checkpoint is old enough; keep more of them"
         )
-    return found
+    return before + within
 
 
 def _step(path: Path) -> int:
@@ -98,8 +110,9 @@ def _step(path: Path) -> int:
 
 def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks: list[Rollback]) -> Progress:
     """`progress` of a checkpoint, from which on `stage` is read, with the ranges ahead of it that rollbacks left out of
-    that very stage. Ranges behind it are the checkpoint's own: they say how it came to be. Those ahead of it are
-    another stage's if this one begins here: the same positions are other windows, which nobody left out."""
+    that very stage. Ranges behind it are the checkpoint's own: they say how it came to be. Of a range that it lies in,
+    because none from before it was kept, the rest is left out. The checkpoint's own ranges ahead of it are another
+    stage's if this one begins here: the same positions are other windows, which nobody left out."""
 
     def is_ours(rollback: Rollback) -> bool:
         if rollback.stage is not None:
@@ -109,5 +122,5 @@ def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks
     position = progress.position
     own = tuple(part for part in progress.skipped_ranges if part[0] < position or stage.first < position)
     left_out = (rollback.skipped for rollback in rollbacks if rollback.skipped is not None and is_ours(rollback))
-    ahead = tuple(skipped for skipped in left_out if skipped[0] >= position)
+    ahead = tuple((max(first, position), end) for first, end in left_out if end > position)
     return replace(progress, skipped_ranges=merged((*own, *ahead)))

@@ -195,7 +195,10 @@ def write_step(folder: Path, step: int, rank: int, pieces: dict[str, list[Piece]
         path.parent.mkdir(exist_ok=True)
         write_file(path, save(tensors))
     except OSError as error:
-        raise UserError(f"train.record_routing: {path} cannot be written: {error}") from None
+        raise UserError(
+            f"train.record_routing: {path} cannot be written: {error.strerror}; make room there, and the same command "
+            f"continues from the newest checkpoint, or without the record (train.record_routing=false)"
+        ) from None
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

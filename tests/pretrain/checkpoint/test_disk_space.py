@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from common.folders import room_text
 from model.language_model import build_on_meta
 from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import train as cli
@@ -30,6 +33,18 @@ def test_the_size_by_hand(prepared: Path, tmp_path: Path) -> None:
         parameters = sum(parameter.numel() for parameter in build_on_meta(config.model).parameters())
         memory = 8 * 2 * 16 * 24 * width  # streams, layers, tokens, features
         assert checkpoint_space(config, tmp_path).size == 12 * parameters + memory
+
+
+def test_what_a_disk_that_refused_a_file_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(**values: int) -> str:
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096, **values))
+        return room_text(tmp_path)
+
+    assert of(f_files=10, f_favail=1) == "12,288 bytes are free there (a quota may leave less): make room"
+    assert of(f_files=10, f_favail=0).startswith("no more files may be made there")
+    assert of(f_files=0, f_favail=0).startswith("12,288 bytes")  # a file system that counts none, such as btrfs
+    monkeypatch.undo()
+    assert room_text(tmp_path / "gone") == ""
 
 
 @pytest.mark.slow

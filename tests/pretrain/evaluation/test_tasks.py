@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import re
@@ -10,6 +13,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,10 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.errors import UserError
 from model.language_model import build_model
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
-from pretrain.evaluation import models
+from pretrain.evaluation import models, results
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.tags import layout as board
 from pretrain.saved_model import SavedModel, load_model
 from pretrain.views.reading import RunView
@@ -251,6 +257,25 @@ def test_tensor_and_pipeline_parallel_ranks_give_the_numbers_of_one_process(runs
             numbers = {key: one[task][key] for key in ("accuracy", "perplexity", "loss") if key in one[task]}
             assert {key: many[key] for key in numbers} == pytest.approx(numbers, rel=1e-5), (name, task)
             assert many.get("groups") == one[task].get("groups"), (name, task)
+
+
+def refused_on_ranks(rank: int, run: Path, choices: Choices) -> tuple[str, str]:
+    """How an evaluation ends whose results the disk does not take, and what it prints."""
+    results.write_json = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            evaluate_checkpoint(run, choices, torch.device("cpu"))
+        except (UserError, PeerFailed) as error:
+            return repr(error), printed.getvalue()
+    return "no error", printed.getvalue()
+
+
+def test_results_that_the_disk_does_not_take_are_printed_and_no_rank_waits(runs: Path, tmp_path: Path) -> None:
+    choices = Choices(wanted={"validation": None, "lambada": str(runs)}, limit=2, out=tmp_path / "out")
+    (refusal, table), (other, nothing) = run_ranks(refused_on_ranks, 2, runs / "rope", choices)
+    assert "--out: " in refusal and "validation.json cannot be written: No space left on device" in refusal
+    assert "PeerFailed" in other and not nothing
+    assert re.search(r"validation +perplexity +\d", table) and "a JSON file for each task" not in table
 
 
 def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,7 +23,7 @@ from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan, search
 from pretrain.planning.communication import Collective
-from pretrain.planning.layout_file import chosen_tree
+from pretrain.planning.layout_file import chosen_tree, write_config
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
@@ -241,6 +243,13 @@ def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.Ca
     assert "was not made by plan.py search" in capsys.readouterr().err
     assert main([*line, "--force"]) == 0 and json.loads(target.read_text(encoding="utf-8"))["batch"]
     assert main([*line[:-1], str(tmp_path)]) == 2 and main([*line[:-1], str(tmp_path / "absent" / "x.json")]) == 2
+
+
+def test_a_disk_that_refuses_the_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x.json"))
+    monkeypatch.setattr("pretrain.planning.layout_file.write_json", Mock(side_effect=full))
+    with pytest.raises(UserError, match=r"--write: .*x\.json cannot be written: No space left on device; make room"):
+        write_config(tmp_path / "x.json", {}, force=False)
 
 
 def test_a_file_of_a_file_of_the_search_says_once_what_it_is(tmp_path: Path) -> None:

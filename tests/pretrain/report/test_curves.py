@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -21,6 +22,7 @@ from pretrain.config.schema import Config
 from pretrain.engine.details import KINDS, Details
 from pretrain.late_reading import Laps, Stopwatch
 from pretrain.report import peak, tags
+from pretrain.report.board import Board
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.pictures import draw_load
 from pretrain.report.run_folder import RunFolder
@@ -87,6 +89,21 @@ def test_a_run_that_rolls_back_shows_each_step_once(prepared: Path, tmp_path: Pa
     assert len(steps_of(tokens, "loss against tokens/train")) == 16
     kinds = read(tmp_path / "tensorboard" / "events").Tags()["tensors"]
     assert {"events/loss spike/text_summary", "events/rollback/text_summary"} <= set(kinds)
+
+
+@pytest.mark.parametrize("moved", [-3600, 0, 3600])
+def test_a_start_continues_the_curves_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    """It begins behind step 6 of 8: on a machine whose clock is an hour behind or ahead, or in the same second."""
+    for now, first, value in ((1_800_000_000, 0, 1.0), (1_800_000_000 + moved, 6, 2.0)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = Board(tmp_path, first_step=first)
+        for step in range(first + 1, first + 9):
+            board.scalars(step, {"loss/train": value})
+        board.flush()
+    points = [(point.step, point.value) for point in read(tmp_path).Scalars("loss/train")]
+    assert points == [(step, 1.0) for step in range(1, 7)] + [(step, 2.0) for step in range(7, 15)]
 
 
 def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Path, tmp_path: Path) -> None:

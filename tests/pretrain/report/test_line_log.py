@@ -83,7 +83,7 @@ def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(tmp_path: Path, capsys
         log.append(ROWS[1])
         log.append(ROWS[2])
         assert log.path.read_bytes() == before
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):  # a failed save names the file
             log.make_durable()
     log.append({"step": 4, "loss": math.nan})
     assert list(log.rows()) == [*ROWS, {"step": 4, "loss": None}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -120,9 +122,34 @@ def test_a_torn_lock_is_being_written_or_left_behind(tmp_path: Path) -> None:
 def test_an_owner_that_was_taken_over_notices(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     (tmp_path / "lock-1.json").unlink()
-    with pytest.raises(LockLost, match="another process has taken over"):
+    with pytest.raises(LockLost, match=r"the lock of this run folder, lock-1\.json, was removed"):
+        lock.beat()
+    (tmp_path / "lock-2.json").write_text(json.dumps({**lock._me, "pid": 1, "token": "b", "host": "other"}))
+    with pytest.raises(LockLost, match=r"another process has taken over this run folder \(process 1 on other\)"):
         lock.beat()
     lock.release()
+
+
+def test_an_owner_whose_folder_is_gone_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = FolderLock(folder)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(LockLost, match="is gone, removed or renamed"):
+        lock.beat()
+    assert not folder.exists()
+    lock.release()
+
+
+def test_a_disk_that_is_full_leaves_no_lock_of_a_start_that_never_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")  # as a failed write raises it, without a name
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.json, "dumps", Mock(side_effect=full))
+        with pytest.raises(OSError, match=r"No space left .*lock-1\.json"):
+            FolderLock(tmp_path)
+    FolderLock(tmp_path).release()
 
 
 def test_of_many_takers_exactly_one_gets_it(tmp_path: Path) -> None:

@@ -40,6 +40,44 @@ def full_disk(trainer: Trainer, first: int, last: int) -> None:
     line_log.append_whole = refused
 
 
+def read_only(trainer: Trainer, step: int) -> None:
+    """From `step` on the file system of the run folder takes nothing, as after a fault of its disk."""
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def turn(now: int) -> None:
+        if now == step:
+            line_log.append_whole = refused
+            Path.unlink = Path.rmdir = Path.mkdir = refused  # type: ignore[method-assign, assignment]
+
+    before_steps(trainer, turn)
+
+
+def no_folder_for_ranks(rank: int, config: Config, run_dir: Path) -> str:
+    """How a run ends whose rank 1 finds that it cannot write into the run folder."""
+    make = Path.mkdir
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> None:
+        if rank == 1 and path.name == "ranks":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        make(path, *arguments, **options)
+
+    Path.mkdir = refused  # type: ignore[method-assign, assignment]
+    try:
+        return train_with(rank, config, run_dir, nothing)
+    except PeerFailed:
+        return "another rank said why"
+
+
+def test_a_rank_that_may_not_write_into_the_folder_is_named(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=1", "batch.micro_sequences=4")
+    other, said = run_ranks(no_folder_for_ranks, 2, config, tmp_path)
+    assert other == "another rank said why"
+    assert said == f"REFUSED: --run-dir: {tmp_path}/ranks cannot be written by rank 1: Read-only file system"
+    assert outcome(tmp_path)["exit_code"] == 2 and not list(tmp_path.glob("lock-*"))
+
+
 def run_all(rank: int, cases: list[tuple[Config, Path, Any]]) -> list[str]:
     found = []
     original = line_log.append_whole
@@ -59,6 +97,7 @@ def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     keys = ("train.steps=8", "checkpoint.every_steps=2", "evaluate.sequences=8", "monitor.tensorboard=true")
     keys = (*keys, "batch.micro_sequences=4")
     config = small_config(prepared, *keys)
+    at_once = small_config(prepared, *keys, "train.steps=4", "checkpoint.asynchronous=false")
     wild = small_config(
         prepared, *keys, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "evaluate.every_steps=2",
         "train.steps=30",
@@ -71,12 +110,22 @@ def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         (wild, folder / "wild", (nothing,)),
         (config, folder / "board", (nothing,)),
         (config, folder / "log", (nothing,)),
+        (at_once, folder / "read only", (read_only, 3)),  # the last: nothing takes it back
     ]
     (folder / "board").mkdir()
     (folder / "board" / "tensorboard").write_text("not a folder")
     (folder / "log" / "metrics.jsonl").mkdir(parents=True)
     by_rank = run_ranks(run_all, 2, cases)
     return folder, [list(ending) for ending in zip(*by_rank, strict=True)]
+
+
+def test_a_folder_that_becomes_read_only_ends_the_run_with_its_reason(endings: tuple[Path, list[list[str]]]) -> None:
+    folder, ends = endings
+    said, other = ends[7]
+    assert said.startswith("REFUSED: checkpoint.every_steps: rank 0 ") and other == "another rank said why"
+    assert "metrics.jsonl, which a checkpoint needs: Read-only file system; the newest checkpoint is" in said
+    assert said.endswith("When the disk takes files again, the same command continues")
+    assert [path.name for path in list_checkpoints(folder / "read only" / "checkpoints")] == ["step-00000002"]
 
 
 def test_a_disk_that_is_cleared_costs_no_line(endings: tuple[Path, list[list[str]]]) -> None:

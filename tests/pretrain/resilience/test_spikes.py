@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import first_stage
+from pretrain.resilience import rollback as going_back
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
+from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, outcome, spike_in_steps, spike_on_position, train_with
+from tests.pretrain.resilience.faults import (
+    before_steps,
+    events,
+    outcome,
+    spike_in_steps,
+    spike_on_position,
+    train_with,
+)
 from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
 
 
@@ -53,6 +64,8 @@ def test_ranges_ahead_of_a_checkpoint_are_added_and_those_behind_are_its_own() -
     assert with_skips(resumed, STAGE, "", rollbacks) == Progress(12, 96, ((56, 72), (160, 176)))
     # A checkpoint of before the first rollback, saved by another course of the run: it did read 56 to 71.
     assert with_skips(Progress(12, 96), STAGE, "", rollbacks[:1]) == Progress(12, 96)
+    # One from between the steps that are undone, the oldest that was kept: it did read 56 to 63.
+    assert with_skips(Progress(8, 64), STAGE, "", rollbacks[:1]) == Progress(8, 64, ((64, 72),))
 
 
 def test_a_range_counts_for_the_stage_alone_that_it_was_left_out_of() -> None:
@@ -78,6 +91,20 @@ def test_a_stage_that_begins_at_a_checkpoint_leaves_out_nothing_of_the_one_befor
     saved = Progress(6, 48, ((16, 24), (64, 72)))
     assert with_skips(saved, STAGE, "", []) == saved
     assert with_skips(saved, STAGE.followed_by(saved.position, STAGE.mixed), "", []) == Progress(6, 48, ((16, 24),))
+
+
+def test_a_rollback_goes_to_before_its_steps_else_as_far_back_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the older checkpoints turn out to be damaged: one within the steps is better than no start at all."""
+    monkeypatch.setattr(going_back, "_step", lambda path: int(path.name))
+    newest_first = [Path(str(step)) for step in (12, 9, 8, 6, 3)]
+    wanted = Rollback("a", at_step=9, first_step=5)
+    assert [path.name for path in going_back.serving(newest_first, wanted)] == ["3", "6", "8"]
+    assert [path.name for path in going_back.serving(newest_first[:4], wanted)] == ["6", "8"]
+    replicas = Rollback("b", at_step=9, first_step=9)
+    assert [path.name for path in going_back.serving(newest_first, replicas)] == ["8", "6", "3"]
+    assert going_back.serving([], wanted) == []
+    with pytest.raises(UserError, match=r"checkpoint\.keep_last: the run must go back to before step 9 \(a\)"):
+        going_back.serving(newest_first[:2], wanted)
 
 
 def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:
@@ -181,6 +208,53 @@ def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_t
     (again,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps, (5,))
     assert "2 rollbacks" in again
     assert len(events(tmp_path, "rollback")) == 2
+
+
+def spike_and_stop(trainer: Trainer, position: int, stop: Stop) -> None:
+    """`spike_on_position`, and a signal in the first step 8."""
+    spike_on_position(trainer, position)
+    before_steps(trainer, lambda step: stop._ask("SIGUSR1") if step == 8 else None)
+
+
+def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str, dict[str, Any], str]:
+    """How two starts ended, the first of them by a signal in the step that spikes; and what it left about that."""
+    stop = Stop()
+    stop.state = ProcessState.TRAINING
+    first = train_with(rank, config, run_dir, spike_and_stop, 60, stop, stop=stop)
+    (row,) = json.loads((run_dir / "rollbacks.json").read_text())
+    return first, row, train_with(rank, config, run_dir, spike_on_position, 60)
+
+
+def test_a_rollback_that_a_stop_came_between_is_made_by_the_next_start(prepared: Path, tmp_path: Path) -> None:
+    """Steps 5 to 8 are to be undone, and there is a checkpoint of step 6: it must not be taken. The same is left where
+    the run is killed between the decision and the first step of the course that it leads to."""
+    config = small_config(prepared, *SPIKY, "train.steps=10", "resilience.spike_skip_steps=4")
+    ((first, row, second),) = run_ranks(stopped_then_started, 1, config, tmp_path / "run")
+    assert (first, second) == ("STOPPED", "FINISHED")
+    assert row["skipped"] == [32, 64]
+    assert [event["step"] for event in events(tmp_path / "run", "started")] == [0, 3]
+    (made,) = json.loads((tmp_path / "run/rollbacks.json").read_text())
+    assert row["is_pending"] and "is_pending" not in made
+
+    told = tmp_path / "told"
+    told.mkdir()
+    record(told, Rollback("told", 8, 5, (32, 64)))
+    run_ranks(train_runs, 1, [(config, told)])
+    assert_bit_identical(tmp_path / "run", told)
+
+
+def test_a_rollback_into_the_steps_to_be_undone_leaves_out_the_rest_of_their_data(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Step 8 spikes and four steps are to be undone, but the only checkpoint is that of step 6. Without the data of
+    steps 7 and 8 the run goes on; with them it would spike again until it has no rollback left."""
+    config = small_config(
+        prepared, *SPIKY, "train.steps=10", "checkpoint.every_steps=6", "resilience.spike_skip_steps=4"
+    )
+    assert run_ranks(train_with, 1, config, tmp_path, spike_on_position, 60) == ["FINISHED"]
+    assert len(events(tmp_path, "rollback")) == 1
+    last = Checkpoint.open(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert last.progress.skipped_ranges == ((48, 64),)
 
 
 def test_a_warning_changes_nothing(prepared: Path, tmp_path: Path) -> None:
