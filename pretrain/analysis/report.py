@@ -11,12 +11,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replacing_all
-from common.folders import check_writable_folder, making
+from common.folders import making
 from common.strict_json import dumps
 from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
 from pretrain.analysis.trace import Request, trace_text
+from pretrain.checkpoint.folder import check_output_folder
 from pretrain.saved_model import SavedModel
 from pretrain.views.reading import read_object
 
@@ -122,7 +123,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Refuses a folder that cannot be written, or holds another program's file of our names. Raises UserError."""
-    check_writable_folder(folder, "--out")
+    check_output_folder(folder, "--out")
     if any((folder / name).exists() for name in (PAGE, NUMBERS, DESCRIPTION)) and not _is_ours(folder):
         raise UserError(f"--out: {folder} holds {PAGE} or numbers of another program; name another folder")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.strict_json import dumps
 from common.tables import text_table
 from model.config import ModelConfig
 from model.costs import (
@@ -66,7 +66,7 @@ def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Seque
         models = {name: load_model(baseline, (), option="--baseline")} | models
     rows = model_costs(models, any_size=baseline is not None)
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        print(dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(table(rows))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.strict_json import dumps
 from common.tables import counted, text_table
 from pretrain.cli.plan_costs import short
 from pretrain.config.loading import load_config, to_json
@@ -30,7 +30,7 @@ def print_fit(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides, option="CONFIG")
     report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
     if args.json:
-        print(json.dumps(as_json(report), indent=1))
+        print(dumps(as_json(report), indent=1))
     else:
         print("\n".join(lines_of(args.config, report)))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.progress_bar import count_bar
+from common.strict_json import dumps
 from common.tables import text_table
 from pretrain.cli.plan_fit import machine_options, machine_text, seconds_text
 from pretrain.config.loading import load_config
@@ -44,7 +45,7 @@ def print_search(args: argparse.Namespace) -> None:
 
         report = search(config, found, results=args.results or RESULTS, progress=progress)
     if args.json:
-        print(json.dumps(as_json(report, found), indent=1))
+        print(dumps(as_json(report, found), indent=1))
     else:
         print("\n".join(lines_of(args.config, report, found)))
     if not report.best:
