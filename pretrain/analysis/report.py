@@ -108,11 +108,13 @@ def labels(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def default_folder(checkpoints: Sequence[Path], *, of_average: bool = False) -> Path:
-    """In the first one's run, named after its step; several checkpoints, and after the others, so that the page of the
-    first alone stays; of moving averages with `-ema`, so that the page of the weights stays."""
+    """In the first one's run, or, as the results of an evaluation, in a folder beside a checkpoint elsewhere, which
+    holds weights and nothing else; named after its step; several checkpoints, and after the others, so that the page
+    of the first alone stays; of moving averages with `-ema`, so that the page of the weights stays."""
     others = [re.sub(r"[^\w.=-]+", "-", label).strip("-.") for label in labels(checkpoints)[1:]]
     name = "-".join([checkpoints[0].name, *(["with", *others] if others else [])])
-    return run_folder(checkpoints[0]) / "analysis" / (name[:150] + "-ema" * of_average)
+    first, run = checkpoints[0].absolute(), run_folder(checkpoints[0])
+    return (run.parent if run == first else run) / "analysis" / (name[:150] + "-ema" * of_average)
 
 
 def run_folder(checkpoint: Path) -> Path:

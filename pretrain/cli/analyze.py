@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         type=a_path,
         metavar="FOLDER",
-        help="where the page goes (default: RUN/analysis/step-... of the first run, -with-OTHERS)",
+        help="where the page goes (default: RUN/analysis/step-... of the first run, -with-OTHERS; of a "
+        "checkpoint elsewhere, `analysis` beside it)",
     )
     parser.add_argument(
         "--layers",

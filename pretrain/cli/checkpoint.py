@@ -14,7 +14,14 @@ from common.arguments import a_path, not_empty
 from common.errors import UserError
 from common.tables import text_table
 from pretrain.checkpoint.convert import convert, progress_bar
-from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import (
+    CHECKPOINT_NAME,
+    OWN_FILE,
+    PARTIAL,
+    Checkpoint,
+    DamagedCheckpoint,
+    list_checkpoints,
+)
 from pretrain.cli.options import add_ema
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
@@ -163,7 +170,7 @@ def print_list(folder: Path) -> None:
     paths = list_checkpoints(place)
     others = sorted(p for p in place.iterdir() if p.is_dir() and re.search(r"step-\d{8,}", p.name) and p not in paths)
     if not paths and not others:
-        raise UserError(f"RUN_DIR: {place} holds no checkpoints")
+        raise UserError(f"RUN_DIR: {place} holds no checkpoints; name a run folder that has saved one")
     titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")
     print(text_table(titles, [_row(path) for path in [*paths, *others]], left=None))
 
@@ -200,8 +207,11 @@ def verify_all(folder: Path) -> int:
     """Prints a line per checkpoint. Returns the exit code. Raises UserError."""
     _check_folder(folder, "PATH")
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
-    if not paths:
-        raise UserError(f"PATH: {folder} holds no checkpoints")
+    has_name = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
+    if not paths or (
+        paths == [folder] and not has_name and not any(OWN_FILE.fullmatch(f.name) for f in folder.iterdir())
+    ):
+        raise UserError(f"PATH: {folder} holds no checkpoints; name a checkpoint (step-...) or a run folder")
     code = 0
     for path in (path.absolute() for path in paths):  # "." has no name of its own
         try:

@@ -69,7 +69,7 @@ def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Prints the mesh of a run on N ranks: the groups of every dimension, what each pipeline stage "
         "holds, and the bytes of weights and optimizer states per rank, beside those of one process.",
     )
-    layout.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration")
+    layout.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration, or a run folder")
     layout.add_argument(
         "--ranks",
         type=at_least(1),

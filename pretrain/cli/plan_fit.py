@@ -20,6 +20,7 @@ from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
+from pretrain.report.run_paths import config_file
 
 WIDTH = 120
 
@@ -27,6 +28,7 @@ WIDTH = 120
 def print_fit(args: argparse.Namespace) -> None:
     """Raises UserError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
+    args.config = config_file(args.config, "CONFIG")
     config = load_config(args.config, args.overrides, option="CONFIG")
     report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
     if args.json:

@@ -38,7 +38,7 @@ def add_search(commands: Commands[argparse.ArgumentParser]) -> argparse.Argument
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration")
+    parser.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration, or a run folder")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
     parser.add_argument(
         "--gpu", required=True, metavar="NAME", help="a device of pretrain/planning/devices.json, e.g. h100-80gb"

@@ -23,6 +23,7 @@ from pretrain.planning.machine import GIB, Machine, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.planning.search import SHOWN, Found, SearchReport, search
+from pretrain.report.run_paths import config_file
 
 
 def print_search(args: argparse.Namespace) -> None:
@@ -30,6 +31,7 @@ def print_search(args: argparse.Namespace) -> None:
     if args.write is not None:
         check_target(args.write, force=args.force)  # before a search of minutes
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
+    args.config = config_file(args.config, "CONFIG")
     config = load_config(args.config, args.overrides, option="CONFIG")
     found = machine(machine_options(args))
     with count_bar(enabled=not args.json) as bar:
