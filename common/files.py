@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +25,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     A reader, or a crash, sees all of the content or none of it: it goes to a temporary name, is flushed to the disk
     and renamed, and the rename is made durable. Any number of processes, on any nodes, may write the same path.
+    Raises FileExistsError where a device or a named pipe is in the place: the rename would remove it, for every user.
     """
+    refuse_special(path)
     temporary = temporary_path(path)
     stream = temporary.open("w+b")
     try:
@@ -51,6 +55,7 @@ def replacing_all(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
 
     def put(name: str, content: bytes) -> None:
         path = folder / name
+        refuse_special(path)
         temporary = temporary_path(path)
         written.append((temporary, path))
         try:
@@ -70,6 +75,16 @@ def replacing_all(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
             temporary.unlink(missing_ok=True)
         raise
     sync_directory(folder)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises FileExistsError if the path is a device, a pipe or a socket. A link to one may be replaced."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # writing says what is wrong
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise FileExistsError(errno.EEXIST, "is a device or a pipe, which no file may replace", str(path))
 
 
 def write_file(path: Path, content: bytes) -> None:

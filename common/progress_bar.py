@@ -39,7 +39,8 @@ def byte_bar(*, total: int, description: str, enabled: bool = True) -> "tqdm[Any
 
 def count_bar(*, enabled: bool = True) -> "tqdm[Any]":
     """A tqdm bar that counts things, removed at its end; what and how many may change (`set_description`, `reset`)."""
-    return tqdm(leave=False, mininterval=_interval_seconds(), miniters=1, disable=not enabled)
+    # No line that stands for nothing: the first is drawn when something is counted, and in a log after an interval.
+    return tqdm(leave=False, mininterval=_interval_seconds(), delay=0.01, miniters=1, disable=not enabled)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Foreign text on a terminal: shows control characters instead of sending them. And a stdout that may be full."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -68,6 +69,20 @@ def reader_may_leave() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         drop_output(sys.stdout)
+
+
+def prepare_streams() -> None:
+    """For a command that prints: what the encoding of stdout lacks, as of a folder's name, is printed as escapes and
+    raises no error, and output that the parent process closed leads nowhere. Python has no stream for that, and the
+    next file that is opened would get its descriptor."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it took the lowest free number, and keeps it
+    os.close(spare)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def drop_output(stream: TextIO) -> None:

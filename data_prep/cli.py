@@ -10,10 +10,9 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
-from common.arguments import at_least
+from common.arguments import a_path, at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
@@ -190,7 +189,7 @@ def _show_command(arguments: argparse.Namespace) -> None:
 
 def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
     command.add_argument(
-        "--config", type=Path, required=required, metavar="FILE", help="JSON config, see configs/data/"
+        "--config", type=a_path, required=required, metavar="FILE", help="JSON config, see configs/data/"
     )
     example = "override a key, e.g. tokenizer.vocab_size=4000"
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
@@ -220,7 +219,7 @@ def _add_slice(command: argparse.ArgumentParser) -> None:
 
 def _add_reader(command: argparse.ArgumentParser) -> None:
     """The arguments of `verify`, `show` and `stats`, which read."""
-    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="prepared data (or use --config)")
+    command.add_argument("folder", nargs="?", type=a_path, metavar="FOLDER", help="prepared data (or use --config)")
     _add_config(command, required=False)
 
 
@@ -259,7 +258,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     stats = add("stats", _stats_command, "print documents, tokens, bytes and lengths; write a report with plots")
     _add_reader(stats)
-    stats.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: FOLDER/report)")
+    stats.add_argument("--out", type=a_path, metavar="DIR", help="folder of the report (default: FOLDER/report)")
     show = add("show", _show_command, "print documents, decoded from the shards")
     _add_reader(show)
     show.add_argument("--split", choices=SPLITS, default="train", help="default: train")

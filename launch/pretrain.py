@@ -12,9 +12,9 @@ from pretrain.report import console  # noqa: E402
 from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
 
 if __name__ == "__main__":
-    console.protect()
+    console.protect(is_run := not {"--dry-run", "--help", "-h"} & set(sys.argv))
     stop = Stop()
-    if not {"--dry-run", "--help", "-h"} & set(sys.argv):
+    if is_run:
         stop.install(launched=is_launched())  # before the slow imports
 
     import model.openmp  # noqa: F401  # before anything imports torch

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import at_least
+from common.arguments import a_path, at_least
 from common.errors import UserError
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON config, see configs/data/")
+    parser.add_argument("--config", type=a_path, required=True, metavar="FILE", help="JSON config, see configs/data/")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
     )

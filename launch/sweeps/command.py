@@ -8,9 +8,8 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import at_least
+from common.arguments import a_path, at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--sweep-dir", required=True, type=Path, metavar="DIR", help="folder of the sweep; a run folder each in it"
+        "--sweep-dir", required=True, type=a_path, metavar="DIR", help="folder of the sweep; a run folder each in it"
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="configuration, repeatable")
     parser.add_argument(

@@ -11,12 +11,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replacing_all
-from common.folders import check_writable_folder, making
+from common.folders import making
 from common.strict_json import dumps
 from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
 from pretrain.analysis.trace import Request, trace_text
+from pretrain.checkpoint.folder import check_output_folder
 from pretrain.saved_model import SavedModel
 from pretrain.views.reading import read_object
 
@@ -107,11 +108,13 @@ def labels(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def default_folder(checkpoints: Sequence[Path], *, of_average: bool = False) -> Path:
-    """In the first one's run, named after its step; several checkpoints, and after the others, so that the page of the
-    first alone stays; of moving averages with `-ema`, so that the page of the weights stays."""
+    """In the first one's run, or, as the results of an evaluation, in a folder beside a checkpoint elsewhere, which
+    holds weights and nothing else; named after its step; several checkpoints, and after the others, so that the page
+    of the first alone stays; of moving averages with `-ema`, so that the page of the weights stays."""
     others = [re.sub(r"[^\w.=-]+", "-", label).strip("-.") for label in labels(checkpoints)[1:]]
     name = "-".join([checkpoints[0].name, *(["with", *others] if others else [])])
-    return run_folder(checkpoints[0]) / "analysis" / (name[:150] + "-ema" * of_average)
+    first, run = checkpoints[0].absolute(), run_folder(checkpoints[0])
+    return (run.parent if run == first else run) / "analysis" / (name[:150] + "-ema" * of_average)
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -122,7 +125,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Refuses a folder that cannot be written, or holds another program's file of our names. Raises UserError."""
-    check_writable_folder(folder, "--out")
+    check_output_folder(folder, "--out")
     if any((folder / name).exists() for name in (PAGE, NUMBERS, DESCRIPTION)) and not _is_ours(folder):
         raise UserError(f"--out: {folder} holds {PAGE} or numbers of another program; name another folder")
 

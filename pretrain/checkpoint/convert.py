@@ -17,7 +17,7 @@ from common.folders import making
 from common.hashing import sha256_file
 from common.urls import URL
 from data_prep.shards.format import Manifest
-from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, check_output_folder
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 
@@ -28,13 +28,14 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
     """Checks the files of the checkpoint `folder` and writes its fp32 weights to `out`/model.safetensors, with
     config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. `ema`: the moving
     average instead of the weights. Raises UserError; `out` then holds what it held before."""
+    check_output_folder(out.absolute(), "OUT")
     checkpoint = Checkpoint.open(folder)
     found, reason = StoredTokenizer.inside(checkpoint), ""
     if found is None:
         manifest, reason = find_data(checkpoint, data)
         found = None if manifest is None else StoredTokenizer.of(manifest)
     tokenizer = None if found is None else found.entry.file
-    for name in (MODEL, CONFIG, WEIGHTS, tokenizer or ""):
+    for name in (MODEL, MODEL + PARTIAL, CONFIG, WEIGHTS, tokenizer or ""):
         if name and os.path.lexists(out / name):
             raise UserError(f"OUT: {out / name} exists; name another folder")
     if problem := checkpoint.damaged_file(read=progress_bar(folder.name, checkpoint.bytes)):
@@ -84,7 +85,7 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
             raise UserError(f"{manifest.folder / entry.file} does not match its manifest")
     except (UserError, OSError) as error:
         if place is not None:
-            raise UserError(str(error)) from None
+            raise UserError(str(error) if str(error).startswith("--data: ") else f"--data {place}: {error}") from None
         return None, f"{error}; name the place of the prepared data with --data"
     return manifest, ""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import intended_name
+from common.folders import check_writable_folder
 from common.hashing import sha256_file
 from common.presence import exists, is_dir
 from pretrain.data.progress import Progress
@@ -141,6 +142,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=step_of)
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Raises UserError where a command must not write into `folder`, which is absolute: it is no folder that this user
+    may write, or stands among a run's checkpoints. There it would pass for the newest one, which the run could not
+    read, or go with a checkpoint that the run removes."""
+    check_writable_folder(folder, option)
+    for place in (folder, *folder.parents):
+        if is_among_checkpoints(place):
+            raise UserError(
+                f"{option}: {place} is, or would pass for, a checkpoint that a run continues from and removes by "
+                f"itself; name a folder outside of {place.parent}"
+            )
+
+
+def is_among_checkpoints(folder: Path) -> bool:
+    """Whether a run takes the folder, which is absolute and need not be there, for one of its checkpoints."""
+    beside = folder.parent
+    return bool(beside.name == "checkpoints" and CHECKPOINT_NAME.fullmatch(folder.name) and list_checkpoints(beside))
 
 
 def step_of(path: Path) -> int:

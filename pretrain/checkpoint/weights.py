@@ -23,14 +23,13 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_file
 from pretrain.checkpoint.folder import (
-    CHECKPOINT_NAME,
     FORMAT_VERSION,
     PARTIAL,
     TOKENIZER_FILE,
     Checkpoint,
     digest_entry,
     holds_checkpoint_files_alone,
-    list_checkpoints,
+    is_among_checkpoints,
 )
 from pretrain.checkpoint.shapes import full_shapes
 from pretrain.checkpoint.state import code_versions
@@ -119,8 +118,7 @@ def _unfinished(folder: Path, option: str) -> Path:
     """Makes the folder that becomes `folder`; takes away what an interrupted attempt left of it."""
     if os.path.lexists(folder):
         raise UserError(f"{option}: {folder} exists; name a folder that does not")
-    beside = folder.absolute().parent
-    if beside.name == "checkpoints" and CHECKPOINT_NAME.fullmatch(folder.name) and list_checkpoints(beside):
+    if is_among_checkpoints(folder.absolute()):
         raise UserError(
             f"{option}: {folder} would pass for a checkpoint of the run, which does not continue from weights alone; "
             f"name a folder outside of checkpoints, such as mean"

@@ -7,11 +7,10 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import get_args
 
-from common.arguments import at_least
+from common.arguments import a_path, at_least
 from common.errors import UserError
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.alert_kinds import AlertKind, command_words
@@ -27,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--event as a test. With --event and --text for a script that knows what happened: it does nothing if the run "
         "has no command, or if monitor.alerts leaves the event out.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a configuration")
+    parser.add_argument("run", type=a_path, metavar="RUN", help="a run folder, or a configuration")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from common.arguments import a_path
 from common.errors import UserError
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
@@ -24,21 +24,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=a_path,
         metavar="RUN",
         help="run folders (the newest checkpoint is taken) or checkpoints (step-...)",
     )
     parser.add_argument(
         "--text",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="UTF-8 text; - is standard input (default: a paragraph of the project)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=a_path,
         metavar="FOLDER",
-        help="where the page goes (default: RUN/analysis/step-... of the first run, -with-OTHERS)",
+        help="where the page goes (default: RUN/analysis/step-... of the first run, -with-OTHERS; of a "
+        "checkpoint elsewhere, `analysis` beside it)",
     )
     parser.add_argument(
         "--layers",

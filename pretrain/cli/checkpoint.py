@@ -10,10 +10,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.arguments import a_path, not_empty
 from common.errors import UserError
 from common.tables import text_table
 from pretrain.checkpoint.convert import convert, progress_bar
-from pretrain.checkpoint.folder import PARTIAL, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import (
+    CHECKPOINT_NAME,
+    OWN_FILE,
+    PARTIAL,
+    Checkpoint,
+    DamagedCheckpoint,
+    list_checkpoints,
+)
 from pretrain.cli.options import add_ema
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
@@ -31,14 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="the checkpoints of a run: step, time, size, layout, state, losses",
         description="Prints a line per checkpoint. `whole` means committed and of the right sizes; `verify` reads all.",
     )
-    listing.add_argument("folder", type=Path, metavar="RUN_DIR", help="run folder, or its checkpoints folder")
+    listing.add_argument("folder", type=a_path, metavar="RUN_DIR", help="run folder, or its checkpoints folder")
     verify = commands.add_parser(
         "verify",
         help="compare every file with its sha256",
         description="Reads every file of a checkpoint, or of all checkpoints of a run, and compares it with its "
         "sha256. Exit code 2 if one is not whole.",
     )
-    verify.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder")
+    verify.add_argument("folder", type=a_path, metavar="PATH", help="a checkpoint, or a run folder")
     convert = commands.add_parser(
         "convert",
         help="the fp32 weights as one model.safetensors, with the tokenizer",
@@ -47,10 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         "step, tokens read, data set). Needs memory for the largest parameter only. docs/checkpoints.md shows how to "
         "load them.",
     )
-    convert.add_argument("folder", type=Path, metavar="PATH", help="a checkpoint, or a run folder for its newest")
-    convert.add_argument("out", type=Path, metavar="OUT", help="folder to write to; must not hold a model yet")
+    convert.add_argument("folder", type=a_path, metavar="PATH", help="a checkpoint, or a run folder for its newest")
+    convert.add_argument("out", type=a_path, metavar="OUT", help="folder to write to; must not hold a model yet")
     convert.add_argument(
         "--data",
+        type=not_empty,
         metavar="FOLDER",
         help="where the run's prepared data are now, for the tokenizer (default: where the run read them)",
     )
@@ -63,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         "with (train.init_from). Computed in fp64, one parameter in memory at a time.",
     )
     average.add_argument(
-        "folders", type=Path, nargs="+", metavar="CHECKPOINT", help="checkpoints, or run folders for their newest"
+        "folders", type=a_path, nargs="+", metavar="CHECKPOINT", help="checkpoints, or run folders for their newest"
     )
-    average.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    average.add_argument("--to", type=a_path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
     average.add_argument(
         "--weights", metavar="LIST", help="the share of each, e.g. 1,1,2; divided by their sum (default: equal)"
     )
@@ -161,7 +170,7 @@ def print_list(folder: Path) -> None:
     paths = list_checkpoints(place)
     others = sorted(p for p in place.iterdir() if p.is_dir() and re.search(r"step-\d{8,}", p.name) and p not in paths)
     if not paths and not others:
-        raise UserError(f"RUN_DIR: {place} holds no checkpoints")
+        raise UserError(f"RUN_DIR: {place} holds no checkpoints; name a run folder that has saved one")
     titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")
     print(text_table(titles, [_row(path) for path in [*paths, *others]], left=None))
 
@@ -198,8 +207,11 @@ def verify_all(folder: Path) -> int:
     """Prints a line per checkpoint. Returns the exit code. Raises UserError."""
     _check_folder(folder, "PATH")
     paths = [folder] if _is_checkpoint(folder) else list_checkpoints(_checkpoints_folder(folder))
-    if not paths:
-        raise UserError(f"PATH: {folder} holds no checkpoints")
+    has_name = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
+    if not paths or (
+        paths == [folder] and not has_name and not any(OWN_FILE.fullmatch(f.name) for f in folder.iterdir())
+    ):
+        raise UserError(f"PATH: {folder} holds no checkpoints; name a checkpoint (step-...) or a run folder")
     code = 0
     for path in (path.absolute() for path in paths):  # "." has no name of its own
         try:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import a_path
 from common.errors import UserError
 from common.files import replacing_all
-from common.folders import check_writable_folder, making
+from common.folders import making
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
 from pretrain.views.comparison_text import text
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "tokens and training FLOPs, and the first step at which a value differs, by how much. Prints tables and writes "
         f"{PICTURE} and {PAGE}, which needs no network. Of a single run: its losses and curves. Runs may still go on.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/one runs/other")
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="run folders, e.g. runs/one runs/other")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=a_path,
         metavar="FOLDER",
         help="where both files go (default: FIRST_RUN/comparison/OTHER_RUNS, of a single run RUN/curves)",
     )
@@ -59,10 +60,11 @@ def compare(args: argparse.Namespace) -> None:
         if run.view.metrics.damaged:
             print(f"{run.label}: {run.view.metrics.damaged} damaged lines were passed over", file=sys.stderr)
     print(text(runs, args.tolerance), flush=True)
-    from pretrain.views.comparison_page import drawn, page  # matplotlib, for which the text need not wait
+    from pretrain.checkpoint.folder import check_output_folder  # both here: the text need not wait for them
+    from pretrain.views.comparison_page import drawn, page  # matplotlib
 
     out = args.out or default_folder(runs)
-    check_writable_folder(out.absolute(), "--out")
+    check_output_folder(out.absolute(), "--out")
     png = drawn(runs)
     with making(out), replacing_all(out) as put:
         put(PICTURE, png)

@@ -6,8 +6,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
+from common.arguments import a_path
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_device, add_ema, add_overrides
 from pretrain.cli.refusals import device_named, exit_code_of
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "parallel.tensor=2), give the same numbers. docs/use.md says what is computed.",
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run folder (its newest checkpoint) or a step-... folder"
+        "run", type=a_path, metavar="RUN", help="a run folder (its newest checkpoint) or a step-... folder"
     )
     parser.add_argument(
         "--tasks",
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ema(parser)
     add_device(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
+        "--out", type=a_path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
     )
     add_overrides(parser, "a key of parallel (the layout), evaluate (the held-out split) or kernels; repeatable")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher

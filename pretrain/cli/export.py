@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from common.arguments import a_path
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_ema
 from pretrain.cli.refusals import exit_code_of
@@ -23,11 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
         "format.",
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="run folder (the newest checkpoint is taken) or checkpoint (step-...)"
+        "run", type=a_path, metavar="RUN", help="run folder (the newest checkpoint is taken) or checkpoint (step-...)"
     )
     parser.add_argument(
         "--to",
-        type=Path,
+        type=a_path,
         required=True,
         metavar="FOLDER",
         help="where it goes; must not be there yet, or be empty, or an older export, which is replaced",

@@ -7,9 +7,9 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.arguments import a_path
 from common.errors import UserError
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "run",
-        type=Path,
+        type=a_path,
         metavar="RUN",
         help="run folder (the newest checkpoint is taken), checkpoint (step-...), or a folder of launch/export.py",
     )
@@ -68,7 +68,7 @@ def _add_prompts(group: argparse._MutuallyExclusiveGroup) -> None:
     )
     group.add_argument(
         "--prompts",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="a prompt in each line that is not blank, of FILE.jsonl under the key `prompt`; - is standard input",
     )

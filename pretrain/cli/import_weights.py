@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.arguments import a_path
 from common.errors import UserError
 from pretrain.cli.options import add_overrides
 from pretrain.cli.refusals import exit_code_of
@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         "training checkpoints (moe_attention), files of torch.save or safetensors; folders that launch/export.py, or "
         "transformers after fine-tuning one, wrote. docs/use.md has examples.",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the file of weights, or the exported folder")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    parser.add_argument("source", type=a_path, metavar="SOURCE", help="the file of weights, or the exported folder")
+    parser.add_argument("--to", type=a_path, required=True, metavar="DIR", help="the new checkpoint; must not exist")
     parser.add_argument(
         "--from",
         dest="kind",
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="for the authors' weights: configuration of a run of the same model, e.g. "
         "configs/paper/c4_switchhead_47m.json, whose data have the tokenizer of the weights",
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(parser, "override one dotted key of the configuration, repeatable: --set model.attention.num_heads=4")
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="SentencePiece model that the weights were trained with (default: that of the configuration's data)",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from common.arguments import not_empty
+
 
 def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     """--set, repeatable: `args.overrides` is a list of KEY=VALUE."""
@@ -16,6 +18,7 @@ def add_data(parser: argparse.ArgumentParser, *, used_for: str = "for the tokeni
     parser.add_argument(
         "--data",
         action="append",
+        type=not_empty,
         default=[],
         metavar="FOLDER",
         help=f"where prepared data are now, {used_for}, if they are not where the run read them; repeatable",

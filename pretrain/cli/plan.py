@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import at_least
-from common.errors import UserError
-from common.terminal import reader_may_leave
+from common.arguments import a_path, at_least
 from pretrain.cli.plan_machine import add_fit, add_search
-from pretrain.report.exit_codes import ExitCode
+from pretrain.cli.refusals import exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,10 +31,12 @@ def _add_costs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Prints a table of what models cost: parameters, MACs and memory of one attention and one "
         "feed-forward layer on one sequence, by the paper's formulas and counted from the built model.",
     )
-    costs.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="run configuration, or a folder of them")
+    costs.add_argument(
+        "configs", nargs="+", type=a_path, metavar="CONFIG", help="run configuration or run folder, or a folder of some"
+    )
     costs.add_argument(
         "--baseline",
-        type=Path,
+        type=a_path,
         metavar="CONFIG",
         help="configuration that ratios refer to (default: the first, for those with its sequence length and d_model)",
     )
@@ -53,8 +51,8 @@ def _add_match(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Solves for the attention's head_dim or the dense feed-forward's hidden_size at which CONFIG has "
         "as many parameters in total as the baseline (rounded to the nearest width), as in the paper's comparisons.",
     )
-    match.add_argument("config", type=Path, metavar="CONFIG", help="run configuration to be changed")
-    match.add_argument("--like", type=Path, required=True, metavar="BASELINE", help="configuration to equal in size")
+    match.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration to be changed")
+    match.add_argument("--like", type=a_path, required=True, metavar="BASELINE", help="configuration to equal in size")
     match.add_argument(
         "--solve",
         choices=("head_dim", "hidden_size"),
@@ -71,10 +69,10 @@ def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Prints the mesh of a run on N ranks: the groups of every dimension, what each pipeline stage "
         "holds, and the bytes of weights and optimizer states per rank, beside those of one process.",
     )
-    layout.add_argument("config", type=Path, metavar="CONFIG", help="run configuration")
+    layout.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration, or a run folder")
     layout.add_argument(
         "--ranks",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="number of ranks (default: the smallest, tensor x pipeline x expert)",
     )
@@ -128,42 +126,42 @@ def _add_overrides(parser: argparse.ArgumentParser, whose: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
     args = build_parser().parse_args(arguments)
-    try:
-        with reader_may_leave():
-            if args.command == "costs":  # each imports torch; --help and refusals do not wait for it
-                from pretrain.cli.plan_costs import print_costs
+    return exit_code_of(lambda: run(args))
 
-                print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
-            elif args.command == "layout":
-                from pretrain.cli.plan_layout import print_layout
 
-                print_layout(args.config, args.ranks, args.overrides)
-            elif args.command == "check":
-                from pretrain.cli.plan_check import print_check
-                from pretrain.preflight.whole import Wanted
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the command. Raises UserError and OSError."""
+    if args.command == "costs":  # each imports torch; --help and refusals do not wait for it
+        from pretrain.cli.plan_costs import print_costs
 
-                wanted = Wanted(
-                    config=args.config,
-                    option="CONFIG",
-                    overrides=args.overrides,
-                    run_dir=args.run_dir,
-                    num_ranks=args.ranks,
-                    device=args.device,
-                )
-                return print_check(wanted, as_json=args.json, rank=args.rank, with_step=not args.no_step)
-            elif args.command == "fit":
-                from pretrain.cli.plan_fit import print_fit
+        print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
+    elif args.command == "layout":
+        from pretrain.cli.plan_layout import print_layout
 
-                print_fit(args)
-            elif args.command == "search":
-                from pretrain.cli.plan_search import print_search
+        print_layout(args.config, args.ranks, args.overrides)
+    elif args.command == "check":
+        from pretrain.cli.plan_check import print_check
+        from pretrain.preflight.whole import Wanted
 
-                print_search(args)
-            else:
-                from pretrain.cli.plan_match import print_match
+        wanted = Wanted(
+            config=args.config,
+            option="CONFIG",
+            overrides=args.overrides,
+            run_dir=args.run_dir,
+            num_ranks=args.ranks,
+            device=args.device,
+        )
+        return print_check(wanted, as_json=args.json, rank=args.rank, with_step=not args.no_step)
+    elif args.command == "fit":
+        from pretrain.cli.plan_fit import print_fit
 
-                print_match(args.config, args.like, args.solve, args.overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.REFUSED
+        print_fit(args)
+    elif args.command == "search":
+        from pretrain.cli.plan_search import print_search
+
+        print_search(args)
+    else:
+        from pretrain.cli.plan_match import print_match
+
+        print_match(args.config, args.like, args.solve, args.overrides)
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
+from common.strict_json import dumps
 from common.terminal import visible
 from pretrain.preflight.checklist import Outcome
 from pretrain.preflight.whole import Examination, Wanted
@@ -29,7 +29,7 @@ def print_check(wanted: Wanted, *, as_json: bool, rank: int | None = None, with_
             "passed": examination.is_sound,
             "checks": [outcome.to_json() for outcome in examination.checks.outcomes],
         }
-        print(json.dumps(content, indent=1))
+        print(dumps(content, indent=1))
     else:
         print_warnings(examination.checks.warnings)
         print_errors(examination)

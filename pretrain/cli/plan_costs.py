@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.strict_json import dumps
 from common.tables import text_table
 from model.config import ModelConfig
 from model.costs import (
@@ -22,6 +22,7 @@ from model.costs import (
 )
 from model.counted_costs import count_macs
 from pretrain.config.loading import load_config
+from pretrain.report.run_paths import SAVED_CONFIG, config_file, is_run
 
 LEGEND = """\
 MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted.
@@ -66,16 +67,19 @@ def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Seque
         models = {name: load_model(baseline, (), option="--baseline")} | models
     rows = model_costs(models, any_size=baseline is not None)
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        print(dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(table(rows))
 
 
 def config_files(path: Path) -> list[Path]:
-    """`path`, or the JSON files directly in it if it is a folder, sorted."""
+    """`path`, the configuration of the run that it holds, or the JSON files directly in it, sorted."""
     if not path.exists():
         raise ConfigError(f"CONFIG: there is no file or folder {path}; configurations are in configs and configs/paper")
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if path.is_dir() and not is_run(path):
+        files = sorted(path.glob("*.json"))
+    else:
+        files = [config_file(path, "CONFIG")]
     if not files:
         raise ConfigError(f"CONFIG: the folder {path} holds no .json file; name one that does, or a file")
     return files
@@ -84,7 +88,7 @@ def config_files(path: Path) -> list[Path]:
 def load_model(path: Path, overrides: Sequence[str], *, option: str = "CONFIG") -> ModelConfig:
     """The model section of a configuration file, given as `option`. Raises ConfigError that also names the file."""
     try:
-        return load_config(path, overrides, option=option).model
+        return load_config(config_file(path, option), overrides, option=option).model
     except ConfigError as error:
         named = "" if str(error).startswith(f"{option}: ") else f" (in {path})"
         raise ConfigError(f"{error}{named}") from None
@@ -178,5 +182,6 @@ def short(value: int) -> str:
 
 def _short_names(paths: Sequence[str]) -> list[str]:
     """File names without .json where that is unambiguous."""
-    names = [Path(path).name.removesuffix(".json") for path in paths]
+    files = [Path(path) for path in paths]
+    names = [file.parent.name if file.name == SAVED_CONFIG else file.name.removesuffix(".json") for file in files]
     return names if len(set(names)) == len(names) else list(paths)

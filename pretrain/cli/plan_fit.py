@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.strict_json import dumps
 from common.tables import counted, text_table
 from pretrain.cli.plan_costs import short
 from pretrain.config.loading import load_config, to_json
@@ -20,6 +20,7 @@ from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
+from pretrain.report.run_paths import config_file
 
 WIDTH = 120
 
@@ -27,10 +28,11 @@ WIDTH = 120
 def print_fit(args: argparse.Namespace) -> None:
     """Raises UserError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
+    args.config = config_file(args.config, "CONFIG")
     config = load_config(args.config, args.overrides, option="CONFIG")
     report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
     if args.json:
-        print(json.dumps(as_json(report), indent=1))
+        print(dumps(as_json(report), indent=1))
     else:
         print("\n".join(lines_of(args.config, report)))
 

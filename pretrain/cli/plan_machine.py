@@ -4,7 +4,8 @@ torch."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from common.arguments import a_path
 
 Commands = argparse._SubParsersAction
 
@@ -29,7 +30,7 @@ def add_search(commands: Commands[argparse.ArgumentParser]) -> argparse.Argument
         "then by the memory that stays free, and says why the others are not in the table.",
     )
     _add_machine(parser)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write CONFIG with the first layout to FILE")
+    parser.add_argument("--write", type=a_path, metavar="FILE", help="write CONFIG with the first layout to FILE")
     parser.add_argument(
         "--force", action="store_true", help="let --write replace a file that an earlier search did not make"
     )
@@ -37,7 +38,7 @@ def add_search(commands: Commands[argparse.ArgumentParser]) -> argparse.Argument
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="run configuration")
+    parser.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration, or a run folder")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
     parser.add_argument(
         "--gpu", required=True, metavar="NAME", help="a device of pretrain/planning/devices.json, e.g. h100-80gb"
@@ -65,7 +66,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--results",
-        type=Path,
+        type=a_path,
         metavar="FOLDER",
         help="records of python -m benchmarks.gpu, which come before assumptions (default: benchmarks/results)",
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.progress_bar import count_bar
+from common.strict_json import dumps
 from common.tables import text_table
 from pretrain.cli.plan_fit import machine_options, machine_text, seconds_text
 from pretrain.config.loading import load_config
@@ -22,6 +23,7 @@ from pretrain.planning.machine import GIB, Machine, machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.planning.search import SHOWN, Found, SearchReport, search
+from pretrain.report.run_paths import config_file
 
 
 def print_search(args: argparse.Namespace) -> None:
@@ -29,6 +31,7 @@ def print_search(args: argparse.Namespace) -> None:
     if args.write is not None:
         check_target(args.write, force=args.force)  # before a search of minutes
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
+    args.config = config_file(args.config, "CONFIG")
     config = load_config(args.config, args.overrides, option="CONFIG")
     found = machine(machine_options(args))
     with count_bar(enabled=not args.json) as bar:
@@ -44,7 +47,7 @@ def print_search(args: argparse.Namespace) -> None:
 
         report = search(config, found, results=args.results or RESULTS, progress=progress)
     if args.json:
-        print(json.dumps(as_json(report, found), indent=1))
+        print(dumps(as_json(report, found), indent=1))
     else:
         print("\n".join(lines_of(args.config, report, found)))
     if not report.best:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from common.terminal import reader_may_leave, visible
+from common.folders import is_full
+from common.terminal import prepare_streams, reader_may_leave, visible
 from pretrain.report.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ INTERRUPTED = 128 + signal.SIGINT
 def exit_code_of(command: Callable[[], int | None]) -> int:
     """Runs `command`: its exit code (None: 0), REFUSED after a UserError or what the system refused (OSError), or
     INTERRUPTED after Ctrl-C."""
+    prepare_streams()
     code: int | None = None  # of a reader that left: it ended well
     try:
         with reader_may_leave():
@@ -31,7 +33,9 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
+        # Of a file the system says which one, and common.files does where it does not.
+        unnamed = "stdout cannot be written: " if is_full(error) else ""
+        where = unnamed if error.filename is None else f"{error.filename}: "
         print(f"error: {visible(where)}{error.strerror or error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
     except KeyboardInterrupt:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import a_path, above_zero
 from common.errors import UserError
+from common.strict_json import dumps
 from pretrain.cli.refusals import exit_code_of
-from pretrain.report.exit_codes import ExitCode
 from pretrain.views.reading import RunView
 from pretrain.views.status import runs_table, screen, summary
 
@@ -26,9 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
         "last events, and what to do next. Several runs become a table. It only reads, so it may look at a run "
         "that goes on, also from another machine on the same file system.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/NAME or runs/*")
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="run folders, e.g. runs/NAME or runs/*")
     parser.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
-    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="of --watch (default: 5)")
+    parser.add_argument(
+        "--every", type=above_zero(86400), default=5.0, metavar="SECONDS", help="of --watch (default: 5)"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON per run, for other programs")
     return parser
 
@@ -36,9 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
     args = build_parser().parse_args(arguments)
-    if args.every <= 0:
-        print("error: --every: must be more than 0 seconds", file=sys.stderr)
-        return ExitCode.REFUSED
     return exit_code_of(lambda: look(args))
 
 
@@ -74,7 +73,7 @@ def open_all(paths: Sequence[Path]) -> list[RunView]:
 def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
     now = time.time()
     if as_json:
-        text = "\n".join(json.dumps(summary(view)) for view in views)
+        text = "\n".join(dumps(summary(view)) for view in views)
     elif len(views) == 1:
         text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now)
     else:

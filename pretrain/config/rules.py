@@ -337,7 +337,8 @@ def _ways_to_divide(batch: BatchConfig, data_size: int, expert: int, model_ranks
     yield str(_nearest_multiple(total, micro * data_size))
     if total % data_size == 0:
         yield f"batch.micro_sequences to {_largest_divisor(total // data_size, micro)}"
-    sizes = [size for size in range(expert, data_size, expert) if total % (micro * size) == 0]
+    most = min(data_size, total // micro + 1)  # of ranks that can divide the batch, however many are asked for
+    sizes = [size for size in range(expert, most, expert) if total % (micro * size) == 0]
     if sizes:
         yield f"start {counted(sizes[-1] * model_ranks, 'rank')}"
 

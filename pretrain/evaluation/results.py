@@ -9,9 +9,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
-from common.folders import check_writable_folder, making
+from common.folders import making
 from common.tables import text_table
-from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.folder import Checkpoint, check_output_folder
 from pretrain.evaluation.tasks import TASKS, TaskResult
 
 FOLDER = "evaluation"
@@ -28,7 +28,7 @@ def results_folder(checkpoint: Checkpoint) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raises UserError if no file can be written there."""
-    check_writable_folder(folder, "--out")
+    check_output_folder(folder, "--out")
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import intended_name, sync_directory, temporary_path
 from common.folders import check_writable_folder, is_full
-from pretrain.checkpoint.folder import PARTIAL
+from pretrain.checkpoint.folder import PARTIAL, check_output_folder
 
 CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
     "config.json",
@@ -35,7 +35,7 @@ def shard_name(number: int, count: int) -> str:
 
 def check_output(out: Path, option: str) -> None:
     """Raises UserError unless `out`, absolute, can become an export: it is not there yet, or empty, or an export."""
-    check_writable_folder(out, option)
+    check_output_folder(out, option)
     for place in (out, out.with_name(out.name + PARTIAL)):
         if place.is_dir() and (foreign := _foreign_file(place)):
             raise UserError(f"{option}: {place} holds {foreign}, which is not of an export; name another folder")

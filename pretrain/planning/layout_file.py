@@ -41,6 +41,8 @@ def check_target(target: Path, *, force: bool) -> None:
         raise UserError(f"--write: {target} is a folder; name a file in it")
     if not target.parent.is_dir():
         raise UserError(f"--write: there is no folder {target.parent}; make it, or name a file elsewhere")
+    if target.exists() and not target.is_file():
+        raise UserError(f"--write: {target} is a device or a pipe; name a file")
     if not target.exists() or force:
         return
     try:

@@ -19,14 +19,21 @@ CHUNK_BYTES = 4096
 PATIENCE_SECONDS = 5.0
 """How long a write waits, once, for a reader that does not read; after that only what fits is written."""
 
+WHERE_ELSE = "; the run goes on without it, RUN_DIR/metrics.jsonl and RUN_DIR/events.jsonl have what it says"
+
 _problems: dict[str, str] = {}
 _listeners: list[Callable[[str, str], None]] = []
+_is_run = True
 
 
-def protect() -> None:
+def protect(is_run: bool = True) -> None:
     """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call it first: if the parent process
     closed a descriptor, the next file that is opened would get it, and prints would go into that file.
+
+    is_run: False where nothing is trained, as for --help: a reader that leaves, as `head` does, is no problem then
     """
+    global _is_run
+    _is_run = is_run
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -95,7 +102,8 @@ class _Stream(io.RawIOBase):
             self._send(view)
         except OSError as error:
             self._lost = lost + size
-            _report(self.name, error.strerror or repr(error))
+            if _is_run or not isinstance(error, BrokenPipeError):
+                _report(self.name, error.strerror or repr(error))
         return size
 
     def _send(self, view: memoryview) -> None:
@@ -113,12 +121,7 @@ def _report(name: str, reason: str) -> None:
         return
     _problems[name] = reason
     if name != "stderr":
-        print(
-            f"warning: {name} cannot be written ({reason}); the run goes on without it, RUN_DIR/metrics.jsonl and "
-            f"RUN_DIR/events.jsonl have what it says",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"warning: {name} cannot be written ({reason}){WHERE_ELSE * _is_run}", file=sys.stderr, flush=True)
     for listener in list(_listeners):
         with contextlib.suppress(Exception):
             listener(name, reason)

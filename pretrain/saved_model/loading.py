@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,9 +84,10 @@ def find_checkpoint(place: Path) -> Checkpoint:
     found = list_checkpoints(folder)
     if not found:
         if (place / "generation_config.json").exists():
+            quoted = shlex.quote(str(place))
             raise UserError(
                 f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
-                f"commands make a checkpoint of it: python launch/import_weights.py {place} --to FOLDER"
+                f"commands make a checkpoint of it: python launch/import_weights.py {quoted} --to FOLDER"
             )
         is_run = is_run or (place / "config.json").exists()
         raise UserError(

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.arguments import a_path
 from common.errors import UserError
 from common.tables import counted
 from pretrain.config.loading import load_config
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--run-dir", type=a_path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
         "--steps", type=int, default=5, metavar="N", help="save after N steps, train to 2 N (default 5, at least 2)"
     )

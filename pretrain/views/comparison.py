@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.tables import counted
+from common.terminal import visible
 from pretrain.views.reading import RunView
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
@@ -81,12 +83,17 @@ def open_runs(views: Sequence[RunView]) -> list[Run]:
     """Raises UserError if a run has no step yet. Labels are folder names, with as much of the path as is needed."""
     for view in views:
         if not len(view.metrics):
+            if view.metrics.damaged:
+                raise UserError(
+                    f"RUN: {view.path} has no step in metrics.jsonl, whose {counted(view.metrics.damaged, 'line')} are "
+                    f"damaged; name another run"
+                )
             raise UserError(f"RUN: {view.path} has no step in metrics.jsonl yet; wait for its first one")
     parts = [view.path.absolute().parts for view in views]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
         depth += 1
-    labels = ["/".join(p[-depth:]) for p in parts]
+    labels = [visible("/".join(p[-depth:])) for p in parts]  # a page and a picture take no half of a character
     return [
         Run(label if labels.count(label) == 1 else f"{label} ({n + 1})", view)
         for n, (label, view) in enumerate(zip(labels, views, strict=True))

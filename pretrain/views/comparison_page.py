@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from html import escape
 
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common import html_page
+from common.terminal import visible
 from pretrain.views.comparison import AXES, Run
 from pretrain.views.comparison_text import DIFFERS, notes, tables
 
@@ -88,7 +90,9 @@ def drawn(runs: Sequence[Run]) -> bytes:
     edges = {"left": 0.8 / wide, "right": 1 - 0.2 / wide, "bottom": (0.8 + 0.2 * rows) / high, "top": 1 - 0.4 / high}
     figure.subplots_adjust(**edges, wspace=0.24, hspace=0.3)
     data = io.BytesIO()
-    canvas.print_png(data)
+    with warnings.catch_warnings():  # a letter that the font lacks is drawn as a box; extremes of an axis overflow
+        warnings.simplefilter("ignore")
+        canvas.print_png(data)
     return data.getvalue()
 
 
@@ -133,7 +137,9 @@ def page(runs: Sequence[Run], tolerance: float, png: bytes) -> str:
     """The HTML file."""
     parts = [f"<h1>{escape(' and '.join(run.label for run in runs))}</h1>"]
     parts.append(
-        html_page.table(("run", "folder"), [(escape(r.label), escape(str(r.view.path))) for r in runs], numbers=())
+        html_page.table(
+            ("run", "folder"), [(escape(r.label), escape(visible(str(r.view.path)))) for r in runs], numbers=()
+        )
     )
     parts.append(html_page.image(png, "curves of all runs"))
     for title, header, rows in tables(runs, tolerance):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from common.tables import text_table
+from common.tables import counted, text_table
 from common.terminal import visible
 from pretrain.views.comparison import (
     AXES,
@@ -22,6 +22,10 @@ from pretrain.views.comparison import (
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
 DIFFERS = "What differs"
+LONGEST, DOTS = 60, "..."
+"""Characters of a setting, and what stands for the rest."""
+CONTEXT = 20
+"""Characters that stand before the first one that differs."""
 
 
 def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
@@ -29,7 +33,7 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
     labels = [run.label for run in runs]
     found: list[Table] = []
     if len(runs) > 1:
-        rows = [(key, *map(_shown, values)) for key, values in differing_facts(runs)]
+        rows = [(key, *_shown(values)) for key, values in differing_facts(runs)]
         found.append((DIFFERS, ("setting", *labels), rows))
     how = "by" if len(runs) == 1 else "at equal"
     for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
@@ -80,7 +84,7 @@ def text(runs: Sequence[Run], tolerance: float) -> str:
 
 def _differences(first: Run, other: Run, tolerance: float) -> Table:
     common, found = differences(first, other, tolerance)
-    title = f"First step at which {other.label} differs from {first.label} ({common:,} steps of both)"
+    title = f"First step at which {other.label} differs from {first.label} ({counted(common, 'step')} of both)"
     if not common:
         return title + ": they have no step in common", ("value",), []
     if not found:
@@ -108,9 +112,21 @@ def _differences(first: Run, other: Run, tolerance: float) -> Table:
     return title, header, rows
 
 
-def _shown(value: Any) -> str:
-    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shown(values: Sequence[Any]) -> list[str]:
+    """Each in at most LONGEST characters. Of long ones that begin alike, what comes shortly before the first letter
+    that differs, or they would look the same."""
+    texts = ["-" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
+    given = [text for value, text in zip(values, texts, strict=True) if value is not None]
+    differing = (n for n, letters in enumerate(zip(*given, strict=False)) if len(set(letters)) > 1)
+    alike = next(differing, min(map(len, given)))
+    if max(map(len, texts)) <= LONGEST or alike < LONGEST - len(DOTS):
+        return [_cut(text) for text in texts]
+    cut = [DOTS + _cut(text[alike - CONTEXT :], LONGEST - len(DOTS)) for text in texts]
+    return ["-" if value is None else text for value, text in zip(values, cut, strict=True)]
+
+
+def _cut(text: str, most: int = LONGEST) -> str:
+    return text if len(text) <= most else text[: most - len(DOTS)] + DOTS
 
 
 def _place(value: float) -> str:

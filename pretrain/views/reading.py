@@ -5,16 +5,18 @@ Nothing here imports torch, writes to a run or takes its lock. What another vers
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shlex
+import stat
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 from common.line_log import Row, is_event, is_step
@@ -58,7 +60,7 @@ class GrowingFile:
         """Whether the file begins anew (then forget what was read), and the whole lines since the last call; a line
         that is still being written waits for its end. Nothing if there is no file. Raises OSError."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 status = os.fstat(file.fileno())
                 identity = status.st_dev, status.st_ino
                 is_new = identity != self._identity or status.st_size < self._offset
@@ -270,10 +272,20 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) < 19 else float(digits)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """For reading; a named pipe, of which opening waits for a writer, raises OSError as a folder does."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return file
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none, or if it is torn. Raises OSError."""
     try:
-        found = parsed(path.read_bytes())
+        with open_regular(path) as file:
+            found = parsed(file.read())
     except FileNotFoundError:
         return {}
     return found if isinstance(found, dict) else {}

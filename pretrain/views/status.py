@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import textwrap
 import time
@@ -178,7 +179,7 @@ def memory_text(newest: dict[str, Any]) -> str:
 
 def next_text(view: RunView) -> str:
     """What to do now."""
-    state, run = view.state, view.path
+    state, run, hang = view.state, shlex.quote(str(view.path)), view.path / "hang" / "message.txt"
     resume = f"it continues from {view.checkpoints[-1]}" if view.checkpoints else "it begins anew: nothing was saved"
     if state is State.STARTING:
         return f"wait; `python launch/status.py {run} --watch` follows it"
@@ -194,7 +195,7 @@ def next_text(view: RunView) -> str:
         return f"read the end of its log, then start the same command again; {resume}"
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
-        return f"read {run}/hang/message.txt: it names the rank that did not arrive; then the same command; {resume}"
+        return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
     meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
     return f"{meaning}; the end of its log says more. The same command continues; {resume}"
 
@@ -270,7 +271,7 @@ def wrapped(line: str, width: int, *, indent: int) -> list[str]:
     ends in dots."""
     return textwrap.wrap(
         visible(line),
-        max(width, indent + 10),
+        max(width, indent + 5),
         subsequent_indent=" " * indent,
         break_on_hyphens=False,
         max_lines=MOST_LINES,
