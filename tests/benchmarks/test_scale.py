@@ -33,7 +33,7 @@ def _parts(rank: int, config: Config) -> list[tuple[str, int, int]]:
 
 
 def test_simulated_ranks_own_what_deepspeed_gives_to_real_ones(prepared: Path) -> None:
-    config = small_config(prepared, "parallel.zero=1", "batch.global_sequences=10")
+    config = small_config(prepared, "parallel.zero=1", "batch.global_sequences=10", "batch.micro_sequences=2")
     simulated = owned_parts(config, 5)  # which divides no group of parameters: DeepSpeed pads them
     for rank, real in enumerate(run_ranks(_parts, 5, config)):
         assert sorted(simulated[rank]) == sorted(real), rank

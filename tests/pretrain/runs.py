@@ -55,7 +55,7 @@ def small_config(prepared: Path, *overrides: str) -> Config:
             },
         },
         "data": {"manifest": str(prepared)},
-        "batch": {"global_sequences": 8, "micro_sequences": 2},
+        "batch": {"global_sequences": 8, "micro_sequences": 4},
         "optimizer": {"learning_rate": 0.004, "clip_norm": 0.5},
         "schedule": {"warmup_steps": 3},
         "train": {"steps": 30, "precision": "fp32", "seed": 17},

@@ -50,7 +50,13 @@ TENSOR = ("parallel.tensor=2", "parallel.zero=1", "train.precision=fp32", "model
 
 
 def config_of(prepared: Path, layout: tuple[str, ...], *more: str) -> Config:
-    keys = (f"train.ema_decay={DECAY}", f"train.steps={STEPS}", "evaluate.sequences=6", "evaluate.streams=2")
+    keys = (
+        f"train.ema_decay={DECAY}",
+        f"train.steps={STEPS}",
+        "evaluate.sequences=6",
+        "evaluate.streams=2",
+        "batch.micro_sequences=2",
+    )
     return small_config(prepared, *layout, *keys, "checkpoint.every_steps=1", "checkpoint.keep_last=9", *more)
 
 

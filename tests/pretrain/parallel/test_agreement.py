@@ -29,7 +29,12 @@ def test_an_altered_shard_is_one_ranks_message_and_stops_all(prepared: Path, tmp
         content = bytearray(shard.read_bytes())
         content[700] ^= 1
         shard.write_bytes(content)
-    outcomes = run_ranks(_outcome_of_training, 3, small_config(folder, "batch.global_sequences=6"), tmp_path / "run")
+    outcomes = run_ranks(
+        _outcome_of_training,
+        3,
+        small_config(folder, "batch.global_sequences=6", "batch.micro_sequences=2"),
+        tmp_path / "run",
+    )
     assert sorted(outcome.split(":")[0] for outcome in outcomes) == ["DataError", "PeerFailed", "PeerFailed"]
     (message,) = [outcome for outcome in outcomes if outcome.startswith("DataError")]
     assert "train-0000" in message

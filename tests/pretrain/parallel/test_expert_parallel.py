@@ -218,6 +218,6 @@ def test_the_data_parallel_size_must_be_a_multiple(prepared: Path) -> None:
     message = "parallel.expert: 3 does not divide the 4 data-parallel ranks"
     with pytest.raises(ConfigError, match=re.escape(message) + r".*set parallel.expert to 2 or start 6 ranks"):
         check_ranks(config, 8)
-    config = config_of(prepared, "switchall", "parallel.expert=2", *SEQUENCE)
+    config = config_of(prepared, "switchall", "parallel.expert=2", *SEQUENCE, "batch.micro_sequences=2")
     assert check_ranks(config, 8) == 4
     assert check_ranks(config, smallest_world(config)) == 2  # what --dry-run checks without --ranks

@@ -33,7 +33,9 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A current folder with a configuration, and a copy of its data."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, tmp_path / "data")
-    tree = to_json(small_config(tmp_path / "data", "train.device=cpu", "checkpoint.every_steps=10"))
+    tree = to_json(
+        small_config(tmp_path / "data", "train.device=cpu", "checkpoint.every_steps=10", "batch.micro_sequences=2")
+    )
     (tmp_path / "c.json").write_text(json.dumps(tree))
     return tmp_path
 

@@ -20,7 +20,7 @@ from pretrain.preflight.step import StepRehearsal
 from tests.pretrain.runs import small_config
 
 TWO = ("parallel.tensor=2", "model.feedforward.num_experts=6")
-SHORT = ("model.num_layers=1", "batch.global_sequences=2")  # one block, one micro-step
+SHORT = ("model.num_layers=1", "batch.global_sequences=2", "batch.micro_sequences=2")  # one block, one micro-step
 
 
 def rehearsed(

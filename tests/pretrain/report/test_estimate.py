@@ -197,7 +197,7 @@ def test_what_the_process_computes(
 @pytest.mark.parametrize(
     "stages, keys",
     [
-        (2, (*PIPELINE, "batch.global_sequences=2")),
+        (2, (*PIPELINE, "batch.global_sequences=2", "batch.micro_sequences=2")),
         (1, ("parallel.zero=3", "batch.micro_sequences=1")),
     ],
 )

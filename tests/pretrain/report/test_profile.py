@@ -30,7 +30,7 @@ def train_and_keep_warnings(rank: int, runs: list[tuple[Config, Path]], output: 
 
 
 def test_the_named_steps_are_recorded_on_the_first_slice(prepared: Path, tmp_path: Path) -> None:
-    keys = ("train.steps=4", "evaluate.sequences=0")
+    keys = ("train.steps=4", "evaluate.sequences=0", "batch.micro_sequences=2")
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     run_ranks(
         train_runs,

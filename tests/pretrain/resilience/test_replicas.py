@@ -93,7 +93,7 @@ LAYOUTS = {
 
 
 def test_a_flipped_bit_is_found_wherever_there_is_a_replica(prepared: Path) -> None:
-    configs = [small_config(prepared, *layout) for layout in LAYOUTS]
+    configs = [small_config(prepared, *layout, "batch.micro_sequences=2") for layout in LAYOUTS]
     for results in run_ranks(_flip_on_last_rank, 4, configs):
         for (layout, said), (before, after, statistic) in zip(LAYOUTS.items(), results, strict=True):
             assert before == [], layout
@@ -166,7 +166,13 @@ def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_pa
 
 
 def test_a_node_that_two_others_contradict_is_named_for_the_job(prepared: Path, tmp_path: Path) -> None:
-    keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2", "parallel.zero=0")
+    keys = (
+        "train.steps=4",
+        "batch.micro_sequences=2",
+        "evaluate.sequences=0",
+        "checkpoint.every_steps=2",
+        "parallel.zero=0",
+    )
     config = small_config(prepared, *keys)
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
     endings = run_ranks(_train_on_three_nodes, 3, config, tmp_path / "run", tmp_path / "flipped")

@@ -26,6 +26,7 @@ from tests.pretrain.runs import assert_bit_identical, metrics, small_config, tra
 
 KEYS = (
     "train.steps=5",
+    "batch.micro_sequences=2",
     "evaluate.sequences=24",
     "evaluate.every_steps=2",
     "checkpoint.every_steps=2",

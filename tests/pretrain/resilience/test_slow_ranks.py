@@ -204,7 +204,13 @@ def counted_run(rank: int, config: Config, run_dir: Path, slow: int | None, phas
     return train_with(rank, config, run_dir, prepare)
 
 
-KEYS = ("train.steps=40", "evaluate.sequences=0", "checkpoint.every_steps=100", "monitor.details_every_steps=10")
+KEYS = (
+    "train.steps=40",
+    "batch.micro_sequences=2",
+    "evaluate.sequences=0",
+    "checkpoint.every_steps=100",
+    "monitor.details_every_steps=10",
+)
 
 
 @pytest.mark.parametrize(
