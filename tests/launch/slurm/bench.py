@@ -17,8 +17,6 @@ STUB = """#!/bin/sh
 '''exec' '{python}' "$0" "$@"
 ' '''
 import json, os, pathlib, signal, sys, time
-sys.path.append('{repository}')
-from common.files import write_json
 name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
 with open(f"{{folder}}/{{name}}.calls", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ.get("MASTER_PORT"), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
@@ -31,6 +29,8 @@ if name == "srun":
     if checkpoint:
         os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
     if os.environ.get("OUTCOME"):
+        sys.path.append('{repository}')
+        from common.files import write_json
         time.sleep(0.02)  # outcome.json is newer than the start
         write_json(pathlib.Path(os.environ["RUN_DIR"]) / "outcome.json", json.loads(os.environ["OUTCOME"]))
     for line in json.loads(os.environ.get("TASKS", "[]")):
