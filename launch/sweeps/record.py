@@ -12,8 +12,8 @@ from typing import Any
 
 from common.errors import ConfigError, UserError
 from common.files import write_file, write_json
-from common.folders import check_writable_folder
 from launch.sweeps.plan import is_entry_key, normal
+from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.loading import config_tree
 from pretrain.report.run_paths import SWEEP_RECORD, is_run
 from pretrain.views.comparison import flattened
@@ -48,6 +48,8 @@ class Sweep:
         try:
             tree: dict[str, Any] = json.loads(path.read_bytes())
             runs = [SweepRun(**run) for run in tree["runs"]]
+            if any(set(run.values) != set(tree["keys"]) for run in runs):
+                raise ValueError("a run has values of other keys than the sweep")
             found = {"unrecorded": tree["unrecorded"], "jobs": tree["jobs"]}
             return cls(folder, tree["keys"], tree["overrides"], {run.name: run for run in runs}, **found)
         except (FileNotFoundError, NotADirectoryError):
@@ -58,7 +60,7 @@ class Sweep:
     @classmethod
     def open(cls, folder: Path, keys: Sequence[str], overrides: Sequence[str], configs: dict[str, Path]) -> Sweep:
         """The sweep of the folder, or a new one. Writes nothing. Raises UserError if the folder has another one."""
-        check_writable_folder(folder, "--sweep-dir")
+        check_output_folder(folder, "--sweep-dir")
         found = cls.load(folder)
         if found is None:
             if folder.exists() and any(folder.iterdir()):

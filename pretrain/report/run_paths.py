@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from common.errors import ConfigError, UserError
-from common.folders import check_writable_folder
 from common.presence import exists, is_file
 
 SAVED_CONFIG = "config.json"
@@ -50,7 +49,9 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
     else:
         folder = Path("runs") / config.stem
     folder = folder.absolute()
-    check_writable_folder(folder, "--run-dir")
+    from pretrain.checkpoint.folder import check_output_folder  # here: readers of a run do not wait for it
+
+    check_output_folder(folder, "--run-dir")
     _check_own(folder)
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():

@@ -146,3 +146,24 @@ def test_what_is_written_is_plain_json(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == json.dumps({"text": "é"}).encode() + b"\n"
     write_file(tmp_path / "b", b"\0")
     assert (tmp_path / "b").read_bytes() == b"\0"
+
+
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    """As root, `--write /dev/null` would leave a file there, for every program of the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is a device or a pipe"):
+        write_file(pipe, b"content")
+    with pytest.raises(FileExistsError):
+        _put_into(tmp_path, "a", "pipe")
+    assert pipe.is_fifo() and [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+    link = tmp_path / "link"
+    link.symlink_to(pipe)
+    write_file(link, b"content")  # the link is replaced, and what it led to stays
+    assert link.read_bytes() == b"content" and pipe.is_fifo()
+
+
+def _put_into(folder: Path, *names: str) -> None:
+    with replacing_all(folder) as put:
+        for name in names:
+            put(name, b"content")

@@ -117,9 +117,9 @@ def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., 
         (["costs", "nowhere.json"], "CONFIG: there is no file or folder nowhere.json"),
         (["costs", "."], "CONFIG: the folder . holds no .json file"),
         (["costs", "TINY", "--set", "model.d_modell=3"], "model.d_modell: unknown key; the nearest known key is"),
-        (["costs", "TINY", "--baseline", "."], "--baseline: . is a folder; name one configuration file"),
-        (["match", ".", "--like", "TINY"], "CONFIG: . is a folder; name one configuration file"),
-        (["match", "TINY", "--like", "."], "--like: . is a folder; name one configuration file"),
+        (["costs", "TINY", "--baseline", "."], "--baseline: . is a folder and holds no run; name a configuration file"),
+        (["match", ".", "--like", "TINY"], "CONFIG: . is a folder and holds no run; name a configuration file"),
+        (["match", "TINY", "--like", "."], "--like: . is a folder and holds no run; name a configuration file"),
         (
             ["match", "TINY", "--like", "nowhere.json"],
             "--like: there is no file nowhere.json; the project's are",
@@ -210,3 +210,37 @@ def test_numbers_have_four_digits() -> None:
         "202.5M",
         "5.369G",
     ]
+
+
+@pytest.mark.parametrize("ranks", ["0", "-3", "many"])
+def test_a_layout_of_no_ranks_is_refused(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["layout", str(ROOT / "configs" / "switchall_tiny.json"), "--ranks", ranks])
+    assert refused.value.code == 2 and "--ranks: expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_more_ranks_than_the_batch_can_have_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The fewest ranks that divide it are looked for among those that can, not among all 1e20."""
+    assert main(["layout", str(ROOT / "configs" / "switchall_tiny.json"), "--ranks", "1" + "0" * 20]) == 2
+    assert capsys.readouterr().err.endswith(", or start 4 ranks\n")  # 32 sequences, 8 a micro-step
+
+
+def test_a_run_folder_stands_for_its_configuration(plan: Callable[..., str], tmp_path: Path) -> None:
+    tiny = ROOT / "configs" / "switchall_tiny.json"
+    run = tmp_path / "my run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_bytes(tiny.read_bytes())
+    (run / "outcome.json").write_text('{"exit_code": 0}')
+    assert plan("layout", str(run)) == plan("layout", str(tiny))
+    assert plan("costs", str(run)).replace("my run", "switchall_tiny").split() == plan("costs", str(tiny)).split()
+    head_dim = "model.attention.head_dim = 32 (was 32)"
+    assert head_dim in plan("match", str(run), "--like", str(run), "--solve", "head_dim")
+
+
+def test_a_search_writes_over_no_device_or_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for force in ([], ["--force"]):
+        line = ["search", str(ROOT / "configs" / "switchall_tiny.json"), "--gpus", "1", "--gpu", "h100-80gb"]
+        assert main([*line, "--write", str(pipe), *force]) == 2
+        assert "--write: " in capsys.readouterr().err and pipe.is_fifo()

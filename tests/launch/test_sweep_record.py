@@ -11,6 +11,7 @@ from common.errors import UserError
 from launch.sweeps.plan import combinations, configurations
 from launch.sweeps.record import Sweep
 from pretrain.config.loading import to_json
+from pretrain.report.run_paths import run_folder
 from tests.pretrain.runs import small_config
 
 RATE = "optimizer.learning_rate"
@@ -146,3 +147,25 @@ def test_a_mixture_that_lost_the_source_whose_weight_is_varied_is_another_mixtur
     Sweep.open(folder, keys, [two], configs).begin(configs)
     with pytest.raises(UserError, match=r"^data\.sources: is .* in the runs of .* and \[.*c4[^}]*\}\] in this command"):
         Sweep.open(folder, keys, [one], configs)
+
+
+def test_a_run_with_values_of_other_keys_is_a_damaged_record(folder: Path) -> None:
+    folder.mkdir()
+    run = {"name": "x", "config": "x", "values": {RATE: "1e-3"}}
+    tree = {"keys": [RATE, "train.seed"], "overrides": [], "unrecorded": {}, "jobs": {}, "runs": [run]}
+    (folder / "sweep.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"^--sweep-dir: .* is no record of a sweep; "):
+        Sweep.load(folder)
+
+
+def test_no_run_and_no_sweep_begins_among_the_checkpoints_of_another_run(
+    tmp_path: Path, configs: dict[str, Path]
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000001").mkdir(parents=True)
+    place = checkpoints / "step-00000002"
+    with pytest.raises(UserError, match=r"^--sweep-dir: .* would pass for, a checkpoint "):
+        Sweep.open(place, [RATE], [], configs)
+    with pytest.raises(UserError, match=r"^--run-dir: .* would pass for, a checkpoint "):
+        run_folder(tmp_path / "x.json", place / "mine")
+    assert run_folder(tmp_path / "x.json", tmp_path / "run") == tmp_path / "run" and not place.exists()

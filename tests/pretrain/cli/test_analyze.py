@@ -116,6 +116,14 @@ def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -
     assert not told["runs"][1]["routers"]
 
 
+def test_of_a_checkpoint_in_no_run_the_page_goes_beside_the_weights(runs: Path, tmp_path: Path) -> None:
+    """As for the results of an evaluation: a folder of weights, to be copied or published, holds nothing else."""
+    copy = shutil.copytree(runs / "dense" / "checkpoints" / "step-00000001", tmp_path / "mean")
+    before = sorted(copy.rglob("*"))
+    assert main([str(copy), "--text", str(runs / "text"), "--layers", "0", "--map-tokens", "9"]) == 0
+    assert (tmp_path / "analysis" / "mean" / "analysis.html").exists() and sorted(copy.rglob("*")) == before
+
+
 def test_the_page_of_the_moving_average_says_so_and_leaves_that_of_the_weights(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

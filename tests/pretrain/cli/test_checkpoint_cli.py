@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 import pretrain.checkpoint.loading
 from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.cli.analyze import main as analyze
 from pretrain.cli.checkpoint import main
+from pretrain.cli.compare import main as compare
+from pretrain.cli.export import main as export
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import gradient_error, metrics, small_config, train_runs
@@ -143,7 +146,10 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_said_to_be_gone(
 def test_a_run_without_checkpoints_is_not_called_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert main(["verify", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr() == ("", f"error: PATH: {tmp_path / 'run'} holds no checkpoints\n")
+    assert capsys.readouterr() == (
+        "",
+        f"error: PATH: {tmp_path / 'run'} holds no checkpoints; name a checkpoint (step-...) or a run folder\n",
+    )
 
 
 def test_a_checkpoint_is_named_also_where_it_is_the_current_folder(
@@ -205,7 +211,7 @@ def test_convert_leaves_what_it_did_not_write(
     """A name that is taken is refused; a disk that is full at the end takes away what was written, and only that."""
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("tokenizer.model", "config.json", "weights.json"):
+    for name in ("tokenizer.model", "config.json", "weights.json", "model.safetensors.partial"):
         (out / name).write_text("mine")
         assert main(["convert", str(run_dir), str(out)]) == 2
         assert f"{name} exists; name another folder" in capsys.readouterr().err
@@ -273,11 +279,34 @@ def test_convert_a_tied_model_of_tensor_parallel_stages(prepared: Path, tmp_path
     assert all(gradient_error(ours[name], value) < 1e-3 for name, value in theirs.items())
 
 
+def test_nothing_is_written_among_the_checkpoints_of_a_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder there would pass for the newest checkpoint, or go with one that the run removes."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    before = sorted(run.rglob("*"))
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    for out in (newest, newest / "deep" / "er", newest.with_name("step-99999999")):
+        assert main(["convert", str(run), str(out)]) == 2
+        assert capsys.readouterr().err.startswith("error: OUT: ")
+        assert export([str(run), "--to", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("error: --to: ")
+        assert analyze([str(run), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("error: --out: ")
+        assert compare([str(run), "--out", str(out)]) == 2
+        assert "error: --out: " in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    copy = tmp_path / "checkpoints" / "step-00000001"  # of no run: a user may call a folder so
+    assert main(["convert", str(run), str(copy)]) == 0 and (copy / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["list", "{0}/nowhere"], "error: RUN_DIR: there is no folder {0}/nowhere"),
         (["list", "{0}"], "holds no checkpoints"),
+        (["verify", "{0}"], "{0} holds no checkpoints; name a checkpoint (step-...) or a run folder"),
         (["verify", "{0}/nowhere"], "error: PATH: there is no folder {0}/nowhere"),
         (["convert", "{0}/nowhere", "{0}/out"], "error: PATH: there is no folder {0}/nowhere"),
     ],

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from pretrain.cli.compare import main
 from pretrain.views.comparison import differences, differing_facts, losses, open_runs
 from pretrain.views.comparison_page import _sources, drawn, thinned
+from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
@@ -309,3 +311,31 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_option_after_the_tabl
     printed = capsys.readouterr()
     assert printed.out.startswith("Loss by steps") and printed.err.startswith("error: --out: ")
     assert printed.err.count("\n") == 1 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_long_settings_are_shown_where_they_differ(tmp_path: Path) -> None:
+    long = "a configuration with other values of batch.global_sequences, batch.micro_sequences, "
+    texts = [long + "train.seed", long + "train.steps", None]
+    configs = [{"description": text} if text else {} for text in texts]
+    runs = [write(tmp_path / str(n), [row(1, 5.0)], config) for n, config in enumerate(configs)]
+    (line,) = (line for line in text(runs_of(*runs), 0.0).splitlines() if line.startswith("description"))
+    assert line.split()[1:] == ["...o_sequences,", "train.seed", "...o_sequences,", "train.steps", "-"]
+    # What differs within the first letters is cut at its end, as before.
+    other = write(tmp_path / "other", [row(1, 5.0)], {"description": "b" + long})
+    (line,) = (line for line in text(runs_of(runs[0], other), 0.0).splitlines() if line.startswith("description"))
+    assert line.count("a configuration with") == 2 and line.count("...") == 2
+
+
+def test_a_name_that_is_no_text_is_drawn_with_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of an older system, with the name in Latin-1; another in letters that the font of pictures lacks."""
+    latin, han = (write(tmp_path / name, [row(1, 5.0)]) for name in (os.fsdecode(b"caf\xe9"), "漢"))
+    assert main([str(latin), str(han), "--out", str(tmp_path / "out")]) == 0
+    assert "caf\\udce9" in (tmp_path / "out" / "comparison.html").read_text() and capsys.readouterr().err == ""
+
+
+def test_of_damaged_metrics_nobody_waits_for_a_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "run", [])
+    (folder / "metrics.jsonl").write_text("torn\nlines\n")
+    assert main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "whose 2 lines are damaged" in said and "wait" not in said

@@ -246,3 +246,44 @@ def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_json_is_json_where_the_loss_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": NaN, "grad_norm": Infinity}\n')
+    assert main([str(folder), "--json"]) == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["newest"] == {"step": 11, "loss": None, "grad_norm": None}
+
+
+def test_the_next_command_can_be_copied_whatever_the_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "my run", steps=40, exit_code=0, reason="finished")
+    assert f"python launch/generate.py '{folder}' --interactive" in shown(folder)
+
+
+def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("metrics.jsonl", "events.jsonl", "config.json", "outcome.json"):
+        folder = write(tmp_path / name)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        assert main([str(folder)]) == 2
+        assert capsys.readouterr().err == f"error: RUN: {folder / name} cannot be read: is no file\n"
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf", "1e300", "often"])
+def test_a_pause_that_is_none_is_refused(every: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main([str(write(tmp_path / "run")), "--watch", "--every", every])
+    assert refused.value.code == 2 and "--every: expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:
+    """With the state's 11 columns, `failed: ab` would take one more than the 20 that there are."""
+    lines = shown(write(tmp_path / "run", exit_code=1, reason="ab cd"), 20).splitlines()
+    assert lines[1:3] == ["state      failed:", "           ab cd"]
+    assert max(map(len, lines[:-1])) <= 20
