@@ -282,3 +282,13 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout and "unigram perplexity" in done.stdout
     assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_the_help_of_training_may_be_read_in_part() -> None:
+    """`--help | head -1`: nothing is trained that would go on without stdout."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--help"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
