@@ -24,7 +24,7 @@ from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
-from pretrain.resilience.rollback import Rollback, read_rollbacks, record_made, serving, with_skips
+from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
 
 
 def candidates(config: Config, run_dir: Path) -> list[Path]:
@@ -222,23 +222,26 @@ def find_start(
     """The checkpoint to continue from, if any, or to go back to: also for a rollback that an earlier start decided and
     did not live to make. Collective; rank 0's listing of the folder counts. Raises UserError or PeerFailed on every
     rank."""
-    paths: list[Path] = control.from_first_rank(lambda: _paths(config, run_dir, rollback))
+    paths: list[Path] = control.from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
     changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
     branch = branch_start(config, resumed)
     rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
-    if rollback is None and rollbacks and rollbacks[-1].is_pending:
+    if rollback is None and (decided := pending(rollbacks)) is not None:
         if dist.get_rank() == 0:
-            undone, reason = rollbacks[-1].first_step, rollbacks[-1].reason
-            print(f"going back to before step {undone}, as the last start decided: {reason}", flush=True)
-        return find_start(config, sources, run_dir, control, rollbacks[-1])
+            print(
+                f"going back to before step {decided.first_step}, as the last start decided: {decided.reason}",
+                flush=True,
+            )
+        return find_start(config, sources, run_dir, control, decided)
     stages = stages_of(resumed, sources)
     progress = resumed.progress if resumed else Progress(0, 0)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
     return StartPoint(resumed, progress, rollbacks, damaged, changes)
 
 
-def _paths(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
+def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
+    """Checkpoints to continue from, best first, or for a rollback to go back to. Raises UserError."""
     if rollback is None:
         return candidates(config, run_dir)
     if config.checkpoint.resume == "never":  # what this run saved itself
@@ -267,7 +270,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
         print(f"set aside a checkpoint of a later step: {path}", flush=True)
         folder.event("checkpoint_set_aside", path=path.name)
     folder.rewind_metrics(step)
-    if start.rollbacks and start.rollbacks[-1].is_pending:
+    if pending(start.rollbacks) is not None:
         record_made(folder.path)
     folder.write_config(to_json(config))
     from pretrain.checkpoint.state import versions  # see environment_changes

@@ -164,7 +164,16 @@ class PlannedRun:
     def _start(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.checkpoint.initial import KEY, initial_checkpoint
         from pretrain.checkpoint.shapes import check_shapes
-        from pretrain.resume import candidates, changed_settings, named_checkpoint, newest_committed, newest_valid
+        from pretrain.resilience.rollback import pending, read_rollbacks
+        from pretrain.resume import (
+            branch_start,
+            candidates,
+            changed_settings,
+            named_checkpoint,
+            newest_committed,
+            newest_valid,
+            paths_to_try,
+        )
 
         resume = self.config.checkpoint.resume
         if self.broken & {"resume", "initial weights"}:
@@ -172,11 +181,19 @@ class PlannedRun:
         if self.run_dir is None and resume in ("auto", "never"):
             raise Blocked("there can be no run folder")
         paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
-        newest = self.newest = newest_committed(paths, check_sizes=self.alone)
+        newest = newest_committed(paths, check_sizes=self.alone)
+        undone = ""
+        if self.run_dir is not None and (
+            rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
+        ):
+            undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
+            paths = paths_to_try(self.config, self.run_dir, rollback)
+            newest = newest_committed(paths, check_sizes=self.alone)
+        self.newest = newest
         self.has_checkpoint = newest is not None
         if newest is None:
             if self.config.train.init_from is None:
-                return "none yet; the run begins at step 0"
+                return f"{'none' if undone else 'none yet'}; the run begins at step 0{undone}"
             known = self._opened().tokenizer.sha256
             initial = initial_checkpoint(self.config, known, world_size=1 if self.alone else 0)
             assert initial is not None
@@ -191,7 +208,8 @@ class PlannedRun:
             found.warnings += self.passed_over
             newest = valid or newest
         how = "every file has its sha256" if thorough else "every file has its size"
-        return f"continues from {newest.path}, step {newest.progress.step:,}: {how}, and its settings go with these"
+        where = f"continues from {newest.path}, step {newest.progress.step:,}{undone}"
+        return f"{where}: {how}, and its settings go with these"
 
     def _disk(self, found: Outcome) -> str:
         space = self.space()

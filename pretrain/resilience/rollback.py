@@ -66,6 +66,11 @@ def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
     return [rollback for rollback in found if rollback.branch_start == branch_start]
 
 
+def pending(rollbacks: list[Rollback]) -> Rollback | None:
+    """The rollback that the last start decided and did not live to make, if any, of what `read_rollbacks` gives."""
+    return rollbacks[-1] if rollbacks and rollbacks[-1].is_pending else None
+
+
 def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
     """Adds a rollback, durably, before anything is undone; does nothing on ranks that do not write. Raises UserError if
     the disk refuses."""

@@ -16,6 +16,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import first_stage
+from pretrain.preflight.run import preflight
 from pretrain.resilience import rollback as going_back
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.signals import ProcessState, Stop
@@ -216,21 +217,24 @@ def spike_and_stop(trainer: Trainer, position: int, stop: Stop) -> None:
     before_steps(trainer, lambda step: stop._ask("SIGUSR1") if step == 8 else None)
 
 
-def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str, dict[str, Any], str]:
-    """How two starts ended, the first of them by a signal in the step that spikes; and what it left about that."""
+def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str, dict[str, Any], int, str]:
+    """How two starts ended, the first of them by a signal in the step that spikes; what it left about that, and the
+    step from which the checks before the second say that it continues."""
     stop = Stop()
     stop.state = ProcessState.TRAINING
     first = train_with(rank, config, run_dir, spike_and_stop, 60, stop, stop=stop)
     (row,) = json.loads((run_dir / "rollbacks.json").read_text())
-    return first, row, train_with(rank, config, run_dir, spike_on_position, 60)
+    _, _, checkpoint = preflight(config, 1, run_dir, "cpu")
+    assert checkpoint is not None
+    return first, row, checkpoint.progress.step, train_with(rank, config, run_dir, spike_on_position, 60)
 
 
 def test_a_rollback_that_a_stop_came_between_is_made_by_the_next_start(prepared: Path, tmp_path: Path) -> None:
     """Steps 5 to 8 are to be undone, and there is a checkpoint of step 6: it must not be taken. The same is left where
     the run is killed between the decision and the first step of the course that it leads to."""
     config = small_config(prepared, *SPIKY, "train.steps=10", "resilience.spike_skip_steps=4")
-    ((first, row, second),) = run_ranks(stopped_then_started, 1, config, tmp_path / "run")
-    assert (first, second) == ("STOPPED", "FINISHED")
+    ((first, row, step, second),) = run_ranks(stopped_then_started, 1, config, tmp_path / "run")
+    assert (first, step, second) == ("STOPPED", 3, "FINISHED")
     assert row["skipped"] == [32, 64]
     assert [event["step"] for event in events(tmp_path / "run", "started")] == [0, 3]
     (made,) = json.loads((tmp_path / "run/rollbacks.json").read_text())
