@@ -129,8 +129,6 @@ def _remember_operands() -> None:
         if left == right:
             return check(lhs, rhs, *flags, **named)
         block, number = (lhs, rhs) if left else (rhs, lhs)
-        if type(number) is float and number == 0:  # -0.0 is equal to it
-            return check(lhs, rhs, *flags, **named)
         key = (left, block.type.name, type(number), number, flags, *named.items())
         constant = constants.get(key)
         if constant is None:

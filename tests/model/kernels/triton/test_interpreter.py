@@ -89,6 +89,13 @@ def _norms(x, out, N, BLOCK: tl.constexpr):
     tl.store(out + i, _norm(rows), mask=i < N)
 
 
+@triton.jit
+def _times(x, out, NUMBER: tl.constexpr):
+    i = tl.arange(0, 4)
+    tl.store(out + i, tl.load(x + i) * NUMBER)
+    tl.store(out + 4 + i, NUMBER * tl.load(x + i))
+
+
 def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
 
@@ -188,6 +195,18 @@ def test_helpers_are_called_and_the_language_is_itself_after_a_launch() -> None:
     torch.testing.assert_close(out, x.square().sum(1))
     assert all(now is then for now, then in zip(language(), before, strict=True))
     assert all(map(tl.core.is_builtin, (tl.load, tl.core.add, tl.core.reduce, tl.math.exp)))
+
+
+def test_numbers_that_are_equal_are_not_taken_for_one_another() -> None:
+    """Blocks that stand for numbers are kept from launch to launch, of every type of block: 1, 1.0, True. (-0.0 is 0.0
+    to Triton, compiled or not.)"""
+    for dtype in (torch.float32, torch.float16, torch.int32, torch.int64):
+        x = torch.tensor([1, 2, 3, 5], dtype=dtype)
+        for number in (1, 1.0, 0, 2.5, 2, 0.0, -1, True, 2.5):
+            out = torch.full((8,), 7.0)
+            with recording():
+                _times[(1,)](x, out, NUMBER=number)
+            assert torch.equal(out, (x * number).repeat(2).float()), (dtype, number)
 
 
 def test_repair_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
