@@ -260,6 +260,8 @@ def test_full_size_with_the_choices_of_one_process_agrees_to_rounding(prepared: 
     """configs/switchall_tiny.json as it is, 20 steps: what its layouts differ in are choices near a tie, and with the
     same choices nothing but rounding remains. That of the norm was 1.9e-8 in the first step and up to 3.1e-5 later,
     up to 1.2e-5 for one process against itself with other micro-batches (docs/parallelism.md), and 2.7e-3 unreplayed.
+    A ReLU is a choice that nothing replays: where the input of a single hidden unit of one token has its sign by
+    rounding, the first norm is off by 3.8e-6, all of it through that unit's column.
     """
     common = [
         f"data.manifest={prepared}",
@@ -279,7 +281,7 @@ def test_full_size_with_the_choices_of_one_process_agrees_to_rounding(prepared: 
         run_ranks(train_runs, ranks, [(config, tmp_path / name)], timeout_seconds=3000)
         assert len(metrics(tmp_path / name)) == 20
         for ours, theirs in zip(metrics(tmp_path / name), metrics(one), strict=True):
-            norm_tolerance = 1e-6 if ours["step"] == 1 else 1e-4
+            norm_tolerance = 1e-5 if ours["step"] == 1 else 1e-4
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, ours["step"])
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm_tolerance), (name, ours["step"])
             assert ours["routing_choices"] == 32 * 128 * 4 * (2 * 4 * 2 + 4)  # tokens, layers, heads and choices
