@@ -74,7 +74,7 @@ def compute(prepared: Path, steps: int = STEPS) -> Golden:
     from tests.harness import run_ranks
     from tests.pretrain.runs import engine_trace, small_config
 
-    configs = [small_config(prepared, *overrides) for overrides in MODELS.values()]
+    configs = [small_config(prepared, "batch.micro_sequences=2", *overrides) for overrides in MODELS.values()]
     traces = run_ranks(engine_trace, 1, configs, steps, ())[0]
     curves = {
         name: Curve(losses=trace.losses, grad_norms=trace.grad_norms)
