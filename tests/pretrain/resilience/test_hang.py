@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -49,6 +49,11 @@ def exit_codes(function: object, world_size: int, *args: object, timeout_seconds
     return codes
 
 
+def train_and_leave(rank: int, *args: Any) -> None:
+    """`train_with`, and the exit code that launch/pretrain.py has for how it ended."""
+    os._exit(ExitCode[train_with(rank, *args).partition(":")[0]])
+
+
 def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) -> None:
     """In a phase of a step `rank` is stopped (SIGSTOP), or its main thread sleeps."""
     enter = trainer.setup.phases.enter
@@ -75,7 +80,7 @@ def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sle
             update={"batch": config.batch.model_copy(update={"global_sequences": 6, "micro_sequences": 2})}
         )
         codes = exit_codes(
-            train_with, 3, config, run_dir, stop_in, rank, phase, step, sleeps, timeout_seconds=130 + 4 * seconds
+            train_and_leave, 3, config, run_dir, stop_in, rank, phase, step, sleeps, timeout_seconds=130 + 4 * seconds
         )
         if f"of step {step}" in (run_dir / "hang" / "message.txt").read_text():
             break
