@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 
 from common.arguments import a_path
@@ -117,7 +116,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
     from pretrain import device as devices
     from pretrain.config.schema import TrainConfig
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.parallel.lost_ranks import lost_connection
+    from pretrain.parallel.lost_ranks import code_of_failure
 
     def together() -> None:
         evaluate_checkpoint(args.run, choices, devices.start(ranks, TrainConfig(device=args.device)))
@@ -131,11 +130,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = ExitCode.CUT_OFF
     except Exception as error:
-        if (reason := lost_connection(error)) is not None:
-            print(f"error: another rank is gone ({reason}); its output says why", file=sys.stderr, flush=True)
-            code = ExitCode.CUT_OFF
-        else:
-            traceback.print_exc()  # said now: the process group may not let this process go
+        code = code_of_failure(error)
     finally:
         devices.stop(code)
     return code

@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import textwrap
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,8 +199,8 @@ def run(
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.parallel.lost_ranks import lost_connection
-    from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout, lost_text
+    from pretrain.parallel.lost_ranks import code_of_failure
+    from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout
 
     try:
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
@@ -222,11 +221,7 @@ def run(
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.code
     except Exception as error:
-        if (reason := lost_connection(error)) is not None:
-            print(f"error: {lost_text(reason)}", file=sys.stderr, flush=True)
-            code = ExitCode.CUT_OFF
-        else:
-            traceback.print_exc()  # said now: the process group may not let this process go
+        code = code_of_failure(error)
     finally:
         stop.enter(ProcessState.ENDING)
         devices.stop(code)

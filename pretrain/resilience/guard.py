@@ -15,7 +15,7 @@ from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed, agreed
-from pretrain.parallel.lost_ranks import lost_connection
+from pretrain.parallel.lost_ranks import lost_connection, lost_text
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
@@ -54,12 +54,6 @@ class ReplicasDiffer(RunFailed):
         """`node`: see replicas.suspect_node."""
         super().__init__(message)
         self.node = node
-
-
-def lost_text(reason: str, where: str = "") -> str:
-    """What a rank says that ends because another one is gone. `reason`: see lost_connection."""
-    why = "its output, or the code with which it ended, says why"
-    return f"another rank is gone{where} ({reason}); {why}. The last checkpoint stands"
 
 
 def collective_timeout(config: ResilienceConfig) -> float:
@@ -128,7 +122,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         if reason is None:
             folder.end(ExitCode.UNFORESEEN, repr(error))
             raise
-        lost = RankLost(lost_text(reason, f" in {phases.record}"))
+        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. The last checkpoint stands")
         folder.end(lost.code, str(lost))
         raise lost from None
     finally:
