@@ -71,13 +71,23 @@ def reader_may_leave() -> Iterator[None]:
         drop_output(sys.stdout)
 
 
+def open_closed_descriptors() -> list[int]:
+    """Those of stdin, stdout and stderr that the parent process closed; they lead nowhere from now on. The next file
+    that is opened would have got one, and prints would have gone into it."""
+    closed = []
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            closed.append(descriptor)
+    return closed
+
+
 def prepare_streams() -> None:
     """For a command that prints: what the encoding of stdout lacks, as of a folder's name, is printed as escapes and
-    raises no error, and output that the parent process closed leads nowhere. Python has no stream for that, and the
-    next file that is opened would get its descriptor."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # it took the lowest free number, and keeps it
-    os.close(spare)
+    raises no error, and output that the parent process closed, for which Python has no stream, leads nowhere."""
+    open_closed_descriptors()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from common.terminal import open_closed_descriptors
+
 CHUNK_BYTES = 4096
 """PIPE_BUF of Linux: if a pipe says that it can be written to, this many bytes fit and a write does not wait."""
 PATIENCE_SECONDS = 5.0
@@ -27,20 +29,16 @@ _is_run = True
 
 
 def protect(is_run: bool = True) -> None:
-    """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call it first: if the parent process
-    closed a descriptor, the next file that is opened would get it, and prints would go into that file.
+    """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call it first, see
+    `open_closed_descriptors`.
 
     is_run: False where nothing is trained, as for --help: a reader that leaves, as `head` does, is no problem then
     """
     global _is_run
     _is_run = is_run
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-            if descriptor:
-                _problems[("stdout", "stderr")[descriptor - 1]] = "closed"
+    for descriptor in open_closed_descriptors():
+        if descriptor:
+            _problems[("stdout", "stderr")[descriptor - 1]] = "closed"
     sys.stdout, sys.stderr = _protected(sys.stdout, 1, "stdout"), _protected(sys.stderr, 2, "stderr")
 
 
