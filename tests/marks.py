@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-NO_SPACE = pytest.mark.skipif(
-    " " in torch.__path__[0], reason="torch gives its C++ compiler its own path, which may have no space"
-)
+HAS_SPACE = " " in torch.__path__[0]
+NO_SPACE = pytest.mark.skipif(HAS_SPACE, reason="torch gives its C++ compiler its own path, which may have no space")
 """Where Inductor compiles for the CPU."""

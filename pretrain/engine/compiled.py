@@ -90,7 +90,9 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    inner = getattr(error, "inner_exception", None)  # of a backend's; the words around it say less
+    text = str(error) if inner is None else f"{type(inner).__name__}: {inner}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = (lines or [repr(error)])[0].rstrip(". :")
     if "C++ compile error" in reason and " " in torch.__path__[0]:
         reason += f": torch gives the compiler its own path, {torch.__path__[0]}, which may have no space"

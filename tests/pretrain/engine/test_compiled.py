@@ -137,6 +137,20 @@ def test_what_cannot_be_compiled_is_one_sentence(prepared: Path) -> None:
         model(tokens, tokens, torch.arange(1))
 
 
+def test_what_a_backend_says_is_the_reason(prepared: Path) -> None:
+    """What torch wraps it in begins with a line that names the backend and nothing else."""
+
+    def broken(*_: Any) -> Any:
+        raise OSError("no compiler\nand more")
+
+    given = config_of(prepared, "dense", Layout(), ONE_LAYER)
+    model = build_model(given.model, seed=0)
+    compile_blocks(model, given.model, backend=broken)  # type: ignore[arg-type]
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"the blocks cannot be compiled \(OSError: no compiler\); set it to off$"):
+        model(tokens, tokens, torch.arange(1))
+
+
 # ---------------------------------------------------------------------------------------------------------- real runs
 
 
