@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from common.arguments import a_path
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_device, add_ema, add_overrides
-from pretrain.cli.refusals import device_named, exit_code_of
+from pretrain.cli.refusals import code_of_failure, device_named, exit_code_of
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 
@@ -116,7 +116,6 @@ def evaluate(args: argparse.Namespace) -> int | None:
     from pretrain import device as devices
     from pretrain.config.schema import TrainConfig
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.parallel.lost_ranks import code_of_failure
 
     def together() -> None:
         evaluate_checkpoint(args.run, choices, devices.start(ranks, TrainConfig(device=args.device)))

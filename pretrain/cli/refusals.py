@@ -1,10 +1,11 @@
-"""What commands that read and print share: they end in one line on stderr where a user can put something right, and
-they compute on the device that --device names."""
+"""What commands share: they end in one line on stderr where a user can put something right, and compute on the device
+that --device names."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,17 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return code or 0
+
+
+def code_of_failure(error: Exception) -> ExitCode:
+    """Says what ended this rank unforeseen, at once, for the process group may not let the process go; and its code."""
+    from pretrain.parallel.lost_ranks import lost_connection, lost_text  # here: it imports torch
+
+    if (reason := lost_connection(error)) is None:
+        traceback.print_exception(error)
+        return ExitCode.UNFORESEEN
+    print(f"error: {lost_text(reason)}", file=sys.stderr, flush=True)
+    return ExitCode.CUT_OFF
 
 
 def device_named(wanted: str) -> torch.device:

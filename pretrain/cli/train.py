@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.json_config import describe_keys
+from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.loading import load_config, to_json
 from pretrain.config.schema import FREE, Config
@@ -199,7 +200,6 @@ def run(
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.parallel.lost_ranks import code_of_failure
     from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout
 
     try:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
-import traceback
 
 import torch.distributed as dist
-
-from pretrain.report.exit_codes import ExitCode
 
 GLOO = re.compile(
     r"gloo/transport/\S+\] (?P<what>[^\n]*?(closed by peer|reset by peer|pipe|timed out|to host|unreachable|is down)"
@@ -36,12 +32,3 @@ def lost_connection(error: BaseException) -> str | None:
 def lost_text(reason: str, where: str = "") -> str:
     """What a rank says that ends because another one is gone. `reason`: see lost_connection."""
     return f"another rank is gone{where} ({reason}); its output, or the code with which it ended, says why"
-
-
-def code_of_failure(error: Exception) -> ExitCode:
-    """Says what ended this rank unforeseen, at once, for the process group may not let the process go; and its code."""
-    if (reason := lost_connection(error)) is None:
-        traceback.print_exception(error)
-        return ExitCode.UNFORESEEN
-    print(f"error: {lost_text(reason)}", file=sys.stderr, flush=True)
-    return ExitCode.CUT_OFF
