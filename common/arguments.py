@@ -7,6 +7,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+MOST_DIGITS = 100
+"""Of a number that a user writes: more than any needs, while int() raises above 4,300."""
+
+
+def quoted(text: str, most: int = 60) -> str:
+    """What a user wrote, for a message: its beginning alone where it is long."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+
 
 def not_empty(text: str) -> str:
     """An argparse type: the text. Refuses the empty one, as a shell's variable gives it that is not set."""
@@ -27,8 +35,10 @@ def at_least(minimum: int) -> Callable[[str], int]:
     """An argparse type: a whole number, not below `minimum`."""
 
     def number(text: str) -> int:
+        if text.isdecimal() and len(text) > MOST_DIGITS:
+            raise argparse.ArgumentTypeError(f"expected a number of at most {MOST_DIGITS} digits, not {quoted(text)}")
         if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, not {quoted(text)}")
         return int(text)
 
     return number
@@ -44,7 +54,7 @@ def above_zero(most: float = math.inf) -> Callable[[str], float]:
             value = math.nan
         if not 0 < value <= most or math.isinf(value):
             upper = "" if math.isinf(most) else f" and at most {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number above 0{upper}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a number above 0{upper}, not {quoted(text)}")
         return value
 
     return number

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from common.arguments import MOST_DIGITS, quoted
 from common.errors import UserError
 from common.slurm import launcher_variables
 
@@ -52,10 +53,12 @@ class Ranks:
 def _number(env: Mapping[str, str], name: str, default: int, *, least: int, most: int | None = None) -> int:
     text = env.get(name, str(default)).strip()
     # str.isdigit and int accept the digits of other scripts, torch does not.
-    value = int(text) if text.isascii() and text.isdigit() else None
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
     if value is None or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name}: is {text!r} in the environment, not a whole number {allowed}; correct it or unset it")
+        raise UserError(
+            f"{name}: is {quoted(text)} in the environment, not a whole number {allowed}; correct it or unset it"
+        )
     return value
 
 

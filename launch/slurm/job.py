@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.arguments import MOST_DIGITS, quoted
 from common.errors import UserError
 from common.files import write_file
 from common.filesystems import filesystem_type, is_shared
@@ -23,10 +24,11 @@ SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|acces
 """Names of variables whose values must not be written to a file."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+NUMBER = rf"\d{{1,{MOST_DIGITS}}}"
 TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<day_hours>\d+)(?::(?P<day_minutes>\d+)(?::(?P<day_seconds>\d+))?)?)"
-    r"|(?:(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+))"
-    r"|(?:(?P<only_minutes>\d+)(?::(?P<only_seconds>\d+))?)"
+    rf"(?:(?P<days>{NUMBER})-(?P<day_hours>{NUMBER})(?::(?P<day_minutes>{NUMBER})(?::(?P<day_seconds>{NUMBER}))?)?)"
+    rf"|(?:(?P<hours>{NUMBER}):(?P<minutes>{NUMBER}):(?P<seconds>{NUMBER}))"
+    rf"|(?:(?P<only_minutes>{NUMBER})(?::(?P<only_seconds>{NUMBER}))?)"
 )
 
 
@@ -110,7 +112,8 @@ def seconds_of(time: str) -> int:
     """Seconds of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError."""
     match = TIME.fullmatch(time)
     if match is None:
-        raise UserError(f"--time {time}: write minutes (90), H:M:S (12:00:00) or D-H:M:S (2-00:00:00)")
+        shown = time if len(time) <= 60 else quoted(time)
+        raise UserError(f"--time {shown}: write minutes (90), H:M:S (12:00:00) or D-H:M:S (2-00:00:00)")
     part = {name: int(value or 0) for name, value in match.groupdict().items()}
     return (
         86400 * part["days"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.arguments import MOST_DIGITS, quoted
 from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
@@ -17,11 +18,12 @@ from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
 from pretrain.analysis.trace import Request, trace_text
-from pretrain.checkpoint.folder import check_output_folder
+from pretrain.checkpoint.folder import check_output_folder, run_folder
 from pretrain.saved_model import SavedModel
 from pretrain.views.reading import read_object
 
 PAGE, NUMBERS, DESCRIPTION = "analysis.html", "analysis.safetensors", "analysis.json"
+NUMBER = rf"\d{{1,{MOST_DIGITS}}}"
 MOST_LAYERS = 6
 """Layers that are drawn unless --layers says which."""
 
@@ -49,10 +51,12 @@ def chosen_layers(wanted: str | None, num_layers: int, run: str) -> list[int]:
         return list(range(num_layers))
     found: set[int] = set()
     for part in wanted.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(rf"\s*({NUMBER})(?:\s*-\s*({NUMBER}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if first > last:
-            raise UserError(f"--layers: {part.strip()!r} is no layer; write all, or numbers and ranges such as 0,4-6")
+            raise UserError(
+                f"--layers: {quoted(part.strip())} is no layer; write all, or numbers and ranges such as 0,4-6"
+            )
         if last >= num_layers:
             raise UserError(f"--layers: {run} has the layers 0 to {num_layers - 1}, not {last}")
         found |= set(range(first, last + 1))
@@ -115,12 +119,6 @@ def default_folder(checkpoints: Sequence[Path], *, of_average: bool = False) -> 
     name = "-".join([checkpoints[0].name, *(["with", *others] if others else [])])
     first, run = checkpoints[0].absolute(), run_folder(checkpoints[0])
     return (run.parent if run == first else run) / "analysis" / (name[:150] + "-ema" * of_average)
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """Of a checkpoint in a run's `checkpoints`; of a copy elsewhere the copy itself."""
-    checkpoint = checkpoint.absolute()
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def check_folder(folder: Path) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from pretrain.checkpoint.convert import find_data, progress_bar
-from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint, names_of
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import check_kind, read
+from pretrain.checkpoint.shares import shares_of
 from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
@@ -46,7 +47,7 @@ def average(
     checkpoint `out`. `weights`: one positive number for each; they are divided by their sum; None: all the same.
     Configuration, progress and tokenizer are those of the checkpoint with the most steps. Sums are fp64; a parameter of
     one checkpoint is in memory at a time. Raises UserError; then there is no `out`."""
-    shares = _shares(folders, weights)
+    shares = shares_of(weights, len(folders))
     checkpoints = [Checkpoint.open(folder) for folder in folders]
     for other in checkpoints[1:]:
         _check_same_model(checkpoints[0], other)
@@ -71,18 +72,6 @@ def average(
     means = {name: partial(mean, name) for name in shapes}
     write_weights(out, _origin(newest, _source(checkpoints, shares, kind)), means, wrote=bar)
     print(f"{out}: {_source(checkpoints, shares, kind)}", flush=True)
-
-
-def _shares(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
-    given = [1.0] * len(folders) if weights is None else list(weights)
-    if len(given) != len(folders):
-        raise UserError(f"--weights: {len(given)} weights for {len(folders)} checkpoints; give one for each")
-    for weight in given:
-        if not (weight > 0.0 and math.isfinite(weight)):
-            raise UserError(f"--weights: {weight:g} is no share; give positive numbers")
-    largest = max(given)  # first: their sum may be more than a float holds
-    shares = [weight / largest for weight in given]
-    return [share / sum(shares) for share in shares]
 
 
 def _check_same_model(one: Checkpoint, other: Checkpoint) -> None:
@@ -124,8 +113,9 @@ def _origin(newest: Checkpoint, source: str) -> WeightsOrigin:
 
 def _source(checkpoints: Sequence[Checkpoint], shares: Sequence[float], kind: str) -> str:
     what = "moving average" if kind == "ema" else "weights"
-    if len(checkpoints) == 1:
-        return f"{what} of {checkpoints[0].path.name}"
+    names = names_of([checkpoint.path for checkpoint in checkpoints])
+    if len(names) == 1:
+        return f"{what} of {names[0]}"
     equal = len(set(shares)) == 1
-    parts = [c.path.name + ("" if equal else f" x {share:.4g}") for c, share in zip(checkpoints, shares, strict=True)]
+    parts = [name + ("" if equal else f" x {share:.4g}") for name, share in zip(names, shares, strict=True)]
     return f"mean of the {what} of {', '.join(parts)}"

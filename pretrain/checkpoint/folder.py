@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,38 @@ def is_among_checkpoints(folder: Path) -> bool:
     """Whether a run takes the folder, which is absolute and need not be there, for one of its checkpoints."""
     beside = folder.parent
     return bool(beside.name == "checkpoints" and CHECKPOINT_NAME.fullmatch(folder.name) and list_checkpoints(beside))
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Of a checkpoint in a run's `checkpoints`; of a copy elsewhere the copy itself."""
+    checkpoint = checkpoint.absolute()
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def names_of(checkpoints: Sequence[Path]) -> list[str]:
+    """Run and step of each, without a place on this machine, for what goes to other machines; runs of one name have a
+    number. Of a copy outside of a run its own name."""
+    paths = [Path(os.path.abspath(path)) for path in checkpoints]
+    places = list(dict.fromkeys(map(run_folder, paths)))
+
+    def label(place: Path) -> str:
+        alike = [other for other in places if other.name == place.name]
+        return place.name if len(alike) == 1 else f"{place.name} ({alike.index(place) + 1})"
+
+    found = [(path, run_folder(path)) for path in paths]
+    return [label(run) if run == path else f"{label(run)} {path.name}" for path, run in found]
+
+
+def check_new_checkpoint(folder: Path, option: str) -> None:
+    """Raises UserError where weights alone cannot become the new checkpoint `folder`: it is there, or a run would take
+    it for its own."""
+    if os.path.lexists(folder):
+        raise UserError(f"{option}: {folder} exists; name a folder that does not")
+    if is_among_checkpoints(folder.absolute()):
+        raise UserError(
+            f"{option}: {folder} would pass for a checkpoint of the run, which does not continue from weights alone; "
+            f"name a folder outside of checkpoints, such as mean"
+        )
 
 
 def step_of(path: Path) -> int:

@@ -27,9 +27,9 @@ from pretrain.checkpoint.folder import (
     PARTIAL,
     TOKENIZER_FILE,
     Checkpoint,
+    check_new_checkpoint,
     digest_entry,
     holds_checkpoint_files_alone,
-    is_among_checkpoints,
 )
 from pretrain.checkpoint.shapes import full_shapes
 from pretrain.checkpoint.state import code_versions
@@ -116,13 +116,7 @@ def _key(name: str, shape: list[int]) -> str:
 
 def _unfinished(folder: Path, option: str) -> Path:
     """Makes the folder that becomes `folder`; takes away what an interrupted attempt left of it."""
-    if os.path.lexists(folder):
-        raise UserError(f"{option}: {folder} exists; name a folder that does not")
-    if is_among_checkpoints(folder.absolute()):
-        raise UserError(
-            f"{option}: {folder} would pass for a checkpoint of the run, which does not continue from weights alone; "
-            f"name a folder outside of checkpoints, such as mean"
-        )
+    check_new_checkpoint(folder, option)
     unfinished = folder.with_name(folder.name + PARTIAL)
     try:
         if os.path.lexists(unfinished):

@@ -20,8 +20,10 @@ from pretrain.checkpoint.folder import (
     PARTIAL,
     Checkpoint,
     DamagedCheckpoint,
+    check_new_checkpoint,
     list_checkpoints,
 )
+from pretrain.checkpoint.shares import read_weights, shares_of
 from pretrain.cli.options import add_ema
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
@@ -111,14 +113,13 @@ def average_of(args: argparse.Namespace) -> None:
     """Raises UserError."""
     if len(args.folders) == 1 and not args.ema:
         raise UserError("CHECKPOINT: the mean of one checkpoint is itself; name two or more, or --ema")
-    try:
-        weights = None if args.weights is None else [float(part) for part in args.weights.split(",")]
-    except ValueError:
-        raise UserError(f"--weights: {args.weights!r} are no numbers; write e.g. 1,1,2") from None
-    from pretrain.checkpoint.average import average  # imports torch, for which the other commands need not wait
+    weights = None if args.weights is None else read_weights(args.weights)
+    shares_of(weights, len(args.folders))
+    check_new_checkpoint(args.to, "--to")  # before every file is read
+    folders = [_newest(folder) for folder in args.folders]
+    from pretrain.checkpoint.average import average  # imports torch, for which what is refused above need not wait
 
     kind = "ema" if args.ema else "master"
-    folders = [_newest(folder) for folder in args.folders]
     with _while_they_are_there(folders):
         average(folders, args.to, weights=weights, kind=kind)
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from common.arguments import a_path
+from common.arguments import MOST_DIGITS, a_path, quoted
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_ema
 from pretrain.cli.refusals import exit_code_of
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
 
 def size_of(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or a number of bytes. Raises UserError."""
-    found = re.fullmatch(r"(\d+)(MB|GB)?", text)
+    found = re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(MB|GB)?", text)
     size = int(found[1]) * UNITS.get(found[2], 1) if found else 0
     if size < 1:
-        raise UserError(f"--max-shard-size: {text!r} is no size; give e.g. 5GB, 500MB or a number of bytes")
+        raise UserError(f"--max-shard-size: {quoted(text)} is no size; give e.g. 5GB, 500MB or a number of bytes")
     return size

@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 from common.arguments import a_path, at_least
-from pretrain.cli.plan_machine import add_fit, add_search
+from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.refusals import exit_code_of
+from pretrain.config.loading import load_config
+from pretrain.config.rules import check_ranks, smallest_world
+from pretrain.planning.layout_file import check_target
+from pretrain.report.run_paths import config_file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,19 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code of the command. Raises UserError and OSError."""
-    if args.command == "costs":  # each imports torch; --help and refusals do not wait for it
+    if args.command == "costs":  # each imports torch; --help and most refusals do not wait for it
         from pretrain.cli.plan_costs import print_costs
 
         print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
     elif args.command == "layout":
+        config = load_config(config_file(args.config, "CONFIG"), args.overrides, option="CONFIG")
+        data_size = check_ranks(config, args.ranks or smallest_world(config))
         from pretrain.cli.plan_layout import print_layout
 
-        print_layout(args.config, args.ranks, args.overrides)
+        print_layout(config, data_size)
     elif args.command == "check":
         from pretrain.cli.plan_check import print_check
         from pretrain.preflight.whole import Wanted
 
-        wanted = Wanted(
+        run = Wanted(
             config=args.config,
             option="CONFIG",
             overrides=args.overrides,
@@ -151,15 +157,19 @@ def run(args: argparse.Namespace) -> int:
             num_ranks=args.ranks,
             device=args.device,
         )
-        return print_check(wanted, as_json=args.json, rank=args.rank, with_step=not args.no_step)
+        return print_check(run, as_json=args.json, rank=args.rank, with_step=not args.no_step)
     elif args.command == "fit":
+        wanted = wanted_of(args)
         from pretrain.cli.plan_fit import print_fit
 
-        print_fit(args)
+        print_fit(args, wanted)
     elif args.command == "search":
+        if args.write is not None:
+            check_target(args.write, force=args.force)
+        wanted = wanted_of(args)
         from pretrain.cli.plan_search import print_search
 
-        print_search(args)
+        print_search(args, wanted)
     else:
         from pretrain.cli.plan_match import print_match
 

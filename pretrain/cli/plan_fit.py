@@ -14,40 +14,25 @@ from typing import Any
 from common.strict_json import dumps
 from common.tables import counted, text_table
 from pretrain.cli.plan_costs import short
-from pretrain.config.loading import load_config, to_json
+from pretrain.cli.plan_machine import WantedPlan
+from pretrain.config.loading import to_json
 from pretrain.planning.fit import FitReport, fit
 from pretrain.planning.layout_plan import StepTime
-from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.machine import GIB, Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
-from pretrain.report.run_paths import config_file
 
 WIDTH = 120
 
 
-def print_fit(args: argparse.Namespace) -> None:
+def print_fit(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
-    args.config = config_file(args.config, "CONFIG")
-    config = load_config(args.config, args.overrides, option="CONFIG")
-    report = fit(config, machine(machine_options(args)), results=args.results or RESULTS, tell=tell)
+    report = fit(wanted.config, wanted.machine, results=args.results or RESULTS, tell=tell)
     if args.json:
         print(dumps(as_json(report), indent=1))
     else:
-        print("\n".join(lines_of(args.config, report)))
-
-
-def machine_options(args: argparse.Namespace) -> MachineOptions:
-    return MachineOptions(
-        gpu=args.gpu,
-        gpus=args.gpus,
-        gpus_per_node=args.gpus_per_node,
-        interconnect=args.interconnect,
-        ports_per_node=args.ports_per_node,
-        memory_gib=args.memory,
-        peak_tflops=args.peak_tflops,
-        link_gb_per_second=args.link_gb_per_second,
-    )
+        print("\n".join(lines_of(wanted.path, report)))
 
 
 def tell(line: str) -> None:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from common.tables import counted, text_table
-from pretrain.config.loading import load_config
-from pretrain.config.rules import check_ranks
-from pretrain.config.schema import ParallelConfig
+from pretrain.config.schema import Config, ParallelConfig
 from pretrain.parallel.layout import group_ranks, mesh, rank_bytes
 from pretrain.report.layout_text import groups_text, stage_text
-from pretrain.report.run_paths import config_file
 
 
-def print_layout(path: Path, num_ranks: int | None, overrides: Sequence[str]) -> None:
-    """`plan.py layout`: prints the mesh of a run, and what every rank holds compared with one process. Raises
-    ConfigError."""
-    config = load_config(config_file(path, "CONFIG"), overrides, option="CONFIG")
+def print_layout(config: Config, data_size: int) -> None:
+    """`plan.py layout`: prints the mesh of a run, and what every rank holds compared with one process."""
     parallel = config.parallel
-    data_size = check_ranks(config, num_ranks or parallel.tensor * parallel.pipeline * parallel.expert)
     ranks = mesh(config, data_size)
     print(
         f"{counted(ranks.size, 'rank')} = pipeline {parallel.pipeline} x data {data_size} x tensor {parallel.tensor}; "

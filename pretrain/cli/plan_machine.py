@@ -1,11 +1,17 @@
-"""Options of `plan.py fit` and `plan.py search`: the machine that a run is planned for. Light: --help does not wait for
-torch."""
+"""Options of `plan.py fit` and `plan.py search`: the machine that a run is planned for. Light: --help, and what is
+refused, do not wait for torch."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import NamedTuple
 
 from common.arguments import a_path
+from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
+from pretrain.planning.machine import Machine, MachineOptions, machine
+from pretrain.report.run_paths import config_file
 
 Commands = argparse._SubParsersAction
 
@@ -71,3 +77,31 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="records of python -m benchmarks.gpu, which come before assumptions (default: benchmarks/results)",
     )
     parser.add_argument("--json", action="store_true", help="print exact numbers as JSON")
+
+
+class WantedPlan(NamedTuple):
+    """What a command line asks for, checked."""
+
+    path: Path
+    """Of the configuration file."""
+    config: Config
+    machine: Machine
+
+
+def wanted_of(args: argparse.Namespace) -> WantedPlan:
+    """Raises UserError."""
+    path = config_file(args.config, "CONFIG")
+    return WantedPlan(path, load_config(path, args.overrides, option="CONFIG"), machine(machine_options(args)))
+
+
+def machine_options(args: argparse.Namespace) -> MachineOptions:
+    return MachineOptions(
+        gpu=args.gpu,
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+        interconnect=args.interconnect,
+        ports_per_node=args.ports_per_node,
+        memory_gib=args.memory,
+        peak_tflops=args.peak_tflops,
+        link_gb_per_second=args.link_gb_per_second,
+    )

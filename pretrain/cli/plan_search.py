@@ -16,24 +16,19 @@ from common.errors import UserError
 from common.progress_bar import count_bar
 from common.strict_json import dumps
 from common.tables import text_table
-from pretrain.cli.plan_fit import machine_options, machine_text, seconds_text
-from pretrain.config.loading import load_config
-from pretrain.planning.layout_file import check_target, chosen_tree, write_config
-from pretrain.planning.machine import GIB, Machine, machine
+from pretrain.cli.plan_fit import machine_text, seconds_text
+from pretrain.cli.plan_machine import WantedPlan
+from pretrain.planning.layout_file import chosen_tree, write_config
+from pretrain.planning.machine import GIB, Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.planning.search import SHOWN, Found, SearchReport, search
-from pretrain.report.run_paths import config_file
 
 
-def print_search(args: argparse.Namespace) -> None:
+def print_search(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError; also where nothing fits."""
-    if args.write is not None:
-        check_target(args.write, force=args.force)  # before a search of minutes
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
-    args.config = config_file(args.config, "CONFIG")
-    config = load_config(args.config, args.overrides, option="CONFIG")
-    found = machine(machine_options(args))
+    path, config, found = wanted
     with count_bar(enabled=not args.json) as bar:
         counted = ""
 
@@ -49,11 +44,11 @@ def print_search(args: argparse.Namespace) -> None:
     if args.json:
         print(dumps(as_json(report, found), indent=1))
     else:
-        print("\n".join(lines_of(args.config, report, found)))
+        print("\n".join(lines_of(path, report, found)))
     if not report.best:
         raise UserError(_why_none(report, found))
     if args.write is not None:
-        _write(args, report, found)
+        _write(args, path, report, found)
 
 
 def _why_none(report: SearchReport, found: Machine) -> str:
@@ -67,10 +62,10 @@ def _why_none(report: SearchReport, found: Machine) -> str:
     )
 
 
-def _write(args: argparse.Namespace, report: SearchReport, found: Machine) -> None:
+def _write(args: argparse.Namespace, path: Path, report: SearchReport, found: Machine) -> None:
     words = f"{found.num_gpus} x {found.device.name}"
     best = report.best[0]
-    tree = chosen_tree(args.config, args.overrides, _overrides(best, report), words)
+    tree = chosen_tree(path, args.overrides, _overrides(best, report), words)
     write_config(args.write, tree, force=args.force)
     quoted = shlex.quote(str(args.write))
     print(

@@ -105,13 +105,23 @@ class RunFolder:
             return
         console.forget(self._stream_failed)
         try:
-            self._events.flush()
-            write_json(self.path / "outcome.json", outcome)
-        except OSError as error:  # the run ended as it did, even if nobody can read it there
-            print(f"warning: {self.path}: cannot be written at the end: {error.strerror}", file=sys.stderr, flush=True)
+            self._try_at_the_end(self._events.flush)
+            self._try_at_the_end(lambda: write_json(self.path / "outcome.json", outcome))
         finally:
             if self.lock is not None:
                 self.lock.release()
+
+    def _try_at_the_end(self, write: Callable[[], None]) -> None:
+        """The run ended as it did, even if nobody can read it there; and one file that cannot be written keeps no other
+        from it."""
+        try:
+            write()
+        except OSError as error:
+            print(
+                f"warning: {error.filename or self.path} cannot be written at the end: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def finish_alerts(self) -> None:
         """Waits some seconds for alerts that are being sent: the last call, when no rank waits for this one."""

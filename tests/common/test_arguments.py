@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.arguments import a_path, above_zero, at_least, not_empty
+from common.arguments import a_path, above_zero, at_least, not_empty, quoted
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,15 @@ def test_what_is_taken(kind: Callable[[str], Any], text: str, value: Any) -> Non
         *[(at_least(2), text) for text in ("1", "-3", "2.5", "", "two")],
         *[(above_zero(10), text) for text in ("0", "-1", "nan", "inf", "1e300", "10.1", "", "ten")],
         (above_zero(), "inf"),
+        *[(kind, "9" * 5000) for kind in (at_least(2), above_zero())],  # Python's int raises above 4,300 digits
     ],
 )
 def test_what_is_refused(kind: Callable[[str], Any], text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"is empty; |expected a "):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is empty; |expected a ") as refused:
         kind(text)
+    assert len(str(refused.value)) < 200
+
+
+def test_what_a_user_wrote_is_quoted_by_its_beginning() -> None:
+    assert quoted("5 apples") == "'5 apples'"
+    assert quoted("9" * 5000, most=3) == "'999'... (5,000 characters)"

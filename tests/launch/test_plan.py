@@ -18,6 +18,7 @@ from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import Width, match_width, with_width
 from pretrain.config.loading import load_config
 from tests.launch.test_entry_points import ROOT
+from tests.pretrain.refused import refused_without_torch
 
 PLAN = str(ROOT / "launch" / "plan.py")
 PAPER = ROOT / "configs" / "paper"
@@ -140,6 +141,22 @@ def test_refusals_are_one_message_without_traceback(
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
     assert words in printed.err and printed.out == ""
+
+
+def test_what_is_wrong_is_said_before_torch_is_imported() -> None:
+    tiny = str(ROOT / "configs" / "switchall_tiny.json")
+    gpus = [tiny, "--gpu", "h100-80gb", "--gpus"]
+    lines = [
+        ["fit", *gpus, "0"],
+        ["fit", *gpus, "8", "--memory", "nan"],
+        ["fit", *gpus, "8", "--interconnect", "string"],
+        ["fit", *gpus, "8", "--set", "batch.micro_sequences=-1"],
+        ["search", *gpus, "9"],
+        ["search", *gpus, "8", "--write", str(ROOT)],
+        ["layout", tiny, "--ranks", "7"],
+        ["layout", "nowhere.json"],
+    ]
+    assert refused_without_torch("pretrain.cli.plan", lines) == [2] * len(lines)
 
 
 PAIRS = [

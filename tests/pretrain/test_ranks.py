@@ -60,6 +60,10 @@ def test_places(launched: pytest.MonkeyPatch) -> None:
         ({"MASTER_PORT": "0"}, "MASTER_PORT: is '0'"),
         ({"MASTER_PORT": "²"}, "MASTER_PORT: is '²'"),
         ({"RANK": "5"}, "RANK: is 5, but WORLD_SIZE is 2, so that ranks go from 0 to 1"),
+        (
+            {"RANK": "9" * 5000},
+            f"RANK: is '{'9' * 60}'... (5,000 characters) in the environment, not a whole number of at least 0",
+        ),
         ({"RANK": "-1"}, "RANK: is '-1' in the environment, not a whole number of at least 0"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK: is 2, but LOCAL_SIZE is 2"),
         ({"LOCAL_SIZE": "9"}, "LOCAL_SIZE: is '9' in the environment, not a whole number from 1 to 2"),

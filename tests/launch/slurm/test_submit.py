@@ -287,6 +287,13 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int) -> None:
     assert job.seconds_of(text) == seconds
 
 
+@pytest.mark.parametrize("text", ["soon", "", "1:2:3:4", "9" * 5000])
+def test_a_time_limit_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--time .*: write minutes") as refused:
+        job.seconds_of(text)
+    assert len(str(refused.value)) < 200
+
+
 def raw_config(folder: Path) -> Path:
     for number in range(3):
         (folder / f"raw-{number}.jsonl").write_text('{"text": "one"}\n')

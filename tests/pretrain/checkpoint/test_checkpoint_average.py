@@ -19,6 +19,7 @@ from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
 from pretrain.data.progress import Progress
 from pretrain.saved_model import load_model
+from tests.pretrain.refused import refused_without_torch
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import add_moving_average, rewrite_state, whole_tensors
 
@@ -83,6 +84,34 @@ def test_the_mean_of_moving_averages_is_of_them_and_says_so(
         mean = (averages[0][key].double() + averages[1][key].double()) / 2
         np.testing.assert_allclose(value.numpy(), mean.numpy(), rtol=1e-7, atol=1e-9, err_msg=name)
         assert torch.equal(whole_tensors(alone)[name], averages[0][key])
+
+
+def test_runs_of_one_name_and_one_step_are_told_apart(prepared: Path, tmp_path: Path) -> None:
+    """And what is written names no place on this machine."""
+    places = [tmp_path / name / "checkpoints" for name in ("a/own", "b/own", "b/other")]
+    made = [checkpoint(tmp_path, prepared, step) for step in (1, 2)]
+    folders = [Path(shutil.copytree(one, place / one.name)) for place in places for one in made]
+    copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    out = tmp_path / "mean"
+    given = [folders[0], folders[2], folders[3], places[2].parent, copy]
+    assert main(["average", *map(str, given), "--to", str(out)]) == 0
+    steps = [f"step-{step:08d}" for step in (1, 2)]
+    names = [f"own (1) {steps[0]}", f"own (2) {steps[0]}", f"own (2) {steps[1]}", f"other {steps[1]}", "copy"]
+    source = Checkpoint.open(out).state["weights_only"]["source"]
+    assert source == "mean of the weights of " + ", ".join(names)
+
+
+def test_a_mean_is_refused_before_torch_is_imported_and_files_are_read(prepared: Path, tmp_path: Path) -> None:
+    folders = [str(checkpoint(tmp_path, prepared, step)) for step in (1, 2)]
+    out, there = str(tmp_path / "out"), str(tmp_path)
+    lines = [
+        [*folders, "--to", out, "--weights", "1,-2"],
+        [*folders, "--to", out, "--weights", "1,2,3"],
+        [*folders, "--to", out, "--weights", "a," + "9" * 5000],
+        [*folders, "--to", there],
+        [folders[0], str(tmp_path / "gone"), "--to", out],
+    ]
+    assert refused_without_torch("pretrain.cli.checkpoint", [["average", *line] for line in lines]) == [2] * len(lines)
 
 
 def test_the_mean_holds_the_tokenizer_of_the_data_where_no_checkpoint_does(prepared: Path, tmp_path: Path) -> None:

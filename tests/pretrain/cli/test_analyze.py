@@ -212,6 +212,7 @@ def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     refused("--layers: switchall has the layers 0 to 1, not 2", "--layers", "0,1-2")
     refused("--layers: '1-0' is no layer", "--layers", "1-0")
     refused("--layers: 'x' is no layer", "--layers", "x")
+    refused("--layers: '9+'... .5,000 characters. is no layer", "--layers", "9" * 5000)
     refused("--window: the text has .* windows of 16", "--window", "400")
     refused("--tokens: is 1; the least is 2", "--tokens", "1")
     refused("--device: is cuda, but torch finds no usable GPU", "--device", "cuda")

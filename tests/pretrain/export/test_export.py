@@ -255,6 +255,8 @@ def test_other_refusals(
     place = shutil.copytree(checkpoint.path, tmp_path / "step-00000003")
     refused(place, out, "--license: 'My Own' is no licence", capsys, "--license", "My Own")
     refused(place, out, "--max-shard-size: '5 apples' is no size", capsys, "--max-shard-size", "5 apples")
+    for size in ("9" * 5000, "9" * 5000 + "GB"):  # Python's int raises above 4,300 digits
+        refused(place, out, "(5,00", capsys, "--max-shard-size", size)
     refused(tmp_path / "nothing", out, "RUN: ", capsys)
     content = (place / "tokenizer.model").read_bytes()
     (place / "tokenizer.model").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

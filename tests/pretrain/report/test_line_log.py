@@ -125,7 +125,26 @@ def test_the_end_of_a_run_on_a_full_disk_is_still_its_end(tmp_path: Path, capsys
         folder.event("finished", step=3)
         folder.end(ExitCode.DIVERGED, "step 3: loss nan")
     assert not list(tmp_path.glob("lock-*"))
-    assert "cannot be written at the end" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for name in ("events.jsonl", "outcome.json"):
+        assert f"warning: {tmp_path / name} cannot be written at the end: File too large\n" in said
+
+
+@pytest.mark.parametrize("name, other", [("events.jsonl", "outcome.json"), ("outcome.json", "events.jsonl")])
+def test_one_file_that_cannot_be_written_at_the_end_keeps_no_other_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, other: str
+) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    folder.event("finished", step=3)
+    folder.end(ExitCode.DIVERGED, "step 3: loss nan", step=3)
+    last = json.loads((tmp_path / other).read_text().splitlines()[-1]) if other == "events.jsonl" else None
+    assert last is None or last["event"] == "finished"
+    assert other == "events.jsonl" or json.loads((tmp_path / other).read_text())["exit_code"] == ExitCode.DIVERGED
+    said = [line for line in capsys.readouterr().err.splitlines() if "at the end" in line]
+    assert said == [f"warning: {tmp_path / name} cannot be written at the end: Is a directory"]
+    assert not list(tmp_path.glob("lock-*"))
 
 
 def test_a_validation_counts_for_the_course_that_stands(tmp_path: Path) -> None:
