@@ -250,17 +250,20 @@ def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> li
 
 
 def record_start(
-    folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, last_step: int
+    folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
 ) -> None:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
     `layout`: see checkpoint.layout. Raises UserError where the disk refuses."""
+    from pretrain.checkpoint.state import versions  # see environment_changes
+
+    about = {"layout": layout, "software": versions(), "data_digest": data_digest}
     try:
-        _record_start(folder, start, config, layout, last_step)
+        _record_start(folder, start, config, {"last_step": last_step, **about})
     except OSError as error:
         raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
 
 
-def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], last_step: int) -> None:
+def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: dict[str, Any]) -> None:
     resumed = start.checkpoint
     step = resumed.progress.step if resumed else 0
     for reason in start.damaged:
@@ -273,17 +276,14 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, layout: 
     if pending(start.rollbacks) is not None:
         record_made(folder.path)
     folder.write_config(to_json(config))
-    from pretrain.checkpoint.state import versions  # see environment_changes
-
-    about = {"layout": layout, "software": versions()}
-    folder.event("started", step=step, ranks=dist.get_world_size(), last_step=last_step, **about)
+    folder.event("started", step=step, ranks=dist.get_world_size(), **about)
     if resumed is None:
         if config.train.init_from is not None:
             folder.event("initial_weights", path=config.train.init_from)
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
-    for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
+    for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
         if key != "description":  # of a run with --set it names the keys that are printed here anyway
             print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)

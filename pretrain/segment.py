@@ -61,7 +61,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     def prepare() -> Monitor | None:
         if not parallel.is_first:
             return None
-        record_start(folder, start, config, layout(trainer.engine, parallel), last_step=last)
+        digest = setup.sources.digest
+        record_start(folder, start, config, layout(trainer.engine, parallel), data_digest=digest, last_step=last)
         tokens = start.progress.consumed_sequences * config.model.sequence_length
         origin = Origin(step, tokens, last, setup.device, dist.get_world_size())
         facts = start_facts(config, layout(trainer.engine, parallel), setup.device)

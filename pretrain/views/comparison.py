@@ -29,6 +29,8 @@ NOT_COMPARED = {
 """Values of a step that two equal runs need not share: those of the machine."""
 WINDOW = 20
 """Points, at most, whose mean is the loss at a place: single losses scatter by more than runs differ."""
+DIGEST = "data digest"
+"""What differs where data do, wherever they lie."""
 VALIDATIONS = 8
 """Most validations that are listed."""
 
@@ -112,10 +114,17 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Settings, and what the newest start says of its software and layout."""
+    """Settings, and what the newest start says of its data, software and layout."""
     started = run.view.last("started")
     extra = {key: started[key] for key in ("software", "layout") if isinstance(started.get(key), dict)}
-    return flattened({**run.view.config, **extra, "ranks": started.get("ranks")})
+    return flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run)})
+
+
+def data_digest(run: Run) -> str | None:
+    """The first letters, as other texts show them, of what identifies the data of the newest start; None of a version
+    that did not record it."""
+    found = run.view.last("started").get("data_digest")
+    return found[:12] if isinstance(found, str) else None
 
 
 def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:

@@ -11,7 +11,9 @@ from common.tables import counted, text_table
 from common.terminal import visible
 from pretrain.views.comparison import (
     AXES,
+    DIGEST,
     Run,
+    data_digest,
     differences,
     differing_facts,
     losses,
@@ -53,7 +55,9 @@ def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader of the losses must know."""
     keys = {key for key, _ in differing_facts(runs)}
-    of_text = [key for key in ("data.manifest", "data.sources", "model.vocab_size") if key in keys]
+    if None not in (digests := [data_digest(run) for run in runs]) and len(set(digests)) == 1:
+        return []  # data that lie elsewhere, and rows of the embedding that no piece uses
+    of_text = [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
     if not of_text:
         return []
     return [

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from data_prep.shards.format import Manifest
 from pretrain.cli.compare import main
 from pretrain.views.comparison import differences, differing_facts, losses, open_runs
 from pretrain.views.comparison_page import _sources, drawn, thinned
@@ -93,6 +94,28 @@ def test_losses_of_other_texts_are_not_left_to_speak_for_themselves(
     assert ("of different texts or tokenizers" in page) == bool(note)
 
 
+@pytest.mark.parametrize(
+    "place, digest, note",
+    [
+        ("a", "2" * 64, "note: data digest differ"),  # prepared anew in its place
+        ("b", "1" * 64, ""),  # moved
+        ("b", None, "note: data digest and data.manifest differ"),  # of an earlier version
+    ],
+)
+def test_data_are_the_same_by_their_digest_and_not_by_their_place(
+    tmp_path: Path, place: str, digest: str | None, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name, manifest, known in (("one", "a", "1" * 64), ("other", place, digest)):
+        paths.append(write(tmp_path / name, [row(1, 5.0)], {"data": {"manifest": manifest}}))
+        started = {"event": "started", "step": 0, "data_digest": known}
+        (paths[-1] / "events.jsonl").write_text(json.dumps(started) + "\n")
+    assert main(list(map(str, paths))) == 0
+    said = capsys.readouterr().out
+    assert (note in said) if note else ("note:" not in said)
+    assert bool(re.search(r"(?m)^data digest +1{12} +(2{12}|-)$", said)) == (digest != "1" * 64)
+
+
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
     one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
     later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
@@ -118,6 +141,8 @@ def test_two_layouts_of_one_run(prepared: Path, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert re.search(r"(?m)^parallel\.zero +1 +3$", printed) and re.search(r"(?m)^ranks +1 +2$", printed)
     assert re.search(r"(?m)^layout\.data +1 +2$", printed)
+    digests = [open_runs([RunView.open(path)])[0].view.last("started")["data_digest"] for path in (one, two)]
+    assert digests == [Manifest.load(prepared).digest] * 2
     assert "First step at which <two> differs from one rank (4 steps of both)" in printed
     lines = re.findall(r"(?m)^(loss|grad norm) .* never$", printed)
     assert set(lines) <= {"loss", "grad norm"} and "over 1e-05 from" in printed
