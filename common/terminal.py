@@ -20,6 +20,12 @@ def visible(text: str) -> str:
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def follows_escapes(stream: TextIO) -> bool:
+    """Whether what reads the stream clears a line or a screen where it is told to: a terminal, but not one that says
+    it is dumb (TERM), as the shell of an editor does, which would show the sequences."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "")
+
+
 class _Spare:
     """A stdout that takes everything: after the first error the descriptor leads to /dev/null."""
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from common.errors import UserError
-from common.terminal import visible
+from common.terminal import follows_escapes, visible
 from launch.sweeps.record import Sweep
 from pretrain.report.exit_codes import MEANING, ExitCode
 from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
@@ -84,7 +84,7 @@ class Progress:
         text += (f", loss {loss:.4f}" if isinstance(loss, float) else "") + (f", {left} left" if left else "")
         if text == self._said:
             return
-        if sys.stdout.isatty():
+        if follows_escapes(sys.stdout):
             print(f"\r\x1b[K{shortened(visible(text), shutil.get_terminal_size().columns - 1)}", end="", flush=True)
         elif time.monotonic() - self._last >= LINE_SECONDS:
             print(visible(text), flush=True)
@@ -92,7 +92,7 @@ class Progress:
         self._said = text
 
     def clear(self) -> None:
-        if self._said and sys.stdout.isatty():
+        if self._said and follows_escapes(sys.stdout):
             print("\r\x1b[K", end="", flush=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.arguments import a_path, above_zero
 from common.errors import UserError
 from common.strict_json import dumps
+from common.terminal import follows_escapes
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.reading import RunView
 from pretrain.views.status import runs_table, screen, summary
@@ -50,7 +51,7 @@ def look(args: argparse.Namespace) -> None:
             time.sleep(args.every)
             for view in views:
                 view.update()
-            show(views, as_json=args.json, clear=sys.stdout.isatty())
+            show(views, as_json=args.json, clear=follows_escapes(sys.stdout))
     except KeyboardInterrupt:
         print()
 

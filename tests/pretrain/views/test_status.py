@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -209,7 +210,13 @@ def test_validations_that_were_computed_again_count_once(tmp_path: Path) -> None
     assert "validation 3.7500 after step 12, best 3.5000 after step 8" in shown(view.path)
 
 
-def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
+def test_watching_ends_with_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool
+) -> None:
+    """And clears the screen between two looks, where a terminal can."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     folder = write(tmp_path / "run")
     lock = FolderLock(folder)
 
@@ -226,6 +233,7 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert printed.startswith(str(folder)[:40]) and "running: " in printed  # a long path is cut
     assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
+    assert ("\x1b" in printed) == clears
 
 
 def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
