@@ -168,12 +168,29 @@ def print_list(folder: Path) -> None:
     ones."""
     _check_folder(folder, "RUN_DIR")
     place = _checkpoints_folder(folder)
-    paths = list_checkpoints(place)
-    others = sorted(p for p in place.iterdir() if p.is_dir() and re.search(r"step-\d{8,}", p.name) and p not in paths)
-    if not paths and not others:
+    rows = _rows(place)
+    if not rows:
         raise UserError(f"RUN_DIR: {place} holds no checkpoints; name a run folder that has saved one")
     titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")
-    print(text_table(titles, [_row(path) for path in [*paths, *others]], left=None))
+    print(text_table(titles, rows, left=None))
+
+
+def _rows(place: Path, looks: int = 5) -> list[tuple[str, ...]]:
+    """If a run that goes on renames or removes one meanwhile, looks again, at most `looks` times; the last time without
+    those that are gone."""
+    paths = list_checkpoints(place)
+    others = sorted(p for p in place.iterdir() if re.search(r"step-\d{8,}", p.name) and p not in paths and p.is_dir())
+    rows = [_row_if_there(path) for path in [*paths, *others]]
+    return _rows(place, looks - 1) if None in rows and looks > 1 else [row for row in rows if row is not None]
+
+
+def _row_if_there(path: Path) -> tuple[str, ...] | None:
+    """None where the folder went away while it was read."""
+    try:
+        row = _row(path)
+    except FileNotFoundError:
+        return None  # also where a file got its name in it: another look sees that
+    return row if path.is_dir() else None
 
 
 def _row(path: Path) -> tuple[str, ...]:

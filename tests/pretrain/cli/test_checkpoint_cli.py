@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain.checkpoint.loading
+import pretrain.cli.checkpoint
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.analyze import main as analyze
 from pretrain.cli.checkpoint import main
@@ -61,6 +62,47 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[4].startswith("step-00000006.partial") and "partial: being written, or left by" in lines[4]
     assert lines[5].startswith("superseded-1-step-00000004") and " whole " in lines[5]
     assert len(lines) == 6
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "while its files are counted", "after it was read"])
+def test_a_list_shows_what_a_run_makes_of_its_checkpoints_meanwhile(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """One gets its name, and an older one goes."""
+    copy = tmp_path / "run"
+    place = copy / "checkpoints"
+    shutil.copytree(run_dir, copy)
+    (place / "step-00000004").rename(place / "step-00000004.partial")
+    row = pretrain.cli.checkpoint._row
+
+    def commits() -> None:
+        if (place / "step-00000002").exists():
+            (place / "step-00000004.partial").rename(place / "step-00000004")
+            shutil.rmtree(place / "step-00000002")
+
+    def read(path: Path) -> tuple[str, ...]:
+        if moment == "before it is read":
+            commits()
+        elif moment == "while its files are counted" and path.name.endswith(".partial"):
+            stat = Path.stat
+
+            def counted(one: Path, **options: Any) -> os.stat_result:
+                if one.parent == path:
+                    commits()
+                return stat(one, **options)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "stat", counted)
+                return row(path)
+        found = row(path)
+        if moment == "after it was read":
+            commits()
+        return found
+
+    monkeypatch.setattr(pretrain.cli.checkpoint, "_row", read)
+    assert main(["list", str(copy)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[0] == "step-00000004" and " whole " in line
 
 
 def test_verify(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
