@@ -103,6 +103,23 @@ def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: st
     return changes_since(saved, config, manifest_digest, fits)
 
 
+def check_tokenizer(checkpoint: Checkpoint, sources: Sources) -> None:
+    """Raises UserError if the run has read ids of another tokenizer, which no `checkpoint.allow_changes` allows: the
+    same numbers would mean other pieces, and nothing would show it but the loss."""
+    ours = sources.tokenizer.sha256
+    theirs = checkpoint.state.get("tokenizer_sha256", ours)
+    if theirs != ours:
+        raise UserError(
+            f"{sources.key}: was made with another tokenizer (sha256 {_short(ours)}) than what {checkpoint.path} was "
+            f"trained on ({_short(theirs)}), so its ids mean other pieces; prepare it again with that tokenizer, or "
+            f"begin a new run in another --run-dir"
+        )
+
+
+def _short(sha256: str | None) -> str:
+    return "none: bytes" if sha256 is None else sha256[:12]
+
+
 def stages_of(checkpoint: Checkpoint | None, sources: Sources) -> tuple[Stage, ...]:
     """The stages of a run that reads `sources` from its beginning, or from `checkpoint` on. If the checkpoint's run
     read others, or with other weights, a new stage begins there."""
@@ -224,7 +241,7 @@ def find_start(
     rank."""
     paths: list[Path] = control.from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
-    changes = agreed(lambda: changed_settings(config, resumed, sources.digest) if resumed else {})
+    changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
     rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
     if rollback is None and (decided := pending(rollbacks)) is not None:
@@ -238,6 +255,12 @@ def find_start(
     progress = resumed.progress if resumed else Progress(0, 0)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
     return StartPoint(resumed, progress, rollbacks, damaged, changes)
+
+
+def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    if resumed.weights_source is None:  # `changed_settings` refuses those
+        check_tokenizer(resumed, sources)
+    return changed_settings(config, resumed, sources.digest)
 
 
 def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 from data_prep.cli import main as data_prep
+from data_prep.shards.format import manifest_digest
 
 VOCAB_SIZE = 400
 
@@ -52,3 +55,14 @@ def prepare_corpus(
     (folder / "data.json").write_text(json.dumps(config))
     assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
     return folder / name
+
+
+def with_another_tokenizer(data: Path, copy: Path) -> None:
+    """A copy of a data set whose ids were made by another tokenizer, as its manifest has it."""
+    shutil.copytree(data, copy)
+    tokenizer = (copy / "tokenizer.model").read_bytes() + b"\0"
+    (copy / "tokenizer.model").write_bytes(tokenizer)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256(tokenizer).hexdigest()
+    manifest["digest"] = manifest_digest(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))

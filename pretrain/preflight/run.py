@@ -169,6 +169,7 @@ class PlannedRun:
             branch_start,
             candidates,
             changed_settings,
+            check_tokenizer,
             named_checkpoint,
             newest_committed,
             newest_valid,
@@ -200,6 +201,8 @@ class PlannedRun:
             return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
         # Of data sets that could not be opened, nothing is said here.
         digest = self.sources.digest if self.sources is not None else newest.state["manifest_digest"]
+        if self.sources is not None and newest.weights_source is None:
+            check_tokenizer(newest, self.sources)
         changed_settings(self.config, newest, digest)
         check_shapes(newest, self.config.model, "checkpoint.resume")
         if thorough:

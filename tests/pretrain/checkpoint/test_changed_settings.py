@@ -12,6 +12,7 @@ from common.errors import UserError
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.resume import changed_settings
+from tests.corpus import with_another_tokenizer
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import curve, metrics, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
@@ -47,6 +48,20 @@ def test_a_changed_setting_is_refused_by_name_unless_allowed(
     assert "checkpoint.allow_changes" in str(refusal.value)
     allowed = small_config(prepared, *keys, override, f'checkpoint.allow_changes=["{key}"]')
     assert key in changed_settings(allowed, checkpoint, digest)
+
+
+def test_data_of_another_tokenizer_are_refused_whatever_is_allowed(
+    stopped_run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """The same numbers would mean other pieces, and nothing but the loss would show it."""
+    with_another_tokenizer(prepared, tmp_path / "other")
+    run = Path(shutil.copytree(stopped_run, tmp_path / "run"))
+    keys = ("train.steps=6", "evaluate.sequences=0", 'checkpoint.allow_changes=["data.manifest"]')
+    with pytest.raises(RankFailed, match=r"data\.manifest: was made with another tokenizer .*begin a new run"):
+        run_ranks(train_runs, 1, [(small_config(tmp_path / "other", *keys), run)])
+    shutil.copytree(prepared, tmp_path / "moved")
+    run_ranks(train_runs, 1, [(small_config(tmp_path / "moved", *keys), run)])
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_change_of_sizes_is_refused_without_advice_that_cannot_help(stopped_run: Path, prepared: Path) -> None:

@@ -4,7 +4,6 @@ the fix."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,12 +16,12 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from data_prep.shards.format import manifest_digest
 from pretrain.cli.plan import main
 from pretrain.cli.train import main as train_main
 from pretrain.config.loading import load_config, to_json
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.report.disk_space import checkpoint_space
+from tests.corpus import with_another_tokenizer
 from tests.pretrain.runs import small_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -45,17 +44,6 @@ def checked(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, l
     code = main(["check", "c.json", "--no-step", *more])
     printed = capsys.readouterr()
     return code, printed.out, printed.err.splitlines()
-
-
-def with_another_tokenizer(data: Path, copy: Path) -> None:
-    """A copy of a data set whose ids were made by another tokenizer, as its manifest has it."""
-    shutil.copytree(data, copy)
-    tokenizer = (copy / "tokenizer.model").read_bytes() + b"\0"
-    (copy / "tokenizer.model").write_bytes(tokenizer)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = hashlib.sha256(tokenizer).hexdigest()
-    manifest["digest"] = manifest_digest(manifest)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +131,17 @@ def test_one_mistake_is_one_sentence(
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {words}") and printed.err.count("\n") == 1, printed.err
     assert "not checked" in printed.out or "WRONG" in printed.out
+
+
+def test_data_of_another_tokenizer_are_no_change_that_a_run_may_make(
+    place: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_another_tokenizer(place / "data", place / "other")
+    allowed = ("--set", "data.manifest=other", "--set", 'checkpoint.allow_changes=["data", "model", "train"]')
+    code, _, wrong = checked(capsys, "--run-dir", str(trained), *allowed)
+    assert (
+        code == 2 and len(wrong) == 1 and wrong[0].startswith("error: data.manifest: was made with another tokenizer")
+    )
 
 
 def test_what_needs_the_data_is_not_checked_without_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
