@@ -42,7 +42,23 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.
     start = named_checkpoint(choice)
-    return [path for path in existing[::-1] if _starts_at(path) == str(start)] + [start]
+    begun = {path: _starts_at(path) for path in existing[::-1]}
+    of_branch = [path for path, where in begun.items() if where == str(start)]
+    if not of_branch:
+        _refuse_moved_start(begun, start)
+    return [*of_branch, start]
+
+
+def _refuse_moved_start(begun: dict[Path, str | None], start: Path) -> None:
+    """Raises UserError where the run's own checkpoints, each with where its branch began, seem to be of this branch: a
+    start from `start` would set them aside. Branches are told apart by that path, which a renamed run changes."""
+    for path, where in begun.items():
+        if where is not None and Path(where).name == start.name and not os.path.exists(where):
+            raise UserError(
+                f"checkpoint.resume: {path} is of a branch that began at {where}, which is not there any more; if it "
+                f"is {start} now, set checkpoint.resume to auto, which continues from {path.name}; for another branch "
+                f"choose another --run-dir"
+            )
 
 
 def named_checkpoint(choice: str) -> Path:

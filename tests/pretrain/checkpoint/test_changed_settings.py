@@ -147,3 +147,23 @@ def test_only_folders_with_the_exact_name_are_checkpoints(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000020").mkdir()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
+
+
+def test_a_branch_whose_first_run_was_renamed_is_not_begun_anew(
+    stopped_run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Its own checkpoints would be set aside, for they name a place that is not there any more."""
+    first, branch = Path(shutil.copytree(stopped_run, tmp_path / "first")), tmp_path / "branch"
+    place = list_checkpoints(first / "checkpoints")[-1].relative_to(first)
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=1")
+    begins = small_config(prepared, *keys, f"checkpoint.resume={first / place}", "train.stop_after_steps=4")
+    run_ranks(train_runs, 1, [(begins, branch)])
+    before = list_checkpoints(branch / "checkpoints")
+    first.rename(tmp_path / "renamed")
+    again = small_config(prepared, *keys, f"checkpoint.resume={tmp_path / 'renamed' / place}")
+    with pytest.raises(RankFailed, match=r"not there any more; if it is .* set checkpoint\.resume to auto"):
+        run_ranks(train_runs, 1, [(again, branch)])
+    assert list_checkpoints(branch / "checkpoints") == before and [p.name[-1] for p in before] == ["3", "4"]
+    run_ranks(train_runs, 1, [(small_config(prepared, *keys), branch)])
+    assert [row["step"] for row in metrics(branch)] == [3, 4, 5, 6]
+    assert not list((branch / "checkpoints").glob("superseded*"))
