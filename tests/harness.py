@@ -9,7 +9,9 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 LIMIT_SECONDS = 900.0
@@ -72,6 +74,23 @@ def _run_ranks(
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@contextmanager
+def forked(function: Callable[..., Any], *args: Any) -> Iterator[BaseProcess]:
+    """`function(*args)` in a process of its own, outside of any group, that has torch imported already; at the end it
+    is killed. What it returns is the exit code."""
+    process = _context.Process(target=_leave_with, args=(function, args), daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _leave_with(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    raise SystemExit(function(*args))
 
 
 def _raise_if_failed(ranks: list[tuple[Any, Any]]) -> None:

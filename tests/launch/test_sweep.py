@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from launch.sweeps import check
 from launch.sweeps.command import main
 from pretrain.config.loading import load_config, to_json
 from pretrain.report.disk_space import checkpoint_space
+from pretrain.views import comparison_page, sweep_picture
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
+from tests.harness import forked
 from tests.launch.launcher import ROOT, environment
 from tests.pretrain.runs import small_config
 
@@ -93,6 +96,13 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path, prepared: Path) -> Case:
     return Case(tmp_path, prepared)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sweeps whose pictures would be those that other tests here, and pretrain/views/test_sweep.py, have drawn."""
+    monkeypatch.setattr(comparison_page, "drawn", lambda runs: b"")
+    monkeypatch.setattr(sweep_picture, "losses_drawn", lambda results, keys: b"")
 
 
 def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
@@ -194,6 +204,7 @@ def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_f
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_another_process_trains_is_passed_over_and_the_sweep_is_not_done(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +222,7 @@ def test_a_run_that_another_process_trains_is_passed_over_and_the_sweep_is_not_d
     assert case.trained == ["1e-3", "2e-3", "1e-3"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_new_values_and_configurations_are_added_and_known_ones_stay_however_they_are_written(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +242,7 @@ def test_new_values_and_configurations_are_added_and_known_ones_stay_however_the
     assert len(case.trained) == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -246,6 +259,7 @@ def test_another_command_in_the_same_folder_is_refused_with_the_key(
     assert len(case.trained) == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.run(*VARY) == 0
     tree: dict[str, Any] = json.loads(case.config.read_text())
@@ -259,6 +273,7 @@ def test_an_edited_configuration_is_refused_with_the_key(case: Case, capsys: pyt
     assert case.run(*VARY, "--set", "optimizer.clip_norm=0.5") == 0, "the same runs, said in another way"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_value_that_a_configuration_has_of_a_varied_key_may_be_edited(case: Case) -> None:
     """A user puts the best rate into the file, and tries more of them: no run has the file's rate."""
     assert case.run(*VARY) == 0
@@ -269,6 +284,7 @@ def test_the_value_that_a_configuration_has_of_a_varied_key_may_be_edited(case: 
     assert case.trained == ["1e-3", "2e-3", "3e-3"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_somebody_else_put_there_is_no_result_of_the_sweep(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,29 +351,61 @@ def test_options_that_do_not_go_together_are_refused(
     assert words in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
-    case.ends(**{"1e_3": "waits"})
-    # What nohup, or a shell's job in the background, ignores stays ignored.
-    heard = f"import os, signal, sys; signal.signal({number:d}, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    sweep = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
-    command = [sys.executable, "-c", heard, *sweep]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            while not (case.folder / "waits").exists():
-                assert process.poll() is None
-                time.sleep(0.05)
-            process.send_signal(number)
-            printed, _ = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 128 + number
+def sweep_in(output: Path, number: int, line: list[str]) -> int:
+    """A sweep in this process, whose prints go into a file."""
+    signal.signal(number, signal.SIG_DFL)  # what nohup, or a shell's job in the background, ignores stays ignored
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, sys.stdout.fileno())
+    return main(line)
+
+
+def wait_until_it_trains(case: Case, is_alive: Callable[[], bool]) -> None:
+    while not (case.folder / "waits").exists():
+        assert is_alive()
+        time.sleep(0.05)
+
+
+def assert_stopped(case: Case, number: int, printed: str) -> None:
+    """What a signal does to a sweep whose first run was in training; then the same command goes on."""
     assert (case.folder / "got").read_text() == str(number)
     assert printed.endswith("stopped at step 2\nstopped; the same command goes on\n")
     assert case.trained == ["1e-3"]
     case.ends()
     assert case.run(*VARY) == 0
     assert case.trained == ["1e-3", "1e-3", "2e-3"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
+    case.ends(**{"1e_3": "waits"})
+    said = case.folder / "said"
+    with forked(sweep_in, said, number, case.line("--launcher", case.launcher, *VARY)) as process:
+        wait_until_it_trains(case, process.is_alive)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(120)
+        assert process.exitcode == 128 + number
+    assert_stopped(case, number, said.read_text())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stop_by_ctrl_c_of_the_command_itself(case: Case) -> None:
+    """Beside Python's own handling of Ctrl-C, and that of common/interruption.py."""
+    case.ends(**{"1e_3": "waits"})
+    # What a shell's job in the background ignores stays ignored.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    sweep = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
+    command = [sys.executable, "-c", heard, *sweep]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until_it_trains(case, lambda: process.poll() is None)
+            process.send_signal(signal.SIGINT)
+            printed, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert_stopped(case, signal.SIGINT, printed)
 
 
 def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
