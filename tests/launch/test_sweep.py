@@ -8,11 +8,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,88 +18,12 @@ import pytest
 from common.run_lock import FolderLock
 from launch.sweeps import check
 from launch.sweeps.command import main
-from pretrain.config.loading import load_config, to_json
+from pretrain.config.loading import load_config
 from pretrain.report.disk_space import checkpoint_space
-from pretrain.views import comparison_page, sweep_picture
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
-from tests.harness import forked
 from tests.launch.launcher import ROOT, environment
-from tests.pretrain.runs import small_config
-
-RATE = "optimizer.learning_rate"
-VARY = ("--vary", f"{RATE}=1e-3,2e-3")
-FAKE = """
-import json, pathlib, signal, sys, time
-own, arguments = pathlib.Path(__file__).parent, sys.argv[2:]
-folder = pathlib.Path(arguments[arguments.index("--run-dir") + 1])
-rate = [a for a in arguments if a.startswith("optimizer.learning_rate=")][-1].partition("=")[2]
-with (own / "calls").open("a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-code = json.loads((own / "codes.json").read_text()).get(rate, 0)
-print("trains", rate, flush=True)
-if code == 2:
-    sys.exit(2)
-if code == "is killed":
-    signal.raise_signal(signal.SIGKILL)
-if code == "waits":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: (own / "got").write_text(str(number)))
-    (own / "waits").touch()
-    while not (own / "got").exists():  # no signal.pause(): the signal may come before it
-        time.sleep(0.01)
-    code = 85
-folder.mkdir(exist_ok=True)
-(folder / "checkpoints").mkdir(exist_ok=True)
-(folder / "config.json").write_text('{"train": {"steps": 2}}')
-rows = [{"step": n, "loss": 9 - n + float(rate), "tokens": n, "tokens_per_second": 5} for n in (1, 2)]
-(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-validation = json.dumps({"event": "validation", "step": 2, "loss": float(rate)}) + "\\n"
-(folder / "events.jsonl").write_text("" if "evaluate.sequences=0" in arguments else validation)
-(folder / "outcome.json").write_text(json.dumps({"exit_code": code, "time": time.time()}))
-sys.exit(1 if code else 0)  # as deepspeed, which may return another code
-"""
-"""Trains nothing, and ends as codes.json beside it says: rate -> exit code, `is killed`, or `waits` for a signal."""
-
-
-class Case:
-    """A sweep whose runs are FAKE's."""
-
-    def __init__(self, folder: Path, prepared: Path) -> None:
-        self.folder, self.dir = folder, folder / "sweep"
-        self.config = folder / "x.json"
-        self.config.write_text(json.dumps(to_json(small_config(prepared))))
-        (folder / "fake.py").write_text(FAKE)
-        self.launcher = shlex.join([sys.executable, str(folder / "fake.py")])
-        self.ends()
-
-    def ends(self, **codes: int | str) -> None:
-        (self.folder / "codes.json").write_text(json.dumps({name.replace("_", "-"): c for name, c in codes.items()}))
-
-    def line(self, *more: str) -> list[str]:
-        return ["--config", str(self.config), "--sweep-dir", str(self.dir), *more]
-
-    def run(self, *more: str) -> int:
-        return main(self.line("--launcher", self.launcher, *more))
-
-    @property
-    def trained(self) -> list[str]:
-        """Rates of all starts so far."""
-        path = self.folder / "calls"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line[-1].partition("=")[2] for line in lines]
-
-
-@pytest.fixture
-def case(tmp_path: Path, prepared: Path) -> Case:
-    return Case(tmp_path, prepared)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For sweeps whose pictures would be those that other tests here, and pretrain/views/test_sweep.py, have drawn."""
-    monkeypatch.setattr(comparison_page, "drawn", lambda runs: b"")
-    monkeypatch.setattr(sweep_picture, "losses_drawn", lambda results, keys: b"")
+from tests.launch.sweep_case import RATE, VARY, Case
 
 
 def test_all_that_is_wrong_with_any_run_is_said_before_the_first_starts(
@@ -349,70 +270,6 @@ def test_options_that_do_not_go_together_are_refused(
     assert main(case.line(*VARY, *given)) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
-
-
-def sweep_in(output: Path, number: int, line: list[str]) -> int:
-    """A sweep in this process, whose prints go into a file."""
-    signal.signal(number, signal.SIG_DFL)  # what nohup, or a shell's job in the background, ignores stays ignored
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, sys.stdout.fileno())
-    return main(line)
-
-
-def wait_until_it_trains(case: Case, is_alive: Callable[[], bool]) -> None:
-    while not (case.folder / "waits").exists():
-        assert is_alive()
-        time.sleep(0.05)
-
-
-def assert_stopped(case: Case, number: int, printed: str) -> None:
-    """What a signal does to a sweep whose first run was in training; then the same command goes on."""
-    assert (case.folder / "got").read_text() == str(number)
-    assert printed.endswith("stopped at step 2\nstopped; the same command goes on\n")
-    assert case.trained == ["1e-3"]
-    case.ends()
-    assert case.run(*VARY) == 0
-    assert case.trained == ["1e-3", "1e-3", "2e-3"]
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_stop_of_the_sweep_alone_is_handed_on_and_the_same_command_goes_on(case: Case, number: int) -> None:
-    case.ends(**{"1e_3": "waits"})
-    said = case.folder / "said"
-    with forked(sweep_in, said, number, case.line("--launcher", case.launcher, *VARY)) as process:
-        wait_until_it_trains(case, process.is_alive)
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(120)
-        assert process.exitcode == 128 + number
-    assert_stopped(case, number, said.read_text())
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_stop_by_ctrl_c_of_the_command_itself(case: Case) -> None:
-    """Beside Python's own handling of Ctrl-C, and that of common/interruption.py."""
-    case.ends(**{"1e_3": "waits"})
-    # What a shell's job in the background ignores stays ignored.
-    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    sweep = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
-    command = [sys.executable, "-c", heard, *sweep]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            wait_until_it_trains(case, lambda: process.poll() is None)
-            process.send_signal(signal.SIGINT)
-            printed, _ = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 128 + signal.SIGINT
-    assert_stopped(case, signal.SIGINT, printed)
-
-
-def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    case.ends(**{"1e_3": 85})
-    assert case.run(*VARY) == 85
-    assert capsys.readouterr().out.endswith("stopped at step 2\nstopped; the same command goes on\n")
-    assert case.trained == ["1e-3"]
 
 
 @pytest.mark.slow  # two processes that import torch; test_a_sweep_trains_ranks_and_draws_its_runs has all but training

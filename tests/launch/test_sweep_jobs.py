@@ -11,9 +11,9 @@ from launch.sweeps.command import main
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
 from tests.launch.slurm.test_submit import calls, sbatch
-from tests.launch.test_sweep import RATE, VARY, Case, case
+from tests.launch.sweep_case import RATE, VARY, Case
 
-__all__ = ["case", "sbatch"]
+__all__ = ["sbatch"]
 
 JOB = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
 
