@@ -33,10 +33,16 @@ def write_dump(path: Path, *, documents: int, seed: int) -> None:
 
 
 def prepare_corpus(
-    folder: Path, *, seed: int = 0, name: str = "prepared", documents: int = 800, test_documents: int = 0
+    folder: Path,
+    *,
+    seed: int = 0,
+    name: str = "prepared",
+    documents: int = 800,
+    test_documents: int = 0,
+    tokenizer: Path | None = None,
 ) -> Path:
-    """Writes dumps under `folder` and prepares them, with a test split if it is to have documents; returns the folder
-    of the manifest."""
+    """Writes dumps under `folder` and prepares them, with a test split if it is to have documents, and with a tokenizer
+    that is there already if one is named; returns the folder of the manifest."""
     folder.mkdir(exist_ok=True)
     write_dump(folder / "c4-train.json.gz", documents=documents, seed=seed)
     write_dump(folder / "c4-validation.json.gz", documents=60, seed=seed + 1)
@@ -45,7 +51,7 @@ def prepare_corpus(
         "validation_input": [str(folder / "c4-validation.json.gz")],
         "output": str(folder / name),
         "workers": 1,
-        "tokenizer": {"vocab_size": VOCAB_SIZE},
+        "tokenizer": {"vocab_size": VOCAB_SIZE} if tokenizer is None else {"model": str(tokenizer)},
         # Several shards and members, so that windows cross their borders.
         "shard": {"tokens_per_shard": 24_000, "tokens_per_member": 5_000},
     }

@@ -122,7 +122,9 @@ def test_memory_of_other_text_is_not_restored_and_precision_may_change(
 ) -> None:
     keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0")
     run_ranks(train_runs, 1, [(small_config(prepared, *keys, "train.stop_after_steps=3"), tmp_path / "run")])
-    other = prepare_corpus(tmp_path / "other", seed=9) if change == "data.manifest" else prepared
+    other = prepared
+    if change == "data.manifest":
+        other = prepare_corpus(tmp_path / "other", seed=9, tokenizer=prepared / "tokenizer.model")
     value = {"data.manifest": other, "model.sequence_length": 12, "train.precision": "bf16"}[change]
     config = small_config(other, *keys, f"{change}={value}", f'checkpoint.allow_changes=["{change}"]')
     output = tmp_path / "printed"
