@@ -126,14 +126,20 @@ def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> 
     torch.testing.assert_close(order, slots.sort(dim=-1, stable=True).indices, rtol=0, atol=0)
 
 
-def sigma_moe_case(N: int, d: int, E: int, k: int, G: int) -> Case:
+def sigma_moe_case(N: int, d: int, E: int, k: int, G: int, *, adds: bool = False) -> Case:
+    """`adds`: to the residual stream, as blocks without dropout do."""
+
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        return (sigma_moe(t["x"], choice(t), HeldExperts(t["up"], t["down"]), backend=backend),)
+        experts = HeldExperts(t["up"], t["down"])
+        return (sigma_moe(t["x"], choice(t), experts, backend=backend, residual=t.get("residual")),)
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, k, dtype=torch.float64)}
     leaves |= {"up": normal(E, d, G, scale=d**-0.5), "down": normal(E, G, d, scale=G**-0.5)}
     constants = grouped(choices(N, num_experts=E, k=k), E)
-    shape, per_token = f"N={N} d={d} E={E} k={k} G={G}", ("x", "scores", "index")
+    shape = f"N={N} d={d} E={E} k={k} G={G}"
+    per_token: tuple[str, ...] = "x", "scores", "index"
+    if adds:
+        shape, leaves["residual"], per_token = f"{shape} residual", normal(N, d), (*per_token, "residual")
     return Case("sigma_moe", shape, leaves, constants, compute, 4 * N * k * d * G, per_token)
 
 

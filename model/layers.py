@@ -217,8 +217,11 @@ class Block(nn.Module):
         attended, attention_loss = self.attention(normalised, hidden.shape[1], sequence_index, documents)
         draw = self.attention_dropout.draw(hidden.shape[1], sequence_index)
         hidden, normalised = self.feedforward_norm.add(hidden, attended, draw)
-        transformed, feedforward_loss = self.feedforward(normalised, sequence_index)
         draw = self.feedforward_dropout.draw(hidden.shape[1], sequence_index)
+        if draw is None and isinstance(self.feedforward, SigmaMoE):  # whose sum over the experts adds it in its pass
+            hidden, feedforward_loss = self.feedforward(normalised, sequence_index, hidden)
+            return hidden, attention_loss, feedforward_loss
+        transformed, feedforward_loss = self.feedforward(normalised, sequence_index)
         hidden = hidden + transformed if draw is None else dropout(transformed, draw, hidden, backend=self.backend)
         return hidden, attention_loss, feedforward_loss
 

@@ -83,7 +83,10 @@ def _cases(
             yield case(kernel, f"{what} {tiles.rows} rows", constants | present, tiles)
     if k > 1:
         constants = sum_constants(d, k, triton.cdiv(G, tiles.hidden), triton.cdiv(d, 8) * 8)
-        yield case(sum_kernel, "sum", constants | present, None, num_tokens="i32")
+        none = {"residual_ptr": None}
+        yield case(sum_kernel, "sum", constants | present | none, None, num_tokens="i32")
+        if not total:  # one rank has all experts
+            yield case(sum_kernel, "sum and residual", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
         tiles = weight_tiles(columns, dtype)
         splits = weight_splits(tiles, num_rows, num_experts, columns, d)

@@ -66,18 +66,20 @@ class SigmaMoE(nn.Module):
         )
         self._dropout_key = site_key(seed, f"{name}.experts")
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape and the weighted
-        entropy regulariser (fp32 scalar, part of the loss)."""
+    def forward(self, x: Tensor, sequence_index: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape, added to `residual`
+        if given, and the weighted entropy regulariser (fp32 scalar, part of the loss)."""
         if self.exchanges:
             tokens, routing, auxiliary_loss = self._route(x, sequence_index)
-            return self._exchange(tokens, routing).view_as(x), auxiliary_loss
+            return added(self._exchange(tokens, routing).view_as(x), residual), auxiliary_loss
         divided, x, (late,) = enter_overlapped(x, self.parallel, (self.up_experts, self.down_experts))
         tokens, routing, auxiliary_loss = self._route(x, sequence_index)
         if self.parallel.tensor_group is not None:
             tokens = divided.reshape(-1, x.shape[2])
-        y = self._divide(tokens, routing, late)
-        return leave_region(y.view_as(x), self.parallel), auxiliary_loss
+            y = leave_region(self._divide(tokens, routing, late).view_as(x), self.parallel)
+            return added(y, residual), auxiliary_loss
+        stream = None if residual is None else residual.reshape(tokens.shape)
+        return self._divide(tokens, routing, late, stream).view_as(x), auxiliary_loss
 
     def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Routing, Tensor]:
         """The tokens [N, d] of `x` [B, T, d], handed on, their choices, without the axis of the single router, and the
@@ -115,8 +117,9 @@ class SigmaMoE(nn.Module):
             self.statistics.record(routing.load, routing.logits, probability=probability)
         return tokens, routing, routing.logits.new_zeros(()) if auxiliary_loss is None else auxiliary_loss
 
-    def _divide(self, tokens: Tensor, routing: Routing, late: Late) -> Tensor:
-        """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts."""
+    def _divide(self, tokens: Tensor, routing: Routing, late: Late, residual: Tensor | None = None) -> Tensor:
+        """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts, added to
+        `residual` if given, by one rank alone."""
         group, scores, index = self.parallel.tensor_group, routing.scores, routing.index
         order, load = routing.order, routing.load
         if group is not None:
@@ -128,7 +131,8 @@ class SigmaMoE(nn.Module):
             if self.backends.sigma_moe == "triton":  # finds its slots itself: no waiting for the device
                 return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late, held.start)
             order, load = own_slots(order, load, held)
-        return self._experts(tokens, Choice(enter_shards(scores, group), index, order, load), late)
+        choice = Choice(enter_shards(scores, group), index, order, load)
+        return self._experts(tokens, choice, late, residual=residual)
 
     def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
         """`tokens` [N, d] of this rank alone -> [N, d], computed where the experts are."""
@@ -143,10 +147,17 @@ class SigmaMoE(nn.Module):
         y = self._experts(rows, choice, Late((self.up_experts, self.down_experts)))
         return collect(exchange.back(y), order, k)
 
-    def _experts(self, x: Tensor, choice: Choice, late: Late, first_expert: int = 0) -> Tensor:
+    def _experts(
+        self, x: Tensor, choice: Choice, late: Late, first_expert: int = 0, residual: Tensor | None = None
+    ) -> Tensor:
         up, down = late.weights
         experts = HeldExperts(up, down, first_expert)
-        return sigma_moe(x, choice, experts, backend=self.backends.sigma_moe, slot=late.slot)
+        return sigma_moe(x, choice, experts, backend=self.backends.sigma_moe, slot=late.slot, residual=residual)
+
+
+def added(y: Tensor, residual: Tensor | None) -> Tensor:
+    """`y`, added to `residual` of the same shape if given."""
+    return y if residual is None else residual + y
 
 
 def own_slots(order: Tensor, load: Tensor, held: slice) -> tuple[Tensor, Tensor]:

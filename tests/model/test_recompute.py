@@ -97,6 +97,19 @@ def test_dropout_and_norms_in_triton_are_computed_again(recompute: str) -> None:
         assert torch.equal(value, kept[name]), name
 
 
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+def test_a_sum_over_experts_that_adds_the_residual_stream_is_computed_again(recompute: str) -> None:
+    """Blocks without dropout: the same bits in every mode, and the numbers of the plain addition."""
+    config = config_of("switchhead", "rope", num_layers=1, sequence_length=4, dropout=0.0)
+    backends = Backends(sigma_moe="triton")
+    kept, plain = two_steps(config, "none", backends), two_steps(config, "none")
+    assert kept.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(kept[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in two_steps(config, recompute, backends).items():
+        assert torch.equal(value, kept[name]), name
+
+
 class _Storages(TorchDispatchMode):
     """Holds weak references to every storage that an operator made."""
 

@@ -54,23 +54,38 @@ class Inputs(NamedTuple):
     first_expert: int
 
 
-def sigma_moe(x: Tensor, choice: Choice, experts: HeldExperts, *, backend: str, slot: Slot | None = None) -> Tensor:
+FUSES_ADDITION = ("triton",)
+"""Backends whose sum over k adds the residual stream in its pass."""
+
+
+def sigma_moe(
+    x: Tensor,
+    choice: Choice,
+    experts: HeldExperts,
+    *,
+    backend: str,
+    slot: Slot | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """`x` [N, d], `choice` of one router (`scores` and `index` [N, k], `order` [N*k], `load` [E]) and `experts` ->
-    [N, d] in the dtype of `x`.
+    [N, d] in the dtype of `x`; with `residual` [N, d] its sum with that.
 
     A tensor-parallel rank that holds some of the experts gives its own: the part of `order` with their slots, their
     `load`, and `index` counted from its first expert; what others chose (below 0, or E and above) adds nothing here.
     How many slots those are only the device knows: with the backend `triton` it gives all of `order` and `load`, and
     `experts.first`, and need not wait for it.
 
-    Differentiable in `x`, the choice's scores (any float dtype) and both matrices of the experts. `backend` is a
-    resolved one (model/kernels/backend.py). With `slot` the gradients of the experts are left to it
+    Differentiable in `x`, the choice's scores (any float dtype), both matrices of the experts and `residual`. `backend`
+    is a resolved one (model/kernels/backend.py). With `slot` the gradients of the experts are left to it
     (model/parallel/overlap.py), but by the reference, which gives them at once.
     """
+    is_fused = backend in FUSES_ADDITION and slot is None and residual is not None and residual.dtype == x.dtype
+    if residual is not None and not is_fused:
+        return residual + sigma_moe(x, choice, experts, backend=backend, slot=slot)
     if backend == "reference":
         return sigma_moe_reference(x, choice, experts)
     inputs = (x, choice.scores, choice.order, choice.load, experts.up, experts.down, backend, experts.first)
-    return _sigma_moe(*inputs)[0] if slot is None else _LateExperts.apply(slot, *inputs)
+    return _sigma_moe(*inputs, residual)[0] if slot is None else _LateExperts.apply(slot, *inputs)
 
 
 def sigma_moe_reference(x: Tensor, choice: Choice, experts: HeldExperts) -> Tensor:
@@ -101,19 +116,20 @@ def _sigma_moe(
     down_experts: Tensor,
     backend: str,
     first_expert: int = 0,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> output [N, d] and the hidden layer [N*k, W] for backward: grouped by expert, before the gate; after ReLU, but
-    before SwiGLU."""
+    """-> output [N, d], added to `residual` if given (FUSES_ADDITION), and the hidden layer [N*k, W] for backward:
+    grouped by expert, before the gate; after ReLU, but before SwiGLU."""
     inputs = Inputs(x, scores, order, load, up_experts, down_experts, first_expert)
-    return implementation("sigma_moe", backend).forward(inputs)
+    added = () if residual is None else (residual,)
+    return implementation("sigma_moe", backend).forward(inputs, *added)
 
 
 @_sigma_moe.register_fake
-def _(x, scores, order, load, up_experts, down_experts, backend, first_expert=0):
+def _(x, scores, order, load, up_experts, down_experts, backend, first_expert=0, residual=None):
     hidden_dtype = cpu_gemm_dtype(x.dtype) if backend == "cpu" else x.dtype
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
-        order.shape[0], up_experts.shape[2], dtype=hidden_dtype
-    )
+    y = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
+    return y, x.new_empty(order.shape[0], up_experts.shape[2], dtype=hidden_dtype)
 
 
 @op("sigma_moe_backward")
@@ -142,7 +158,8 @@ def _(grad, x, scores, order, load, up_experts, down_experts, hidden, backend, f
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend, ctx.first_expert = inputs
+    *tensors, ctx.backend, ctx.first_expert, residual = inputs
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -150,10 +167,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     settings = ctx.backend, ctx.first_expert
     grad_x, grad_scores, grad_up, grad_down = _sigma_moe_backward(grad, *ctx.saved_tensors, *settings)
-    return grad_x, grad_scores, None, None, grad_up, grad_down, None, None
+    return grad_x, grad_scores, None, None, grad_up, grad_down, None, None, grad if ctx.has_residual else None
 
 
 _sigma_moe.register_autograd(_autograd, setup_context=_setup_context)

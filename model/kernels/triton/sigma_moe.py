@@ -4,7 +4,8 @@ A program owns BLOCK_ROWS rows of one expert (rows are slots sorted by expert) f
 
     forward     hidden = ReLU(x[token] W_1[e]), stays on chip      rows[slot] = (hidden * gate) W_2[e]
     backward    d hidden = (grad[token] W_2[e]^T) gate [hidden > 0]   rows[slot] = d hidden W_1[e]^T
-    both        y[n] = sum over j of rows[n, j]                     a second kernel, in fp32, always in the same order
+    both        y[n] = sum over j of rows[n, j]                     a second kernel, in fp32, always in the same order,
+                                                                forward with the residual stream's row, if given
 
 A hidden layer of one expert is narrow (128 in every published model): it fits into registers between the two products,
 so a token's row is read once per chosen expert, the gated hidden layer never, and the weights once per BLOCK_ROWS rows.
@@ -98,11 +99,11 @@ def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: in
 
 
 @on_its_device
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `model.kernels.ops.sigma_moe._sigma_moe`."""
     inputs = _prepare(inputs)
     hidden = inputs.x.new_empty(inputs.order.shape[0], inputs.up_experts.shape[2])
-    return _launch(forward_kernel, inputs, x_ptr=inputs.x, hidden_ptr=hidden), hidden
+    return _launch(forward_kernel, inputs, residual, x_ptr=inputs.x, hidden_ptr=hidden), hidden
 
 
 def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,6 +128,7 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
     grad_x = _launch(
         backward_kernel,
         inputs,
+        None,
         grad_ptr=grad.to(x.dtype).contiguous(),
         hidden_ptr=hidden,
         grad_hidden_ptr=grad_hidden,
@@ -172,15 +174,15 @@ def _some_missing(inputs: Inputs) -> bool:
     return inputs.order.shape[0] < inputs.scores.numel() or inputs.load.shape[0] > inputs.down_experts.shape[0]
 
 
-def _launch(kernel: Any, inputs: Inputs, **own: Tensor) -> Tensor:
+def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor) -> Tensor:
     """One of the two expert kernels, which takes `own` tensors beside those of `inputs`; the first of them [N, d] is
-    its source. And the sum over k -> [N, d]."""
+    its source. And the sum over k, to which `residual` [N, d] is added if given -> [N, d]."""
     _, scores, order, load, up, down, first_expert = inputs
     source = next(iter(own.values()))
     (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
     (num_experts, G, _), total = down.shape, load.shape[0]
     if num_rows == 0:
-        return torch.zeros_like(source)
+        return torch.zeros_like(source) if residual is None else residual.clone()
     swiglu = is_swiglu(up, down)
     tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
     chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(inputs)
@@ -208,12 +210,13 @@ def _launch(kernel: Any, inputs: Inputs, **own: Tensor) -> Tensor:
         num_stages=tiles.stages,
     )
     if k * chunks == 1:
-        return rows
-    y = torch.empty_like(source)
+        return rows if residual is None else residual + rows
+    y = torch.empty_like(source if residual is None else residual, memory_format=torch.contiguous_format)
     grid = triton.cdiv(num_tokens, SUM_TOKENS), triton.cdiv(d, SUM_COLUMNS)
     sum_kernel[grid](
         rows_ptr=rows,
         present_ptr=present,
+        residual_ptr=None if residual is None else residual.contiguous(),
         y_ptr=y,
         num_tokens=num_tokens,
         **sum_constants(d, k, chunks, row_stride),

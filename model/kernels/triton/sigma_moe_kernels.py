@@ -188,11 +188,11 @@ def backward_kernel(
 
 @triton.jit
 def sum_kernel(
-    rows_ptr, present_ptr, y_ptr, num_tokens,
+    rows_ptr, present_ptr, residual_ptr, y_ptr, num_tokens,
     D: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, ROW_STRIDE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr
 ):  # fmt: skip
-    """y[n] = sum over the K * CHUNKS rows of token n, in fp32, in their order."""
+    """y[n] = sum over the K * CHUNKS rows of token n, in fp32, in their order, then residual[n] if given."""
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     valid = tokens < num_tokens
@@ -206,7 +206,10 @@ def sum_kernel(
             total += tl.load(ptrs, mask=mask & present[:, None], other=0.0).to(tl.float32)
         else:
             total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + tokens[:, None] * D + columns[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
+    places = tokens[:, None] * D + columns[None, :]
+    if residual_ptr is not None:
+        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

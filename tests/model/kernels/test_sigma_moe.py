@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.route import Choice
-from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
+from model.kernels.ops.sigma_moe import FUSES_ADDITION, HeldExperts, sigma_moe
 from tests.model.kernels.chosen import chosen_experts
 
 
@@ -79,9 +79,9 @@ class Case(NamedTuple):
     def choice(self) -> Choice:
         return Choice(self.scores, self.index, self.order, self.load)
 
-    def __call__(self, *, backend: str, first_expert: int = 0) -> Tensor:
+    def __call__(self, *, backend: str, first_expert: int = 0, residual: Tensor | None = None) -> Tensor:
         experts = HeldExperts(self.up_experts, self.down_experts, first_expert)
-        return sigma_moe(self.x, self.choice, experts, backend=backend)
+        return sigma_moe(self.x, self.choice, experts, backend=backend, residual=residual)
 
 
 def make_case(shape: Shape, dtype: torch.dtype, *, scores_dtype: torch.dtype | None = None) -> Case:
@@ -154,6 +154,28 @@ def test_equals_loop(name: str, backend: str, dtype: torch.dtype) -> None:
         assert error(actual, expected) <= TOLERANCE[dtype][backend], what
 
 
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["plain", "k is 1", "odd widths", "empty"])
+def test_adds_the_residual_stream(name: str, backend: str, residual_dtype: torch.dtype) -> None:
+    """Values, the gradients of all, and that of the residual, which is the output's own."""
+    dtype = torch.bfloat16
+    case = make_case(SHAPES[name], dtype)
+    if not possible(backend, SHAPES[name], dtype):
+        return
+    residual = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(3)).to(residual_dtype)
+    leaves = case.x, case.scores, case.up_experts, case.down_experts, residual.requires_grad_()
+    y = case(backend=backend, residual=residual)
+    assert y.dtype == residual_dtype
+    grad = case.grad.to(residual_dtype)
+    *grads, grad_residual = torch.autograd.grad(y, leaves, grad)
+    expected, *expected_grads = expectation(SHAPES[name], dtype)
+    assert error(y, residual.double() + expected) <= TOLERANCE[dtype][backend]
+    assert torch.equal(grad_residual, grad)
+    for what, actual, right in zip(NAMES, grads, expected_grads, strict=True):
+        assert error(actual, right) <= TOLERANCE[dtype][backend], what
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_may_be_fp32_beside_bf16(backend: str) -> None:
     case = make_case(SHAPES["plain"], torch.bfloat16, scores_dtype=torch.float32)
@@ -216,7 +238,10 @@ def test_gradcheck(backend: str, swiglu: bool) -> None:
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     shape = Shape(N=3, d=8, E=2, G=8, k=1) if backend == "triton" else SHAPES["plain"]  # it calls the op a dozen times
     x, scores, _, order, load, up, down, grad = make_case(shape, dtype)
-    torch.library.opcheck(torch.ops.switchall.sigma_moe.default, (x, scores, order, load, up, down, backend))
+    inputs = x, scores, order, load, up, down, backend
+    torch.library.opcheck(torch.ops.switchall.sigma_moe.default, inputs)
+    if backend in FUSES_ADDITION:
+        torch.library.opcheck(torch.ops.switchall.sigma_moe.default, (*inputs, 0, grad.clone().requires_grad_()))
     detached = [t.detach() for t in (grad, x, scores, order, load, up, down)]
     hidden = torch.ops.switchall.sigma_moe(*detached[1:], backend)[1]
     torch.library.opcheck(torch.ops.switchall.sigma_moe_backward.default, (*detached, hidden, backend))

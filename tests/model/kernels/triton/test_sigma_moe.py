@@ -93,6 +93,25 @@ def test_shipped_tiles_in_fp16() -> None:
     assert [launch.kernel for launch in launches] == names
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["odd", "hidden in chunks", "chunks and choices", "one expert"])
+def test_the_sum_over_k_adds_the_residual_stream(name: str, dtype: torch.dtype, small_tiles: None) -> None:
+    """In the sum's own launch, which reads it once, rounds once and writes nothing else; not contiguous either. Where a
+    row is the output already (one choice) there is no sum, and it is added behind."""
+    case, shape = make_case(SHAPES[name], dtype), SHAPES[name]
+    residual = torch.randn(shape.d, shape.N, generator=torch.Generator().manual_seed(3)).to(dtype).t()
+    with recording() as launches, torch.no_grad():
+        y = case(backend="triton", residual=residual)
+    assert error(y, residual.double() + loop(case)[0]) <= TOLERANCE[dtype]
+    sums = [launch for launch in launches if launch.kernel == "sum_kernel"]
+    assert len(launches) == 1 + len(sums) == (1 if name == "one expert" else 2)
+    for launch in sums:
+        read = {name: traffic.load_bytes for name, traffic in launch.tensors.items()}
+        written = {name: traffic.store_bytes for name, traffic in launch.tensors.items() if traffic.store_bytes}
+        assert read["residual_ptr"] == written["y_ptr"] == y.numel() * y.element_size()
+        assert set(written) == {"y_ptr"}
+
+
 class Held(NamedTuple):
     """Experts first to last - 1 of the shape are on this rank."""
 
