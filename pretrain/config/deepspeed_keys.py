@@ -31,7 +31,7 @@ OWNED = {
     "fp16": "train.precision",
     "bfloat16": "train.precision",
     "data_types": "train.precision",
-    "communication_data_type": "train.precision",
+    "communication_data_type": "parallel.reduce_dtype",
     "torch_autocast": "train.precision",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.compute_grad_norm": "the need of metrics.jsonl for the gradient norm",

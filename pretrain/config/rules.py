@@ -56,6 +56,11 @@ def _check_precision(config: Config) -> None:
             f"parallel.zero: stage 0 trains in fp32 only (DeepSpeed keeps no fp32 master weights there and drifts), "
             f"but train.precision is {config.train.precision}; set parallel.zero to 1 or train.precision to fp32"
         )
+    if config.parallel.reduce_dtype == "bf16" and config.train.precision != "bf16":
+        raise ConfigError(
+            f"parallel.reduce_dtype: gradients of a run in {config.train.precision} are summed in fp32; set "
+            f"parallel.reduce_dtype to fp32, or train.precision to bf16"
+        )
 
 
 def _check_keep_best(config: Config) -> None:

@@ -205,6 +205,10 @@ class ParallelConfig(Section):
     size. Needs ZeRO 1 or 2, and `sequence` if tensor > 1."""
     zero: Literal[0, 1, 2, 3] = Field(1, json_schema_extra=FREE)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", json_schema_extra=FREE)
+    """In which gradients are summed over data-parallel ranks. bf16 sends half the bytes, for a slow network between
+    nodes, and rounds every sum to 8 bits: losses then differ a little with the number of ranks. Micro-steps are summed
+    in fp32 all the same. Needs train.precision = bf16."""
     offload_optimizer: bool = Field(False, json_schema_extra=FREE)
     """Keep fp32 master weights and Adam's moments in CPU memory and update them there (needs zero >= 1 and pipeline =
     1): frees 12 bytes per parameter of GPU memory, at the price of a slower step."""

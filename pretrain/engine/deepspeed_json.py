@@ -41,9 +41,9 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         # Where BF16_Optimizer stays (zero_1.py), a gradient joins the fp32 sum as soon as it is known: 18 bytes per
         # parameter and micro-step instead of 26, and no second copy of all gradients.
         derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        # Micro-steps and ranks are summed in fp32: bf16 sums lose the contribution of late micro-steps.
+        # Micro-steps are summed in fp32: bf16 sums lose the contribution of late ones.
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-        derived["communication_data_type"] = "fp32"
+        derived["communication_data_type"] = config.parallel.reduce_dtype
     if zero_1.is_used(config):
         derived["zero_optimization"] |= zero_1.settings(data_size)
     if config.train.precision == "fp16":

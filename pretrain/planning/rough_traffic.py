@@ -14,7 +14,7 @@ from pretrain.planning.communication import Collective
 from pretrain.planning.step_time import blocks_of_stages, held_by_stages
 
 FP32 = 4
-"""Bytes in which gradients are summed over ranks (`communication_data_type`)."""
+"""Bytes of a number."""
 
 
 def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
@@ -50,7 +50,8 @@ def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterat
             continue
         part, times = ("micro-step", micro_steps) if parallel.zero >= 2 else ("update", 1)
         kind = "reduce_scatter" if parallel.zero == 3 else "all_reduce"
-        yield Collective(kind, group, ranks, FP32 * parameters, part, times)
+        item = 2 if parallel.reduce_dtype == "bf16" else FP32
+        yield Collective(kind, group, ranks, item * parameters, part, times)
         if parallel.zero == 3:
             yield Collective("all_gather", group, ranks, weight * parameters, "micro-step", 2 * micro_steps)
         elif parallel.zero:

@@ -89,7 +89,7 @@ def test_another_type_of_layer_starts_from_its_defaults() -> None:
         ("train.seed=99999999999999999999999", ["train.seed"]),
         ("train.steps=true", ["train.steps", "integer"]),
         ('checkpoint.allow_changes=["optimizer.lr"]', ["checkpoint.allow_changes", "optimizer.lr", "nearest"]),
-        ("deepspeed.communication_data_type=bf16", ["deepspeed.communication_data_type", "train.precision"]),
+        ("deepspeed.communication_data_type=bf16", ["deepspeed.communication_data_type", "parallel.reduce_dtype"]),
         ("optimizer.learning_rate=Infinity", ["optimizer.learning_rate"]),
         ("parallel.sequence=true", ["parallel.sequence", "false"]),
         ("train.precision=fp64", ["train.precision", "fp64", "bf16"]),
