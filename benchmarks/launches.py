@@ -26,6 +26,7 @@ from benchmarks.marked import with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
 from model.attention.rope import RopeTables
+from model.attention.xl import Sinusoids
 from model.language_model import LanguageModel, routing_statistics
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
@@ -95,8 +96,8 @@ class CountedEngine:
 
 
 def count_step(config: Config, *, with_documents: bool = False) -> StepCounts:
-    """One micro-step and the optimizer step after it. In the steady state: Adam's moments and RoPE's tables exist, a
-    memory is full, and the batch is on the device."""
+    """One micro-step and the optimizer step after it. In the steady state: Adam's moments and the tables of positions
+    exist, a memory is full, and the batch is on the device."""
     found = StepCounts()
     with fake_cuda():
         model = _model(config)
@@ -135,9 +136,12 @@ def _model(config: Config) -> LanguageModel:
     for _, memory in layer_memories(model):
         memory.assign(torch.arange(B, device=device), B)
         memory.kept = torch.empty(B, *size, dtype=dtype, device=device)
+    L, like = config.model.memory_length + config.model.sequence_length, next(model.parameters())
     for layer in model.modules():
         if isinstance(rope := getattr(layer, "rope", None), RopeTables):
-            rope(None, config.model.memory_length + config.model.sequence_length, next(model.parameters()).device)
+            rope(None, L, like.device)
+        elif isinstance(kept := getattr(layer, "sinusoids", None), Sinusoids):
+            kept(L, config.model.d_model, like)
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.rope import RopeTables, rotate
-from model.attention.xl import relative_attention
+from model.attention.xl import Sinusoids, relative_attention
 from model.config import DenseAttentionConfig, ModelConfig, RopeConfig, XLConfig
 from model.distributions import Constant, dense_layer_weight
 from model.documents import Seen, causal_attention
@@ -54,6 +54,7 @@ class DenseAttention(nn.Module):
         self.config = config.attention
         position = config.position
         self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
+        self.sinusoids = Sinusoids()
         self.parallel = parallel
         self.backends = backends
         self.num_heads = self.parallel.share(self.config.num_heads)
@@ -82,14 +83,14 @@ class DenseAttention(nn.Module):
         k, v = (region_linear(context, late).view(B, L, H, h) for late in (key, value))
         if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            biases = {"content_bias": self.content_bias, "position_bias": self.position_bias}
             scale = enter_shards(self.scale, self.parallel.tensor_group)
             attended = relative_attention(
-                *(q, k, v, self.position.weight),
+                *(q, k, v, self.position.weight, self.sinusoids),
                 scale=scale,
                 backend=self.backends.relative_attention,
+                content_bias=self.content_bias,
+                position_bias=self.position_bias,
                 seen=documents,
-                **biases,
             )
         else:
             tables = self.rope(documents, L, context.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.rope import RopeTables, rotate
-from model.attention.xl import relative_attention
+from model.attention.xl import Sinusoids, relative_attention
 from model.balance import balance_losses
 from model.choices import settled
 from model.config import MoAConfig, ModelConfig, RopeConfig, XLConfig
@@ -72,6 +72,7 @@ class MoAAttention(nn.Module):
         self.config = config.attention
         position = config.position
         self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
+        self.sinusoids = Sinusoids()
         self.parallel = parallel
         self.backends = backends
         h, E, d = self.config.head_dim, self.config.num_experts, config.d_model
@@ -131,7 +132,9 @@ class MoAAttention(nn.Module):
             q, key, value = (t.transpose(1, 2) for t in (q, key, value))
             weight, scale = (enter_shards(p, self.parallel.tensor_group) for p in (self.position.weight, self.scale))
             backend = self.backends.relative_attention
-            attended = relative_attention(q, key, value, weight, scale=scale, backend=backend, seen=documents)
+            attended = relative_attention(
+                q, key, value, weight, self.sinusoids, scale=scale, backend=backend, seen=documents
+            )
             return attended.transpose(1, 2)
         tables = self.rope(documents, key.shape[1], q.device)
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.rope import RopeTables, rotate, rotate_joint
-from model.attention.xl import relative_attention
+from model.attention.xl import Sinusoids, relative_attention
 from model.choices import settled
 from model.config import ModelConfig, Projection, RopeConfig, SwitchHeadConfig, XLConfig
 from model.distributions import Normal, block_std
@@ -98,6 +98,7 @@ class SwitchHeadAttention(nn.Module):
         self.config = config.attention
         position = config.position
         self.rope = RopeTables(self.config.head_dim, position) if isinstance(position, RopeConfig) else None
+        self.sinusoids = Sinusoids()
         self.backends = backends
         self.parallel = parallel
         self.num_heads = self.parallel.share(self.config.num_heads)
@@ -151,8 +152,8 @@ class SwitchHeadAttention(nn.Module):
         if self.rope is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             backend = self.backends.relative_attention
-            weight = self.position.weight
-            attended = relative_attention(q, k, v, weight, scale=h**-0.5, backend=backend, seen=documents)
+            position = self.position.weight, self.sinusoids
+            attended = relative_attention(q, k, v, *position, scale=h**-0.5, backend=backend, seen=documents)
         else:
             tables = self.rope(documents, L, context.device)
             backend = self.backends.elementwise

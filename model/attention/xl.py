@@ -22,11 +22,31 @@ def sinusoids(distances: Tensor, d_model: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model].float()
 
 
+class Sinusoids:
+    """r of one layer, kept between calls, because it depends on the length of the context alone. Tables have a power of
+    two rows, of which a context takes the last ones: together they are at most twice the longest, whatever lengths
+    there are, and none is dropped, because a CUDA graph reads them where they are. Not part of the module's state,
+    which is saved and converted to other dtypes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, L: int, d_model: int, like: Tensor) -> Tensor:
+        """r [L, d_model] of the distances L - 1 to 0, in the dtype and on the device of `like`."""
+        rows = 1 << (L - 1).bit_length()
+        key = rows, d_model, like.dtype, like.device
+        if key not in self._kept:
+            distances = torch.arange(rows - 1, -1, -1, device=like.device)
+            self._kept[key] = sinusoids(distances, d_model).to(like.dtype)
+        return self._kept[key][rows - L :]
+
+
 def relative_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     position_weight: Tensor,
+    kept_sinusoids: Sinusoids,
     *,
     scale: Tensor | float,
     backend: str,
@@ -37,15 +57,15 @@ def relative_attention(
     """softmax over j of scale * ((q_i + u) . k_j + (q_i + v) . W_pos r(i - j)), causal, times the values.
 
     `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, H or 1, L, h] (1: shared by the
-    heads); `position_weight` [H h or h, d_model] maps r to all heads' position keys; u = `content_bias` and v =
-    `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32. With a cache in `seen` k and
-    v are those of the T new tokens, and the context is what it keeps. `backend` is a resolved one; a cache is read with
-    torch's operators.
+    heads); `position_weight` [H h or h, d_model] maps r, of the layer's `kept_sinusoids`, to all heads' position keys;
+    u = `content_bias` and v = `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32.
+    With a cache in `seen` k and v are those of the T new tokens, and the context is what it keeps. `backend` is a
+    resolved one; a cache is read with torch's operators.
     """
     if isinstance(seen, LayerCache):
         return _cached_attention(seen, q, k, v, position_weight, scale, content_bias, position_bias)
     assert seen is None, "documents and Transformer-XL exclude each other; refused by the configuration"
-    position_keys = _position_keys(torch.arange(k.shape[2] - 1, -1, -1, device=q.device), position_weight, q)
+    position_keys = _position_keys(kept_sinusoids(k.shape[2], position_weight.shape[1], q), position_weight, q)
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
     queries, keys = (for_content.transpose(1, 2), for_position.transpose(1, 2)), (k.transpose(1, 2), v.transpose(1, 2))
     inputs = Inputs(*queries, *keys, position_keys.transpose(0, 1))
@@ -65,17 +85,19 @@ def _cached_attention(
     """As `relative_attention`, with the context's keys in the order of the cache's slots: the position logits of all
     distances, of which each slot takes its own."""
     q, k, v = cache.extend(q, k, v)
-    position_keys = cache.position_keys(lambda distances: _position_keys(distances, position_weight, q))
+    width = position_weight.shape[1]
+    position_keys = cache.position_keys(
+        lambda distances: _position_keys(sinusoids(distances, width).to(q.dtype), position_weight, q)
+    )
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
     distance = cache.now.distance[:, None].expand(-1, q.shape[1], -1, -1)
     logits = for_content @ k.transpose(2, 3) + (for_position @ position_keys.transpose(1, 2)).gather(3, distance)
     return weighted(logits, ~cache.now.seen, v)
 
 
-def _position_keys(distances: Tensor, position_weight: Tensor, q: Tensor) -> Tensor:
-    """[H or 1, D, h] of `distances` [D], in the dtype of the queries `q` [B, H, T, h]."""
-    r = sinusoids(distances, position_weight.shape[1])
-    return F.linear(r.to(q.dtype), position_weight).view(len(distances), -1, q.shape[3]).transpose(0, 1)
+def _position_keys(r: Tensor, position_weight: Tensor, q: Tensor) -> Tensor:
+    """[H or 1, D, h] of `r` [D, d_model], in the dtype of the queries `q` [B, H, T, h]."""
+    return F.linear(r, position_weight).view(len(r), -1, q.shape[3]).transpose(0, 1)
 
 
 def _queries(

@@ -12,7 +12,7 @@ import model.attention.dense as dense_module
 import model.attention.switchhead as switchhead_module
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
-from model.attention.xl import sinusoids
+from model.attention.xl import Sinusoids, sinusoids
 from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.initialization import initial_value
@@ -250,6 +250,17 @@ def test_relative_shift_against_indices_and_sinusoids_at_a_known_place() -> None
     for width in (6, 7):
         rows = torch.stack([attention_oracle.sinusoid(distance, width) for distance in (0, 1, 700)])
         torch.testing.assert_close(sinusoids(torch.tensor([0, 1, 700]), width).double(), rows, rtol=0, atol=1e-7)
+
+
+def test_sinusoids_of_any_length_are_the_last_rows_of_a_table_that_is_kept() -> None:
+    kept, like = Sinusoids(), torch.zeros(1, dtype=torch.bfloat16)
+    for L in (1, 2, 3, 12, 9, 16, 17, 12):
+        expected = sinusoids(torch.arange(L - 1, -1, -1), 6)
+        assert torch.equal(kept(L, 6, like), expected.bfloat16()) and torch.equal(kept(L, 6, like.float()), expected)
+    assert kept(9, 6, like).untyped_storage().data_ptr() == kept(16, 6, like).untyped_storage().data_ptr()
+    assert kept(9, 6, like).untyped_storage().data_ptr() != kept(17, 6, like).untyped_storage().data_ptr()
+    bfloat16 = [table for (_, _, dtype, _), table in kept._kept.items() if dtype == torch.bfloat16]
+    assert sorted(len(table) for table in bfloat16) == [1, 2, 4, 16, 32], "at most twice the longest together"
 
 
 def test_normalized_initial_experts_have_one_norm_and_the_same_deviation() -> None:
