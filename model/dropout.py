@@ -35,7 +35,8 @@ class Draw(NamedTuple):
     first_token: int = 0
     """Place in the sequence of the tensor's first token, if a rank holds some of the tokens."""
     columns: tuple[int, slice] | None = None
-    """(number of all columns, slice of those in the tensor), if a rank holds some of the columns."""
+    """(number of all columns, slice of those in the tensor), if a rank holds some of the columns. A slice may reach
+    beyond them: what stands there is filled up with zeros, whatever the mask."""
 
     def held(self, columns: int) -> tuple[int, int]:
         """How many columns there are in all, and which is the first of a tensor of `columns`."""
@@ -57,7 +58,9 @@ class Draw(NamedTuple):
             shape=(*shape[:2], width, *shape[3:]),
             first_token=self.first_token,
         )
-        return mask[:, :, first : first + shape[2]]
+        found = mask[:, :, first : first + shape[2]]
+        beyond = shape[2] - found.shape[2]
+        return found if beyond == 0 else torch.cat([found, found.new_zeros(*shape[:2], beyond, *shape[3:])], dim=2)
 
 
 def keep_mask(
@@ -93,11 +96,7 @@ def dropout(
     """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p).
     `columns`: (number of all features, slice of those in `x`) if a rank holds some of the features. `first_token`: the
     place in the sequence of the first token of `x`, if a rank holds some of the tokens."""
-    width, held = columns or (x.shape[-1], slice(None))
-    shape = (*x.shape[:-1], width)
-    mask = keep_mask(
-        probability=probability, key=key, sequence_index=sequence_index, shape=shape, first_token=first_token
-    )[..., held]
+    mask = Draw(probability, key, sequence_index, first_token, columns).mask(x.shape)
     return x * mask.to(x.dtype) / (1.0 - probability)
 
 

@@ -40,26 +40,42 @@ def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
     begin at multiples of 16 bytes make cuBLAS take kernels of an older GPU (docs/gpu.md). The result is then a view,
     which must not be changed in place. Not in tensor-parallel regions."""
     filled = padding(x, weight)
-    return F.linear(x, weight) if filled == (0, 0) else _Filled.apply(x, weight, *filled)
+    return F.linear(x, weight) if filled == (0, 0) else _Filled.apply(x, weight, None, *filled)[..., : len(weight)]
+
+
+def filled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x` [..., d], `weight` [w, d] and `bias` [w] -> [..., w], where `aligned_linear` would fill nothing up. Elsewhere
+    the last axes may be wider: that of the result is w filled up, with zeros behind the w columns, and `x` may be such
+    a result. So a hidden layer that is no multiple of 8 wide is filled up once, by the product that makes it, and no
+    pass over it, nor over its gradient, copies rows from one width to the other. Not in tensor-parallel regions."""
+    filled = padding(x, weight)
+    return F.linear(x, weight) + bias if filled == (0, 0) else _Filled.apply(x, weight, bias, *filled)
 
 
 class _Filled(torch.autograd.Function):
     """Keeps x as it is filled up, and the weight, which is filled up again for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, columns: int, rows: int) -> Tensor:
-        ctx.columns, ctx.rows, x = columns, rows, F.pad(x, (0, columns)) if columns else x  # F.pad by 0 copies
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, rows: int) -> Tensor:
+        ctx.columns, ctx.rows, ctx.given = columns, rows, x.shape[-1]
+        lacking = weight.shape[1] + columns - ctx.given
+        x = F.pad(x, (0, lacking)) if lacking else x  # F.pad by 0 copies
         ctx.save_for_backward(x, weight)
-        return F.linear(x, F.pad(weight, (0, columns, 0, rows)))[..., : len(weight)]
+        ctx.outputs = None if bias is None else len(bias)
+        filled = F.pad(weight, (0, columns, 0, rows))
+        if bias is None:
+            return F.linear(x, filled)
+        return torch.addmm(F.pad(bias, (0, rows)), x.flatten(0, -2), filled.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, columns = weight.shape
-        grad = F.pad(grad, (0, ctx.rows)) if ctx.rows else grad
         grad_x = grad @ F.pad(weight, (0, ctx.columns, 0, ctx.rows))
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        return grad_x[..., :columns], grad_weight[:rows, :columns], None, None
+        flat = grad.flatten(0, -2)
+        grad_weight = (flat.t() @ x.flatten(0, -2))[:rows, :columns]
+        grad_bias = None if ctx.outputs is None else flat.sum(0)[: ctx.outputs]
+        return grad_x[..., : ctx.given], grad_weight, grad_bias, None, None
 
 
 def padding(x: Tensor, weight: Tensor) -> tuple[int, int]:

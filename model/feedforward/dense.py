@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from model.distributions import Constant, dense_layer_weight
 from model.dropout import Draw, site_key
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import dropout
-from model.linear import aligned_linear, column_linear
+from model.linear import aligned_linear, column_linear, filled_linear
 from model.parallel.context import ParallelContext
 from model.parallel.regions import between_regions, leave_region
 from model.parameter_spec import ParameterSpec, Specs
@@ -49,10 +50,17 @@ class DenseFeedForward(nn.Module):
         """Returns the output and a zero auxiliary loss (fp32 scalar)."""
         # Biases are added out of place: ZeRO 3's replacement of F.linear adds them in place to a product that selective
         # recomputation has kept, and they would count twice.
-        hidden = F.relu(column_linear(x, self.up.weight, self.parallel) + self.up.bias)
+        is_whole = self.parallel.tensor_group is None
+        if is_whole:
+            hidden = F.relu(filled_linear(x, self.up.weight, self.up.bias))
+        else:
+            hidden = F.relu(column_linear(x, self.up.weight, self.parallel) + self.up.bias)
         if self.training and self.dropout > 0.0:
-            columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
-            draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
+            held = slice(0, hidden.shape[2]) if is_whole else self.parallel.slice_of(self.hidden_size)
+            draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=(self.hidden_size, held))
             hidden = dropout(hidden, draw, backend=self.backend)
+        if is_whole:
+            y = filled_linear(hidden, self.down.weight, self.down.bias)
+            return y[..., : x.shape[2]], x.new_zeros((), dtype=torch.float32)
         y = leave_region(aligned_linear(hidden, self.down.weight), self.parallel)
         return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()

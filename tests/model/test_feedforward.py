@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from model import linear
 from model.config import ModelConfig
 from model.dropout import keep_mask, site_key
 from model.feedforward.dense import DenseFeedForward
@@ -30,6 +32,22 @@ LAYERS = {"dense": (DenseFeedForward, relu_layer), "swiglu": (SwiGLU, swiglu_lay
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_forward_and_every_gradient_equal_the_equation(kind: str, dropout: float) -> None:
+    check(kind, dropout, Backends())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_hidden_layer_that_is_filled_up(dropout: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in half precision: 16 columns where there are 11, whose masks are those of 11."""
+    widths = []
+    monkeypatch.setattr(linear, "padding", lambda x, weight: (-weight.shape[1] % 8, -weight.shape[0] % 8))
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda hidden: widths.append(hidden.shape[2]) or relu(hidden))
+    check("dense", dropout, Backends(elementwise=backend))
+    assert widths == [16]
+
+
+def check(kind: str, dropout: float, backends: Backends) -> None:
     layer_class, equation = LAYERS[kind]
     B, T, d, width = 2, 5, 7, 11
     config = ModelConfig.model_validate(
@@ -43,7 +61,7 @@ def test_forward_and_every_gradient_equal_the_equation(kind: str, dropout: float
         }
     )
     torch.manual_seed(0)
-    layer = layer_class(config, parallel=ParallelContext(), backends=Backends(), name="blocks.0.feedforward", seed=5)
+    layer = layer_class(config, parallel=ParallelContext(), backends=backends, name="blocks.0.feedforward", seed=5)
     x, upstream = torch.randn(B, T, d).requires_grad_(), torch.randn(B, T, d)
     sequence_index = torch.tensor([3, 9])
     y, auxiliary = layer(x, sequence_index)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import linear
-from model.linear import aligned_linear, joint_linear
+from model.linear import aligned_linear, filled_linear, joint_linear
 
 # tokens, d, widths
 SHAPES = [((5,), 7, (3, 4)), ((2, 3), 8, (1, 6, 5)), ((0,), 4, (2, 2)), ((300,), 64, (48, 48))]
@@ -61,3 +65,45 @@ def test_filled_up_widths_give_the_same_product(d: int, width: int, monkeypatch:
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (x, weight), upstream))
     assert torch.autograd.gradcheck(aligned_linear, (x, weight))
+
+
+@pytest.mark.parametrize("d, width", [(7, 13), (8, 13), (12, 16), (16, 24)])
+def test_a_filled_up_hidden_layer_is_never_copied_to_another_width(
+    d: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two maps with biases, the second one on the filled up result of the first: those of plain operators, and nothing
+    as large as the hidden layer or its gradient is filled up or cut."""
+    torch.manual_seed(0)
+    shapes = (2, 50, d), (width, d), (width,), (d, width), (d,)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def two_maps(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        hidden = filled_linear(x, up, up_bias)
+        assert hidden.shape[2] == width + -width % 8 and not hidden[..., width:].any()
+        return filled_linear(hidden.relu(), down, down_bias)[..., :d]
+
+    x, up, up_bias, down, down_bias = leaves
+    expected = F.linear(F.linear(x, up, up_bias).relu(), down, down_bias)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(F.linear(x, up) + up_bias, filled_linear(x, up, up_bias), rtol=0, atol=0)
+    monkeypatch.setattr(linear, "padding", lambda x, weight: (-weight.shape[1] % 8, -weight.shape[0] % 8))
+    with _Copies() as copies:
+        found = two_maps(*leaves)
+        gradients = torch.autograd.grad(found, leaves, upstream)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, leaves, upstream))
+    assert all(shape.numel() < 2 * 50 * width for shape in copies.shapes)
+    assert bool(copies.shapes) == (d % 8 > 0 or width % 8 > 0), "the weights are filled up"
+
+
+class _Copies(TorchDispatchMode):
+    """Shapes of what is filled up or copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.name in ("aten::constant_pad_nd", "aten::slice_backward", "aten::clone", "aten::copy_"):
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
