@@ -137,7 +137,7 @@ class SwitchHeadAttention(nn.Module):
         context, late = self._enter(context, num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
-        context, selections = self._select(context, T, sequence_index)
+        context, chunk, selections = self._select(context, T, sequence_index)
         source, v = self._project("value", context.reshape(B * L, d), selections, late)
         v = v.view(B, L, H, h)
         is_joint = "query and key" in late
@@ -145,8 +145,7 @@ class SwitchHeadAttention(nn.Module):
             joint = region_linear(source, late["query and key"]).view(B, T, 2 * H, h)
             q, k = joint.split(H, dim=2)
         else:
-            chunk = context[:, L - T :].reshape(B * T, d)
-            q = self._project("query", chunk, selections, late)[1].view(B, T, H, h)
+            q = self._project("query", chunk.reshape(B * T, d), selections, late)[1].view(B, T, H, h)
             k = self._project("key", source, selections, late)[1].view(B, L, H, h)
         # q and k each carry head_dim^-1/4 in the paper (and the position keys too): together the usual scale.
         if self.rope is None:
@@ -193,10 +192,12 @@ class SwitchHeadAttention(nn.Module):
         ((experts,), slot), backend = late[projection], self.backends.switchhead_value
         return switchhead_value_handing_on(tokens, selections[projection], experts, backend=backend, slot=slot)
 
-    def _select(self, context: Tensor, T: int, sequence_index: Tensor) -> tuple[Tensor, dict[Projection, Choice]]:
-        """The context, handed on, and what is chosen for each expert projection: for keys and values at every token of
-        the context, for queries and outputs at the chunk's. Selectors that look at the same tokens share one
-        product."""
+    def _select(
+        self, context: Tensor, T: int, sequence_index: Tensor
+    ) -> tuple[Tensor, Tensor, dict[Projection, Choice]]:
+        """The context and its chunk, handed on, and what is chosen for each expert projection: for keys and values at
+        every token of the context, for queries and outputs at the chunk's. Selectors that look at the same tokens share
+        one product. Behind a memory the chunk is copied out of the context, once."""
         sides: dict[bool, list[Projection]] = {True: [], False: []}
         for owner in self.selectors:
             of_source = any(self._selector_of.get(p) == owner for p in SOURCE)
@@ -206,8 +207,10 @@ class SwitchHeadAttention(nn.Module):
         if sides[True]:
             context, found = self._route(context, sides[True], sequence_index, T)
             chosen |= found
+        chunk = context[:, context.shape[1] - T :]
         if sides[False]:
-            chosen |= self._route(context[:, context.shape[1] - T :], sides[False], sequence_index, T)[1]
+            chunk, found = self._route(chunk, sides[False], sequence_index, T)
+            chosen |= found
         selections = {}
         for projection, owner in self._selector_of.items():
             choice, B = chosen[owner], context.shape[0]
@@ -216,7 +219,7 @@ class SwitchHeadAttention(nn.Module):
                 backend = self.backends.switchhead_value
                 choice = Choice(scores, index, *group_choices(index, self.config.num_experts, backend=backend))
             selections[projection] = choice
-        return context, selections
+        return context, chunk, selections
 
     def _route(
         self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int
