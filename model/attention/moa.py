@@ -116,10 +116,10 @@ class MoAAttention(nn.Module):
             index, gates, k = index[:, slots].contiguous(), enter_shards(gates, group)[:, slots], self.parallel.share(k)
             order, load = group_choices(index[:, None], self.config.num_experts, backend=self.backends.expert_linear)
             order, load = order[0], load[0]
+            tokens = divided[:, L - T :].reshape(B * T, d)
         backend = self.backends.expert_linear
         output_experts = enter_shards(self.output_experts, group)
-        tokens, (query_experts,) = divided[:, L - T :].reshape(B * T, d), late.weights
-        choice = Choice(gates, index, order, load)
+        choice, (query_experts,) = Choice(gates, index, order, load), late.weights
         q = expert_linear(tokens, choice, query_experts, backend=backend, slot=late.slot)
         key, value = (enter_shards(layer(context), group)[:, :, None] for layer in (self.key, self.value))
         attended = self._attend(q.view(B, T, k, h), key, value, documents).reshape(B * T, k, h)
