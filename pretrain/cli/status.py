@@ -12,7 +12,7 @@ from pathlib import Path
 from common.arguments import a_path, above_zero
 from common.errors import UserError
 from common.strict_json import dumps
-from common.terminal import follows_escapes
+from common.terminal import columns_of, follows_escapes
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.reading import RunView
 from pretrain.views.status import runs_table, screen, summary
@@ -78,5 +78,5 @@ def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
     elif len(views) == 1:
         text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now)
     else:
-        text = runs_table(views, now)
+        text = runs_table(views, now, width=columns_of(sys.stdout))
     print((CLEAR if clear and not as_json else "") + text, flush=True)

@@ -295,3 +295,31 @@ def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:
     lines = shown(write(tmp_path / "run", exit_code=1, reason="ab cd"), 20).splitlines()
     assert lines[1:3] == ["state      failed:", "           ab cd"]
     assert max(map(len, lines[:-1])) <= 20
+
+
+def test_a_table_of_runs_has_the_width_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names stand for paths, then columns are left out, the least important first; never the loss or a run."""
+    runs = [str(write(tmp_path / f"tiny,learning_rate={n}e-3,weight_decay=0.1", n)) for n in range(1, 4)]
+
+    def table(columns: str | None) -> list[str]:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", columns)
+        assert main(runs) == 0
+        return capsys.readouterr().out.splitlines()
+
+    whole = table(None)  # stdout is no terminal here
+    assert [line.split()[0] for line in whole[1:]] == runs and "newest line" in whole[0]
+    for columns, titles in [
+        ("40", ["run", "state", "step", "loss"]),
+        ("60", ["run", "state", "step", "of", "loss", "time", "left"]),
+        ("80", ["run", "state", "step", "of", "loss", "validation", "s/step", "time", "left"]),
+        ("110", whole[0].split()),
+    ]:
+        lines = table(columns)
+        assert lines[0].split() == titles and len(lines) == 4 and max(map(len, lines)) <= int(columns), lines
+        assert [line.split()[2] for line in lines[1:]] == ["1", "2", "3"]
+        assert all(line.startswith("tiny,") and "decay=0.1" in line for line in lines[1:]) or columns == "40"
+        assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
