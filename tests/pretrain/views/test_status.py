@@ -323,3 +323,23 @@ def test_a_table_of_runs_has_the_width_of_the_terminal(
         assert [line.split()[2] for line in lines[1:]] == ["1", "2", "3"]
         assert all(line.startswith("tiny,") and "decay=0.1" in line for line in lines[1:]) or columns == "40"
         assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
+
+
+def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path: Path) -> None:
+    """As by two rollbacks. The second file has the first one's number on ext4, which gives freed numbers again; here it
+    is the same file with other lines, and longer than what was read."""
+    path = tmp_path / "metrics.jsonl"
+
+    def put(*losses: float) -> None:
+        path.write_text("".join(json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(losses, 1)))
+
+    metrics = Metrics(path)
+    put(9.0, 8.0, 58.0, 57.0)
+    metrics.update()
+    put(9.0, 8.0, 7.25, 6.5, 6.25, 6.0)
+    metrics.update()
+    assert list(metrics.column("step")) == [1, 2, 3, 4, 5, 6] and metrics.damaged == 0
+    assert list(metrics.column("loss")) == [9.0, 8.0, 7.25, 6.5, 6.25, 6.0]
+    with path.open("a") as file:
+        file.write('{"step": 7, "loss": 5.0}\n')
+    assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
