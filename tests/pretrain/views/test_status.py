@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,3 +344,25 @@ def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 7, "loss": 5.0}\n')
     assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
+
+
+def test_a_run_that_is_removed_ends_no_watch_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, other = write(tmp_path / "ended", exit_code=0), write(tmp_path / "other", 20)
+    locks = [FolderLock(write(tmp_path / "removed")), FolderLock(other)]
+
+    def sleep(seconds: float) -> None:
+        (tmp_path / "removed").rename(tmp_path / "away")
+        locks[1].release()  # so that the watch ends
+
+    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    try:
+        assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
+    finally:
+        for lock in locks:
+            lock.release()
+    said = capsys.readouterr()
+    first, second = (table.splitlines() for table in said.out.split("run ")[1:])
+    assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
+    assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
