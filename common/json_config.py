@@ -15,10 +15,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from common.arguments import MOST_DIGITS
 from common.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 HELP_WIDTH = 96
+DEEPEST = 50
+"""Brackets in brackets of a value: more than any needs, while pydantic reads 200 and Python 1,000."""
+LONGEST_SHOWN = 200
+"""Characters of a refused value in a message."""
+
+
+class _LongNumber(str):
+    """A whole number of more than MOST_DIGITS digits, as it was written, until `validate` refuses it by its key: Python
+    reads only those of less than 4,300, and says why in words about itself."""
 
 
 class Section(BaseModel):
@@ -53,7 +63,7 @@ def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
     """The JSON object in a file; ConfigError names `option` as the argument that `path` came from."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
-        tree = json.loads(text, object_pairs_hook=_refuse_repeated_keys)
+        tree = json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_int=_whole_number)
     except FileNotFoundError:
         raise ConfigError(f"{option}: there is no file {path}; the project's are in configs") from None
     except IsADirectoryError:
@@ -64,10 +74,8 @@ def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
         raise ConfigError(f"{option}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{option}: {path} is not JSON: line {error.lineno}: {error.msg}") from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
-        raise ConfigError(f"{option}: {path} cannot be read as JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{option}: {path} cannot be read as JSON: it has too many brackets in brackets") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{option}: {path} holds {_kind(tree)}; a configuration is a JSON object, {{...}}")
     return tree
@@ -80,6 +88,10 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ConfigError(f"{key}: stands twice in the same JSON object; keep one")
         tree[key] = value
     return tree
+
+
+def _whole_number(digits: str) -> int | _LongNumber:
+    return int(digits) if len(digits.lstrip("-")) <= MOST_DIGITS else _LongNumber(digits)
 
 
 def _kind(value: Any) -> str:
@@ -98,11 +110,11 @@ def apply_override(tree: dict[str, Any], override: str, *, tag: str | None = Non
     if not equals or not key:
         raise ConfigError(f"--set {override}: write it as dotted.key=value")
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
     except json.JSONDecodeError:
         value = text
-    except (ValueError, RecursionError) as error:  # too many digits, too deep
-        raise ConfigError(f"{key}: the value of --set cannot be read: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{key}: the value of --set cannot be read: it has too many brackets in brackets") from None
     *sections, leaf = key.strip().split(".")
     node: Any = tree
     for depth, section in enumerate(sections):
@@ -131,7 +143,7 @@ def _entry(entries: list[Any], number: str, key: str, override: str) -> Any:
 def validate(model: type[Model], tree: dict[str, Any]) -> Model:
     """The checked configuration. Raises ConfigError with the first problem, an unknown key before others, because it
     often explains them, and how many more there are."""
-    _refuse_unprintable(tree)
+    _refuse_unreadable(tree)
     try:
         # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
         return model.model_validate_json(json.dumps(tree))
@@ -145,7 +157,7 @@ def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None
     """The configuration, and every problem of it, one ConfigError each. Beside unknown keys alone there is a
     configuration, that of the other keys; beside other problems it is None."""
     try:
-        _refuse_unprintable(tree)
+        _refuse_unreadable(tree)
         return model.model_validate_json(json.dumps(tree)), []
     except ConfigError as error:
         return None, [error]
@@ -178,15 +190,21 @@ def _remove(tree: Any, place: tuple[int | str, ...]) -> None:
     tree.pop(leaf, None)
 
 
-def _refuse_unprintable(value: Any, key: str = "") -> None:
-    """No file system takes a name with NUL, and no encoding half of a surrogate pair: refused here, by key."""
+def _refuse_unreadable(value: Any, key: str = "", depth: int = 0) -> None:
+    """What nothing that comes later would take is refused here, by key: numbers without end, brackets in brackets, NUL,
+    which is in no name of a file, and half of a surrogate pair, which no encoding has."""
+    if depth > DEEPEST:
+        raise ConfigError(f"{key}: has more than {DEEPEST} brackets in brackets; no value needs that many")
     if isinstance(value, dict):
         for name, entry in value.items():
-            _refuse_unprintable(name, key)
-            _refuse_unprintable(entry, f"{key}.{name}" if key else name)
+            _refuse_unreadable(name, key, depth)
+            _refuse_unreadable(entry, f"{key}.{name}" if key else name, depth + 1)
     elif isinstance(value, list):
         for entry in value:
-            _refuse_unprintable(entry, key)
+            _refuse_unreadable(entry, key, depth + 1)
+    elif isinstance(value, _LongNumber):
+        count = len(value.lstrip("-"))
+        raise ConfigError(f"{key}: is a number of {count:,} digits, {value[:20]}...; write at most {MOST_DIGITS}")
     elif isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{key or 'a key'}: {value!a} holds a character that is no text; remove it")
 
@@ -226,6 +244,8 @@ def _describe(model: type[BaseModel], problem: ErrorDetails) -> str:
     if cause is not None:  # a rule over several keys names them itself
         return f"{key}: {cause}" if key else str(cause)
     given = json.dumps(problem["input"], default=str)
+    if len(given) > LONGEST_SHOWN:
+        given = f"{given[:LONGEST_SHOWN]}... ({len(given):,} characters)"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (given {given})"
 
 

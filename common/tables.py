@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+DOTS = "..."
+
 
 def text_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, left: Collection[int] | None = frozenset({0})
@@ -20,6 +22,50 @@ def text_table(
         return cell.ljust(widths[number]) if left is None or number in left else cell.rjust(widths[number])
 
     return "\n".join("  ".join(padded(number, cell) for number, cell in enumerate(row)).rstrip() for row in cells)
+
+
+LEAST_TITLE = 20
+"""Characters of a title that are kept where a table of shorter ones would fit."""
+
+
+def folded_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    width: int | None,
+    left: Collection[int] = frozenset({0}),
+) -> str:
+    """As `text_table`, in lines of at most `width` characters: titles wider than their columns lose their middle; the
+    columns that do not fit then stand below the others, behind the first one again. width: None: as wide as it is."""
+    whole = text_table(header, rows, left=left)
+    if width is None or len(header) < 2 or max(map(len, whole.splitlines())) <= width:
+        return whole
+    columns = [[title, *(_cell(row[number]) for row in rows)] for number, title in enumerate(header)]
+    for number, (title, *cells) in enumerate(columns):
+        columns[number][0] = shortened(title, max([LEAST_TITLE, *map(len, cells)]))
+    columns[0] = [shortened(cell, width // 2 - 1) for cell in columns[0]]
+    room = width - max(map(len, columns[0]))
+    parts, taken = [[0]], 0
+    for number in range(1, len(columns)):
+        columns[number] = [shortened(cell, room - 2) for cell in columns[number]]
+        wide = 2 + max(map(len, columns[number]))
+        if taken + wide > room:
+            parts, taken = [*parts, [0]], 0
+        parts[-1].append(number)
+        taken += wide
+    texts = []
+    for part in parts:
+        head, *lines = zip(*(columns[number] for number in part), strict=True)
+        texts.append(text_table(head, lines, left={place for place, number in enumerate(part) if number in left}))
+    return "\n\n".join(texts)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most `most` characters, without the middle: names of runs differ at the beginning or at the end."""
+    if len(text) <= most:
+        return text
+    kept = max(0, most - len(DOTS))
+    return (text[: kept // 2] + DOTS + text[len(text) - (kept - kept // 2) :])[:most]
 
 
 def _cell(value: object) -> str:

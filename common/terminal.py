@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -24,6 +25,13 @@ def follows_escapes(stream: TextIO) -> bool:
     """Whether what reads the stream clears a line or a screen where it is told to: a terminal, but not one that says
     it is dumb (TERM), as the shell of an editor does, which would show the sequences."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "")
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """The characters of a line, as the terminal or COLUMNS says; None where lines may have any length, as in a file."""
+    if not stream.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
+        return None
+    return max(20, shutil.get_terminal_size().columns)
 
 
 class _Spare:

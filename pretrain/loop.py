@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from pretrain.report.profile import note_full_memory
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import guarded
-from pretrain.resilience.rollback import Rollback, record
+from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start
 from pretrain.segment import Segment, SegmentEnd, build_segment
@@ -71,8 +69,6 @@ def train(
             rollback = end.rollback
             if rollback is None:
                 break
-            pending = replace(rollback, is_pending=True)
-            agreed(partial(record, run_dir, pending, writes=setup.parallel.is_first))
         setup.phases.enter("ending")
         code = ExitCode.STOPPED if end.stopped else ExitCode.FINISHED
         if setup.parallel.is_first:

@@ -312,7 +312,9 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
         print(f"set aside a checkpoint of a later step: {path}", flush=True)
         folder.event("checkpoint_set_aside", path=path.name)
     folder.rewind_metrics(step)
-    if pending(start.rollbacks) is not None:
+    if (decided := pending(start.rollbacks)) is not None:
+        if not folder.has_said_since_start("rollback"):
+            folder.event("rollback", **replace(decided, is_pending=False).to_json())
         record_made(folder.path)
     folder.write_config(to_json(config))
     folder.event("started", step=step, ranks=dist.get_world_size(), **about)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
-from pretrain.resilience.rollback import Rollback
+from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resilience.step_limit import StepLimit
@@ -319,8 +319,8 @@ class Segment:
         return self._go_back(reason, partial(ReplicasDiffer, node=node))
 
     def _go_back(self, reason: str, failure: Callable[[str], Exception], *, steps: int = 0) -> Rollback | None:
-        """The request for a rollback, which leaves out the data of the last `steps` steps. Raises `failure` if there
-        were too many before."""
+        """The request for a rollback, written down, which leaves out the data of the last `steps` steps. Raises
+        `failure` if there were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
             raise failure(
@@ -343,6 +343,9 @@ class Segment:
             skipped = rollback.skipped
             data = f", leaving out the positions {skipped[0]} to {skipped[1] - 1} of the data" if skipped else ""
             print(f"going back to before step {rollback.first_step}{data}: {reason}", flush=True)
+        # First: killed in between, the next start says the event.
+        decided = replace(rollback, is_pending=True)
+        agreed(partial(record, self.folder.path, decided, writes=self.setup.parallel.is_first))
         self.folder.event("rollback", **rollback.to_json())
         return rollback
 

@@ -21,7 +21,7 @@ from launch.sweeps.record import Sweep
 from pretrain.report.exit_codes import MEANING, ExitCode
 from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
 from pretrain.views.reading import RunView, State
-from pretrain.views.status import duration, left_text, shortened
+from pretrain.views.status import beginning, duration, left_text
 from pretrain.views.sweep import STOPPED, SweepRun
 
 LOOK_SECONDS = 1.0
@@ -85,7 +85,7 @@ class Progress:
         if text == self._said:
             return
         if follows_escapes(sys.stdout):
-            print(f"\r\x1b[K{shortened(visible(text), shutil.get_terminal_size().columns - 1)}", end="", flush=True)
+            print(f"\r\x1b[K{beginning(visible(text), shutil.get_terminal_size().columns - 1)}", end="", flush=True)
         elif time.monotonic() - self._last >= LINE_SECONDS:
             print(visible(text), flush=True)
             self._last = time.monotonic()

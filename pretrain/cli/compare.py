@@ -12,6 +12,7 @@ from common.arguments import a_path
 from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
+from common.terminal import columns_of
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
 from pretrain.views.comparison_text import text
@@ -59,7 +60,7 @@ def compare(args: argparse.Namespace) -> None:
     for run in runs:
         if run.view.metrics.damaged:
             print(f"{run.label}: {run.view.metrics.damaged} damaged lines were passed over", file=sys.stderr)
-    print(text(runs, args.tolerance), flush=True)
+    print(text(runs, args.tolerance, width=columns_of(sys.stdout)), flush=True)
     from pretrain.checkpoint.folder import check_output_folder  # both here: the text need not wait for them
     from pretrain.views.comparison_page import drawn, page  # matplotlib
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from common.arguments import a_path, at_least
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
+from pretrain.cli.plan_models import models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks, smallest_world
@@ -136,9 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """The exit code of the command. Raises UserError and OSError."""
     if args.command == "costs":  # each imports torch; --help and most refusals do not wait for it
+        models = models_of_costs(args.configs, args.baseline, args.overrides)
         from pretrain.cli.plan_costs import print_costs
 
-        print_costs(args.configs, args.baseline, args.overrides, as_json=args.json)
+        print_costs(models, any_size=args.baseline is not None, as_json=args.json)
     elif args.command == "layout":
         config = load_config(config_file(args.config, "CONFIG"), args.overrides, option="CONFIG")
         data_size = check_ranks(config, args.ranks or smallest_world(config))
@@ -171,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
 
         print_search(args, wanted)
     else:
+        both = models_of_match(args.config, args.like, args.solve, args.overrides)
         from pretrain.cli.plan_match import print_match
 
-        print_match(args.config, args.like, args.solve, args.overrides)
+        print_match(args.config, args.like, both, args.solve)
     return 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import ConfigError
 from common.strict_json import dumps
 from common.tables import text_table
 from model.config import ModelConfig
@@ -21,8 +20,7 @@ from model.costs import (
     training_flops_per_token,
 )
 from model.counted_costs import count_macs
-from pretrain.config.loading import load_config
-from pretrain.report.run_paths import SAVED_CONFIG, config_file, is_run
+from pretrain.report.run_paths import SAVED_CONFIG
 
 LEGEND = """\
 MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted.
@@ -58,40 +56,13 @@ class Costs:
     """Not in the table, which is as wide as it can be."""
 
 
-def print_costs(configs: Sequence[Path], baseline: Path | None, overrides: Sequence[str], *, as_json: bool) -> None:
-    """Prints one row per configuration. Raises ConfigError."""
-    files = [file for path in configs for file in config_files(path)]
-    models = {str(file): load_model(file, overrides) for file in files}
-    if baseline is not None:
-        name = f"{baseline} (baseline)" if overrides and str(baseline) in models else str(baseline)
-        models = {name: load_model(baseline, (), option="--baseline")} | models
-    rows = model_costs(models, any_size=baseline is not None)
+def print_costs(models: dict[str, ModelConfig], *, any_size: bool, as_json: bool) -> None:
+    """Prints one row per model, see `model_costs`."""
+    rows = model_costs(models, any_size=any_size)
     if as_json:
         print(dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(table(rows))
-
-
-def config_files(path: Path) -> list[Path]:
-    """`path`, the configuration of the run that it holds, or the JSON files directly in it, sorted."""
-    if not path.exists():
-        raise ConfigError(f"CONFIG: there is no file or folder {path}; configurations are in configs and configs/paper")
-    if path.is_dir() and not is_run(path):
-        files = sorted(path.glob("*.json"))
-    else:
-        files = [config_file(path, "CONFIG")]
-    if not files:
-        raise ConfigError(f"CONFIG: the folder {path} holds no .json file; name one that does, or a file")
-    return files
-
-
-def load_model(path: Path, overrides: Sequence[str], *, option: str = "CONFIG") -> ModelConfig:
-    """The model section of a configuration file, given as `option`. Raises ConfigError that also names the file."""
-    try:
-        return load_config(config_file(path, option), overrides, option=option).model
-    except ConfigError as error:
-        named = "" if str(error).startswith(f"{option}: ") else f" (in {path})"
-        raise ConfigError(f"{error}{named}") from None
 
 
 def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> list[Costs]:

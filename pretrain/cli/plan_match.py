@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from common.errors import ConfigError
-from model.config import ModelConfig, SigmaMoEConfig
+from model.config import ModelConfig
 from model.costs import formula_parameters
-from pretrain.cli.plan_costs import load_model
-
-Width = Literal["head_dim", "hidden_size"]
-WIDTHS: dict[Width, str] = {"head_dim": "model.attention.head_dim", "hidden_size": "model.feedforward.hidden_size"}
-"""What can be solved for, with its dotted key."""
+from pretrain.cli.plan_models import WIDTHS, Width
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,6 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
     width.
     """
     section, key = ("attention" if solve == "head_dim" else "feedforward"), WIDTHS[solve]
-    if solve == "hidden_size" and isinstance(model.feedforward, SigmaMoEConfig):
-        raise ConfigError(
-            f"{key}: a sigma_moe feed-forward has no hidden_size; use --solve head_dim, or set model.feedforward.type "
-            f"to dense or swiglu"
-        )
     before = getattr(getattr(model, section), solve)
     target = formula_parameters(like).total
     now = formula_parameters(model).total
@@ -67,9 +57,9 @@ def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
     return model.model_copy(update={section: getattr(model, section).model_copy(update={solve: value})})
 
 
-def print_match(config: Path, like: Path, solve: Width, overrides: list[str]) -> None:
-    """Solves for the configuration files and prints value, totals and the override to use."""
-    found = match_width(load_model(config, overrides), load_model(like, (), option="--like"), solve)
+def print_match(config: Path, like: Path, models: tuple[ModelConfig, ModelConfig], solve: Width) -> None:
+    """Solves for the models of the two files and prints value, totals and the override to use. Raises ConfigError."""
+    found = match_width(*models, solve)
     difference = found.total - found.target
     print(f"{found.key} = {found.value} (was {found.before})")
     print(f"  {config}: {found.total:,} parameters")

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.arguments import a_path, above_zero
 from common.errors import UserError
 from common.strict_json import dumps
-from common.terminal import follows_escapes
+from common.terminal import columns_of, follows_escapes, visible
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.reading import RunView
 from pretrain.views.status import runs_table, screen, summary
@@ -49,9 +49,10 @@ def look(args: argparse.Namespace) -> None:
     try:
         while args.watch and any(view.state.goes_on for view in views):
             time.sleep(args.every)
-            for view in views:
-                view.update()
+            views, gone = updated(views)
             show(views, as_json=args.json, clear=follows_escapes(sys.stdout))
+            for error in gone:  # after the screen, which the next one clears
+                print(passed_over(error), file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print()
 
@@ -65,10 +66,29 @@ def open_all(paths: Sequence[Path]) -> list[RunView]:
         try:
             views.append(RunView.open(path))
         except UserError as error:
-            print(f"passed over: {str(error).removeprefix('RUN: ')}", file=sys.stderr, flush=True)
+            print(passed_over(error), file=sys.stderr, flush=True)
     if not views:
         raise UserError("RUN: none of these is a run folder")
     return views
+
+
+def updated(views: list[RunView]) -> tuple[list[RunView], list[UserError]]:
+    """The runs as they are now, and why others are no more among them: one that somebody removes keeps nobody from the
+    others. Raises UserError if none is left."""
+    kept, gone = [], []
+    for view in views:
+        try:
+            view.update()
+            kept.append(view)
+        except UserError as error:
+            gone.append(error)
+    if not kept:
+        raise gone[0]
+    return kept, gone
+
+
+def passed_over(error: UserError) -> str:
+    return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
 
 
 def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
@@ -78,5 +98,5 @@ def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
     elif len(views) == 1:
         text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now)
     else:
-        text = runs_table(views, now)
+        text = runs_table(views, now, width=columns_of(sys.stdout))
     print((CLEAR if clear and not as_json else "") + text, flush=True)

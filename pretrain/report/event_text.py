@@ -90,7 +90,7 @@ TEXTS = {
     "log_not_written": lambda e: f"{e.get('file', '?')} cannot be written: {e.get('reason', '?')}",
     "loss_spike": lambda e: f"loss spike after {_step(e)}: {e.get('reason', '?')}",
     "skipped_update": lambda e: f"{_step(e)}: update skipped, loss {e.get('loss', '?')}",
-    "rollback": lambda e: f"went back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
+    "rollback": lambda e: f"goes back to before step {e.get('first_step', '?')}: {e.get('reason', '?')}",
     "replicas_differ": _replicas,
     "router_collapsed": _collapsed,
     "slow_ranks": _slow,

@@ -149,6 +149,13 @@ class RunFolder:
                     found = False
         return found
 
+    def has_said_since_start(self, kind: str) -> bool:
+        """Whether events.jsonl holds an event of `kind` after the newest start."""
+        found = False
+        for row in self._events.rows() if self._writes else ():
+            found = row["event"] == kind or (found and row["event"] != "started")
+        return found
+
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""
         write_json(self.path / "config.json", tree)

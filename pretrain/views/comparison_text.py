@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from common.tables import counted, text_table
+from common.tables import DOTS, counted, folded_table
 from common.terminal import visible
 from pretrain.views.comparison import (
     AXES,
@@ -24,18 +24,18 @@ from pretrain.views.comparison import (
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
 DIFFERS = "What differs"
-LONGEST, DOTS = 60, "..."
-"""Characters of a setting, and what stands for the rest."""
+LONGEST = 60
+"""Characters of a setting."""
 CONTEXT = 20
 """Characters that stand before the first one that differs."""
 
 
-def tables(runs: Sequence[Run], tolerance: float) -> list[Table]:
-    """Everything that is compared."""
+def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> list[Table]:
+    """Everything that is compared. `longest`: characters of a setting."""
     labels = [run.label for run in runs]
     found: list[Table] = []
     if len(runs) > 1:
-        rows = [(key, *_shown(values)) for key, values in differing_facts(runs)]
+        rows = [(key, *_shown(values, longest)) for key, values in differing_facts(runs)]
         found.append((DIFFERS, ("setting", *labels), rows))
     how = "by" if len(runs) == 1 else "at equal"
     for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
@@ -74,12 +74,13 @@ def _losses(values: Sequence[float]) -> list[str]:
     return [_loss(value, values[0], number) for number, value in enumerate(values)]
 
 
-def text(runs: Sequence[Run], tolerance: float) -> str:
-    """All tables for a terminal."""
+def text(runs: Sequence[Run], tolerance: float, *, width: int | None = None) -> str:
+    """All tables for a terminal of that width, or for a file."""
     parts = []
-    for title, header, rows in tables(runs, tolerance):
+    longest = LONGEST if width is None else min(LONGEST, width // 2)
+    for title, header, rows in tables(runs, tolerance, longest=longest):
         parts.append(title)
-        parts.append(text_table(header, rows) if rows else "  nothing")
+        parts.append(folded_table(header, rows, width=width) if rows else "  nothing")
         parts.append("")
         if title == DIFFERS:
             parts += [line for note in notes(runs) for line in (f"note: {note}", "")]
@@ -116,20 +117,21 @@ def _differences(first: Run, other: Run, tolerance: float) -> Table:
     return title, header, rows
 
 
-def _shown(values: Sequence[Any]) -> list[str]:
-    """Each in at most LONGEST characters. Of long ones that begin alike, what comes shortly before the first letter
+def _shown(values: Sequence[Any], longest: int) -> list[str]:
+    """Each in at most `longest` characters. Of long ones that begin alike, what comes shortly before the first letter
     that differs, or they would look the same."""
     texts = ["-" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
     given = [text for value, text in zip(values, texts, strict=True) if value is not None]
     differing = (n for n, letters in enumerate(zip(*given, strict=False)) if len(set(letters)) > 1)
     alike = next(differing, min(map(len, given)))
-    if max(map(len, texts)) <= LONGEST or alike < LONGEST - len(DOTS):
-        return [_cut(text) for text in texts]
-    cut = [DOTS + _cut(text[alike - CONTEXT :], LONGEST - len(DOTS)) for text in texts]
+    if max(map(len, texts)) <= longest or alike < longest - len(DOTS):
+        return [_cut(text, longest) for text in texts]
+    begin = alike - min(CONTEXT, longest // 3)
+    cut = [DOTS + _cut(text[begin:], longest - len(DOTS)) for text in texts]
     return ["-" if value is None else text for value, text in zip(values, cut, strict=True)]
 
 
-def _cut(text: str, most: int = LONGEST) -> str:
+def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - len(DOTS)] + DOTS
 
 

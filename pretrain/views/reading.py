@@ -29,6 +29,8 @@ LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
 LONG = re.compile(rb"\d{19}")
 """More digits than an integer of 64 bits surely holds."""
+TAIL_BYTES = 1000
+"""A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
 
@@ -49,12 +51,14 @@ class State(Enum):
 
 
 class GrowingFile:
-    """The lines of a file that another process appends to, and may replace by a shorter one."""
+    """The lines of a file that another process appends to, and may replace by one that has less of them or others."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
         self._offset = 0
+        self._tail = b""
+        """What stands before the offset. A file that was replaced twice may have the number of the first one again."""
 
     def new_lines(self) -> tuple[bool, list[bytes]]:
         """Whether the file begins anew (then forget what was read), and the whole lines since the last call; a line
@@ -64,15 +68,19 @@ class GrowingFile:
                 status = os.fstat(file.fileno())
                 identity = status.st_dev, status.st_ino
                 is_new = identity != self._identity or status.st_size < self._offset
+                if not is_new:
+                    file.seek(self._offset - len(self._tail))
+                    is_new = file.read(len(self._tail)) != self._tail
                 if is_new:
-                    self._identity, self._offset = identity, 0
+                    self._identity, self._offset, self._tail = identity, 0, b""
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
-            is_new, self._identity, self._offset = self._identity is not None, None, 0
+            is_new, self._identity, self._offset, self._tail = self._identity is not None, None, 0, b""
             return is_new, []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
+        self._tail = (self._tail + whole[-TAIL_BYTES:])[-TAIL_BYTES:]
         return is_new, whole.splitlines()
 
 

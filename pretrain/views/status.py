@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run_lock import BEAT_SECONDS
-from common.tables import text_table
+from common.tables import DOTS, shortened, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import MEANING, ExitCode
@@ -23,6 +23,12 @@ RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""
 EVENTS = 6
 PLOT_ROWS = 9
+TITLES = ("run", "state", "step", "of", "loss", "validation", "s/step", "tokens", "time left", "newest line")
+"""Of the table of runs."""
+LEFT_OUT_FIRST = ("tokens", "newest line", "s/step", "validation", "of", "time left")
+"""Its columns, the least important first; the others are always there."""
+LEAST_NAME, SHORTEST_NAME = 16, 7
+"""Characters of a run's name for which columns are left out, and that it has in the narrowest terminal."""
 MOST_LINES = 6
 """Of one explanation or event."""
 
@@ -41,7 +47,7 @@ def screen(view: RunView, *, width: int, now: float) -> str:
     if told:
         lines += ["", "last events", *(line for text in told for line in wrapped(f"  {text}", width, indent=4))]
     lines += ["", f"next: {next_text(view)}"]
-    return "\n".join(shortened(visible(line), width) for line in lines[:-1]) + "\n" + visible(lines[-1])
+    return "\n".join(beginning(visible(line), width) for line in lines[:-1]) + "\n" + visible(lines[-1])
 
 
 def rows(view: RunView, now: float) -> list[tuple[str, str]]:
@@ -200,10 +206,24 @@ def next_text(view: RunView) -> str:
     return f"{meaning}; the end of its log says more. The same command continues; {resume}"
 
 
-def runs_table(views: Sequence[RunView], now: float) -> str:
-    """A line per run."""
-    titles = ("run", "state", "step", "of", "loss", "validation", "s/step", "tokens", "time left", "newest line")
-    return visible(text_table(titles, [_run_row(view, now) for view in views], left=(0, 1)))
+def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:
+    """A line per run, of at most `width` characters: the names of the folders stand for their paths, then columns are
+    left out, then names lose their middle. width: None: as wide as it is."""
+    rows = [_run_row(view, now) for view in views]
+    widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
+    if width is not None and sum(widths) + 2 * len(widths) - 2 > width:
+        names = [visible(view.path.resolve().name) for view in views]
+        named = names if len(set(names)) == len(names) else [visible(row[0]) for row in rows]
+        kept = list(range(len(TITLES)))
+        for title in ("", *LEFT_OUT_FIRST):
+            kept = [number for number in kept if TITLES[number] != title]
+            room = width - sum(2 + widths[number] for number in kept[1:])
+            if room >= min(LEAST_NAME, max(map(len, named))):
+                break
+        short = [shortened(name, max(room, SHORTEST_NAME)) for name in named]
+        rows = [(name, *(row[number] for number in kept[1:])) for name, row in zip(short, rows, strict=True)]
+        return text_table([TITLES[number] for number in kept], rows, left=(0, 1))
+    return visible(text_table(TITLES, rows, left=(0, 1)))
 
 
 def _run_row(view: RunView, now: float) -> tuple[str, ...]:
@@ -279,8 +299,8 @@ def wrapped(line: str, width: int, *, indent: int) -> list[str]:
     )
 
 
-def shortened(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: max(1, width - 3)] + "..."
+def beginning(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: max(1, width - len(DOTS))] + DOTS
 
 
 def can_print_braille() -> bool:

@@ -10,7 +10,16 @@ import pytest
 from pydantic import Field
 
 from common.errors import ConfigError
-from common.json_config import Section, apply_override, describe_keys, keys, nearest_key, read_tree, validate
+from common.json_config import (
+    Section,
+    apply_override,
+    describe_keys,
+    keys,
+    nearest_key,
+    read_tree,
+    validate,
+    validate_all,
+)
 
 
 class Round(Section):
@@ -78,6 +87,39 @@ def test_a_problem_is_one_sentence_with_the_key(tree: dict[str, Any], message: s
     with pytest.raises(ConfigError) as error:
         validate(Picture, tree)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["1" * 5000, "-" + "1" * 5000, "[" + "1" * 5000 + "]", "[" * 60 + "]" * 60, "[" * 5000]
+)
+def test_values_without_end_are_refused_by_their_key(value: str, tmp_path: Path) -> None:
+    """Python reads no integer of 5,000 digits and pydantic no 200 brackets: both say so in words about themselves."""
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"name": "a", "paint": {{"red": {value}}}}}')
+
+    def from_file() -> None:
+        validate(Picture, read_tree(path))
+
+    def from_the_line() -> None:
+        tree: dict[str, Any] = {"name": "a"}
+        apply_override(tree, f"paint.red={value}")
+        assert validate_all(Picture, tree)[0] is None
+        validate(Picture, tree)
+
+    for read in (from_file, from_the_line):
+        with pytest.raises(ConfigError, match=r"(digits|brackets)") as refused:
+            read()
+        said = str(refused.value)
+        assert len(said) < 400 and "\n" not in said and "recursion" not in said and "int_max_str" not in said, said
+        assert said.startswith("paint.red: ") or (read is from_file and value == "[" * 5000), said
+
+
+def test_a_refused_value_is_shown_by_its_beginning() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^paint.red: input should be a valid integer \(given \"xxx.*\.\.\. \("
+    ) as error:
+        validate(Picture, {"name": "a", "paint": {"red": "x" * 10_000}})
+    assert len(str(error.value)) < 400
 
 
 def test_overrides_make_sections_and_another_kind_clears_one() -> None:

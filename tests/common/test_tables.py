@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from common.paths import REPOSITORY
-from common.tables import text_table
+from common.tables import folded_table, shortened, text_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -18,6 +20,46 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
         "split  tokens  y\ntrain  12,345  x\ntest   6       long"
     )
     assert text_table(("split", "tokens"), []) == "split  tokens"
+
+
+def test_a_table_folds_to_the_width_of_a_terminal() -> None:
+    header, rows = (
+        ("steps", "run-with-a-long-name=1", "run-with-a-long-name=2"),
+        [("1", "9.5", "9.6"), ("20", "8", "7")],
+    )
+    for width in (None, 200, 53):
+        assert folded_table(header, rows, width=width) == text_table(header, rows)
+    first, second = "steps  run-with...ng-name=1", "  run-with...ng-name=2"
+    assert folded_table(header, rows, width=52).splitlines()[0] == first + second
+    assert folded_table(header, rows, width=30) == (
+        f"{first}\n1                       9.5\n20                        8\n\n"
+        f"steps{second}\n1                       9.6\n20                        7"
+    )
+
+
+@pytest.mark.parametrize("width", [20, 33, 47, 80])
+def test_a_folded_table_holds_every_cell_that_fits(width: int) -> None:
+    """Every row of every part begins with the first column's cell."""
+    header = ("setting", *(f"run {n}" for n in range(9)))
+    rows = [(f"key {m}", *(f"{m}.{n}" for n in range(9))) for m in range(4)]
+    text = folded_table(header, rows, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    parts = [part.splitlines() for part in text.split("\n\n")]
+    for number, row in enumerate([header, *rows]):
+        assert all(part[number].startswith(row[0]) for part in parts)
+        assert "".join("".join(part[number].removeprefix(row[0]).split()) for part in parts) == "".join(
+            "".join(cell.split()) for cell in row[1:]
+        )
+
+
+def test_a_name_loses_its_middle() -> None:
+    assert [shortened("0123456789", most) for most in (10, 9, 4, 3, 2)] == [
+        "0123456789",
+        "012...789",
+        "...9",
+        "...",
+        "..",
+    ]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

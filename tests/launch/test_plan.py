@@ -15,7 +15,8 @@ import pytest
 from common.errors import ConfigError
 from pretrain.cli.plan import main
 from pretrain.cli.plan_costs import model_costs, short, table
-from pretrain.cli.plan_match import Width, match_width, with_width
+from pretrain.cli.plan_match import match_width, with_width
+from pretrain.cli.plan_models import Width
 from pretrain.config.loading import load_config
 from tests.launch.test_entry_points import ROOT
 from tests.pretrain.refused import refused_without_torch
@@ -155,6 +156,13 @@ def test_what_is_wrong_is_said_before_torch_is_imported() -> None:
         ["search", *gpus, "8", "--write", str(ROOT)],
         ["layout", tiny, "--ranks", "7"],
         ["layout", "nowhere.json"],
+        ["costs", "nowhere.json"],
+        ["costs", str(ROOT / "tests"), "--baseline", tiny],
+        ["costs", tiny, "--baseline", str(ROOT)],
+        ["costs", tiny, "--set", "model.d_modell=3"],
+        ["match", tiny, "--like", "nowhere.json"],
+        ["match", tiny, "--like", tiny],
+        ["match", tiny, "--like", tiny, "--set", "model.num_layers=-1"],
     ]
     assert refused_without_torch("pretrain.cli.plan", lines) == [2] * len(lines)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pretrain.loop
 from common.errors import UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
@@ -17,6 +18,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import first_stage
 from pretrain.preflight.run import preflight
+from pretrain.report.run_folder import RunFolder
 from pretrain.resilience import rollback as going_back
 from pretrain.resilience.rollback import Rollback, read_rollbacks, record, with_skips
 from pretrain.resilience.signals import ProcessState, Stop
@@ -245,6 +247,48 @@ def test_a_rollback_that_a_stop_came_between_is_made_by_the_next_start(prepared:
     record(told, Rollback("told", 8, 5, (32, 64)))
     run_ranks(train_runs, 1, [(config, told)])
     assert_bit_identical(tmp_path / "run", told)
+
+
+class Killed(BaseException):
+    """In the place of a kill: nothing that comes later is done."""
+
+
+def killed_then_started(rank: int, config: Config, run_dir: Path, before: str) -> list[str]:
+    """How the starts ended, the first of which is killed in its rollback, before what `before` says."""
+    write_json, event = going_back.write_json, RunFolder.event
+
+    def kill(*args: Any, **values: Any) -> None:
+        raise Killed
+
+    def say(folder: RunFolder, kind: str, **values: Any) -> None:
+        (kill if kind == before else event)(folder, kind, **values)
+
+    def found(*args: Any) -> Any:
+        return kill() if len(events(run_dir, "rollback")) else find_start(*args)
+
+    find_start = pretrain.loop.find_start
+    going_back.write_json = kill if before == "the file" else write_json  # type: ignore[assignment]
+    RunFolder.event = say  # type: ignore[method-assign]
+    pretrain.loop.find_start = found if before == "the next course" else find_start
+    try:
+        first = train_with(rank, config, run_dir, spike_on_position, 60)
+    except Killed:
+        first = "killed"
+    going_back.write_json, RunFolder.event = write_json, event  # type: ignore[method-assign]
+    pretrain.loop.find_start = find_start
+    return [first, train_with(rank, config, run_dir, spike_on_position, 60)]
+
+
+@pytest.mark.parametrize("before", ["the file", "rollback", "the next course"])
+def test_a_rollback_during_which_the_run_is_killed_is_said_once(prepared: Path, tmp_path: Path, before: str) -> None:
+    """Killed before rollbacks.json is written, between it and the event, or after both."""
+    config = small_config(prepared, *SPIKY, "train.steps=9")
+    assert run_ranks(killed_then_started, 1, config, tmp_path, before) == [["killed", "FINISHED"]]
+    (said,) = events(tmp_path, "rollback")
+    (made,) = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert {key: value for key, value in said.items() if key not in ("event", "time")} == made
+    assert (made["at_step"], made["skipped"]) == (8, [48, 64])
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 10))
 
 
 def test_a_rollback_into_the_steps_to_be_undone_leaves_out_the_rest_of_their_data(

@@ -364,3 +364,27 @@ def test_of_damaged_metrics_nobody_waits_for_a_first_step(tmp_path: Path, capsys
     assert main([str(folder)]) == 2
     said = capsys.readouterr().err
     assert "whose 2 lines are damaged" in said and "wait" not in said
+
+
+def test_the_text_has_the_width_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number of the wide text is there, and the manifests, which end alike, are shown where they differ."""
+    paths = [
+        write(
+            tmp_path / f"tiny,learning_rate={n}e-3,weight_decay=0.1",
+            [row(step, 9.0 - n * step / 100) for step in range(1, 9)],
+            {"data": {"manifest": f"/a/long/way/to/the/data/of/c4_{n}/manifest.json"}},
+        )
+        for n in range(3)
+    ]
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main([*map(str, paths), "--out", str(tmp_path / "out")]) == 0
+    narrow = capsys.readouterr().out.partition(str(tmp_path))[0]
+    tables = [line for line in narrow.splitlines() if not line.startswith(("First", "note"))]
+    assert max(map(len, tables)) <= 40
+    assert all(f"c4_{n}" in narrow for n in range(3))
+    wide = text(runs_of(*paths), 1e-5)
+    numbers = set(re.findall(r"\d+\.\d{4}\b", wide))
+    assert numbers and numbers <= set(re.findall(r"\d+\.\d{4}\b", narrow))
+    assert max(map(len, wide.splitlines())) > 100

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,3 +296,73 @@ def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:
     lines = shown(write(tmp_path / "run", exit_code=1, reason="ab cd"), 20).splitlines()
     assert lines[1:3] == ["state      failed:", "           ab cd"]
     assert max(map(len, lines[:-1])) <= 20
+
+
+def test_a_table_of_runs_has_the_width_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names stand for paths, then columns are left out, the least important first; never the loss or a run."""
+    runs = [str(write(tmp_path / f"tiny,learning_rate={n}e-3,weight_decay=0.1", n)) for n in range(1, 4)]
+
+    def table(columns: str | None) -> list[str]:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", columns)
+        assert main(runs) == 0
+        return capsys.readouterr().out.splitlines()
+
+    whole = table(None)  # stdout is no terminal here
+    assert [line.split()[0] for line in whole[1:]] == runs and "newest line" in whole[0]
+    for columns, titles in [
+        ("40", ["run", "state", "step", "loss"]),
+        ("60", ["run", "state", "step", "of", "loss", "time", "left"]),
+        ("80", ["run", "state", "step", "of", "loss", "validation", "s/step", "time", "left"]),
+        ("110", whole[0].split()),
+    ]:
+        lines = table(columns)
+        assert lines[0].split() == titles and len(lines) == 4 and max(map(len, lines)) <= int(columns), lines
+        assert [line.split()[2] for line in lines[1:]] == ["1", "2", "3"]
+        assert all(line.startswith("tiny,") and "decay=0.1" in line for line in lines[1:]) or columns == "40"
+        assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
+
+
+def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path: Path) -> None:
+    """As by two rollbacks. The second file has the first one's number on ext4, which gives freed numbers again; here it
+    is the same file with other lines, and longer than what was read."""
+    path = tmp_path / "metrics.jsonl"
+
+    def put(*losses: float) -> None:
+        path.write_text("".join(json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(losses, 1)))
+
+    metrics = Metrics(path)
+    put(9.0, 8.0, 58.0, 57.0)
+    metrics.update()
+    put(9.0, 8.0, 7.25, 6.5, 6.25, 6.0)
+    metrics.update()
+    assert list(metrics.column("step")) == [1, 2, 3, 4, 5, 6] and metrics.damaged == 0
+    assert list(metrics.column("loss")) == [9.0, 8.0, 7.25, 6.5, 6.25, 6.0]
+    with path.open("a") as file:
+        file.write('{"step": 7, "loss": 5.0}\n')
+    assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
+
+
+def test_a_run_that_is_removed_ends_no_watch_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, other = write(tmp_path / "ended", exit_code=0), write(tmp_path / "other", 20)
+    locks = [FolderLock(write(tmp_path / "removed")), FolderLock(other)]
+
+    def sleep(seconds: float) -> None:
+        (tmp_path / "removed").rename(tmp_path / "away")
+        locks[1].release()  # so that the watch ends
+
+    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    try:
+        assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
+    finally:
+        for lock in locks:
+            lock.release()
+    said = capsys.readouterr()
+    first, second = (table.splitlines() for table in said.out.split("run ")[1:])
+    assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
+    assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
