@@ -19,12 +19,10 @@ name=${0##*/}
 printf '%s\0' "$#" "$@" "${MASTER_PORT-}" "${OMP_NUM_THREADS-}" >>"$STUBS/$name.calls"
 case $name:$1 in
 srun:*)
+  [ -z "$SAYS$OUTCOME" ] || command -p sleep 0.02 # what ranks leave is newer than the start
   [ -z "$SAYS" ] || printf %s "$SAYS" >"$RUN_DIR/slurm/7.rank${SAYS_IT:-0}.log"
   [ -z "$MAKES" ] || mkdir -p "$RUN_DIR/checkpoints/$MAKES"
-  if [ -n "$OUTCOME" ]; then
-    command -p sleep 0.02 # outcome.json is newer than the start
-    cp "$OUTCOME" "$RUN_DIR/outcome.json"
-  fi
+  [ -z "$OUTCOME" ] || cp "$OUTCOME" "$RUN_DIR/outcome.json"
   printf %s "$TASKS" >&2
   [ -z "$SRUN_SECONDS" ] || command -p sleep "$SRUN_SECONDS"
   exit "${SRUN_CODE:-0}" ;;
