@@ -30,7 +30,8 @@ SMALLER = {
 def save_and_measure(rank: int, folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Each method saves into a folder of its own, after two steps; then each is measured. Returns their names and what
     was measured."""
-    config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER})
+    batch = {"global_sequences": 2, "micro_sequences": 1}
+    config = parse_config(CONFIG | {"model": CONFIG["model"] | SMALLER, "batch": batch})
     parallel, device = parallel_context(config), torch.device("cpu")
     engine = engine_of(config, parallel, device)
     training = Training(engine, config, parallel)

@@ -250,7 +250,9 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
         "--set",
         "model.sequence_length=32",
         "--set",
-        "evaluate.sequences=8",
+        "model.num_layers=1",
+        "--set",
+        "evaluate.sequences=4",
         "--run-dir",
         "run",
     ]

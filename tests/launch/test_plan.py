@@ -92,7 +92,7 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     os.close(reader)
     try:
         done = subprocess.run(
-            [sys.executable, PLAN, "costs", str(PAPER / "c4_dense_47m.json")],
+            [sys.executable, PLAN, "layout", str(PAPER / "c4_dense_47m.json"), "--ranks", "1"],
             cwd=tmp_path,
             stdout=writer,
             stderr=subprocess.PIPE,

@@ -109,7 +109,7 @@ def test_moa_trains_the_same_in_every_layout(prepared: Path, scope: str, positio
     moa = (MOA, f"model.attention.loss_scope={scope}", f"model.position.type={position}", "train.seed=5")
     moa = (*moa, "model.attention.expert_dropout=0.1")
     reference = plain_trace(small_config(prepared, *moa, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
-    zero, micro = {"global_batch": (3, 1), "micro_batch": (1, 2)}[scope]
+    zero, micro = {"global_batch": (3, 2), "micro_batch": (1, 2)}[scope]
     config = small_config(prepared, *moa, f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
     trace = run_ranks(engine_trace, 2, [config], STEPS, GRADIENT_STEPS)[0][0]
     assert_same(trace, reference, f"2 ranks, ZeRO {zero}, micro {micro}, MoA")

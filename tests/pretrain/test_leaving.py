@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch.distributed as dist
-
-from pretrain import device
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = """
-import sys, threading
-from pathlib import Path
-from types import SimpleNamespace
-
 import torch.distributed as dist
 
 from common.errors import UserError
@@ -27,38 +18,36 @@ from pretrain.cli.train import run
 from pretrain.config.schema import ResilienceConfig, TrainConfig
 from pretrain.ranks import Ranks
 from pretrain.resilience.signals import Stop
+from tests.harness import LIMIT_SECONDS, forked
 
 
-def fail(*arguments):
-    raise {error}("planted")
+def leave(output: Path, error: type[Exception]) -> int:
+    """What launch/pretrain.py does with a run that fails at once, in a group that nobody is let go from."""
 
+    def fail(*arguments: object, **options: object) -> None:
+        raise error("planted")
 
-loop.train = fail
-device.LEAVE_SECONDS = 0.1
-dist.destroy_process_group = threading.Event().wait
-config = SimpleNamespace(train=TrainConfig(device="cpu", threads=1), resilience=ResilienceConfig())
-sys.exit(run(config, None, Path("unused"), Ranks(0, 0, 1, 1), Stop()))
-"""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    loop.train = fail  # type: ignore[assignment]
+    device.LEAVE_SECONDS = 0.1
+    dist.destroy_process_group = threading.Event().wait
+    train, resilience = TrainConfig(device="cpu", threads=1), ResilienceConfig()
+    config: Any = SimpleNamespace(train=train, resilience=resilience)
+    nothing: Any = None
+    return run(config, nothing, output.parent / "unused", Ranks(0, 0, 1, 1), Stop())
 
 
 @pytest.mark.parametrize(
-    "error, code, said", [("RuntimeError", 1, "RuntimeError: planted"), ("UserError", 2, "error: planted")]
+    "error, code, said", [(RuntimeError, 1, "RuntimeError: planted"), (UserError, 2, "error: planted")]
 )
 def test_a_rank_that_fails_alone_says_why_and_leaves_though_its_group_holds_it(
-    error: str, code: int, said: str
+    tmp_path: Path, error: type[Exception], code: int, said: str
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(error=error)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert done.stderr.splitlines()[-1] == said
+    with forked(leave, tmp_path / "said", error) as process:
+        process.join(LIMIT_SECONDS)
+        assert process.exitcode == code, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text().splitlines()[-1] == said
 
 
 def test_what_the_process_group_says_at_the_end_does_not_change_the_code(

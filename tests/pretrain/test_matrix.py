@@ -62,8 +62,8 @@ LAYOUTS = [
 ]
 FAST = [
     ("switchall", True, [Layout(tensor=2, sequence=True, pipeline=2, data=2, expert=2, zero=1)]),
-    ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=2)]),
-    ("switchall rope with memory", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="full", micro=2)]),
+    ("switchall xl", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="selective", micro=4)]),
+    ("switchall rope with memory", False, [Layout(tensor=2, sequence=True, pipeline=2, recompute="full", micro=4)]),
     ("moa", False, [Layout(pipeline=4, micro=2), Layout(pipeline=2, data=2, expert=2, micro=2, recompute="full")]),
     (
         "dense",

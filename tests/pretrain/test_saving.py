@@ -18,11 +18,11 @@ from pretrain.saving import SaveTimer
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, spike_on_position, train_with
-from tests.pretrain.runs import assert_bit_identical, small_config, train_runs
+from tests.pretrain.runs import assert_bit_identical, light_config, train_runs
 from tests.pretrain.test_steps_in_flight import logged_run
 
-NEVER = ("checkpoint.every_steps=100", "checkpoint.keep_last=99", "evaluate.sequences=0", "batch.micro_sequences=4")
-"""No step is saved by its number, and none is validated; all that are saved are kept. Two ranks have one micro-step."""
+NEVER = ("checkpoint.every_steps=100", "checkpoint.keep_last=99", "evaluate.sequences=0")
+"""No step is saved by its number, and none is validated; all that are saved are kept."""
 
 
 def let_steps_take(minutes: float) -> None:
@@ -80,7 +80,8 @@ def test_all_ranks_save_after_the_steps_that_the_clock_of_rank_0_chooses(
     prepared: Path, tmp_path: Path, other: float
 ) -> None:
     """A step takes a minute. After 3 of them, one begins that is saved; those of steps 6 and 12 are due by number."""
-    config = small_config(prepared, *NEVER, "train.steps=12", "checkpoint.every_steps=6", "checkpoint.every_minutes=3")
+    keys = ("train.steps=12", "checkpoint.every_steps=6", "checkpoint.every_minutes=3")
+    config = light_config(prepared, *NEVER, *keys, ranks=2)
     logs = run_ranks(log_of_timed_run, 2, config, tmp_path, (1.0, other))
     assert logs[0] == logs[1]
     assert [word for word in logs[0] if word.startswith("save")] == ["save 4", "save 6", "save 10", "save 12"]
@@ -94,21 +95,24 @@ def test_a_save_by_time_costs_and_does_what_one_by_steps_does_and_is_not_made_tw
     keys = (*NEVER, "train.steps=7")
     by_steps, by_time = "checkpoint.every_steps=4", "checkpoint.every_minutes=3"
     logs = [
-        run_ranks(log_of_timed_run, 2, small_config(prepared, *keys, *more), tmp_path / str(number), (1.0, 1.0))[0]
-        for number, more in enumerate([(by_steps,), (by_time,), (by_steps, by_time)])
+        run_ranks(log_of_timed_run, 2, light_config(prepared, *keys, *more, ranks=2), tmp_path / str(n), (1.0, 1.0))[0]
+        for n, more in enumerate([(by_steps,), (by_time,), (by_steps, by_time)])
     ]
     assert logs[0] == logs[1] == logs[2]
     assert logs[0].count("save 4") == 1 and logs[0].count("compare") == 2
 
 
 @pytest.mark.parametrize(
-    "layout", [("parallel.zero=1",), ("parallel.pipeline=2", "checkpoint.asynchronous=false")], ids=["zero", "pipeline"]
+    "layout",
+    [("parallel.zero=1",), ("parallel.pipeline=2", "model.num_layers=2", "checkpoint.asynchronous=false")],
+    ids=["zero", "pipeline"],
 )
 def test_a_run_that_resumes_from_a_save_by_time_is_bit_identical_to_an_unbroken_one(
     prepared: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    plain = small_config(prepared, *NEVER, "train.steps=9", "model.dropout=0.1", *layout)
-    timed = small_config(prepared, *NEVER, "train.steps=9", "model.dropout=0.1", "checkpoint.every_minutes=3", *layout)
+    keys = (*NEVER, "train.steps=9", "model.dropout=0.1", *layout)
+    plain = light_config(prepared, *keys, ranks=2)
+    timed = light_config(prepared, *keys, "checkpoint.every_minutes=3", ranks=2)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     run_ranks(train_timed, 2, [(plain, unbroken), (timed, broken)])
     assert saved_steps(unbroken) == [9] and saved_steps(broken) == [4, 8, 9]
@@ -130,7 +134,7 @@ def test_a_spike_is_not_saved_by_time_and_the_run_goes_back_to_a_save_by_time(pr
     spiky = ("spike_window_steps=8", "spike_threshold=5", "spike_action=rollback", "spike_skip_steps=2")
     keys = (*NEVER, "train.steps=13", *(f"resilience.{key}" for key in spiky))
     run_dir, told = tmp_path / "spiked", tmp_path / "told"
-    timed = small_config(prepared, *keys, "checkpoint.every_minutes=3")
+    timed = light_config(prepared, *keys, "checkpoint.every_minutes=3", ranks=2)
     assert run_ranks(spiked_run, 2, timed, run_dir) == ["FINISHED"] * 2
     (rollback,) = events(run_dir, "rollback")
     assert (rollback["at_step"], rollback["first_step"]) == (8, 7)
@@ -138,5 +142,5 @@ def test_a_spike_is_not_saved_by_time_and_the_run_goes_back_to_a_save_by_time(pr
     assert [event["step"] for event in events(run_dir, "checkpoint")] == [4, 8, 12, 13]
     told.mkdir()
     record(told, Rollback("told", 8, 7, (48, 64)))  # leaves the same data out from its first step on
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys), told)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, ranks=2), told)])
     assert_bit_identical(run_dir, told)

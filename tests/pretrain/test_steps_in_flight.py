@@ -20,9 +20,9 @@ from pretrain.resilience.control import Control
 from pretrain.trainer import LaunchedStep, Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import train_with
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import light_config, metrics
 
-DUE = ("train.steps=7", "evaluate.every_steps=3", "checkpoint.every_steps=4")
+DUE = ("train.steps=7", "evaluate.sequences=8", "evaluate.every_steps=3", "checkpoint.every_steps=4")
 
 
 def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
@@ -71,7 +71,7 @@ def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
 def test_each_step_is_read_after_the_next_launch_and_before_anything_is_made_of_it(
     prepared: Path, tmp_path: Path
 ) -> None:
-    log, other = run_ranks(logged_run, 2, small_config(prepared, *DUE), tmp_path)
+    log, other = run_ranks(logged_run, 2, light_config(prepared, *DUE, ranks=2), tmp_path)
     assert log == other
     step_3 = ["message", "validate 3", "message"]  # the last: whether to stop, before it goes on
     step_4 = ["message", "compare", "save 4"]
@@ -91,7 +91,7 @@ def test_each_step_is_read_after_the_next_launch_and_before_anything_is_made_of_
 
 def test_a_run_that_goes_back_on_spikes_reads_each_step_before_the_next(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=3", "evaluate.sequences=0", "resilience.spike_action=rollback")
-    log, _ = run_ranks(logged_run, 2, small_config(prepared, *keys), tmp_path)
+    log, _ = run_ranks(logged_run, 2, light_config(prepared, *keys, ranks=2), tmp_path)
     in_order = [word for word in log if word.startswith(("launch", "read"))]
     assert in_order == ["launch 1", "read 1", "launch 2", "read 2", "launch 3", "read 3"]
 
@@ -108,7 +108,8 @@ def fail_to_read(trainer: Trainer, step: int) -> None:
 
 
 def test_a_rank_without_a_batch_stops_all_after_the_step_before_is_written(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=4")
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=4")
+    config = light_config(prepared, *keys, ranks=2)
     endings = run_ranks(_leave_on_error, 2, config, tmp_path)
     assert endings == ["PeerFailed", "REFUSED: data: a shard is damaged"]
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]

@@ -27,7 +27,7 @@ from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.together import SHARE_BYTES, check_data, hashes_at_start, in_rounds, part_of, remember_data
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import light_config, small_config
 
 
 def flip(path: Path) -> None:
@@ -221,7 +221,7 @@ def _runs(rank: int, config: Config, run_dir: Path) -> list[str]:
 
 
 def test_a_run_remembers_its_shards_and_full_hashes_them_again(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, "train.steps=1", "evaluate.sequences=0", "data.verify=full")
+    config = light_config(prepared, "train.steps=1", "evaluate.sequences=0", "data.verify=full")
     full, again = run_ranks(_runs, 1, config, tmp_path / "run")[0]
     assert full == again == "data: 5 shards verified, 0 known from an earlier start"
     assert {shard.name for shard in recall(tmp_path / "run")} == {path.name for path in prepared.glob("*.tar")}

@@ -9,45 +9,35 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.files import write_json
 from common.paths import REPOSITORY
 from launch.slurm import job
 
-# sh starts Python, whose path may hold a space, which a first line may not.
-STUB = """#!/bin/sh
-'''exec' '{python}' "$0" "$@"
-' '''
-import json, os, pathlib, signal, sys, time
-name, folder = os.path.basename(sys.argv[0]), os.environ["STUBS"]
-with open(f"{{folder}}/{{name}}.calls", "a") as file:
-    file.write(json.dumps([sys.argv[1:], os.environ.get("MASTER_PORT"), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
-if name == "srun":
-    checkpoint = os.environ.get("MAKES")
-    if os.environ.get("SAYS"):
-        log = f"{{os.environ['RUN_DIR']}}/slurm/7.rank{{os.environ.get('SAYS_IT', '0')}}.log"
-        with open(log, "w") as file:
-            file.write(os.environ["SAYS"])
-    if checkpoint:
-        os.makedirs(f"{{os.environ['RUN_DIR']}}/checkpoints/{{checkpoint}}", exist_ok=True)
-    if os.environ.get("OUTCOME"):
-        sys.path.append('{repository}')
-        from common.files import write_json
-        time.sleep(0.02)  # outcome.json is newer than the start
-        write_json(pathlib.Path(os.environ["RUN_DIR"]) / "outcome.json", json.loads(os.environ["OUTCOME"]))
-    for line in json.loads(os.environ.get("TASKS", "[]")):
-        print("srun: error: " + line, file=sys.stderr)
-    time.sleep(float(os.environ.get("SRUN_SECONDS", "0")))
-    sys.exit(int(os.environ.get("SRUN_CODE", "0")))
-if name == "scontrol" and sys.argv[1] == "requeue":
-    if os.environ.get("ENDS"):
-        os.killpg(0, signal.SIGTERM)  # all of the job's processes, this one too
-    sys.exit(int(os.environ.get("REQUEUE_CODE", "0")))
-if name == "scontrol" and sys.argv[1] == "update":
-    sys.exit(int(os.environ.get("UPDATE_CODE", "0")))
-if name == "scontrol":
-    state = "JobState=COMPLETING Reason=" + os.environ.get("REASON", "None")
-    print(f"JobId=7 {{state}} Dependency=(null) ExcNodeList={{os.environ.get('GIVEN', '(null)')}} NodeList=node[1-2]")
-if name == "sinfo":
-    print(os.environ.get("UP", "node1\\nnode2\\nnode2\\nnode3"))
+# In sh: Python takes ten times as long to start as all of this, and a job calls half a dozen of them.
+STUB = r"""#!/bin/sh
+name=${0##*/}
+printf '%s\0' "$#" "$@" "${MASTER_PORT-}" "${OMP_NUM_THREADS-}" >>"$STUBS/$name.calls"
+case $name:$1 in
+srun:*)
+  [ -z "$SAYS$OUTCOME" ] || command -p sleep 0.02 # what ranks leave is newer than the start
+  [ -z "$SAYS" ] || printf %s "$SAYS" >"$RUN_DIR/slurm/7.rank${SAYS_IT:-0}.log"
+  [ -z "$MAKES" ] || mkdir -p "$RUN_DIR/checkpoints/$MAKES"
+  [ -z "$OUTCOME" ] || cp "$OUTCOME" "$RUN_DIR/outcome.json"
+  printf %s "$TASKS" >&2
+  [ -z "$SRUN_SECONDS" ] || command -p sleep "$SRUN_SECONDS"
+  exit "${SRUN_CODE:-0}" ;;
+scontrol:requeue)
+  [ -z "$ENDS" ] || kill -TERM 0 # all of the job's processes, this one too
+  exit "${REQUEUE_CODE:-0}" ;;
+scontrol:update) exit "${UPDATE_CODE:-0}" ;;
+scontrol:*)
+  echo "JobId=7 JobState=COMPLETING Reason=${REASON:-None} Dependency=(null) ExcNodeList=${GIVEN:-(null)}" \
+    "NodeList=node[1-2]" ;;
+sinfo:*) printf '%s\n' "${UP:-node1
+node2
+node2
+node3}" ;;
+esac
 """
 
 
@@ -63,6 +53,12 @@ class Bench:
         return self.folder / "it's a run"
 
     def environment(self, **more: str) -> dict[str, str]:
+        """`more`: what commands do. TASKS: a list, what srun says of tasks; OUTCOME: an outcome.json that is left."""
+        if "TASKS" in more:
+            more["TASKS"] = "".join(f"srun: error: {line}\n" for line in json.loads(more["TASKS"]))
+        if "OUTCOME" in more:
+            write_json(self.folder / "outcome", json.loads(more["OUTCOME"]))
+            more["OUTCOME"] = str(self.folder / "outcome")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP", "MASTER"))}
         return {
             **clean,
@@ -98,21 +94,27 @@ class Bench:
     def train(self, **more: str) -> tuple[int, str]:
         return self.start(job.FOLDER / "pretrain.sbatch", "--config", "c.json", **more)
 
-    def calls(self, name: str) -> list[list[object]]:
-        path = self.folder / f"{name}.calls"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def calls(self, name: str) -> list[tuple[list[str], str, str]]:
+        """Of each call of a command so far: its arguments, the port of the ranks and their threads."""
+        path, found = self.folder / f"{name}.calls", []
+        words = path.read_bytes().decode().split("\0")[:-1] if path.exists() else []
+        while words:
+            count = int(words[0])
+            found.append((words[1 : count + 1], words[count + 1], words[count + 2]))
+            words = words[count + 3 :]
+        return found
 
-    def excluded(self) -> list[object]:
-        return [call[0][2] for call in self.calls("scontrol") if call[0][0] == "update"]  # type: ignore[index]
+    def excluded(self) -> list[str]:
+        return [call[0][2] for call in self.calls("scontrol") if call[0][0] == "update"]
 
-    def requeues(self) -> list[object]:
-        return [call[0][1] for call in self.calls("scontrol") if call[0][0] == "requeue"]  # type: ignore[index]
+    def requeues(self) -> list[str]:
+        return [call[0][1] for call in self.calls("scontrol") if call[0][0] == "requeue"]
 
 
 def make_bench(folder: Path) -> Bench:
     (folder / "bin").mkdir()
     for name in ("srun", "scontrol", "sinfo", "sleep"):
         path = folder / "bin" / name
-        path.write_text(STUB.format(python=sys.executable, repository=REPOSITORY))
+        path.write_text(STUB)
         path.chmod(0o755)
     return Bench(folder)

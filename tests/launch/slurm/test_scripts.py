@@ -173,7 +173,7 @@ def test_ranks_are_not_started_again_shortly_before_the_limit(bench: Bench, seco
 def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
-    assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]  # type: ignore[index]
+    assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]
 
 
 def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(bench: Bench) -> None:
@@ -181,7 +181,7 @@ def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(be
     code, output = bench.train(PROGRAM="smoke.py", SAYS=rank0)
     assert code == 0 and output.splitlines()[-1].endswith("job 7: smoke: PASSED: all of it (exit code 0)")
     [(arguments, _, _)] = bench.calls("srun")
-    assert str(REPOSITORY / "launch" / "smoke.py") in arguments  # type: ignore[operator]
+    assert str(REPOSITORY / "launch" / "smoke.py") in arguments
     code, output = bench.train(PROGRAM="smoke.py", SAYS="Killed\n", SRUN_CODE="137")
     assert code == 137 and "smoke: FAILED: no verdict, see " in output.splitlines()[-1]
     assert not bench.requeues()
@@ -271,8 +271,8 @@ def test_arguments_and_settings_arrive_as_they_were_given(bench: Bench) -> None:
     code, output = bench.start(path)
     assert code == 0, output
     (arguments, _, _) = bench.calls("srun")[0]
-    assert arguments[-len(nasty) :] == nasty  # type: ignore[index]
-    assert arguments[-len(nasty) - 2 : -len(nasty)] == ["--run-dir", str(bench.run_dir)]  # type: ignore[index]
+    assert arguments[-len(nasty) :] == nasty
+    assert arguments[-len(nasty) - 2 : -len(nasty)] == ["--run-dir", str(bench.run_dir)]
     assert (bench.folder / "set-up").exists() and not list(bench.folder.rglob("injected"))
 
 
@@ -281,10 +281,10 @@ def test_the_port_is_the_jobs_and_free(bench: Bench) -> None:
     [(_, port, threads)] = bench.calls("srun")
     assert port == str(10000 + 7 * 131) and threads == "3"
     with socket.socket() as other:
-        other.bind(("127.0.0.1", int(str(port))))
+        other.bind(("127.0.0.1", int(port)))
         other.listen()
         bench.train()
-    assert bench.calls("srun")[1][1] == str(int(str(port)) + 1)
+    assert bench.calls("srun")[1][1] == str(int(port) + 1)
 
 
 def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Bench) -> None:
@@ -293,7 +293,7 @@ def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Ben
     code, output = bench.start(script, "dedup", "--config", "a b.json", SRUN_CODE="143", **array)
     assert code == 143 and bench.requeues() == ["7_3"], output
     arguments = bench.calls("srun")[0][0]
-    assert arguments[-9:] == [  # type: ignore[index]
+    assert arguments[-9:] == [
         *("dedup", "--task", "3", "--tasks", "4", "--set", "workers=1"),
         *("--config", "a b.json"),
     ]
@@ -301,4 +301,4 @@ def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Ben
     assert code == 143 and len(bench.requeues()) == 1
     code, _ = bench.start(script, "shard", SRUN_CODE="2")
     assert code == 2 and len(bench.requeues()) == 1
-    assert "--task" not in bench.calls("srun")[-1][0]  # type: ignore[operator]
+    assert "--task" not in bench.calls("srun")[-1][0]

@@ -51,18 +51,20 @@ def test_help_from_another_directory(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and "usage: launch/slurm/" in done.stdout, done.stderr
 
 
-def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Path) -> None:
-    """From another directory, as a user starts it; bash accepts what it prints."""
+def test_dry_run_prints_a_script_and_writes_nothing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From another directory; bash accepts what it prints. (The test above starts it as a user does.)"""
     run_dir = tmp_path / "my runs" / "one"
-    done = start(
-        str(job.FOLDER / "submit.py"),
+    monkeypatch.chdir(tmp_path)
+    arguments = (
         *("--config", TINY, "--nodes", "2", "--cpu", "--ranks-per-node", "4", "--cpus-per-rank", "3", "--time", "1-12"),
         *("--partition", "gpu", "--account", "me", "--set", f"data.manifest={prepared}", "--set", "train.steps=50"),
         *("--set", "batch.micro_sequences=4"),
         *("--run-dir", str(run_dir), "--allow-local", "--setup", "module load cuda", "--dry-run"),
-        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert training.main([*arguments]) == 0
+    printed, said = capfd.readouterr()
     for line in (
         "#SBATCH --job-name=one",
         "#SBATCH --nodes=2",
@@ -79,10 +81,10 @@ def test_dry_run_prints_a_script_and_writes_nothing(prepared: Path, tmp_path: Pa
         f"export RUN_DIR='{run_dir}'",
         "module load cuda",
     ):
-        assert f"{line}\n" in done.stdout, line
-    assert "#SBATCH --gpus-per-node" not in done.stdout
-    assert "parameters, total" in done.stderr and re.search(r"data-parallel size +8 ", done.stderr)
-    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+        assert f"{line}\n" in printed, line
+    assert "#SBATCH --gpus-per-node" not in printed
+    assert "parameters, total" in said and re.search(r"data-parallel size +8 ", said)
+    subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.op_shapes import equality_cases
 from common.paths import REPOSITORY
 from model.dropout import Draw
 from model.kernels.op import OPS, op
+from model.kernels.ops import route
 from model.kernels.ops.elementwise import keep_mask, rotate
 from model.kernels.ops.route import group_choices
+from tests.harness import LIMIT_SECONDS, forked
 from tests.model.kernels.test_handing_on import WAYS, handing_on, stored
 
 
@@ -115,26 +119,24 @@ def test_no_op_changes_or_returns_what_its_schema_does_not_say_and_all_promise_t
         torch.library.opcheck(OPS[name].overload, given, test_utils=("test_schema", "test_faketensor"))
 
 
+def import_again() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(1, 4, 8)
+    before = route.route(x, weight, 2, backend="cpu")
+    importlib.reload(route)
+    with FlopCounterMode(display=False) as counter:
+        after = route.route(x.requires_grad_(), weight, 2, backend="cpu")
+    assert torch.equal(before.scores, after.scores)
+    after.scores.sum().backward()
+    assert x.grad is not None and OPS["route"] is route._route
+    assert counter.get_total_flops() == 2 * 4 * 4 * 8
+
+
 def test_a_module_of_ops_may_be_imported_again() -> None:
     """As a notebook does, and an import after one that failed. In a process of its own: other tests have imported the
     functions of before."""
-    code = """
-import importlib, torch
-from torch.utils.flop_counter import FlopCounterMode
-from model.kernels.op import OPS
-from model.kernels.ops import route
-x, weight = torch.randn(4, 8), torch.randn(1, 4, 8)
-before = route.route(x, weight, 2, backend="cpu")
-importlib.reload(route)
-with FlopCounterMode(display=False) as counter:
-    after = route.route(x.requires_grad_(), weight, 2, backend="cpu")
-assert torch.equal(before.scores, after.scores)
-after.scores.sum().backward()
-assert x.grad is not None and OPS["route"] is route._route
-print(counter.get_total_flops())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == str(2 * 4 * 4 * 8), done.stderr
+    with forked(import_again) as process:
+        process.join(LIMIT_SECONDS)
+        assert process.exitcode == 0
 
 
 def test_a_step_of_a_model_imports_no_compiler() -> None:

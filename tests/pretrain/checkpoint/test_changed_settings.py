@@ -14,14 +14,14 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.resume import changed_settings
 from tests.corpus import with_another_tokenizer
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.runs import curve, metrics, small_config, train_runs
+from tests.pretrain.runs import curve, light_config, metrics, train_runs
 from tests.pretrain.saved import rewrite_state
 
 
 @pytest.fixture(scope="module")
 def stopped_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("stopped")
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", "train.stop_after_steps=2")
+    config = light_config(prepared, "train.steps=6", "evaluate.sequences=0", "train.stop_after_steps=2")
     run_ranks(train_runs, 1, [(config, run_dir)])
     return run_dir
 
@@ -44,9 +44,9 @@ def test_a_changed_setting_is_refused_by_name_unless_allowed(
     digest = Manifest.load(prepared).digest
     keys = ("train.steps=6", "evaluate.sequences=0")
     with pytest.raises(UserError, match=key.replace(".", r"\.")) as refusal:
-        changed_settings(small_config(prepared, *keys, override), checkpoint, digest)
+        changed_settings(light_config(prepared, *keys, override), checkpoint, digest)
     assert "checkpoint.allow_changes" in str(refusal.value)
-    allowed = small_config(prepared, *keys, override, f'checkpoint.allow_changes=["{key}"]')
+    allowed = light_config(prepared, *keys, override, f'checkpoint.allow_changes=["{key}"]')
     assert key in changed_settings(allowed, checkpoint, digest)
 
 
@@ -58,9 +58,9 @@ def test_data_of_another_tokenizer_are_refused_whatever_is_allowed(
     run = Path(shutil.copytree(stopped_run, tmp_path / "run"))
     keys = ("train.steps=6", "evaluate.sequences=0", 'checkpoint.allow_changes=["data.manifest"]')
     with pytest.raises(RankFailed, match=r"data\.manifest: was made with another tokenizer .*begin a new run"):
-        run_ranks(train_runs, 1, [(small_config(tmp_path / "other", *keys), run)])
+        run_ranks(train_runs, 1, [(light_config(tmp_path / "other", *keys), run)])
     shutil.copytree(prepared, tmp_path / "moved")
-    run_ranks(train_runs, 1, [(small_config(tmp_path / "moved", *keys), run)])
+    run_ranks(train_runs, 1, [(light_config(tmp_path / "moved", *keys), run)])
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -69,7 +69,7 @@ def test_a_change_of_sizes_is_refused_without_advice_that_cannot_help(stopped_ru
     digest, keys = Manifest.load(prepared).digest, ("train.steps=6", "evaluate.sequences=0")
     for override in ("model.feedforward.expert_size=40", "model.num_layers=4"):
         with pytest.raises(UserError, match="the saved weights have other sizes, so the change cannot") as refusal:
-            changed_settings(small_config(prepared, *keys, override), checkpoint, digest)
+            changed_settings(light_config(prepared, *keys, override), checkpoint, digest)
         assert "allow_changes" not in str(refusal.value)
 
 
@@ -77,13 +77,13 @@ def test_a_run_whose_past_does_not_depend_on_its_length_is_extended(prepared: Pa
     """2 of 2 steps at a constant rate, then on to 4 with a decay at the end: bit by bit the run of 4 from the start."""
     common = ("evaluate.sequences=0", "schedule.warmup_steps=0")
     constant, extended = (*common, "schedule.shape=constant"), (*common, "schedule.shape=wsd", "schedule.decay_steps=2")
-    through = (small_config(prepared, *extended, "train.steps=4"), tmp_path / "through")
-    run_ranks(train_runs, 1, [through, (small_config(prepared, *constant, "train.steps=2"), tmp_path / "extended")])
-    run_ranks(train_runs, 1, [(small_config(prepared, *extended, "train.steps=4"), tmp_path / "extended")])
+    through = (light_config(prepared, *extended, "train.steps=4"), tmp_path / "through")
+    run_ranks(train_runs, 1, [through, (light_config(prepared, *constant, "train.steps=2"), tmp_path / "extended")])
+    run_ranks(train_runs, 1, [(light_config(prepared, *extended, "train.steps=4"), tmp_path / "extended")])
     assert curve(tmp_path / "extended") == curve(tmp_path / "through")
     assert [row["lr"] for row in metrics(tmp_path / "extended")] == [0.004, 0.004, 0.004, 0.002]
     with pytest.raises(RankFailed, match=r"train\.steps: was 4 .* before wsd's decay"):
-        run_ranks(train_runs, 1, [(small_config(prepared, *extended, "train.steps=9"), tmp_path / "extended")])
+        run_ranks(train_runs, 1, [(light_config(prepared, *extended, "train.steps=9"), tmp_path / "extended")])
 
 
 def test_a_key_younger_than_the_checkpoint_has_its_default(stopped_run: Path, prepared: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_key_younger_than_the_checkpoint_has_its_default(stopped_run: Path, pr
         del state["config"]["model"]["attention"]["expert_dropout"]  # moa has it too
 
     rewrite_state(folder, forget)
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0")
+    config = light_config(prepared, "train.steps=6", "evaluate.sequences=0")
     changes = changed_settings(config, Checkpoint.open(folder), Manifest.load(prepared).digest)
     assert set(changes) == {"train.stop_after_steps"}
 
@@ -115,20 +115,20 @@ def test_layout_machine_logging_and_stop_settings_may_change(stopped_run: Path, 
         "evaluate.every_steps=4",
         "data.verify=full",
     )
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", *free)
+    config = light_config(prepared, "train.steps=6", "evaluate.sequences=0", *free)
     changes = changed_settings(config, checkpoint, Manifest.load(prepared).digest)
     assert set(changes) >= {entry.partition("=")[0] for entry in free}
 
 
 def test_another_manifest_is_refused(stopped_run: Path, prepared: Path) -> None:
     checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0")
+    config = light_config(prepared, "train.steps=6", "evaluate.sequences=0")
     with pytest.raises(UserError, match=r"data\.manifest"):
         changed_settings(config, checkpoint, "0" * 64)
 
 
 def test_resume_never_refuses_a_used_folder(stopped_run: Path, prepared: Path) -> None:
-    config = small_config(prepared, "train.steps=6", "evaluate.sequences=0", "checkpoint.resume=never")
+    config = light_config(prepared, "train.steps=6", "evaluate.sequences=0", "checkpoint.resume=never")
     with pytest.raises(RankFailed, match=r"checkpoint\.resume"):
         run_ranks(train_runs, 1, [(config, stopped_run)])
 
@@ -156,14 +156,14 @@ def test_a_branch_whose_first_run_was_renamed_is_not_begun_anew(
     first, branch = Path(shutil.copytree(stopped_run, tmp_path / "first")), tmp_path / "branch"
     place = list_checkpoints(first / "checkpoints")[-1].relative_to(first)
     keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=1")
-    begins = small_config(prepared, *keys, f"checkpoint.resume={first / place}", "train.stop_after_steps=4")
+    begins = light_config(prepared, *keys, f"checkpoint.resume={first / place}", "train.stop_after_steps=4")
     run_ranks(train_runs, 1, [(begins, branch)])
     before = list_checkpoints(branch / "checkpoints")
     first.rename(tmp_path / "renamed")
-    again = small_config(prepared, *keys, f"checkpoint.resume={tmp_path / 'renamed' / place}")
+    again = light_config(prepared, *keys, f"checkpoint.resume={tmp_path / 'renamed' / place}")
     with pytest.raises(RankFailed, match=r"not there any more; if it is .* set checkpoint\.resume to auto"):
         run_ranks(train_runs, 1, [(again, branch)])
     assert list_checkpoints(branch / "checkpoints") == before and [p.name[-1] for p in before] == ["3", "4"]
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), branch)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), branch)])
     assert [row["step"] for row in metrics(branch)] == [3, 4, 5, 6]
     assert not list((branch / "checkpoints").glob("superseded*"))

@@ -21,6 +21,7 @@ from tests.pretrain.runs import (
     MOA,
     assert_bit_identical,
     curve,
+    light_config,
     metrics,
     small_config,
     state_tensors,
@@ -100,9 +101,10 @@ def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path
 def test_resuming_in_another_layout_gives_the_same_losses(
     prepared: Path, tmp_path: Path, layouts: tuple[tuple[int, int], ...]
 ) -> None:
-    keys = (*DROPOUTS, "train.steps=12", "evaluate.sequences=0", "batch.micro_sequences=2")
+    micro = 8 // max(2, *(ranks for ranks, _ in layouts))
+    keys = (*DROPOUTS, "train.steps=8", "evaluate.sequences=0", f"batch.micro_sequences={micro}")
     run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
-    first = small_config(prepared, *keys, "train.stop_after_steps=5", "parallel.zero=2")
+    first = small_config(prepared, *keys, "train.stop_after_steps=4", "parallel.zero=2")
     run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
     for ranks, zero in layouts:
         target = tmp_path / f"resumed-{ranks}-{zero}"
@@ -141,14 +143,14 @@ def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path,
 
 def test_old_checkpoints_are_removed_and_metrics_have_every_step_once(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", "checkpoint.keep_last=2")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000004", "step-00000006"]
     # The machine stopped after step 5, in the middle of a line, and in the middle of a checkpoint.
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
     (tmp_path / "checkpoints" / "step-00000006.partial").mkdir()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     superseded = [e["metrics"] for e in events if e["event"] == "superseded_metrics"]
@@ -159,13 +161,13 @@ def test_old_checkpoints_are_removed_and_metrics_have_every_step_once(prepared: 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2")
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys), tmp_path)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, ranks=2), tmp_path)])
     expected = curve(tmp_path)
     damaged = next((tmp_path / "checkpoints" / "step-00000006").glob("rank-00001*"))
     content = bytearray(damaged.read_bytes())
     content[-3] ^= 1
     damaged.write_bytes(content)
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys), tmp_path)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, ranks=2), tmp_path)])
     assert curve(tmp_path) == expected
     reasons = [json.loads(line).get("reason", "") for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert any("step-00000006" in r and "sha256" in r for r in reasons)
@@ -173,7 +175,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_pat
 
 def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=8", "evaluate.sequences=0", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     before = metrics(tmp_path)
     start = tmp_path / "checkpoints" / "step-00000004"
     branch = (
@@ -182,13 +184,13 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
         "optimizer.learning_rate=0.002",
         'checkpoint.allow_changes=["optimizer.learning_rate"]',
     )
-    run_ranks(train_runs, 1, [(small_config(prepared, *branch, "train.stop_after_steps=6"), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *branch, "train.stop_after_steps=6"), tmp_path)])
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-00000004", "step-00000006", "superseded-1-step-00000006", "superseded-1-step-00000008"}
     # The same command again continues the branch; so does auto.
-    run_ranks(train_runs, 1, [(small_config(prepared, *branch, "train.stop_after_steps=7"), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *branch, "train.stop_after_steps=7"), tmp_path)])
     auto = (*keys, "optimizer.learning_rate=0.002")
-    run_ranks(train_runs, 1, [(small_config(prepared, *auto), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *auto), tmp_path)])
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[:4] == before[:4]
@@ -203,26 +205,26 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
 
 def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
-    elsewhere = small_config(prepared, *keys, f"checkpoint.resume={tmp_path}")
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
+    elsewhere = light_config(prepared, *keys, f"checkpoint.resume={tmp_path}")
     with pytest.raises(RankFailed, match=r"is a run folder, not a checkpoint; .* set it to .*step-00000004"):
         run_ranks(train_runs, 1, [(elsewhere, tmp_path / "new")])
     for folder in list_checkpoints(tmp_path / "checkpoints"):
         next(folder.glob("rank-*")).write_bytes(b"")
     with pytest.raises(RankFailed, match=r"no checkpoint is whole .*0 bytes"):
-        run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+        run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     for folder in list_checkpoints(tmp_path / "checkpoints"):
         rewrite_state(folder, lambda state: state.update(format_version=99))
     with pytest.raises(RankFailed, match="format 99"):
-        run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path)])
+        run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     assert len(metrics(tmp_path)) == 4
 
 
 def test_a_changed_batch_continues_the_data_where_it_was(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=6", "evaluate.sequences=0")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "train.stop_after_steps=4"), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys, "train.stop_after_steps=4"), tmp_path)])
     changed = ("batch.global_sequences=16", 'checkpoint.allow_changes=["batch"]')
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys, *changed), tmp_path)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys, *changed), tmp_path)])
     assert [row["tokens"] // 16 for row in metrics(tmp_path)] == [8, 16, 24, 32, 48, 64]
 
 

@@ -18,6 +18,7 @@ from tests.pretrain.runs import (
     assert_bit_identical,
     assert_same,
     engine_trace,
+    light_config,
     metrics,
     plain_trace,
     small_config,
@@ -50,6 +51,7 @@ def test_resumed_xl_run_is_bit_identical_memory_included(
             "model.attention.num_heads=2",
             "train.steps=5",
             "evaluate.every_steps=2",
+            "evaluate.sequences=10",
             "evaluate.streams=5",
             "checkpoint.every_steps=2",
             f"parallel.zero={zero}",
@@ -70,14 +72,16 @@ def test_resumed_xl_run_is_bit_identical_memory_included(
 def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams(
     prepared: Path, tmp_path: Path
 ) -> None:
-    keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0", "batch.micro_sequences=2")
+    """Of other micro-batches too."""
+    keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0")
     run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), tmp_path / "unbroken")])
     first = small_config(prepared, *keys, "train.stop_after_steps=4", "parallel.zero=2")
     run_ranks(train_runs, 2, [(first, tmp_path / "saved")])
     for ranks, zero in ((1, 0), (4, 3)):
         target = tmp_path / f"resumed-{ranks}-{zero}"
+        layout = (f"parallel.zero={zero}", f"batch.micro_sequences={8 // ranks}")
         shutil.copytree(tmp_path / "saved", target)
-        run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
+        run_ranks(train_runs, ranks, [(small_config(prepared, *keys, *layout), target)])
         for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
             for key in COMPARED:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks: {key} of {ours['step']}"
@@ -121,12 +125,12 @@ def test_memory_of_other_text_is_not_restored_and_precision_may_change(
     prepared: Path, tmp_path: Path, change: str
 ) -> None:
     keys = ("model.position.type=xl", "train.steps=6", "evaluate.sequences=0")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "train.stop_after_steps=3"), tmp_path / "run")])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys, "train.stop_after_steps=3"), tmp_path / "run")])
     other = prepared
     if change == "data.manifest":
         other = prepare_corpus(tmp_path / "other", seed=9, tokenizer=prepared / "tokenizer.model")
     value = {"data.manifest": other, "model.sequence_length": 12, "train.precision": "bf16"}[change]
-    config = small_config(other, *keys, f"{change}={value}", f'checkpoint.allow_changes=["{change}"]')
+    config = light_config(other, *keys, f"{change}={value}", f'checkpoint.allow_changes=["{change}"]')
     output = tmp_path / "printed"
     run_ranks(train_and_keep_output, 1, [(config, tmp_path / "run")], output)
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))

@@ -106,5 +106,5 @@ def test_every_dimension_to_others_and_back(prepared: Path, tmp_path: Path, mode
 
 def test_some_dimensions(prepared: Path, tmp_path: Path) -> None:
     """Sequence-parallel stages with memory, to data-parallel ranks that share everything out."""
-    home = Layout(tensor=2, sequence=True, pipeline=2)
+    home = Layout(tensor=2, sequence=True, pipeline=2, micro=4)
     check(prepared, tmp_path, "switchall xl", False, 4, home, {"DP2 ZeRO-3": Layout(data=2, zero=3)})

@@ -19,7 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.runs import one_step, small_config, train_runs, trainer_of
+from tests.pretrain.runs import light_config, one_step, small_config, train_runs, trainer_of
 from tests.pretrain.saved import whole_tensors
 
 
@@ -51,9 +51,10 @@ def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[i
 
 def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_path: Path) -> None:
     keys = ("model.position.type=xl", "train.steps=9", "evaluate.sequences=0", "checkpoint.every_steps=3")
-    at_once = small_config(prepared, *keys, "checkpoint.asynchronous=false")
+    at_once = light_config(prepared, *keys, "checkpoint.asynchronous=false", ranks=2)
     run_ranks(train_runs, 2, [(at_once, tmp_path / "at once")])
-    began = run_ranks(train_while_a_save_waits, 2, small_config(prepared, *keys), tmp_path / "behind")
+    behind = light_config(prepared, *keys, ranks=2)
+    began = run_ranks(train_while_a_save_waits, 2, behind, tmp_path / "behind")
     assert began == [[5, 8, 9]] * 2
     for step in (3, 6, 9):
         ours, theirs = (tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("behind", "at once"))
@@ -170,9 +171,15 @@ def test_retention(saved: list[Path], rules: dict[str, int], steps: set[int]) ->
 
 
 def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path) -> None:
-    keys = ("train.steps=8", "evaluate.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    keys = (
+        "train.steps=8",
+        "evaluate.sequences=8",
+        "evaluate.every_steps=2",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=1",
+    )
     keep = ("checkpoint.keep_every_steps=3", "checkpoint.keep_best=2", "optimizer.learning_rate=0.05")
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys, *keep), tmp_path)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, *keep, ranks=2), tmp_path)])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     losses = {e["step"]: e["loss"] for e in events if e["event"] == "validation"}
     assert sorted(losses) == [2, 4, 6, 8]

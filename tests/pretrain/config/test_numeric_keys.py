@@ -52,7 +52,7 @@ def test_there_are_numeric_keys() -> None:
 def test_extreme_numbers(
     prepared: Path, tmp_path: Path, key: str, needs: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ("model.sequence_length=16", "batch.global_sequences=4", "batch.micro_sequences=1")
+    small = ("model.num_layers=1", "model.sequence_length=16", "batch.global_sequences=4", "batch.micro_sequences=1")
     refused = []
     for value in VALUES:
         override = f"{key}={value}"

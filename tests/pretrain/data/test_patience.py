@@ -32,7 +32,7 @@ from pretrain.phases import read
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
 from tests.harness import run_ranks
-from tests.pretrain.runs import assert_bit_identical, small_config
+from tests.pretrain.runs import assert_bit_identical, light_config, small_config
 
 KEYS = ("train.steps=4", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
 
@@ -290,7 +290,7 @@ def _train(rank: int, config: Config, folder: Path) -> list[str]:
 
 
 def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(_train, 2, small_config(prepared, *KEYS), tmp_path)
+    first, second = run_ranks(_train, 2, light_config(prepared, *KEYS, ranks=2), tmp_path)
     assert first[:2] == ["FINISHED, 0 faults"] * 2 and second[:2] == ["FINISHED, 0 faults", "FINISHED, 2 faults"]
     assert_bit_identical(tmp_path / "passes", tmp_path / "plain")
     (wait,) = [event for event in _events(tmp_path / "passes") if event["event"] == "data_waited"]
@@ -348,6 +348,6 @@ def _train_beside_a_slow_disk(rank: int, config: Config, run_dir: Path) -> list[
 
 def test_no_rank_begins_a_step_while_the_first_writes_what_was_waited_for(prepared: Path, tmp_path: Path) -> None:
     """In a step the others would wait for it no longer than a step's limit."""
-    config = small_config(prepared, "train.steps=2", "evaluate.sequences=0")
+    config = light_config(prepared, "train.steps=2", "evaluate.sequences=0", ranks=2)
     first, _ = run_ranks(_train_beside_a_slow_disk, 2, config, tmp_path / "run")
     assert first == ["waiting for the batches of other ranks"]

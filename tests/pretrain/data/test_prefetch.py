@@ -19,7 +19,7 @@ from pretrain.data.windows import Batch, TrainingStream
 from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import light_config, small_config
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_a_shard_damaged_on_one_rank_stops_all_and_the_wait_is_logged(prepared: 
 
 
 def _train_with_own_copy(rank: int, prepared: Path, tmp_path: Path) -> str:
-    config = small_config(prepared, "train.steps=3", "evaluate.sequences=0")
+    config = light_config(prepared, "train.steps=3", "evaluate.sequences=0", ranks=2)
     train(config, Sources.load(config), tmp_path / "whole", CPU)
     copy = Path(shutil.copytree(prepared, tmp_path / f"copy{rank}"))
     if rank == 1:
@@ -99,7 +99,7 @@ def _train_with_own_copy(rank: int, prepared: Path, tmp_path: Path) -> str:
             content = bytearray(shard.read_bytes())
             content[700] ^= 1
             shard.write_bytes(content)
-    config = small_config(copy, "train.steps=3", "evaluate.sequences=0")
+    config = light_config(copy, "train.steps=3", "evaluate.sequences=0", ranks=2)
     try:
         train(config, Sources.load(config), tmp_path / "damaged", CPU)
     except (DataError, PeerFailed) as error:

@@ -48,7 +48,7 @@ def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
     log.mkdir()
 
     def take(mix: dict[str, float], until: int, folder: Path, prepare: Callable[..., None], *given: object) -> None:
-        config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, ALLOWED)
+        config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, ALLOWED, ranks=ranks)
         assert set(run_ranks(train_with, ranks, config, folder, prepare, *given)) == {"FINISHED"}
 
     take(FIRST, CHANGE, run, note_reads, log)
@@ -89,7 +89,8 @@ def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_
     log.mkdir()
 
     def take(mix: dict[str, float], until: int, prepare: Callable[..., None], *given: object) -> None:
-        config = mixed(base, mix, f"train.stop_after_steps={until}", *SPIKY, "resilience.spike_skip_steps=2", ALLOWED)
+        keys = (*SPIKY, "resilience.spike_skip_steps=2", ALLOWED)
+        config = mixed(base, mix, f"train.stop_after_steps={until}", *keys, ranks=1)
         assert set(run_ranks(train_with, 1, config, run, prepare, *given)) == {"FINISHED"}
 
     def forget(first: int) -> None:

@@ -27,7 +27,7 @@ from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.data_prep.test_shards import random_documents, write_data
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, train_with
-from tests.pretrain.runs import assert_bit_identical, metrics, small_config
+from tests.pretrain.runs import assert_bit_identical, light_config, metrics, small_config
 from tests.pretrain.saved import rewrite_state
 
 G, T = 8, 16
@@ -45,10 +45,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixed(base: Path, mix: Mix, *overrides: str) -> Config:
+def mixed(base: Path, mix: Mix, *overrides: str, ranks: int = 2) -> Config:
     rows = [{"manifest": str(base / name), "weight": weight} for name, weight in mix.items()]
-    keys = ("evaluate.sequences=0", "train.steps=12", "checkpoint.keep_last=9", "batch.micro_sequences=4")
-    return small_config(base / "c4", f"data.sources={json.dumps(rows)}", *keys, *overrides)
+    keys = ("evaluate.sequences=0", "train.steps=12", "checkpoint.keep_last=9")
+    return light_config(base / "c4", f"data.sources={json.dumps(rows)}", *keys, *overrides, ranks=ranks)
 
 
 def alone(base: Path, name: str, *overrides: str) -> Config:
@@ -191,7 +191,7 @@ def test_a_run_whose_weights_change_goes_on_and_resumes_bit_by_bit(base: Path, t
     log.mkdir()
 
     def take(mix: Mix, until: int, folder: Path, reads: Path, *keys: str) -> None:
-        config = mixed(base, mix, f"train.stop_after_steps={until}", *keys)
+        config = mixed(base, mix, f"train.stop_after_steps={until}", *keys, ranks=ranks)
         assert set(run_ranks(train_with, ranks, config, folder, note_reads, reads)) == {"FINISHED"}
 
     take(FIRST, 3, run, log)

@@ -18,7 +18,7 @@ from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step
 
-WEIGHT, EXPERTS, LAYERS, STEPS = 1e-3, 8, 4, 3
+WEIGHT, EXPERTS, LAYERS, STEPS = 1e-3, 8, 4, 2
 LAYOUTS = [
     Layout(data=2, zero=0),
     Layout(data=2, zero=3, recompute="full"),

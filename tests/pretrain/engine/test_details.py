@@ -23,11 +23,11 @@ from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, plain_trace, trainer_of
 
 STEPS = 3
-ONE = Layout(zero=0)
+ONE = Layout(zero=0, micro=4)
 TWO = [
     Layout(data=2, zero=3),
-    Layout(tensor=2, sequence=True, zero=1, recompute="full"),
-    Layout(pipeline=2),
+    Layout(tensor=2, sequence=True, zero=1, recompute="full", micro=4),
+    Layout(pipeline=2, micro=4),
     Layout(data=2, expert=2, zero=2),
 ]
 FOUR = [
@@ -195,7 +195,7 @@ BF16, OFFLOAD = "train.precision=bf16", "parallel.offload_optimizer=true"
     "model, cases",
     [
         pytest.param(
-            "switchall", [(Layout(pipeline=2, tied=True), ()), (Layout(data=2, zero=3), (OFFLOAD,))], id="some"
+            "switchall", [(Layout(pipeline=2, tied=True, micro=4), ()), (Layout(data=2, zero=3), (OFFLOAD,))], id="some"
         ),
         pytest.param(
             "switchall xl",

@@ -29,7 +29,7 @@ from pretrain.engine.gradient_norm import (
     sum_of_squares,
 )
 from tests.harness import run_ranks
-from tests.pretrain.runs import one_step, small_config, trainer_of
+from tests.pretrain.runs import light_config, one_step, trainer_of
 
 SHAPES = [(3,), (ROW,), (ROW + 1,), (8000, 128), (7, 11, 513), (2, ROW * 3), ()]
 
@@ -183,7 +183,7 @@ def updates(rank: int, config: Config, left_out: str = "") -> tuple[list[tuple[i
 
 def updated(prepared: Path, ranks: int, precision: str, zero: int, left_out: str = "") -> Any:
     """What `updates` gives on rank 0."""
-    config = small_config(prepared, f"train.precision={precision}", f"parallel.zero={zero}", "batch.micro_sequences=4")
+    config = light_config(prepared, f"train.precision={precision}", f"parallel.zero={zero}", ranks=ranks)
     return run_ranks(updates, ranks, config, left_out)[0]
 
 

@@ -55,7 +55,7 @@ def config_of(prepared: Path, layout: tuple[str, ...], *more: str) -> Config:
         f"train.steps={STEPS}",
         "evaluate.sequences=6",
         "evaluate.streams=2",
-        "batch.micro_sequences=2",
+        "batch.micro_sequences=4",
     )
     return small_config(prepared, *layout, *keys, "checkpoint.every_steps=1", "checkpoint.keep_last=9", *more)
 
@@ -139,9 +139,10 @@ def validated_loss(checkpoint: Path) -> float:
 def begin_late_and_divide_anew(rank: int, prepared: Path, folder: Path) -> None:
     """A run without an average that goes on with one, then saved again by tensor-parallel ranks."""
     experts = "model.feedforward.num_experts=6"
-    old = config_of(prepared, ("parallel.zero=2", BF16, experts), "train.ema_decay=0", f"train.stop_after_steps={STOP}")
+    layout = ("parallel.zero=2", BF16, experts)
+    old = config_of(prepared, layout, "batch.micro_sequences=2", "train.ema_decay=0", f"train.stop_after_steps={STOP}")
     allowed = 'checkpoint.allow_changes=["train.ema_decay"]'
-    new = config_of(prepared, ("parallel.zero=2", BF16, experts), allowed, "evaluate.ema=true")
+    new = config_of(prepared, layout, "batch.micro_sequences=2", allowed, "evaluate.ema=true")
     for config in (old, new):
         assert train_with(rank, config, folder / "run", lambda trainer: None) == "FINISHED"
     checkpoint = Checkpoint.open(list_checkpoints(folder / "run" / "checkpoints")[-1])
@@ -187,7 +188,8 @@ def test_what_goes_with_it(prepared: Path, tmp_path: Path) -> None:
 def test_a_rollback_takes_it_back(prepared: Path, tmp_path: Path) -> None:
     """Position 36 (step 5) is bad: steps 4 and 5 go, with what they added to the average of step 3."""
     spiky = ("resilience.spike_window_steps=8", "resilience.spike_threshold=5", "resilience.spike_action=rollback")
-    keys = ("train.steps=6", "evaluate.sequences=0", "resilience.spike_skip_steps=2", *spiky)
+    light = ("model.num_layers=1", "batch.micro_sequences=8")
+    keys = (*light, "train.steps=6", "evaluate.sequences=0", "resilience.spike_skip_steps=2", *spiky)
     config = config_of(prepared, ("train.precision=fp32", "parallel.zero=1"), *keys)
     assert run_ranks(train_with, 1, config, tmp_path, spike_on_position, 36) == ["FINISHED"]
     (rollback,) = events(tmp_path, "rollback")

@@ -24,6 +24,8 @@ from tests.pretrain.runs import (
 )
 
 STEPS, GRADIENT_STEPS = 6, (0, 3, 5)
+FEW_STEPS, FEW_GRADIENT_STEPS = 4, (0, 3)
+"""Of what every commit runs."""
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
 ZEROS = {2: (0, 1), 4: (0, 1, 2, 3)}
 """Ranks -> ZeRO stages."""
@@ -40,12 +42,14 @@ FAST = {("switchall xl", 4): (3,), ("moa xl", 2): (0,)}
     ],
 )
 def test_every_model_gives_the_same_numbers(prepared: Path, model: str, ranks: int) -> None:
+    is_fast = (model, ranks) in FAST
+    steps, gradient_steps = (FEW_STEPS, FEW_GRADIENT_STEPS) if is_fast else (STEPS, GRADIENT_STEPS)
     # micro_batch scope: 4 sequences per micro-step in every layout.
-    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
+    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), steps, gradient_steps)
     assert max(reference.grad_norms) > 0.5, "clipping was never active"
     micro, zeros = f"batch.micro_sequences={4 * 2 // ranks}", FAST.get((model, ranks), ZEROS[ranks])
     configs = [config_of(prepared, model, *SEQUENCE, micro, f"parallel.zero={zero}") for zero in zeros]
-    for zero, trace in zip(zeros, run_ranks(engine_trace, ranks, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
+    for zero, trace in zip(zeros, run_ranks(engine_trace, ranks, configs, steps, gradient_steps)[0], strict=True):
         assert_same(trace, reference, f"TP 2 with SP, DP {ranks // 2}, ZeRO {zero}, {model}")
 
 

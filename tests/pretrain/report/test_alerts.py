@@ -28,7 +28,7 @@ from pretrain.report.run_folder import RunFolder
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import outcome, spike_in_steps, spoil_losses_of_steps, train_with
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import light_config, metrics, small_config
 
 WRITES = """
 import json, os, sys
@@ -306,14 +306,14 @@ def test_rank_0_alone_tells_what_happens_and_how_it_ended_and_training_is_the_sa
     """Two ranks: a spike, an update that is skipped because of rank 1, and three in a row that end the run."""
     keys = (
         "train.steps=20",
-        "batch.micro_sequences=4",
         "evaluate.sequences=0",
         "resilience.spike_window_steps=8",
         "resilience.max_skipped_updates=3",
     )
-    runs = [(small_config(prepared, *keys), tmp_path / "silent")]
+    runs = [(light_config(prepared, *keys, ranks=2), tmp_path / "silent")]
     for name, given in (("told", command(tmp_path, WRITES, str(tmp_path / "got"), "$TOKEN")), ("broken", "/not/here")):
-        runs.append((small_config(prepared, *keys, f"monitor.alert_command={json.dumps(given)}"), tmp_path / name))
+        told = f"monitor.alert_command={json.dumps(given)}"
+        runs.append((light_config(prepared, *keys, told, ranks=2), tmp_path / name))
     for ended in run_ranks(train_failing, 2, runs, (14, 16, 17, 18)):
         assert all(text.startswith("DIVERGED: step 18") for text in ended)
     assert all(outcome(run_dir)["exit_code"] == ExitCode.DIVERGED for _, run_dir in runs)

@@ -13,7 +13,7 @@ import pytest
 from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import light_config, train_runs
 
 
 def prepare_bytes(folder: Path, type: str = "bytes") -> Path:
@@ -44,10 +44,10 @@ def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Pa
 def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    keys = ("train.steps=2", "monitor.tensorboard=true")
-    config = small_config(prepare_bytes(tmp_path), "model.vocab_size=256", *keys)
-    pieces = small_config(prepared, *keys)
-    symbols = small_config(prepare_bytes(tmp_path, "symbols"), "model.vocab_size=64", *keys)
+    keys = ("train.steps=2", "evaluate.sequences=8")
+    config = light_config(prepare_bytes(tmp_path), "model.vocab_size=256", *keys, "monitor.tensorboard=true")
+    pieces = light_config(prepared, *keys)
+    symbols = light_config(prepare_bytes(tmp_path, "symbols"), "model.vocab_size=64", *keys)
     runs = [(config, tmp_path / "run"), (pieces, tmp_path / "pieces"), (symbols, tmp_path / "symbols")]
     run_ranks(train_and_keep_output, 1, runs, tmp_path / "out")
     printed = (tmp_path / "out").read_text().splitlines()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -30,12 +31,12 @@ from tests.harness import RankFailed, run_ranks
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.resilience.faults import train_with
 from tests.pretrain.resilience.test_spikes import SPIKY, spike_on_position
-from tests.pretrain.runs import metrics, small_config, train_runs
+from tests.pretrain.runs import light_config, metrics, small_config, train_runs
 
 KEYS = (
-    "batch.micro_sequences=4",
     "monitor.tensorboard=true",
     "monitor.details_every_steps=2",
+    "evaluate.sequences=8",
     "evaluate.every_steps=2",
     "checkpoint.every_steps=2",
 )
@@ -45,11 +46,11 @@ def test_a_run_that_is_stopped_and_goes_back_shows_each_step_once(prepared: Path
     """Stopped at step 3 of 6, and started from the checkpoint of step 2 in another layout; curves, pictures and
     histograms go on without a gap, and what happened stays."""
     run_dir, keys = tmp_path / "run", (*KEYS, "train.steps=6")
-    first = small_config(prepared, *keys, "train.stop_after_steps=3")
+    first = light_config(prepared, *keys, "train.stop_after_steps=3")
     run_ranks(train_runs, 1, [(first, run_dir)])
     for path in (run_dir / "checkpoints").glob("step-00000003"):
         path.rename(tmp_path / "lost")  # what a kill before the save would leave: the board is ahead of the checkpoint
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys, "parallel.zero=3"), run_dir)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, "parallel.zero=3", ranks=2), run_dir)])
 
     board = read(run_dir / "tensorboard")
     rows = metrics(run_dir)
@@ -57,7 +58,7 @@ def test_a_run_that_is_stopped_and_goes_back_shows_each_step_once(prepared: Path
     values = [point.value for point in board.Scalars("loss/train")]
     assert values == pytest.approx([row["loss"] for row in rows], rel=1e-6)
     assert steps_of(board, "loss/validation") == [2, 4, 6]
-    for tag in ("gradient norm by group/experts", "routing/attention value/load max/block 1"):
+    for tag in ("gradient norm by group/experts", "routing/attention value/load max/block 0"):
         assert steps_of(board, tag) == [1, 2, 4, 6]
     assert [image.step for image in board.Images("load of the experts/feed-forward")] == [1, 2, 4, 6]
     assert [h.step for h in board.Histograms("selection scores/attention output/block 00")] == [1, 2, 4, 6]
@@ -106,17 +107,24 @@ def test_a_start_continues_the_curves_whatever_its_clock_says(
     assert points == [(step, 1.0) for step in range(1, 7)] + [(step, 2.0) for step in range(7, 15)]
 
 
-def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, *KEYS, "train.steps=2")
-    run_ranks(train_runs, 1, [(config, tmp_path)])
-    board = read(tmp_path / "tensorboard")
+@pytest.fixture(scope="module")
+def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A run of three steps with a board."""
+    config, run_dir = small_config(prepared, *KEYS, "train.steps=3"), tmp_path_factory.mktemp("finished")
+    run_ranks(train_runs, 1, [(config, run_dir)])
+    return config, run_dir
+
+
+def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(finished: tuple[Config, Path]) -> None:
+    _, run_dir = finished
+    board = read(run_dir / "tensorboard")
 
     def text(tag: str) -> str:
         (event,) = board.Tensors(f"{tag}/text_summary")
         return str(event.tensor_proto.string_val[0].decode())
 
     tree = json.loads(text("run/configuration").removeprefix("```json\n").removesuffix("\n```"))
-    assert tree == json.loads((tmp_path / "config.json").read_text())
+    assert tree == json.loads((run_dir / "config.json").read_text())
     assert f"| torch | {torch.__version__} |" in text("run/software") and "| git | " in text("run/software")
     assert "| data | 1 |" in text("run/layout") and "stage 0 | embedding, blocks 0-1" in text("run/layout")
     assert "measured: the best" in text("run/peak of a device")
@@ -134,19 +142,19 @@ def test_a_board_tells_what_run_it_is_of_and_opens_on_what_matters(prepared: Pat
     assert "_hparams_/session_start_info" in board.summary_metadata
 
 
-def test_a_run_that_has_nothing_to_do_writes_nothing(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, *KEYS, "train.steps=2")
-    run_ranks(train_runs, 1, [(config, tmp_path)])
+def test_a_run_that_has_nothing_to_do_writes_nothing(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    config, run_dir = finished
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
     before = sorted((p, p.stat().st_size) for p in (tmp_path / "tensorboard").rglob("*"))
     run_ranks(train_runs, 1, [(config, tmp_path)])
     assert sorted((p, p.stat().st_size) for p in (tmp_path / "tensorboard").rglob("*")) == before
 
 
-def test_every_key_of_a_line_has_words(prepared: Path, tmp_path: Path) -> None:
-    run_ranks(train_runs, 1, [(small_config(prepared, *KEYS, "train.steps=3"), tmp_path)])
-    scalars = set(read(tmp_path / "tensorboard").Tags()["scalars"])
+def test_every_key_of_a_line_has_words(finished: tuple[Config, Path]) -> None:
+    _, run_dir = finished
+    scalars = set(read(run_dir / "tensorboard").Tags()["scalars"])
     assert not [tag for tag in scalars if tag.startswith("other/") or "_" in tag]
-    assert {tags.tag_of(key)[0] for key in metrics(tmp_path)[0] if key != "step"} <= scalars
+    assert {tags.tag_of(key)[0] for key in metrics(run_dir)[0] if key != "step"} <= scalars
     phases = {tag.partition("/")[2] for tag in scalars if tag.startswith("time of a step in seconds/")}
     assert phases >= {"forward", "backward", "update", "reading batches", "validation", "checkpoint", "whole step"}
 
@@ -163,7 +171,7 @@ def fail_to_draw(rank: int, runs: list[tuple[Config, Path]], output: Path) -> No
 
 
 def test_a_run_goes_on_without_pictures(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, *KEYS, "train.steps=5")
+    config = light_config(prepared, *KEYS, "train.steps=5")
     run_ranks(fail_to_draw, 1, [(config, tmp_path / "run")], tmp_path / "err")
     board = read(tmp_path / "run" / "tensorboard")
     assert steps_of(board, "loss/train") == [1, 2, 3, 4, 5] and not board.Tags()["images"]
@@ -186,7 +194,7 @@ def test_a_step_without_an_update_has_no_details(tmp_path: Path, prepared: Path)
 
 def test_a_run_that_fails_shows_its_last_steps(prepared: Path, tmp_path: Path) -> None:
     wild = ("optimizer.learning_rate=1e30", "optimizer.clip_norm=0", "resilience.max_skipped_updates=2")
-    config = small_config(prepared, *KEYS, "train.steps=30", "schedule.warmup_steps=0", *wild)
+    config = light_config(prepared, *KEYS, "train.steps=30", "schedule.warmup_steps=0", *wild)
     with pytest.raises(RankFailed, match="Diverged"):
         run_ranks(train_runs, 1, [(config, tmp_path)])
     shown = steps_of(read(tmp_path / "tensorboard"), "optimizer/learning rate")

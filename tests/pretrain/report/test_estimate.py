@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from pretrain.report.event_text import event_text
 from pretrain.report.forecast import COMMAND, Forecast
 from pretrain.report.memory_text import run_estimate
 from tests.harness import LIMIT_SECONDS, run_ranks
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import light_config, metrics, small_config
 
 GIB = 1 << 30
 PIPELINE = ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")
@@ -125,9 +127,9 @@ def runs_of(rank: int, configs: list[tuple[Config, Path]]) -> None:
 
 
 def test_a_run_compares_the_rank_that_takes_most_and_a_shorter_one_says_nothing(prepared: Path, tmp_path: Path) -> None:
-    keys = ("evaluate.sequences=0", "batch.micro_sequences=4")
-    lengths = {2: small_config(prepared, *keys, "train.steps=2")}
-    lengths[4] = small_config(prepared, *keys, "train.steps=4", "monitor.tensorboard=true")
+    keys = "evaluate.sequences=0"
+    lengths = {2: light_config(prepared, keys, "train.steps=2", ranks=2)}
+    lengths[4] = light_config(prepared, keys, "train.steps=4", "monitor.tensorboard=true", ranks=2)
     run_ranks(runs_of, 2, [(config, tmp_path / str(steps)) for steps, config in lengths.items()])
     for steps in lengths:
         rows = [json.loads(line) for line in (tmp_path / str(steps) / "events.jsonl").read_text().splitlines()]
@@ -202,27 +204,34 @@ def test_what_the_process_computes(
     assert "GiB estimated: weights" in found.text
 
 
-@pytest.mark.parametrize(
-    "stages, keys",
-    [
-        (2, (*PIPELINE, "batch.global_sequences=2", "batch.micro_sequences=2")),
-        (1, ("parallel.zero=3", "batch.global_sequences=4", "batch.micro_sequences=1", "model.num_layers=1")),
-    ],
-)
-def test_a_divided_run_is_rehearsed(prepared: Path, stages: int, keys: tuple[str, ...]) -> None:
-    """By the process itself: what libraries print is no part of its answer."""
-    config = small_config(prepared, "train.device=cpu", *keys)
-    found = taken(Forecast(config, Ranks(rank=0, local_rank=0, world_size=4, local_size=4), AT_ONCE))
+@pytest.mark.parametrize("is_forked", [True, False], ids=["pipeline", "zero 3"])
+def test_a_divided_run_is_rehearsed(prepared: Path, is_forked: bool) -> None:
+    """Once by the process itself, and once by what it runs in one that has imported all already: what libraries print
+    is no part of the answer."""
+    keys = ("parallel.zero=3", "batch.global_sequences=4", "batch.micro_sequences=1", "model.num_layers=1")
+    if is_forked:
+        keys = (*PIPELINE, "batch.global_sequences=2", "batch.micro_sequences=2")
+    config, stages = small_config(prepared, "train.device=cpu", *keys), 2 if is_forked else 1
+    four = Ranks(rank=0, local_rank=0, world_size=4, local_size=4)
+    found = None if is_forked else taken(Forecast(config, four, AT_ONCE))
+    ((peaks, printed),) = run_ranks(peaks_of, 1, config, stages, is_forked)
+    if is_forked:
+        found = RunEstimate.from_json(json.loads(printed))
     assert found is not None and found.device_type == "cpu"
-    (peaks,) = run_ranks(peaks_of, 1, config, stages)
     rank = peaks.index(max(peaks)) * (4 // stages)
     assert found.memory_bytes == max(peaks) and f"of rank {rank}, at the highest point" in found.text
 
 
-def peaks_of(rank: int, config: Config, stages: int) -> list[int]:
-    """Of the first of 4 ranks of each stage."""
+def peaks_of(rank: int, config: Config, stages: int, is_forked: bool) -> tuple[list[int], str]:
+    """Of the first of 4 ranks of each stage; and what the process prints that estimates."""
     torch.distributed.destroy_process_group()
-    return [rehearse(config, 4, first, "cpu").peak for first in range(0, 4, 4 // stages)]
+    printed = ""
+    if is_forked:
+        given = io.StringIO(json.dumps({"config": to_json(config), "ranks": 4, "ranks_per_node": 4}))
+        with mock.patch("sys.stdin", given), mock.patch("os.nice"), contextlib.redirect_stdout(io.StringIO()) as out:
+            assert child.main() == 0
+        printed = out.getvalue()
+    return [rehearse(config, 4, first, "cpu").peak for first in range(0, 4, 4 // stages)], printed
 
 
 def test_the_time_of_a_step_is_that_of_the_planner_where_the_gpu_is_known(

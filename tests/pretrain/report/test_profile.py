@@ -21,7 +21,7 @@ from pretrain import device, loop
 from pretrain.config.schema import Config
 from pretrain.report import profile
 from tests.harness import run_ranks
-from tests.pretrain.runs import COMPARED, metrics, small_config, train_runs
+from tests.pretrain.runs import COMPARED, light_config, metrics, small_config, train_runs
 
 
 def train_and_keep_warnings(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
@@ -36,8 +36,8 @@ def test_the_named_steps_are_recorded_on_the_first_slice(prepared: Path, tmp_pat
         train_runs,
         2,
         [
-            (small_config(prepared, *keys), plain),
-            (small_config(prepared, *keys, "monitor.profile_steps=[2, 3]"), profiled),
+            (light_config(prepared, *keys), plain),
+            (light_config(prepared, *keys, "monitor.profile_steps=[2, 3]"), profiled),
         ],
     )
     folder = profiled / "profile" / "steps-2-3"
@@ -61,7 +61,7 @@ def test_a_run_that_ends_early_writes_what_it_has(prepared: Path, tmp_path: Path
 def test_a_disk_that_refuses_it_is_a_warning(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("in the way")
     keys = ("train.steps=2", "evaluate.sequences=0", "monitor.profile_steps=[1, 1]")
-    run_ranks(train_and_keep_warnings, 1, [(small_config(prepared, *keys), tmp_path)], tmp_path / "err")
+    run_ranks(train_and_keep_warnings, 1, [(light_config(prepared, *keys), tmp_path)], tmp_path / "err")
     assert (tmp_path / "err").read_text().startswith("warning: monitor.profile_steps: ")
     assert len(metrics(tmp_path)) == 2
 
@@ -113,8 +113,8 @@ def test_the_history_of_memory_begins_before_the_model_is_built_and_only_where_i
 ) -> None:
     keys, calls = ("train.steps=1", "evaluate.sequences=0"), tmp_path / "calls"
     runs = [
-        (small_config(prepared, *keys), tmp_path / "plain"),
-        (small_config(prepared, *keys, "monitor.memory_history=true"), tmp_path / "history"),
+        (light_config(prepared, *keys), tmp_path / "plain"),
+        (light_config(prepared, *keys, "monitor.memory_history=true"), tmp_path / "history"),
     ]
     run_ranks(train_and_keep_what_was_called, 1, runs, calls)
     assert json.loads(calls.read_text()) == ["model", "history of cpu", "model"]

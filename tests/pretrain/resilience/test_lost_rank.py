@@ -13,7 +13,7 @@ from pretrain.parallel.lost_ranks import lost_connection
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import light_config
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {}. This is typically caused by a remote worker."
 
@@ -66,7 +66,7 @@ def alone(rank: int, config: Config, run_dir: Path) -> str:
 
 
 def test_a_rank_whose_peer_ends_says_so_in_one_sentence_with_a_code_of_its_own(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, "train.steps=4", "batch.micro_sequences=4", "checkpoint.every_steps=2")
+    config = light_config(prepared, "train.steps=4", "checkpoint.every_steps=2", "evaluate.sequences=0", ranks=2)
     said, failed = run_ranks(alone, 2, config, tmp_path)
     assert failed == "failed"
     assert said.startswith("CUT_OFF: another rank is gone in phase '") and "of step 3 (" in said and "\n" not in said

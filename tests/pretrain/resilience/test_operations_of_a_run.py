@@ -18,7 +18,7 @@ from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.report.test_line_log import strict
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import light_config, metrics
 
 
 def nothing(trainer: Trainer) -> None:
@@ -71,7 +71,7 @@ def no_folder_for_ranks(rank: int, config: Config, run_dir: Path) -> str:
 
 
 def test_a_rank_that_may_not_write_into_the_folder_is_named(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, "train.steps=1", "batch.micro_sequences=4")
+    config = light_config(prepared, "train.steps=1", ranks=2)
     other, said = run_ranks(no_folder_for_ranks, 2, config, tmp_path)
     assert other == "another rank said why"
     assert said == f"REFUSED: --run-dir: {tmp_path}/ranks cannot be written by rank 1: Read-only file system"
@@ -95,12 +95,11 @@ def endings(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """How the runs below ended on both ranks; one launch for all."""
     folder = tmp_path_factory.mktemp("runs")
     keys = ("train.steps=8", "checkpoint.every_steps=2", "evaluate.sequences=8", "monitor.tensorboard=true")
-    keys = (*keys, "batch.micro_sequences=4")
-    config = small_config(prepared, *keys)
-    at_once = small_config(prepared, *keys, "train.steps=4", "checkpoint.asynchronous=false")
-    wild = small_config(
+    config = light_config(prepared, *keys, ranks=2)
+    at_once = light_config(prepared, *keys, "train.steps=4", "checkpoint.asynchronous=false", ranks=2)
+    wild = light_config(
         prepared, *keys, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "evaluate.every_steps=2",
-        "train.steps=30",
+        "train.steps=30", ranks=2,
     )  # fmt: skip
     cases = [
         (config, folder / "cleared", (full_disk, 3, 6)),

@@ -19,9 +19,17 @@ from pretrain.resilience.replicas import Difference, ReplicaCheck, checksum, sus
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import assert_bit_identical, metrics, one_step, small_config, train_runs, trainer_of
+from tests.pretrain.runs import (
+    assert_bit_identical,
+    light_config,
+    metrics,
+    one_step,
+    small_config,
+    train_runs,
+    trainer_of,
+)
 
-NAME = "blocks.1.feedforward.down_experts"
+NAME, ONLY = "blocks.1.feedforward.down_experts", "blocks.0.feedforward.down_experts"
 SIX = "model.feedforward.num_experts=6"
 
 
@@ -80,20 +88,20 @@ def _flip(trainer: Trainer, name: str) -> bool:
 
 ALONE = "rank 3 differs from ranks 0, 1, 2"
 LAYOUTS = {
-    ("parallel.zero=0",): f"{NAME}: {ALONE}",
-    ("parallel.zero=1", "train.precision=bf16"): f"{NAME}: {ALONE}",
-    ("parallel.zero=2",): f"{NAME}: {ALONE}",
-    ("parallel.zero=3",): f"{NAME}: {ALONE}",  # all parameters of this model are small enough to stay whole
-    ("parallel.tensor=2", SIX): f"{NAME} (part 2 of 2): rank 1 differs from rank 3",
-    ("parallel.pipeline=2",): f"{NAME}: rank 2 differs from rank 3",
-    ("parallel.expert=2", SIX): f"{NAME} (part 2 of 2): rank 1 differs from rank 3",
+    ("parallel.zero=0",): f"{ONLY}: {ALONE}",
+    ("parallel.zero=1", "train.precision=bf16"): f"{ONLY}: {ALONE}",
+    ("parallel.zero=2",): f"{ONLY}: {ALONE}",
+    ("parallel.zero=3",): f"{ONLY}: {ALONE}",  # all parameters of this model are small enough to stay whole
+    ("parallel.tensor=2", SIX): f"{ONLY} (part 2 of 2): rank 1 differs from rank 3",
+    ("parallel.pipeline=2", "model.num_layers=2"): f"{NAME}: rank 2 differs from rank 3",
+    ("parallel.expert=2", SIX): f"{ONLY} (part 2 of 2): rank 1 differs from rank 3",
     ("parallel.expert=4", "model.feedforward.num_experts=8"): None,  # every expert on one rank
 }
 """Layout -> what is said of the flipped weight of rank 3."""
 
 
 def test_a_flipped_bit_is_found_wherever_there_is_a_replica(prepared: Path) -> None:
-    configs = [small_config(prepared, *layout, "batch.micro_sequences=2") for layout in LAYOUTS]
+    configs = [light_config(prepared, *layout, ranks=4) for layout in LAYOUTS]
     for results in run_ranks(_flip_on_last_rank, 4, configs):
         for (layout, said), (before, after, statistic) in zip(LAYOUTS.items(), results, strict=True):
             assert before == [], layout
@@ -114,7 +122,7 @@ def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str]
         one_step(trainer, Progress(0, 0))
         before = [str(difference) for difference in check()]
         if rank == 3:
-            assert _flip(trainer, NAME)
+            assert _flip(trainer, f"blocks.{config.model.num_layers - 1}.feedforward.down_experts")
         after = [str(difference) for difference in check()]
         if rank == 3:
             tracking = [s for _, s in routing_statistics(trainer.engine.module) if s.tracks_probability]
@@ -141,7 +149,7 @@ def flip_once(trainer: Trainer, step: int, marker: Path) -> None:
     def flip(now: int) -> None:
         if now == step and dist.get_rank() == 1 and not marker.exists():
             marker.touch()
-            _flip(trainer, NAME)
+            assert _flip(trainer, ONLY)
 
     before_steps(trainer, flip)
 
@@ -149,14 +157,14 @@ def flip_once(trainer: Trainer, step: int, marker: Path) -> None:
 def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_path: Path) -> None:
     """ZeRO 0: the flipped weight stays wrong on its rank for good, and is found before it is saved."""
     keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", "parallel.zero=0")
-    stop = small_config(prepared, *keys)
+    stop = light_config(prepared, *keys, ranks=2)
     endings = run_ranks(train_with, 2, stop, tmp_path / "stop", flip_once, 3, tmp_path / "flipped-1")
-    assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {NAME}") for ending in endings)
+    assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {ONLY}") for ending in endings)
     assert all("memory of those machines" in ending and "the layer of that parameter" in ending for ending in endings)
     assert outcome(tmp_path / "stop")["exit_code"] == 4 and "node" not in outcome(tmp_path / "stop")
     assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
 
-    back = small_config(prepared, *keys, "resilience.replica_action=rollback")
+    back = light_config(prepared, *keys, "resilience.replica_action=rollback", ranks=2)
     assert run_ranks(train_with, 2, back, tmp_path / "back", flip_once, 3, tmp_path / "flipped-2") == ["FINISHED"] * 2
     (rollback,) = events(tmp_path / "back", "rollback")
     assert rollback["skipped"] is None
@@ -173,7 +181,7 @@ def test_a_node_that_two_others_contradict_is_named_for_the_job(prepared: Path, 
         "checkpoint.every_steps=2",
         "parallel.zero=0",
     )
-    config = small_config(prepared, *keys)
+    config = light_config(prepared, *keys)
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
     endings = run_ranks(_train_on_three_nodes, 3, config, tmp_path / "run", tmp_path / "flipped")
     assert all("check the memory of node1, whose ranks alone differ from the majority" in ending for ending in endings)

@@ -22,11 +22,10 @@ from pretrain.phases import Phases
 from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, outcome
-from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
+from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
 
 KEYS = (
     "train.steps=5",
-    "batch.micro_sequences=2",
     "evaluate.sequences=24",
     "evaluate.every_steps=2",
     "checkpoint.every_steps=2",
@@ -35,7 +34,7 @@ KEYS = (
 # (phase, which time it is entered, signal, rank that gets it, steps after which the run stops)
 QUICK = [
     ("building the engine", 1, signal.SIGUSR1, 1, 0),
-    ("forward", 5, signal.SIGTERM, 0, 3),
+    ("forward", 3, signal.SIGTERM, 0, 3),
     ("validation", 2, signal.SIGTERM, 1, 2),
     ("checkpoint", 1, signal.SIGUSR1, 1, 2),
 ]
@@ -43,7 +42,7 @@ THOROUGH = [
     ("looking for a checkpoint", 1, signal.SIGTERM, 0, 0),
     ("reading batches", 1, signal.SIGTERM, 1, 0),
     ("agreeing on what is next", 2, signal.SIGINT, 1, 2),
-    ("validation", 9, signal.SIGUSR1, 0, 5),
+    ("validation", 6, signal.SIGUSR1, 0, 5),
     ("comparing replicas", 3, signal.SIGHUP, 0, 3),
     ("ending", 1, signal.SIGTERM, 1, 5),
 ]
@@ -53,7 +52,7 @@ THOROUGH = [
 def test_a_signal_in_any_phase_stops_all_ranks_and_loses_nothing(
     prepared: Path, tmp_path: Path, moments: list[tuple]
 ) -> None:
-    config = small_config(prepared, *KEYS)
+    config = light_config(prepared, *KEYS, ranks=2)
     run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
     cases = [(*moment, tmp_path / str(number)) for number, moment in enumerate(moments)]
     both = run_ranks(_stop_and_resume, 2, config, cases)

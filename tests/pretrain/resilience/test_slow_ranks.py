@@ -27,7 +27,7 @@ from pretrain.resilience.slow_ranks import (
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import events, train_with
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import light_config, metrics
 
 MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}
 HOSTS = [f"node{rank // 2}" for rank in range(8)]
@@ -205,34 +205,33 @@ def counted_run(rank: int, config: Config, run_dir: Path, slow: int | None, phas
 
 
 KEYS = (
-    "train.steps=40",
-    "batch.micro_sequences=2",
+    f"train.steps={3 * FEWEST_STEPS}",
     "evaluate.sequences=0",
     "checkpoint.every_steps=100",
-    "monitor.details_every_steps=10",
+    f"monitor.details_every_steps={FEWEST_STEPS}",
 )
 
 
 @pytest.mark.parametrize(
-    "slow, phase, layout",
+    "ranks, slow, phase, layout",
     [
-        (1, "reading batches", ()),
-        (3, "forward", ("parallel.zero=2",)),
-        (1, "reading batches", ("parallel.pipeline=2",)),
+        (2, 1, "reading batches", ()),
+        (4, 3, "forward", ("parallel.zero=2",)),
+        (4, 1, "reading batches", ("parallel.pipeline=2", "model.num_layers=2", "batch.micro_sequences=4")),
     ],
     ids=["reading", "forward", "pipeline"],
 )
 def test_the_rank_that_is_delayed_is_named(
-    prepared: Path, tmp_path: Path, slow: int, phase: str, layout: tuple[str, ...]
+    prepared: Path, tmp_path: Path, ranks: int, slow: int, phase: str, layout: tuple[str, ...]
 ) -> None:
-    config = small_config(prepared, *KEYS, *layout)
-    assert run_ranks(counted_run, 4, config, tmp_path, slow, phase) == ["FINISHED"] * 4
+    config = light_config(prepared, *KEYS, *layout, ranks=ranks)
+    assert run_ranks(counted_run, ranks, config, tmp_path, slow, phase) == ["FINISHED"] * ranks
     compared = {row["step"]: row["slowest_rank"] for row in metrics(tmp_path) if "slowest_rank" in row}
-    assert compared == {10: slow, 20: slow, 30: slow, 40: slow}
+    assert compared == {FEWEST_STEPS: slow, 2 * FEWEST_STEPS: slow, 3 * FEWEST_STEPS: slow}
     behind = [row["slowest_rank_behind_seconds"] for row in metrics(tmp_path) if "slowest_rank" in row]
-    assert behind == pytest.approx([0.04] * 4, abs=1e-5)
+    assert behind == pytest.approx([0.04] * 3, abs=1e-5)
     (event,) = events(tmp_path, "slow_ranks")
-    assert event["step"] == 30 and event["count"] == 1
+    assert event["step"] == 3 * FEWEST_STEPS and event["count"] == 1
     assert (event["ranks"][0]["rank"], event["ranks"][0]["phase"]) == (slow, phase)
     assert event["ranks"][0]["host"] in event_text(event, 0.0) and f"rank {slow} on " in event_text(event, 0.0)
 
@@ -241,7 +240,7 @@ def test_the_rank_that_is_delayed_is_named(
 def test_nobody_is_named_where_all_are_alike_or_where_waiting_cannot_be_told_from_work(
     prepared: Path, tmp_path: Path, phase: str
 ) -> None:
-    config = small_config(prepared, *KEYS)
+    config = light_config(prepared, *KEYS, ranks=2)
     assert run_ranks(counted_run, 2, config, tmp_path, 1, phase) == ["FINISHED"] * 2
-    assert [row["slowest_rank_behind_seconds"] for row in metrics(tmp_path) if "slowest_rank" in row] == [0.0] * 4
+    assert [row["slowest_rank_behind_seconds"] for row in metrics(tmp_path) if "slowest_rank" in row] == [0.0] * 3
     assert not events(tmp_path, "slow_ranks")

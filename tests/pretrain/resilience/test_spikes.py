@@ -33,7 +33,7 @@ from tests.pretrain.resilience.faults import (
     spike_on_position,
     train_with,
 )
-from tests.pretrain.runs import assert_bit_identical, metrics, small_config, train_runs
+from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
 
 
 def test_a_spike_stands_out_from_the_median() -> None:
@@ -124,7 +124,6 @@ def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path)
 
 SPIKY = (
     "train.steps=16",
-    "batch.micro_sequences=4",
     "evaluate.sequences=0",
     "checkpoint.every_steps=3",
     "checkpoint.keep_last=9",
@@ -149,7 +148,7 @@ def test_a_spike_is_rolled_back_its_data_left_out_and_the_course_is_repeatable(
 ) -> None:
     """Position 60 (step 8 of 8 sequences) is bad: steps 7 and 8 go, from the checkpoint of step 6."""
     keys = (*SPIKY, 'model.position={"type": "xl", "memory_chunks": 1}') if memory else SPIKY
-    config = small_config(prepared, *keys)
+    config = light_config(prepared, *keys, ranks=2)
     run_dir = tmp_path / "spiked"
     assert run_ranks(train_with, 2, config, run_dir, spike_on_position, 60) == ["FINISHED"] * 2
     rows = metrics(run_dir)
@@ -176,14 +175,14 @@ def test_a_spike_is_rolled_back_its_data_left_out_and_the_course_is_repeatable(
         stopped = tmp_path / f"stopped-{stop_after}"
         stopped.mkdir()
         record(stopped, Rollback("told", 8, 7, (48, 64)))
-        first = small_config(prepared, *keys, f"train.stop_after_steps={stop_after}")
+        first = light_config(prepared, *keys, f"train.stop_after_steps={stop_after}", ranks=2)
         run_ranks(train_runs, 2, [(first, stopped), (config, stopped)])
         assert_bit_identical(stopped, record_only)
     # In another layout: the same data, the same losses to rounding.
     other = tmp_path / "other"
     other.mkdir()
     record(other, Rollback("told", 8, 7, (48, 64)))
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys, "parallel.zero=0"), other)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys, "parallel.zero=0"), other)])
     for ours, theirs in zip(metrics(other), metrics(record_only), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
 
@@ -202,7 +201,7 @@ def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_t
     prepared: Path, tmp_path: Path
 ) -> None:
     """Step 5 spikes whatever it reads; no checkpoint is so old."""
-    config = small_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
+    config = light_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
     (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps_of_one_model, (5,))
     assert ending.startswith("DIVERGED: loss spike") and "2 rollbacks" in ending
     assert [row["skipped"] for row in json.loads((tmp_path / "rollbacks.json").read_text())] == [[24, 40], [40, 56]]
@@ -234,7 +233,7 @@ def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str,
 def test_a_rollback_that_a_stop_came_between_is_made_by_the_next_start(prepared: Path, tmp_path: Path) -> None:
     """Steps 5 to 8 are to be undone, and there is a checkpoint of step 6: it must not be taken. The same is left where
     the run is killed between the decision and the first step of the course that it leads to."""
-    config = small_config(prepared, *SPIKY, "train.steps=10", "resilience.spike_skip_steps=4")
+    config = light_config(prepared, *SPIKY, "train.steps=10", "resilience.spike_skip_steps=4")
     ((first, row, step, second),) = run_ranks(stopped_then_started, 1, config, tmp_path / "run")
     assert (first, step, second) == ("STOPPED", 3, "FINISHED")
     assert row["skipped"] == [32, 64]
@@ -296,7 +295,7 @@ def test_a_rollback_into_the_steps_to_be_undone_leaves_out_the_rest_of_their_dat
 ) -> None:
     """Step 8 spikes and four steps are to be undone, but the only checkpoint is that of step 6. Without the data of
     steps 7 and 8 the run goes on; with them it would spike again until it has no rollback left."""
-    config = small_config(
+    config = light_config(
         prepared, *SPIKY, "train.steps=10", "checkpoint.every_steps=6", "resilience.spike_skip_steps=4"
     )
     assert run_ranks(train_with, 1, config, tmp_path, spike_on_position, 60) == ["FINISHED"]
@@ -306,7 +305,7 @@ def test_a_rollback_into_the_steps_to_be_undone_leaves_out_the_rest_of_their_dat
 
 
 def test_a_warning_changes_nothing(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, *SPIKY, "train.steps=6", "resilience.spike_action=warn")
+    config = light_config(prepared, *SPIKY, "train.steps=6", "resilience.spike_action=warn", ranks=2)
     assert run_ranks(train_with, 2, config, tmp_path, spike_in_steps, (5,)) == ["FINISHED"] * 2
     (event,) = events(tmp_path, "loss_spike")
     assert event["step"] == 5

@@ -16,7 +16,7 @@ from pretrain.resilience.step_limit import StepLimit
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, train_with
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import light_config
 
 
 def limit_after(seconds: list[float], config: ResilienceConfig | None = None, **options: bool) -> float | None:
@@ -84,12 +84,12 @@ def test_a_run_has_the_limit_from_its_sixteenth_step_on_unless_memory_begins_ane
     prepared: Path, tmp_path: Path
 ) -> None:
     """Of the run with memory every pass over the data has 20 steps."""
-    steps = ("train.steps=22", "evaluate.sequences=0", "batch.micro_sequences=8")
+    steps = ("train.steps=22", "evaluate.sequences=0")
     memory = 'model.position={"type": "xl", "memory_chunks": 1}'
-    plain = small_config(prepared, *steps)
-    streams = small_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
+    plain = light_config(prepared, *steps)
+    streams = light_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
     limits = []
-    recorded = small_config(prepared, *steps, "train.record_routing=true")
+    recorded = light_config(prepared, *steps, "train.record_routing=true")
     for name, config in (("plain", plain), ("streams", streams), ("recorded", recorded)):
         assert run_ranks(train_with, 1, config, tmp_path / name, note_limits, tmp_path / f"{name}.json") == ["FINISHED"]
         limits.append(json.loads((tmp_path / f"{name}.json").read_text()))
@@ -132,7 +132,7 @@ def note_quick_phases(trainer: Trainer, file: Path) -> None:
 
 def test_the_limit_holds_for_a_steps_own_work_and_for_nothing_that_is_written(prepared: Path, tmp_path: Path) -> None:
     keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.sequences=8", "checkpoint.every_steps=2")
-    config, file = small_config(prepared, *keys), tmp_path / "phases"
+    config, file = light_config(prepared, *keys), tmp_path / "phases"
     assert run_ranks(train_with, 1, config, tmp_path / "run", note_quick_phases, file) == ["FINISHED"]
     own = ["forward", "backward", "update", "adding up over ranks", "reading the step's sums"]
     assert json.loads(file.read_text()) == [own, []]

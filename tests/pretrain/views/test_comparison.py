@@ -24,7 +24,7 @@ from pretrain.views.comparison_page import _sources, drawn, thinned
 from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import light_config, train_runs
 
 
 def write(folder: Path, rows: list[dict[str, Any]], config: dict[str, Any] | None = None) -> Path:
@@ -134,8 +134,8 @@ def test_settings_and_software_that_differ(tmp_path: Path) -> None:
 def test_two_layouts_of_one_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("train.steps=4", "evaluate.sequences=0")
     one, two = tmp_path / "one rank", tmp_path / "<two>"
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), one)])
-    run_ranks(train_runs, 2, [(small_config(prepared, *keys, "parallel.zero=3"), two)])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), one)])
+    run_ranks(train_runs, 2, [(light_config(prepared, *keys, "parallel.zero=3", ranks=2), two)])
     capsys.readouterr()
     assert main([str(one), str(two)]) == 0
     printed = capsys.readouterr().out

@@ -19,7 +19,7 @@ from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
 from pretrain.views.status import duration, screen, summary
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import light_config, train_runs
 
 CONFIG = {
     "description": "a test",
@@ -239,7 +239,7 @@ def test_watching_ends_with_the_run(
 
 def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("train.steps=4", "checkpoint.every_steps=2", "evaluate.every_steps=2")
-    run_ranks(train_runs, 1, [(small_config(prepared, *keys), tmp_path / "run")])
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path / "run")])
     assert main([str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["newest"]["step"], found["last_step"]) == ("finished", 4, 4)
