@@ -281,7 +281,7 @@ def killed_then_started(rank: int, config: Config, run_dir: Path, before: str) -
 @pytest.mark.parametrize("before", ["the file", "rollback", "the next course"])
 def test_a_rollback_during_which_the_run_is_killed_is_said_once(prepared: Path, tmp_path: Path, before: str) -> None:
     """Killed before rollbacks.json is written, between it and the event, or after both."""
-    config = small_config(prepared, *SPIKY, "train.steps=9")
+    config = light_config(prepared, *SPIKY, "train.steps=9")
     assert run_ranks(killed_then_started, 1, config, tmp_path, before) == [["killed", "FINISHED"]]
     (said,) = events(tmp_path, "rollback")
     (made,) = json.loads((tmp_path / "rollbacks.json").read_text())
