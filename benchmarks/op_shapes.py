@@ -32,7 +32,6 @@ def equality_cases(*, small: bool) -> list[Build]:
         return [
             partial(route_case, 37, 24, 2, 5, 3),
             partial(sigma_moe_case, 37, 24, 4, 2, 16),
-            partial(sigma_moe_case, 37, 24, 4, 2, 16, adds=True),
             partial(value_case, 37, 24, 2, 4, 2, 8),
             partial(output_case, 37, 24, 2, 4, 2, 8),
             partial(value_case, 37, 24, 2, 5, 2, 8),
@@ -50,7 +49,6 @@ def equality_cases(*, small: bool) -> list[Build]:
         partial(route_case, 1000, 412, 8, 5, 3),
         partial(route_case, 1000, 512, 1, 64, 8),
         partial(sigma_moe_case, 1000, 512, 16, 4, 128),
-        partial(sigma_moe_case, 1000, 512, 16, 4, 128, adds=True),
         partial(sigma_moe_case, 1000, 412, 5, 1, 104),
         partial(value_case, 1000, 512, 4, 4, 2, 112),
         partial(output_case, 1000, 512, 4, 4, 2, 112),
@@ -72,16 +70,18 @@ def equality_cases(*, small: bool) -> list[Build]:
 
 def handing_on_cases(*, small: bool) -> list[Build]:
     """What a block joins to an op, for checks of equality, not for timing: its backward pass adds to a gradient, and
-    σ-MoE adds its sum to the residual stream (equality_cases has that one at small sizes)."""
+    σ-MoE adds its sum to the residual stream."""
     if small:
         return [
+            partial(sigma_moe_case, 37, 24, 4, 2, 16, adds=True),
             partial(handing_on, partial(value_case, 37, 24, 2, 4, 2, 8)),
             partial(handing_on, partial(route_case, 37, 24, 2, 5, 3)),
         ]
     value = partial(value_case, 5000, 2048, 8, 4, 2, 128), partial(value_case, 1000, 512, 4, 4, 2, 112)
     route = partial(route_case, 5000, 2048, 16, 4, 2), partial(route_case, 1000, 2048, 1, 64, 8)
-    stream = partial(sigma_moe_case, 5000, 2048, 64, 8, 128, adds=True)
-    return [stream, *(partial(handing_on, build) for build in (*value, *route))]
+    streams = [partial(sigma_moe_case, 5000, 2048, 64, 8, 128, adds=True)]
+    streams += [partial(sigma_moe_case, 1000, 412, 16, 4, 104, adds=True)]
+    return [*streams, *(partial(handing_on, build) for build in (*value, *route))]
 
 
 MODELS = ("1b", "262m")

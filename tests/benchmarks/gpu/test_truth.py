@@ -56,7 +56,7 @@ def test_a_broken_kernel_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch, tm
     right = op_cases.sigma_moe
     calls = 0
 
-    def broken(x: Tensor, choice: Choice, experts: HeldExperts, *, backend: str) -> Tensor:
+    def broken(x: Tensor, choice: Choice, experts: HeldExperts, *, backend: str, residual: None) -> Tensor:
         nonlocal calls
         calls += 1
         if backend != "triton":

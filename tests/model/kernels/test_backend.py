@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from model.kernels import backend
 from model.kernels.dtypes import cpu_gemm_dtype, multiplies_bf16
+from model.kernels.ops.sigma_moe import FUSES_ADDITION
 
 
 @pytest.fixture(autouse=True)
@@ -173,5 +174,7 @@ def test_every_module_of_the_table_computes_its_op() -> None:
                 ]
                 adding = [other in backend.ADDING.get(op, ()) and function == "backward" for other in modules]
                 assert [names[-1] == "total" for names in parameters] == adding, (op, function)
-                names = [[n for n in found if n != "total"] for found in parameters]
+                fusing = [op == "sigma_moe" and function == "forward" and b in FUSES_ADDITION for b in modules]
+                assert [names[-1] == "residual" for names in parameters] == fusing, (op, function)
+                names = [[n for n in found if n not in ("total", "residual")] for found in parameters]
                 assert all(found == names[0] for found in names), (op, function)

@@ -357,6 +357,7 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
         locks[1].release()  # so that the watch ends
 
     monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest's workers have; tables are then as wide as they are
     try:
         assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
     finally:
