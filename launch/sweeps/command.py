@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
 from common.tables import counted
-from common.terminal import spare_stdout
+from common.terminal import columns_of, spare_stdout
 from launch.slurm import job
 from launch.sweeps.check import LocalCheck, Problems, problems_of
 from launch.sweeps.plan import combinations, configurations, varied
@@ -164,7 +164,7 @@ def _is_done(result: Result) -> bool:
 def show(found: Sweep) -> None:
     """Prints the table, and writes it and both pictures into the sweep's folder. Raises OSError."""
     results = ranked(found.results())
-    print(f"\n{table_text(results, found.keys)}\n", flush=True)
+    print(f"\n{table_text(results, found.keys, width=columns_of(sys.stdout))}\n", flush=True)
     begun = [result for result in results if result.view is not None and len(result.view.metrics)]
     runs = open_runs([result.view for result in begun if result.view is not None])
     for sentence in [*edges(results, found.keys), *(notes(runs) if runs else [])]:

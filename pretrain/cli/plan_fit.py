@@ -109,6 +109,8 @@ def seconds_text(seconds: float) -> str:
 
 
 def hours_text(hours: float) -> str:
+    if hours < 0.01:
+        return "<0.01"  # a trial of minutes; no exponent for a person
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 

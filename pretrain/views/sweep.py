@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.tables import text_table
+from common.tables import folded_table, text_table
 from common.terminal import visible
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import Run
@@ -146,10 +146,15 @@ def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def table_text(results: Sequence[Result], keys: Sequence[str]) -> str:
-    """For a terminal."""
-    header, *rows = [row[:-1] for row in table(results, keys)]  # the other columns say what the folder's name says
-    return visible(text_table(header, rows, left=range(len(keys) + 2)))
+def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:
+    """For a terminal of that width. Where a column for each key is too much for it, the runs' names say the values."""
+    header, *rows = table(results, keys)
+    # The other columns say what the folder's name says.
+    whole = visible(text_table(header[:-1], [row[:-1] for row in rows], left=range(len(keys) + 2)))
+    if width is None or max(map(len, whole.splitlines())) <= width:
+        return whole
+    named = [[row[-1], *row[len(keys) + 1 : -1]] for row in (header, *rows)]
+    return visible(folded_table(named[0], named[1:], width=width, left=(0, 1)))
 
 
 def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:

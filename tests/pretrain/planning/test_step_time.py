@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.costs import training_flops_per_token
-from pretrain.cli.plan_fit import seconds_text
+from pretrain.cli.plan_fit import hours_text, seconds_text
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
@@ -169,3 +169,13 @@ def test_the_answers_for_64_gpus_are_those_of_the_planner() -> None:
     network = [terms.between + terms.inside for terms in plain]
     for fast, slow in ([terms.total for terms in plain], [terms.total for terms in expert], network):
         assert f"{seconds_text(fast)} to {seconds_text(slow)}" in row
+
+
+def test_hours_have_no_exponents() -> None:
+    assert [hours_text(hours) for hours in (8.03e-06, 0.0123, 1.5, 99.9, 12_345.6)] == [
+        "<0.01",
+        "0.0123",
+        "1.5",
+        "99.9",
+        "12,346",
+    ]

@@ -70,7 +70,13 @@ def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(t
         ["7e-3", "not begun (job 41)", "0"],
     ]
     assert rows[0][4:7] == ["2.1000", "2.0000", "100"]  # tokens/s: the median of 50, 100 and 150
-    assert table_text(results, [RATE]).count("\n") == len(results)
+    whole = table_text(results, [RATE])
+    assert whole.count("\n") == len(results) and RATE in whole
+    assert table_text(results, [RATE], width=max(map(len, whole.splitlines()))) == whole
+    narrow = table_text(results, [RATE], width=60)
+    assert max(map(len, narrow.splitlines())) <= 60 and RATE not in narrow
+    first = [line for line in narrow.splitlines() if line.startswith("x,2e-3")]
+    assert "2.1000" in " ".join(first) and "finished" in first[0]  # the run's name stands in each part
 
 
 def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
