@@ -50,7 +50,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@# torch first and alone, so that this line decides which build of it the others find installed.
 	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c $(PINS) $(INDEX)
 	@# megatron-core has wheels up to Python 3.13; its build from source calls `python3`, which must be this one.
-	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS)
+	@# While pip looks up packages, the other core compiles torch's bytecode: half a minute, which the import below would
+	@# take. Whatever this says, that import does again.
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -c "import torch._dynamo, torch._inductor.compile_fx" >/dev/null 2>&1 & \
+	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS); \
+	status=$$?; wait; exit $$status
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py
 	@# What a rank imports (the list that tests/test_harness.py keeps whole), once, so that its bytecode is there for
