@@ -160,7 +160,7 @@ def kernel_rows(entries: list[Entry]) -> Rows:
     """Of every kernel and of attention: medians and the share of the roofline, or of the product's rate."""
     rows: Rows = [("work", "by", "forward ms", "of its roofline", "backward ms", "of its roofline")]
     for entry in entries:
-        if entry.part.startswith(("kernel ", "attention ")):
+        if entry.part.startswith(("kernel ", "attention ", "sparse ")):
             for found in entry.result.get("backends", ()):
                 cells = [cell for phase in ("forward", "backward") for cell in _phase(found.get(phase))]
                 if any(cell != "-" for cell in cells):

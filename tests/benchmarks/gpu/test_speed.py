@@ -15,7 +15,19 @@ import pytest
 import torch
 
 from benchmarks import op_cases, op_shapes
-from benchmarks.gpu import block, ceilings, counters, kernel_peers, kernels, micro_step, models, speed, tables, timing
+from benchmarks.gpu import (
+    block,
+    ceilings,
+    counters,
+    kernel_peers,
+    kernels,
+    micro_step,
+    models,
+    sparse,
+    speed,
+    tables,
+    timing,
+)
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.kernels import Phase, nbytes, work_of
@@ -103,6 +115,38 @@ def test_peers_multiply_what_the_op_does(build: op_cases.Build) -> None:
             k = t["index"].shape[1]
             found = torch.zeros_like(wanted).index_add_(0, t["order"] // k, found)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def compressed(rows: torch.Tensor) -> torch.Tensor:
+    """As the hardware takes it: of 4 neighbours at most 2 are not zero. (Here nothing is packed.)"""
+    assert (rows.view(len(rows), -1, 4) != 0).sum(-1).max() <= 2
+    return rows.clone()
+
+
+def test_the_sparse_product_is_that_of_all_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not torch.backends.cusparselt.is_available():
+        with pytest.raises(Unavailable, match="no cuSPARSELt here"):
+            sparse.compute(context(tmp_path))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", compressed)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda packed, weights: 3)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights)
+    result = sparse.compute(context(tmp_path))
+    assert result["useful_flops"] == 2 * 64 * (2 * 16 * 2) * 64 and result["shape"] == [64, 2 * 16 * 4, 64]
+    rows = {row["backend"]: row for row in result["backends"]}
+    assert list(rows) == ["cuBLAS, all experts", "cuSPARSELt", "cuSPARSELt, algorithm 3", "compression"]
+    assert all(row["forward"]["ms"] > 0 for row in rows.values())
+    assert all(row["relative_error"] < 1e-2 for name, row in rows.items() if name != "compression")
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights.roll(1, 0))
+    with pytest.raises(Failed, match=r"cuSPARSELt differs by .*; cuSPARSELt, algorithm 3 differs by"):
+        sparse.compute(context(tmp_path))
+
+
+def test_half_of_the_gated_rows_is_zero_of_each_head() -> None:
+    rows = sparse.gated_rows(33, 2, 5, CPU).view(33, 2, 5, 4)
+    chosen = rows != 0
+    assert (chosen.sum(-1) == 2).all() and (chosen == chosen[:, :, :1]).all(), "a head's columns share its experts"
+    assert len(torch.unique(chosen[:, :, 0].flatten(0, 1), dim=0)) == 6
 
 
 def test_busy_and_idle_time() -> None:
