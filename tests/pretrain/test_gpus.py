@@ -22,7 +22,7 @@ from model.kernels.triton import cache
 from pretrain import device, gpus
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import device_type, own_gpu, planned_device_type, why_unusable
-from pretrain.ranks import Ranks
+from pretrain.ranks import ON_NODE, Ranks, place_on_node
 from pretrain.report.exit_codes import ExitCode, code_of
 
 SIGNS = (
@@ -181,7 +181,8 @@ def test_a_rank_touches_its_own_gpu_first(
     machine.setattr(torch, "cuda", cuda)
     if visible is not None:
         machine.setenv("CUDA_VISIBLE_DEVICES", visible)
-    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", gpus.NCCL_HEARTBEAT):
+    launchers = ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE")
+    for name in (*launchers, ON_NODE, gpus.NCCL_HEARTBEAT):
         machine.setenv(name, "")  # so that what start sets is undone
         machine.delenv(name)
     met, shared = [], []  # type: list[Any], list[bool]
@@ -204,6 +205,7 @@ def test_a_rank_touches_its_own_gpu_first(
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
     assert shared == [local_rank == 0], "kernels are compiled once a node"
+    assert place_on_node(os.environ) == (local_rank, 8), "by which ranks share the files of their node's disk"
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
     assert gpus.NVLS not in os.environ, "switches add up unless train.deterministic forbids it"
