@@ -26,6 +26,7 @@ DEEPSPEED = {
     "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
     "_take_model_step allreduce_no_retain",
     "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers",
+    "utils.timer": "NoopTimer",
     "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
     "runtime.pipe.topology": "pp_group dp_group slice_group",
