@@ -308,8 +308,10 @@ def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
         raise dist.DistBackendError("NCCL error: unhandled system error")
 
 
-def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words of torch 2.13, of which the first line has no reason."""
+@pytest.mark.parametrize("when", ["the group is made", "the first collective"])
+def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The words of torch 2.13, of which the first line has no reason. NCCL meets the other ranks by a socket, and
+    connects to them by what it computes with in the first collective."""
     nccl = dist.DistBackendError(
         "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
         "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call (e.g. socket, malloc) or "
@@ -319,12 +321,20 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     def fail(**options: Any) -> None:
         raise nccl
 
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=fail))
+    def succeed(**options: Any) -> None:
+        pass
+
+    is_at_once = when == "the group is made"
+    joins = SimpleNamespace(init_distributed=fail if is_at_once else succeed)
+    monkeypatch.setitem(sys.modules, "deepspeed", joins)
+    monkeypatch.setattr(dist, "barrier", succeed if is_at_once else fail)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
     with pytest.raises(device.Unreachable, match=said):
         device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
+    if not is_at_once:
+        device._meet(Ranks(0, 0, 1, 1), "nccl", 5.0)  # alone
 
 
 @pytest.mark.parametrize(
