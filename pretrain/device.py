@@ -140,6 +140,8 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
     try:
         with refusing_a_shared_gpu():
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+            if backend == "nccl" and ranks.world_size > 1:
+                dist.barrier()  # NCCL connects ranks in their first collective (since 2.22, NCCL_RUNTIME_CONNECT)
     except dist.DistError as error:
         if (said := what_nccl_says(error)) is not None:
             raise Unreachable(

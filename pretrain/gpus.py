@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
-from pretrain.ranks import Ranks
+from pretrain.ranks import ON_NODE, Ranks
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Written by NVIDIA's kernel driver while it is loaded."""
@@ -191,7 +191,7 @@ def own_gpu(ranks: Ranks) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     # DeepSpeed binds its process group and its engine to the GPU of this number.
-    os.environ["LOCAL_RANK"] = str(index)
+    os.environ.update({ON_NODE: str(ranks.local_rank), "LOCAL_RANK": str(index)})
     return device
 
 

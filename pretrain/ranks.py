@@ -10,6 +10,8 @@ from common.arguments import MOST_DIGITS, quoted
 from common.errors import UserError
 from common.slurm import launcher_variables
 
+ON_NODE = "SWITCHALL_RANK_ON_NODE"
+"""What LOCAL_RANK was where a rank that sees its own GPU alone has changed it (gpus.own_gpu)."""
 LAUNCHER = "start the ranks through a launcher, which sets it (deepspeed --num_gpus N launch/pretrain.py ..., or srun)"
 
 
@@ -48,6 +50,11 @@ class Ranks:
             world_size=world_size,
             local_size=local_size,
         )
+
+
+def place_on_node(env: Mapping[str, str]) -> tuple[int, int]:
+    """Number of this rank among those of its node, and how many they are; once the ranks have met."""
+    return int(env.get(ON_NODE) or env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
 
 
 def _number(env: Mapping[str, str], name: str, default: int, *, least: int, most: int | None = None) -> int:

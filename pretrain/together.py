@@ -22,6 +22,7 @@ from pretrain.data.sources import Sources
 from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember
 from pretrain.device import on_collective_device
 from pretrain.parallel.agreement import said_by_first
+from pretrain.ranks import place_on_node
 
 MANY_RANKS = 16
 """From here on shards are hashed at the start even with data.verify = size: in a shuffled order every rank soon reads,
@@ -138,7 +139,7 @@ def part_of(manifest: Manifest) -> Part:
     """This rank's part of a data set: of all ranks, or of those of its node if other nodes have a copy of their own."""
     if _is_shared(manifest):
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    return place_on_node(os.environ)
 
 
 def _is_shared(manifest: Manifest) -> bool:

@@ -218,6 +218,7 @@ class Saver:
 
     def _reserve(self, size: int) -> None:
         if self._buffer.numel() < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # first: a memory of text has grown, and two are too much
             self._buffer = host_buffer(size, self._device)
 
 

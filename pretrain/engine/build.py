@@ -56,6 +56,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         engine.optimizer.check_grad_overflow = True
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer)
+        _keep_until_reduced(engine.optimizer)
     if config.parallel.offload_optimizer and config.parallel.zero < 3:
         _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
@@ -85,6 +86,22 @@ def _average_only_over_others(engine: Any) -> None:
             average(bucket, dp_group, **options)
 
     engine.allreduce_no_retain = average_over_others
+
+
+def _keep_until_reduced(optimizer: Any) -> None:
+    """With overlap_comm at ZeRO 2 DeepSpeed 0.19.8 reduces a gradient that is larger than a bucket in its own memory,
+    on a stream of its own, and drops it at once on ranks that own no part of it: the next tensor of the backward pass
+    would get memory that is still being reduced. The allocator is told of that stream, as DeepSpeed does where it
+    offloads."""
+    from deepspeed.accelerator import get_accelerator  # here: device.start prepares its import
+
+    def record(gradient: torch.Tensor, stream: Any) -> None:
+        if not get_accelerator().resolves_data_dependency():
+            gradient.record_stream(stream)
+
+    assert callable(optimizer._record_gradient_stream)
+    if optimizer.overlap_comm and optimizer.partition_gradients:
+        optimizer._record_gradient_stream = record
 
 
 def _drop_skipped_gradients(optimizer: Any) -> None:

@@ -28,6 +28,9 @@ def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # It prints nothing, as steps_per_print says, but waits for the GPU before each forward pass and after each
+        # backward pass: the GPU would then wait for the host, which has queued nothing in advance.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.parallel.zero:
         derived["zero_optimization"]["reduce_bucket_size"] = BUCKET_ELEMENTS

@@ -162,7 +162,10 @@ class GraphedForward:
                 with forward.recording():
                     opened, outputs = _forward(self._model, *static)
                 pieces = self._record_backward(opened, outputs[0], parameters)
-        except RuntimeError as error:
+        except RuntimeError as ended:
+            error = _first(ended)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error from None
             reason = (str(error) or repr(error)).splitlines()[0].rstrip(". ")
             raise UserError(
                 f"train.cuda_graph: the micro-step cannot be recorded as CUDA graphs ({reason}); set it to off"
@@ -187,6 +190,13 @@ class GraphedForward:
             is_last, theirs = not pieces, tuple(parameters[leaf] for leaf in of.parameters)
             pieces.append(Piece(graph, theirs, own, result if is_last else zero, result_gradient if is_last else None))
         return pieces[::-1]
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong in a recording: its end may fail too, because of that."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
 
 
 def _forward(model: LanguageModel, tokens: Tensor, targets: Tensor, *more: Tensor) -> tuple[list[_Open], Outputs]:

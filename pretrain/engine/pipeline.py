@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from model.initialization import initialize
@@ -210,6 +211,7 @@ class PipelineExecutor:
             take_step(*args)
 
         engine._take_model_step = take_model_step
+        engine.timers = NoopTimer()  # those of steps, which nobody reads, would keep two CUDA events of each step
 
     def _gradient_scale(self) -> float:
         scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0

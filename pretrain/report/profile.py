@@ -92,7 +92,7 @@ def note_full_memory(run_dir: Path, device: torch.device, *, has_history: bool) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if write_memory_snapshot(path, device):
-            advice = "a smaller batch.micro_sequences, or train.recompute, needs less"
+            advice = "a smaller batch.micro_sequences, train.recompute or train.cuda_graph=off needs less"
             shown = "the blocks that hold it, and the lines that allocated them"
             if not has_history:
                 shown = "the blocks that hold it, not who allocated them (monitor.memory_history=true records that)"

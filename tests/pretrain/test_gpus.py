@@ -22,7 +22,7 @@ from model.kernels.triton import cache
 from pretrain import device, gpus
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import device_type, own_gpu, planned_device_type, why_unusable
-from pretrain.ranks import Ranks
+from pretrain.ranks import ON_NODE, Ranks, place_on_node
 from pretrain.report.exit_codes import ExitCode, code_of
 
 SIGNS = (
@@ -181,7 +181,8 @@ def test_a_rank_touches_its_own_gpu_first(
     machine.setattr(torch, "cuda", cuda)
     if visible is not None:
         machine.setenv("CUDA_VISIBLE_DEVICES", visible)
-    for name in ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", gpus.NCCL_HEARTBEAT):
+    launchers = ("LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE")
+    for name in (*launchers, ON_NODE, gpus.NCCL_HEARTBEAT):
         machine.setenv(name, "")  # so that what start sets is undone
         machine.delenv(name)
     met, shared = [], []  # type: list[Any], list[bool]
@@ -204,6 +205,7 @@ def test_a_rank_touches_its_own_gpu_first(
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
     assert shared == [local_rank == 0], "kernels are compiled once a node"
+    assert place_on_node(os.environ) == (local_rank, 8), "by which ranks share the files of their node's disk"
     # NCCL waits no less than our own limit.
     assert os.environ[gpus.NCCL_HEARTBEAT] == "1140"
     assert gpus.NVLS not in os.environ, "switches add up unless train.deterministic forbids it"
@@ -306,8 +308,10 @@ def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
         raise dist.DistBackendError("NCCL error: unhandled system error")
 
 
-def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words of torch 2.13, of which the first line has no reason."""
+@pytest.mark.parametrize("when", ["the group is made", "the first collective"])
+def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The words of torch 2.13, of which the first line has no reason. NCCL meets the other ranks by a socket, and
+    connects to them by what it computes with in the first collective."""
     nccl = dist.DistBackendError(
         "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
         "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call (e.g. socket, malloc) or "
@@ -317,12 +321,20 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     def fail(**options: Any) -> None:
         raise nccl
 
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=fail))
+    def succeed(**options: Any) -> None:
+        pass
+
+    is_at_once = when == "the group is made"
+    joins = SimpleNamespace(init_distributed=fail if is_at_once else succeed)
+    monkeypatch.setitem(sys.modules, "deepspeed", joins)
+    monkeypatch.setattr(dist, "barrier", succeed if is_at_once else fail)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
     with pytest.raises(device.Unreachable, match=said):
         device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
+    if not is_at_once:
+        device._meet(Ranks(0, 0, 1, 1), "nccl", 5.0)  # alone
 
 
 @pytest.mark.parametrize(

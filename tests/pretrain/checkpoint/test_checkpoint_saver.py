@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import pretrain.checkpoint.saver
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
@@ -140,6 +141,28 @@ def test_a_large_state_is_saved_in_its_size_and_little_memory(
     assert size >= 200e6
     assert size <= files <= 1.05 * size
     assert all(memory < 50e6 for _, memory in results), results
+
+
+def asked_for(rank: int, config: Config, folder: Path) -> list[tuple[int, bool]]:
+    """Bytes of each buffer that the saver of a run asks for, and whether the one before was free by then."""
+    make, before, asked = pretrain.checkpoint.saver.host_buffer, [], []  # type: Any, list[Any], list[tuple[int, bool]]
+
+    def making(num_bytes: int, device: torch.device) -> torch.Tensor:
+        asked.append((num_bytes, all(one.expired() for one in before)))
+        buffer: torch.Tensor = make(num_bytes, device)
+        before.append(StorageWeakRef(buffer.untyped_storage()))
+        return buffer
+
+    pretrain.checkpoint.saver.host_buffer = making  # this process ends with the test
+    train_runs(rank, [(config, folder)])
+    return asked
+
+
+def test_a_buffer_that_is_too_small_is_freed_before_the_next(prepared: Path, tmp_path: Path) -> None:
+    """The memory of Transformer-XL is empty at the start."""
+    config = light_config(prepared, "model.position.type=xl", "train.steps=2", "evaluate.sequences=0")
+    [[(first, _), (second, was_free)]] = run_ranks(asked_for, 1, config, tmp_path)
+    assert first < second and was_free
 
 
 @pytest.fixture

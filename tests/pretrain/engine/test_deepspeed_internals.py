@@ -26,11 +26,13 @@ DEEPSPEED = {
     "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
     "_take_model_step allreduce_no_retain",
     "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers",
+    "utils.timer": "NoopTimer",
     "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
     "runtime.pipe.topology": "pp_group dp_group slice_group",
     "runtime.zero.stage_1_and_2": "check_grad_overflow overflow loss_scale param_groups use_grad_accum_attribute "
     "_fill_param_grad_accum_attribute grad_accum update_lp_params averaged_gradients reset_cpu_buffers "
+    "_record_gradient_stream overlap_comm partition_gradients "
     "flatten unflatten check_overflow unscale_and_clip_grads has_moe_layers cpu_offload mpu "
     "is_invalid_grad_norm get_grad_norm_direct is_model_parallel_parameter model_parallel_rank dp_process_group "
     "_model_parallel_all_reduce _zero_padding",

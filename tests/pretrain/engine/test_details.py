@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.language_model import routing_statistics
 from model.parameters import parameter_specs
+from model.routing import Place
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.details import BINS, GROUPS, KINDS, Details, group_of
+from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, group_of
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, plain_trace, trainer_of
@@ -220,6 +223,35 @@ def test_the_groups_make_up_the_norm_of_the_step(
     for (layout, more), pairs in zip(cases, run_ranks(total_norms, 2, configs)[0], strict=True):
         for ours, theirs in pairs:
             assert ours == pytest.approx(theirs, rel=1e-5), f"{layout} {more}"
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_scores_are_counted_with_deterministic_algorithms_too() -> None:
+    """torch's documentation lists what those refuse on a GPU. A score that is no number counts nowhere."""
+    documented = str(torch.use_deterministic_algorithms.__doc__).partition("will throw a\n")[2]
+    refused = set(re.findall(r":func:`torch\.(\w+)` (?:with indices output )?when called on a CUDA", documented))
+    assert {"histc", "median", "cumsum"} <= refused
+    logits = torch.randn(3, 7, 2, 5, generator=torch.Generator().manual_seed(0)) * 4
+    logits[0, 0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 0.0])  # no number, 1, 0, and an edge
+    own, counts = logits.argsort(-1)[..., :2], torch.zeros(BINS, dtype=torch.float64)
+    place = Place(torch.arange(3), slice(0, 2), 0)
+    with Operators() as operators:
+        assert ScoreCounter(None, counts, softmax=False).settle(own, logits, place, is_repeated=False) is own
+    assert not operators.called & refused
+    scores = logits.sigmoid().numpy()
+    expected, _ = np.histogram(scores[~np.isnan(scores)], BINS, (0, 1))
+    assert counts.tolist() == expected.tolist() and counts.sum() == logits.numel() - 1
 
 
 def test_every_parameter_has_a_group(prepared: Path) -> None:

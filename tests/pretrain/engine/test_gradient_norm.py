@@ -223,6 +223,25 @@ def test_deepspeeds_norm_is_summed_in_one_reading(
     torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
 
 
+def waits(rank: int, config: Config) -> int:
+    """How often DeepSpeed's engine waits for all that a GPU has queued, in five steps of two micro-steps."""
+    from deepspeed.accelerator import get_accelerator
+
+    trainer, waited = trainer_of(config), []
+    with mock.patch.object(get_accelerator(), "synchronize", lambda device=None: waited.append(device)):
+        for number in range(5):
+            one_step(trainer, Progress(number, number * config.batch.global_sequences))
+    return len(waited)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_host_queues_micro_steps_in_advance(prepared: Path, zero: int) -> None:
+    """From the third step on DeepSpeed's throughput timer, which prints nothing here, would wait for the GPU before
+    each forward pass and after each backward pass."""
+    config = light_config(prepared, f"parallel.zero={zero}", "batch.micro_sequences=4")
+    assert run_ranks(waits, 1, config) == [0]
+
+
 @pytest.mark.parametrize("layout", ["has_moe_layers", "mpu", "cpu_offload"])
 def test_where_the_norm_does_not_tell_the_values_are_asked(layout: str) -> None:
     plain = {"has_moe_layers": False, "mpu": None, "cpu_offload": False}

@@ -107,17 +107,32 @@ def test_the_stand_in_is_as_strict_as_a_gpu() -> None:
 
 
 class Refusing(RecordedGraph):
+    """As CUDA: the end of a recording that went wrong fails as well, with less to say."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__(Pool())
+        self._error = error
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
-        yield
+        try:
+            raise self._error
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
-def test_what_cannot_be_recorded_is_one_sentence(prepared: Path) -> None:
-    """The first micro-step, and all in evaluation, need no recording."""
+NOT_PERMITTED = RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("error", [NOT_PERMITTED, FULL])
+def test_what_cannot_be_recorded_is_one_sentence(prepared: Path, error: RuntimeError) -> None:
+    """The first micro-step, and all in evaluation, need no recording. Memory that is full is an error as elsewhere, of
+    which the run writes down what holds it."""
     config = config_of(prepared, "dense", Layout(), "model.num_layers=1")
     model = build_model(config.model, seed=0)
-    forward = GraphedForward(model, lambda: Refusing(Pool()), taken_at_once=False)
+    forward = GraphedForward(model, lambda: Refusing(error), taken_at_once=False)
     tokens = torch.zeros(2, config.model.sequence_length, dtype=torch.int64)
     inputs = tokens, tokens, torch.arange(2)
     loss, _, _ = forward(*inputs)
@@ -127,7 +142,8 @@ def test_what_cannot_be_recorded_is_one_sentence(prepared: Path) -> None:
     words = (
         r"^train\.cuda_graph: the micro-step cannot be recorded as CUDA graphs \(CUDA .* capturing\); set it to off$"
     )
-    with pytest.raises(UserError, match=words):
+    full = pytest.raises(torch.OutOfMemoryError, match="Tried to allocate")
+    with full if error is FULL else pytest.raises(UserError, match=words):
         forward(*inputs)
 
 

@@ -17,6 +17,7 @@ from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.parameters import DeclarationError
 from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
 from pretrain.engine.pipeline import PipelineStage
 from pretrain.parallel.context import parallel_context
 from pretrain.parallel.stages import layer_costs, stage_bounds
@@ -28,9 +29,11 @@ from tests.pretrain.runs import (
     assert_same,
     engine_trace,
     metrics,
+    one_step,
     plain_trace,
     small_config,
     train_runs,
+    trainer_of,
 )
 
 
@@ -69,6 +72,19 @@ def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_
     for recompute, passes in (("none", 3), ("full", 4)):
         config = Config.model_validate({"model": model, "train": {"recompute": recompute}})
         assert layer_costs(config) == [0, *[passes * block] * 3, 0, 3 * T * d * V]
+
+
+def kept_times(rank: int, config: Config) -> int:
+    """Of how many steps DeepSpeed's timers keep the time, on a GPU two events."""
+    trainer = trainer_of(config)
+    for step in range(3):
+        one_step(trainer, Progress(step, step * config.batch.global_sequences))
+    return sum(len(timer.event_timers) for timer in trainer.engine.timers.get_timers().values())
+
+
+def test_nothing_is_kept_of_a_step(prepared: Path) -> None:
+    config = config_of(prepared, "switchall", Layout(pipeline=2, micro=4))
+    assert run_ranks(kept_times, 2, config) == [0, 0]
 
 
 def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
