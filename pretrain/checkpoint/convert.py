@@ -156,7 +156,7 @@ def _description(checkpoint: Checkpoint, tokenizer: StoredTokenizer | None, *, e
     progress, state = checkpoint.progress, checkpoint.state
     return {
         "step": progress.step,
-        "tokens": progress.consumed_sequences * state["config"]["model"]["sequence_length"],
+        "tokens": progress.tokens(state["config"]["model"]["sequence_length"]),
         "loss": None if ema else state["loss"],
         "validation_loss": None if ema else state["validation_loss"],
         "data_digest": state["manifest_digest"],

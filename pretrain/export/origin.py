@@ -31,7 +31,7 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
         "source": checkpoint.weights_source,
         "step": progress.step,
         "sequences": progress.consumed_sequences,
-        "tokens": progress.consumed_sequences * config.model.sequence_length,
+        "tokens": progress.tokens(config.model.sequence_length),
         "loss": state["loss"],
         "validation_loss": state["validation_loss"],
         "evaluations": evaluations_of(checkpoint),
