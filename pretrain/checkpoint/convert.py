@@ -70,8 +70,8 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
         if place is None and len(rows) > 1 and not all(map(_is_local_folder, rows)):
             for row in rows:  # what is left of a mixture has the tokenizer too
                 with contextlib.suppress(UserError, OSError):
-                    return _data_at(checkpoint, config, row), ""
-        return _data_at(checkpoint, config, place), ""
+                    return data_at(checkpoint, config, row), ""
+        return data_at(checkpoint, config, place), ""
     except _RemoteData as error:
         return None, f"{error}; name a local copy with --data"
     except (UserError, OSError) as error:
@@ -88,7 +88,7 @@ def _is_local_folder(location: str) -> bool:
     return not URL.match(location) and find_input(location).exists()
 
 
-def _data_at(checkpoint: Checkpoint, config: Config, place: str | None) -> Manifest:
+def data_at(checkpoint: Checkpoint, config: Config, place: str | None) -> Manifest:
     """The data set at `place`, which is any of those that the run read; None: all at the places of the configuration,
     of which the first is returned. Raises UserError."""
     from pretrain.data.sources import Sources
@@ -144,7 +144,7 @@ def moved_data(checkpoint: Checkpoint, config: Config, places: Sequence[str]) ->
 def _holds(checkpoint: Checkpoint, config: Config, place: str, digest: str = "") -> bool:
     """Whether `place` is a data set that the run read; with `digest`, that one."""
     try:
-        manifest = _data_at(checkpoint, config, place)
+        manifest = data_at(checkpoint, config, place)
     except (UserError, OSError):
         return False
     return not digest or manifest.digest == digest

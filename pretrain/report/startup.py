@@ -37,7 +37,6 @@ def derived_values(
     config: Config,
     data_size: int,
     sources: Sources,
-    run_dir: str,
     stages: Sequence[Stage],
     reads: list[int],
     progress: Progress,
@@ -48,7 +47,6 @@ def derived_values(
     most, T = config.data.max_tokens, config.model.sequence_length
     sizes = [num_windows(s.manifest, "train", T, max_tokens=most) for s in sources.sources]
     return [
-        DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
         *_data_values(sources, sizes, reads),
         *_stage_values(stages),
         *_size_values(config, data_size, sum(sizes), sum(reads), progress),

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
 from pretrain.cli.checkpoint import main as convert
 from pretrain.cli.compare import main as compare
 from pretrain.cli.evaluate import main as evaluate_checkpoint
+from pretrain.cli.export import main as export
+from pretrain.cli.import_weights import main as import_weights
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch
@@ -283,3 +286,34 @@ def test_data_of_a_mixture_that_moved_are_named_with_data(
     c4.rename(there["c4"])  # what is left has the tokenizer, and nobody needs to say where
     assert convert(["convert", str(checkpoint), str(tmp_path / "weights")]) == 0
     assert (tmp_path / "weights" / "tokenizer.model").exists()
+
+
+def test_the_card_of_an_export_has_every_data_set_that_the_run_has_read(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of both sources, then one of the second alone; the import of the export knows them too."""
+    run, keys = tmp_path / "run", ("train.steps=3", "evaluate.sequences=0")
+    both = mixture(sources, *keys, "train.stop_after_steps=2")
+    rows = json.dumps([{"manifest": str(sources["pes2o"]), "weight": 1, "name": "pes2o"}])
+    alone = mixture(sources, *keys, f"data.sources={rows}", 'checkpoint.allow_changes=["data.sources"]')
+    for config in (both, alone):
+        run_ranks(train_runs, 1, [(config, run)])
+    assert export([str(run), "--to", str(tmp_path / "mine"), "--data", str(sources["c4"])]) == 0
+    G, T = both.batch.global_sequences, both.model.sequence_length
+    data = (tmp_path / "mine" / "README.md").read_text().partition("## Data\n")[2].partition("## Results")[0]
+    parts = dict(part.split("\n", 1) for part in data.split("### ")[1:])
+    assert parts.keys() == sources.keys()
+    for name, count, file in (("c4", G, "c4-train.json.gz"), ("pes2o", 2 * G, "train.json.gz")):
+        manifest = Manifest.load(sources[name])
+        assert f"The run has read {count * T:,} tokens of it. Its digest is `{manifest.digest}`." in parts[name]
+        assert f"| train | {manifest.totals['train'].documents:,} documents, " in parts[name]
+        assert f"- `{file}` (" in parts[name]
+    assert f"| tokens read | {3 * G * T:,} |" in (tmp_path / "mine" / "README.md").read_text()
+
+    capsys.readouterr()
+    assert export([str(run), "--to", str(tmp_path / "mine")]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "What it was made from is not known here." in card and "c4-train" not in card
+    assert import_weights([str(tmp_path / "mine"), "--to", str(tmp_path / "again")]) == 0
+    (saved,) = list_checkpoints(run / "checkpoints")[-1:]
+    assert Checkpoint.open(tmp_path / "again").progress == replace(Checkpoint.open(saved).progress, skipped_updates=0)

@@ -286,11 +286,12 @@ def test_places_of_the_machine_are_left_out() -> None:
         },
         "evaluate": {"tasks": {"lambada": "~/raw/lambada", "blimp": "raw/blimp"}},
         "checkpoint": {"resume": "/home/me/runs/one"},
+        "monitor": {"alert_command": "python launch/webhook.py --url-file /home/me/.webhook"},
     }
     left = without_places(parse_config(tree))
     assert [source["manifest"] for source in left["data"]["sources"]] == ["c4", "pes2o"]
     assert left["evaluate"]["tasks"] == {"lambada": "lambada", "blimp": "raw/blimp"}
-    assert left["data"]["cache_dir"] is None
+    assert left["data"]["cache_dir"] is None and left["monitor"]["alert_command"] is None
     assert (left["checkpoint"]["resume"], left["description"]) == ("auto", "of /home/me")
     assert left["data"]["manifest"] == "data/sample/manifest.json" and parse_config(left).model == config_of("dense")
 
