@@ -115,6 +115,20 @@ def test_losses_of_other_texts_are_not_left_to_speak_for_themselves(
     assert ("of different texts or tokenizers" in page) == bool(note)
 
 
+def test_validations_of_other_weights_of_the_same_sources_are_of_the_same_text(tmp_path: Path) -> None:
+    def note(*others: dict[str, Any]) -> str:
+        first = {"data": {"sources": [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}]}}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        configs = [first, *({"data": {"sources": rows}} for rows in others)]
+        return text(runs_of(*(write(folder / str(n), [row(1, 5.0)], c) for n, c in enumerate(configs))), 1e-5)
+
+    heavy = [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 3.0}]
+    assert "note: the weights of data.sources differ" in note(heavy) and "different texts" not in note(heavy)
+    for others in ([heavy[::-1]], [heavy, heavy[:1]], [[heavy[0], {"manifest": "c", "weight": 3.0}]]):
+        assert "note: data.sources differ: losses per token of different texts" in note(*others)
+    assert "note:" not in note([{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}])
+
+
 @pytest.mark.parametrize(
     "place, digest, note",
     [
