@@ -7,7 +7,8 @@ of sequence_length tokens with the memory of a model that has one; tensors lie o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,23 @@ def open_model(
     return OpenModel(load_any(place, device=device, data=data, ema=ema))
 
 
+def _ids(numbers: Any) -> list[int]:
+    """Raises UserError for what is neither a list, an array or a tensor of whole numbers."""
+    try:
+        if isinstance(numbers, bytes | bytearray):
+            raise TypeError
+        return [operator.index(number) for number in numbers]
+    except TypeError:
+        raise UserError(
+            f"text: is {_shown(numbers)}; give a str, or the ids of one text in a list or a tensor of one dimension"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class OpenModel:
     """A trained model. `model`, `tokenizer`, `config` and `checkpoint` are those of SavedModel."""
 
@@ -68,7 +86,7 @@ class OpenModel:
 
     def encode(self, text: Text) -> list[int]:
         """Ids of a text. Raises UserError if there are none, or one that the model does not have."""
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else [int(number) for number in text]
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else _ids(text)
         if not ids:
             raise UserError("text: is empty; give some words")
         rows = self.model.config.vocab_size
@@ -131,7 +149,9 @@ class OpenModel:
         """Continues a prompt, or several, `samples` times each, by `tokens` tokens at most (None: 100, or as
         many as the context has room for), to the first `until`.
         `sampling`: temperature, top_k, top_p, seed (`pretrain.generation.Sampling`). Raises UserError."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
+        if wrong := [one for one in prompts if not isinstance(one, str)]:
+            raise UserError(f"prompt: is {_shown(wrong[0])}; give a str, or a list of them")
         settings = Settings(tokens=tokens, samples=samples, sampling=Sampling(**sampling), until=until)
         return generate(self.saved, prompts, settings)
 

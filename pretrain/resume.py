@@ -136,15 +136,25 @@ def _short(sha256: str | None) -> str:
     return "none: bytes" if sha256 is None else sha256[:12]
 
 
-def stages_of(checkpoint: Checkpoint | None, sources: Sources) -> tuple[Stage, ...]:
-    """The stages of a run that reads `sources` from its beginning, or from `checkpoint` on. If the checkpoint's run
-    read others, or with other weights, a new stage begins there."""
+def stages_of(checkpoint: Checkpoint | None, sources: Sources, config: Config) -> tuple[Stage, ...]:
+    """The stages of a run of `config` that reads `sources` from its beginning, or from `checkpoint` on. If the
+    checkpoint's run read others, with other weights or in windows of another length, a new stage begins there."""
     now = sources.stage()
     if checkpoint is None:
         return (now,)
     progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
     stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
-    return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
+    before, length = sequence_length_of(checkpoint), config.model.sequence_length
+    if before == length or config.reads_streams:  # the place in a stream is that of the position alone
+        return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
+    followed = stages[-1].followed_by(progress.position, now.sources)
+    return (*stages, followed.in_windows_of(length, before=before))
+
+
+def sequence_length_of(checkpoint: Checkpoint) -> int:
+    """Tokens in a sequence of the run that saved it."""
+    length: int = checkpoint.state["config"]["model"]["sequence_length"]
+    return length
 
 
 def _unrecorded_stage(checkpoint: Checkpoint) -> Stage:
@@ -160,9 +170,22 @@ def _unrecorded_stage(checkpoint: Checkpoint) -> Stage:
 def reads_by_end(config: Config, checkpoint: Checkpoint | None, stage: Stage) -> list[int]:
     """How many windows of each source the run has read after train.steps, over all epochs, if it continues from
     `checkpoint` in `stage`."""
-    progress = checkpoint.progress if checkpoint is not None else Progress(0, 0)
+    progress = progress_now(config, checkpoint)
     ahead = max(0, config.train.steps - progress.step) * config.batch.global_sequences
     return stage.counts(progress.position + ahead)
+
+
+def reads_so_far(config: Config, checkpoint: Checkpoint | None, stage: Stage) -> list[int]:
+    """The same where it continues."""
+    return stage.counts(progress_now(config, checkpoint).position)
+
+
+def progress_now(config: Config, checkpoint: Checkpoint | None) -> Progress:
+    """Of a run of `config` that begins, or continues from `checkpoint`."""
+    if checkpoint is None:
+        return Progress(0, 0)
+    before = sequence_length_of(checkpoint)
+    return checkpoint.progress.in_sequences_of(config.model.sequence_length, before=before)
 
 
 def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:
@@ -267,8 +290,8 @@ def find_start(
                 flush=True,
             )
         return find_start(config, sources, run_dir, control, decided)
-    stages = stages_of(resumed, sources)
-    progress = resumed.progress if resumed else Progress(0, 0)
+    stages = stages_of(resumed, sources, config)
+    progress = progress_now(config, resumed)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
     return StartPoint(resumed, progress, rollbacks, damaged, changes)
 

@@ -65,7 +65,11 @@ def chosen_layers(wanted: str | None, num_layers: int, run: str) -> list[int]:
 
 def encoded(saved: SavedModel, text: str, settings: Settings) -> list[int]:
     """The first `settings.tokens` ids of the text. Raises UserError if it has none in the window of the maps."""
-    ids, model = saved.tokenizer.encode(text)[: settings.tokens], saved.config.model
+    model = saved.config.model
+    try:
+        ids = saved.tokenizer.encode(text)[: settings.tokens]
+    except UserError as error:
+        raise UserError(f"--text: {error}") from None  # without the option the text is a paragraph of the project
     if not ids:
         raise UserError("--text: gives no token; give some sentences")
     if len(ids) <= settings.window * model.sequence_length:

@@ -18,6 +18,7 @@ from pretrain.checkpoint.folder import (
     CHECKPOINT_NAME,
     OWN_FILE,
     PARTIAL,
+    STATE_FILE,
     Checkpoint,
     DamagedCheckpoint,
     check_new_checkpoint,
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the checkpoints of a run: step, time, size, layout, state, losses",
         description="Prints a line per checkpoint. `whole` means committed and of the right sizes; `verify` reads all.",
     )
-    listing.add_argument("folder", type=a_path, metavar="RUN_DIR", help="run folder, or its checkpoints folder")
+    listing.add_argument("folder", type=a_path, metavar="RUN_DIR", help="run folder, or its checkpoints folder, or a checkpoint")
     verify = commands.add_parser(
         "verify",
         help="compare every file with its sha256",
@@ -165,10 +166,11 @@ def _newest(folder: Path) -> Path:
 
 def print_list(folder: Path) -> None:
     """Prints a line per checkpoint, oldest first, then those that no run uses any more and the remains of unfinished
-    ones."""
+    ones; of a checkpoint, which may have any name where it holds weights alone, its own."""
     _check_folder(folder, "RUN_DIR")
     place = _checkpoints_folder(folder)
-    rows = _rows(place)
+    is_one = _is_checkpoint(folder) and (folder / STATE_FILE).exists()
+    rows = [_row(folder.absolute())] if is_one else _rows(place)
     if not rows:
         raise UserError(f"RUN_DIR: {place} holds no checkpoints; name a run folder that has saved one")
     titles = ("checkpoint", "saved", "bytes", "layout", "state", "loss", "validation")

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.paths import find_input
 from common.terminal import visible
+from common.urls import URL
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, open_sources
 from pretrain.evaluate import evaluate as validation
@@ -198,7 +200,14 @@ def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
 
 
 def _data(opened: OpenedModel, config: Config) -> Sources:
-    sources, known = open_sources(config), opened.checkpoint.state.get("tokenizer_sha256")
+    try:
+        sources, known = open_sources(config), opened.checkpoint.state.get("tokenizer_sha256")
+    except UserError as error:
+        data = config.data
+        places = [source.manifest for source in data.sources] or [data.manifest]
+        if all(URL.match(place) or find_input(place).exists() for place in places):
+            raise
+        raise UserError(f"validation: {error}; name the place of the prepared data with --data") from None
     if known is not None and sources.tokenizer.sha256 != known:
         raise UserError(
             f"validation: the data of {sources.key} were made with another tokenizer than the model's; name those that "

@@ -235,19 +235,21 @@ def print_derived(
     that the run continues from, if any."""
     from pretrain.data.warnings import data_warnings
     from pretrain.report.disk_space import checkpoint_space
-    from pretrain.report.startup import derived_values
-    from pretrain.resume import reads_by_end, stages_of
+    from pretrain.report.startup import DerivedValue, derived_values
+    from pretrain.resume import progress_now, reads_by_end, reads_so_far, stages_of
 
     if config.description:
         print(config.description)
     space = checkpoint_space(config, run_dir)
-    stages = stages_of(newest, sources)
+    stages = stages_of(newest, sources, config)
     reads = reads_by_end(config, newest, stages[-1])
-    rows = [*derived_values(config, data_size, sources, str(run_dir), stages, reads), space.row()]
+    progress = progress_now(config, newest)
+    folder = DerivedValue("run folder", str(run_dir), "--run-dir, or runs/ + name of the config file")
+    rows = [folder, *derived_values(config, data_size, sources, stages, reads, progress), space.row()]
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
-    for warning in data_warnings(config, sources, reads):
+    for warning in data_warnings(config, sources, reads, reads_so_far(config, newest, stages[-1])):
         print(f"warning: {warning}")
     sys.stdout.flush()
     if warning := space.warning():

@@ -28,6 +28,8 @@ class Progress:
     """How many of the last steps in a row had no update, because loss or gradient was not finite."""
     stages: tuple[Stage, ...] = ()
     """The stages of the data so far, the last one under way. None: a file from before stages existed, one stage."""
+    extra_tokens: int = 0
+    """Tokens read, less `consumed_sequences` times the sequence_length of now: 0 unless a resume changed that."""
 
     def __post_init__(self) -> None:
         edges = [edge for part in self.skipped_ranges for edge in part]
@@ -47,6 +49,14 @@ class Progress:
         """Position in the data order of the next sequence."""
         return int(data_positions(np.array([self.consumed_sequences]), self.skipped_ranges)[0])
 
+    def tokens(self, sequence_length: int) -> int:
+        """How many tokens those sequences had. `sequence_length`: of the run that is here."""
+        return self.consumed_sequences * sequence_length + self.extra_tokens
+
+    def in_sequences_of(self, now: int, *, before: int) -> Progress:
+        """The same for a run that goes on with `now` tokens in a sequence, where it had `before`."""
+        return replace(self, extra_tokens=self.tokens(before) - self.consumed_sequences * now)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -54,17 +64,19 @@ class Progress:
             "skipped_ranges": [list(part) for part in self.skipped_ranges],
             "skipped_updates": self.skipped_updates,
             "stages": [stage.to_json() for stage in self.stages],
+            "extra_tokens": self.extra_tokens,
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`. Files from before skips or stages existed have none of them."""
+        """The inverse of `to_json`. Files from before skips, stages or extra tokens existed have none of them."""
         return cls(
             step=int(tree["step"]),
             consumed_sequences=int(tree["consumed_sequences"]),
             skipped_ranges=tuple((int(first), int(end)) for first, end in tree.get("skipped_ranges", ())),
             skipped_updates=int(tree.get("skipped_updates", 0)),
             stages=tuple(Stage.from_json(stage) for stage in tree.get("stages", ())),
+            extra_tokens=int(tree.get("extra_tokens", 0)),
         )
 
 

@@ -72,6 +72,11 @@ class Stage:
                 found[index], number = replace(source, shuffle=number), number + 1
         return Stage(position, (*(found[index] for index in range(len(sources))), *known))
 
+    def in_windows_of(self, now: int, *, before: int) -> Stage:
+        """The same stage in windows of `now` tokens, where it had `before`: each source stands after as many tokens as
+        were read of it, rounded up to a window."""
+        return replace(self, sources=tuple(replace(s, read=-(-s.read * before // now)) for s in self.sources))
+
     def text(self) -> str:
         """From where on it reads what, and where each source stands, for people."""
         shares = [

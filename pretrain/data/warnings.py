@@ -16,9 +16,12 @@ PADDING = 128
 """Vocabularies are rounded up to a multiple of this for the sake of matrix products."""
 
 
-def data_warnings(config: Config, sources: Sources, reads: list[int] | None = None) -> list[str]:
-    """One sentence per thing that is too small or too large, with key and remedy. `reads`: see `epoch_warnings`."""
-    return [*epoch_warnings(config, sources, reads), *text_warnings(config, sources)]
+def data_warnings(
+    config: Config, sources: Sources, reads: list[int] | None = None, so_far: list[int] | None = None
+) -> list[str]:
+    """One sentence per thing that is too small or too large, with key and remedy. `reads`, `so_far`: see
+    `epoch_warnings`."""
+    return [*epoch_warnings(config, sources, reads, so_far), *text_warnings(config, sources)]
 
 
 def text_warnings(config: Config, sources: Sources) -> list[str]:
@@ -37,16 +40,20 @@ def _held_out(config: Config, sources: Sources) -> list[str]:
     ]
 
 
-def epoch_warnings(config: Config, sources: Sources, reads: list[int] | None = None) -> list[str]:
-    """Those about sources that the run reads too often. `reads`: windows of each that it has read by its end; None: of
-    a run that begins with these sources."""
+def epoch_warnings(
+    config: Config, sources: Sources, reads: list[int] | None = None, so_far: list[int] | None = None
+) -> list[str]:
+    """Those about sources that the run reads too often. `reads`: windows of each that it has read by its end; `so_far`:
+    where it continues; None: of a run that begins with these sources."""
     T, found = config.model.sequence_length, []
     reads = reads or sources.stage().counts(config.batch.global_sequences * config.train.steps)
-    for source, count in zip(sources.sources, reads, strict=True):
+    so_far = so_far or [0] * len(reads)
+    left = (sum(reads) - sum(so_far)) // config.batch.global_sequences
+    for source, count, before in zip(sources.sources, reads, so_far, strict=True):
         size = num_windows(source.manifest, "train", T, max_tokens=config.data.max_tokens)
         if size and count > MAX_EPOCHS * size:  # a source without a window is refused, not warned of
-            steps = MAX_EPOCHS * size * config.train.steps // count
-            less = f", or set train.steps to at most {steps}" if steps else ""
+            more = (MAX_EPOCHS * size - before) * left // (count - before) if count > before else 0
+            less = f", or set train.steps to at most {config.train.steps - left + more}" if more > 0 else ""
             first, raised = ("first ", " and raise data.max_tokens") if config.data.max_tokens else ("", "")
             found.append(
                 f"{source.key}: the run reads the {first}{size * T:,} tokens of {source.manifest.folder} "

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.convert import find_data, progress_bar
+from pretrain.checkpoint.convert import moved_data, progress_bar
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
@@ -57,8 +57,7 @@ def evaluation_config(
             )
         apply_override(tree, override)
     tokenizer = tokenizer_of(checkpoint, data)
-    if find_data(checkpoint)[0] is None and (place := _data_place(checkpoint, data)) is not None:
-        tree["data"]["manifest"] = place
+    tree["data"] = to_json(moved_data(checkpoint, saved, data))["data"]
     config = parse_config(tree)
     check_ranks(config, ranks)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -67,17 +66,6 @@ def evaluation_config(
             f"{tokenizer.vocab_size}; name the data that the run read with --data"
         )
     return config, tokenizer
-
-
-def _data_place(checkpoint: Checkpoint, data: Sequence[str]) -> str | None:
-    """The first folder of `data` that holds what the run read."""
-    for place in data:
-        try:
-            find_data(checkpoint, place)
-        except UserError:
-            continue
-        return place
-    return None
 
 
 def open_model(

@@ -10,6 +10,7 @@ from typing import Any
 from model.config import ModelConfig, XLConfig
 from model.costs import attention_macs
 from model.counted_costs import count_macs
+from pretrain.export.data_sets import DataSet
 from pretrain.report.model_text import model_family, model_text, parameter_count
 
 NO_LICENSE = "unknown"
@@ -30,6 +31,8 @@ class CardFacts:
     """The content of training.json."""
     provenance: dict[str, Any] | None
     """`provenance` and `totals` of the data's manifest, where it was found."""
+    data_sets: list[DataSet]
+    """Of a run that has read several; then each has a provenance of its own."""
     tokens_are_bytes: bool
     has_eos: bool
     has_text: bool
@@ -123,9 +126,23 @@ def _training_rows(model: ModelConfig, facts: CardFacts) -> Iterable[tuple[str, 
 def _data(facts: CardFacts) -> str:
     digest = facts.origin["data_digest"]
     known = f"The data set has the digest `{digest}`." if digest else "The data set is not recorded."
+    if facts.data_sets:
+        known = f"The {len(facts.data_sets)} data sets that the run has read. `training.json` has the settings.\n"
+        return "\n".join([known, *(f"### {one.name}\n\n" + _data_set(one, facts) for one in facts.data_sets)])
     if facts.provenance is None:
         return f"{known}\n"
-    totals, inputs = facts.provenance["totals"], facts.provenance["inputs"]
+    return f"{known} `training.json` has the settings.\n\n" + _provenance(facts.provenance, facts)
+
+
+def _data_set(one: DataSet, facts: CardFacts) -> str:
+    known = f"The run has read {one.tokens:,} tokens of it. " + (f"Its digest is `{one.digest}`." * bool(one.digest))
+    if one.provenance is None:
+        return f"{known} What it was made from is not known here.\n"
+    return f"{known}\n\n" + _provenance(one.provenance, facts)
+
+
+def _provenance(provenance: dict[str, Any], facts: CardFacts) -> str:
+    totals, inputs = provenance["totals"], provenance["inputs"]
     rows = [
         (split, f"{sums['documents']:,} documents, {sums['tokens']:,} tokens" + _text_bytes(sums, facts))
         for split, sums in totals.items()
@@ -133,7 +150,7 @@ def _data(facts: CardFacts) -> str:
     files = [f"- `{entry['name']}` ({entry['format']}), sha256 `{entry['sha256']}`" for entry in inputs[:MOST_INPUTS]]
     if len(inputs) > MOST_INPUTS:
         files.append(f"- and {len(inputs) - MOST_INPUTS:,} more files")
-    return f"{known} `training.json` has the settings.\n\n{_table(rows)}\nMade from\n\n" + "\n".join(files) + "\n"
+    return f"{_table(rows)}\nMade from\n\n" + "\n".join(files) + "\n"
 
 
 def _text_bytes(sums: dict[str, Any], facts: CardFacts) -> str:

@@ -13,7 +13,7 @@ from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.data.progress import Progress
-from pretrain.export.reading import is_export, open_export
+from pretrain.export.reading import is_export, open_export, progress_of
 from pretrain.saved_model import SavedModel, Tokenizer, load_model
 
 
@@ -45,6 +45,6 @@ def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
     model.eval().to(place)
     for _, statistics in routing_statistics(model):
         statistics.to(place)
-    progress = Progress(0, 0) if origin is None else Progress(origin["step"], origin["sequences"])
+    progress = Progress(0, 0) if origin is None else progress_of(origin, config)
     checkpoint = Checkpoint(folder, {"progress": progress.to_json()})
     return SavedModel(model, Tokenizer(exported.tokenizer), config, checkpoint)

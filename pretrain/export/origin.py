@@ -19,8 +19,11 @@ from pretrain.evaluation.results import results_folder
 FORMAT_VERSION = 1
 MEASURES = ("loss", "perplexity", "accuracy", "bits_per_byte")
 """Numbers of an evaluation that a model card shows."""
-PATHS = (("data", "cache_dir"), ("train", "init_from"), ("train", "replay_routing"), ("checkpoint", "resume"))
-"""Keys whose value is a place on a machine; they become their defaults."""
+PATHS = (
+    *(("data", "cache_dir"), ("train", "init_from"), ("train", "replay_routing"), ("checkpoint", "resume")),
+    ("monitor", "alert_command"),
+)
+"""Keys whose value is a place on a machine, or holds some; they become their defaults."""
 
 
 def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer) -> dict[str, Any]:
@@ -31,7 +34,8 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
         "source": checkpoint.weights_source,
         "step": progress.step,
         "sequences": progress.consumed_sequences,
-        "tokens": progress.consumed_sequences * config.model.sequence_length,
+        "tokens": progress.tokens(config.model.sequence_length),
+        "stages": [stage.to_json() for stage in progress.stages],
         "loss": state["loss"],
         "validation_loss": state["validation_loss"],
         "evaluations": evaluations_of(checkpoint),

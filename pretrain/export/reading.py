@@ -20,6 +20,7 @@ from pretrain.checkpoint.weights import WeightsOrigin
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
+from pretrain.data.stages import Stage
 from pretrain.export.folder import CONFIG, INDEX, ORIGIN, WEIGHTS
 from pretrain.export.hf_config import model_config
 from pretrain.export.tokenizer_config import stored_tokenizer
@@ -51,10 +52,18 @@ class Exported:
             source=source,
             tokenizer=self.tokenizer,
             manifest_digest=known["data_digest"],
-            progress=Progress(known["step"], known["sequences"]),
+            progress=progress_of(known, self.config),
             loss=known["loss"],
             validation_loss=known["validation_loss"],
         )
+
+
+def progress_of(origin: dict[str, Any], config: Config) -> Progress:
+    """How far the run was, by training.json. Of an export from before it had stages, they are not known."""
+    sequences, length = origin["sequences"], config.model.sequence_length
+    tokens = origin.get("tokens", sequences * length)
+    stages = tuple(map(Stage.from_json, origin.get("stages", ())))
+    return Progress(origin["step"], sequences, stages=stages, extra_tokens=tokens - sequences * length)
 
 
 def is_export(folder: Path) -> bool:

@@ -58,6 +58,11 @@ def verify(
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
     with torch.no_grad():
         exact = expected = logits_of(saved.model, tokens)
+        if not bool(exact.isfinite().all()):
+            raise UserError(
+                f"checkpoint {checkpoint.path}: its outputs are not finite, so it has diverged or its numbers "
+                f"overflow; export an earlier one"
+            )
         if dtype != torch.float32:
             for parameter in saved.model.parameters():
                 parameter.copy_(parameter.to(dtype))

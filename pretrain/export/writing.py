@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 from common.files import write_file, write_json
@@ -18,6 +17,7 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.schema import Config
 from pretrain.export import folder as names
 from pretrain.export.card import NO_LICENSE, CardFacts, card
+from pretrain.export.data_sets import DataSet, data_sets_of, provenance_of
 from pretrain.export.folder import check_output, new_folder
 from pretrain.export.hf_config import hf_config
 from pretrain.export.origin import origin_of
@@ -60,6 +60,8 @@ class _Source:
     """Of the tokenizer's file."""
     manifest: Manifest | None
     """Of the data, where they are."""
+    data_sets: list[DataSet]
+    """Of a run that has read several."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, data: Sequence[str | Path]) -> _Source:
@@ -71,6 +73,7 @@ class _Source:
             tokenizer=tokenizer,
             content=check_tokenizer(tokenizer, config.model),
             manifest=find_data(checkpoint)[0] if manifest is None else manifest,
+            data_sets=data_sets_of(checkpoint, config, [str(place) for place in data]),
         )
 
 
@@ -136,14 +139,10 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
         license=options.license,
         dtype=options.dtype,
         origin=origin,
-        provenance=None if source.manifest is None else _provenance(source.manifest),
+        provenance=None if source.manifest is None else provenance_of(source.manifest),
+        data_sets=source.data_sets,
         tokens_are_bytes=tokenizer.entry.tokens_are_bytes,
         has_eos=tokenizer.entry.eos_id is not None,
         has_text=has_text,
     )
     write_file(place / names.CARD, card(model, facts).encode())
-
-
-def _provenance(manifest: Manifest) -> dict[str, Any]:
-    tree = manifest.model_dump(mode="json", include={"totals", "provenance"})
-    return {"totals": tree["totals"], "inputs": tree["provenance"]["inputs"]}

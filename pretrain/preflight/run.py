@@ -153,12 +153,13 @@ class PlannedRun:
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.data.warnings import epoch_warnings
-        from pretrain.resume import reads_by_end, stages_of
+        from pretrain.resume import reads_by_end, reads_so_far, stages_of
 
         text = self._start(found, thorough=thorough)
         if self.sources is not None:  # how often the run reads its data depends on where it continues
-            reads = reads_by_end(self.config, self.newest, stages_of(self.newest, self.sources)[-1])
-            found.warnings += epoch_warnings(self.config, self.sources, reads)
+            stage = stages_of(self.newest, self.sources, self.config)[-1]
+            reads, so_far = (count(self.config, self.newest, stage) for count in (reads_by_end, reads_so_far))
+            found.warnings += epoch_warnings(self.config, self.sources, reads, so_far)
         return text
 
     def _start(self, found: Outcome, *, thorough: bool) -> str:
@@ -256,7 +257,8 @@ class PlannedRun:
         first = 0 if self.newest is None else self.newest.progress.step
         last = min(train.steps, train.stop_after_steps or train.steps)
         sources = self._opened()
-        open_record(self.config, sources, stages_of(self.newest, sources)[-1]).check_steps(range(first + 1, last + 1))
+        stage = stages_of(self.newest, sources, self.config)[-1]
+        open_record(self.config, sources, stage).check_steps(range(first + 1, last + 1))
         return f"{train.replay_routing} holds the steps {first + 1:,} to {last:,}"
 
 

@@ -53,7 +53,7 @@ def step_values(
         "auxiliary_loss": finite(sums.auxiliary_loss),
         "grad_norm": sums.grad_norm,
         "lr": learning_rate(config, progress.step - 1),
-        "tokens": consumed * config.model.sequence_length,
+        "tokens": progress.tokens(config.model.sequence_length),
         "tokens_per_second": config.batch.global_sequences * config.model.sequence_length / result.seconds,
         "step_seconds": result.seconds,
         "data_wait_seconds": result.data_wait_seconds,

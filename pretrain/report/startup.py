@@ -9,6 +9,7 @@ from model.attention.rope import rotated_width
 from model.config import RopeConfig, SigmaMoEConfig
 from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage
 from pretrain.data.windows import num_windows
@@ -33,17 +34,22 @@ class DerivedValue:
 
 
 def derived_values(
-    config: Config, data_size: int, sources: Sources, run_dir: str, stages: Sequence[Stage], reads: list[int]
+    config: Config,
+    data_size: int,
+    sources: Sources,
+    stages: Sequence[Stage],
+    reads: list[int],
+    progress: Progress,
 ) -> list[DerivedValue]:
     """Everything that a user would otherwise compute by hand, in the order of the data flow. `stages`: of the data, the
-    last one from this start on; `reads`: windows of each source that the run has read by its end."""
+    last one from this start on; `reads`: windows of each source that the run has read by its end; `progress`: where it
+    continues."""
     most, T = config.data.max_tokens, config.model.sequence_length
     sizes = [num_windows(s.manifest, "train", T, max_tokens=most) for s in sources.sources]
     return [
-        DerivedValue("run folder", run_dir, "--run-dir, or runs/ + name of the config file"),
         *_data_values(sources, sizes, reads),
         *_stage_values(stages),
-        *_size_values(config, data_size, sum(sizes), sum(reads)),
+        *_size_values(config, data_size, sum(sizes), sum(reads), progress),
         *_layout_values(config, data_size),
         *_divided_values(config),
         *_optional_values(config, sum(sizes), sources.tokenizer.vocab_size),
@@ -65,13 +71,17 @@ def _stage_values(stages: Sequence[Stage]) -> list[DerivedValue]:
     return [DerivedValue(f"data stage {index}", stage.text(), why) for index, stage in enumerate(stages, 1)]
 
 
-def _size_values(config: Config, data_size: int, windows: int, reads: int) -> list[DerivedValue]:
+def _size_values(config: Config, data_size: int, windows: int, reads: int, progress: Progress) -> list[DerivedValue]:
     """Values that every run has. `windows`: windows of the training split, and `reads`: how many of them the run has
     read by its end, over all epochs; both of all sources together."""
     batch, model, steps = config.batch, config.model, config.train.steps
     count = parameter_count(model)
     micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
     tokens_per_step = batch.global_sequences * model.sequence_length
+    left = max(0, steps - progress.step)
+    of_run, so_far = progress.tokens(model.sequence_length) + tokens_per_step * left, "tokens per step x train.steps"
+    if of_run != tokens_per_step * steps:  # steps before this start had others
+        so_far = f"{of_run - tokens_per_step * left:,} so far + tokens per step x {left:,} steps"
     tokens = "train tokens - 1" if config.data.max_tokens is None else "at most data.max_tokens"
     return [
         DerivedValue("model", model_family(model), model_text(model)),
@@ -80,7 +90,7 @@ def _size_values(config: Config, data_size: int, windows: int, reads: int) -> li
         DerivedValue("data-parallel size", f"{data_size}", "ranks / (tensor x pipeline)"),
         DerivedValue("micro-steps", f"{micro_steps}", "global_sequences / (micro_sequences x DP)"),
         DerivedValue("tokens per step", f"{tokens_per_step:,}", "global_sequences x sequence_length"),
-        DerivedValue("tokens of the run", f"{tokens_per_step * steps:,}", "tokens per step x train.steps"),
+        DerivedValue("tokens of the run", f"{of_run:,}", so_far),
         DerivedValue("windows per epoch", f"{windows:,}", f"({tokens}) // sequence_length"),
         DerivedValue("epochs", f"{reads / windows:.2f}", "sequences of the run / windows"),
     ]

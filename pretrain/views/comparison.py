@@ -29,6 +29,8 @@ NOT_COMPARED = {
 """Values of a step that two equal runs need not share: those of the machine."""
 WINDOW = 20
 """Points, at most, whose mean is the loss at a place: single losses scatter by more than runs differ."""
+SAME_RATE = 1e-9
+"""Relative difference of two quotients of floats that stand for the same FLOPs per token."""
 DIGEST = "data digest"
 """What differs where data do, wherever they lie."""
 VALIDATIONS = 8
@@ -45,23 +47,44 @@ class Run:
     def column(self, key: str) -> np.ndarray:
         """[steps] fp64, NaN where there is no value. `flops`: training FLOPs since the first step."""
         if key == "flops":
-            return self.column("tokens") * self.flops_per_token
+            return self._flops()
         return np.asarray(self.view.metrics.column(key), dtype=np.float64)
 
     @property
     def flops_per_token(self) -> float:
-        """NaN in a run of a version that did not record them."""
-        rate = self.column("flops_per_second") / self.column("tokens_per_second")
+        """The median of all steps; NaN in a run of a version that did not record them."""
+        rate = self._flops_rate()
         known = rate[np.isfinite(rate)]
         return float(np.median(known)) if len(known) else math.nan
 
-    def loss_at(self, axis: str, place: float) -> float:
-        """Mean loss of the last points up to `place`; NaN if the run has not been there."""
-        x, y = self.column(axis), self.column("loss")
+    def _flops_rate(self) -> np.ndarray:
+        return self.column("flops_per_second") / self.column("tokens_per_second")
+
+    def _flops(self) -> np.ndarray:
+        tokens, rate, usual = self.column("tokens"), self._flops_rate(), self.flops_per_token
+        rate = np.where(np.isfinite(rate), rate, usual)
+        if not np.any(np.abs(rate - usual) > SAME_RATE * usual):
+            return tokens * usual
+        return np.cumsum(np.diff(tokens, prepend=0.0) * rate)  # a resume changed the model, such as its context
+
+    def window_at(self, axis: str, place: float) -> float:
+        """Where the last points up to `place` begin whose mean is a loss; NaN if the run has not been there."""
+        x = self.column(axis)
         if not len(x) or not np.isfinite(x[-1]) or x[-1] < place or x[0] > place:
             return math.nan
         end = int(np.searchsorted(x, place, side="right"))
-        near = y[max(0, end - min(WINDOW, max(1, end // 10))) : end]
+        return float(x[max(0, end - min(WINDOW, max(1, end // 10)))])
+
+    def loss_at(self, axis: str, place: float) -> float:
+        """Mean loss of the last points up to `place`; NaN if the run has not been there."""
+        begin = self.window_at(axis, place)
+        return math.nan if math.isnan(begin) else self.loss_between(axis, begin, place)
+
+    def loss_between(self, axis: str, begin: float, place: float) -> float:
+        """Mean loss from `begin` to `place`, of the last point up to there at least; NaN without one."""
+        x, y = self.column(axis), self.column("loss")
+        end = int(np.searchsorted(x, place, side="right"))
+        near = y[min(int(np.searchsorted(x, begin)), max(0, end - 1)) : end]
         near = near[np.isfinite(near)]
         return float(near.mean()) if len(near) else math.nan
 
@@ -147,8 +170,14 @@ def places(runs: Sequence[Run], axis: str, count: int = 6) -> list[float]:
 
 
 def losses(runs: Sequence[Run], axis: str) -> list[tuple[float, list[float]]]:
-    """A place and the loss of every run there."""
-    return [(place, [run.loss_at(axis, place) for run in runs]) for place in places(runs, axis)]
+    """A place and the loss of every run there. All are means over the same stretch, the shortest of the runs' own: one
+    that began at the place, as a branch does, or that takes more tokens in a step, would be compared with losses of
+    earlier steps of the others, which are higher."""
+    found = []
+    for place in places(runs, axis):
+        begin = max(run.window_at(axis, place) for run in runs)
+        found.append((place, [run.loss_between(axis, begin, place) for run in runs]))
+    return found
 
 
 def validation_losses(runs: Sequence[Run]) -> list[tuple[float, list[float]]]:

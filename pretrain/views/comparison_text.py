@@ -20,6 +20,7 @@ from pretrain.views.comparison import (
     source_losses_at_end,
     validation_losses,
 )
+from pretrain.views.reading import setting
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
@@ -60,9 +61,22 @@ def notes(runs: Sequence[Run]) -> list[str]:
     of_text = [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
     if not of_text:
         return []
+    if "data.sources" in of_text and set(of_text) <= {DIGEST, "data.sources"} and _same_sources(runs):
+        return [
+            "the weights of data.sources differ: training losses are of other mixtures, but those of validations of "
+            "the same text, unless it was prepared anew"
+        ]
     return [
         f"{' and '.join(of_text)} differ: losses per token of different texts or tokenizers say little of each other"
     ]
+
+
+def _same_sources(runs: Sequence[Run]) -> bool:
+    """Whether all read several data sets, the same in the same order: then validations read the same windows, whatever
+    the weights."""
+    every = [setting(run.view.config, "data.sources") for run in runs]
+    found = [[(row.get("manifest"), row.get("name")) for row in rows or () if isinstance(row, dict)] for rows in every]
+    return len(found[0]) > 1 and all(rows == found[0] for rows in found)
 
 
 def _places(rows: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, ...]]:

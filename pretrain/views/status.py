@@ -93,8 +93,17 @@ def step_text(view: RunView) -> str:
 
 def seconds_per_step(view: RunView) -> float | None:
     """Mean of the newest steps; None before the first."""
-    found = [s for s in view.metrics.column("step_seconds")[-RECENT_STEPS:] if math.isfinite(s)]
+    found = recent(view, "step_seconds")
     return sum(found) / len(found) if found else None
+
+
+def recent(view: RunView, key: str) -> list[float]:
+    """The finite values of the newest steps. They are of one start: an earlier one may have had another batch, layout
+    or machine, whose seconds say nothing of this one's speed."""
+    begins = (event.get("step") for event in reversed(view.events) if event["event"] == "started")
+    begin = next((step for step in begins if isinstance(step, int) and step < view.step), -1)
+    steps, values = (view.metrics.column(name)[-RECENT_STEPS:] for name in ("step", key))
+    return [value for step, value in zip(steps, values, strict=True) if step > begin and math.isfinite(value)]
 
 
 def left_text(view: RunView, now: float) -> str:
@@ -106,19 +115,27 @@ def left_text(view: RunView, now: float) -> str:
 
 
 def loss_text(view: RunView) -> str:
-    """The newest training loss and the mean of the newest ten."""
+    """The newest training loss and the mean of the newest ten. Where the newest is not finite, since when."""
+    steps, every = view.metrics.column("step"), view.metrics.column("loss")
+    if "loss" in view.metrics.newest and not math.isfinite(every[-1]):
+        last = next((n for n in range(len(every) - 1, -1, -1) if math.isfinite(every[n])), -1)
+        before = f", {every[last]:.4f} before" if last >= 0 else ""
+        return f"not finite since step {steps[last + 1]:,.0f}{before}"
     losses = [loss for loss in view.metrics.column("loss")[-10:] if math.isfinite(loss)]
     return f"{losses[-1]:.4f} (mean of {len(losses)} steps {sum(losses) / len(losses):.4f})" if losses else ""
 
 
 def validation_text(view: RunView) -> str:
     """The newest validation, also of each source of a mixture, and the best."""
-    validations = [(step, loss) for step, loss in view.validations() if math.isfinite(loss)]
+    validations = view.validations()
     if not validations:
         return ""
-    (step, loss), (best, lowest) = validations[-1], min(validations, key=lambda pair: pair[1])
+    step, loss = validations[-1]
+    finite = [pair for pair in validations if math.isfinite(pair[1])]
+    best, lowest = min(finite, key=lambda pair: pair[1]) if finite else (step, loss)
     of_sources = dict(view.source_validations())[step]
-    text = f"{loss:.4f} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
+    text = f"{loss:.4f}" if math.isfinite(loss) else "not finite"
+    text += f" after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
     return text if best == step else f"{text}, best {lowest:.4f} after step {best:,}"
 
 
@@ -137,7 +154,7 @@ def speed_text(view: RunView) -> str:
     has_sizes = isinstance(batch, int) and isinstance(length, int) and seconds > 0
     parts = [f"{batch * length / seconds:,.0f} tokens/s"] if has_sizes else []
     parts.append(f"{seconds:.3g} s a step")
-    waits = [w for w in view.metrics.column("data_wait_seconds")[-RECENT_STEPS:] if math.isfinite(w)]
+    waits = recent(view, "data_wait_seconds")
     if waits and seconds > 0 and sum(waits) / len(waits) > 0.05 * seconds:
         parts.append(f"{sum(waits) / len(waits) / seconds:.0%} of it waiting for data")
     rank, behind = slowest_rank(view)

@@ -115,11 +115,15 @@ def test_what_is_refused(opened: OpenModel) -> None:
 
     refused("text: is empty", opened.logits, "")
     refused("text: holds the id 400, but the model's ids are 0 to 399", opened.logits, [3, 400])
+    for wrong in (["gab"], 3, None, b"gab", [1.5], torch.tensor([[3, 4]])):
+        refused(r"text: is .*; give a str, or the ids of one text", opened.logits, wrong)
     refused("text: is a single token", opened.loss, [3])
     refused("layers: there is no layer 2", opened.attention, TEXT, layers=[2])
     refused("window: is 1, but", opened.attention, TEXT, window=1)
     refused("the prompt: is empty", opened.generate, "")
     refused("prompt 2: is empty", opened.generate, ["a", ""])
+    for wrong in ([3, 4], 3, None, ["gab", None]):
+        refused(r"prompt: is (3|None); give a str, or a list of them", opened.generate, wrong)
     refused("--top-p: is 0", opened.generate, "a", top_p=0.0)
 
 

@@ -129,7 +129,7 @@ def test_what_needs_text_says_that_there_is_none(
     refused(pretrain.cli.generate.main, f"{ids}instead of '400'", capsys, place, "--prompt", "5 400")
     refused(pretrain.cli.generate.main, f"{ids}instead of '-3'", capsys, place, "--prompt", "-3")
     refused(pretrain.cli.generate.main, "--until: the run's data", capsys, place, "--prompt", "5", "--until", "6")
-    refused(pretrain.cli.analyze.main, f"{ids}instead of", capsys, place)
+    refused(pretrain.cli.analyze.main, f"--text: the run's data are {ids}instead of", capsys, place)
     (tmp_path / "lambada").mkdir()
     text = "and this task is text; export the model"
     refused(pretrain.cli.evaluate.main, text, capsys, place, "--tasks", f"lambada={tmp_path / 'lambada'}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,11 @@ from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.cli.checkpoint import main as convert
 from pretrain.cli.compare import main as compare
 from pretrain.cli.evaluate import main as evaluate_checkpoint
+from pretrain.cli.export import main as export
+from pretrain.cli.import_weights import main as import_weights
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch
@@ -227,3 +232,88 @@ def test_the_sources_are_shown_where_the_total_is(
     for name, loss in known.items():
         assert found[f"loss/{name}"] == pytest.approx(loss, rel=1e-6)
         assert ["validation", name, "loss", f"{loss:.4f}"] in [line.split() for line in printed.splitlines()]
+
+
+def test_data_of_a_mixture_that_moved_are_named_with_data(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any of them has the tokenizer; a validation needs all, each in its place, and is what it was."""
+    run, there = tmp_path / "run", {name: tmp_path / f"{name} here" for name in sources}
+    for name, folder in sources.items():
+        shutil.copytree(folder, there[name])
+    config = mixture(there)
+    run_ranks(train_runs, 1, [(config, run)])
+    known = validation(run)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    c4, pes2o = (folder.rename(tmp_path / f"{name} now") for name, folder in there.items())
+    capsys.readouterr()
+
+    def refusal(code: int) -> str:
+        assert code == 2
+        return capsys.readouterr().err
+
+    assert "name the place of the prepared data with --data" in refusal(evaluate_checkpoint([str(run)]))
+    said = refusal(evaluate_checkpoint([str(run), "--data", str(c4)]))
+    assert "validation: data.sources.1.manifest: there is no" in said and said.endswith("data with --data\n")
+    other, dump = tmp_path / "other", tmp_path / "other.json.gz"
+    write_dump(dump, documents=30, seed=3)
+    (tmp_path / "data.json").write_text(
+        json.dumps(
+            {
+                "input": str(dump),
+                "validation_fraction": 0.2,
+                "output": str(other),
+                "workers": 1,
+                "tokenizer": {"model": str(c4 / "tokenizer.model")},
+            }
+        )
+    )
+    assert data_prep(["run", "--config", str(tmp_path / "data.json")]) == 0
+    assert "is none of the data sets that the run read" in refusal(
+        evaluate_checkpoint([str(run), "--data", str(other)])
+    )
+
+    places = ["--data", str(pes2o), "--data", str(c4), "--out", str(tmp_path / "found")]
+    assert evaluate_checkpoint([str(run), *places]) == 0
+    found = json.loads((tmp_path / "found" / "validation.json").read_text())
+    for key in ("loss", "loss/c4", "loss/pes2o", "tokens/pes2o"):
+        assert found[key] == pytest.approx(known[key], rel=1e-6)
+    for number, place in enumerate((c4, pes2o)):
+        assert convert(["convert", str(checkpoint), str(tmp_path / f"weights {number}"), "--data", str(place)]) == 0
+        assert (tmp_path / f"weights {number}" / "tokenizer.model").read_bytes() == (
+            c4 / "tokenizer.model"
+        ).read_bytes()
+    c4.rename(there["c4"])  # what is left has the tokenizer, and nobody needs to say where
+    assert convert(["convert", str(checkpoint), str(tmp_path / "weights")]) == 0
+    assert (tmp_path / "weights" / "tokenizer.model").exists()
+
+
+def test_the_card_of_an_export_has_every_data_set_that_the_run_has_read(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of both sources, then one of the second alone; the import of the export knows them too."""
+    run, keys = tmp_path / "run", ("train.steps=3", "evaluate.sequences=0")
+    both = mixture(sources, *keys, "train.stop_after_steps=2")
+    rows = json.dumps([{"manifest": str(sources["pes2o"]), "weight": 1, "name": "pes2o"}])
+    alone = mixture(sources, *keys, f"data.sources={rows}", 'checkpoint.allow_changes=["data.sources"]')
+    for config in (both, alone):
+        run_ranks(train_runs, 1, [(config, run)])
+    assert export([str(run), "--to", str(tmp_path / "mine"), "--data", str(sources["c4"])]) == 0
+    G, T = both.batch.global_sequences, both.model.sequence_length
+    data = (tmp_path / "mine" / "README.md").read_text().partition("## Data\n")[2].partition("## Results")[0]
+    parts = dict(part.split("\n", 1) for part in data.split("### ")[1:])
+    assert parts.keys() == sources.keys()
+    for name, count, file in (("c4", G, "c4-train.json.gz"), ("pes2o", 2 * G, "train.json.gz")):
+        manifest = Manifest.load(sources[name])
+        assert f"The run has read {count * T:,} tokens of it. Its digest is `{manifest.digest}`." in parts[name]
+        assert f"| train | {manifest.totals['train'].documents:,} documents, " in parts[name]
+        assert f"- `{file}` (" in parts[name]
+    assert f"| tokens read | {3 * G * T:,} |" in (tmp_path / "mine" / "README.md").read_text()
+
+    capsys.readouterr()
+    assert export([str(run), "--to", str(tmp_path / "mine")]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "What it was made from is not known here." in card and "c4-train" not in card
+    assert import_weights([str(tmp_path / "mine"), "--to", str(tmp_path / "again")]) == 0
+    (saved,) = list_checkpoints(run / "checkpoints")[-1:]
+    assert Checkpoint.open(tmp_path / "again").progress == replace(Checkpoint.open(saved).progress, skipped_updates=0)

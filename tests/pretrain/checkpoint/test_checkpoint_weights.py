@@ -61,7 +61,10 @@ def test_they_are_read_like_any_other(prepared: Path, tmp_path: Path, capsys: py
     assert main(["verify", str(place)]) == 0 and main(["list", str(place.parent)]) == 0
     out = capsys.readouterr().out
     assert "whole, every sha256 matches" in out and "weights alone" in out
-    assert main(["convert", str(place), str(tmp_path / "out")]) == 0
+    mean = place.rename(tmp_path / "mean")  # as `average` and an import are called by who writes them
+    assert main(["list", str(mean)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "mean"
+    assert main(["convert", str(mean), str(tmp_path / "out")]) == 0
     converted = load_file(tmp_path / "out" / "model.safetensors")
     assert converted.keys() == weights.keys() and all(torch.equal(converted[n], weights[n]) for n in weights)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()

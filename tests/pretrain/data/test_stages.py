@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -220,7 +221,7 @@ def test_a_run_whose_weights_change_goes_on_and_resumes_bit_by_bit(base: Path, t
     # Each checkpoint has the stages of its own past: a branch from an earlier one knows nothing of later ones.
     saved = {step_path.name[-2:]: Checkpoint.open(step_path) for step_path in list_checkpoints(run / "checkpoints")}
     assert [len(saved[step].progress.stages) for step in ("03", "08", "11")] == [1, 2, 3]
-    branch = stages_of(saved["03"], Sources.load(mixed(base, THIRD)))
+    branch = stages_of(saved["03"], Sources.load(mixed(base, THIRD)), mixed(base, THIRD))
     assert [stage.first for stage in branch] == [0, 24] and branch[-1].mixed[0].read == 0
 
 
@@ -237,16 +238,17 @@ def standing(stage: Stage) -> dict[str, tuple[int, int | None]]:
 
 
 def test_a_checkpoint_from_before_stages_is_one_stage_from_position_0(base: Path, tmp_path: Path) -> None:
-    then, now = mixed(base, FIRST), Sources.load(mixed(base, SECOND))
+    then, config = mixed(base, FIRST), mixed(base, SECOND)
+    now = Sources.load(config)
     old = checkpoint_of(then, tmp_path, Progress(1000, 8000))
     del old.state["progress"]["stages"]
-    assert stages_of(old, Sources.load(then)) == (Sources.load(then).stage(),)
-    first, second = stages_of(old, now)
+    assert stages_of(old, Sources.load(then), then) == (Sources.load(then).stage(),)
+    first, second = stages_of(old, now, config)
     assert first.first == 0 and second.first == 8000
     assert standing(second) == {"c4": (5600, 0), "pes2o": (2400, 1), "books": (0, 2)}
     one = checkpoint_of(alone(base, "c4"), tmp_path, Progress(10, 80))
     del one.state["progress"]["stages"]
-    assert standing(stages_of(one, now)[-1]) == {"c4": (80, None), "pes2o": (0, 1), "books": (0, 2)}
+    assert standing(stages_of(one, now, config)[-1]) == {"c4": (80, None), "pes2o": (0, 1), "books": (0, 2)}
 
 
 def test_a_source_is_known_by_its_data_or_else_by_its_name(base: Path, tmp_path: Path) -> None:
@@ -268,13 +270,14 @@ def test_a_source_is_known_by_its_data_or_else_by_its_name(base: Path, tmp_path:
     assert standing(back) == {"c4": (80, 0), "pes2o": (30, 1)}
     # The same data in a moved folder are no change at all, and begin no stage.
     same = checkpoint_of(mixed(base, FIRST), tmp_path, Progress(5, 40, stages=(stage,)))
-    assert stages_of(same, Sources.load(mixed(base, {str(tmp_path / "moved"): 0.7, "pes2o": 0.3}))) == (stage,)
+    config = mixed(base, {str(tmp_path / "moved"): 0.7, "pes2o": 0.3})
+    assert stages_of(same, Sources.load(config), config) == (stage,)
 
 
 def test_a_stage_begins_behind_what_its_checkpoint_leaves_out(base: Path, tmp_path: Path) -> None:
-    then, now = mixed(base, FIRST), Sources.load(mixed(base, {"c4": 0.3, "pes2o": 0.7}))
+    then, now = mixed(base, FIRST), mixed(base, {"c4": 0.3, "pes2o": 0.7})
     progress = Progress(5, 40, ((8, 18), (50, 60)), stages=(Sources.load(then).stage(),))
-    stage = stages_of(checkpoint_of(then, tmp_path, progress), now)[-1]
+    stage = stages_of(checkpoint_of(then, tmp_path, progress), Sources.load(now), now)[-1]
     assert stage.first == 50 + 10 and standing(stage) == {"c4": (42, 0), "pes2o": (18, 1)}
 
 
@@ -283,13 +286,19 @@ def test_what_is_said_before_a_start_counts_from_where_it_continues(
 ) -> None:
     then, config = mixed(base, FIRST), mixed(base, {"pes2o": 0.5, "books": 0.5}, "train.steps=200")
     sources, newest = Sources.load(config), checkpoint_of(then, tmp_path, Progress(100, 800))
-    stages = stages_of(newest, sources)
+    stages = stages_of(newest, sources, config)
     assert reads_by_end(config, newest, stages[-1]) == [240 + 400, 400]
     print_derived(config, 1, sources, tmp_path, newest)
     output, held = capsys.readouterr().out, sizes(base)
     assert "data stage 2" in output and "position 800 on: pes2o 0.5 (after 240 of its windows)" in output
     assert f"1 of 2 sequences, {640 / held['pes2o']:.2f} epochs" in output
     assert f"{400 / held['books']:.1f} times, and text that is read more than 4 times" in output
+    assert f"or set train.steps to at most {100 + held['books']}\n" in output  # from step 100 on half of each step's 8
+    assert re.search(rf"tokens of the run +{200 * G * T:,} +tokens per step x train.steps\n", output)
+    less = mixed(base, {"pes2o": 0.5, "books": 0.5}, "train.steps=200", "batch.global_sequences=2", ranks=4)
+    print_derived(less, 1, sources, tmp_path, newest)
+    text = rf"tokens of the run +{800 * T + 100 * 2 * T:,} +{800 * T:,} so far \+ tokens per step x 100 steps\n"
+    assert re.search(text, capsys.readouterr().out)
 
 
 def test_a_record_of_choices_is_of_one_stage(base: Path, tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ def test_half_precision_is_rounded_and_overflow_refused(
         large.head.bias[0] = 1e5
     place = checkpoint_of(large, tmp_path / "step-00000004", prepared).path
     refused(place, tmp_path / "out", "--dtype: head.bias has values that float16 has not", capsys, "--dtype=float16")
+    with torch.no_grad():
+        large.head.bias[0] = torch.nan
+    diverged = checkpoint_of(large, tmp_path / "step-00000005", prepared).path
+    refused(diverged, tmp_path / "out", "step-00000005: its outputs are not finite, so it has", capsys, "--verify")
 
 
 def refused(place: Path, out: Path, words: str, capsys: pytest.CaptureFixture[str], *options: str) -> None:
@@ -286,11 +290,12 @@ def test_places_of_the_machine_are_left_out() -> None:
         },
         "evaluate": {"tasks": {"lambada": "~/raw/lambada", "blimp": "raw/blimp"}},
         "checkpoint": {"resume": "/home/me/runs/one"},
+        "monitor": {"alert_command": "python launch/webhook.py --url-file /home/me/.webhook"},
     }
     left = without_places(parse_config(tree))
     assert [source["manifest"] for source in left["data"]["sources"]] == ["c4", "pes2o"]
     assert left["evaluate"]["tasks"] == {"lambada": "lambada", "blimp": "raw/blimp"}
-    assert left["data"]["cache_dir"] is None
+    assert left["data"]["cache_dir"] is None and left["monitor"]["alert_command"] is None
     assert (left["checkpoint"]["resume"], left["description"]) == ("auto", "of /home/me")
     assert left["data"]["manifest"] == "data/sample/manifest.json" and parse_config(left).model == config_of("dense")
 

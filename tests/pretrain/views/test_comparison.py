@@ -53,10 +53,31 @@ def test_losses_at_equal_steps_tokens_and_flops(tmp_path: Path) -> None:
     # Means of the last 20 points: step 281 to 300 of both.
     assert steps[300.0] == pytest.approx([10.0 - 2.905, 9.0 - 2.905])
     tokens = dict(losses(runs, "tokens"))
-    assert tokens[40_000.0] == pytest.approx([10.0 - 3.905, 9.0 - 1.905])
+    # The last 20 steps of the first run begin at 38,100 tokens: steps 191 to 200 of the other.
+    assert tokens[40_000.0] == pytest.approx([10.0 - 3.905, 9.0 - 1.955])
     flops = dict(losses(runs, "flops"))
     assert max(flops) == 400 * 100 * 60
-    assert flops[2_400_000.0] == pytest.approx([10.0 - 3.905, float(np.mean([9 - n / 100 for n in range(61, 67)]))])
+    assert flops[2_400_000.0] == pytest.approx([10.0 - 3.905, 9.0 - 0.65])  # from 2,286,000 on: steps 64 to 66
+
+
+def test_a_branch_is_compared_with_the_same_steps_of_its_origin(tmp_path: Path) -> None:
+    """Their losses are the same in every step that both have, so they are at every place, and in the mean of any."""
+    whole = [row(n, 10.0 - n / 10) for n in range(1, 61)]
+    runs = runs_of(write(tmp_path / "whole", whole), write(tmp_path / "branch", whole[40:]))
+    for axis in ("step", "tokens", "flops"):
+        found = losses(runs, axis)
+        assert len(found) >= 5
+        assert [ours for _, (ours, _) in found] == [theirs for _, (_, theirs) in found]
+    assert losses(runs, "step")[0] == (41.0, [10.0 - 4.1] * 2)
+
+
+def test_flops_of_a_run_whose_model_changed_are_those_of_its_steps(tmp_path: Path) -> None:
+    """60 FLOPs a token for 10 steps of 100 tokens, then 90 for 10 of 200, as after a resume with a longer context."""
+    rows = [row(n, 5.0) for n in range(1, 11)]
+    rows += [row(n, 5.0, 1000 + 200 * (n - 10), flops_per_second=4500.0 * n) for n in range(11, 21)]
+    (run,) = runs_of(write(tmp_path / "run", rows))
+    flops = run.column("flops")
+    assert flops[9] == pytest.approx(1000 * 60) and flops[-1] == pytest.approx(1000 * 60 + 2000 * 90)
 
 
 def test_the_first_step_that_differs(tmp_path: Path) -> None:
@@ -92,6 +113,20 @@ def test_losses_of_other_texts_are_not_left_to_speak_for_themselves(
     page = (one / "comparison" / "other" / "comparison.html").read_text()
     assert (note in said) if note else ("note:" not in said)
     assert ("of different texts or tokenizers" in page) == bool(note)
+
+
+def test_validations_of_other_weights_of_the_same_sources_are_of_the_same_text(tmp_path: Path) -> None:
+    def note(*others: dict[str, Any]) -> str:
+        first = {"data": {"sources": [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}]}}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        configs = [first, *({"data": {"sources": rows}} for rows in others)]
+        return text(runs_of(*(write(folder / str(n), [row(1, 5.0)], c) for n, c in enumerate(configs))), 1e-5)
+
+    heavy = [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 3.0}]
+    assert "note: the weights of data.sources differ" in note(heavy) and "different texts" not in note(heavy)
+    for others in ([heavy[::-1]], [heavy, heavy[:1]], [[heavy[0], {"manifest": "c", "weight": 3.0}]]):
+        assert "note: data.sources differ: losses per token of different texts" in note(*others)
+    assert "note:" not in note([{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}])
 
 
 @pytest.mark.parametrize(

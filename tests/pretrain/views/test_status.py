@@ -17,7 +17,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, screen, summary
+from pretrain.views.status import duration, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 
@@ -128,6 +128,34 @@ def test_the_slowest_rank_of_the_newest_comparison_since_the_start_is_shown(tmp_
     assert "speed      16 tokens/s, 2 s a step, rank 7 is 25% of it behind the others" in text("slow", 0, 0.5)
     assert "behind" not in text("even", 0, 0.05)
     assert "behind" not in text("started again after it", 6, 0.5)
+
+
+def test_the_speed_is_that_of_the_start_that_goes_on(tmp_path: Path) -> None:
+    """30 steps of 2 s, then a start on a faster machine with the batch of config.json, 4 x 8 tokens: 5 steps of 0.5 s.
+    A start that has made no step yet leaves the numbers of the one before."""
+    folder = write(tmp_path / "run", 0, events=[{"event": "started", "time": 2.0, "step": 30, "last_step": 40}])
+    slow = [row(n, data_wait_seconds=1.0) for n in range(1, 31)]
+    fast = [row(n, step_seconds=0.5, data_wait_seconds=0.0, flops_utilization=0.3) for n in range(31, 36)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in slow + fast))
+    view = RunView.open(folder)
+    assert speed_text(view) == "64 tokens/s, 0.5 s a step, 30.0% of the peak FLOP/s"
+    assert summary(view)["seconds_per_step"] == 0.5
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "started", "time": 3.0, "step": 35, "last_step": 40}) + "\n")
+    view.update()
+    assert summary(view)["seconds_per_step"] == 0.5
+
+
+def test_a_loss_that_is_not_finite_is_said_and_not_left_out(tmp_path: Path) -> None:
+    validations = [{"event": "validation", "time": 2.0, "step": 4, "loss": 6.5}]
+    folder = write(tmp_path / "run", 0, events=[*validations, {**validations[0], "step": 8, "loss": None}])
+    rows = [row(n, loss=7.0 - n / 10 if n < 5 else None) for n in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    text = shown(folder)
+    assert "loss       not finite since step 5, 6.6000 before\n" in text
+    assert "validation not finite after step 8, best 6.5000 after step 4\n" in text
+    (folder / "metrics.jsonl").write_text(json.dumps(row(1, loss=None)) + "\n")
+    assert "loss       not finite since step 1\n" in shown(folder)
 
 
 def test_a_start_that_has_not_reached_its_first_step(tmp_path: Path) -> None:
