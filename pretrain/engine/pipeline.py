@@ -31,7 +31,7 @@ from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
 from pretrain.engine.micro_steps import Queries, StepOutput
-from pretrain.parallel.groups import process_groups, tied_group
+from pretrain.parallel.groups import asked_for_once, process_groups, tied_group
 from pretrain.parallel.stages import stage_bounds
 from pretrain.phases import Phases
 
@@ -58,7 +58,8 @@ class PipelineStage(PipelineModule):
         topology = PipeModelDataParallelTopology(
             num_pp=parallel.pipeline_size, num_mp=parallel.tensor_size, num_dp=parallel.data_size
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition; ours is among the derived values
+        # It prints its partition; ours is among the derived values.
+        with contextlib.redirect_stdout(io.StringIO()), asked_for_once():
             super().__init__([_Layer(build) for _, build in factories], topology=topology)
         groups = process_groups(
             pipeline=parallel.pipeline_size,

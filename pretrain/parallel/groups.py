@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -77,6 +80,27 @@ def _tied_groups(world: Any, pipeline: int, data: int, tensor: int) -> Any:
     pipelines = _grid(pipeline, data, tensor, 1).get_rank_enum("pp")
     group, _ = dist.new_subgroups_by_enumeration([[ranks[0], ranks[-1]] for ranks in pipelines])
     return group
+
+
+@contextlib.contextmanager
+def asked_for_once() -> Iterator[None]:
+    """Inside, DeepSpeed gets the same group whenever it asks for one of the same ranks, also for another engine. Its
+    pipelines ask for five at each build, and a group is never freed: a GPU would lose the memory of as many of NCCL's
+    communicators at each rollback."""
+    from deepspeed import comm  # here: device.start prepares its import
+
+    make = comm.new_group
+
+    def group_of(ranks: Iterable[int]) -> Any:
+        return _asked_for(dist.group.WORLD, make, tuple(ranks))
+
+    with mock.patch.object(comm, "new_group", group_of):
+        yield
+
+
+@functools.cache
+def _asked_for(world: Any, make: Callable[[list[int]], Any], ranks: tuple[int, ...]) -> Any:
+    return make(list(ranks))
 
 
 class ModelParallelUnit:

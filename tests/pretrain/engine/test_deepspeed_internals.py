@@ -44,6 +44,7 @@ DEEPSPEED = {
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",
     "runtime.compiler": "compile",
+    "comm.comm": "new_group",
 }
 """Module of DeepSpeed -> attributes, functions and globals that stand in it."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.errors import ConfigError
 from model.feedforward.swiglu import SwiGLU
@@ -85,6 +86,25 @@ def kept_times(rank: int, config: Config) -> int:
 def test_nothing_is_kept_of_a_step(prepared: Path) -> None:
     config = config_of(prepared, "switchall", Layout(pipeline=2, micro=4))
     assert run_ranks(kept_times, 2, config) == [0, 0]
+
+
+def groups_of_two_builds(rank: int, config: Config) -> list[list[list[int]]]:
+    """The ranks of each group that this one belongs to, after each of two builds: a rollback builds again."""
+    found = []
+    for _ in range(2):
+        trainer = trainer_of(config)
+        one_step(trainer, Progress(0, 0))
+        trainer.close()
+        found.append([dist.get_process_group_ranks(group) for group in dist.distributed_c10d._world.pg_names])
+    return found
+
+
+def test_a_second_build_makes_no_groups(prepared: Path) -> None:
+    """NCCL keeps buffers on the GPU for each of them. Nor does DeepSpeed have two of the same ranks."""
+    config = config_of(prepared, "switchall", Layout(pipeline=2, micro=4, tied=True))
+    for first, second in run_ranks(groups_of_two_builds, 2, config):
+        assert first == second
+        assert first.count([0, 1]) == 5  # all ranks, the pipeline, the tied weights, the saver, DeepSpeed's
 
 
 def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
