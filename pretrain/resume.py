@@ -10,11 +10,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
+from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
 from pretrain.config.data_rules import folder_name
-from pretrain.config.loading import to_json
+from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
@@ -184,8 +185,13 @@ def progress_now(config: Config, checkpoint: Checkpoint | None) -> Progress:
     """Of a run of `config` that begins, or continues from `checkpoint`."""
     if checkpoint is None:
         return Progress(0, 0)
-    before = sequence_length_of(checkpoint)
-    return checkpoint.progress.in_sequences_of(config.model.sequence_length, before=before)
+    before, length = sequence_length_of(checkpoint), config.model.sequence_length
+    progress = checkpoint.progress.in_sequences_of(length, before=before)
+    try:
+        rate = training_flops_per_token(parse_config(checkpoint.state["config"]).model)
+    except ConfigError:  # of another version
+        return progress
+    return progress.at_rate(training_flops_per_token(config.model), before=rate, sequence_length=length)
 
 
 def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:

@@ -64,7 +64,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         digest = setup.sources.digest
         record_start(folder, start, config, layout(trainer.engine, parallel), data_digest=digest, last_step=last)
         tokens = start.progress.tokens(config.model.sequence_length)
-        origin = Origin(step, tokens, last, setup.device, dist.get_world_size())
+        extra = start.progress.extra_flops
+        origin = Origin(step, tokens, last, setup.device, dist.get_world_size(), extra_flops=extra)
         facts = start_facts(config, layout(trainer.engine, parallel), setup.device)
         return Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
 

@@ -228,7 +228,10 @@ def _check_suffix(path: InputFile, stored: IO[bytes], magic: bytes) -> None:
     wanted = PACKED_SUFFIXES.get(path.suffix.lower(), (b"",))
     if magic.startswith(wanted):
         return
-    suffix, kind = path.suffix.lower(), foreign(magic + stored.read(HEAD_BYTES))
+    suffix = path.suffix.lower()
+    if other := next((name for name, magics in PACKED_SUFFIXES.items() if magic.startswith(magics)), None):
+        raise NoDocumentError(f"{path} is not a {suffix} file but a {other} file; rename it")
+    kind = foreign(magic + stored.read(HEAD_BYTES))
     if kind is not None:
         raise NoDocumentError(f"{path} is not a {suffix} file: it is {kind}")
     raise DamagedFileError(f"{path} is damaged (not a {suffix} file); fetch it again")

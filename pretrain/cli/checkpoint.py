@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the checkpoints of a run: step, time, size, layout, state, losses",
         description="Prints a line per checkpoint. `whole` means committed and of the right sizes; `verify` reads all.",
     )
-    listing.add_argument("folder", type=a_path, metavar="RUN_DIR", help="run folder, or its checkpoints folder, or a checkpoint")
+    listing.add_argument(
+        "folder", type=a_path, metavar="RUN_DIR", help="run folder, or its checkpoints folder, or a checkpoint"
+    )
     verify = commands.add_parser(
         "verify",
         help="compare every file with its sha256",

@@ -30,6 +30,8 @@ class Progress:
     """The stages of the data so far, the last one under way. None: a file from before stages existed, one stage."""
     extra_tokens: int = 0
     """Tokens read, less `consumed_sequences` times the sequence_length of now: 0 unless a resume changed that."""
+    extra_flops: int = 0
+    """Of training, less those tokens times what the model of now computes for one: 0 unless a resume changed it."""
 
     def __post_init__(self) -> None:
         edges = [edge for part in self.skipped_ranges for edge in part]
@@ -57,6 +59,10 @@ class Progress:
         """The same for a run that goes on with `now` tokens in a sequence, where it had `before`."""
         return replace(self, extra_tokens=self.tokens(before) - self.consumed_sequences * now)
 
+    def at_rate(self, now: int, *, before: int, sequence_length: int) -> Progress:
+        """The same for a run that goes on with `now` FLOPs a token, where it had `before`."""
+        return replace(self, extra_flops=self.extra_flops + self.tokens(sequence_length) * (before - now))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -65,11 +71,12 @@ class Progress:
             "skipped_updates": self.skipped_updates,
             "stages": [stage.to_json() for stage in self.stages],
             "extra_tokens": self.extra_tokens,
+            "extra_flops": self.extra_flops,
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`. Files from before skips, stages or extra tokens existed have none of them."""
+        """The inverse of `to_json`. Files from before skips, stages or extras existed have none of them."""
         return cls(
             step=int(tree["step"]),
             consumed_sequences=int(tree["consumed_sequences"]),
@@ -77,6 +84,7 @@ class Progress:
             skipped_updates=int(tree.get("skipped_updates", 0)),
             stages=tuple(Stage.from_json(stage) for stage in tree.get("stages", ())),
             extra_tokens=int(tree.get("extra_tokens", 0)),
+            extra_flops=int(tree.get("extra_flops", 0)),
         )
 
 

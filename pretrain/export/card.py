@@ -111,6 +111,8 @@ def _model_rows(model: ModelConfig, facts: CardFacts) -> Iterable[tuple[str, str
 
 def _training_rows(model: ModelConfig, facts: CardFacts) -> Iterable[tuple[str, str]]:
     origin, config = facts.origin, facts.origin["config"]
+    if origin["initial_weights"] is not None:
+        yield "began with", f"the weights of {origin['initial_weights']}, whose training is not counted here"
     yield "steps", f"{origin['step']:,}"
     yield "tokens read", f"{origin['tokens']:,}"
     yield "batch", f"{config['batch']['global_sequences']:,} sequences of {model.sequence_length:,} tokens"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.folder import Checkpoint, names_of
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
@@ -32,6 +32,7 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
     return {
         "format_version": FORMAT_VERSION,
         "source": checkpoint.weights_source,
+        "initial_weights": None if config.train.init_from is None else names_of([Path(config.train.init_from)])[0],
         "step": progress.step,
         "sequences": progress.consumed_sequences,
         "tokens": progress.tokens(config.model.sequence_length),

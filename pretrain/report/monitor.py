@@ -39,6 +39,8 @@ class Origin:
     last_step: int
     device: torch.device
     ranks: int
+    extra_flops: int = 0
+    """See Progress."""
 
 
 class Monitor:
@@ -114,7 +116,7 @@ class Monitor:
             self._look()
 
     def _position(self, step: int, tokens: int) -> Position:
-        return Position(step, tokens, float(tokens) * self._flops_per_token)
+        return Position(step, tokens, float(tokens) * self._flops_per_token + self._origin.extra_flops)
 
     def _speed(self, step: int, tokens_per_second: float) -> dict[str, float]:
         """The model's FLOP/s on all ranks and, once the peak is known, the share of it that is used."""

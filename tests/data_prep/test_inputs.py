@@ -115,6 +115,8 @@ NO_DOCUMENT = [
     ("a.jsonl", codecs.BOM_UTF16_LE + '{"text": "one"}\n'.encode("utf-16-le"), r"UTF-16 text.*iconv -f UTF-16 -t"),
     ("a.jsonl", '{"text": "one"}\n'.encode("utf-16-be"), r"UTF-16 text without a byte order.*iconv -f UTF-16BE"),
     ("a.jsonl", gzip.compress(gzip.compress(LINES[0])), r"packed with gzip twice; unpack it once"),
+    ("a.jsonl.zst", gzip.compress(LINES[0]), r"is not a \.zst file but a \.gz file; rename it"),
+    ("a.json.gz", zstandard.compress(LINES[0]), r"is not a \.gz file but a \.zst file; rename it"),
     ("A.JSON.GZ", bytes(5000), r"is not a \.gz file: it is filled with zero bytes at its beginning"),
     ("a.jsonl", bytes(5000), r"is filled with zero bytes at its beginning, as an unfinished copy leaves it"),
     ("A.JSONL.ZST", LINES[0], r"damaged \(not a \.zst file\)"),

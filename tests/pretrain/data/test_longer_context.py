@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.checkpoint import main as checkpoint_command
 from pretrain.data.progress import Progress
@@ -14,6 +15,7 @@ from pretrain.data.sources import Sources
 from pretrain.data.windows import num_windows
 from tests.harness import run_ranks
 from tests.pretrain.data.test_stages import FIRST, base, mixed
+from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.resilience.faults import events
 from tests.pretrain.runs import metrics, train_runs
 
@@ -57,3 +59,22 @@ def test_progress_counts_tokens_over_any_number_of_changes() -> None:
     assert longer.in_sequences_of(32, before=256).after_step(1).tokens(32) == 2048 + 32
     assert Progress.from_json(json.loads(json.dumps(longer.to_json()))) == longer
     assert progress.in_sequences_of(64, before=64) == progress
+
+
+def test_flops_go_on_where_they_were(base: Path, tmp_path: Path) -> None:
+    """Shorter sequences are fewer FLOPs a token: with those alone the run would fall behind itself, and TensorBoard
+    hide the points that it has passed."""
+    run, board = tmp_path / "run", "monitor.tensorboard=true"
+    keys = ("model.sequence_length=64", "batch.global_sequences=2", "batch.micro_sequences=2", board)
+    first = mixed(base, FIRST, *keys, "train.stop_after_steps=3")
+    allowed = 'checkpoint.allow_changes=["model", "batch"]'
+    second = mixed(base, FIRST, "train.stop_after_steps=4", allowed, board, ranks=1)
+    for config in (first, second):
+        run_ranks(train_runs, 1, [(config, run)])
+    rates = [training_flops_per_token(config.model) for config in (first, second)]
+    assert rates[0] > rates[1]
+    progress = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1]).progress
+    assert progress.tokens(16) * rates[1] + progress.extra_flops == 384 * rates[0] + 128 * rates[1]
+    points = [n * 128 * rates[0] for n in (1, 2, 3)] + [384 * rates[0] + 128 * rates[1]]
+    found = read(run / "tensorboard" / "against MFLOP")
+    assert steps_of(found, "loss against MFLOP/train") == [flops // 10**6 for flops in points]

@@ -102,6 +102,18 @@ def test_the_card_says_what_the_model_is(checkpoint: Checkpoint, tmp_path: Path)
         assert words in card, card
 
 
+def test_the_card_says_with_which_weights_the_run_began(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """By run and step, as nobody else has the places of this machine."""
+    place = shutil.copytree(checkpoint.path, tmp_path / "step-00000003")
+    first = "/home/me/runs/first/checkpoints/step-00000400"
+    rewrite_state(place, lambda state: state["config"]["train"].update(init_from=first))
+    assert main([str(place), "--to", str(tmp_path / "mine")]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| began with | the weights of first step-00000400, whose training is not counted here |" in card
+    assert main([str(checkpoint.path), "--to", str(tmp_path / "other")]) == 0
+    assert "began with" not in (tmp_path / "other" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_configuration_comes_back(name: str) -> None:
     model = config_of(name)
