@@ -279,6 +279,9 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
         options=options,
         more_options=args.sbatch,
         settings={
+            # Else that of the shell that submits decides for train.device=auto, or the driver of a node without a GPU
+            # for this job.
+            "DS_ACCELERATOR": "cpu" if args.cpu else "cuda",
             **job.variables(args.env),
             "RUN_DIR": str(run_dir),
             "REPOSITORY": str(REPOSITORY),

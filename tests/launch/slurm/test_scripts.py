@@ -118,6 +118,19 @@ def test_srun_hands_the_environment_on_whatever_sbatch_was_told(bench: Bench, sc
     assert "srun: ALL\n" in output
 
 
+def test_ranks_are_those_of_srun_whatever_the_shell_that_submitted_had(bench: Bench) -> None:
+    """It held the variables of a launcher. An address that other nodes can reach is the user's wish."""
+    ask = 'echo "srun: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-}${CROSS_SIZE-}, $MASTER_ADDR"\n'
+    (bench.folder / "bin" / "srun").write_text(f"#!/bin/sh\n{ask}")
+    (bench.folder / "bin" / "getent").write_text("#!/bin/sh\nexit 0\n")
+    (bench.folder / "bin" / "getent").chmod(0o755)
+    (bench.folder / "bin" / "scontrol").write_text("#!/bin/sh\necho node1\n")
+    other = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "CROSS_SIZE": "1"}
+    for given, address in (("localhost", "node1"), ("127.0.0.1", "node1"), ("10.0.0.1", "10.0.0.1")):
+        _, output = bench.train(MASTER_ADDR=given, **other)
+        assert f"srun: , {address}\n" in output
+
+
 def test_it_is_not_tried_a_third_time_before_it_is_excluded(bench: Bench) -> None:
     """Although a checkpoint came in between."""
     bench.train(SRUN_CODE="137", TASKS=json.dumps(KILLED), MAKES="step-00000010", REPEATS="5", FAULTS="9")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,23 +20,6 @@ TINY = str(REPOSITORY / "configs" / "switchall_tiny.json")
 def submit(prepared: Path, run_dir: Path, *arguments: str, where: tuple[str, ...] = ("--cpu",)) -> int:
     line = ["--config", TINY, "--nodes", "2", "--time", "30", "--set", f"data.manifest={prepared}", *where]
     return training.main([*line, "--run-dir", str(run_dir), "--allow-local", *arguments])
-
-
-@pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An sbatch that writes its arguments to the returned file and counts jobs from 41."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    record = tmp_path / "sbatch.calls"
-    (folder / "sbatch").write_text(
-        f"""#!/bin/sh\n'''exec' '{sys.executable}' "$0" "$@"\n' '''\n"""  # its path may hold a space
-        "import json, sys\n"
-        f"calls = open({str(record)!r}, 'a+')\ncalls.seek(0)\nnumber = 41 + len(calls.readlines())\n"
-        "calls.write(json.dumps(sys.argv[1:]) + '\\n')\nprint(f'{number};cluster')\n"
-    )
-    (folder / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return record
 
 
 def calls(record: Path) -> list[list[str]]:
@@ -237,45 +218,6 @@ def test_without_sbatch_the_message_says_where_to_go(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit(prepared, tmp_path / "run") == 2
     assert "sbatch is not on the PATH: run this on a login node" in capsys.readouterr().err
-
-
-def test_a_job_inherits_nothing_of_the_job_around_it(
-    prepared: Path, tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Submitted from a shell on a compute node. SLURM 22.05's sbatch hands all of these on, and srun in the new job
-    then ends with "SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive"."""
-    record = tmp_path / "environment"
-    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv >'{record}'\necho 41\n")
-
-    def handed_on() -> set[str]:
-        return {line.partition("=")[0] for line in record.read_text().splitlines() if line.startswith("SLURM")}
-
-    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    for name in ("SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_RESTART_COUNT", "SLURMD_NODENAME"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert submit(prepared, tmp_path / "run") == 0
-    assert "SLURM_CPU_BIND" in handed_on(), "outside of a job it is the user's own"
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert submit(prepared, tmp_path / "run") == 0
-    assert handed_on() == {"SLURM_CONF"}
-
-
-def test_a_greeting_of_the_cluster_is_no_refusal(
-    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Welcome; 3 nodes are down'\necho '41;cluster'\n")
-    assert submit(prepared, tmp_path / "run") == 0
-    assert "submitted job 41: " in capsys.readouterr().out
-
-
-def test_an_interpreter_may_be_in_the_ranks_container_alone(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ("--dry-run", "--python", "/nowhere/bin/python")
-    assert submit(prepared, tmp_path / "run", *line, "--srun=--container-image=/shared/torch.sqsh") == 0
-    assert "export PYTHON=/nowhere/bin/python\n" in capsys.readouterr().out
-    assert submit(prepared, tmp_path / "run", *line, "--srun=--cpu-bind=none") == 2
 
 
 def test_sbatchs_own_refusal_is_passed_on(
