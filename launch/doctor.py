@@ -6,6 +6,7 @@ from 3.11 on. The exit status is 1 if something that training needs is missing.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -35,6 +36,8 @@ MINIMUM_DRIVER = {"13": 580, "12": 525}
 table)."""
 INSTALL = "make -B install"
 """-B: a bare `make install` does nothing if it has run before, even if packages were lost since."""
+CGROUPS = "/proc/self/cgroup"
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
 GB = 1e9
 
 
@@ -201,11 +204,29 @@ def _memory() -> str:
         text = f"{sizes['MemAvailable'] / GB:.1f} of {sizes['MemTotal'] / GB:.1f} GB available"
     except (OSError, LookupError, ValueError):
         return "unknown"
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no such limit, or "max"
-        return text
-    return f"{text}, limited to {limit / GB:.1f} GB by its cgroup"
+    limit = _memory_limit()
+    return text if limit >= sizes["MemTotal"] else f"{text}, limited to {limit / GB:.1f} GB by its cgroup"
+
+
+def _memory_limit() -> float:
+    """Bytes that the cgroups of this process, and those around them, allow: a job's limit is in a group of its own, far
+    below the root. Infinite without a limit."""
+    limits = [float("inf")]
+    with contextlib.suppress(OSError):
+        for line in Path(CGROUPS).read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            is_second = number == "0" and not controllers  # version 2
+            if not is_second and "memory" not in controllers.split(","):
+                continue
+            root = CGROUP_MOUNT if is_second else CGROUP_MOUNT / "memory"
+            name = "memory.max" if is_second else "memory.limit_in_bytes"
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(int((folder / name).read_text()))
+                if folder == root:
+                    break
+    return min(limits)
 
 
 def _run(*command: str) -> str:

@@ -22,6 +22,8 @@ from common.urls import may_hold_secret
 FOLDER = Path(__file__).resolve().parent
 SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|access|private|secret)_?key)(_|$)")
 """Names of variables whose values must not be written to a file."""
+OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
+"""Variables by which SLURM's commands find the cluster; the others of SLURM are those of one job."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 NUMBER = rf"\d{{1,{MOST_DIGITS}}}"
@@ -173,13 +175,15 @@ def need_sbatch() -> None:
 def submit(path: Path, *options: str) -> str:
     """Hands the script to SLURM; returns the job's number. Raises UserError with sbatch's own words."""
     need_sbatch()
+    line = ["sbatch", "--parsable", *options, str(path)]
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, timeout=120, check=False
+            line, env=outside_of_jobs(os.environ), capture_output=True, text=True, timeout=120, check=False
         )
     except subprocess.TimeoutExpired:
         raise UserError("sbatch gave no answer within 120 s; is the controller up (scontrol ping)?") from None
-    job = done.stdout.strip().split(";")[0]
+    # The last line: some clusters greet the user on the same stream.
+    job = (done.stdout.splitlines() or [""])[-1].strip().split(";")[0]
     if done.returncode != 0 or not job.isdecimal():
         words = " ".join((done.stderr or done.stdout).split())
         hint = (
@@ -187,6 +191,15 @@ def submit(path: Path, *options: str) -> str:
         )
         raise UserError(f"sbatch refused the job: {words}{hint} (script: {path})")
     return job
+
+
+def outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what SLURM says of the job around this process, if there is one: a shell on a compute
+    node, a notebook. sbatch hands it on, and srun in the new job takes it for options of its own: memory by node where
+    the new job has it by CPU, or CPUs that are the other job's, both of which it refuses."""
+    if "SLURM_JOB_ID" not in env:
+        return dict(env)
+    return {name: value for name, value in env.items() if not name.startswith("SLURM") or name in OF_THE_CLUSTER}
 
 
 def after(job: int | str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -206,7 +207,8 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
             f"checked when the job starts, not now; where they do not fit it ends with exit code 2",
             file=sys.stderr,
         )
-    places = [("--run-dir", run_dir), ("the repository", REPOSITORY), ("--python", _python(args))]
+    places = [("--run-dir", run_dir), ("the repository", REPOSITORY)]
+    places += [] if _python_is_in_container(args) else [("--python", _python(args))]
     places += [("data", folder) for folder in data]
     for what, place in places:
         warning = job.check_shared(what, place, allow_local=args.allow_local)
@@ -277,6 +279,9 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
         options=options,
         more_options=args.sbatch,
         settings={
+            # Else that of the shell that submits decides for train.device=auto, or the driver of a node without a GPU
+            # for this job.
+            "DS_ACCELERATOR": "cpu" if args.cpu else "cuda",
             **job.variables(args.env),
             "RUN_DIR": str(run_dir),
             "REPOSITORY": str(REPOSITORY),
@@ -293,7 +298,16 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
     )
 
 
+def _python_is_in_container(args: argparse.Namespace) -> bool:
+    """Whether --python may be a file that only the ranks' container has (pyxis: --container-image; srun's own
+    --container)."""
+    is_path = args.python is not None and os.path.isabs(args.python)
+    return is_path and any(option.startswith("--container") for option in args.srun)
+
+
 def _python(args: argparse.Namespace) -> Path:
+    if _python_is_in_container(args):
+        return Path(args.python)
     return Path(job.on_path(args.python or sys.executable))
 
 

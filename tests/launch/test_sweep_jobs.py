@@ -10,7 +10,8 @@ import pytest
 from launch.sweeps.command import main
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result
-from tests.launch.slurm.test_submit import calls, sbatch
+from tests.launch.slurm.conftest import sbatch
+from tests.launch.slurm.test_submit import calls
 from tests.launch.sweep_case import RATE, VARY, Case
 
 __all__ = ["sbatch"]

@@ -84,7 +84,7 @@ def share_on_this_node(*, speaks: bool) -> None:
     if "TRITON_CACHE_DIR" in os.environ or not is_shared(filesystem_type(Path(knobs.cache.dir).resolve())):
         return
     folder = Path(tempfile.gettempdir()) / f"switchall-triton-{os.getuid()}"
-    reason = _unsafe(folder)
+    reason = _unusable(folder)
     if reason is None:
         os.environ["TRITON_CACHE_DIR"] = str(folder)  # processes that torch.compile starts read it too
     elif speaks:
@@ -96,8 +96,8 @@ def share_on_this_node(*, speaks: bool) -> None:
         )
 
 
-def _unsafe(folder: Path) -> str | None:
-    """Why code from this folder, whose name anybody can guess, must not be run; makes it if it is missing."""
+def _unusable(folder: Path) -> str | None:
+    """Why code from this folder, whose name anybody can guess, must or can not be run; makes it if it is missing."""
     try:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -106,4 +106,6 @@ def _unsafe(folder: Path) -> str | None:
         return f"{folder} cannot be made ({error.strerror})"
     if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
         return f"{folder} is not this user's alone"
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return f"{folder} is on a disk whose programs may not be run (noexec)"
     return None

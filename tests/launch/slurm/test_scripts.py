@@ -99,6 +99,38 @@ def test_a_node_that_failed_alone_twice_is_excluded_and_its_faults_are_forgiven(
     assert len(bench.excluded()) == 1 and "failed on node3 alone; not excluded: of this job 1 are already" in output
 
 
+def test_ranks_that_srun_kills_because_they_wait_are_no_fault_of_their_nodes(bench: Bench) -> None:
+    """What SLURM 22.05 says where one rank of node2, whose GPU is gone, has refused to start."""
+    said = [
+        "node2: task 1: Exited with exit code 2\nsrun: First task exited 120s ago",
+        "node2: task 2: Killed",
+        "node1: task 0: Killed",
+    ]
+    bench.train(SRUN_CODE="137", TASKS=json.dumps(said))
+    assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_srun_hands_the_environment_on_whatever_sbatch_was_told(bench: Bench, script: Path) -> None:
+    """sbatch --export=NONE leaves SLURM_EXPORT_ENV=NONE, by which srun gives its tasks none of the job's variables."""
+    (bench.folder / "bin" / "srun").write_text('#!/bin/sh\necho "srun: $SLURM_EXPORT_ENV"\n')
+    _, output = bench.start(script, "dedup", SLURM_EXPORT_ENV="NONE")
+    assert "srun: ALL\n" in output
+
+
+def test_ranks_are_those_of_srun_whatever_the_shell_that_submitted_had(bench: Bench) -> None:
+    """It held the variables of a launcher. An address that other nodes can reach is the user's wish."""
+    ask = 'echo "srun: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-}${CROSS_SIZE-}, $MASTER_ADDR"\n'
+    (bench.folder / "bin" / "srun").write_text(f"#!/bin/sh\n{ask}")
+    (bench.folder / "bin" / "getent").write_text("#!/bin/sh\nexit 0\n")
+    (bench.folder / "bin" / "getent").chmod(0o755)
+    (bench.folder / "bin" / "scontrol").write_text("#!/bin/sh\necho node1\n")
+    other = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "CROSS_SIZE": "1"}
+    for given, address in (("localhost", "node1"), ("127.0.0.1", "node1"), ("10.0.0.1", "10.0.0.1")):
+        _, output = bench.train(MASTER_ADDR=given, **other)
+        assert f"srun: , {address}\n" in output
+
+
 def test_it_is_not_tried_a_third_time_before_it_is_excluded(bench: Bench) -> None:
     """Although a checkpoint came in between."""
     bench.train(SRUN_CODE="137", TASKS=json.dumps(KILLED), MAKES="step-00000010", REPEATS="5", FAULTS="9")

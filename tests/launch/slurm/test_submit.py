@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,23 +20,6 @@ TINY = str(REPOSITORY / "configs" / "switchall_tiny.json")
 def submit(prepared: Path, run_dir: Path, *arguments: str, where: tuple[str, ...] = ("--cpu",)) -> int:
     line = ["--config", TINY, "--nodes", "2", "--time", "30", "--set", f"data.manifest={prepared}", *where]
     return training.main([*line, "--run-dir", str(run_dir), "--allow-local", *arguments])
-
-
-@pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An sbatch that writes its arguments to the returned file and counts jobs from 41."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    record = tmp_path / "sbatch.calls"
-    (folder / "sbatch").write_text(
-        f"""#!/bin/sh\n'''exec' '{sys.executable}' "$0" "$@"\n' '''\n"""  # its path may hold a space
-        "import json, sys\n"
-        f"calls = open({str(record)!r}, 'a+')\ncalls.seek(0)\nnumber = 41 + len(calls.readlines())\n"
-        "calls.write(json.dumps(sys.argv[1:]) + '\\n')\nprint(f'{number};cluster')\n"
-    )
-    (folder / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return record
 
 
 def calls(record: Path) -> list[list[str]]:

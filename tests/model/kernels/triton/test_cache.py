@@ -122,6 +122,19 @@ def test_code_of_others_is_not_run(
     assert "is not this user's alone, so compiled kernels go to" in capsys.readouterr().err
 
 
+def test_a_disk_that_runs_no_programs_is_left_alone(
+    home_on_nfs: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/tmp with noexec, as hardened nodes mount it: a launcher of triton's there ends in "failed to map segment from
+    shared object"."""
+    fields = list(os.statvfs(tmp_path))
+    fields[8] |= os.ST_NOEXEC  # f_flag
+    home_on_nfs.setattr(cache.os, "statvfs", lambda path: os.statvfs_result(fields))
+    share_on_this_node(speaks=True)
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert "whose programs may not be run (noexec), so compiled kernels go to" in capsys.readouterr().err
+
+
 PROCESS = """
 import sys, triton, triton.language as tl
 from triton import knobs

@@ -1,0 +1,67 @@
+"""Submitting from wherever a user is: within another job, for a container, with variables of another run, through a
+cluster's own sbatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.slurm.test_submit import calls, submit
+
+
+def test_a_job_inherits_nothing_of_the_job_around_it(
+    prepared: Path, tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submitted from a shell on a compute node. SLURM 22.05's sbatch hands all of these on, and srun in the new job
+    then ends with "SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive"."""
+    record = tmp_path / "environment"
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv >'{record}'\necho 41\n")
+
+    def handed_on() -> set[str]:
+        return {line.partition("=")[0] for line in record.read_text().splitlines() if line.startswith("SLURM")}
+
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_RESTART_COUNT", "SLURMD_NODENAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert submit(prepared, tmp_path / "run") == 0
+    assert "SLURM_CPU_BIND" in handed_on(), "outside of a job it is the user's own"
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert submit(prepared, tmp_path / "run") == 0
+    assert handed_on() == {"SLURM_CONF"}
+
+
+def test_a_greeting_of_the_cluster_is_no_refusal(
+    prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Welcome; 3 nodes are down'\necho '41;cluster'\n")
+    assert submit(prepared, tmp_path / "run") == 0
+    assert "submitted job 41: " in capsys.readouterr().out
+
+
+def test_an_interpreter_may_be_in_the_ranks_container_alone(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("--dry-run", "--python", "/nowhere/bin/python")
+    assert submit(prepared, tmp_path / "run", *line, "--srun=--container-image=/shared/torch.sqsh") == 0
+    assert "export PYTHON=/nowhere/bin/python\n" in capsys.readouterr().out
+    assert submit(prepared, tmp_path / "run", *line, "--srun=--cpu-bind=none") == 2
+
+
+@pytest.mark.parametrize("where, device", [(("--cpu",), "cpu"), (("--gpus-per-node", "2"), "cuda")])
+def test_the_job_computes_where_it_was_submitted_for(
+    prepared: Path,
+    tmp_path: Path,
+    sbatch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[str, ...],
+    device: str,
+) -> None:
+    """With train.device=auto the variable decides: the shell's would train on the CPUs of GPU nodes, and without one a
+    node with a driver and no GPU for the job refuses to train on its CPUs."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert submit(prepared, tmp_path / "run", where=where) == 0
+    [[_, path]] = calls(sbatch)
+    text = Path(path).read_text().partition("\nset -- ")[0]
+    assert f"export DS_ACCELERATOR={device}\n" in text
