@@ -290,6 +290,7 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             "FAULTS": str(args.faults),
             "REPEATS": str(args.repeats),
             "EXCLUDES": str(args.excludes),
+            "SIGNAL_SECONDS": str(signal_seconds),
             **({"SRUN_OPTIONS": shlex.join(args.srun)} if args.srun else {}),
             **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },

@@ -196,9 +196,14 @@ def test_what_would_not_help_is_not_started_again(bench: Bench, code: str, varia
     assert len(bench.calls("srun")) == 1
 
 
-@pytest.mark.parametrize("seconds, starts", [(600, 1), (3600, 2)])
-def test_ranks_are_not_started_again_shortly_before_the_limit(bench: Bench, seconds: int, starts: int) -> None:
-    bench.train(SRUN_CODE="137", SLURM_JOB_END_TIME=str(int(time.time()) + seconds))
+@pytest.mark.parametrize(
+    "seconds, warned, starts", [(600, {}, 1), (3600, {}, 2), (3600, {"SIGNAL_SECONDS": "3660"}, 1)]
+)
+def test_ranks_are_not_started_again_shortly_before_the_limit(
+    bench: Bench, seconds: int, warned: dict[str, str], starts: int
+) -> None:
+    """Or once SLURM has warned them: it does so once, and they would train until they are killed."""
+    bench.train(SRUN_CODE="137", SLURM_JOB_END_TIME=str(int(time.time()) + seconds), **warned)
     assert len(bench.calls("srun")) == starts
 
 

@@ -60,6 +60,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(
         f'#SBATCH --output="{run_dir}/slurm/%j.log"',
         f"#SBATCH --chdir={tmp_path}",
         f"export RUN_DIR='{run_dir}'",
+        "export SIGNAL_SECONDS=300",
         "module load cuda",
     ):
         assert f"{line}\n" in printed, line
