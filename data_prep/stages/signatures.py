@@ -156,6 +156,6 @@ def read_low_bytes(folder: Path, part: Part, documents: np.ndarray) -> np.ndarra
     with path.open("rb", buffering=0) as stream:
         for row, document in zip(rows, documents.tolist(), strict=True):
             stream.seek(PERMUTATIONS * document)
-            if stream.readinto(row) != PERMUTATIONS:
+            if stream.readinto(row.data) != PERMUTATIONS:
                 raise DataError(f"{path} was damaged after it was written (it ends too early); remove {folder}")
     return rows
