@@ -13,6 +13,7 @@ A document's number is its position in reading order (files, then documents of a
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +50,7 @@ class DedupTask:
     """Folder of signatures; None without near-duplicates."""
     folder: Path
 
-    @property
+    @cached_property  # asked for again and again, and C4 has 25,000 parts
     def offsets(self) -> np.ndarray:
         """int64 [parts + 1]: number of the first document of each part."""
         return np.concatenate([[0], np.cumsum([part.documents for part in self.parts], dtype=np.int64)])

@@ -1,6 +1,6 @@
-"""Sorting more rows than memory holds: sorted runs on disk, then one merge."""
+"""Sorting more rows than memory holds: sorted runs on disk, then merges of some at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -9,13 +9,16 @@ import numpy as np
 # lexsort needs the rows, an int64 order and the sorted copy: a run is this fraction of the memory allowed.
 RUN_SHARE = 4
 MIN_MERGE_ROWS = 1024
+# A step of a merge looks into every run, and more runs in the same memory have shorter blocks, so more steps: merging
+# all 520 runs of C4's 365 million documents at once would take hours. More than this many are merged in groups first.
+MERGED_RUNS = 32
 
 
 class ExternalSorter:
     """Rows of uint64, added in any order, come back in ascending order of their columns, first column first.
 
-    Memory: about `memory_bytes`, whatever the number of rows (plus 8 KB a run while merging). Disk: the size of the
-    rows, in files of `folder` that begin with `name` and are removed at the end of the `with` block.
+    Memory: about `memory_bytes`, whatever the number of rows. Disk: the size of the rows, and for a while that of
+    MERGED_RUNS runs more, in files of `folder` that begin with `name` and are removed at the end of the `with` block.
     """
 
     def __init__(self, folder: Path, name: str, *, columns: int, memory_bytes: int) -> None:
@@ -24,6 +27,7 @@ class ExternalSorter:
         self._waiting: list[np.ndarray] = []
         self._waiting_rows = 0
         self._runs: list[tuple[Path, int]] = []
+        self._files: list[Path] = []  # of all runs, merged ones too
 
     def add(self, rows: np.ndarray) -> None:
         """Appends rows: uint64 [n, columns]."""
@@ -42,11 +46,17 @@ class ExternalSorter:
         return _sorted(rows)
 
     def _spill(self) -> None:
-        rows = self._sorted_waiting()
-        path = self._folder / f"{self._name}-{len(self._runs):05d}.run"
-        self._runs.append((path, len(rows)))
+        self._write_run([self._sorted_waiting()])
+
+    def _write_run(self, blocks: Iterable[np.ndarray]) -> None:
+        path = self._folder / f"{self._name}-{len(self._files):05d}.run"
+        self._files.append(path)
+        rows = 0
         with path.open("wb") as stream:  # tofile passes over a disk that is full while the last bytes are written
-            stream.write(rows.data)
+            for block in blocks:
+                stream.write(block.data)
+                rows += len(block)
+        self._runs.append((path, rows))
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All rows in order, as arrays uint64 [n, columns] of any length above 0. Call it once."""
@@ -56,10 +66,17 @@ class ExternalSorter:
                 yield last
             return
         if len(last):
-            self._waiting, self._waiting_rows = [last], len(last)
-            self._spill()
-        block_rows = max(MIN_MERGE_ROWS, self._run_rows // len(self._runs))
-        runs = [_Run(path, rows, self._columns, block_rows) for path, rows in self._runs]
+            self._write_run([last])
+        while len(self._runs) > MERGED_RUNS:
+            group, self._runs = self._runs[:MERGED_RUNS], self._runs[MERGED_RUNS:]
+            self._write_run(self._merged(group))
+            for path, _ in group:
+                path.unlink()
+        yield from self._merged(self._runs)
+
+    def _merged(self, files: Sequence[tuple[Path, int]]) -> Iterator[np.ndarray]:
+        block_rows = max(MIN_MERGE_ROWS, self._run_rows // len(files))
+        runs = [_Run(path, rows, self._columns, block_rows) for path, rows in files]
         while runs:
             # Everything up to the smallest of the last rows in memory is complete: what follows on disk is larger.
             bound = min(tuple(run.buffer[-1].tolist()) for run in runs)
@@ -72,7 +89,7 @@ class ExternalSorter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for path, _ in self._runs:
+        for path in self._files:
             path.unlink(missing_ok=True)
 
 

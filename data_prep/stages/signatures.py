@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from common.errors import DataError
 from common.files import replacing, write_file
 from common.hashing import splitmix64
 from data_prep.stages.selection import Selection
@@ -149,5 +150,12 @@ def read_band(folder: Path, part: Part, band: int) -> tuple[np.ndarray, np.ndarr
 
 def read_low_bytes(folder: Path, part: Part, documents: np.ndarray) -> np.ndarray:
     """uint8 [n, 256] of some documents of a part, int64 [n]; reads these rows alone."""
-    rows = np.memmap(folder / f"{part.name}.sig", np.uint8, mode="r", shape=(part.documents, PERMUTATIONS))
-    return np.array(rows[documents])
+    rows = np.empty((len(documents), PERMUTATIONS), np.uint8)
+    # Not mapped: the documents of a batch lie in nearly every part of the corpus, and a mapping for each costs more.
+    path = folder / f"{part.name}.sig"
+    with path.open("rb", buffering=0) as stream:
+        for row, document in zip(rows, documents.tolist(), strict=True):
+            stream.seek(PERMUTATIONS * document)
+            if stream.readinto(row.data) != PERMUTATIONS:
+                raise DataError(f"{path} was damaged after it was written (it ends too early); remove {folder}")
+    return rows

@@ -5,18 +5,23 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data_prep.cli import main
+from data_prep.config.schema import DedupConfig
 from data_prep.shards.format import Manifest
 from data_prep.stages import dedup
 from data_prep.stages import signatures as sign
-from data_prep.stages.dedup import candidate_pairs
+from data_prep.stages.dedup import DedupTask, candidate_pairs
+from data_prep.stages.selection import Selection
 from data_prep.stages.signatures import band_shape, shingle_hashes, signatures, similarity
+from data_prep.work.parts import Part
 from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.raw_corpus import SAMPLE
 from tests.data_prep.test_prepare import decoded
@@ -274,6 +279,48 @@ def test_short_documents_are_signed_a_few_at_a_time(tmp_path: Path, monkeypatch:
     texts = [f"{number} one two three" for number in range(10)]
     assert run_dedup(tmp_path, [texts, originals(1)]) == [*texts, *originals(1)]
     assert sizes == [4, 4, 3]  # both files, small as they are, share a part
+
+
+class CountedParts(tuple[Part, ...]):
+    """Parts that count how often somebody goes through all of them."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Part]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_pairs_over_many_parts_do_not_go_through_all_parts_for_each(tmp_path: Path) -> None:
+    """C4 has 25,000 parts, and a batch of pairs has documents in most of them."""
+    rows = np.random.default_rng(5).integers(0, 2, size=(40, 3, sign.PERMUTATIONS), dtype=np.uint8)
+    parts = CountedParts(Part(name=f"p{n}", documents=3, bytes=9, split="train") for n in range(len(rows)))
+    for part, of_part in zip(parts, rows, strict=True):
+        (tmp_path / f"{part.name}.sig").write_bytes(of_part.tobytes())
+    task = DedupTask(
+        config=DedupConfig(),
+        parts=parts,
+        selection=Selection(ingest=tmp_path),
+        signatures=tmp_path,
+        folder=tmp_path,
+    )
+    pairs = np.array([(119 - n, n) for n in range(60)], np.uint64)
+    parts.passes = 0
+    found = dedup._similarities(task, pairs)
+    flat = rows.reshape(-1, sign.PERMUTATIONS)
+    wanted = [
+        max(0.0, (sum(a == b for a, b in zip(flat[x], flat[y], strict=True)) - 1) / 255) for x, y in pairs.tolist()
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert parts.passes <= 1
+
+
+def test_signatures_that_are_cut_off_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.sig").write_bytes(bytes(3 * sign.PERMUTATIONS - 1))
+    part = Part(name="p", documents=3, bytes=9, split="train")
+    assert sign.read_low_bytes(tmp_path, part, np.array([1])).tolist() == [[0] * sign.PERMUTATIONS]
+    with pytest.raises(DataError, match="damaged after it was written"):
+        sign.read_low_bytes(tmp_path, part, np.array([0, 2]))
 
 
 def test_documents_without_words_and_signatures_of_batches(tmp_path: Path) -> None:

@@ -117,6 +117,26 @@ def test_a_disk_below_the_estimate_is_said_at_the_start(
     assert "has no room" not in capsys.readouterr().err
 
 
+def test_with_room_for_everything_nobody_walks_over_the_work_folder(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each array task would, and the work folder of C4 holds 200,000 files."""
+    resolved = resolve(load_config(corpus.write_config(tmp_path / "config.json", output=str(tmp_path / "out")), []))
+    needed = needed_bytes(resolved)
+    walked: list[Path] = []
+
+    def counted(folder: Path) -> int:
+        walked.append(folder)
+        return 1
+
+    monkeypatch.setattr(disk_estimate, "used_bytes", counted)
+    for free, times in ((needed, 0), (needed - 1, 1)):
+        monkeypatch.setattr(disk_estimate, "free_bytes", lambda folder, free=free: free)
+        walked.clear()
+        disk_estimate.check_room(resolved)
+        assert len(walked) == times
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
     """A file system of half a megabyte."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.stages import external_sort
 from data_prep.stages.external_sort import ExternalSorter
 
 
@@ -51,3 +52,36 @@ def test_a_full_disk_is_an_error_however_few_bytes_were_left(tmp_path: Path, row
             sorter.add(np.arange(rows, dtype=np.uint64)[:, None])
         assert raised.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_the_merge_looks_into_runs_in_proportion_to_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one merge of all, runs are looked into rows x runs / block times, and blocks shrink as runs grow more: with 16
+    times the rows 2,000 times as often."""
+    monkeypatch.setattr(external_sort, "MERGED_RUNS", 4, raising=False)
+    monkeypatch.setattr(external_sort, "MIN_MERGE_ROWS", 1)
+    looks: list[tuple[int, ...]] = []
+    real = external_sort._Run.take
+
+    def counted(run: external_sort._Run, bound: tuple[int, ...]) -> np.ndarray:
+        looks.append(bound)
+        return real(run, bound)
+
+    monkeypatch.setattr(external_sort._Run, "take", counted)
+    found, fewest = [], []
+    for runs in (8, 128):
+        rows = np.random.default_rng(runs).integers(0, 2**63, size=(64 * runs, 2), dtype=np.uint64)
+        looks.clear()
+        with ExternalSorter(tmp_path, "t", columns=2, memory_bytes=64 * 16 * 4) as sorter:
+            sorter.add(rows)
+            assert len(list(tmp_path.iterdir())) == runs
+            most, blocks = 0, []
+            for block in sorter.blocks():
+                most = max(most, len(list(tmp_path.iterdir())))
+                blocks.append(block)
+        np.testing.assert_array_equal(np.concatenate(blocks), rows[np.lexsort(rows.T[::-1])])
+        fewest.append(most)
+        assert not list(tmp_path.iterdir())
+        found.append(len(looks))
+    # 16 times the rows, each of which goes through log 128 / log 8 times as many merges, rounded up to 4 for 2.
+    assert found[1] <= 16 * 2 * 1.5 * found[0]
+    assert max(fewest) <= 4, "runs that were merged are gone"
