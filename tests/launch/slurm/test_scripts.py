@@ -110,6 +110,17 @@ def test_ranks_that_srun_kills_because_they_wait_are_no_fault_of_their_nodes(ben
     assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
 
 
+def test_a_node_that_launches_no_task_is_excluded(bench: Bench) -> None:
+    """As SLURM says it, with the tasks of the others, which it kills then."""
+    said = [
+        "Task launch for StepId=41.0 failed on node node2: Unable to layout tasks on given cpus",
+        "Application launch failed: Unable to layout tasks on given cpus",
+        "node1: task 0: Killed",
+    ]
+    bench.train(SRUN_CODE="1", TASKS=json.dumps(said))
+    assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_srun_hands_the_environment_on_whatever_sbatch_was_told(bench: Bench, script: Path) -> None:
     """sbatch --export=NONE leaves SLURM_EXPORT_ENV=NONE, by which srun gives its tasks none of the job's variables."""
