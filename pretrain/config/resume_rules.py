@@ -67,6 +67,9 @@ def changes_since(
         )
         if any(_is_under(key, {"model"}) for key in refused) and not fits():
             allow = "; the saved weights have other sizes, so the change cannot be allowed"
+        elif then.get("model.position.memory_chunks") and "batch.global_sequences" in refused:
+            streams = changes["batch.global_sequences"][0]
+            allow = f"; the checkpoint holds the memory of {streams} streams of text, so the change cannot be allowed"
         raise UserError(
             f"{key}: was {json.dumps(changes[key][0])} in {saved.checkpoint}, is {json.dumps(changes[key][1])} now"
             f"{more}; a resumed run "

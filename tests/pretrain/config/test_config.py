@@ -299,6 +299,16 @@ def test_a_run_shortened_below_what_is_done_is_refused_for_that_and_not_for_its_
     assert "learning rates" not in str(found.value) and "spans" not in str(found.value)
 
 
+def test_another_batch_is_not_offered_where_the_checkpoint_has_a_memory_of_each_stream() -> None:
+    for chunks, offered in ((1, False), (0, True)):
+        keys = [f'model.position={{"type": "rope", "memory_chunks": {chunks}}}', "batch.global_sequences=24"]
+        saved = SavedRun("step-00000012", to_json(load_config(TINY, [*keys])), "digest", 12)
+        with pytest.raises(UserError, match=r"batch\.global_sequences: was 24 .* is 48 now") as found:
+            changes_since(saved, load_config(TINY, [*keys, "batch.global_sequences=48"]), "digest")
+        assert ("allow_changes" in str(found.value)) == offered
+        assert ("the memory of 24 streams of text" in str(found.value)) != offered
+
+
 def test_deepspeed_json_is_derived() -> None:
     config = load_config(
         TINY,
