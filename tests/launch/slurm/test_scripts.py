@@ -99,25 +99,26 @@ def test_a_node_that_failed_alone_twice_is_excluded_and_its_faults_are_forgiven(
     assert len(bench.excluded()) == 1 and "failed on node3 alone; not excluded: of this job 1 are already" in output
 
 
-def test_ranks_that_srun_kills_because_they_wait_are_no_fault_of_their_nodes(bench: Bench) -> None:
-    """What SLURM 22.05 says where one rank of node2, whose GPU is gone, has refused to start."""
-    said = [
-        "node2: task 1: Exited with exit code 2\nsrun: First task exited 120s ago",
-        "node2: task 2: Killed",
-        "node1: task 0: Killed",
-    ]
-    bench.train(SRUN_CODE="137", TASKS=json.dumps(said))
-    assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
-
-
-def test_a_node_that_launches_no_task_is_excluded(bench: Bench) -> None:
-    """As SLURM says it, with the tasks of the others, which it kills then."""
-    said = [
-        "Task launch for StepId=41.0 failed on node node2: Unable to layout tasks on given cpus",
-        "Application launch failed: Unable to layout tasks on given cpus",
-        "node1: task 0: Killed",
-    ]
-    bench.train(SRUN_CODE="1", TASKS=json.dumps(said))
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        # SLURM 22.05, where one rank of node2, whose GPU is gone, has refused to start.
+        ("137", ["node2: task 1: Exited with exit code 2\nsrun: First task exited 120s ago", "node2: task 2: Killed"]),
+        # Where node2 launches no task.
+        (
+            "1",
+            [
+                "Task launch for StepId=41.0 failed on node node2: Unable to layout tasks on given cpus",
+                "Application launch failed: Unable to layout tasks on given cpus",
+            ],
+        ),
+    ],
+    ids=["refused", "not launched"],
+)
+def test_ranks_that_srun_kills_because_they_wait_are_no_fault_of_their_nodes(
+    bench: Bench, code: str, said: list[str]
+) -> None:
+    bench.train(SRUN_CODE=code, TASKS=json.dumps([*said, "node1: task 0: Killed"]))
     assert len(bench.calls("srun")) == 2 and bench.excluded() == ["ExcNodeList=node2"]
 
 
