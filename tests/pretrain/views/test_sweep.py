@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
-from tests.pretrain.views.test_comparison import row, write
+from tests.pretrain.views.compared import row, write
 
 RATE = "optimizer.learning_rate"
 

@@ -1,0 +1,97 @@
+"""The picture that launch/compare.py draws: its curves, axes and room for words."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pretrain.views.comparison_page import _sources, drawn, thinned
+from tests.pretrain.views.compared import of_mixture, row, runs_of, write
+
+
+def curves_by_source(*paths: Path) -> list[tuple[list[float], list[float]]]:
+    axes = Figure().subplots()
+    _sources(axes, runs_of(*paths))
+    assert (axes.get_legend() is not None) == bool(axes.lines)
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+
+
+def test_the_picture_has_the_losses_of_a_few_sources(tmp_path: Path) -> None:
+    one = of_mixture(tmp_path / "one", {4: {"c4": 4.5, "$math$": 3.5}, 8: {"c4": 4.0, "$math$": None}})
+    other = of_mixture(tmp_path / "other", {8: {"books": 2.0, "c4": 4.25}})
+    of_one, of_other = curves_by_source(one), curves_by_source(one, other)
+    assert of_one[0] == ([4, 8], [4.5, 4.0])
+    assert of_one[1][0] == [4, 8] and of_one[1][1][0] == 3.5 and math.isnan(of_one[1][1][1])
+    assert of_other[:1] + of_other[2:] == [([4, 8], [4.5, 4.0]), ([8], [4.25]), ([8], [2.0])]
+    assert len(drawn(runs_of(one, other))) > 10_000
+
+
+@pytest.mark.parametrize(
+    "loss, norm, logarithmic",
+    [
+        (8.0, 2.0, set()),
+        (math.nan, math.inf, set()),
+        (9e3, 2.0, {"training loss"}),
+        (8.0, 0.05, {"gradient norm before clipping"}),
+        (8.0, 0.0, set()),  # which has no logarithm
+    ],
+)
+def test_losses_and_norms_more_than_a_decade_apart_have_a_logarithmic_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, norm: float, logarithmic: set[str]
+) -> None:
+    """One run that blew up leaves the others apart; the first step of it is like theirs."""
+    found: dict[str, str] = {}
+
+    def noted(canvas: FigureCanvasAgg, *_: Any) -> None:  # and draws nothing
+        found.update({axes.get_title(): axes.get_yscale() for axes in canvas.figure.axes})
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    calm = write(tmp_path / "calm", [row(n, 3.0) for n in (1, 2, 3)])
+    wild = write(tmp_path / "wild", [row(1, 3.0), row(2, loss, grad_norm=norm), row(3, loss)])
+    drawn(runs_of(calm, wild))
+    assert len(found) == 6
+    assert {title.partition(" against")[0] for title, scale in found.items() if scale == "log"} == logarithmic
+
+
+@pytest.mark.parametrize("runs", [1, 3, 9])
+def test_words_and_numbers_have_room_in_the_picture(tmp_path: Path, runs: int) -> None:
+    """Nothing touches its edge: long numbers, two rows of the legend."""
+    paths = []
+    for number in range(runs):
+        rows = [
+            row(
+                n,
+                2.25 - 1e-5 * number * n,
+                10**9 * n,
+                lr=2.5e-5 * n,
+                grad_norm=12345.0 + n,
+                tokens_per_second=1.25e8 + n,
+            )
+            for n in range(1, 100_001, 10_000)
+        ]
+        paths.append(write(tmp_path / f"a run with a name of some length {number}", rows))
+    picture = np.asarray(Image.open(io.BytesIO(drawn(runs_of(*paths)))).convert("L"))
+    for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
+        assert edge.min() == 255
+
+
+def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curves(tmp_path: Path) -> None:
+    alone = of_mixture(tmp_path / "alone", {4: {}})
+    four = of_mixture(tmp_path / "four", {4: dict.fromkeys("abcd", 4.0)})
+    assert curves_by_source(alone) == [] and len(curves_by_source(four)) == 4
+    assert curves_by_source(four, alone) == []
+
+
+def test_thinned_curves_keep_their_mean() -> None:
+    x, y = thinned(np.arange(1000.0), np.arange(1000.0) * 2, 10)
+    assert x.tolist() == [49.5 + 100 * n for n in range(10)] and np.array_equal(y, 2 * x)
+    x, y = thinned(np.array([1.0, 2.0, 3.0]), np.array([1.0, math.nan, 3.0]), 10)
+    assert x.tolist() == y.tolist() == [1.0, 3.0]
