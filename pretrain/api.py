@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from pretrain.generation import Generated, Sampling, Settings, generate
 from pretrain.saved_model import SavedModel
 
 Text = str | Sequence[int]
+
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 class TextLoss(NamedTuple):
@@ -144,16 +147,22 @@ class OpenModel:
         tokens: int | None = None,
         samples: int = 1,
         until: str | None = None,
+        slide: bool = False,
         **sampling: Any,
     ) -> list[Generated]:
         """Continues a prompt, or several, `samples` times each, by `tokens` tokens at most (None: 100, or as
-        many as the context has room for), to the first `until`.
+        many as the context has room for), to the first `until`. `slide`: beyond the context only a text's end is read.
         `sampling`: temperature, top_k, top_p, seed (`pretrain.generation.Sampling`). Raises UserError."""
         prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
         if wrong := [one for one in prompts if not isinstance(one, str)]:
             raise UserError(f"prompt: is {_shown(wrong[0])}; give a str, or a list of them")
-        settings = Settings(tokens=tokens, samples=samples, sampling=Sampling(**sampling), until=until)
-        return generate(self.saved, prompts, settings)
+        try:
+            settings = Settings(
+                tokens=tokens, samples=samples, sampling=Sampling(**sampling), until=until, slides=slide
+            )
+            return generate(self.saved, prompts, settings)
+        except UserError as error:  # names the command's options
+            raise UserError(_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error))) from None
 
     def _trace(self, ids: Sequence[int], request: Request) -> Trace:
         return trace_text(self.model, ids, request)

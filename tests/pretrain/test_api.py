@@ -124,7 +124,10 @@ def test_what_is_refused(opened: OpenModel) -> None:
     refused("prompt 2: is empty", opened.generate, ["a", ""])
     for wrong in ([3, 4], 3, None, ["gab", None]):
         refused(r"prompt: is (3|None); give a str, or a list of them", opened.generate, wrong)
-    refused("--top-p: is 0", opened.generate, "a", top_p=0.0)
+    refused("^top_p: is 0", opened.generate, "a", top_p=0.0)
+    most = opened.config.model.sequence_length
+    refused(rf"^tokens: {most + 9} .* give at most tokens \d+, or slide$", opened.generate, "a", tokens=most + 9)
+    assert len(opened.generate("a", tokens=most + 9, slide=True)[0].ids) > most
 
 
 def test_the_notebook_runs(
