@@ -40,8 +40,9 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
         found.append((DIFFERS, ("setting", *labels), rows))
     how = "by" if len(runs) == 1 else "at equal"
     for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
-        if places := _places(losses(runs, axis)):
-            found.append((f"Loss {how} {name}", (name, *labels), places))
+        places = _places(losses(runs, axis))
+        title = f"Loss {how} {name}" + (": no stretch of them is in all runs" * (not places))
+        found.append((title, (name, *labels), places))
     if places := _places(validation_losses(runs)):
         found.append((f"Validation loss {how} steps", ("steps", *labels), places))
     step, sources = source_losses_at_end(runs)

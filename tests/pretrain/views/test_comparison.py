@@ -42,6 +42,15 @@ def test_losses_at_equal_steps_tokens_and_flops(tmp_path: Path) -> None:
     assert flops[2_400_000.0] == pytest.approx([10.0 - 3.905, 9.0 - 0.65])  # from 2,286,000 on: steps 64 to 66
 
 
+def test_runs_that_never_were_at_one_place_are_said_so(tmp_path: Path) -> None:
+    """The other begins at step 20, after as many tokens as the first's step 2; neither table is left out."""
+    first = write(tmp_path / "first", [row(step, 5.0) for step in range(1, 5)])
+    other = write(tmp_path / "other", [row(step, 5.0, tokens=10 * step) for step in range(20, 50, 10)])
+    said = text(runs_of(first, other), 0.0)
+    assert "Loss at equal steps: no stretch of them is in all runs\n  nothing\n" in said
+    assert re.search(r"Loss at equal tokens\n.*\n.*\b200\b", said)
+
+
 def test_a_branch_is_compared_with_the_same_steps_of_its_origin(tmp_path: Path) -> None:
     """Their losses are the same in every step that both have, so they are at every place, and in the mean of any."""
     whole = [row(n, 10.0 - n / 10) for n in range(1, 61)]
