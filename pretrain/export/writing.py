@@ -118,11 +118,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
 def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: str) -> None:
     """Everything but the weights."""
     model, tokenizer, content = source.config.model, source.tokenizer, source.content
-    origin = origin_of(source.checkpoint, source.config, tokenizer)
-    if options.ema:  # the losses are those of the weights
-        decay = source.config.train.ema_decay
-        origin |= {"loss": None, "validation_loss": None, "evaluations": []}
-        origin["source"] = f"moving average, decay {decay:g} a step"
+    origin = origin_of(source.checkpoint, source.config, tokenizer, ema=options.ema)
     special = special_ids(tokenizer, content)
     write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)
