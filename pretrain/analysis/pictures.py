@@ -46,6 +46,9 @@ def maximum_maps(rows: Sequence[tuple[Findings, int]]) -> bytes:
     for place, (findings, layer), has_labels in zip(axes, rows, labelled, strict=True):
         maps = findings.trace.maps[layer]
         image = _map(place, maps.max(0), findings, labels=has_labels)
+        keys, queries = _axis_names(findings, labels=has_labels)
+        place.set_xlabel(keys, fontsize=8)
+        place.set_ylabel(queries, fontsize=8)
         many = f"{len(maps)} {findings.map_name}{'s' if len(maps) > 1 else ''}"
         place.set_title(f"{findings.title}\nlayer {layer}, maximum over {many}", fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, label=UNITS["weight"], shrink=0.7, aspect=30, ticks=[0, 0.05, 0.2, 0.5, 1])
@@ -67,6 +70,10 @@ def head_maps(findings: Findings, layer: int) -> bytes:
         image = _map(place, maps[number], findings, labels=False)
         place.set_title(f"{findings.map_name} {number}", fontsize=8)
         place.label_outer()
+    # Once for all: the words are wider than a map, and those of two neighbours would lie over each other.
+    keys, queries = _axis_names(findings, labels=False)
+    figure.supxlabel(keys, fontsize=8)
+    figure.supylabel(queries, fontsize=8)
     figure.suptitle(f"{findings.title}: layer {layer}, each {findings.map_name}", fontsize=10, parse_math=False)
     label = "attention weight" if rows == 1 else UNITS["weight"]
     figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
@@ -97,7 +104,7 @@ def selection(findings: Findings, layer: int, num_tokens: int) -> bytes:
     figure.colorbar(
         image,
         ax=list(axes),
-        label=UNITS["gate"] + " (grey: not chosen)",
+        label=UNITS["gate"] + "\n(grey: not chosen)",  # in one line longer than a strip or two are high
         aspect=40,
         shrink=min(1.0, 4.0 / sum(heights)),
     )
@@ -180,11 +187,14 @@ def _map(axes: Any, weights: np.ndarray, findings: Findings, *, labels: bool) ->
         axes.tick_params(labelsize=6)
     if first_key < first_query:  # the keys before this line are memory
         axes.axvline(first_query - first_key - 0.5 if labels else first_query - 0.5, color="#d62728", linewidth=1)
-    memory = " (left of the line: memory)" if first_key < first_query else ""
-    unit = "" if labels else ", position in the text"
-    axes.set_xlabel(f"key{unit}{memory}", fontsize=8)
-    axes.set_ylabel(f"query{unit}", fontsize=8)
     return image
+
+
+def _axis_names(findings: Findings, *, labels: bool) -> tuple[str, str]:
+    """Of the keys and the queries of a map."""
+    memory = " (left of the line: memory)" if findings.trace.first_key < findings.trace.first_query else ""
+    unit = "" if labels else ", position in the text"
+    return f"key{unit}{memory}", f"query{unit}"
 
 
 def _token_labels(axis: Any, pieces: Sequence[str], *, rotation: int) -> None:
