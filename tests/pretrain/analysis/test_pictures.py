@@ -22,11 +22,11 @@ from tests.pretrain.analysis.models import some_tokens, tiny
 NUM_TOKENS = 21
 
 
-def findings(case: str) -> Findings:
+def findings(case: str, label: str) -> Findings:
     """Of the second window, whose keys begin in the memory of models that have one."""
     model, tokens = tiny(case), some_tokens(NUM_TOKENS)
     return Findings(
-        label="runs/mine",
+        label=label,
         place=Path("step-00000020"),
         step=20,
         model=model.config,
@@ -38,8 +38,9 @@ def findings(case: str) -> Findings:
     )
 
 
+@pytest.mark.parametrize("label", ["mine", "mine" + ",learning_rate=1e-3" * 8])
 @pytest.mark.parametrize("case", ["switchhead xl", "moa sigmoid xl", "dense xl", "switchhead"])
-def test_no_word_lies_over_another(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words: list[tuple[str, Bbox]] = []
     draw = Text.draw
 
@@ -49,7 +50,7 @@ def test_no_word_lies_over_another(case: str, monkeypatch: pytest.MonkeyPatch) -
             words.append((text.get_text(), text.get_window_extent(renderer)))
 
     monkeypatch.setattr(Text, "draw", noted)
-    found = findings(case)
+    found = findings(case, label)
     drawn = [lambda: pictures.maximum_maps([(found, 0), (found, 1)]), lambda: pictures.head_maps(found, 1)]
     if found.trace.routers:
         drawn += [lambda: pictures.selection(found, 1, NUM_TOKENS), lambda: pictures.together(found, 1) or b""]
