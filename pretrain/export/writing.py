@@ -110,7 +110,8 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
         if options.verify:
             found = verify(place, checkpoint, DTYPES[options.dtype], data=options.data, ema=options.ema)
         count = len(list(place.iterdir()))
-    print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of weights, {count} files", flush=True)
+    kind = "weights' moving average" if options.ema else "weights"
+    print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of {kind}, {count} files", flush=True)
     if found:
         print(found, flush=True)
 
