@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 from pretrain.report.run_paths import SAVED_CONFIG, config_file, is_run
-from pretrain.views.sweep import SweepRun, short_keys
+from pretrain.views.sweep import SweepRun, content_of, short_keys
 
 MOST_LETTERS = 40
 """Of a value in a name."""
@@ -126,23 +125,11 @@ def run_name(config: str, values: dict[str, str]) -> str:
 def _shown(value: str) -> str:
     """What a list or a section holds, without the names of its keys: `data-c4-0.3-data-math-0.7` for two sources. What
     is too long ends in a digest of all of it, so that no two values share a name because they begin alike."""
-    try:
-        tree = json.loads(value, parse_float=str, parse_int=str)  # numbers as the user wrote them
-        text = "-".join(_safe(leaf) for leaf in _leaves(tree)) if isinstance(tree, dict | list) else _safe(value)
-    except (ValueError, RecursionError):  # no JSON, or too deep for Python
-        text = _safe(value)
+    text = "-".join(map(_safe, content_of(value)))
     if len(text) <= MOST_LETTERS:
         return text
     digest = hashlib.sha256(normal(value).encode()).hexdigest()[:DIGITS]
     return f"{text[: MOST_LETTERS - DIGITS - 1]}-{digest}"
-
-
-def _leaves(tree: Any) -> Iterator[str]:
-    if isinstance(tree, dict | list):
-        for entry in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(entry)
-    else:
-        yield tree if isinstance(tree, str) else json.dumps(tree)
 
 
 def _safe(text: str) -> str:

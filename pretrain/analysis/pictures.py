@@ -13,11 +13,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from common.tables import shortened
 from pretrain.analysis.counting import gate_matrix
 from pretrain.analysis.findings import Findings, shown
 
 CELL_INCHES = 0.135
 """Of a token with a label."""
+LETTERS_PER_INCH, FEWEST_LETTERS = 11, 12
+"""Of a title, and the fewest that stay of a run's."""
 LABEL_CHARACTERS = 12
 MOST_LABELS = 96
 """Axes with more tokens than this have positions instead."""
@@ -43,11 +46,15 @@ def maximum_maps(rows: Sequence[tuple[Findings, int]]) -> bytes:
     figure = _figure(sum(widths) + 1.3 * len(rows) + 0.9, max(heights) + 1.9)
     axes = figure.subplots(1, len(rows), squeeze=False, width_ratios=widths)[0]
     image: Any = None
-    for place, (findings, layer), has_labels in zip(axes, rows, labelled, strict=True):
+    for place, (findings, layer), has_labels, width in zip(axes, rows, labelled, widths, strict=True):
         maps = findings.trace.maps[layer]
         image = _map(place, maps.max(0), findings, labels=has_labels)
+        keys, queries = _axis_names(findings, labels=has_labels)
+        place.set_xlabel(keys, fontsize=8)
+        place.set_ylabel(queries, fontsize=8)
         many = f"{len(maps)} {findings.map_name}{'s' if len(maps) > 1 else ''}"
-        place.set_title(f"{findings.title}\nlayer {layer}, maximum over {many}", fontsize=9, parse_math=False)
+        title = _words(findings.title, f"\nlayer {layer}, maximum over {many}", width, lines=2)
+        place.set_title(title, fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, label=UNITS["weight"], shrink=0.7, aspect=30, ticks=[0, 0.05, 0.2, 0.5, 1])
     return _png(figure)
 
@@ -67,7 +74,11 @@ def head_maps(findings: Findings, layer: int) -> bytes:
         image = _map(place, maps[number], findings, labels=False)
         place.set_title(f"{findings.map_name} {number}", fontsize=8)
         place.label_outer()
-    figure.suptitle(f"{findings.title}: layer {layer}, each {findings.map_name}", fontsize=10, parse_math=False)
+    # Once for all: the words are wider than a map, and those of two neighbours would lie over each other.
+    keys, queries = _axis_names(findings, labels=False)
+    figure.supxlabel(keys, fontsize=8)
+    figure.supylabel(queries, fontsize=8)
+    _title(figure, findings, f": layer {layer}, each {findings.map_name}")
     label = "attention weight" if rows == 1 else UNITS["weight"]
     figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
     return _png(figure)
@@ -97,11 +108,11 @@ def selection(findings: Findings, layer: int, num_tokens: int) -> bytes:
     figure.colorbar(
         image,
         ax=list(axes),
-        label=UNITS["gate"] + " (grey: not chosen)",
+        label=UNITS["gate"] + "\n(grey: not chosen)",  # in one line longer than a strip or two are high
         aspect=40,
         shrink=min(1.0, 4.0 / sum(heights)),
     )
-    figure.suptitle(f"{findings.title}: experts chosen in layer {layer}", fontsize=10, parse_math=False)
+    _title(figure, findings, f": experts chosen in layer {layer}")
     return _png(figure)
 
 
@@ -133,7 +144,7 @@ def together(findings: Findings, layer: int) -> bytes | None:
         for axis in (place.xaxis, place.yaxis):
             _few_ticks(axis, len(share))
     figure.colorbar(image, ax=axes, label="share of its tokens", shrink=0.8)
-    figure.suptitle(f"{findings.title}: experts chosen together in layer {layer}", fontsize=10, parse_math=False)
+    _title(figure, findings, f": experts chosen together in layer {layer}")
     return _png(figure)
 
 
@@ -159,7 +170,7 @@ def load(findings: Findings, kind: str) -> bytes:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("expert", fontsize=8)
     _few_ticks(axes.xaxis, values.shape[1])
-    axes.set_title(f"{findings.title}: {kind}", fontsize=9, parse_math=False)
+    axes.set_title(_words(findings.title, f": {kind}", width), fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, label="load / mean load of the row")
     return _png(figure)
 
@@ -180,11 +191,25 @@ def _map(axes: Any, weights: np.ndarray, findings: Findings, *, labels: bool) ->
         axes.tick_params(labelsize=6)
     if first_key < first_query:  # the keys before this line are memory
         axes.axvline(first_query - first_key - 0.5 if labels else first_query - 0.5, color="#d62728", linewidth=1)
-    memory = " (left of the line: memory)" if first_key < first_query else ""
-    unit = "" if labels else ", position in the text"
-    axes.set_xlabel(f"key{unit}{memory}", fontsize=8)
-    axes.set_ylabel(f"query{unit}", fontsize=8)
     return image
+
+
+def _axis_names(findings: Findings, *, labels: bool) -> tuple[str, str]:
+    """Of the keys and the queries of a map."""
+    memory = " (left of the line: memory)" if findings.trace.first_key < findings.trace.first_query else ""
+    unit = "" if labels else ", position in the text"
+    return f"key{unit}{memory}", f"query{unit}"
+
+
+def _title(figure: Figure, findings: Findings, what: str) -> None:
+    """Above the whole picture."""
+    figure.suptitle(_words(findings.title, what, figure.get_figwidth()), fontsize=10, parse_math=False)
+
+
+def _words(title: str, what: str, inches: float, *, lines: int = 1) -> str:
+    """What is shown, behind the run's title, of which the middle is left out where that is wider."""
+    most = int(LETTERS_PER_INCH * inches)
+    return shortened(title, most if lines > 1 else max(most - len(what), FEWEST_LETTERS)) + what
 
 
 def _token_labels(axis: Any, pieces: Sequence[str], *, rotation: int) -> None:

@@ -52,7 +52,8 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
         size = _write_weights(checkpoint, out / (MODEL + PARTIAL), "ema" if ema else "master")
         os.replace(out / (MODEL + PARTIAL), out / MODEL)  # last: if it is there, everything is
     count, step = len(checkpoint.state["parameters"]), checkpoint.progress.step
-    print(f"{out / MODEL}: {count} tensors, {size:,} bytes, of step {step}", flush=True)
+    average = ", moving average of the weights" if ema else ""
+    print(f"{out / MODEL}: {count} tensors, {size:,} bytes, of step {step}{average}", flush=True)
     if found is None:
         print(f"no tokenizer was written: {reason}", flush=True)
     else:

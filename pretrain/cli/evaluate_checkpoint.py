@@ -67,8 +67,7 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
             ranks=world_size,
         )
     )
-    folder = results.results_folder(checkpoint)
-    out = (choices.out or folder.with_name(folder.name + "-ema" * choices.ema)).absolute()
+    out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
     agreed(lambda: results.check_folder(out))
     opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
     limits = Limits(choices.batch, choices.context or learned_context(config.model))

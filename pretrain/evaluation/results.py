@@ -19,11 +19,12 @@ MOST_GROUPS = 10
 """A task with more groups than this shows their mean alone; the file has all."""
 
 
-def results_folder(checkpoint: Checkpoint) -> Path:
-    """RUN/evaluation/step-NNNNNNNN for a checkpoint of a run folder; else `evaluation` beside the checkpoint."""
+def results_folder(checkpoint: Checkpoint, *, ema: bool = False) -> Path:
+    """RUN/evaluation/step-NNNNNNNN for a checkpoint of a run folder; else `evaluation` beside the checkpoint. Results
+    of its moving average have a folder of their own."""
     path = checkpoint.path.absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return run / FOLDER / path.name
+    return run / FOLDER / (path.name + "-ema" * ema)
 
 
 def check_folder(folder: Path) -> None:

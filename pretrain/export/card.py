@@ -160,8 +160,8 @@ def _text_bytes(sums: dict[str, Any], facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    rows = []
-    for key, what in (("loss", "loss of the last training step"), ("validation_loss", "validation loss")):
+    rows, split = [], facts.origin["config"]["evaluate"]["split"]
+    for key, what in (("loss", "loss of the last training step"), ("validation_loss", f"{split} loss")):
         if (loss := facts.origin[key]) is not None:
             extra = f"; {loss / math.log(2):.4f} bits per byte" if facts.tokens_are_bytes else ""
             rows.append((what, f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}{extra}"))
@@ -169,8 +169,17 @@ def _results(facts: CardFacts) -> str:
         measures = ", ".join(
             f"{key.replace('_', ' ')} {value:.4f}" for key, value in found.items() if isinstance(value, float)
         )
-        rows.append((found["task"], f"{measures} ({found['examples']:,} examples)"))
+        name = f"{found['split']} split" if "split" in found else found["task"]
+        rows.append((name, f"{measures} ({_extent(found)})"))
     return _table(rows) if rows else "None was recorded with these weights.\n"
+
+
+def _extent(found: dict[str, Any]) -> str:
+    """What an evaluation is of."""
+    if "tokens" in found:
+        return f"{found['tokens']:,} tokens"
+    first = f", the first {found['limit']:,} of each file" if "limit" in found else ""
+    return f"{found['examples']:,} examples{first}"
 
 
 def _license(facts: CardFacts) -> str:

@@ -26,20 +26,24 @@ PATHS = (
 """Keys whose value is a place on a machine, or holds some; they become their defaults."""
 
 
-def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer) -> dict[str, Any]:
-    """The content of training.json."""
-    state, progress = checkpoint.state, checkpoint.progress
+def origin_of(
+    checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer, *, ema: bool = False
+) -> dict[str, Any]:
+    """The content of training.json, of the weights or of their moving average."""
+    state, progress, source = checkpoint.state, checkpoint.progress, checkpoint.weights_source
+    if ema:
+        source = f"moving average, decay {config.train.ema_decay:g} a step"
     return {
         "format_version": FORMAT_VERSION,
-        "source": checkpoint.weights_source,
+        "source": source,
         "initial_weights": None if config.train.init_from is None else names_of([Path(config.train.init_from)])[0],
         "step": progress.step,
         "sequences": progress.consumed_sequences,
         "tokens": progress.tokens(config.model.sequence_length),
         "stages": [stage.to_json() for stage in progress.stages],
-        "loss": state["loss"],
-        "validation_loss": state["validation_loss"],
-        "evaluations": evaluations_of(checkpoint),
+        "loss": None if ema else state["loss"],  # both are those of the weights
+        "validation_loss": None if ema else state["validation_loss"],
+        "evaluations": evaluations_of(checkpoint, ema=ema),
         "data_digest": state["manifest_digest"],
         "tokenizer": tokenizer.entry.model_dump(mode="json"),
         "by_line": tokenizer.by_line,
@@ -48,20 +52,29 @@ def origin_of(checkpoint: Checkpoint, config: Config, tokenizer: StoredTokenizer
     }
 
 
-def evaluations_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What launch/evaluate.py found for this checkpoint: task, measures and number of examples of each. What is older
+def evaluations_of(checkpoint: Checkpoint, *, ema: bool = False) -> list[dict[str, Any]]:
+    """What launch/evaluate.py found for this checkpoint, or for its moving average: task (of a validation the split),
+    measures, and how many examples (tokens) they are of; `limit` where those are the first of each file. What is older
     than the checkpoint was found for another that once had its name."""
-    folder, found = results_folder(checkpoint), []
+    folder, found = results_folder(checkpoint, ema=ema), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             if result.get("time", math.inf) < checkpoint.state["time"]:
                 continue
             measured = {key: float(result[key]) for key in MEASURES if result.get(key) is not None}
-            found.append({"task": str(result["task"]), **measured, "examples": int(result["examples"])})
+            found.append({**_what(result), **measured})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # of lm-evaluation-harness, or of the user
     return found
+
+
+def _what(result: dict[str, Any]) -> dict[str, Any]:
+    """Which task a result is of, and how much of it. Raises KeyError, TypeError or ValueError where it is none."""
+    if result["task"] == "validation":
+        return {"task": "validation", "split": str(result["split"]), "tokens": int(result["tokens"])}
+    limit = {} if result.get("limit") is None else {"limit": int(result["limit"])}
+    return {"task": str(result["task"]), "examples": int(result["examples"]), **limit}
 
 
 def without_places(config: Config) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
         if options.verify:
             found = verify(place, checkpoint, DTYPES[options.dtype], data=options.data, ema=options.ema)
         count = len(list(place.iterdir()))
-    print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of weights, {count} files", flush=True)
+    kind = "weights' moving average" if options.ema else "weights"
+    print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of {kind}, {count} files", flush=True)
     if found:
         print(found, flush=True)
 
@@ -118,11 +119,7 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
 def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: str) -> None:
     """Everything but the weights."""
     model, tokenizer, content = source.config.model, source.tokenizer, source.content
-    origin = origin_of(source.checkpoint, source.config, tokenizer)
-    if options.ema:  # the losses are those of the weights
-        decay = source.config.train.ema_decay
-        origin |= {"loss": None, "validation_loss": None, "evaluations": []}
-        origin["source"] = f"moving average, decay {decay:g} a step"
+    origin = origin_of(source.checkpoint, source.config, tokenizer, ema=options.ema)
     special = special_ids(tokenizer, content)
     write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common import html_page
+from common.tables import shortened
 from common.terminal import visible
 from pretrain.views.comparison import AXES, Run
 from pretrain.views.comparison_text import DIFFERS, notes, tables
@@ -23,6 +24,8 @@ MARKS = "^svDP*"
 """Of the sources of a mixture; of more curves than these none is drawn, for nobody could tell them apart."""
 POINTS = 600
 """Most points of a curve: the mean of its steps in as many equal parts."""
+LEGEND_LETTERS, TITLE_LETTERS = 168, 28
+"""Letters for which the width of the picture has room, and for a name in the title of one part."""
 
 WIDE = 10.0
 """Losses or norms that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the
@@ -51,7 +54,9 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndar
 def drawn(runs: Sequence[Run]) -> bytes:
     """PNG: losses against steps (those of validations as dots, of a few sources as marks), tokens, FLOPs; how far the
     others are from the first (of a single run: its learning rate), gradient norm, speed."""
-    wide, high = 15.0, 8.5
+    columns, most = _legend_columns(runs)
+    rows = -(-len(runs) // columns)
+    wide, high = 15.0, 8.1 + 0.2 * max(rows, 2)
     figure = Figure(figsize=(wide, high), dpi=100)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3)
@@ -82,10 +87,9 @@ def drawn(runs: Sequence[Run]) -> bytes:
         set_scale(axes)
     # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
     handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-    legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=min(4, len(runs)), frameon=False)
+    legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=columns, frameon=False)
     for entry, run in zip(legend.get_texts(), runs, strict=True):
-        entry.set(text=run.label, parse_math=False)
-    rows = -(-len(runs) // 4)
+        entry.set(text=shortened(run.label, most), parse_math=False)
     # Inches that the words need: to measure them (tight_layout) would take longer than to draw them.
     edges = {"left": 0.8 / wide, "right": 1 - 0.2 / wide, "bottom": (0.8 + 0.2 * rows) / high, "top": 1 - 0.4 / high}
     figure.subplots_adjust(**edges, wspace=0.24, hspace=0.3)
@@ -94,6 +98,14 @@ def drawn(runs: Sequence[Run]) -> bytes:
         warnings.simplefilter("ignore")
         canvas.print_png(data)
     return data.getvalue()
+
+
+def _legend_columns(runs: Sequence[Run]) -> tuple[int, int]:
+    """Columns of the legend, in which the longest name of a run has room, and the most letters of a name. A sweep's
+    runs have long names, with every value that was varied."""
+    longest = max(len(run.label) for run in runs)
+    columns = max(1, min(4, len(runs), LEGEND_LETTERS // (longest + 8)))  # 8: line and gap
+    return columns, LEGEND_LETTERS // columns - 8
 
 
 def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
@@ -129,7 +141,8 @@ def _distance(axes: Axes, runs: Sequence[Run]) -> None:
         axes.plot(*thinned(steps, distance), color=f"C{number}", linewidth=1.2)
     axes.axhline(0.0, color="C0", linewidth=1.0)
     axes.grid(alpha=0.3)
-    axes.set_title(f"loss less that of {runs[0].label}", parse_math=False, pad=14)  # room for the axis' power of ten
+    name = shortened(runs[0].label, TITLE_LETTERS)
+    axes.set_title(f"loss less that of {name}", parse_math=False, pad=14)  # room for the axis' power of ten
     axes.set(xlabel="steps", ylabel="nats per token")
 
 

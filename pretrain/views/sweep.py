@@ -8,9 +8,10 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -177,6 +178,23 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
     tails = {key: re.search(r"([^.]+\.[0-9]+\.)*[^.]*$", key) for key in keys}
     found = {key: tail[0] if tail is not None else key for key, tail in tails.items()}
     return {key: tail if list(found.values()).count(tail) == 1 else key for key, tail in found.items()}
+
+
+def content_of(value: str) -> list[str]:
+    """What a list or a section holds, without the names of its keys; of any other value the value itself."""
+    try:
+        tree = json.loads(value, parse_float=str, parse_int=str)  # numbers as the user wrote them
+        return list(_leaves(tree)) if isinstance(tree, dict | list) else [value]
+    except (ValueError, RecursionError):  # no JSON, or too deep for Python
+        return [value]
+
+
+def _leaves(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict | list):
+        for entry in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(entry)
+    else:
+        yield tree if isinstance(tree, str) else json.dumps(tree)
 
 
 def number_of(value: str) -> float | None:

@@ -10,14 +10,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from common.tables import shortened
 from pretrain.views.comparison_page import set_scale
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, loss_name, number_of, ranked, short_keys
+from pretrain.views.sweep import Result, content_of, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
 MOST_LETTERS = 24
 """Of a value in the picture."""
+MOST_IN_A_ROW = 60
+"""Letters of words below an axis; more stand aslant."""
 MOST_LABELS = 16
 """More lines than this have no legend, which would cover them."""
 
@@ -39,9 +42,10 @@ def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
 def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], key: str, others: Sequence[str]) -> None:
     name = loss_name(results)
     places, short = _places(results, key), short_keys([other for other in others if other != CONFIG])
+    names = {every: _names(results, every) for every in (key, *others)}
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in finished:
-        texts = {other: _shortened(_value(result, other)) for other in others}
+        texts = {other: names[other][_value(result, other)] for other in others}
         label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
     style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
@@ -53,7 +57,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
         axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
     if _are_numbers(results, key) and min(places.values()) > 0:
         axes.set_xscale("log")
-    axes.set_xticks(list(places.values()), labels=[_shortened(value) for value in places])
+    axes.set_xticks(list(places.values()), labels=[names[key][value] for value in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
     axes.set(ylabel=f"{name} loss, nats per token")
@@ -61,14 +65,24 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.grid(alpha=0.3)
     for text in axes.get_xticklabels():
         text.set_parse_math(False)  # a user's value may hold a $
+    if not _are_numbers(results, key) and sum(map(len, names[key].values())) > MOST_IN_A_ROW:
+        for text in axes.get_xticklabels():
+            text.set(rotation=20, ha="right", rotation_mode="anchor")
     if others and 0 < len(lines) <= MOST_LABELS:
         legend = axes.legend(curves, ["" for _ in curves], fontsize=8)
         for text, label in zip(legend.get_texts(), sorted(lines), strict=True):
             text.set(text=label, parse_math=False)  # set here: matplotlib leaves out labels that begin with _
 
 
-def _shortened(value: str) -> str:
-    return value if len(value) <= MOST_LETTERS else f"{value[: MOST_LETTERS - 1]}…"
+def _names(results: Sequence[Result], key: str) -> dict[str, str]:
+    """Of each value of a key a few letters that tell it from the others: of a list or a section what it holds."""
+    values = dict.fromkeys(_value(result, key) for result in results)
+    short = {value: shortened(" ".join(content_of(value)) or value, MOST_LETTERS) for value in values}
+    found = list(short.values())
+    return {
+        value: f"{text} ({number})" if found.count(text) > 1 else text
+        for number, (value, text) in enumerate(short.items(), start=1)
+    }
 
 
 def _value(result: Result, key: str) -> str:

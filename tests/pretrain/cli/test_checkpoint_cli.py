@@ -202,12 +202,16 @@ def test_a_checkpoint_is_named_also_where_it_is_the_current_folder(
     assert capsys.readouterr().out == "step-00000002: whole, every sha256 matches\n"
 
 
-def test_a_converted_moving_average_does_not_have_the_losses_of_the_weights(trained: Path, tmp_path: Path) -> None:
+def test_a_converted_moving_average_does_not_have_the_losses_of_the_weights(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = list_checkpoints(shutil.copytree(trained, tmp_path / "run") / "checkpoints")[-1]
     rewrite_state(newest, lambda state: state.update(loss=5.0, validation_loss=6.0))
     average = add_moving_average(newest, lambda weight: weight + 1)
     assert main(["convert", str(newest), str(tmp_path / "of_average"), "--ema"]) == 0
+    assert ", moving average of the weights\n" in capsys.readouterr().out
     assert main(["convert", str(newest), str(tmp_path / "of_weights")]) == 0
+    assert "moving average" not in capsys.readouterr().out
     found = load_file(tmp_path / "of_average" / "model.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in found.items())
     told = [json.loads((tmp_path / name / "weights.json").read_text()) for name in ("of_average", "of_weights")]

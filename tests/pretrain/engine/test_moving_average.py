@@ -151,7 +151,9 @@ def begin_late_and_divide_anew(rank: int, prepared: Path, folder: Path) -> None:
     trainer.saver.finish()
 
 
-def test_it_may_begin_late_and_any_layout_continues_it(prepared: Path, tmp_path: Path) -> None:
+def test_it_may_begin_late_and_any_layout_continues_it(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_ranks(begin_late_and_divide_anew, 2, prepared, tmp_path)
     run = tmp_path / "run"
     first = run / "checkpoints" / f"step-{STOP:08d}"
@@ -172,6 +174,9 @@ def test_it_may_begin_late_and_any_layout_continues_it(prepared: Path, tmp_path:
     export(find_checkpoint(run), tmp_path / "exported", ExportOptions(ema=True))
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in average.items())
+    assert " bytes of weights' moving average, " in capsys.readouterr().out
+    results = (tmp_path / "exported" / "README.md").read_text().partition("## Results")[2]
+    assert f"| validation split | loss {found['loss']:.4f}, " in results and results.count(" loss ") == 1, results
     again = whole_tensors(list_checkpoints(tmp_path / "again")[-1], prefixes=("ema/",))
     assert all(torch.equal(again[f"ema/{name}"], value) for name, value in average.items())
 

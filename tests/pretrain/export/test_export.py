@@ -102,6 +102,22 @@ def test_the_card_says_what_the_model_is(checkpoint: Checkpoint, tmp_path: Path)
         assert words in card, card
 
 
+def test_the_card_has_the_held_out_loss_that_evaluate_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of a mean or an import there is no other. Each loss is called by the split that it is of."""
+    place = shutil.copytree(checkpoint.path, tmp_path / "mean")
+    rewrite_state(place, lambda state: state["config"]["evaluate"].update(split="test"))
+    results = tmp_path / "evaluation" / "mean"
+    results.mkdir(parents=True)
+    of_split = {"task": "validation", "loss": 4.5, "perplexity": 90.0171, "tokens": 1024.0, "limit": None}
+    (results / "validation.json").write_text(json.dumps({**of_split, "split": "validation"}))
+    (results / "blimp.json").write_text('{"task": "blimp", "accuracy": 0.5, "examples": 201, "limit": 3}')
+    assert main([str(place), "--to", str(tmp_path / "mine")]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| validation split | loss 4.5000, perplexity 90.0171 (1,024 tokens) |" in card, card
+    assert "| blimp | accuracy 0.5000 (201 examples, the first 3 of each file) |" in card, card
+    assert "| test loss | 5.2500 nats" in card and "validation loss" not in card, card
+
+
 def test_the_card_says_with_which_weights_the_run_began(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """By run and step, as nobody else has the places of this machine."""
     place = shutil.copytree(checkpoint.path, tmp_path / "step-00000003")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from pretrain.views.comparison_page import _sources, drawn, thinned
@@ -61,9 +64,20 @@ def test_losses_and_norms_more_than_a_decade_apart_have_a_logarithmic_axis(
     assert {title.partition(" against")[0] for title, scale in found.items() if scale == "log"} == logarithmic
 
 
-@pytest.mark.parametrize("runs", [1, 3, 9])
-def test_words_and_numbers_have_room_in_the_picture(tmp_path: Path, runs: int) -> None:
-    """Nothing touches its edge: long numbers, two rows of the legend."""
+@pytest.mark.parametrize("runs, letters", [(1, 34), (3, 34), (9, 34), (4, 47), (10, 120), (2, 198)])
+def test_words_and_numbers_have_room_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int, letters: int
+) -> None:
+    """Nothing touches its edge, and no word another: long numbers, rows of the legend, names as those of a sweep."""
+    words: list[tuple[str, Bbox]] = []
+    draw = Text.draw
+
+    def noted(text: Text, renderer: Any) -> None:
+        draw(text, renderer)
+        if text.get_text() and text.get_visible():
+            words.append((text.get_text(), text.get_window_extent(renderer)))
+
+    monkeypatch.setattr(Text, "draw", noted)
     paths = []
     for number in range(runs):
         rows = [
@@ -77,10 +91,12 @@ def test_words_and_numbers_have_room_in_the_picture(tmp_path: Path, runs: int) -
             )
             for n in range(1, 100_001, 10_000)
         ]
-        paths.append(write(tmp_path / f"a run with a name of some length {number}", rows))
+        paths.append(write(tmp_path / (f"{number}" + ",learning_rate=1e-3" * 11)[:letters], rows))
     picture = np.asarray(Image.open(io.BytesIO(drawn(runs_of(*paths)))).convert("L"))
     for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
         assert edge.min() == 255
+    for (one, box), (other, its) in combinations(words, 2):
+        assert Bbox.intersection(box.padded(-1), its.padded(-1)) is None, f"{one!r} lies over {other!r}"
 
 
 def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curves(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -173,6 +174,37 @@ def test_the_legend_says_which_of_two_weights_a_value_is_of(tmp_path: Path, monk
     losses_drawn(results, keys)
     for label in ("sources.0.weight=1", "sources.1.weight=2"):
         assert label in labels
+
+
+def test_sections_that_begin_alike_are_told_apart_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a line of its own, and below the axis what it holds."""
+    drawn: list[tuple[list[str], list[list[float]]]] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
+        for axes in canvas.figure.axes:
+            words = [text.get_text() for text in axes.get_xticklabels()]
+            drawn.append(
+                (words, [np.asarray(line.get_ydata()).tolist() for line in axes.lines if line.get_marker() == "o"])
+            )
+        return print_png(canvas, *given, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    key = "model.feedforward"
+    sections = [f'{{"type": "dense", "hidden_size": {size}}}' for size in (64, 128)]
+    mixtures = [f'[{{"manifest": "data/{"m" * 30}", "weight": {share}}}, "data/o"]' for share in (0.25, 0.75)]
+    for values in (sections, mixtures):
+        runs = [
+            result(tmp_path, value, [loss + number - 0.1], config=f"{number}", key=key)
+            for number in (0, 1)
+            for value, loss in zip(values, (3, 5), strict=True)
+        ]
+        losses_drawn(runs, [key])
+    (sizes, _), (_, by_size), (shares, _), (_, by_share) = drawn
+    assert sizes == ["dense 64", "dense 128"] and len(set(shares)) == 2, drawn
+    assert np.allclose(sorted(by_size), [[3, 4], [5, 6]]) and np.allclose(sorted(by_share), [[3, 4], [5, 6]])
 
 
 def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(

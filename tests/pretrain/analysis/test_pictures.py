@@ -1,0 +1,67 @@
+"""The words of the pictures that launch/analyze.py draws: none lies over another, and all are inside."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from pretrain.analysis import pictures
+from pretrain.analysis.findings import Findings
+from pretrain.analysis.trace import Request, trace_text
+from tests.pretrain.analysis.models import some_tokens, tiny
+
+NUM_TOKENS = 21
+
+
+def findings(case: str, label: str) -> Findings:
+    """Of the second window, whose keys begin in the memory of models that have one."""
+    model, tokens = tiny(case), some_tokens(NUM_TOKENS)
+    return Findings(
+        label=label,
+        place=Path("step-00000020"),
+        step=20,
+        model=model.config,
+        num_parameters=1,
+        tokens=np.array(tokens),
+        pieces=[f"piece{number}" for number in tokens],
+        layers=[0, 1],
+        trace=trace_text(model, tokens, Request(layers=[0, 1], window=1)),
+    )
+
+
+@pytest.mark.parametrize("label", ["mine", "mine" + ",learning_rate=1e-3" * 8])
+@pytest.mark.parametrize("case", ["switchhead xl", "moa sigmoid xl", "dense xl", "switchhead"])
+def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[tuple[str, Bbox]] = []
+    draw = Text.draw
+
+    def noted(text: Text, renderer: Any) -> None:
+        draw(text, renderer)
+        if text.get_visible() and text.get_text():
+            words.append((text.get_text(), text.get_window_extent(renderer)))
+
+    monkeypatch.setattr(Text, "draw", noted)
+    found = findings(case, label)
+    drawn = [lambda: pictures.maximum_maps([(found, 0), (found, 1)]), lambda: pictures.head_maps(found, 1)]
+    if found.trace.routers:
+        drawn += [lambda: pictures.selection(found, 1, NUM_TOKENS), lambda: pictures.together(found, 1) or b""]
+        drawn += [partial(pictures.load, found, kind) for kind in found.kinds()]
+    for draw_one in drawn:
+        words.clear()
+        png = draw_one()
+        width, height = Image.open(io.BytesIO(png)).size if png else (0, 0)
+        for (one, box), (other, its) in combinations(words, 2):
+            assert Bbox.intersection(box.padded(-0.5), its.padded(-0.5)) is None, f"{one!r} lies over {other!r}"
+        for word, box in words:
+            inside = box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
+            assert inside, f"{word!r} is cut off"
+        assert len(words) > 3 or not png
