@@ -67,7 +67,7 @@ def join_bands(task: DedupTask, workers: Workers) -> list[Piece]:
 def _join_band(band: Piece) -> None:
     task = band.task
     assert task.signatures is not None, "near-duplicates need signatures"
-    bits = np.fromfile(task.path("exact.bits"), np.uint8)
+    bits = np.memmap(task.path("exact.bits"), np.uint8, mode="r")  # which the processes share
     name = band.file.removesuffix(".rows")
     with (
         task.sorter(f"{name}-pairs", 2) as by_later,
