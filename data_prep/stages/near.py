@@ -91,10 +91,11 @@ def candidate_pairs(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     carried = np.empty((0, 2), np.uint64)  # the first documents of the bucket that may go on in the next block
     for block in blocks:
         rows = np.concatenate([carried, block])
-        number = np.arange(len(rows))
         start = group_starts(rows[1:, 0] != rows[:-1, 0])
+        place = np.arange(len(rows)) - start  # in the bucket
+        later = len(carried) + np.flatnonzero(place[len(carried) :])
         for distance in range(BUCKET_COMPARISONS):
-            later = np.flatnonzero((start + distance < number) & (number >= len(carried)))
+            later = later[place[later] > distance]  # few: most buckets hold one document
             if not len(later):
                 break
             yield np.column_stack([rows[later, 1], rows[start[later] + distance, 1]])
