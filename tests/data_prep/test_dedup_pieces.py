@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     hashes = [(int(a), int(b)) for a, b in rng.integers(0, 2**64, (count, 2), np.uint64)]
     for document in range(1, count):
         source = 3 if document % 15 == 4 else int(rng.integers(document))
-        kind = rng.random()
-        if kind < 0.1:
+        chance = rng.random()
+        if chance < 0.1:
             values[document], hashes[document] = values[source], hashes[source]
-        elif kind < 0.6 or document % 15 == 4:
+        elif chance < 0.6 or document % 15 == 4:
             keep = rng.random(PERMUTATIONS) < rng.uniform(0.6, 1)
             values[document] = np.where(keep, values[source], values[document])
     filtered = set(rng.choice(count, 20, replace=False).tolist())
@@ -208,7 +209,9 @@ def start_and_kill(task: DedupTask, steps: int) -> int:
         step()
 
     def run() -> None:
-        os.replace, os.unlink = killing_replace, killing_unlink
+        patch = pytest.MonkeyPatch()  # of the child alone
+        patch.setattr(os, "replace", killing_replace)
+        patch.setattr(os, "unlink", killing_unlink)
         find_duplicates([task], Workers(1))
 
     return in_child(run)
@@ -235,24 +238,26 @@ def test_killed_again_and_again_it_goes_on_from_what_is_finished(
     assert content(task.folder) == undisturbed
 
 
+def run_until(task: DedupTask, name: str) -> None:
+    """Ends this process when a file has got this name."""
+    replace = os.replace
+
+    def killing_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pytest.MonkeyPatch().setattr(os, "replace", killing_replace)
+    find_duplicates([task], Workers(1))
+
+
 def test_a_kill_at_the_border_of_each_step(corpus: Corpus, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    """Each is killed when its last file has its name, and the start after it makes none of those again."""
+    """Each is killed when its last file has its name."""
     borders = ("exact-00003.rows", "exact.bits", "exact.rows", "band-00027.rows", "similar-00008.rows", "near.rows",
                "near.json", "p23.safetensors", "done.json")  # fmt: skip
     task = corpus.task(tmp_path / "borders")
     for border in borders:
-        replace = os.replace
-
-        def until(source: Any, target: Any, border: str = border, replace: Any = replace) -> None:
-            replace(source, target)
-            if Path(target).name == border:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def run(until: Any = until) -> None:
-            os.replace = until
-            find_duplicates([task], Workers(1))
-
-        assert in_child(run) == -signal.SIGKILL, border
+        assert in_child(partial(run_until, task, border)) == -signal.SIGKILL, border
     assert content(task.folder) == undisturbed
 
 
