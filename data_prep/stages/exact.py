@@ -14,7 +14,8 @@ from data_prep.stages.dedup_task import DedupTask, Piece, divided, group_starts,
 from data_prep.work.parallel import Workers
 from data_prep.work.parts import read_hashes
 
-# One process took 10 minutes for C4's 365 million documents. Each share reads all hashes again, so they are few.
+# In one piece C4's 365 million documents would take one process 5 minutes (0.7 us each). Each share reads all hashes
+# again, which is a third of its time at 16, so there are no more.
 SHARE_DOCUMENTS = 1 << 20
 MAX_SHARES = 16
 ROW_BYTES = 24
