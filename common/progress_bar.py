@@ -23,11 +23,13 @@ def _interval_seconds() -> float:
     return TERMINAL_INTERVAL_SECONDS if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
 
 
-def byte_bar(*, total: int, description: str, enabled: bool = True) -> "tqdm[Any]":
-    """A tqdm bar that counts bytes; use it as a context manager and call `update(number_of_bytes)`."""
+def byte_bar(*, total: int, description: str, enabled: bool = True, done: int = 0) -> "tqdm[Any]":
+    """A tqdm bar that counts bytes; use it as a context manager and call `update(number_of_bytes)`. `done`: bytes that
+    were done before, on top of `total`, which say nothing of the time left."""
     interval = _interval_seconds()
     return tqdm(
-        total=total,
+        total=total + done,
+        initial=done,
         desc=description,
         unit="B",
         unit_scale=True,

