@@ -248,7 +248,7 @@ def test_gradcheck(op: Op, way: tuple[str, str | None]) -> None:
     "op, way",
     [
         # What a strategy keeps is one function of both ops: in the fast tests one of them goes with it.
-        pytest.param(op, way, id=f"{op.name} {' '.join(way)}", marks=[] if op is fast else pytest.mark.slow)
+        pytest.param(op, way, id=f"{op.name} {way[0]} {way[1]}", marks=[] if op is fast else pytest.mark.slow)
         for way, fast in zip(STRATEGIES, (VALUE, OUTPUT, OUTPUT, VALUE), strict=True)
         for op in (VALUE, OUTPUT)
     ],

@@ -87,7 +87,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     # What is kept of every version.
     names = ("--representative", "--only", "switchhead_(value|output) forward .*2048x128")
     calls = [("--check",), ("--check", "--records", str(foreign), *names), ("--check", "--representative")]
-    return Checked(*run_several(calls), next(iter(others)))
+    every, of_foreign, part = run_several(calls)
+    return Checked(every, of_foreign, part, complete=next(iter(others)))
 
 
 def test_every_shipped_configuration(checked: Checked) -> None:
