@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is collected: what is imported stays, and a collection of garbage walks through it in vain
 pytest.register_assert_rewrite("tests.pretrain.runs")  # whose comparisons should say what differs, as those of tests do
 
 from tests.corpus import prepare_corpus  # noqa: E402
@@ -32,6 +33,7 @@ def pytest_collection_finish() -> None:
     tests that make many objects."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import warnings
 
+gc.disable()  # while much is imported that stays
 warnings.filterwarnings("ignore")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -41,3 +42,4 @@ for backend in pkgutil.iter_modules(model.kernels.cpu.__path__, "model.kernels.c
 # A collection in a rank would write to, and so copy, the pages of all these objects.
 gc.collect()
 gc.freeze()
+gc.enable()

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pretrain.cli.analyze
 import pretrain.cli.checkpoint
@@ -147,6 +146,8 @@ def test_what_needs_text_says_that_there_is_none(
 def test_an_export_has_no_tokenizer_and_comes_back(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # not where every worker collects
+
     capsys.readouterr()
     assert pretrain.cli.export.main([str(run), "--to", str(tmp_path / "mine"), "--verify"]) == 0
     assert "transformers gives logits that differ by at most" in capsys.readouterr().out

@@ -36,11 +36,11 @@ from benchmarks.gpu.record import Entry, read
 from benchmarks.gpu.timing import CudaClock, HostClock, draw
 from model.language_model import build_on_meta
 from pretrain.gpus import numerics
+from tests.benchmarks.gpu.cases import CASES, NAMES
 from tests.marks import HAS_SPACE
 from tests.pretrain.test_gpus import switches
 
 CPU = torch.device("cpu")
-CASES = op_shapes.equality_cases(small=True)
 MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
 
 
@@ -60,7 +60,7 @@ def test_least_work_of_an_op() -> None:
     assert Phase(10**6, 6 * 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=NAMES)
 def test_useful_flops_are_the_ops_own_formula(build: op_cases.Build) -> None:
     """The loss makes its gradients forward: three products there."""
     work, case = work_of(build, torch.bfloat16), op_shapes.outlines([build])[0]

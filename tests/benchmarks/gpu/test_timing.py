@@ -15,10 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import op_cases, op_shapes
+from benchmarks import op_cases
 from benchmarks.gpu import timing
 from benchmarks.gpu.timing import Times, Work, backward_of, draw, forward_of, measure, number_of_sets, times
 from model.kernels.backend import BACKENDS
+from tests.benchmarks.gpu.cases import CASES, NAMES
 
 CPU = torch.device("cpu")
 VIEWS = {"detach", "alias", "view", "transpose"}
@@ -81,10 +82,7 @@ def timed_regions(lines: list[str]) -> Iterator[list[str]]:
         lines = lines[end + 1 :]
 
 
-CASES = op_shapes.equality_cases(small=True)
-
-
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=NAMES)
 def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
     sets = [draw(build, CPU, torch.float32, seed) for seed in range(2)]
     op = sets[0].case.op
@@ -138,7 +136,7 @@ class Devices(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=NAMES)
 def test_inputs_and_upstream_gradients_are_drawn_on_the_device(build: op_cases.Build) -> None:
     """The device is torch's meta here: a tensor of the host would show."""
     with Devices() as devices:

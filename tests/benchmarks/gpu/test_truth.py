@@ -27,9 +27,9 @@ from model.kernels.backend import BACKENDS
 from model.kernels.ops import elementwise
 from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
+from tests.benchmarks.gpu.cases import CASES, NAMES
 
 CPU = torch.device("cpu")
-CASES = op_shapes.equality_cases(small=True)
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
 
 
@@ -99,7 +99,7 @@ def test_a_choice_is_checked_where_the_backend_makes_it(monkeypatch: pytest.Monk
         truth.equality(context(tmp_path), build=partial(op_cases.route_case, 37, 24, 2, 5, 3), dtype="fp32")
 
 
-@pytest.mark.parametrize("build", CASES, ids=[f"{c.op} {c.shape}" for c in op_shapes.outlines(CASES)])
+@pytest.mark.parametrize("build", CASES, ids=NAMES)
 @pytest.mark.parametrize("chunk", [10, 37])
 def test_the_reference_in_chunks_is_the_reference(build: op_cases.Build, chunk: int) -> None:
     """Against the whole at once, in fp64 on both sides."""

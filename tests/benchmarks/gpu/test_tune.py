@@ -75,10 +75,11 @@ def given(launches: Sequence[Launch]) -> list[Any]:
 def test_todays_tiles_are_those_of_the_kernel_and_a_change_of_every_number_reaches_it(name: str) -> None:
     """On fake CUDA tensors, at the shipped shape; afterwards today's tiles are launched again."""
     search = FULL[name]
-    (own,) = launches_on_fake_cuda(dataclasses.replace(search, replace=lambda _: []), [search.today])
     one_each = {n: next(t for t in candidates(search) if t[n] != search.today[n]) for n in search.values}
-    today, *others, again = map(given, launches_on_fake_cuda(search, [search.today, *one_each.values(), search.today]))
-    assert today and given(own) == today == again
+    also_bare = dataclasses.replace(search, replace=lambda tiles: search.replace(tiles) if tiles else [])
+    every: list[Tiles] = [{}, search.today, *one_each.values(), search.today]
+    own, today, *others, again = map(given, launches_on_fake_cuda(also_bare, every))
+    assert today and own == today == again
     for changed, other in zip(one_each, others, strict=True):
         assert other != today, changed
 

@@ -107,14 +107,14 @@ else:
 
 
 def test_auto_on_cuda_warns_where_it_is_not_triton(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:
     assert backend.resolve("auto", "expert_linear", "cuda", dtype=torch.float64) == "reference"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backend.resolve("auto", "linear_cross_entropy", "cuda", dtype=torch.bfloat16) == "reference"
     with pytest.raises(ValueError, match="triton is not installed"):
         backend.resolve("triton", "linear_cross_entropy", "cuda")
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = [record.getMessage() for record in logged if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert "expert_linear takes backend reference, which is slower than triton: the Triton kernels take" in warnings[0]
     assert "linear_cross_entropy takes backend reference, which is slower than triton: triton is not" in warnings[1]
@@ -132,12 +132,11 @@ def test_grouped_mm_limit_is_that_of_torch(d: int, dtype: torch.dtype) -> None:
             F.grouped_mm(x, weight, offs=offsets.int())
 
 
-def test_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger=backend.__name__):
-        for requested in ("auto", "cpu", "auto", "reference"):
-            backend.resolve(requested, "sigma_moe", "cpu")
-        backend.resolve("auto", "route", "cpu")
-    assert [record.getMessage() for record in caplog.records] == [
+def test_logged_once(logged: list[logging.LogRecord]) -> None:
+    for requested in ("auto", "cpu", "auto", "reference"):
+        backend.resolve(requested, "sigma_moe", "cpu")
+    backend.resolve("auto", "route", "cpu")
+    assert [record.getMessage() for record in logged] == [
         "kernels: sigma_moe is computed by backend cpu",
         "kernels: sigma_moe is computed by backend reference",
         "kernels: route is computed by backend cpu",

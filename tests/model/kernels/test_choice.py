@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_wide_heads_of_transformer_xl_are_left_to_torch(name: str, backend: str)
     assert asked.relative_attention == "triton"
 
 
-def test_attention_is_limited_only_where_the_model_computes_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_is_limited_only_where_the_model_computes_it(logged: list[logging.LogRecord]) -> None:
     """Of wide heads with RoPE the kernels take none; without documents and memory nothing asks for them."""
     model = load_config(CONFIGS / "paper" / "wt103_dense_2heads_262m.json", []).model
     model = model.model_copy(update={"position": RopeConfig()})
@@ -85,11 +86,11 @@ def test_attention_is_limited_only_where_the_model_computes_it(caplog: pytest.Lo
 
     for dtype in (torch.bfloat16, torch.float32):
         assert attention("auto", dtype) == attention("triton", dtype) == "triton"
-        assert not [record for record in caplog.records if "attention takes backend reference" in record.message]
+        assert not [record for record in logged if "attention takes backend reference" in record.getMessage()]
         assert attention("auto", dtype, document_mask=True) == "reference"
         with pytest.raises(ValueError, match=r"^kernels\.backend=triton cannot compute causal_attention on cuda"):
             attention("triton", dtype, document_mask=True)
-        caplog.clear()
+        logged.clear()
     model = model.model_copy(update={"position": RopeConfig(memory_chunks=1)})
     assert attention("auto", torch.bfloat16) == "reference"
 

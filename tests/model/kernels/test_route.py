@@ -106,15 +106,16 @@ def loop(case: Case, k: int, decided: Tensor) -> tuple[Tensor, Tensor, list[Tens
 def loop_of_choices(case: Case, k: int, choices: Choices) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weight = (t.detach().double().requires_grad_() for t in (case.x, case.weight))
     N, (R, E, _) = x.shape[0], weight.shape
-    logits, scores = torch.zeros(N, R, E, dtype=torch.float64), torch.zeros(N, R, k, dtype=torch.float64)
+    rows, of_rows = [x.new_zeros(0, E)], [x.new_zeros(0, k)]
     for n in range(N):
         for r in range(R):
-            all_logits = [weight[r, e] @ x[n] for e in range(E)]
-            all_scores = [1 / (1 + torch.exp(-logit)) for logit in all_logits]
+            all_logits = weight[r] @ x[n]
+            all_scores = 1 / (1 + torch.exp(-all_logits))
             if case.drop_scores:
-                all_scores = [s if here else 0 * s for s, here in zip(all_scores, kept_of(case, n, r), strict=True)]
-            logits[n, r] = torch.stack(all_logits)
-            scores[n, r] = torch.stack([all_scores[e] for e in choices[n * R + r]])
+                all_scores = all_scores * torch.tensor(kept_of(case, n, r))
+            rows.append(all_logits[None])
+            of_rows.append(all_scores[None, list(choices[n * R + r])])
+    logits, scores = torch.cat(rows).view(N, R, E), torch.cat(of_rows).view(N, R, k)
     grads = [torch.zeros_like(x), torch.zeros_like(weight)]
     if N > 0:
         upstream = (case.grad_logits.double(), case.grad_scores.double())
@@ -185,11 +186,10 @@ def test_ties_go_to_the_lowest_index(backend: str, fraction: float) -> None:
     for drop_scores in (False, True):
         actual = route(torch.eye(200), logits.t()[None], 8, keep=keep, drop_scores=drop_scores, backend=backend)
         torch.testing.assert_close(actual.logits[:, 0], logits)
-        for n in range(200):
-            values = actual.logits[n, 0].sigmoid() if drop_scores else actual.logits[n, 0]
-            dropped = 0.0 if drop_scores else -math.inf
-            expected = oracles.choose([float(v) if bool(keep[n, 0, e]) else dropped for e, v in enumerate(values)], 8)
-            assert actual.index[n, 0].tolist() == expected
+        values = actual.logits[:, 0].sigmoid() if drop_scores else actual.logits[:, 0]
+        dropped = 0.0 if drop_scores else -math.inf
+        for row, kept, index in zip(values.tolist(), keep[:, 0].tolist(), actual.index[:, 0].tolist(), strict=True):
+            assert index == oracles.choose([v if here else dropped for v, here in zip(row, kept, strict=True)], 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,10 +1,11 @@
 """The gate over compiled kernels: every shipped configuration passes on four architectures, and it can fail.
 
-Compiling needs a process without TRITON_INTERPRET, so everything here runs `python -m benchmarks.compiled`."""
+Compiling needs a process without TRITON_INTERPRET, so everything here runs `benchmarks.compiled` in one."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -37,6 +39,28 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+SEVERAL = """
+import contextlib, io, json, sys
+from benchmarks.compiled import main
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def run_several(calls: list[tuple[str, ...]]) -> list[subprocess.CompletedProcess[str]]:
+    """What `run` of each gives, in one process: torch and Triton are imported once."""
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, "-c", SEVERAL, json.dumps(calls)]
+    done = subprocess.run(line, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [
+        subprocess.CompletedProcess(call, *json.loads(said))
+        for call, said in zip(calls, done.stdout.splitlines(), strict=True)
+    ]
+
+
 def verdicts(output: str) -> dict[tuple[str, int], str]:
     """(case, architecture) -> why it fails, from the Markdown table."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
@@ -44,33 +68,49 @@ def verdicts(output: str) -> dict[tuple[str, int], str]:
     return {(row[0], int(row[1])): row[-1] for row in rows[2:]}
 
 
-def test_every_shipped_configuration() -> None:
-    """All of them by the record of what the compiler gave, or compiled where there is none."""
-    result = run("--check")
-    assert result.returncode == 0, result.stdout + result.stderr
+class Checked(NamedTuple):
+    """What --check said of all configurations, of some whose records are another Triton's, and of a part."""
+
+    every: subprocess.CompletedProcess[str]
+    foreign: subprocess.CompletedProcess[str]
+    part: subprocess.CompletedProcess[str]
+    complete: str
+    """The version of the foreign records that are taken."""
 
 
-def test_the_records_of_another_triton_are_said_to_be_so(tmp_path: Path) -> None:
-    """Nothing is compiled for a Triton without records; the output names both versions and the command."""
-    installed = version("triton")
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     others = read_records(compiled.RECORDS)
-    others.pop(installed, None)
-    complete, foreign = next(iter(others)), tmp_path / "compiled.csv"
+    others.pop(version("triton"), None)
+    foreign = tmp_path_factory.mktemp("foreign") / "compiled.csv"
     write_records(foreign, others)
     # What is kept of every version.
     names = ("--representative", "--only", "switchhead_(value|output) forward .*2048x128")
-    result = run("--check", "--records", str(foreign), *names)
+    calls = [("--check",), ("--check", "--records", str(foreign), *names), ("--check", "--representative")]
+    every, of_foreign, part = run_several(calls)
+    return Checked(every, of_foreign, part, complete=next(iter(others)))
+
+
+def test_every_shipped_configuration(checked: Checked) -> None:
+    """All of them by the record of what the compiler gave, or compiled where there is none."""
+    assert checked.every.returncode == 0, checked.every.stdout + checked.every.stderr
+
+
+def test_the_records_of_another_triton_are_said_to_be_so(checked: Checked) -> None:
+    """Nothing is compiled for a Triton without records; the output names both versions and the command."""
+    result, installed = checked.foreign, version("triton")
     assert result.returncode == 0 and "2 configurations, 0 compiled" in result.stdout, result.stdout + result.stderr
-    assert f"2 of them are records of Triton {complete}, and this is Triton {installed}, of which" in result.stderr
+    named = f"2 of them are records of Triton {checked.complete}, and this is Triton {installed}, of which"
+    assert named in result.stderr
     assert "to compile and record them for it: python -m benchmarks.compiled --check --update" in result.stderr
 
 
-def test_the_triton_of_the_lock_has_records_of_its_own() -> None:
+def test_the_triton_of_the_lock_has_records_of_its_own(checked: Checked) -> None:
     """Every kernel on sm_90, at the shapes of 262M and 1B models. Another Triton takes those of the newest."""
     recorded = read_records(compiled.RECORDS).keys()
     locked = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert locked is not None and locked[1] in recorded
-    result = run("--check", "--representative")
+    result = checked.part
     assert result.returncode == 0, result.stdout + result.stderr
     assert ("are records of Triton" in result.stderr) == (version("triton") not in recorded), (
         "python -m benchmarks.compiled --check --update --representative"
