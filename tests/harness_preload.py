@@ -1,8 +1,8 @@
 """What the fork server imports once; every rank starts with these modules loaded.
 
-DeepSpeed imports most of the rest when the first engine of a process is built: its optimizer Muon is compiled by
-torch.compile, whose import takes longer than most of our tests compute, and every rank would pay for it. No module
-listed here may start a thread, because a process that forks must have one alone; tests/test_harness.py looks.
+DeepSpeed imports much when the first engine of a process is built, which takes longer than most of our tests compute,
+and every rank would pay for it. ZeRO 3 imports TorchDynamo; TorchInductor is left to the few tests that compile. No
+module listed here may start a thread, because a process that forks must have one alone; tests/test_harness.py looks.
 """
 
 import gc
@@ -15,8 +15,12 @@ gc.disable()  # while much is imported that stays
 warnings.filterwarnings("ignore")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Otherwise torch's inductor starts processes that compile as soon as it is imported.
+# Otherwise TorchInductor, where a test imports it, starts processes that compile at once.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+from pretrain.engine.build import import_muon_without_a_compiler  # noqa: E402
+
+import_muon_without_a_compiler()
 
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402
 import deepspeed.runtime.pipe.engine  # noqa: E402
@@ -25,11 +29,11 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import numpy.ma  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
-import torch._inductor.compile_fx  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
 import model.kernels.cpu  # noqa: E402
 import model.parallel.megatron_core  # noqa: E402
+import pretrain.checkpoint.planners  # noqa: E402
 import pretrain.cli.train  # noqa: E402
 import pretrain.engine.pipeline  # noqa: E402
 import pretrain.loop  # noqa: E402

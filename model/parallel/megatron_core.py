@@ -22,12 +22,21 @@ from __future__ import annotations
 import warnings
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
+
+def _left_alone(function: Any = None, **options: Any) -> Any:
+    """torch.compile as a decorator that changes nothing, with options or without."""
+    return _left_alone if function is None else function
+
+
+# Its fused functions, none of which is used here, are handed to torch.compile where they are defined, which imports all
+# of TorchInductor.
+with warnings.catch_warnings(), mock.patch.object(torch, "compile", _left_alone):
     # The warnings that Transformer Engine and Apex are missing: nothing that is used here needs them.
     warnings.simplefilter("ignore")
     from megatron.core.hyper_comm_grid import HyperCommGrid

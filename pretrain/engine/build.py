@@ -32,7 +32,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
 
     groups.mpu = None  # an earlier engine of this process may have left its own
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
-    _import_muon_without_a_compiler()
+    import_muon_without_a_compiler()
     specs = parameter_specs(config.model)
     for name, parameter in model.named_parameters():
         # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
@@ -65,7 +65,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     return engine
 
 
-def _import_muon_without_a_compiler() -> None:
+def import_muon_without_a_compiler() -> None:
     """DeepSpeed's ZeRO optimizers import its Muon to ask whether ours is one. As they are defined, Muon's functions are
     handed to torch.compile, which imports all of TorchInductor: a sixth of the time to the first step on a CPU. No run
     calls them."""
