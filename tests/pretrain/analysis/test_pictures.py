@@ -6,11 +6,9 @@ import io
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -18,6 +16,7 @@ from pretrain.analysis import pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.trace import Request, trace_text
 from tests.pretrain.analysis.models import some_tokens, tiny
+from tests.pretrain.words_drawn import note_words
 
 NUM_TOKENS = 21
 
@@ -41,15 +40,7 @@ def findings(case: str, label: str) -> Findings:
 @pytest.mark.parametrize("label", ["mine", "mine" + ",learning_rate=1e-3" * 8])
 @pytest.mark.parametrize("case", ["switchhead xl", "moa sigmoid xl", "dense xl", "switchhead"])
 def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words: list[tuple[str, Bbox]] = []
-    draw = Text.draw
-
-    def noted(text: Text, renderer: Any) -> None:
-        draw(text, renderer)
-        if text.get_visible() and text.get_text():
-            words.append((text.get_text(), text.get_window_extent(renderer)))
-
-    monkeypatch.setattr(Text, "draw", noted)
+    words = note_words(monkeypatch)
     found = findings(case, label)
     drawn = [lambda: pictures.maximum_maps([(found, 0), (found, 1)]), lambda: pictures.head_maps(found, 1)]
     if found.trace.routers:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
 from pretrain.views.comparison_page import _sources, drawn, thinned
 from tests.pretrain.views.compared import of_mixture, row, runs_of, write
+from tests.pretrain.words_drawn import note_words
 
 
 def curves_by_source(*paths: Path) -> list[tuple[list[float], list[float]]]:
@@ -69,15 +69,7 @@ def test_words_and_numbers_have_room_in_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int, letters: int
 ) -> None:
     """Nothing touches its edge, and no word another: long numbers, rows of the legend, names as those of a sweep."""
-    words: list[tuple[str, Bbox]] = []
-    draw = Text.draw
-
-    def noted(text: Text, renderer: Any) -> None:
-        draw(text, renderer)
-        if text.get_text() and text.get_visible():
-            words.append((text.get_text(), text.get_window_extent(renderer)))
-
-    monkeypatch.setattr(Text, "draw", noted)
+    words = note_words(monkeypatch)
     paths = []
     for number in range(runs):
         rows = [
