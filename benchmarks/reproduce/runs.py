@@ -55,7 +55,8 @@ class PaperRun:
     def accuracy(self, task: str) -> tuple[int, float] | None:
         """Step and percent of the newest evaluation of a task: of the run itself, or launch/evaluate.py's."""
         own = self.view.tasks().get(task)
-        is_whole = own is not None and not setting(self.view.config, "evaluate.tasks_limit")
+        limit = setting(self.view.config, "evaluate.tasks_limit")  # of runs whose events have none
+        is_whole = own is not None and not own.get("limit", limit)
         every = [*([own] if own is not None and is_whole else []), *self._evaluated(task)]
         found = [(one["step"], 100 * one["accuracy"]) for one in every if isinstance(one.get("accuracy"), float)]
         return max(found, key=lambda one: one[0], default=None)

@@ -33,6 +33,8 @@ class RunTasks(NamedTuple):
     prepared: tuple[PreparedTask, ...]
     every_steps: int
     limits: Limits
+    first: int | None = None
+    """evaluate.tasks_limit: only the first so many examples of each file. None for all."""
 
     @classmethod
     def open(cls, config: Config, sources: Sources) -> RunTasks:
@@ -41,18 +43,19 @@ class RunTasks(NamedTuple):
         if not settings.tasks:
             return NO_TASKS
         limits = Limits(config.batch.micro_sequences, learned_context(config.model))
+        first = settings.tasks_limit or None
         tokenizer = Tokenizer(sources.sources[0].manifest)
         try:
             encoder = Encoder(tokenizer)
             prepared = [
-                PreparedTask.of(name, find_files(name, given), encoder, limit=settings.tasks_limit or None)
+                PreparedTask.of(name, find_files(name, given), encoder, limit=first)
                 for name, given in settings.tasks.items()
             ]
             for task in prepared:
                 task.check(limits)
         except UserError as error:
             raise UserError(f"evaluate.tasks{'.' if tokenizer.has_text else ': '}{error}") from None
-        return cls(tuple(prepared), settings.tasks_every_steps, limits)
+        return cls(tuple(prepared), settings.tasks_every_steps, limits, first)
 
     def are_due(self, step: int, last: int) -> bool:
         """After step `step` of a start that ends with step `last`."""
@@ -78,7 +81,8 @@ class RunTasks(NamedTuple):
             results.append(found)
         for result in results if monitor is not None else ():
             assert monitor is not None
-            monitor.evaluation(step, result.name, without_nan(result.values), examples=result.examples)
+            values = without_nan(result.values)
+            monitor.evaluation(step, result.name, values, examples=result.examples, limit=self.first)
 
 
 NO_TASKS = RunTasks((), 0, Limits(1, 1))

@@ -5,6 +5,7 @@ Places on the machine of the training are left out: of a path to data its last p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.evaluation.results import results_folder
+from pretrain.views.reading import RunView
 
 FORMAT_VERSION = 1
 MEASURES = ("loss", "perplexity", "accuracy", "bits_per_byte")
@@ -53,20 +55,43 @@ def origin_of(
 
 
 def evaluations_of(checkpoint: Checkpoint, *, ema: bool = False) -> list[dict[str, Any]]:
-    """What launch/evaluate.py found for this checkpoint, or for its moving average: task (of a validation the split),
-    measures, and how many examples (tokens) they are of; `limit` where those are the first of each file. What is older
-    than the checkpoint was found for another that once had its name."""
+    """What launch/evaluate.py found for this checkpoint, or for its moving average; of other tasks what its run found
+    (evaluate.tasks). Task (of a validation the split), measures, and how many examples (tokens) they are of; `limit`
+    where those are the first of each file. A file older than the checkpoint was found for another that once had its
+    name."""
     folder, found = results_folder(checkpoint, ema=ema), []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             if result.get("time", math.inf) < checkpoint.state["time"]:
                 continue
-            measured = {key: float(result[key]) for key in MEASURES if result.get(key) is not None}
-            found.append({**_what(result), **measured})
+            found.append(_evaluation(result))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # of lm-evaluation-harness, or of the user
+    tasks = {one["task"] for one in found}
+    return found + [one for one in ([] if ema else _of_the_run(checkpoint)) if one["task"] not in tasks]
+
+
+def _of_the_run(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What the run computed after the step of this checkpoint, where it is still in the run's folder."""
+    path = checkpoint.path.absolute()
+    if path.parent.name != "checkpoints" or checkpoint.weights_source is not None:
+        return []
+    view, found = RunView(path.parent.parent), []
+    try:
+        view.update_events()
+    except OSError:
+        return []
+    limit = checkpoint.state["config"].get("evaluate", {}).get("tasks_limit") or None  # of events without one
+    for _, event in sorted(view.tasks(at_step=checkpoint.progress.step).items()):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # another version's
+            found.append(_evaluation({"limit": limit, **event}))
     return found
+
+
+def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
+    measured = {key: float(result[key]) for key in MEASURES if result.get(key) is not None}
+    return {**_what(result), **measured}
 
 
 def _what(result: dict[str, Any]) -> dict[str, Any]:

@@ -159,9 +159,12 @@ class Monitor:
         where = "" if split == "validation" else f" on the {split} split"
         print(f"validation after step {step}{where}: {what}", flush=True)
 
-    def evaluation(self, step: int, task: str, values: dict[str, Any], *, examples: int) -> None:
-        """Records a task of evaluate.tasks after optimizer step `step`; a None is a value that is not finite."""
-        self._folder.event("evaluation", step=step, task=task, **values, examples=examples)
+    def evaluation(
+        self, step: int, task: str, values: dict[str, Any], *, examples: int, limit: int | None = None
+    ) -> None:
+        """Records a task of evaluate.tasks after optimizer step `step`; a None is a value that is not finite. `limit`:
+        the examples are the first so many of each file."""
+        self._folder.event("evaluation", step=step, task=task, **values, examples=examples, limit=limit)
         if self._curves is not None:
             self._curves.evaluation(self._at, task, values)
         numbers = [f"{key} {'not finite' if value is None else f'{value:.4g}'}" for key, value in values.items()]

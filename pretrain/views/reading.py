@@ -170,14 +170,15 @@ class RunView:
             self.config = read_object(self.path / "config.json")
             self.outcome = read_object(self.path / "outcome.json")
             self.metrics.update()
-            self._update_events()
+            self.update_events()
             folder = self.path / "checkpoints"
             names = os.listdir(folder) if folder.is_dir() else []
             self.checkpoints = sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
         except OSError as error:
             raise UserError(f"RUN: {error.filename or self.path} cannot be read: {error.strerror}") from None
 
-    def _update_events(self) -> None:
+    def update_events(self) -> None:
+        """Reads events.jsonl alone. Raises OSError."""
         is_new, lines = self._log.new_lines()
         if is_new:
             self.events, self.damaged_events = [], 0
@@ -244,8 +245,8 @@ class RunView:
                 found[step] = event
         return sorted(found.items(), key=lambda pair: pair[0])
 
-    def tasks(self) -> dict[str, Row]:
-        """Task -> its newest evaluation that still counts, as of `validations`."""
+    def tasks(self, at_step: int | None = None) -> dict[str, Row]:
+        """Task -> its newest evaluation that still counts, as of `validations`; with `at_step` the one after it."""
         found: list[Row] = []
         for event in self.events:
             step = event.get("step")
@@ -253,7 +254,7 @@ class RunView:
                 found = [one for one in found if one["step"] <= step]
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)
-        return {one["task"]: one for one in found}
+        return {one["task"]: one for one in found if at_step in (None, one["step"])}
 
 
 def _loss(value: Any) -> float:

@@ -23,9 +23,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.errors import UserError
 from model.language_model import build_model
+from pretrain.checkpoint import Checkpoint
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
 from pretrain.evaluation import models, results
+from pretrain.export.origin import evaluations_of
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.tags import layout as board
 from pretrain.saved_model import SavedModel, load_model
@@ -209,6 +211,10 @@ def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, pr
 
 def test_a_run_shows_its_tasks(runs: Path) -> None:
     view, events = RunView.open(runs / "xl"), evaluations(runs / "xl")
+    in_card = evaluations_of(Checkpoint.open(runs / "xl" / "checkpoints" / "step-00000001"))
+    assert {one["task"]: one["accuracy"] for one in in_card if one["task"] != "validation"} == pytest.approx(
+        {task: event["accuracy"] for task, event in events.items()}, rel=1e-5
+    )
     assert f"lambada {events['lambada']['accuracy']:.1%} after step 1" in screen(view, width=200, now=0.0)
     assert summary(view)["tasks"]["blimp"]["accuracy"] == events["blimp"]["accuracy"]
     (folder,) = {path.parent for path in (runs / "xl" / "tensorboard").glob("events.*")}

@@ -26,7 +26,7 @@ from pretrain.evaluation.results import results_folder
 from pretrain.export import writing
 from pretrain.export.folder import CODE
 from pretrain.export.hf_config import hf_config, model_config
-from pretrain.export.origin import without_places
+from pretrain.export.origin import evaluations_of, without_places
 from pretrain.export.reading import is_export, open_export
 from pretrain.export.weights import shards_of
 from tests.pretrain.export.models import MODELS, checkpoint_of, config_of, model_of
@@ -116,6 +116,39 @@ def test_the_card_has_the_held_out_loss_that_evaluate_found(checkpoint: Checkpoi
     assert "| validation split | loss 4.5000, perplexity 90.0171 (1,024 tokens) |" in card, card
     assert "| blimp | accuracy 0.5000 (201 examples, the first 3 of each file) |" in card, card
     assert "| test loss | 5.2500 nats" in card and "validation loss" not in card, card
+
+
+def test_the_card_has_what_the_run_found_while_it_trained(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of this step, and of the course that led to it: step 3 came twice. What launch/evaluate.py found stands instead
+    of it."""
+    run = tmp_path / "run"
+    place = shutil.copytree(checkpoint.path, run / "checkpoints" / checkpoint.path.name)
+    rewrite_state(place, lambda state: state.pop("weights_only"))  # as of a run
+    cbt = {"event": "evaluation", "task": "cbt", "examples": 9}
+    rows: list[dict[str, Any]] = [
+        {**cbt, "step": 3, "accuracy": 0.1, "limit": 5},
+        {"event": "started", "step": 2},
+        {**cbt, "step": 3, "accuracy": 0.25, "limit": 5},
+        {"event": "evaluation", "step": 3, "task": "lambada", "accuracy": None, "perplexity": 31.5, "examples": 7},
+        {"event": "evaluation", "step": 3, "task": "blimp", "accuracy": 0.5, "examples": 201, "limit": None},
+        {"event": "evaluation", "step": 3, "task": "later"},
+        {"event": "evaluation", "step": 4, "task": "cbt", "accuracy": 0.75, "examples": 9, "limit": None},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": ')
+    ours = Checkpoint.open(place)
+    assert evaluations_of(ours, ema=True) == []
+    of_run = [
+        {"task": "blimp", "examples": 201, "accuracy": 0.5},
+        {"task": "cbt", "examples": 9, "limit": 5, "accuracy": 0.25},
+        {"task": "lambada", "examples": 7, "perplexity": 31.5},
+    ]
+    assert evaluations_of(ours) == of_run
+    results = results_folder(ours)
+    results.mkdir(parents=True)
+    file = {"task": "cbt", "accuracy": 0.3, "examples": 2500, "limit": None}
+    (results / "cbt.json").write_text(json.dumps({**file, "time": ours.state["time"] + 1}))
+    whole = {"task": "cbt", "examples": 2500, "accuracy": 0.3}
+    assert evaluations_of(ours) == [whole, *(one for one in of_run if one["task"] != "cbt")]
 
 
 def test_the_card_says_with_which_weights_the_run_began(checkpoint: Checkpoint, tmp_path: Path) -> None:
