@@ -1,14 +1,43 @@
-"""Types of arguments on command lines."""
+"""Command lines: a parser whose mistakes are one line, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+USER_ERROR = 2
 MOST_DIGITS = 100
 """Of a number that a user writes: more than any needs, while int() raises above 4,300."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line on stderr, without the usage above it, and exit code 2. An option that does not exist is
+    named before one that is missing, which it may be, misspelled; with the option it is most like."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None and not {"-h", "--help"} & set(given):
+            self._refuse_unknown(given)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, given: Sequence[str]) -> None:
+        """As argparse reads: what stands behind --, or holds a blank, is no option."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for text in given[: given.index("--")] if "--" in given else given:
+            name = text.partition("=")[0]
+            is_known = name in options or (self.allow_abbrev and any(option.startswith(name) for option in options))
+            if name.startswith("--") and " " not in text and not is_known:
+                similar = difflib.get_close_matches(name, {*options} - {"--help"}, n=1)
+                self.error(f"there is no option {name}" + f"; did you mean {''.join(similar)}?" * bool(similar))
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 def quoted(text: str, most: int = 60) -> str:

@@ -10,9 +10,8 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
-from common.arguments import a_path, at_least
+from common.arguments import Parser, a_path, at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
@@ -49,12 +48,6 @@ PASSING_ERROR = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(USER_ERROR)
 
 
 @spare_stdout()
@@ -224,7 +217,7 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m data_prep",
         description="Turns raw C4, peS2o, Wikitext-103, Enwik8, JSON lines, Parquet, webdataset tars and text into a "
         "SentencePiece model and webdataset shards, and token ids of Megatron-LM or plain arrays into shards.",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import a_path, at_least
+from common.arguments import Parser, a_path, at_least
 from common.errors import UserError
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
@@ -26,7 +26,7 @@ undone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/slurm/submit_data_prep.py",
         description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
         "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from common.arguments import a_path, at_least
+from common.arguments import Parser, a_path, at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
@@ -37,7 +37,7 @@ NOT_ALL = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/sweep.py",
         description="Trains a run for every combination of the configurations and of the varied values, one after the "
         "other, and ranks them by validation loss. The same command again goes on: finished runs stay, the others "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import get_args
 
-from common.arguments import a_path, at_least
+from common.arguments import Parser, a_path, at_least
 from common.errors import UserError
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.alert_kinds import AlertKind, command_words
@@ -20,7 +20,7 @@ from pretrain.report.run_paths import config_file, run_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/alert.py",
         description="Starts monitor.alert_command of a run, shows what it prints, and says whether it worked: without "
         "--event as a test. With --event and --text for a script that knows what happened: it does nothing if the run "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
@@ -13,7 +13,7 @@ from pretrain.cli.refusals import device_named, exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/analyze.py",
         description="Shows what trained models do with a text: attention maps of each head and their maximum over "
         "heads, the experts that each token chooses, experts that are chosen together, the tokens that each expert "

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.arguments import a_path, not_empty
+from common.arguments import Parser, a_path, not_empty
 from common.errors import UserError
 from common.tables import text_table
 from pretrain.checkpoint.convert import convert, progress_bar
@@ -31,7 +31,7 @@ from pretrain.report.exit_codes import ExitCode
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/checkpoint.py",
         description="Lists and verifies the checkpoints of a run, averages them, and exports their weights for other "
         "programs.",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
@@ -22,7 +22,7 @@ PICTURE, PAGE = "comparison.png", "comparison.html"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/compare.py",
         description="Compares runs with the first one: the settings and versions that differ, losses at equal steps, "
         "tokens and training FLOPs, and the first step at which a value differs, by how much. Prints tables and writes "

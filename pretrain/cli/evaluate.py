@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_device, add_ema, add_overrides
 from pretrain.cli.refusals import code_of_failure, device_named, exit_code_of
@@ -17,7 +17,7 @@ TASK_NAMES = ("validation", "lambada", "blimp", "cbt")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/evaluate.py",
         usage="[python | deepspeed --num_gpus N] launch/evaluate.py RUN [--tasks LIST] [--harness LIST] [options]",
         description="Evaluates a checkpoint: held-out loss, LAMBADA, BLiMP and the Children's Book Test by "

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from common.arguments import MOST_DIGITS, a_path, quoted
+from common.arguments import MOST_DIGITS, Parser, a_path, quoted
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_ema
 from pretrain.cli.refusals import exit_code_of
@@ -15,7 +15,7 @@ UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/export.py",
         description="Writes a trained model in the format of Hugging Face transformers: weights as safetensors, "
         "configuration, tokenizer, the code of the model, and a model card. AutoModelForCausalLM.from_pretrained loads "

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
@@ -25,7 +25,7 @@ INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/generate.py",
         description="A trained model continues texts. Reads any checkpoint in one process, also while the run goes on, "
         "and prints each text as it comes; speed and memory stand on stderr. docs/use.md explains the options.",

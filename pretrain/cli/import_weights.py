@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from pretrain.cli.options import add_overrides
 from pretrain.cli.refusals import exit_code_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/import_weights.py",
         description="Writes weights of other programs as a checkpoint of weights alone, which the other commands read "
         "like any other and which a new run begins with (train.init_from). Nothing in a file is executed. Sources: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.arguments import a_path, at_least
+from common.arguments import Parser, a_path, at_least
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.plan_models import models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
@@ -16,9 +16,7 @@ from pretrain.report.run_paths import config_file
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/plan.py", description="What can be known about a run before it starts, without a GPU."
-    )
+    parser = Parser(prog="launch/plan.py", description="What can be known about a run before it starts, without a GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_costs(commands)
     _add_match(commands)
@@ -29,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_costs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_costs(commands: argparse._SubParsersAction[Parser]) -> None:
     costs = commands.add_parser(
         "costs",
         help="parameters, multiply-accumulates and memory of models, by the paper's formulas and counted",
@@ -49,7 +47,7 @@ def _add_costs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_overrides(costs, "of every CONFIG, not of the baseline")
 
 
-def _add_match(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_match(commands: argparse._SubParsersAction[Parser]) -> None:
     match = commands.add_parser(
         "match",
         help="the width that gives a model as many parameters as its baseline",
@@ -67,7 +65,7 @@ def _add_match(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_overrides(match, "of CONFIG, not of the baseline")
 
 
-def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_layout(commands: argparse._SubParsersAction[Parser]) -> None:
     layout = commands.add_parser(
         "layout",
         help="which ranks form which groups, and the bytes of weights and optimizer that each holds",
@@ -84,7 +82,7 @@ def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
     check = commands.add_parser(
         "check",
         help="everything that can be wrong with a run, all at once, without a GPU",

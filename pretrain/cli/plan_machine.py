@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning.machine import Machine, MachineOptions, machine
@@ -16,7 +16,7 @@ from pretrain.report.run_paths import config_file
 Commands = argparse._SubParsersAction
 
 
-def add_fit(commands: Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_fit(commands: Commands[Parser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "fit",
         help="whether a run fits so many GPUs, how long it takes, what binds it, and what would help",
@@ -28,7 +28,7 @@ def add_fit(commands: Commands[argparse.ArgumentParser]) -> argparse.ArgumentPar
     return parser
 
 
-def add_search(commands: Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_search(commands: Commands[Parser]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "search",
         help="the legal layouts of a run on so many GPUs, ranked, and a configuration file with the best",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import a_path, above_zero
+from common.arguments import Parser, a_path, above_zero
 from common.errors import UserError
 from common.strict_json import dumps
 from common.terminal import columns_of, follows_escapes, visible
@@ -21,7 +21,7 @@ CLEAR = "\x1b[H\x1b[2J"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/status.py",
         description="Shows what a run is doing: state, step, time left, loss, throughput, balance of the experts, the "
         "last events, and what to do next. Several runs become a table. It only reads, so it may look at a run "

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.arguments import Parser
 from common.errors import UserError
 from common.json_config import describe_keys
 from pretrain.cli.refusals import code_of_failure
@@ -39,7 +40,7 @@ USAGE = "deepspeed [--num_gpus N] launch/pretrain.py --config FILE [--set key=va
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/pretrain.py",
         usage=USAGE,
         description="Pretrains a SwitchAll, SwitchHead, MoA or dense language model. Without the deepspeed launcher "

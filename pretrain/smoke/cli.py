@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.arguments import a_path
+from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.tables import counted
 from pretrain.config.loading import load_config
@@ -41,7 +41,7 @@ COMPARED = ("loss", "auxiliary_loss", "grad_norm")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/smoke.py",
         usage="deepspeed [--num_gpus N] launch/smoke.py --config FILE [--set key=value]... [--run-dir DIR]",
         description="Checks that a run can work here, in minutes: collectives between all ranks are right and how fast "
