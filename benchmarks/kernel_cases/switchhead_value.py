@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from benchmarks.compiled_case import TENSOR_CORE
 from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase, make_case, row_load
 from benchmarks.kernel_cases.shipped import GATED
 from model.kernels.backend import TRITON_DTYPES
-from model.kernels.triton.gated_gemm import unrolled_experts
 from model.kernels.triton.switchhead_value import (
-    MAX_UNROLLED,
     backward_tiles,
     forward_tiles,
+    shared_experts,
     value_backward_kernel,
     value_forward_kernel,
 )
@@ -29,12 +31,18 @@ def compile_cases() -> Iterator[CompileCase]:
         }
         for d, h in GATED if dtype == torch.bfloat16 else [*GATED][:1]:
             E, name = GATED[d, h], f"{d}x{h} {kind}"
-            forward = {"d": d, "h": h, "E": E, "UNROLL": unrolled_experts(E, MAX_UNROLLED)}
-            for what, kernel, constants, tiles in (
-                (f"forward E{E}", value_forward_kernel, forward, forward_tiles(h, dtype)),
-                ("backward", value_backward_kernel, {"d": d, "h": h}, backward_tiles(h, dtype)),
-            ):
-                yield make_case(
-                    f"switchhead_value {what} {name}", kernel, pointers, constants, tiles,
-                    load_bytes=row_load(d, h), tensor_cores=dtype != torch.float32,
+            options: dict[str, Any] = {"load_bytes": row_load(d, h), "tensor_cores": dtype != torch.float32}
+            tiles = forward_tiles(h, dtype)
+            shared = {sm: shared_experts(E, tiles.columns, sm // 10) for sm in TENSOR_CORE}
+            for number in sorted(set(shared.values()), reverse=True):
+                of = tuple(sm for sm in shared if shared[sm] == number)
+                where = "" if 90 in of else " not on sm_90"
+                case = make_case(
+                    f"switchhead_value forward{where} E{E} {name}", value_forward_kernel, pointers,
+                    {"d": d, "h": h, "E": E, "UNROLL": number}, tiles, **options,
                 )  # fmt: skip
+                yield replace(case, architectures=of)
+            yield make_case(
+                f"switchhead_value backward {name}", value_backward_kernel, pointers, {"d": d, "h": h},
+                backward_tiles(h, dtype), **options,
+            )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.backend import cuda_capability
 from model.kernels.ops.switchhead import Inputs
 from model.kernels.triton import sorted_gemm
 from model.kernels.triton.gated_gemm import (
@@ -148,6 +149,15 @@ def backward_tiles(h: int, dtype: torch.dtype) -> GemmTiles:
 
 MAX_UNROLLED = 5
 """Experts that share a tile of x in registers: 5 tiles of W and one of x, twice, are 96 KB of shared memory."""
+MAX_WIDE_UNROLLED_ON = {10: 3}
+"""With 128 columns, by the major compute capability. Of its 512 columns of tensor memory Triton 3.6 and 3.7 take 128
+for each expert that shares; Triton 3.9 takes 256 in all."""
+
+
+def shared_experts(num_experts: int, columns: int, capability: int = 9) -> int:
+    """Experts that share a tile of x, `columns` of each at a time."""
+    most = MAX_WIDE_UNROLLED_ON.get(capability, MAX_UNROLLED) if columns == 128 else MAX_UNROLLED
+    return unrolled_experts(num_experts, most)
 
 
 @on_its_device
@@ -175,7 +185,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
             h=h,
             H=H,
             E=E,
-            UNROLL=unrolled_experts(E, MAX_UNROLLED),
+            UNROLL=shared_experts(E, tiles.columns, cuda_capability()[0]),
             **tiles.launch,
         )
     return v, x.new_empty(0, h)

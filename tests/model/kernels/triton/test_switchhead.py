@@ -122,6 +122,22 @@ def test_shipped_tiles_equal_the_loop(
     assert_equals_loop(op, shape, strategy, dtype)
 
 
+def test_fewer_experts_share_a_tile_where_tensor_memory_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability 10: 4 or 5 of 128 columns do not fit by Triton 3.7.1, which torch 2.13 brings."""
+    shared = value_kernels.shared_experts
+    assert [[shared(E, 128, major) for E in (2, 3, 4, 5, 8, 64)] for major in (9, 10)] == [
+        [2, 3, 4, 5, 4, 4],
+        [2, 3, 2, 1, 2, 2],
+    ]
+    assert [shared(E, 64, 10) for E in (4, 5)] == [4, 5]
+    monkeypatch.undo()
+    asked: list[int] = []
+    monkeypatch.setattr(value_kernels, "shared_experts", lambda *given: asked.append(shared(*given)) or asked[-1])
+    monkeypatch.setattr(value_kernels, "cuda_capability", lambda: (10, 0))
+    assert_equals_loop(VALUE, Shape(20, 40, 1, 100, 4, 2), "gated", torch.bfloat16)
+    assert asked == [2]
+
+
 @both_strategies
 @both_ops
 def test_non_contiguous_inputs_and_expanded_gradient(op: Op, strategy: str) -> None:
