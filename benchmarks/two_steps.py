@@ -49,8 +49,7 @@ def main() -> int:
     try:
         config = load_config(args.config, args.overrides)
         check_ranks(config, 1)
-        unsaved = config.checkpoint.model_copy(update={"asynchronous": False})
-        config = config.model_copy(update={"checkpoint": unsaved})
+        config = config.replaced("checkpoint", asynchronous=False)
         found = measure(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

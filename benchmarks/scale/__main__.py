@@ -63,8 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def with_ranks(config: Config, ranks: int) -> Config:
     """The configuration for `ranks` data-parallel ranks, with one micro-step."""
-    batch = config.batch.model_copy(update={"global_sequences": ranks * config.batch.micro_sequences})
-    return config.model_copy(update={"batch": batch})
+    return config.replaced("batch", global_sequences=ranks * config.batch.micro_sequences)
 
 
 def simulate(config: Config, ranks: int, *, steps: int, shards: int) -> list[Figure]:

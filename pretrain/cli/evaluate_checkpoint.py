@@ -180,7 +180,7 @@ def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
     """The held-out split, by the keys of the run's evaluate section."""
     config, place = opened.config, opened.place
     if choices.limit is not None:
-        config = _with_sequences(config, choices.limit)
+        config = config.replaced("evaluate", sequences=choices.limit)
     if config.evaluate.sequences == 0:
         raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
     sources = agreed(lambda: _data(opened, config))
@@ -213,7 +213,3 @@ def _data(opened: OpenedModel, config: Config) -> Sources:
             f"the run read with --data"
         )
     return sources
-
-
-def _with_sequences(config: Config, sequences: int) -> Config:
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sequences": sequences})})

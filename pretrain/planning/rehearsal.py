@@ -48,7 +48,7 @@ def rehearse(
     batch, stages = config.batch, config.parallel.pipeline
     micro_steps = min(config.micro_steps(data_size), most_micro_steps or (2 if stages == 1 else stages + 1))
     sequences = micro_steps * batch.micro_sequences * data_size
-    shorter = config.model_copy(update={"batch": batch.model_copy(update={"global_sequences": sequences})})
+    shorter = config.replaced("batch", global_sequences=sequences)
     with fake_world(config, rank, num_ranks, routed), Ledger() as ledger:
         rehearsed = _Rank(shorter, device_type, ledger, streams=batch.global_sequences)
         for _ in range(2 if config.parallel.zero == 3 else 1):  # ZeRO 3 knows the order of its gathers after two
