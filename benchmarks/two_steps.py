@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from common.arguments import add_overrides
 from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -43,7 +44,7 @@ GIB = 2**30
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="run configuration")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to this file")
     args = parser.parse_args()
     try:
