@@ -137,16 +137,14 @@ def _refuse_what_is_not_finite(opened: OpenedModel, name: str, content: dict[str
     """Raises UserError, agreed."""
 
     def check() -> None:
-        if any(isinstance(value, float) and not math.isfinite(value) for value in content.values()):
+        wrong = any(isinstance(value, float) and not math.isfinite(value) for value in content.values())
+        if wrong and opened.place.parallel.is_first:
             raise UserError(
                 f"{name}: the outputs of checkpoint {opened.checkpoint.path} are not finite, so it has diverged or its "
                 f"numbers overflow; name an earlier checkpoint"
             )
 
-    if opened.place.parallel.is_first:
-        agreed(check)
-    else:
-        agreed(lambda: None)
+    agreed(check)
 
 
 def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> TaskResult:
