@@ -156,7 +156,7 @@ class Training:
         sequences, length = config.batch.micro_sequences, config.model.sequence_length
         self._batch = [torch.randint(0, config.model.vocab_size, (sequences, length)) for _ in range(2)]
         self._index = torch.arange(sequences)
-        self._micro_steps = config.batch.global_sequences // (sequences * parallel.data_size)
+        self._micro_steps = config.micro_steps(parallel.data_size)
 
     def __call__(self, steps: int) -> float:
         """Seconds of so many steps."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from common.arguments import add_overrides
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
@@ -81,7 +82,7 @@ def watched(kind: str, config: Config, folder: Path, device: torch.device) -> Wa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"), help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--block", type=int, default=10, metavar="N", help="steps of a block (default: 10)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="blocks of each kind (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")

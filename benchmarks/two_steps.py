@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from common.arguments import add_overrides
 from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -43,14 +44,13 @@ GIB = 2**30
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="run configuration")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to this file")
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overrides)
         check_ranks(config, 1)
-        unsaved = config.checkpoint.model_copy(update={"asynchronous": False})
-        config = config.model_copy(update={"checkpoint": unsaved})
+        config = config.replaced("checkpoint", asynchronous=False)
         found = measure(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

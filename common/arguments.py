@@ -1,4 +1,4 @@
-"""Command lines: a parser whose mistakes are one line, and types of arguments."""
+"""Command lines: a parser whose mistakes are one line, the option --set, and types of arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,16 @@ class Parser(argparse.ArgumentParser):
 def quoted(text: str, most: int = 60) -> str:
     """What a user wrote, for a message: its beginning alone where it is long."""
     return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+
+
+def add_overrides(parser: argparse._ActionsContainer, help: str = "override a key, repeatable") -> None:
+    """--set, repeatable: `args.overrides` is a list of KEY=VALUE."""
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help=help)
+
+
+def set_options(overrides: Iterable[str]) -> list[str]:
+    """`--set KEY=VALUE ...` of a command line that starts another program with these overrides."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def not_empty(text: str) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from common.arguments import Parser, a_path, at_least
+from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
@@ -142,14 +142,14 @@ def _slice(arguments: argparse.Namespace) -> Slice:
 
 
 def _resolved(arguments: argparse.Namespace) -> ResolvedConfig:
-    return resolve(load_config(arguments.config, arguments.set))
+    return resolve(load_config(arguments.config, arguments.overrides))
 
 
 def _manifest(arguments: argparse.Namespace) -> Manifest:
     """The manifest that a reading command is about: FOLDER, or the output of --config."""
     if (arguments.folder is None) == (arguments.config is None):
         raise DataError(f"{arguments.command} needs either the FOLDER of prepared data or --config CONFIG")
-    folder = arguments.folder or output_folder(load_config(arguments.config, arguments.set))
+    folder = arguments.folder or output_folder(load_config(arguments.config, arguments.overrides))
     return Manifest.load(folder)
 
 
@@ -184,8 +184,7 @@ def _add_config(command: argparse.ArgumentParser, *, required: bool) -> None:
     command.add_argument(
         "--config", type=a_path, required=required, metavar="FILE", help="JSON config, see configs/data/"
     )
-    example = "override a key, e.g. tokenizer.vocab_size=4000"
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
+    add_overrides(command, "override a key, e.g. tokenizer.vocab_size=4000")
 
 
 def _add_step(command: argparse.ArgumentParser) -> None:

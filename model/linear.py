@@ -22,11 +22,6 @@ MULTIPLE = 8
 """Halves in 16 bytes."""
 
 
-def joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """`x` [..., d] and weights [w_i, d] -> [..., sum of w_i], the maps side by side; differentiable in all."""
-    return _Linear.apply(None, x, *weights)
-
-
 def region_linear(x: Tensor, late: Late) -> Tensor:
     """`x` [..., d] and `late.weights` [w_i, d] -> [..., sum of w_i], the maps side by side."""
     if late.slot is None and len(late.weights) == 1:

@@ -209,12 +209,12 @@ def numerics(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with contextlib.ExitStack() as stack:
         for flag in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
-            stack.enter_context(_switched(torch.backends.cuda.matmul, flag, False))
+            stack.enter_context(_switched_off(torch.backends.cuda.matmul, flag))
         if deterministic:
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
             # It would find bugs by filling every new tensor.
-            stack.enter_context(_switched(torch.utils.deterministic, "fill_uninitialized_memory", False))
+            stack.enter_context(_switched_off(torch.utils.deterministic, "fill_uninitialized_memory"))
             stack.enter_context(sdpa_kernel(others, set_priority=True))
         elif torch.cuda.get_device_capability(device) == (9, 0):
             stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
@@ -222,9 +222,9 @@ def numerics(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _switched(owner: Any, name: str, value: bool) -> Iterator[None]:
+def _switched_off(owner: Any, name: str) -> Iterator[None]:
     before = getattr(owner, name)
-    setattr(owner, name, value)
+    setattr(owner, name, False)
     try:
         yield
     finally:

@@ -75,26 +75,12 @@ class Stopwatch:
     for elsewhere, does not count."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.Event] = []
-        self._times: list[float] = []
-        self._device = device
-        self._mark()
+        self._laps = Laps(device)
+        self._laps.begin("running")
 
     def stop(self) -> None:
-        self._mark()
+        self._laps.begin("stopped")
 
     def seconds(self) -> float:
         """Waits until the device has stopped the watch."""
-        if self._events:  # GPU-ONLY stopwatch
-            started, ended = self._events
-            ended.synchronize()
-            return started.elapsed_time(ended) / 1000.0
-        return self._times[1] - self._times[0]
-
-    def _mark(self) -> None:
-        if self._device.type == "cuda":
-            event = torch.Event(self._device, enable_timing=True)
-            event.record()
-            self._events.append(event)
-        else:
-            self._times.append(time.perf_counter())
+        return self._laps.seconds()["running"]

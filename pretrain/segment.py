@@ -363,8 +363,8 @@ class Segment:
         step = self.progress.step
         if step == 0 or not self.setup.tasks.are_due(step, self.last):
             return False
-        if {"evaluate.tasks", "evaluate.tasks_limit"} & set(self.start.changes):
-            return True
+        if any(key.startswith("evaluate.tasks") and key != "evaluate.tasks_every_steps" for key in self.start.changes):
+            return True  # other tasks (evaluate.tasks.NAME), or another limit
         return not self.control.from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
 
     def _evaluate_tasks(self) -> None:

@@ -29,6 +29,7 @@ import torch
 from benchmarks import records
 from benchmarks.growth import ranks, steps, table
 from benchmarks.growth.axes import AXES
+from common.arguments import add_overrides
 from common.errors import UserError
 
 RANKS = "ranks"
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     of_ranks.add_argument("--steps", type=int, default=4, metavar="N", help="of a turn (default: %(default)s)")
     of_ranks.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"), metavar="FILE")
     of_ranks.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
-    of_ranks.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    add_overrides(of_ranks)
     records.add_option(parser)
     args = parser.parse_args(arguments)
     if min(args.rounds, args.steps, *args.ranks) < 1:

@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import records
+from common.arguments import add_overrides
 from common.errors import UserError
 
 PEERS = ["bare", "engine", "nanogpt"]
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     start_part.add_argument("--with", nargs="+", dest="kinds", choices=("python", "deepspeed"))
     for part in (speed_part, start_part):
         part.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
-        part.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+        add_overrides(part)
         records.add_option(part)
     args = parser.parse_args(arguments)
     overrides = [*([f"data.manifest={args.data.resolve()}"] if args.data else []), *args.overrides]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.marked import markdown
+from common.arguments import set_options
 from common.errors import UserError
 from common.paths import REPOSITORY
 
@@ -59,7 +60,7 @@ class Start(NamedTuple):
 def measure(kind: str, config: Path, overrides: Sequence[str], folder: Path) -> Start:
     """One start. Raises UserError if there is no first step."""
     line = [*COMMANDS[kind](), "--config", str(config), "--run-dir", str(folder / "run")]
-    line += [part for override in (*overrides, *ONE_STEP) for part in ("--set", override)]
+    line += set_options([*overrides, *ONE_STEP])
     metrics, log = folder / "run" / "metrics.jsonl", folder / "log"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     with log.open("wb") as to:

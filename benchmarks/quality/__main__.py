@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks.quality.plan import Training, missing
 from benchmarks.quality.records import RESULTS, check_data, keep, read_records, record_of
 from benchmarks.quality.table import origins, page, picture, table
+from common.arguments import add_overrides, set_options
 from common.errors import DataError, UserError
 from common.paths import REPOSITORY
 from pretrain.report.exit_codes import ExitCode
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="run folders (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs (default: ours)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs (default: %(default)s)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="run: of every run; repeatable")
+    add_overrides(parser, "run: of every run; repeatable")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
     parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
     parser.add_argument(
@@ -64,7 +65,7 @@ def main() -> int:
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")
-        settings = [f"train.device={args.device}", *args.set]
+        settings = [f"train.device={args.device}", *args.overrides]
         return run(args.data, args.runs, args.results, args.most, args.jobs, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,7 +107,7 @@ def train(
     folder = runs / training.name
     command = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(training.config)]
     command += ["--run-dir", str(folder), "--set", f"data.manifest={data}"]
-    command += [part for override in (*training.overrides, *settings) for part in ("--set", override)]
+    command += set_options([*training.overrides, *settings])
     environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if "train.device=cpu" in settings else {})
     if log is None:
         return subprocess.run(command, env=environment, check=False).returncode, folder

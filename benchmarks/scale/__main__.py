@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.scale import checkpoint, control, data, folders, sockets
 from benchmarks.scale.figures import Figure, table
+from common.arguments import add_overrides
 from common.errors import UserError
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1024], metavar="N", help="(default: 1024)")
     parser.add_argument("--config", default="configs/switchall_1b.json", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--steps", type=int, default=2, help="whose data is read (default: 2)")
     parser.add_argument("--shards", type=int, default=2000, help="of 100 million tokens (default: 2000)")
     parser.add_argument("--sockets", type=int, nargs="+", metavar="N", help="measure gloo between N processes instead")
@@ -63,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def with_ranks(config: Config, ranks: int) -> Config:
     """The configuration for `ranks` data-parallel ranks, with one micro-step."""
-    batch = config.batch.model_copy(update={"global_sequences": ranks * config.batch.micro_sequences})
-    return config.model_copy(update={"batch": batch})
+    return config.replaced("batch", global_sequences=ranks * config.batch.micro_sequences)
 
 
 def simulate(config: Config, ranks: int, *, steps: int, shards: int) -> list[Figure]:

@@ -31,11 +31,6 @@ def load_config(path: Path, overrides: list[str]) -> DataConfig:
     return json_config.validate(DataConfig, tree)
 
 
-def known_keys() -> list[str]:
-    """Every key of the config, dotted."""
-    return [key.dotted for key in json_config.keys(DataConfig)]
-
-
 @functools.cache
 def describe_keys() -> str:
     """Every key with its default and meaning, for --help."""

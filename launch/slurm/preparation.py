@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import Parser, a_path, at_least
+from common.arguments import Parser, a_path, add_overrides, at_least, set_options
 from common.errors import UserError
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
@@ -33,9 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=a_path, required=True, metavar="FILE", help="JSON config, see configs/data/")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
-    )
+    add_overrides(parser)
     parser.add_argument("--tasks", type=at_least(1), required=True, metavar="N", help="array tasks, at most raw files")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each task, e.g. 4:00:00")
     parser.add_argument(
@@ -136,7 +134,7 @@ def _script(args: argparse.Namespace, resolved: ResolvedConfig, step: str, *, is
         **({"TASKS": str(args.tasks)} if is_array else {}),
     }
     arguments = [step, "--config", str(args.config.absolute())]
-    arguments += [part for key in args.overrides for part in ("--set", key)] + ["--force"] * args.force
+    arguments += set_options(args.overrides) + ["--force"] * args.force
     return job.script(
         job.Template.load("data_prep.sbatch"),
         options=options,

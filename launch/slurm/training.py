@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser, at_least
+from common.arguments import Parser, add_overrides, at_least, set_options
 from common.errors import UserError
 from common.paths import REPOSITORY, find_input
 from common.urls import URL
@@ -45,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run as JSON, or a run folder")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
     _add_allocation(parser)
     parser.add_argument(
@@ -295,7 +293,7 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },
         setup=args.setup,
-        arguments=["--config", str(config), *(part for key in args.overrides for part in ("--set", key))],
+        arguments=["--config", str(config), *set_options(args.overrides)],
     )
 
 

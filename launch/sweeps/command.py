@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path, at_least
+from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
@@ -21,7 +21,6 @@ from launch.sweeps.plan import combinations, configurations, varied
 from launch.sweeps.queue import Queue
 from launch.sweeps.record import Sweep
 from launch.sweeps.training import launcher_of, train_all
-from pretrain.cli.options import add_overrides
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import open_runs

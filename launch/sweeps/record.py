@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.arguments import set_options
 from common.errors import ConfigError, UserError
 from common.files import write_file, write_json
 from launch.sweeps.plan import is_entry_key, normal
@@ -121,7 +122,7 @@ class Sweep:
         """Of launch/pretrain.py for one run. `config`: instead of the sweep's copy, which may not be there yet."""
         settings = [*self.overrides, *(f"{key}={value}" for key, value in run.values.items())]
         line = ["--config", str(config or self.config(run.config)), "--run-dir", str(self.run_dir(run))]
-        return [*line, *(part for setting in settings for part in ("--set", setting))]
+        return [*line, *set_options(settings)]
 
     def result(self, run: SweepRun) -> Result:
         return Result.read(run, self.folder, self.unrecorded.get(run.name), self.jobs.get(run.name, ""))

@@ -95,7 +95,7 @@ def data_at(checkpoint: Checkpoint, config: Config, place: str | None) -> Manife
     from pretrain.data.sources import Sources
 
     if place is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"manifest": place, "sources": ()})})
+        config = config.replaced("data", manifest=place, sources=())
     locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
     if remote := next((location for location in locations if URL.match(location)), None):
         raise _RemoteData(f"{remote} is behind a URL")
@@ -131,7 +131,7 @@ def moved_data(checkpoint: Checkpoint, config: Config, places: Sequence[str]) ->
         if find_data(checkpoint)[0] is not None:
             return config
         manifest = next((place for place in places if _holds(checkpoint, config, place)), config.data.manifest)
-        return config.model_copy(update={"data": config.data.model_copy(update={"manifest": manifest})})
+        return config.replaced("data", manifest=manifest)
     recorded = stages[-1].mixed if stages else ()
     if len(recorded) != len(rows):
         return config
@@ -139,7 +139,7 @@ def moved_data(checkpoint: Checkpoint, config: Config, places: Sequence[str]) ->
     for row, source in zip(rows, recorded, strict=True):
         holds = [p for p in (row.manifest, *places) if URL.match(p) or _holds(checkpoint, config, p, source.digest)]
         found.append(row.model_copy(update={"manifest": holds[0] if holds else row.manifest, "name": source.name}))
-    return config.model_copy(update={"data": config.data.model_copy(update={"sources": tuple(found)})})
+    return config.replaced("data", sources=tuple(found))
 
 
 def _holds(checkpoint: Checkpoint, config: Config, place: str, digest: str = "") -> bool:

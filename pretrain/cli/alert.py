@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import get_args
 
-from common.arguments import Parser, a_path, at_least
+from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import UserError
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.alert_kinds import AlertKind, command_words
@@ -27,9 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "has no command, or if monitor.alerts leaves the event out.",
     )
     parser.add_argument("run", type=a_path, metavar="RUN", help="a run folder, or a configuration")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument("--event", choices=get_args(AlertKind), metavar="KIND", help="one of monitor.alerts")
     parser.add_argument("--text", metavar="TEXT", help="what happened")
     parser.add_argument(

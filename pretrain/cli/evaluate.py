@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path
+from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
-from pretrain.cli.options import add_data, add_device, add_ema, add_overrides
+from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import code_of_failure, device_named, exit_code_of
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode

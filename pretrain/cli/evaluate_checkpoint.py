@@ -137,16 +137,14 @@ def _refuse_what_is_not_finite(opened: OpenedModel, name: str, content: dict[str
     """Raises UserError, agreed."""
 
     def check() -> None:
-        if any(isinstance(value, float) and not math.isfinite(value) for value in content.values()):
+        wrong = any(isinstance(value, float) and not math.isfinite(value) for value in content.values())
+        if wrong and opened.place.parallel.is_first:
             raise UserError(
                 f"{name}: the outputs of checkpoint {opened.checkpoint.path} are not finite, so it has diverged or its "
                 f"numbers overflow; name an earlier checkpoint"
             )
 
-    if opened.place.parallel.is_first:
-        agreed(check)
-    else:
-        agreed(lambda: None)
+    agreed(check)
 
 
 def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> TaskResult:
@@ -180,7 +178,7 @@ def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
     """The held-out split, by the keys of the run's evaluate section."""
     config, place = opened.config, opened.place
     if choices.limit is not None:
-        config = _with_sequences(config, choices.limit)
+        config = config.replaced("evaluate", sequences=choices.limit)
     if config.evaluate.sequences == 0:
         raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
     sources = agreed(lambda: _data(opened, config))
@@ -213,7 +211,3 @@ def _data(opened: OpenedModel, config: Config) -> Sources:
             f"the run read with --data"
         )
     return sources
-
-
-def _with_sequences(config: Config, sequences: int) -> Config:
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sequences": sequences})})

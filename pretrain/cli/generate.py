@@ -13,15 +13,12 @@ from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
-from pretrain.cli.refusals import device_named, exit_code_of
+from pretrain.cli.refusals import INTERRUPTED, device_named, exit_code_of
 
 if TYPE_CHECKING:
     from pretrain.generation import Generated, Settings
     from pretrain.generation.ids import Cost
     from pretrain.saved_model import SavedModel
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of any program of a shell."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser, a_path
+from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
-from pretrain.cli.options import add_overrides
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 

@@ -1,16 +1,10 @@
-"""Options that several commands share: keys of a configuration, which weights of a checkpoint, its data, and the device
-that computes."""
+"""Options that several commands share: which weights of a checkpoint, its data, and the device that computes."""
 
 from __future__ import annotations
 
 import argparse
 
 from common.arguments import not_empty
-
-
-def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
-    """--set, repeatable: `args.overrides` is a list of KEY=VALUE."""
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help=help)
 
 
 def add_data(parser: argparse.ArgumentParser, *, used_for: str = "for the tokenizer") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path, at_least
+from common.arguments import Parser, a_path, add_overrides, at_least
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.plan_models import models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_layout(commands)
     _add_check(commands)
     for add in (add_fit, add_search):
-        _add_overrides(add(commands), "of CONFIG, e.g. parallel.tensor=2")
+        add_overrides(add(commands), "override one dotted key of CONFIG, e.g. parallel.tensor=2; repeatable")
     return parser
 
 
@@ -44,7 +44,7 @@ def _add_costs(commands: argparse._SubParsersAction[Parser]) -> None:
         help="configuration that ratios refer to (default: the first, for those with its sequence length and d_model)",
     )
     costs.add_argument("--json", action="store_true", help="print exact numbers as JSON instead of a table")
-    _add_overrides(costs, "of every CONFIG, not of the baseline")
+    add_overrides(costs, "override one dotted key of every CONFIG, not of the baseline; repeatable")
 
 
 def _add_match(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -62,7 +62,7 @@ def _add_match(commands: argparse._SubParsersAction[Parser]) -> None:
         default="hidden_size",
         help="width to solve for (default: hidden_size)",
     )
-    _add_overrides(match, "of CONFIG, not of the baseline")
+    add_overrides(match, "override one dotted key of CONFIG, not of the baseline; repeatable")
 
 
 def _add_layout(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -79,7 +79,7 @@ def _add_layout(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="N",
         help="number of ranks (default: the smallest, tensor x pipeline x expert)",
     )
-    _add_overrides(layout, "of CONFIG, e.g. parallel.tensor=2")
+    add_overrides(layout, "override one dotted key of CONFIG, e.g. parallel.tensor=2; repeatable")
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -112,18 +112,7 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     check.add_argument("--no-step", action="store_true", help="leave out the rehearsal of a training step")
     check.add_argument("--json", action="store_true", help="print all results as JSON")
-    _add_overrides(check, "of CONFIG")
-
-
-def _add_overrides(parser: argparse.ArgumentParser, whose: str) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help=f"override one dotted key {whose}; repeatable",
-    )
+    add_overrides(check, "override one dotted key of CONFIG; repeatable")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser
+from common.arguments import Parser, add_overrides
 from common.errors import UserError
 from common.json_config import describe_keys
 from pretrain.cli.refusals import code_of_failure
@@ -54,13 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the run as JSON, e.g. configs/switchall_tiny.json; a run folder, or its config.json, means that run",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="override one dotted key, repeatable: --set train.steps=200 --set model.attention.type=dense "
+    add_overrides(
+        parser,
+        "override one dotted key, repeatable: --set train.steps=200 --set model.attention.type=dense "
         "(values are JSON where they parse as JSON: true, false, null, 1e-4, [1,2])",
     )
     parser.add_argument(

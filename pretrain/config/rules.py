@@ -268,7 +268,7 @@ def check_ranks(config: Config, world_size: int) -> int:
     """Checks that the configuration fits `world_size` ranks. Returns the data-parallel size. Raises ConfigError."""
     for error in rank_problems(config, world_size):
         raise error
-    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+    return config.data_size(world_size)
 
 
 def rank_problems(config: Config, world_size: int) -> Iterator[ConfigError]:

@@ -397,3 +397,15 @@ class Config(Section):
     def reads_streams(self) -> bool:
         """Whether training reads contiguous streams: data.order, null resolved."""
         return self.data.order == "streams" or self.model.memory_length > 0
+
+    def replaced(self, section: str, **values: Any) -> Config:
+        """With other values of a section; nothing is checked."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
+    def data_size(self, num_ranks: int) -> int:
+        """Data-parallel ranks of a run on so many ranks."""
+        return num_ranks // (self.parallel.tensor * self.parallel.pipeline)
+
+    def micro_steps(self, data_size: int) -> int:
+        """Micro-steps of an optimizer step on so many data-parallel ranks."""
+        return self.batch.global_sequences // (self.batch.micro_sequences * data_size)

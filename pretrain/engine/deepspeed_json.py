@@ -15,10 +15,9 @@ backward pass."""
 
 def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""
-    batch = config.batch
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": batch.micro_sequences,
-        "gradient_accumulation_steps": batch.global_sequences // (batch.micro_sequences * data_size),
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": config.micro_steps(data_size),
         # At stage 0 we clip the gradients ourselves, by a norm summed in fp64 as at the other stages
         # (gradient_norm.py).
         "gradient_clipping": config.optimizer.clip_norm if config.parallel.zero else 0.0,

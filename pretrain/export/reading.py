@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
 from common.errors import ConfigError, UserError
@@ -24,8 +23,6 @@ from pretrain.data.stages import Stage
 from pretrain.export.folder import CONFIG, INDEX, ORIGIN, WEIGHTS
 from pretrain.export.hf_config import model_config
 from pretrain.export.tokenizer_config import stored_tokenizer
-
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,11 +89,12 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
     flops = stage_flops(config)
     kind = machine.device.device_type
     ranks_of_a_stage = machine.num_gpus // config.parallel.pipeline
-    steps = layout_plan.micro_steps(config, machine)
+    data_size = config.data_size(machine.num_gpus)
+    steps = config.micro_steps(data_size)
     return FitReport(
         config=config,
         machine=machine,
-        data_size=layout_plan.data_size(config, machine),
+        data_size=data_size,
         micro_steps=steps,
         stages=tuple(stages),
         fits=does_fit,

@@ -70,14 +70,6 @@ class Traffic(NamedTuple):
     """Bytes that the rank sends."""
 
 
-def data_size(config: Config, machine: Machine) -> int:
-    return machine.num_gpus // (config.parallel.tensor * config.parallel.pipeline)
-
-
-def micro_steps(config: Config, machine: Machine) -> int:
-    return config.batch.global_sequences // (config.batch.micro_sequences * data_size(config, machine))
-
-
 def decisive_stages(config: Config) -> list[int]:
     """Pipeline stages one of which needs the most memory. Between the ends a later stage with no more blocks holds no
     more: it has the same parts, and has begun fewer micro-steps when it goes back."""
@@ -92,7 +84,8 @@ def decisive_stages(config: Config) -> list[int]:
 def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | None = None) -> list[StageMemory]:
     """Of `stages`, by default of every pipeline stage. Where the model is in one piece its activations are traced
     (memory.py); elsewhere a step of the first rank of each stage is rehearsed."""
-    held = held_by_stages(config, data_size(config, machine))
+    data_size = config.data_size(machine.num_gpus)
+    held = held_by_stages(config, data_size)
     found = []
     for stage, blocks in enumerate(blocks_of_stages(config)):
         if stages is not None and stage not in stages:
@@ -112,7 +105,7 @@ def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | Non
                 parameters=held[stage].parameters,
                 parts=parts,
                 total=total,
-                staging=staging_bytes(config, held[stage].parameters, data_size(config, machine)),
+                staging=staging_bytes(config, held[stage].parameters, data_size),
                 offloaded=offloaded,
             )
         )
@@ -189,12 +182,12 @@ def at_least(config: Config, machine: Machine) -> int:
     the input of each block, which the backward pass needs, for every micro-step that a stage has begun. A bound below
     the estimate."""
     parallel, item = config.parallel, 4 if config.train.precision == "fp32" else 2
-    size = data_size(config, machine)
+    size = config.data_size(machine.num_gpus)
     tokens = config.batch.micro_sequences * config.model.sequence_length
     hidden = item * tokens * config.model.d_model // (parallel.tensor if parallel.sequence else 1)
     needed = 0
     for held, blocks in zip(held_by_stages(config, size), blocks_of_stages(config), strict=True):
-        begun = min(micro_steps(config, machine), parallel.pipeline - held.stage)
+        begun = min(config.micro_steps(size), parallel.pipeline - held.stage)
         optimizer = 0 if parallel.offload_optimizer else held.optimizer
         needed = max(needed, held.weights + optimizer + begun * blocks * hidden)
     return needed
@@ -211,13 +204,13 @@ def step_time(config: Config, machine: Machine, measured: Measurements) -> StepT
     of its own."""
     pace = paces(config, machine, measured)
     collectives = [rough_collectives(config, machine.num_gpus, stage) for stage in range(config.parallel.pipeline)]
-    works = stage_works(config, data_size(config, machine), collectives)
+    works = stage_works(config, config.data_size(machine.num_gpus), collectives)
     return StepTime(*(step_terms(config, machine, works, end) for end in (pace.fast, pace.slow)))
 
 
 def traffic(config: Config, machine: Machine, collectives: Sequence[Collective]) -> list[Traffic]:
     """Equal collectives of a rank's step together, the largest first."""
-    where = spreads(config, data_size(config, machine), machine.gpus_per_node)
+    where = spreads(config, config.data_size(machine.num_gpus), machine.gpus_per_node)
     found: dict[tuple[str, str, str, int], list[float]] = {}
     for one in collectives:
         sums = found.setdefault((one.part, one.kind, one.group, one.ranks), [0, 0, 0.0])
@@ -243,7 +236,7 @@ def traffic(config: Config, machine: Machine, collectives: Sequence[Collective])
 def bubble(config: Config, machine: Machine) -> float:
     """Share of a step's micro-steps in which a pipeline stage waits: (stages - 1) / (micro-steps + stages - 1)."""
     stages = config.parallel.pipeline
-    return (stages - 1) / (micro_steps(config, machine) + stages - 1)
+    return (stages - 1) / (config.micro_steps(config.data_size(machine.num_gpus)) + stages - 1)
 
 
 def rounded(seconds: float) -> float:

@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.kernels.dtypes import wide_dtype
-from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens
+from model.kernels.ops.linear_cross_entropy import chunk_bytes, chunk_tokens, working_bytes
 from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
-from pretrain.planning.traced import loss_bytes
 
 NCCL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8}
 NCCL_DTYPES |= {torch.uint8, torch.bool}
@@ -133,8 +132,8 @@ class Ledger(TorchDispatchMode):
         """The op that computes the loss (model/kernels/ops/linear_cross_entropy.py) takes chunk by chunk of tokens:
         the bytes that it holds, and two collectives for each chunk if classes are divided."""
         dtype = wide_dtype(hidden.dtype)
-        rows, row, kind = hidden.shape[0], weight.shape[0] * dtype.itemsize, hidden.device.type
-        chunk = chunk_tokens(rows, row, chunk_bytes(kind), kind)
+        (rows, width), classes, kind = hidden.shape, weight.shape[0], hidden.device.type
+        chunk = chunk_tokens(rows, classes * dtype.itemsize, chunk_bytes(kind), kind)
         group_name = others[5]
         if group_name:
             ranks = tuple(dist.get_process_group_ranks(_resolve_process_group(GroupName(group_name))))
@@ -142,7 +141,7 @@ class Ledger(TorchDispatchMode):
                 tokens = min(chunk, rows - start)
                 self._call("all_reduce", ranks, dtype, tokens)
                 self._call("all_reduce", ranks, dtype, 2 * tokens)
-        return loss_bytes(hidden, weight)
+        return working_bytes(rows, classes, width, hidden.dtype, weight.dtype, kind)
 
     def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """torch.distributed's operators (torch/csrc/distributed/c10d/Ops.cpp): their process group is an argument."""

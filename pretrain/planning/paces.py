@@ -82,11 +82,6 @@ Ends = tuple[float, float]
 """Fast, slow."""
 
 
-def _data_size(config: Config, machine: Machine) -> int:
-    """Data-parallel ranks, on whose number it depends whether micro-steps are recorded as CUDA graphs."""
-    return machine.num_gpus // (config.parallel.tensor * config.parallel.pipeline)
-
-
 def _compute(config: Config, machine: Machine, measured: Measurements, lines: list[Assumption]) -> tuple[Ends, float]:
     """Share of the peak that products reach, and the peak."""
     device, precision = machine.device, config.train.precision
@@ -95,7 +90,7 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
     peak = figure.value
     name = f"peak of {device.name}, {precision}"
     lines.append(Assumption(name, f"{peak / TERA:g} TFLOP/s", figure.source))
-    ranks = _data_size(config, machine)
+    ranks = config.data_size(machine.num_gpus)
     own = measured.of_model(config, ranks)
     if own is not None and precision == "bf16":
         share = own.tokens_per_second * training_flops_per_token(config.model) / peak
@@ -183,7 +178,7 @@ def _start(where: str, lines: list[Assumption]) -> Ends:
 
 def _launches(config: Config, machine: Machine, measured: Measurements, lines: list[Assumption]) -> Ends:
     """Seconds in which the host launches a block. In the time of a measured micro-step they are contained."""
-    kind, ranks = machine.device.device_type, _data_size(config, machine)
+    kind, ranks = machine.device.device_type, config.data_size(machine.num_gpus)
     graphs = takes_graphs(config, data_size=ranks, device_type=kind)
     if kind != "cuda" or graphs or measured.of_model(config, ranks):
         return 0.0, 0.0

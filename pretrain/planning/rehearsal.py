@@ -46,10 +46,9 @@ def rehearse(
     has as many; by default enough for the highest point. The process must have no process group."""
     data_size = check_ranks(config, num_ranks)
     batch, stages = config.batch, config.parallel.pipeline
-    whole = batch.global_sequences // (batch.micro_sequences * data_size)
-    micro_steps = min(whole, most_micro_steps or (2 if stages == 1 else stages + 1))
+    micro_steps = min(config.micro_steps(data_size), most_micro_steps or (2 if stages == 1 else stages + 1))
     sequences = micro_steps * batch.micro_sequences * data_size
-    shorter = config.model_copy(update={"batch": batch.model_copy(update={"global_sequences": sequences})})
+    shorter = config.replaced("batch", global_sequences=sequences)
     with fake_world(config, rank, num_ranks, routed), Ledger() as ledger:
         rehearsed = _Rank(shorter, device_type, ledger, streams=batch.global_sequences)
         for _ in range(2 if config.parallel.zero == 3 else 1):  # ZeRO 3 knows the order of its gathers after two
@@ -130,9 +129,8 @@ class _Rank:
 
     def _batches(self) -> list[Batch]:
         batch, length = self._config.batch, self._config.model.sequence_length
-        count = batch.global_sequences // (batch.micro_sequences * self._parallel.data_size)
         made = []
-        for number in range(count):
+        for number in range(self._config.micro_steps(self._parallel.data_size)):
             tokens, targets = torch.zeros(2, batch.micro_sequences, length, dtype=torch.int64).unbind()
             first = number * batch.micro_sequences * self._parallel.data_size + self._parallel.data_rank
             index = first + self._parallel.data_size * torch.arange(batch.micro_sequences)

@@ -11,7 +11,6 @@ from pretrain.planning import layout_plan
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import groups_of_ranks
 from pretrain.planning.record import Call, Rehearsal
-from pretrain.planning.rough_traffic import micro_steps_of
 from pretrain.planning.same_calls import MESSAGE
 
 Kinds = Counter[tuple[str, str, int, int, str]]
@@ -22,7 +21,7 @@ def rehearsed_collectives(config: Config, num_ranks: int, stage: int, device_typ
     """Of the first rank of a pipeline stage in an optimizer step, in no order; equal ones as one. Where experts are
     divided, tokens are split evenly."""
     parallel = config.parallel
-    rank, whole = stage * num_ranks // parallel.pipeline, micro_steps_of(config, num_ranks)
+    rank, whole = stage * num_ranks // parallel.pipeline, config.micro_steps(config.data_size(num_ranks))
     step = layout_plan.rehearsed(config, num_ranks, rank, device_type)
     names = _Names(config, num_ranks, rank)
     found, repeats = names.counted(step.calls), whole - step.micro_steps
@@ -45,9 +44,8 @@ class _Names:
     """What the groups are called that a rank is in."""
 
     def __init__(self, config: Config, num_ranks: int, rank: int) -> None:
-        size = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
         self._named: dict[tuple[int, ...], str] = {}
-        for name, rows in groups_of_ranks(config, size).items():
+        for name, rows in groups_of_ranks(config, config.data_size(num_ranks)).items():
             for row in rows.tolist():
                 if rank in row and len(row) > 1:
                     self._named.setdefault(tuple(sorted(row)), name)

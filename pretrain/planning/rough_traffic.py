@@ -22,11 +22,6 @@ def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collec
     return [*_gradients_and_weights(config, num_ranks, stage), *_activations(config, num_ranks, stage)]
 
 
-def micro_steps_of(config: Config, num_ranks: int) -> int:
-    data = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
-    return config.batch.global_sequences // (config.batch.micro_sequences * data)
-
-
 def expert_parameters(config: Config, stage: int) -> int:
     """Of sigma-MoE experts that expert-parallel ranks divide, on one rank of a stage; 0 without expert parallelism."""
     feedforward, expert = config.model.feedforward, config.parallel.expert
@@ -40,8 +35,8 @@ def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterat
     """ZeRO's: gradients are summed once a step, or at stages 2 and 3 in every micro-step; weights are gathered after
     the update, at stage 3 for each pass."""
     parallel, weight = config.parallel, FP32 if config.train.precision == "fp32" else 2
-    data = num_ranks // (parallel.tensor * parallel.pipeline)
-    micro_steps = micro_steps_of(config, num_ranks)
+    data = config.data_size(num_ranks)
+    micro_steps = config.micro_steps(data)
     experts = expert_parameters(config, stage)
     rest = held_by_stages(config, data)[stage].parameters - experts
     groups = [("data", data, rest), ("expert data", data * parallel.tensor // parallel.expert, experts)]
@@ -62,7 +57,7 @@ def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collect
     """Hidden states, four times a block and micro-step (docs/parallelism.md), and at the borders of stages."""
     parallel, model = config.parallel, config.model
     item = FP32 if config.train.precision == "fp32" else 2
-    micro_steps, blocks = micro_steps_of(config, num_ranks), blocks_of_stages(config)[stage]
+    micro_steps, blocks = config.micro_steps(config.data_size(num_ranks)), blocks_of_stages(config)[stage]
     tokens = config.batch.micro_sequences * model.sequence_length
     hidden = item * tokens * model.d_model
     passes = (

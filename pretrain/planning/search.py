@@ -58,13 +58,10 @@ class Layout(NamedTuple):
 
     def applied(self, config: Config) -> Config:
         """The configuration in this layout; rules are not checked."""
-        sections: dict[str, dict[str, Any]] = {}
         for key, value in self.overrides().items():
             section, name = key.split(".")
-            sections.setdefault(section, {})[name] = value
-        return config.model_copy(
-            update={name: getattr(config, name).model_copy(update=changes) for name, changes in sections.items()}
-        )
+            config = config.replaced(section, **{name: value})
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +100,7 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         raise UserError(f"--gpu: the memory of {machine.device.name} is not in the table; give it with --memory GIB")
     # Offloading moves to the CPU what need not, and its time is not known.
     beside = {"parallel.offload_optimizer": False} if config.parallel.offload_optimizer else {}
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"offload_optimizer": False})})
+    config = config.replaced("parallel", offload_optimizer=False)
     unknown = why_no_time(config, machine)
     if unknown is not None:
         raise UserError(f"--gpu: layouts cannot be ranked, because {unknown}")

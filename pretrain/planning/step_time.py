@@ -151,15 +151,14 @@ def stage_works(config: Config, data_size: int, collectives: Sequence[Sequence[C
 
 def step_terms(config: Config, machine: Machine, works: Sequence[StageWork], pace: Pace) -> Terms:
     """Seconds of a step, by the stage whose micro-steps take longest."""
-    parallel = config.parallel
-    data_size = machine.num_gpus // (parallel.tensor * parallel.pipeline)
-    micro_steps = config.batch.global_sequences // (config.batch.micro_sequences * data_size)
+    data_size = config.data_size(machine.num_gpus)
+    micro_steps = config.micro_steps(data_size)
     where = spreads(config, data_size, machine.gpus_per_node)
     overlaps = pace.hides and _reduces_in_the_backward_pass(config, data_size)
     links = Links(where, overlaps, _gradient_bytes(config))
     slowest = max((_micro_step(work, micro_steps, pace, links) for work in works), key=_total)
     update = max((_update(work, pace, links, behind=slowest.compute) for work in works), key=_total)
-    return Terms(bubble=(parallel.pipeline - 1) * slowest.total).plus(slowest, micro_steps).plus(update)
+    return Terms(bubble=(config.parallel.pipeline - 1) * slowest.total).plus(slowest, micro_steps).plus(update)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """The memory of a micro-step, traced: forward and backward pass run on fake tensors, which have shapes and no data, and
-every storage is followed from its first tensor to its last. So an estimate knows what autograd keeps, also under
+a ledger follows every storage. So an estimate knows what autograd keeps, also under
 recomputation, from the code that trains and from no formula of its own.
 
 A model of a few layers is traced, and more layers add what one layer adds.
@@ -8,21 +8,18 @@ A model of a few layers is traced, and more layers add what one layer adds.
 from __future__ import annotations
 
 import functools
-import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.kernels.choice import Backends
-from model.kernels.ops.linear_cross_entropy import working_bytes
 from model.language_model import LanguageModel
 from model.memory import layer_memories
 from model.recompute import Recompute
+from pretrain.planning.ledger import Ledger
 
 MOST_LAYERS = 3
 """Of a traced model. With three, the highest point lies where it lies with many."""
@@ -73,11 +70,11 @@ def _passes(run: TracedRun, num_layers: int) -> tuple[int, int]:
             memory.assign(index, B)
             size = B, run.model.memory_length, run.model.d_model
             memory.place(*(torch.empty(size, dtype=run.dtype) for _ in range(2)))
-        with LiveBytes() as live:
+        with Ledger() as ledger:
             objective, *_ = model(tokens, tokens, index, documents)
-            kept = live.now
+            kept = ledger.now
             objective.backward()
-            return kept, live.peak
+            return kept, ledger.peak
 
 
 def _model(run: TracedRun, num_layers: int) -> LanguageModel:
@@ -94,41 +91,3 @@ def _model(run: TracedRun, num_layers: int) -> LanguageModel:
 
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators make inside it. What an operator allocates and frees within itself is not
-    seen, but for what the loss holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
-                self._add(result.untyped_storage())
-        inside = loss_bytes(*args[:2]) if func is torch.ops.switchall.linear_cross_entropy.default else 0
-        self.peak = max(self.peak, self.now + inside)
-        return results
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._alive:
-            return
-        size = storage.nbytes()
-        self._alive.add(storage._cdata)
-        self.now += size
-        weakref.finalize(storage, self._remove, storage._cdata, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
-
-
-def loss_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """Bytes that the op of the loss holds while it runs."""
-    (tokens, width), kind = hidden.shape, hidden.device.type
-    return working_bytes(tokens, weight.shape[0], width, hidden.dtype, weight.dtype, kind)

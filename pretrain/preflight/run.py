@@ -82,7 +82,7 @@ class PlannedRun:
         if problems:
             return ""
         parallel, batch = self.config.parallel, self.config.batch
-        self.data_size = self.world_size // (parallel.tensor * parallel.pipeline)
+        self.data_size = self.config.data_size(self.world_size)
         expert = f", experts over {parallel.expert} data-parallel ranks" * (parallel.expert > 1)
         micro_steps, rest = divmod(batch.global_sequences, batch.micro_sequences * self.data_size)
         shares = f" = {micro_steps} x {batch.micro_sequences} on each data-parallel rank" if not rest else ""

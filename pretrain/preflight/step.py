@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from common.errors import ConfigError, UserError
-from pretrain.config.schema import Config
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.preflight.run import PlannedRun
 
@@ -88,7 +87,7 @@ class StepRehearsal:
 
         config, parallel = self._run.config, self._run.config.parallel
         blocks = min(config.model.num_layers, parallel.pipeline if parallel.pipeline > 1 else MOST_BLOCKS - 1)
-        ranks = representatives(_with_blocks(config, blocks), self._data_size)
+        ranks = representatives(config.replaced("model", num_layers=blocks), self._data_size)
         if self._rank is not None:
             ranks.setdefault(self._rank, "--rank")
         for routed in self._routings():
@@ -138,7 +137,7 @@ class StepRehearsal:
         """A step of `rank` in a model of so many blocks. Raises Blocked where none can be rehearsed."""
         key = blocks, rank, routed
         if key not in self._found:
-            run, config = self._run, _with_blocks(self._run.config, blocks)
+            run, config = self._run, self._run.config.replaced("model", num_layers=blocks)
             try:
                 with _quiet():
                     from pretrain.planning.rehearsal import rehearse
@@ -159,10 +158,6 @@ class StepRehearsal:
             if name != "data" and any(set(group) <= set(row) for row in groups.tolist()):
                 return f"parallel.{name}"
         return "parallel"
-
-
-def _with_blocks(config: Config, blocks: int) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": blocks})})
 
 
 def _listed(ranks: list[int]) -> str:

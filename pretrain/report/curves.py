@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from common.line_log import Row
+from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.engine.details import Details
@@ -64,7 +65,7 @@ class Curves:
             return
         self._has_begun, tree = True, to_json(self._config)
         for writer in self._writers:
-            writer.settings(dict(_settings(tree)))
+            writer.settings(_settings(tree))
             writer.text(step, "run/configuration", f"```json\n{json.dumps(tree, indent=1)}\n```")
             for title, text in self._facts.items():
                 writer.text(step, f"run/{title}", text)
@@ -200,12 +201,8 @@ def _layer(kind: str) -> str:
     return "feedforward" if kind.startswith("feed-forward") else "attention"
 
 
-def _settings(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted key and value of every setting that may tell runs apart; what is written where is left out."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += _settings(value, f"{prefix}{key}.")
-        elif value is not None and prefix != "monitor.":
-            found.append((f"{prefix}{key}", value))
-    return found
+def _settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """Every setting that may tell runs apart, by dotted key; what is written where is left out."""
+    return {
+        key: value for key, value in flatten(tree).items() if value not in (None, {}) and not key.startswith("monitor.")
+    }

@@ -76,7 +76,7 @@ def _size_values(config: Config, data_size: int, windows: int, reads: int, progr
     read by its end, over all epochs; both of all sources together."""
     batch, model, steps = config.batch, config.model, config.train.steps
     count = parameter_count(model)
-    micro_steps = batch.global_sequences // (batch.micro_sequences * data_size)
+    micro_steps = config.micro_steps(data_size)
     tokens_per_step = batch.global_sequences * model.sequence_length
     left = max(0, steps - progress.step)
     of_run, so_far = progress.tokens(model.sequence_length) + tokens_per_step * left, "tokens per step x train.steps"

@@ -38,7 +38,6 @@ SUMMARY = {
 }
 """Ending of a key of metrics.jsonl -> words."""
 KINDS_OF_LAYER = {"attention": "attention", "feedforward": "feed-forward"}
-LOSSES = "loss/train", "loss/validation"
 
 
 def tag_of(key: str) -> tuple[str, float]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.arguments import Parser, a_path
+from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
 from common.tables import counted
 from pretrain.config.loading import load_config
@@ -49,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Ends with one line, smoke: PASSED (code 0) or smoke: FAILED and why (code 1).",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run as JSON, as for launch/pretrain.py")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key, repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument("--run-dir", type=a_path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
         "--steps", type=int, default=5, metavar="N", help="save after N steps, train to 2 N (default 5, at least 2)"

@@ -225,12 +225,12 @@ class RunView:
         again."""
         return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
 
-    def source_validations(self, split: str = "validation") -> list[tuple[int, dict[str, float]]]:
-        """Step and the loss of each source of those validations; none of one data set, or of a version that did not
+    def source_validations(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and the loss of each source, on the validation split; none of one data set, or of a version that did not
         record them."""
         return [
             (step, {name: _loss(loss) for name, loss in source_losses(event).items()})
-            for step, event in self._validation_events(split)
+            for step, event in self._validation_events("validation")
         ]
 
     def _validation_events(self, split: str) -> list[tuple[int, Row]]:

@@ -9,19 +9,17 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Unicode's bits of a braille character's dots, by row and column."""
 
 
-def text_plot(
-    x: Sequence[float], y: Sequence[float], *, width: int, height: int, braille: bool = True, label: str = "{:.4g}"
-) -> list[str]:
+def text_plot(x: Sequence[float], y: Sequence[float], *, width: int, height: int, braille: bool = True) -> list[str]:
     """Lines of text: `y` against `x` (in rising order), both axes labelled at their ends.
 
     A column shows the mean of its points. Points that are not finite are left out; without any other the result is
-    empty. width, height: characters of the whole and of the curve. label: how a number of the y axis is written.
+    empty. width, height: characters of the whole and of the curve.
     """
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if not points:
         return []
     low, high = min(b for _, b in points), max(b for _, b in points)
-    labels = label.format(high), label.format(low)
+    labels = f"{high:.4g}", f"{low:.4g}"
     margin = max(map(len, labels)) + 1
     columns, rows = max(8, width - margin - 1), height
     across, down = (2, 4) if braille else (1, 1)

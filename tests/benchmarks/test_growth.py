@@ -252,7 +252,7 @@ def test_processes_of_ranks_train_in_turns(prepared: Path) -> None:
 def test_a_rank_that_fails_is_told_with_its_last_words(prepared: Path, tmp_path: Path) -> None:
     """test_mistakes_are_refused_before_anything_is_measured has what can be known before."""
     config = ranks.config_for(Path("configs/switchall_tiny.json"), [f"data.manifest={prepared}", *SMALL], 1)
-    gone = config.model_copy(update={"data": config.data.model_copy(update={"manifest": str(tmp_path / "gone")})})
+    gone = config.replaced("data", manifest=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"rank 0 of 1 does not train(?s:.*)gone"), ranks.group(gone, 1, tmp_path / "g"):
         pass
 

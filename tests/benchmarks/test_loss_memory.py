@@ -11,7 +11,7 @@ from benchmarks.fake_cuda import fake_cuda
 from benchmarks.launch_counter import LaunchCounter
 from model.kernels.backend import implementation
 from model.kernels.ops.linear_cross_entropy import Inputs, chunk_bytes, working_bytes
-from pretrain.planning.traced import LiveBytes
+from pretrain.planning.ledger import Ledger
 
 
 def held(backend: str, tokens: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
@@ -22,7 +22,7 @@ def held(backend: str, tokens: int, classes: int, width: int, dtype: torch.dtype
     if device == "cpu":
         hidden.normal_()
         weight.normal_()
-    with LiveBytes() as live:
+    with Ledger() as live:
         results: tuple[Tensor, ...] = implementation("linear_cross_entropy", backend).forward(
             inputs, chunk_bytes(device)
         )

@@ -114,7 +114,7 @@ def test_a_run_of_the_trainer_is_read(prepared: Path, tmp_path: Path, monkeypatc
     for module in (published, runs):
         monkeypatch.setattr(module, "config_of", lambda name: config)
     monkeypatch.setattr(runs, "names", lambda: ("small",))
-    half = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_steps": 2})})
+    half = config.replaced("train", stop_after_steps=2)
     run_ranks(train_runs, 1, [(config, tmp_path / "all" / "whole"), (half, tmp_path / "all" / "half")])
     found, unknown = runs.found_runs([tmp_path / "all"])
     assert [run.view.path.name for run in found] == ["half", "whole"] and not unknown

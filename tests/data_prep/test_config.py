@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError, DataError
+from common.json_config import keys
 from common.paths import REPOSITORY
 from data_prep.cli import main
-from data_prep.config.loading import known_keys, load_config
+from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
 from data_prep.config.schema import DataConfig, ShardConfig, TokenizerConfig
 from data_prep.shards.format import Manifest
@@ -113,7 +114,7 @@ def test_every_key_is_documented() -> None:
         "workers",
         "tokenizer.sample_bytes",
         "shard.tokens_per_member",
-    } <= set(known_keys())
+    } <= {key.dotted for key in keys(DataConfig)}
     for section in (DataConfig, TokenizerConfig, ShardConfig):
         assert all(field.description for field in section.model_fields.values())
 

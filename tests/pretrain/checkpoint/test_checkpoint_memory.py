@@ -109,8 +109,7 @@ def test_streams_that_begin_again_forget_also_over_a_resume(tmp_path: Path) -> N
     epochs = [line["epoch"] for line in _run(divided, tmp_path / "unbroken")]
     wrap = epochs.index(1.0) + 1
     assert 2 <= wrap <= 4 and epochs[-1] > 2
-    stopped = divided.train.model_copy(update={"stop_after_steps": wrap})
-    _run(divided.model_copy(update={"train": stopped}), tmp_path / "resumed")
+    _run(divided.replaced("train", stop_after_steps=wrap), tmp_path / "resumed")
     _run(divided, tmp_path / "resumed")
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
 

@@ -164,10 +164,7 @@ def test_bf16_is_near_fp32(prepared: Path, precision: str) -> None:
     """Its gradients lie where DeepSpeed's optimizers for bf16 keep them."""
     configs = [configured(prepared, "switchall", layout) for layout in TWO[:3]]
     wide = run_ranks(details_of, 2, configs)[0]
-    trees = [
-        config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-        for config in configs
-    ]
+    trees = [config.replaced("train", precision=precision) for config in configs]
     narrow = run_ranks(details_of, 2, trees)[0]
     for layout, own, expected in zip(TWO, narrow, wide, strict=False):
         for what, ours, theirs in pairs(own[0], expected[0]):

@@ -111,7 +111,7 @@ def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
     """With XL memory, every dropout, the statistics of routers on every stage and evaluation."""
     keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=10")
     config = config_of(prepared, "switchall xl", Layout(pipeline=2, micro=4), *keys, with_dropouts=True)
-    stopped = config.model_copy(update={"train": config.train.model_copy(update={"stop_after_steps": 3})})
+    stopped = config.replaced("train", stop_after_steps=3)
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     run_ranks(train_runs, 2, [(config, unbroken), (stopped, resumed), (config, resumed)])
     assert_bit_identical(resumed, unbroken)

@@ -209,6 +209,18 @@ def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, pr
             assert [event[key] for key in keys] == pytest.approx([expected[task][key] for key in keys], rel=1e-5), name
 
 
+def test_a_finished_run_computes_its_tasks_again_if_one_of_them_is_new(
+    runs: Path, prepared: Path, tmp_path: Path
+) -> None:
+    few = {"blimp": runs / "blimp"}
+    wanted = [tasks_of_a_run(paths) for paths in (few, few, {**few, "lambada": runs})]
+    configs = [small_config(prepared, *STEPS, *XL, tasks, "evaluate.tasks_limit=1") for tasks in wanted]
+    run_ranks(train_runs, 1, [(config, tmp_path / "run") for config in configs])
+    text = (tmp_path / "run" / "events.jsonl").read_text()
+    tasks = [event["task"] for event in map(json.loads, text.splitlines()) if event["event"] == "evaluation"]
+    assert tasks == ["blimp", "blimp", "lambada"], "the second start has nothing new"
+
+
 def test_a_run_shows_its_tasks(runs: Path) -> None:
     view, events = RunView.open(runs / "xl"), evaluations(runs / "xl")
     in_card = evaluations_of(Checkpoint.open(runs / "xl" / "checkpoints" / "step-00000001"))

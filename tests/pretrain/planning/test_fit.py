@@ -55,8 +55,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], flo
             return Total(int(needed(config) * GIB))
 
         def collectives(config: Config, num_ranks: int, stage: int, device_type: str = "cuda") -> list[Collective]:
-            size = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
-            found = [Collective("all_reduce", "data", size, 10**9, "update")]
+            found = [Collective("all_reduce", "data", config.data_size(num_ranks), 10**9, "update")]
             if config.parallel.tensor > 1:
                 found.append(Collective("all_reduce", "tensor", config.parallel.tensor, 10**9, "micro-step", 100))
             return found

@@ -76,9 +76,7 @@ def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sle
         shutil.rmtree(run_dir, ignore_errors=True)
         limit = f"resilience.hang_timeout_seconds={seconds}"
         config = small_config(prepared, "train.steps=9", "evaluate.sequences=0", limit)
-        config = config.model_copy(
-            update={"batch": config.batch.model_copy(update={"global_sequences": 6, "micro_sequences": 2})}
-        )
+        config = config.replaced("batch", global_sequences=6, micro_sequences=2)
         codes = exit_codes(
             train_and_leave, 3, config, run_dir, stop_in, rank, phase, step, sleeps, timeout_seconds=130 + 4 * seconds
         )
@@ -138,9 +136,7 @@ def test_a_hung_step_is_ended_by_its_own_limit(prepared: Path, tmp_path: Path, p
     """Where it reads the step's sums, the others wait for it in a phase that may take long."""
     run_dir, long = tmp_path / "run", "resilience.hang_timeout_seconds=3600"
     config = small_config(prepared, "train.steps=30", "evaluate.sequences=0", long)
-    config = config.model_copy(
-        update={"batch": config.batch.model_copy(update={"global_sequences": 6, "micro_sequences": 2})}
-    )
+    config = config.replaced("batch", global_sequences=6, micro_sequences=2)
     codes = exit_codes(train_with, 3, config, run_dir, stop_after_measured_steps, phase, timeout_seconds=400)
     assert codes == [5, 5, 5]
     message = (run_dir / "hang" / "message.txt").read_text()

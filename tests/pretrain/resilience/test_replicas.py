@@ -182,7 +182,7 @@ def test_a_node_that_two_others_contradict_is_named_for_the_job(prepared: Path, 
         "parallel.zero=0",
     )
     config = light_config(prepared, *keys)
-    config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": 6})})
+    config = config.replaced("batch", global_sequences=6)
     endings = run_ranks(_train_on_three_nodes, 3, config, tmp_path / "run", tmp_path / "flipped")
     assert all("check the memory of node1, whose ranks alone differ from the majority" in ending for ending in endings)
     assert outcome(tmp_path / "run")["node"] == events(tmp_path / "run", "replicas_differ")[0]["node"] == "node1"
