@@ -28,6 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=a_path, metavar="RUN", help="a run folder, or a configuration")
     add_overrides(parser)
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="the run folder of a configuration, also before there is a run (default: as in launch/pretrain.py)",
+    )
     parser.add_argument("--event", choices=get_args(AlertKind), metavar="KIND", help="one of monitor.alerts")
     parser.add_argument("--text", metavar="TEXT", help="what happened")
     parser.add_argument(
@@ -60,7 +65,7 @@ def send(args: argparse.Namespace) -> None:
     check_command(monitor)
     text = "a test of its alerts" if args.text is None else args.text
     event = {"event": args.event or "test", "time": time.time(), "reason": text}
-    alert = Alert(run_folder(path, None), event, text=text)
+    alert = Alert(run_folder(path, args.run_dir), event, text=text)
     with _signals_exit():
         failure = Command(words, alert, is_shown=True).run(args.seconds)
     if failure is not None:

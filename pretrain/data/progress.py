@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,18 @@ class Progress:
     def position(self) -> int:
         """Position in the data order of the next sequence."""
         return int(data_positions(np.array([self.consumed_sequences]), self.skipped_ranges)[0])
+
+    def left_out(self) -> collections.Counter[str]:
+        """Windows of each source, by digest, that a rollback left out so far: stages count them as read."""
+        found = collections.Counter[str]()
+        ends = [*(stage.first for stage in self.stages[1:]), self.position]
+        for stage, end in zip(self.stages, ends, strict=False):  # no stages: a file from before they existed
+            for a, b in self.skipped_ranges:
+                first, last = max(a, stage.first), min(b, end)
+                if first < last:
+                    counts = zip(stage.mixed, stage.counts(first), stage.counts(last), strict=True)
+                    found.update({source.digest: after - before for source, before, after in counts})
+        return found
 
     def tokens(self, sequence_length: int) -> int:
         """How many tokens those sequences had. `sequence_length`: of the run that is here."""

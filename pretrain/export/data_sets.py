@@ -20,7 +20,7 @@ class DataSet:
     name: str
     digest: str
     tokens: int
-    """How many the run has read of it, over all epochs."""
+    """How many the run has read of it, over all epochs, without what a rollback left out."""
     provenance: dict[str, Any] | None
     """See `provenance_of`; None if the prepared data were not found."""
 
@@ -31,7 +31,7 @@ def data_sets_of(checkpoint: Checkpoint, config: Config, places: Sequence[str]) 
     if not stages or len(stages[-1].sources) < 2:
         return []
     last, length = stages[-1], config.model.sequence_length
-    read = iter(last.counts(checkpoint.progress.position))
+    read, left_out = iter(last.counts(checkpoint.progress.position)), checkpoint.progress.left_out()
     where = [source.manifest for source in moved_data(checkpoint, config, places).data.sources]
     found = {}
     for place in [*where, *places]:
@@ -44,7 +44,7 @@ def data_sets_of(checkpoint: Checkpoint, config: Config, places: Sequence[str]) 
         DataSet(
             name=source.name,
             digest=source.digest,
-            tokens=(next(read) if source.weight else source.read) * length,
+            tokens=((next(read) if source.weight else source.read) - left_out[source.digest]) * length,
             provenance=found.get(source.digest),
         )
         for source in last.sources

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -32,6 +34,30 @@ def _next_number(folder: Path) -> int:
     them in the order of their names. The clock may have been set back since, or be another machine's."""
     numbers = (path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*"))
     return max([int(time.time()), *(int(number) + 1 for number in numbers if number.isdecimal())])
+
+
+def texts_of(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """Tag, step and text of every text that earlier starts wrote there, in the order of TensorBoard. What is torn or
+    damaged ends its file."""
+    for path in sorted(folder.glob(f"{PREFIX}*")):
+        try:
+            yield from _texts(path.read_bytes())
+        except (OSError, DecodeError, struct.error):
+            continue
+
+
+def _texts(records: bytes) -> Iterator[tuple[str, int, str]]:
+    """A record is its length (8 bytes), a checksum (4), the event, a checksum (4). Raises DecodeError, struct.error."""
+    begin = 0
+    while begin < len(records):
+        (length,) = struct.unpack_from("<Q", records, begin)
+        if begin + 16 + length > len(records):
+            return
+        event = Event.FromString(records[begin + 12 : begin + 12 + length])
+        for value in event.summary.value:
+            if value.tensor.string_val:
+                yield value.tag, event.step, value.tensor.string_val[0].decode(errors="replace")
+        begin += length + 16
 
 
 class Board:

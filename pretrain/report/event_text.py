@@ -75,7 +75,7 @@ def _compared(event: Row) -> str:
 
 
 TEXTS = {
-    "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} ranks",
+    "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} rank{'' if e.get('ranks') == 1 else 's'}",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",

@@ -3,6 +3,9 @@
 TensorBoard draws against steps. The losses against tokens and against FLOPs are curves of their own, in the runs
 `against tokens` and `against MFLOP`, whose steps are those units. What happened is in the run `events`: a start that
 computes steps again hides their points, and no event.
+
+TensorBoard's own reader hides a text behind a later one of its tag whose step is not above its own: of two events in
+one step the first, and after a rollback all that happened beyond. So a text that would hide others begins with them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary as summaries
 
 from pretrain.report import tags
-from pretrain.report.board import Board
+from pretrain.report.board import Board, texts_of
 from pretrain.report.writer import Position
 
 MEGA = 1e6
@@ -33,6 +36,11 @@ class TensorBoard:
         """`start`: where the first point comes after. Raises UserError if the folder cannot be made."""
         self._main = Board(folder, first_step=start.step)
         self._events = Board(folder / "events", first_step=start.step, supersedes=False)
+        self._told: dict[str, list[tuple[int, str]]] = {}
+        """Steps and texts of the events that are shown, by tag, in rising steps."""
+        for tag, step, text in texts_of(folder / "events"):
+            self._hide(tag.removesuffix("/text_summary"), step)
+            self._told[tag.removesuffix("/text_summary")].append((step, text))
         self._tokens = Board(folder / "against tokens", first_step=start.tokens)
         self._flops = Board(folder / "against MFLOP", first_step=int(start.flops / MEGA))
 
@@ -47,7 +55,18 @@ class TensorBoard:
         self._main.add(step, summaries.text(tag, text))
 
     def event(self, step: int, kind: str, text: str) -> None:
-        self._events.add(step, summaries.text(f"events/{kind}", text))
+        tag = f"events/{kind}"
+        text = "\n\n".join([*self._hide(tag, step), text])
+        self._told[tag].append((step, text))
+        self._events.add(step, summaries.text(tag, text))
+
+    def _hide(self, tag: str, step: int) -> list[str]:
+        """The texts that one more of `step` hides."""
+        told = self._told.setdefault(tag, [])
+        first = next((n for n, (at, _) in enumerate(told) if at >= step), len(told))
+        hidden = [text for _, text in told[first:]]
+        del told[first:]
+        return hidden
 
     def histogram(self, step: int, tag: str, shares: Tensor) -> None:
         count = len(shares)

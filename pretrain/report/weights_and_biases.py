@@ -60,6 +60,8 @@ class WeightsAndBiases:
         self._mark = Mark(run_dir / "wandb")
         self._sent = self._newest = self._mark.step
         self._tasks: queue.Queue[Task | None] = queue.Queue(MOST_WAITING)
+        self._told: dict[str, tuple[int, str]] = {}
+        """The step and the text of the newest event, by tag."""
         self._has_failed = self._is_open = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -83,7 +85,13 @@ class WeightsAndBiases:
         self._log(max(step, self._sent + 1), tag, lambda wandb: wandb.Html(shown, inject=False))
 
     def event(self, step: int, kind: str, text: str) -> None:
-        self.text(step, f"events/{kind}", text)
+        """W&B keeps one text of a tag and step. After a rollback all go to the newest step, until the run is beyond
+        it: one that would replace others begins with them."""
+        tag, place = f"events/{kind}", max(step, self._sent + 1, self._newest)
+        at, before = self._told.get(tag, (-1, ""))
+        text = f"{before}\n{text}" if at == place else text
+        self._told[tag] = place, text
+        self.text(step, tag, text)
 
     def histogram(self, step: int, tag: str, shares: Tensor) -> None:
         counts, edges = shares.numpy(), np.linspace(0.0, 1.0, len(shares) + 1)

@@ -138,8 +138,9 @@ class Stop:
         time.sleep(ASIDE_SECONDS)
         return True
 
-    def leave(self, code: ExitCode, message: str) -> NoReturn:
-        """Ends the process at once, from any thread; an empty message is not written."""
+    def leave(self, code: ExitCode, message: str, reason: str = "") -> NoReturn:
+        """Ends the process at once, from any thread; an empty message is not written. `reason`: what the outcome says,
+        where that is more than the message of one rank."""
         late = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
         late.daemon = True
         late.start()
@@ -147,7 +148,7 @@ class Stop:
             os.write(2, f"{message}\n".encode() if message else b"")
         for function in self.before_leaving:
             with contextlib.suppress(Exception):
-                function(code, message)
+                function(code, reason or message)
         os._exit(code)
 
     def _serve(self, pipe: int) -> None:

@@ -204,7 +204,10 @@ class Watchdog:
         silent = self._wake_silent_ranks_here()
         if not self._stop.launcher_ends_others:
             self._stop.before_leaving.append(lambda code, message: self._kill(silent))
-        self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}")
+        reason = ""
+        with contextlib.suppress(OSError):  # the reader may not have got so far
+            reason = message.read_text(encoding="utf-8").strip()
+        self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}", reason)
 
     def _go_on(self, path: Path, is_reader: bool) -> None:
         """Takes back the report at `path`: slow, not hung."""

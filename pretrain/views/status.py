@@ -29,6 +29,13 @@ LEFT_OUT_FIRST = ("tokens", "newest line", "s/step", "validation", "of", "time l
 """Its columns, the least important first; the others are always there."""
 LEAST_NAME, SHORTEST_NAME = 16, 7
 """Characters of a run's name for which columns are left out, and that it has in the narrowest terminal."""
+NOT_THE_SAME_COMMAND = {
+    ExitCode.REFUSED: "Change that, then start it again",
+    ExitCode.DIVERGED: "The same command would diverge again: lower optimizer.learning_rate (with "
+    "checkpoint.allow_changes), or raise resilience.max_rollbacks or resilience.max_skipped_updates",
+    ExitCode.FOLDER_LOST: "See who has the folder before you start it again",
+}
+"""What ends a run that would end there again."""
 MOST_LINES = 6
 """Of one explanation or event."""
 
@@ -220,7 +227,9 @@ def next_text(view: RunView) -> str:
     if code == ExitCode.HUNG:
         return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
     meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
-    return f"{meaning}; the end of its log says more. The same command continues; {resume}"
+    changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
+    then = next(changed, "Start the same command again")
+    return f"{meaning}; the end of its log says more. {then}; {resume}"
 
 
 def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:

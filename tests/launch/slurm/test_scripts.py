@@ -288,6 +288,23 @@ def test_the_users_command_hears_what_the_script_alone_knows(bench: Bench) -> No
     assert code == 3 and "the alert was not sent: job_ended" in output
 
 
+@pytest.mark.parametrize("where", ["file", "option"])
+def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str) -> None:
+    """It has written no configuration into the run folder. A run that is called as the folder is."""
+    got = bench.folder / "got"
+    write = f"import sys; print(sys.argv[1], file=open({str(got)!r}, 'a'))"
+    words = shlex.join([sys.executable, "-c", write])
+    tree = json.loads((REPOSITORY / "configs" / "switchall_tiny.json").read_text())
+    if where == "file":
+        tree["monitor"] = {"alert_command": words}
+    write_json(bench.folder / "c.json", tree)
+    more = ["--set", f"monitor.alert_command={words}"] if where == "option" else []
+    script = job.FOLDER / "pretrain.sbatch"
+    code, output = bench.start(script, "--config", "c.json", *more, "--set", "train.seed=1", SRUN_CODE="2")
+    assert code == 2 and not (bench.run_dir / "config.json").exists()
+    assert got.read_text().startswith(f"run {bench.run_dir.name}: job ended: job 7: refused (exit code 2)"), output
+
+
 @pytest.mark.parametrize("reason, requeued", [("TimeLimit", True), ("None", False)])
 def test_sigterm_at_the_limit_requeues_and_scancel_does_not(bench: Bench, reason: str, requeued: bool) -> None:
     script = job.FOLDER / "pretrain.sbatch"

@@ -32,6 +32,22 @@ def test_the_position_is_that_of_the_next_sequence() -> None:
     assert Progress(2, 16, skipped_ranges=((4, 8), (20, 24), (30, 40))).position == 24
 
 
+def test_what_a_rollback_left_out_is_counted_for_each_source_in_every_stage() -> None:
+    """Against the source of each position, one by one."""
+    first = first_stage(["c4", "books"], ["0a", "0b"], [2, 1])
+    second = first.followed_by(20, first_stage(["books", "math"], ["0b", "0c"], [1, 3]).sources)
+    skipped = ((3, 8), (17, 25), (30, 31), (90, 99))
+    progress = Progress(5, 30, skipped_ranges=skipped, stages=(first, second))
+    expected = {"0a": 0, "0b": 0, "0c": 0}
+    for position in (p for a, b in skipped for p in range(a, b) if p < progress.position):
+        stage = first if position < 20 else second
+        (source,), _ = stage.schedule.sources(np.array([position - stage.first]))
+        expected[stage.mixed[source].digest] += 1
+    assert progress.left_out() == expected and sum(expected.values()) == 5 + 8 + 1
+    assert not Progress(5, 30, skipped_ranges=skipped).left_out(), "a file from before stages"
+    assert sum(progress.left_out().values()) + progress.consumed_sequences == progress.position
+
+
 def test_merged_ranges_are_sorted_and_apart() -> None:
     given = ((8, 16), (30, 33), (0, 2), (16, 20), (12, 14), (31, 40), (1, 3), (50, 51))
     assert merged(given) == ((0, 3), (8, 20), (30, 40), (50, 51))

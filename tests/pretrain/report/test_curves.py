@@ -27,6 +27,8 @@ from pretrain.report.board import Board
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.pictures import draw_load
 from pretrain.report.run_folder import RunFolder
+from pretrain.report.tensorboard import TensorBoard
+from pretrain.report.writer import Position
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.resilience.faults import train_with
@@ -105,6 +107,36 @@ def test_a_start_continues_the_curves_whatever_its_clock_says(
         board.flush()
     points = [(point.step, point.value) for point in read(tmp_path).Scalars("loss/train")]
     assert points == [(step, 1.0) for step in range(1, 7)] + [(step, 2.0) for step in range(7, 15)]
+
+
+def test_the_reader_that_tensorboard_uses_by_default_hides_no_event(tmp_path: Path) -> None:
+    """It drops a text behind one of its tag whose step is not above: here of a start that begins 40 steps earlier."""
+    first = TensorBoard(tmp_path, Position(0, 0, 0.0))
+    for step, text in ((20, "early"), (60, "one setting"), (60, "another"), (62, "spike")):
+        first.event(step, "kind", text)
+    first.event(62, "other kind", "alone")
+    first.close()
+    (written,) = (tmp_path / "events").iterdir()
+    written.write_bytes(written.read_bytes() + b"\x20torn by a kill")
+    second = TensorBoard(tmp_path, Position(40, 0, 0.0))
+    second.event(42, "kind", "later")
+    second.event(63, "kind", "last")
+    second.close()
+
+    shown: dict[str, list[tuple[int, str]]] = {}
+    board = read(tmp_path / "events")
+    for tag in board.Tags()["tensors"]:
+        for text in board.Tensors(tag):
+            kept = [(step, words) for step, words in shown.get(tag, []) if step < text.step]
+            shown[tag] = [*kept, (text.step, text.tensor_proto.string_val[0].decode())]
+    assert shown == {
+        "events/kind/text_summary": [
+            (20, "early"),
+            (42, "one setting\n\nanother\n\nspike\n\nlater"),
+            (63, "last"),
+        ],
+        "events/other kind/text_summary": [(62, "alone")],
+    }
 
 
 @pytest.fixture(scope="module")

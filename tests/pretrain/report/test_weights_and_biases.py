@@ -37,6 +37,11 @@ PNG = bytes.fromhex(  # one pixel
 OFFLINE = MonitorConfig(wandb="offline", wandb_project="tests")
 
 
+def text_of(shown: Any) -> str:
+    """Of a stand-in's Html."""
+    return str(shown[0][0]).removeprefix("<pre>").removesuffix("</pre>")
+
+
 class Run:
     """What `wandb.init` gives: takes no step that it has, as the real one."""
 
@@ -53,7 +58,8 @@ class Run:
         assert (step >= self.newest and step not in self.rows) or step == self.newest, "W&B would drop this"
         self.newest = step
         row = self.rows.setdefault(step, {})
-        assert not row.keys() & values.keys(), "twice"
+        for key in row.keys() & values.keys():
+            assert key.startswith("events/") and text_of(row[key]) in text_of(values[key]), f"{key} is lost"
         row.update(values)
 
     def finish(self) -> None:
@@ -115,6 +121,23 @@ def test_each_step_is_sent_once_after_a_kill_and_a_rollback(wandb: StandIn, tmp_
     assert rows[9]["progress/training FLOPs"] == 9e6
     assert len({given["id"] for given in wandb.given}) == 1 and {given["resume"] for given in wandb.given} == {"allow"}
     assert wandb.runs[1].config.values["software"] == {"torch": "2"} and wandb.runs[1].finished
+
+
+def test_two_events_of_one_step_are_both_there(wandb: StandIn, tmp_path: Path) -> None:
+    """Settings that changed; and spikes after a rollback, which are earlier than the steps that W&B has."""
+    writer = WeightsAndBiases(tmp_path, OFFLINE, {})
+    writer.event(3, "changed setting", "one")
+    writer.event(3, "changed setting", "another")
+    writer.scalars(at(5), {"loss/train": 1.0})
+    for step in (5, 3):
+        writer.event(step, "loss spike", f"after step {step}")
+    writer.scalars(at(6), {"loss/train": 1.0})
+    writer.event(6, "loss spike", "after step 6")
+    writer.close()
+    (rows,) = wandb.rows.values()
+    assert text_of(rows[3]["events/changed setting"]) == "one\nanother"
+    assert text_of(rows[5]["events/loss spike"]) == "after step 5\nafter step 3"
+    assert text_of(rows[6]["events/loss spike"]) == "after step 6"
 
 
 def test_the_monitor_sends_what_the_board_shows(wandb: StandIn, tmp_path: Path, prepared: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_stopped_rank_is_named_and_killed(prepared: Path, tmp_path: Path, stop
         stacks = (run_dir / "hang" / f"rank-{rank:05d}.stacks").read_text()
         assert "Thread" in stacks and "micro_steps.py" in stacks, rank
     if stopped != 0:
-        assert outcome(run_dir)["exit_code"] == 5
+        assert outcome(run_dir)["exit_code"] == 5 and outcome(run_dir)["reason"] == message.strip()
 
 
 @pytest.mark.slow
@@ -177,14 +177,16 @@ def test_slow_is_not_hung_and_patient_phases_may_take_their_time(tmp_path: Path)
 
 
 class Left(Stop):
-    """Notes with which code the process would have been left."""
+    """Notes with which code and reason the process would have been left."""
 
     def __init__(self, codes: list[int]) -> None:
         super().__init__()
         self.codes = codes
+        self.reason = ""
 
-    def leave(self, code: ExitCode, message: str) -> NoReturn:
+    def leave(self, code: ExitCode, message: str, reason: str = "") -> NoReturn:
         self.codes.append(code)
+        self.reason = reason or message
         raise SystemExit  # ends the watchdog's thread
 
 
@@ -232,6 +234,8 @@ def test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too(tmp_path:
     message = (tmp_path / "hang" / "message.txt").read_text()
     assert "Did not arrive: rank 0: still in phase 'forward' of step 3 on node-0. Waiting: ranks 1, for " in message
     assert "(a step's limit of 0 s, resilience.step_timeout_factor)" in message
+    for watchdog in watchdogs:  # what the outcome and an alert say, of whichever rank writes them
+        assert isinstance(watchdog._stop, Left) and watchdog._stop.reason == message.strip()
 
 
 @pytest.mark.parametrize("graces", [(6.0, 6.0), (3.0, 1.0)], ids=["after it", "before it"])
