@@ -17,10 +17,9 @@ from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
 from pretrain.report.monitor import Monitor
 from pretrain.saved_model.tokenizer import TASK_IS_TEXT, Tokenizer
 
-
 REMEDY = (
-    "remove the task, and compute it from a checkpoint with launch/evaluate.py --context {longest}, which the model has "
-    "not learned"
+    "remove the task, and compute it from a checkpoint with launch/evaluate.py --context {longest}, which the model "
+    "has not learned"
 )
 """For a target that is longer than what the model reads in training."""
 
