@@ -201,6 +201,7 @@ def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value
         ("wandb.enabled=true", "deepspeed.wandb.enabled: needs the package wandb, which is not installed"),
         ("zero_optimization.allgather_bucket_size=7", "multiple of 2 (given 7)"),
         ("zero_optimization.stage3_module_granularity_threshold=9", "does not work here (it gathers whole blocks at"),
+        ("zero_optimization.round_robin_gradients=true", "a checkpoint would hold other weights than the model's"),
         ('zero_optimization.leaf_module.classes=["Block"]', "SigmaMoE|DenseFeedForward|SwiGLU)$' (given"),
         ('zero_optimization.leaf_module.names=["blocks.0"]', '(given ["blocks.0"])'),
         ('zero_optimization.leaf_module.name_suffixes=["norm"]', '(attention|feedforward)$\' (given ["norm"])'),
