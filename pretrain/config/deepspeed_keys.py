@@ -2,8 +2,8 @@
 
 A key is passed on only if it changes what a run of ours does. All others are refused with the reason: decided by
 another key of ours, without an effect here (DeepSpeed's own checkpoints, data loader, inference ...), removed from
-DeepSpeed, or unknown. tests/pretrain/config/test_deepspeed_keys.py compares the tables with DeepSpeed's own models, so
-that an upgrade cannot add or remove a key unseen.
+DeepSpeed, one with which no run works, or unknown. tests/pretrain/config/test_deepspeed_keys.py compares the tables with
+DeepSpeed's own models, so that an upgrade cannot add or remove a key unseen.
 """
 
 from __future__ import annotations
@@ -93,6 +93,16 @@ NO_EFFECT = {
 }
 """Keys that DeepSpeed knows and a run of ours never reads: key -> why."""
 
+BREAKS = {
+    f"zero_optimization.{prefix}module_granularity_threshold": "it gathers whole blocks at once, whose parameters "
+    "DeepSpeed frees before their backward pass is over; deepspeed.zero_optimization.leaf_module names single layers"
+    for prefix in ("", "stage3_")
+} | {
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then says of most elements that another parameter's lie "
+    "where they lie, so a checkpoint would hold other weights than the model's"
+}
+"""Keys with which a run of ours ends at its first step or saves what cannot be used: key -> why."""
+
 REMOVED = (
     "compression_training",
     "curriculum_learning",
@@ -117,7 +127,20 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=0, lt=2**63)]
 Size = Annotated[Whole, Field(gt=0, lt=2**63)]
+Even = Annotated[Whole, Field(ge=0, lt=2**63, multiple_of=2)]
 Names = list[str]
+LEAVES = ("SwitchHeadAttention", "DenseAttention", "MoAAttention", "SigmaMoE", "DenseFeedForward", "SwiGLU")
+"""Layers that ZeRO 3 can gather whole: of others, which take or give a tuple, DeepSpeed frees the parameters before
+their backward pass is over."""
+
+
+def _names(pattern: str) -> Any:
+    return list[Annotated[str, Field(pattern=f"^{pattern}$")]]
+
+
+LeafClasses = _names(rf"([A-Za-z_]+\.)*({'|'.join(LEAVES)})")
+LeafNames = _names(r"blocks\.\d+\.(attention|feedforward)")
+LeafSuffixes = _names(r"(.*\.)?(attention|feedforward)")
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -144,7 +167,6 @@ STAGE_3_SIZES = {
     "model_persistence_threshold": Count,
     "max_live_parameters": Count,
     "max_reuse_distance": Count,
-    "module_granularity_threshold": Count,
     "use_all_reduce_for_fetch_params": bool,
     "allgather_sequential": bool,
 }
@@ -152,14 +174,14 @@ STAGE_3_SIZES = {
 
 EXTRA: dict[str, Extra] = {
     **_zero((1, 2, 3), contiguous_gradients=bool, reduce_scatter=bool, reduce_bucket_size=Size, overlap_comm=bool),
-    **_zero((1, 2), use_multi_rank_bucket_allreduce=bool, allgather_bucket_size=Count),
-    **_zero((1, 2), round_robin_gradients=bool, parameter_alignment=bool),
+    **_zero((1, 2), use_multi_rank_bucket_allreduce=bool, allgather_bucket_size=Even, parameter_alignment=bool),
     **_zero((2,), ignore_unused_parameters=bool),
     **_zero((3,), **STAGE_3_SIZES),
     **_zero((3,), **{f"stage3_{name}": kind for name, kind in STAGE_3_SIZES.items()}),
     **_zero((3,), sub_group_size=Count, zero_hpz_partition_size=Size, log_trace_cache_warnings=bool),
     **_zero((3,), zero_quantized_weights=bool, zero_quantized_gradients=bool, enable_sanity_checks=bool),
-    **_zero((3,), **{f"leaf_module.{name}": Names for name in ("classes", "names", "name_suffixes")}),
+    **_zero((3,), **{"leaf_module.classes": LeafClasses, "leaf_module.names": LeafNames}),
+    **_zero((3,), **{"leaf_module.name_suffixes": LeafSuffixes}),
     **_section("comms_logger", enabled=bool, prof_all=bool, prof_ops=Names, verbose=bool, debug=bool),
     **_section("flops_profiler", enabled=bool, profile_step=Size, module_depth=Annotated[Whole, Field(ge=-1)]),
     **_section("flops_profiler", recompute_fwd_factor=Annotated[float, Field(ge=0)], top_modules=Size),
@@ -236,6 +258,8 @@ def _refuse_by_name(key: str) -> None:
         raise ConfigError(f"deepspeed.{key}: is decided by {OWNED[key]}; remove this key")
     if key in REMOVED:
         raise ConfigError(f"deepspeed.{key}: was removed from DeepSpeed; remove this key")
+    if key in BREAKS:
+        raise ConfigError(f"deepspeed.{key}: does not work here ({BREAKS[key]}); remove this key")
     section = key.partition(".")[0]
     if key in NO_EFFECT and not any(known.startswith(f"{key}.") for known in OWNED):
         raise ConfigError(f"deepspeed.{key}: has no effect here ({NO_EFFECT[key]}); remove this key")

@@ -307,6 +307,11 @@ def check_device(config: Config, device_type: str) -> None:
             "train.precision: fp16 needs CUDA, and none was found: on the CPU fp16 matrix products are emulated and "
             "overflow at 65504 inside reductions; set train.precision to bf16 or fp32"
         )
+    if config.deepspeed.get("zero_optimization", {}).get("zero_quantized_weights") and device_type != "cuda":
+        raise ConfigError(
+            "deepspeed.zero_optimization.zero_quantized_weights: needs CUDA, and none was found: DeepSpeed "
+            "quantizes on GPUs alone; remove this key"
+        )
     check_graphs(config, device_type=device_type)
     choose_backends(config, device_type)
 

@@ -49,6 +49,8 @@ class Limits:
     """Texts of one forward pass of a rank."""
     context: int
     """Most input tokens of a text."""
+    remedy: str = "set --context to {longest} or more, which the model has not learned, or leave the task out"
+    """What helps where a target of `longest` tokens is longer than that, for a message."""
 
 
 class Answers(NamedTuple):
@@ -64,13 +66,13 @@ def learned_context(model: ModelConfig) -> int:
     return model.sequence_length + model.memory_length
 
 
-def check_lengths(queries: Sequence[Query], context: int) -> None:
-    """Raises UserError for a target that is longer than `context`."""
+def check_lengths(queries: Sequence[Query], limits: Limits) -> None:
+    """Raises UserError for a target that is longer than the context."""
     longest = max((len(query.target) for query in queries), default=0)
-    if longest > context:
+    if longest > limits.context:
         raise UserError(
-            f"a target has {longest} tokens, more than the {context} of the model's context; set --context to "
-            f"{longest} or more, which the model has not learned, or leave the task out"
+            f"a target has {longest} tokens, more than the {limits.context} of the model's context; "
+            + limits.remedy.format(longest=longest)
         )
 
 
@@ -97,7 +99,7 @@ def answer(
     """The same on every rank; collective. `goes_on`, which is collective too, hears the number of texts that are done
     before each group of batches and says whether to go on; if not, the result is None. A log-likelihood that is not
     finite stands as NaN. Raises UserError for a target that is longer than the context."""
-    check_lengths(queries, limits.context)
+    check_lengths(queries, limits)
     lengths = np.array([len(query.context) + len(query.target) - 1 for query in queries], np.int64)
     order = np.argsort(-lengths, kind="stable")
     parallel, device = place.parallel, place.device

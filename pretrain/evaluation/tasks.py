@@ -78,7 +78,7 @@ class PreparedTask:
     def check(self, limits: Limits) -> None:
         """Raises UserError for a target that is longer than the context."""
         try:
-            check_lengths(self.queries, limits.context)
+            check_lengths(self.queries, limits)
         except UserError as error:
             raise UserError(f"{self.task.name}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import Problem, UserError, refuse
@@ -14,17 +15,29 @@ from pretrain.evaluation.examples import Encoder
 from pretrain.evaluation.likelihood import Limits, Place, learned_context
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
 from pretrain.report.monitor import Monitor
-from pretrain.saved_model.tokenizer import Tokenizer
+from pretrain.saved_model.tokenizer import TASK_IS_TEXT, Tokenizer
+
+REMEDY = (
+    "remove the task, and compute it from a checkpoint with launch/evaluate.py --context {longest}, which the model "
+    "has not learned"
+)
+"""For a target that is longer than what the model reads in training."""
 
 
 def check_places(config: Config, problem: Problem = refuse) -> None:
     """A UserError for each task whose files are not there, raised unless `problem` takes it. Reads none of them."""
     for name, given in config.evaluate.tasks.items():
-        path = find_files(name, given)
-        if not path.exists():
-            problem(
-                UserError(f"evaluate.tasks.{name}: there is no {path}; name the file or folder, or remove the task")
-            )
+        try:
+            _place(name, given)
+        except UserError as error:
+            problem(error)
+
+
+def _place(name: str, given: str) -> Path:
+    path = find_files(name, given)
+    if not path.exists():
+        raise UserError(f"evaluate.tasks.{name}: there is no {path}; name the file or folder, or remove the task")
+    return path
 
 
 class RunTasks(NamedTuple):
@@ -37,24 +50,23 @@ class RunTasks(NamedTuple):
     """evaluate.tasks_limit: only the first so many examples of each file. None for all."""
 
     @classmethod
-    def open(cls, config: Config, sources: Sources) -> RunTasks:
-        """Raises UserError."""
+    def open(cls, config: Config, sources: Sources, problem: Problem = refuse) -> RunTasks:
+        """Without the tasks that cannot be computed: a UserError for each, raised unless `problem` takes it."""
         settings = config.evaluate
         if not settings.tasks:
             return NO_TASKS
-        limits = Limits(config.batch.micro_sequences, learned_context(config.model))
+        limits = Limits(config.batch.micro_sequences, learned_context(config.model), REMEDY)
         first = settings.tasks_limit or None
         tokenizer = Tokenizer(sources.sources[0].manifest)
-        try:
-            encoder = Encoder(tokenizer)
-            prepared = [
-                PreparedTask.of(name, find_files(name, given), encoder, limit=first)
-                for name, given in settings.tasks.items()
-            ]
-            for task in prepared:
-                task.check(limits)
-        except UserError as error:
-            raise UserError(f"evaluate.tasks{'.' if tokenizer.has_text else ': '}{error}") from None
+        if not tokenizer.has_text:
+            problem(UserError(f"evaluate.tasks: {TASK_IS_TEXT}"))
+            return NO_TASKS
+        encoder, prepared = Encoder(tokenizer), []
+        for name, given in settings.tasks.items():
+            try:
+                prepared.append(_prepared(name, _place(name, given), encoder, limits, first))
+            except UserError as error:
+                problem(error)
         return cls(tuple(prepared), settings.tasks_every_steps, limits, first)
 
     def are_due(self, step: int, last: int) -> bool:
@@ -83,6 +95,15 @@ class RunTasks(NamedTuple):
             assert monitor is not None
             values = without_nan(result.values)
             monitor.evaluation(step, result.name, values, examples=result.examples, limit=self.first)
+
+
+def _prepared(name: str, path: Path, encoder: Encoder, limits: Limits, first: int | None) -> PreparedTask:
+    try:
+        task = PreparedTask.of(name, path, encoder, limit=first)
+        task.check(limits)
+    except UserError as error:
+        raise UserError(f"evaluate.tasks.{error}") from None
+    return task
 
 
 NO_TASKS = RunTasks((), 0, Limits(1, 1))

@@ -53,8 +53,8 @@ class PlannedRun:
     """Why newer checkpoints than the one that a start continues from do not count."""
 
     def check(self, checks: Checklist, *, thorough: bool) -> None:
-        """Makes every check. `thorough`: what else a dry run reads: the newest checkpoint, and every shard if
-        data.verify asks for it, which a start does when its ranks have met."""
+        """Makes every check. `thorough`: what else a dry run reads: the newest checkpoint, the files of evaluate.tasks,
+        and every shard if data.verify asks for it, which a start does when its ranks have met."""
         data = "data.sources" if self.config.data.sources else "data.manifest"
         checks.do("packages", self._packages)
         checks.do("layout", self._layout)
@@ -65,7 +65,7 @@ class PlannedRun:
         checks.do("shards", lambda found: self._shards(found, thorough=thorough), key=data)
         checks.do("checkpoint", lambda found: self._checkpoint(found, thorough=thorough))
         checks.do("disk", self._disk)
-        checks.do("evaluation", self._evaluation)
+        checks.do("evaluation", lambda found: self._evaluation(found, thorough=thorough))
         checks.do("routing record", self._routing)
 
     def _packages(self, found: Outcome) -> str:
@@ -233,17 +233,20 @@ class PlannedRun:
         assert folder is not None
         return checkpoint_space(self.config, folder)
 
-    def _evaluation(self, found: Outcome) -> str:
+    def _evaluation(self, found: Outcome, *, thorough: bool) -> str:
         tasks = self.config.evaluate.tasks
         if not tasks:
             return "no evaluate.tasks"
-        from pretrain.evaluation.training import check_places
+        from pretrain.evaluation.training import RunTasks, check_places
         from pretrain.saved_model.tokenizer import TASK_IS_TEXT
 
         if self.sources is not None and not self.sources.tokenizer.has_text:
             raise UserError(f"evaluate.tasks: {TASK_IS_TEXT}")
-        check_places(self.config, found.problem)
-        return f"the files of {', '.join(tasks)} are there"
+        if self.sources is None or not thorough:  # the ranks of a start read them once they have met
+            check_places(self.config, found.problem)
+            return f"the files of {', '.join(tasks)} are there"
+        opened = RunTasks.open(self.config, self.sources, found.problem).prepared
+        return ", ".join(f"{len(task.examples):,} examples of {task.task.name}" for task in opened)
 
     def _routing(self, found: Outcome) -> str:
         train = self.config.train

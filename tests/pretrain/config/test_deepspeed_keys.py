@@ -11,12 +11,13 @@ import pytest
 
 from common.errors import ConfigError
 from pretrain.config import deepspeed_keys
-from pretrain.config.deepspeed_keys import EXTRA, NO_EFFECT, OWNED, REMOVED
+from pretrain.config.deepspeed_keys import BREAKS, EXTRA, LEAVES, NO_EFFECT, OWNED, REMOVED
 from pretrain.config.loading import load_config
+from pretrain.config.rules import check_device
 from pretrain.engine.deepspeed_json import deepspeed_json
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
-TABLES = (OWNED, NO_EFFECT, EXTRA)
+TABLES = (OWNED, NO_EFFECT, BREAKS, EXTRA)
 
 
 class Asked(dict):  # type: ignore[type-arg]
@@ -126,7 +127,15 @@ def test_every_key_that_we_set_is_refused_by_name() -> None:
         assert any(".".join(names[: depth + 1]) in OWNED for depth in range(len(names))), key
 
 
-VALUES = {bool: True, deepspeed_keys.Names: ["all_reduce"], str: "text", deepspeed_keys.Level: "info"}
+VALUES = {
+    bool: True,
+    deepspeed_keys.Names: ["all_reduce"],
+    deepspeed_keys.LeafClasses: ["SigmaMoE", "model.attention.dense.DenseAttention"],
+    deepspeed_keys.LeafNames: ["blocks.10.feedforward"],
+    deepspeed_keys.LeafSuffixes: ["attention", "3.feedforward"],
+    str: "text",
+    deepspeed_keys.Level: "info",
+}
 
 
 @pytest.mark.parametrize("key", sorted(EXTRA))
@@ -159,7 +168,7 @@ def test_a_section_is_an_object(key: str, value: str) -> None:
         load_config(TINY, [f"deepspeed.{key}={value}"])
 
 
-@pytest.mark.parametrize("key", sorted((*OWNED, *NO_EFFECT)))
+@pytest.mark.parametrize("key", sorted((*OWNED, *NO_EFFECT, *BREAKS)))
 @pytest.mark.parametrize("value", ["null", "0", '{"enabled":true}'])
 def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value: str) -> None:
     """Also null: DeepSpeed took it for the key left out, or fell over it."""
@@ -190,6 +199,12 @@ def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value
         ("comet.api_key=x", "deepspeed.comet.api_key: has no effect here (is a secret"),
         ("pipeline.partition=best", "deepspeed.pipeline.partition: has no effect here (it is decided by parallel.pipe"),
         ("wandb.enabled=true", "deepspeed.wandb.enabled: needs the package wandb, which is not installed"),
+        ("zero_optimization.allgather_bucket_size=7", "multiple of 2 (given 7)"),
+        ("zero_optimization.stage3_module_granularity_threshold=9", "does not work here (it gathers whole blocks at"),
+        ("zero_optimization.round_robin_gradients=true", "a checkpoint would hold other weights than the model's"),
+        ('zero_optimization.leaf_module.classes=["Block"]', "SigmaMoE|DenseFeedForward|SwiGLU)$' (given"),
+        ('zero_optimization.leaf_module.names=["blocks.0"]', '(given ["blocks.0"])'),
+        ('zero_optimization.leaf_module.name_suffixes=["norm"]', '(attention|feedforward)$\' (given ["norm"])'),
         ("log_level=loud", "'debug', 'info', 'warning', 'error' or 'critical' (given \"loud\")"),
     ],
 )
@@ -198,6 +213,19 @@ def test_refusals(override: str, words: str, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError) as refusal:
         load_config(TINY, [f"deepspeed.{override}"])
     assert words in str(refusal.value) and "\n" not in str(refusal.value), str(refusal.value)
+
+
+def test_leaves_are_the_layers_that_there_are() -> None:
+    from model.layers import ATTENTIONS, FEEDFORWARDS
+
+    assert {*LEAVES} == {layer.__name__ for layer in (*ATTENTIONS.values(), *FEEDFORWARDS.values())}
+
+
+def test_what_quantizes_on_gpus_alone() -> None:
+    config = load_config(TINY, ["deepspeed.zero_optimization.zero_quantized_weights=true", "parallel.zero=3"])
+    with pytest.raises(ConfigError, match=r"^deepspeed\.zero_optimization\.zero_quantized_weights: needs CUDA"):
+        check_device(config, "cpu")
+    check_device(config, "cuda")
 
 
 def test_refusals_by_other_keys() -> None:

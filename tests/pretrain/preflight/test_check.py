@@ -133,6 +133,17 @@ def test_one_mistake_is_one_sentence(
     assert "not checked" in printed.out or "WRONG" in printed.out
 
 
+def test_files_of_tasks_are_read_as_a_start_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the targets that are longer than the model's context, for which a start has no option."""
+    (place / "lambada.jsonl").write_text(json.dumps({"text": "the sea is " + "q" * 30}) + "\n")
+    (place / "blimp.jsonl").write_text("{}\n")
+    tasks = {"lambada": "lambada.jsonl", "blimp": "blimp.jsonl"}
+    _, _, wrong = checked(capsys, "--set", f"evaluate.tasks={json.dumps(tasks)}")
+    assert len(wrong) == 2 and wrong[1].startswith("error: evaluate.tasks.blimp: ")
+    expected = r"error: evaluate\.tasks\.lambada: a target has \d+ tokens, more than the 16 of the model's context; "
+    assert re.match(expected, wrong[0]) and "launch/evaluate.py --context" in wrong[0], wrong[0]
+
+
 def test_data_of_another_tokenizer_are_no_change_that_a_run_may_make(
     place: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
