@@ -71,7 +71,11 @@ def test_work_of_other_settings_is_not_taken_over(raw: tuple[Path, dict[str, Any
     that follows."""
     config = write_config(raw, "settings", input=f"{raw[0]}/raw/own.jsonl", validation_input=[])
     assert main(["ingest", "--config", str(config)]) == 0
-    every = {f"{name}.{key}" for name, kind in (("filter", FilterConfig), ("dedup", DedupConfig)) for key in kind.model_fields}
+    every = {
+        f"{name}.{key}"
+        for name, kind in (("filter", FilterConfig), ("dedup", DedupConfig))
+        for key in kind.model_fields
+    }
     assert {setting.partition("=")[0] for setting in FIRST_CHANGED} == every
     names = folders_of(config)
     for setting, first in FIRST_CHANGED.items():

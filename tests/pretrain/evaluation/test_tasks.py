@@ -25,7 +25,9 @@ from common.errors import UserError
 from model.language_model import build_model
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
+from pretrain.data.sources import Sources
 from pretrain.evaluation import models, results
+from pretrain.evaluation.training import RunTasks
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.tags import layout as board
 from pretrain.saved_model import SavedModel, load_model
@@ -205,6 +207,14 @@ def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, pr
         for task, event in found.items():
             keys = ("step", "accuracy", "examples", *(["perplexity"] if task == "lambada" else []))
             assert [event[key] for key in keys] == pytest.approx([expected[task][key] for key in keys], rel=1e-5), name
+
+
+def test_a_run_computes_as_many_examples_as_often_as_its_keys_say(runs: Path, prepared: Path) -> None:
+    keys = ("evaluate.tasks_limit=3", "evaluate.tasks_every_steps=4")
+    config = small_config(prepared, *STEPS, tasks_of_a_run({"lambada": runs}), *keys)
+    found = RunTasks.open(config, Sources.load(config))
+    assert [len(task.examples) for task in found.prepared] == [3]
+    assert [step for step in range(12) if found.are_due(step, 10)] == [4, 8, 10]
 
 
 def test_a_run_shows_its_tasks(runs: Path) -> None:

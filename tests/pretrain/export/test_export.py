@@ -63,6 +63,7 @@ def test_the_folder_is_complete(
     assert main([str(checkpoint.path), "--to", str(out), "--license", "cc-by-4.0"]) == 0
     assert {path.name for path in out.iterdir()} == FILES and [path.name for path in out.parent.iterdir()] == ["mine"]
     assert f"{out}: step 3, 88,116 bytes of weights, 12 files" in capsys.readouterr().out
+    assert (out / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
     weights = load_file(out / "model.safetensors")
     expected = dict(model.named_parameters())
     assert weights.keys() == expected.keys() and "head.weight" not in weights  # tied
