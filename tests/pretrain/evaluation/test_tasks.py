@@ -38,7 +38,8 @@ from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
-STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64")
+STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64", "model.dropout=0.5")
+"""Dropout acts in training alone."""
 EVEN = "model.feedforward.num_experts=6"
 XL = (EVEN, "model.position.type=xl")
 CONTEXT = 128

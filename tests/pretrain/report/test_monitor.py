@@ -60,6 +60,9 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
             "monitor.tensorboard=true",
             f"monitor.tensorboard_every_steps={ranks}",
             "parallel.zero=3",
+            "model.dropout=0.5",  # in training alone
+            "model.attention.expert_dropout=0.5",
+            "model.feedforward.expert_dropout=0.5",
         )
         run_dir = tmp_path / str(ranks)
         run_ranks(train_runs, ranks, [(light_config(prepared, *keys), run_dir)])
