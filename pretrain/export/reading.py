@@ -12,6 +12,7 @@ import safetensors
 from torch import Tensor
 
 from common.errors import ConfigError, UserError
+from data_prep.shards.manifest_records import TokenizerEntry
 from model.config import ModelConfig
 from model.parameters import owner_of, parameter_specs
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
@@ -95,10 +96,30 @@ def _origin(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     tree = _json(path)
-    needed = {"step", "sequences", "loss", "validation_loss", "data_digest", "tokenizer", "config"}
-    if not isinstance(tree, dict) or not needed <= tree.keys() or "model" not in tree["config"]:
-        raise UserError(f"{path} is not of an export; restore it, or remove it to import without it")
-    return tree
+    try:
+        _check_origin(tree)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise UserError(f"{path} is not of an export; restore it, or remove it to import without it") from None
+    return dict(tree)
+
+
+def _check_origin(tree: Any) -> None:
+    """Raises one of several errors unless what is read of training.json is there and of its type."""
+    for name in ("step", "sequences"):
+        int(tree[name])
+    int(tree.get("tokens", 0))
+    for name in ("loss", "validation_loss"):
+        if tree[name] is not None:
+            float(tree[name])
+    if not isinstance(tree["data_digest"], str | None):
+        raise TypeError
+    for stage in tree.get("stages", ()):
+        Stage.from_json(stage).text()
+    tree["config"]["model"].items()
+    if tree["tokenizer"].get("kind") == "ids":
+        TokenizerEntry.model_validate(tree["tokenizer"])
+    if not isinstance(tree["tokenizer"]["sha256"], str | None):
+        raise TypeError
 
 
 def _tensors(folder: Path, model: ModelConfig) -> dict[str, Callable[[], Tensor]]:

@@ -17,6 +17,10 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.export.folder import TOKENIZER, TOKENIZER_CONFIG
 
 TOKENIZER_CLASS = "SwitchAllTokenizer"
+IS_MODEL = {"sentencepiece": True, "symbols": False}
+"""By `kind` of tokenizer_config.json."""
+BY_LINE = {"lines": True, "documents": False}
+"""By `sentences` of tokenizer_config.json."""
 ALL_BYTES = bytes(range(BYTE_VALUES))
 """The file of symbols of a model whose ids are bytes."""
 
@@ -86,7 +90,10 @@ def stored_tokenizer(folder: Path, known: dict[str, Any] | None) -> StoredTokeni
     try:
         content = path.read_bytes()
         settings = json.loads(settings_path.read_text(encoding="utf-8"))
-        is_model, by_line = settings["kind"] == "sentencepiece", settings["sentences"] == "lines"
+        is_model, by_line = IS_MODEL[settings["kind"]], BY_LINE[settings["sentences"]]
+        eos_token = settings.get("eos_token")
+        if not isinstance(eos_token, str | None):
+            raise TypeError
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -100,7 +107,7 @@ def stored_tokenizer(folder: Path, known: dict[str, Any] | None) -> StoredTokeni
     if is_model:
         pieces = _pieces(content, str(path))
         size = pieces.vocab_size()
-        eos = pieces.piece_to_id(settings["eos_token"]) if settings.get("eos_token") else None
+        eos = pieces.piece_to_id(eos_token) if eos_token else None
     entry = TokenizerEntry(
         kind="sentencepiece" if is_model else "symbols", file=TOKENIZER, sha256=digest, vocab_size=size, eos_id=eos
     )

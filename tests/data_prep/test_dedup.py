@@ -364,6 +364,14 @@ def test_shingles_are_those_of_the_definition_however_few_words_there_are(n: int
     assert hashes.tolist() == expected and found.tolist() == offsets
 
 
+def test_the_words_of_an_ngram_are_those_of_the_key(tmp_path: Path) -> None:
+    """The same words in another order: alike by single words alone."""
+    text = originals(1)[0]
+    other = " ".join(sorted(text.split(" ")))
+    assert run_dedup(tmp_path / "five", [[text, other]]) == [text, other]
+    assert run_dedup(tmp_path / "one", [[text, other]], shingle_words=1) == [text]
+
+
 @pytest.mark.parametrize(
     "texts", [["Hello world"], ["Hello world wide"], ["Hello"], ["one", "two"], ["?", "Hello you"]]
 )

@@ -65,6 +65,13 @@ def test_good_text_passes_and_every_switch_works() -> None:
     assert verdict(GOOD + " { x }", c4=False) is None
     assert verdict("- word\n" * 100, c4=False, gopher_quality=False, gopher_repetition=False) is None
     assert verdict("word", c4=False, gopher_quality=False, min_words=0) is None
+    two = " ".join(SENTENCES[:2])
+    assert verdict(two, min_words=0) == "too few sentences"
+    assert verdict(two, min_words=0, c4_min_sentences=2) is None
+    assert verdict(two, min_words=0, c4_min_sentences=4) == "too few sentences"
+    mixed = GERMAN[:100] + GOOD
+    assert verdict(mixed, language="en", language_characters=5000) is None
+    assert verdict(mixed, language="en", language_characters=100) == "language"
     assert verdict("", c4=False, gopher_quality=False, min_words=0) == "too few words"  # c4_lines left nothing
 
 

@@ -14,6 +14,7 @@ from data_prep.cli import main
 from data_prep.config import versions
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
+from data_prep.config.schema import DedupConfig, FilterConfig
 from data_prep.raw import locations
 from data_prep.run.preparation import Preparation
 from data_prep.run.stages import STAGES, spread
@@ -35,6 +36,59 @@ def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) 
     return path
 
 
+def folders_of(config: Path, *overrides: str) -> dict[str, str]:
+    """Stage -> the name of its folder, in the order of the stages; what is ingested must be there."""
+    made = Preparation(resolve(load_config(config, overrides)))
+    # Any file is the model: its hash is the key.
+    recipe = IdRecipe(model=config, settings=made.resolved.config.tokenizer)
+    paths = [made.filter_folder(), made.signature_folder(), made.dedup_folder(), made.tokenizer_folder()]
+    return {path.name.partition("-")[0]: path.name for path in [*paths, made._folder_of_ids(recipe)]}
+
+
+FIRST_CHANGED = {
+    "filter.language=[]": "filter",
+    "filter.language_characters=100": "filter",
+    "filter.min_words=10": "filter",
+    "filter.max_words=5000": "filter",
+    "filter.gopher_quality=false": "filter",
+    "filter.gopher_repetition=false": "filter",
+    "filter.c4=true": "filter",
+    "filter.c4_min_sentences=4": "filter",
+    "filter.c4_lines=true": "filter",
+    "filter.samples=1": "filter",
+    "dedup.shingle_words=3": "signatures",
+    "dedup.threshold=0.7": "signatures",
+    "dedup.exact=false": "dedup",
+    "dedup.near=false": "signatures",  # which are not needed then
+    "dedup.samples=1": None,  # taken from the verdicts when they are published
+    "dedup.memory_bytes=2000000": None,
+}
+"""Setting of every key of the filters and of the removal of duplicates -> the first stage that it makes anew."""
+
+
+def test_work_of_other_settings_is_not_taken_over(raw: tuple[Path, dict[str, Any]]) -> None:
+    """A run that was killed or kept its work, and goes on with another value: what a key decides is made again, and all
+    that follows."""
+    config = write_config(raw, "settings", input=f"{raw[0]}/raw/own.jsonl", validation_input=[])
+    assert main(["ingest", "--config", str(config)]) == 0
+    every = {
+        f"{name}.{key}"
+        for name, kind in (("filter", FilterConfig), ("dedup", DedupConfig))
+        for key in kind.model_fields
+    }
+    assert {setting.partition("=")[0] for setting in FIRST_CHANGED} == every
+    names = folders_of(config)
+    for setting, first in FIRST_CHANGED.items():
+        found = folders_of(config, setting)
+        changed = [name for name in names if found[name] != names[name]]
+        stages = list(names)
+        assert changed == (stages[stages.index(first) :] if first else []), setting
+    for setting in ("vocab_size=500", "split_digits=false", "sample_bytes=50000", "seed=3", "type=unigram"):
+        assert folders_of(config, f"tokenizer.{setting}")["tokenizer"] != names["tokenizer"], setting
+    for setting in ("separator=<S>", "sentences=lines"):
+        assert folders_of(config, f"tokenizer.{setting}")["encode"] != names["encode"], setting
+
+
 def test_work_of_other_versions_is_not_taken_over(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,11 +97,7 @@ def test_work_of_other_versions_is_not_taken_over(
     assert main(["ingest", "--config", str(config)]) == 0
 
     def folders() -> dict[str, str]:
-        made = Preparation(resolve(load_config(config, [])))
-        model = raw[0] / "raw" / "own.jsonl"  # any file: its hash is the key
-        recipe = IdRecipe(model=model, settings=made.resolved.config.tokenizer)
-        paths = [made.filter_folder(), made.signature_folder(), made.dedup_folder(), made.tokenizer_folder()]
-        return {path.name.partition("-")[0]: path.name for path in [*paths, made._folder_of_ids(recipe)]}
+        return folders_of(config)
 
     names, real = folders(), versions.package_version
     for package, stage in (("py3langid", "filter"), ("rensa", "signatures"), ("sentencepiece", "tokenizer")):

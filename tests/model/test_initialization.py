@@ -88,6 +88,26 @@ def test_dense_weights_are_the_authors_truncated_normal() -> None:
         assert 2.2 * std < float(value.abs().max()) < 2.4 * std, name
 
 
+@pytest.mark.parametrize("init_scale, s", [("paper", math.sqrt(2 / 3)), ("library", math.sqrt(1 / 3))])
+def test_standard_deviations_are_the_published(init_scale: str, s: float) -> None:
+    """Of 3 layers; d = 64, H h = 2 x 24, N_E G = 8 x 20: the fan-in of the dense layer that experts stand for."""
+    config = small("switchhead", "sigma_moe", num_layers=3, init_scale=init_scale, initialization="normal")
+    found = parameters(config)
+    experts = {"attention.value_experts": 64, "attention.output_experts": 48}
+    experts |= {"feedforward.up_experts": 64, "feedforward.down_experts": 160, "feedforward.router": 64}
+    dense = {f"attention.{name}.weight": 64 for name in ("query", "key", "position")}
+    selectors = {f"attention.{name}_selector": 64 for name in ("value", "output")}
+    expected = {f"blocks.{i}.{n}": s / math.sqrt(w) for i in range(3) for n, w in (experts | dense | selectors).items()}
+    expected |= {"embedding.weight": 1 / 8, "head.weight": 1 / 8}
+    for name, std in expected.items():
+        value = found.pop(name)
+        assert float(value.std()) == pytest.approx(std, rel=4 / math.sqrt(2 * value.numel())), name
+    assert {float(value.min()) for value in found.values()} <= {0.0, 1.0}
+    assert all((name.endswith("bias") and not value.any()) or bool((value == 1).all()) for name, value in found.items())
+    rows = initial_value("blocks.0.feedforward.router", parameter_specs(config)["blocks.0.feedforward.router"], seed=3)
+    torch.testing.assert_close(rows.norm(dim=1), rows.norm(dim=1).mean().expand(8), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     "attention, feedforward, others",
     [

@@ -14,14 +14,14 @@ from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
 from tests.model import oracles
 
-# d, H, h, E, k, T, B, expert dropout, rotated fraction
+# d, H, h, E, k, T, B, expert dropout, rotated fraction, base
 SHAPES = [
-    (11, 2, 7, 5, 3, 6, 2, 0.0, 0.5),
-    (11, 2, 7, 5, 3, 6, 2, 0.4, 0.5),
-    (8, 1, 4, 1, 1, 5, 1, 0.0, 0.5),
-    (9, 3, 5, 4, 4, 4, 2, 0.0, 1.0),
-    (16, 4, 8, 4, 2, 1, 3, 0.0, 0.25),
-    (13, 1, 3, 2, 1, 7, 1, 0.9, 0.1),
+    (11, 2, 7, 5, 3, 6, 2, 0.0, 0.5, 10000.0),
+    (11, 2, 7, 5, 3, 6, 2, 0.4, 0.5, 10000.0),
+    (8, 1, 4, 1, 1, 5, 1, 0.0, 0.5, 10000.0),
+    (9, 3, 5, 4, 4, 4, 2, 0.0, 1.0, 50.0),
+    (16, 4, 8, 4, 2, 1, 3, 0.0, 0.25, 10000.0),
+    (13, 1, 3, 2, 1, 7, 1, 0.9, 0.1, 10000.0),
 ]
 
 
@@ -33,7 +33,16 @@ BACKENDS = {
 
 
 def build(
-    d: int, H: int, h: int, E: int, k: int, T: int, dropout: float, fraction: float, backend: str = "reference"
+    d: int,
+    H: int,
+    h: int,
+    E: int,
+    k: int,
+    T: int,
+    dropout: float,
+    fraction: float,
+    backend: str = "reference",
+    base: float = 10000.0,
 ) -> SwitchHeadAttention:
     config = ModelConfig.model_validate(
         {
@@ -49,7 +58,7 @@ def build(
                 "active_experts": k,
                 "expert_dropout": dropout,
             },
-            "position": {"type": "rope", "fraction": fraction},
+            "position": {"type": "rope", "fraction": fraction, "base": base},
         }
     )
     layer = SwitchHeadAttention(
@@ -63,11 +72,11 @@ def build(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("d, H, h, E, k, T, B, dropout, fraction", SHAPES)
+@pytest.mark.parametrize("d, H, h, E, k, T, B, dropout, fraction, base", SHAPES)
 def test_forward_and_every_gradient_equal_the_loop(
-    d: int, H: int, h: int, E: int, k: int, T: int, B: int, dropout: float, fraction: float, backend: str
+    d: int, H: int, h: int, E: int, k: int, T: int, B: int, dropout: float, fraction: float, base: float, backend: str
 ) -> None:
-    layer = build(d, H, h, E, k, T, dropout, fraction, backend)
+    layer = build(d, H, h, E, k, T, dropout, fraction, backend, base)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(B, T, d, generator=generator).requires_grad_()
     upstream = torch.randn(B, T, d, generator=generator)
@@ -96,7 +105,7 @@ def test_forward_and_every_gradient_equal_the_loop(
                 shaped,
                 k=k,
                 fraction=fraction,
-                base=10000.0,
+                base=base,
                 keep_v=None if keep["value"] is None else keep["value"][b],
                 keep_o=None if keep["output"] is None else keep["output"][b],
             )

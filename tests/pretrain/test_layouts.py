@@ -156,10 +156,14 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
         assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05), f"ZeRO {config.parallel.zero}"
 
 
-def test_weight_decay_spares_vectors_in_every_layout(prepared: Path) -> None:
-    decay = "optimizer.weight_decay=0.3"
-    reference = plain_trace(small_config(prepared, decay, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    configs = [small_config(prepared, decay, f"parallel.zero={zero}", "batch.micro_sequences=4") for zero in (0, 1, 3)]
+def test_adamw_has_its_keys_in_every_layout(prepared: Path) -> None:
+    """Weight decay, which spares vectors, the decay rates of both moments, and eps."""
+    keys = ("optimizer.weight_decay=0.3", "optimizer.betas=[0.7, 0.9]", "optimizer.eps=1e-4")
+    reference = plain_trace(small_config(prepared, *keys, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    configs = [small_config(prepared, *keys, f"parallel.zero={zero}", "batch.micro_sequences=4") for zero in (0, 1, 3)]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
-        assert_same(trace, reference, "2 ranks, weight decay")
-    assert reference.losses != plain_trace(small_config(prepared, "batch.micro_sequences=8"), STEPS, ()).losses
+        assert_same(trace, reference, "2 ranks, AdamW's keys")
+    for left_out in keys:
+        others = [key for key in keys if key != left_out]
+        other = plain_trace(small_config(prepared, *others, "batch.micro_sequences=8"), STEPS, ())
+        assert abs(other.losses[-1] / reference.losses[-1] - 1) > TOLERANCE, f"{left_out} has no effect"

@@ -43,6 +43,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(
         *("--partition", "gpu", "--account", "me", "--set", f"data.manifest={prepared}", "--set", "train.steps=50"),
         *("--set", "batch.micro_sequences=4"),
         *("--run-dir", str(run_dir), "--allow-local", "--setup", "module load cuda", "--dry-run"),
+        *("--qos", "high", "--requeues", "7", "--faults", "2", "--repeats", "0", "--excludes", "4"),
     )
     assert training.main([*arguments]) == 0
     printed, said = capfd.readouterr()
@@ -57,6 +58,11 @@ def test_dry_run_prints_a_script_and_writes_nothing(
         "#SBATCH --open-mode=append",
         "#SBATCH --partition=gpu",
         "#SBATCH --account=me",
+        "#SBATCH --qos=high",
+        "export REQUEUES=7",
+        "export FAULTS=2",
+        "export REPEATS=0",
+        "export EXCLUDES=4",
         f'#SBATCH --output="{run_dir}/slurm/%j.log"',
         f"#SBATCH --chdir={tmp_path}",
         f"export RUN_DIR='{run_dir}'",
@@ -291,7 +297,7 @@ def test_data_preparation_is_four_jobs_in_a_row(
 ) -> None:
     config = raw_config(tmp_path)
     line = ["--config", str(config), "--tasks", "3", "--time", "60", "--cpus-per-task", "2", "--allow-local"]
-    assert preparation.main(line) == 0
+    assert preparation.main([*line, "--requeues", "2"]) == 0
     submitted = calls(sbatch)
     assert [call[:-1] for call in submitted] == [
         ["--parsable"],
@@ -299,7 +305,7 @@ def test_data_preparation_is_four_jobs_in_a_row(
     ]
     texts = [Path(call[-1]).read_text() for call in submitted]
     for text, (step, is_array) in zip(texts, preparation.STEPS, strict=True):
-        assert f"set -- {step} --config {config}\n" in text
+        assert f"set -- {step} --config {config}\n" in text and "export REQUEUES=2\n" in text
         assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text

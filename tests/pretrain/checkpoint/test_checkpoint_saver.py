@@ -201,12 +201,13 @@ def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path)
         "checkpoint.every_steps=1",
         "checkpoint.keep_last=1",
     )
-    keep = ("checkpoint.keep_every_steps=3", "checkpoint.keep_best=2", "optimizer.learning_rate=0.05")
+    keep = ("checkpoint.keep_every_steps=3", "checkpoint.keep_best=2", "optimizer.learning_rate=1.0")
     run_ranks(train_runs, 2, [(light_config(prepared, *keys, *keep, ranks=2), tmp_path)])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     losses = {e["step"]: e["loss"] for e in events if e["event"] == "validation"}
     assert sorted(losses) == [2, 4, 6, 8]
     best = sorted(losses, key=lambda step: losses[step])[:2]
+    assert not set(best) <= {3, 6, 8}, "all of them are kept for another reason"
     paths = list_checkpoints(tmp_path / "checkpoints")
     assert {int(path.name.removeprefix("step-")) for path in paths} == {3, 6, 8, *best}
     for path in paths:

@@ -40,8 +40,11 @@ FOUR = [
 ]
 
 
-def configured(prepared: Path, model: str, layout: Layout) -> Config:
-    return config_of(prepared, model, layout, "monitor.tensorboard=true", "monitor.details_every_steps=1")
+ADAMW = ("optimizer.eps=1e-4", "optimizer.betas=[0.7, 0.9]", "optimizer.weight_decay=0.3")
+
+
+def configured(prepared: Path, model: str, layout: Layout, *keys: str) -> Config:
+    return config_of(prepared, model, layout, "monitor.tensorboard=true", "monitor.details_every_steps=1", *keys)
 
 
 def details_of(rank: int, configs: list[Config]) -> list[list[Details]]:
@@ -98,9 +101,9 @@ def grouped(config: Config, values: dict[str, Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("model", ["switchall", pytest.param("moa", marks=pytest.mark.slow)])
 def test_one_process_gives_what_plain_pytorch_gives(prepared: Path, model: str) -> None:
-    config = configured(prepared, model, ONE)
+    config = configured(prepared, model, ONE, *ADAMW)
     [(details, weights, logits)] = run_ranks(seen, 1, config)
-    gradients = plain_trace(config_of(prepared, model, Layout(micro=8)), STEPS, tuple(range(STEPS))).gradients
+    gradients = plain_trace(config_of(prepared, model, Layout(micro=8), *ADAMW), STEPS, tuple(range(STEPS))).gradients
     is_softmax = {name: model == "moa" and ".attention." in name for name in details[0].scores}
     assert is_softmax.keys() == logits[0].keys()
     for step, found in enumerate(details):

@@ -26,7 +26,9 @@ from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
+from pretrain.data.sources import Sources
 from pretrain.evaluation import models, results
+from pretrain.evaluation.training import RunTasks
 from pretrain.export.origin import evaluations_of
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.tags import layout as board
@@ -38,7 +40,8 @@ from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
-STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64")
+STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64", "model.dropout=0.5")
+"""Dropout acts in training alone."""
 EVEN = "model.feedforward.num_experts=6"
 XL = (EVEN, "model.position.type=xl")
 CONTEXT = 128
@@ -219,6 +222,14 @@ def test_a_finished_run_computes_its_tasks_again_if_one_of_them_is_new(
     text = (tmp_path / "run" / "events.jsonl").read_text()
     tasks = [event["task"] for event in map(json.loads, text.splitlines()) if event["event"] == "evaluation"]
     assert tasks == ["blimp", "blimp", "lambada"], "the second start has nothing new"
+
+
+def test_a_run_computes_as_many_examples_as_often_as_its_keys_say(runs: Path, prepared: Path) -> None:
+    keys = ("evaluate.tasks_limit=3", "evaluate.tasks_every_steps=4")
+    config = small_config(prepared, *STEPS, tasks_of_a_run({"lambada": runs}), *keys)
+    found = RunTasks.open(config, Sources.load(config))
+    assert [len(task.examples) for task in found.prepared] == [3]
+    assert [step for step in range(12) if found.are_due(step, 10)] == [4, 8, 10]
 
 
 def test_a_run_shows_its_tasks(runs: Path) -> None:

@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "switchhead shared, rope with memory": {
         "attention": {**SWITCHHEAD, "expert_projections": ["key", "value", "output"], "selection": "shared"},
         "feedforward": RELU,
-        "position": {"type": "rope", "fraction": 0.8, "memory_chunks": 2},
+        "position": {"type": "rope", "fraction": 0.8, "base": 500.0, "memory_chunks": 2},
     },
     "switchhead of queries, xl without memory, tied": {
         "attention": {**SWITCHHEAD, "expert_projections": ["query", "value"], "selection": "projection"},
@@ -46,7 +46,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "position": {"type": "xl", "memory_chunks": 0},
         "tied_embedding": True,
     },
-    "dense": {"attention": DENSE, "feedforward": RELU, "position": {"type": "rope", "fraction": 1.0}},
+    "dense": {
+        "attention": DENSE,
+        "feedforward": RELU,
+        "position": {"type": "rope", "fraction": 1.0, "base": 500.0},
+    },
     "dense xl": {"attention": DENSE, "feedforward": SWIGLU, "position": {"type": "xl"}},
     "sigma-moe": {"attention": DENSE, "feedforward": SIGMA_MOE, "tied_embedding": True},
     "moa": {"attention": MOA, "feedforward": RELU},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def test_the_folder_is_complete(
     assert main([str(checkpoint.path), "--to", str(out), "--license", "cc-by-4.0"]) == 0
     assert {path.name for path in out.iterdir()} == FILES and [path.name for path in out.parent.iterdir()] == ["mine"]
     assert f"{out}: step 3, 88,116 bytes of weights, 12 files" in capsys.readouterr().out
+    assert (out / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
     weights = load_file(out / "model.safetensors")
     expected = dict(model.named_parameters())
     assert weights.keys() == expected.keys() and "head.weight" not in weights  # tied
@@ -385,12 +387,15 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
 
         return rewrite
 
-    def with_config(**values: Any) -> Callable[[Path], None]:
+    def with_values(name: str, **values: Any) -> Callable[[Path], None]:
         def rewrite(folder: Path) -> None:
-            tree = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**tree, **values}))
+            tree = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**tree, **values}))
 
         return rewrite
+
+    def with_config(**values: Any) -> Callable[[Path], None]:
+        return with_values("config.json", **values)
 
     unreadable(with_config(model_type="llama"), "model_type is 'llama', not 'switchall'")
     unreadable(with_config(attention={"type": "dense", "num_heads": 0}), "config.json: .*num_heads")
@@ -402,6 +407,25 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
     unreadable(lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "model.safetensors cannot be read")
     unreadable(lambda f: (f / "tokenizer.model").write_bytes(b"other"), "is not the tokenizer of this model")
     unreadable(lambda f: (f / "training.json").write_text("[]"), "training.json is not of an export")
+    known = json.loads((out / "training.json").read_text())
+    source = {"name": "a", "digest": "", "weight": 1}
+    for values in (
+        {"step": None},
+        {"sequences": math.inf},
+        {"loss": "low"},
+        {"data_digest": 1},
+        {"tokens": []},
+        {"stages": 1.5},
+        {"stages": [{"first": 0, "sources": [{"name": "a", "weight": 1}]}]},
+        {"stages": [{"first": 0, "sources": [{**source, "weight": "much"}]}]},
+        {"config": []},
+        {"config": {**known["config"], "model": 7}},
+        {"tokenizer": "a"},
+        {"tokenizer": {"kind": "ids"}},
+    ):
+        unreadable(with_values("training.json", **values), "training.json is not of an export")
+    for values in ({"kind": {}}, {"kind": "bytes"}, {"sentences": []}, {"eos_token": 1}):
+        unreadable(with_values("tokenizer_config.json", **values), "tokenizer_config.json is not of an export")
     escape = {"weight_map": {"a": "../a"}}
     unreadable(lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(escape)), "is no index of weights")
     (out / "training.json").unlink()  # as after transformers' save_pretrained

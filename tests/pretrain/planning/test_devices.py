@@ -92,6 +92,8 @@ def test_machines() -> None:
     assert (usual.num_nodes, usual.gpus_per_node, usual.ports_per_node, usual.between) == (8, 8, 8, 50e9)
     other = machine(MachineOptions(gpu="h100-80gb", gpus=64, interconnect="ethernet-25"))
     assert other.between == 25e9 / 8 / 8 and "1 port of ethernet-25" in other.assumed[0]
+    two = machine(MachineOptions(gpu="h100-80gb", gpus=64, interconnect="ethernet-25", ports_per_node=2))
+    assert two.between == 2 * other.between
     alone = machine(MachineOptions(gpu="h100-80gb", gpus=4))
     assert (alone.num_nodes, alone.gpus_per_node, alone.between) == (1, 4, None)
     unknown = machine(MachineOptions(gpu="prototype", gpus=2, memory_gib=1.5, gpus_per_node=2))
