@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
+from common.tables import listed
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 
@@ -77,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
     count = sum(math.prod(shape) for shape in shapes.values())
     checkpoint = write_weights(args.to, imported.origin, imported.tensors, wrote=progress_bar(args.to.name, 4 * count))
     if imported.ignored:
-        more = f" and {len(imported.ignored) - 1} more" if len(imported.ignored) > 1 else ""
-        print(f"left out, for no output depends on it: {imported.ignored[0]}{more}", flush=True)
+        print(f"left out, for no output depends on it: {listed(imported.ignored, 1)}", flush=True)
     print(f"{checkpoint.path}: {len(shapes)} tensors, {count:,} parameters, {imported.origin.source}", flush=True)
 
 
