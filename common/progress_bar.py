@@ -5,7 +5,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -43,6 +43,19 @@ def count_bar(*, enabled: bool = True) -> "tqdm[Any]":
     """A tqdm bar that counts things, removed at its end; what and how many may change (`set_description`, `reset`)."""
     # No line that stands for nothing: the first is drawn when something is counted, and in a log after an interval.
     return tqdm(leave=False, mininterval=_interval_seconds(), delay=0.01, miniters=1, disable=not enabled)
+
+
+def count_bytes(description: str, total: int) -> Callable[[int], None]:
+    """A callback that takes the number of bytes read, or written, since the last call, for a bar that is removed at its
+    end; prints nothing unless standard error is a terminal."""
+    bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def count(number: int) -> None:
+        bar.update(number)
+        if bar.n >= total:
+            bar.close()
+
+    return count
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tables of plain text for a terminal."""
+"""Tables, lists and counts as plain text for a terminal."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def shortened(text: str, most: int) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first `most` of them, and how many more there are: `a, b and 4 more`."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def counted(number: int, what: str) -> str:

@@ -6,8 +6,6 @@ pass (a lost connection, a full disk, a worker killed for memory) exits with 1, 
 
 import argparse
 import contextlib
-import io
-import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,7 +13,7 @@ from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
-from common.terminal import drop_output, spare_stdout, visible
+from common.terminal import prepare_streams, reader_may_leave, spare_stdout, visible
 from common.urls import without_secrets
 from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
@@ -267,18 +265,13 @@ def _one_line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
-    if sys.stdout is None:  # the parent process closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # documents may hold characters that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    prepare_streams()
     try:
-        arguments.handler(arguments)
-        sys.stdout.flush()
+        with reader_may_leave():
+            arguments.handler(arguments)
     except UserError as error:
         print(_one_line(error), file=sys.stderr)
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
-    except BrokenPipeError:  # `show | head`: the reader left, which is no error
-        drop_output(sys.stdout)
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR

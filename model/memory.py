@@ -12,6 +12,7 @@ All streams begin, wrap around and forget together, so a whole batch has one len
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -91,18 +92,14 @@ def layer_memories(model: nn.Module) -> Iterator[tuple[str, LayerMemory]]:
             yield name, memory
 
 
-class separate_streams:
+@contextlib.contextmanager
+def separate_streams(model: nn.Module, streams: Tensor, num_streams: int) -> Iterator[None]:
     """Context in which the model reads other streams (validation); afterwards its own streams go on untouched."""
-
-    def __init__(self, model: nn.Module, streams: Tensor, num_streams: int) -> None:
-        self._model, self._streams, self._num_streams = model, streams, num_streams
-        self._saved: list[dict[str, object]] = []
-
-    def __enter__(self) -> None:
-        for _, memory in layer_memories(self._model):
-            self._saved.append(dict(vars(memory)))
-            memory.assign(self._streams, self._num_streams)
-
-    def __exit__(self, *exception: object) -> None:
-        for (_name, memory), saved in zip(layer_memories(self._model), self._saved, strict=True):
-            vars(memory).update(saved)
+    saved = [(memory, dict(vars(memory))) for _, memory in layer_memories(model)]
+    for memory, _ in saved:
+        memory.assign(streams, num_streams)
+    try:
+        yield
+    finally:
+        for memory, before in saved:
+            vars(memory).update(before)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
+from common.tables import counted
 from pretrain.ranks import ON_NODE, Ranks
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -184,7 +185,7 @@ def own_gpu(ranks: Ranks) -> torch.device:
         index = 0
     if index >= count:
         raise UserError(
-            f"LOCAL_RANK: is {ranks.local_rank}, but this process sees {count} GPU{'s' * (count != 1)}; start one rank "
+            f"LOCAL_RANK: is {ranks.local_rank}, but this process sees {counted(count, 'GPU')}; start one rank "
             f"per GPU of a node, each of which sees all of them (srun --gpu-bind=none) or its own alone (srun "
             f"--gpus-per-task=1)"
         )

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.paths import REPOSITORY
 from pretrain.cli.plan_fit import hours_text
 from pretrain.config.schema import Config
-from pretrain.planning.fit import checked, with_overrides
+from pretrain.planning.fit import check_on, with_overrides
 from pretrain.planning.layout_plan import step_time
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
@@ -57,7 +57,7 @@ def planned(name: str) -> Config:
 def estimate(name: str, on: Machine, measured: Measurements) -> Estimate:
     """The time that `plan.py fit` prints, without tracing its memory. Raises UserError where there is none."""
     config = planned(name)
-    checked(config, on)
+    check_on(config, on)
     reason = why_no_time(config, on)
     if reason is not None:
         raise UserError(f"--gpu: {reason}")

@@ -1,7 +1,8 @@
 """`stats` as a folder: report.md with tables and plots of what is in the shards and of what was left out."""
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,25 +287,18 @@ def _inputs(manifest: Manifest) -> list[str]:
     return ["## Where it comes from", "", *_markdown(header, rows), f"Made with {settings}.", ""]
 
 
-class _figure:
-    """A plot that is drawn into `plots` when the block ends."""
+@contextlib.contextmanager
+def _figure(plots: Plots, name: str, x: str, y: str, *, height: float = FIGURE_INCHES[1]) -> Iterator[Any]:
+    """Axes of a plot, which is drawn into `plots` when the block ends."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: 0.5 s, and only `stats` plots
+    from matplotlib.figure import Figure
 
-    def __init__(self, plots: Plots, name: str, x: str, y: str, *, height: float = FIGURE_INCHES[1]) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: 0.5 s, and only `stats` plots
-        from matplotlib.figure import Figure
-
-        self._plots, self._name = plots, name
-        self._figure = Figure(figsize=(FIGURE_INCHES[0], height), dpi=100, layout="constrained")
-        self._canvas = FigureCanvasAgg(self._figure)
-        self._axes = self._figure.add_subplot()
-        self._axes.set_xlabel(x)
-        self._axes.set_ylabel(y)
-
-    def __enter__(self) -> Any:
-        return self._axes
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:
-            drawn = io.BytesIO()
-            self._canvas.print_png(drawn, metadata={"Software": None})  # figure.savefig would draw it twice
-            self._plots[self._name] = drawn.getvalue()
+    figure = Figure(figsize=(FIGURE_INCHES[0], height), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    yield axes
+    drawn = io.BytesIO()
+    canvas.print_png(drawn, metadata={"Software": None})  # figure.savefig would draw it twice
+    plots[name] = drawn.getvalue()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from pretrain.checkpoint.convert import find_data, progress_bar
-from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint, names_of
+from common.progress_bar import count_bytes
+from pretrain.checkpoint.folder import Checkpoint, names_of
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import check_kind, read
+from pretrain.checkpoint.prepared_data import stored_tokenizer_of
 from pretrain.checkpoint.shares import shares_of
 from pretrain.checkpoint.storage import Reader
-from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.config.keys import flatten
 from pretrain.config.loading import parse_config
@@ -52,8 +52,7 @@ def average(
     for other in checkpoints[1:]:
         _check_same_model(checkpoints[0], other)
     for checkpoint in checkpoints:
-        if problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes)):
-            raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}")
+        checkpoint.check_files()
     readers = [Reader(checkpoint) for checkpoint in checkpoints]
     for reader in readers:
         check_kind(reader, kind)
@@ -68,7 +67,7 @@ def average(
             total.add_(values.double(), alpha=share)
         return total.float()
 
-    bar = progress_bar(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))
+    bar = count_bytes(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))
     means = {name: partial(mean, name) for name in shapes}
     write_weights(out, _origin(newest, _source(checkpoints, shares, kind)), means, wrote=bar)
     print(f"{out}: {_source(checkpoints, shares, kind)}", flush=True)
@@ -97,14 +96,10 @@ def _model_keys(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _origin(newest: Checkpoint, source: str) -> WeightsOrigin:
-    tokenizer = StoredTokenizer.inside(newest)
-    if tokenizer is None:
-        manifest, _ = find_data(newest)
-        tokenizer = None if manifest is None else StoredTokenizer.of(manifest)
     return WeightsOrigin(
         config=parse_config(newest.state["config"]),
         source=source,
-        tokenizer=tokenizer,
+        tokenizer=stored_tokenizer_of(newest)[0],
         tokenizer_sha256=newest.state["tokenizer_sha256"],
         manifest_digest=newest.state["manifest_digest"],
         progress=newest.progress,

@@ -105,6 +105,14 @@ class Checkpoint:
                 return f"{name} does not match its sha256"
         return None
 
+    def check_files(self, *, rank: int = 0, world_size: int = 1) -> None:
+        """Raises DamagedCheckpoint where `damaged_file` finds one. A single process shows a progress bar."""
+        from common.progress_bar import count_bytes  # here, so that a run does not import tqdm
+
+        read = count_bytes(self.path.name, self.bytes) if world_size == 1 else None
+        if problem := self.damaged_file(rank=rank, world_size=world_size, read=read):
+            raise DamagedCheckpoint(f"checkpoint {self.path}: {problem}; name an earlier one")
+
 
 def _check_size(path: Path, name: str, expected: int) -> None:
     """Raises DamagedCheckpoint unless the file `name` of the checkpoint `path` has this size."""

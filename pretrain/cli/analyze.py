@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path
-from common.errors import UserError
+from common.arguments import Parser, a_path, at_least
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import device_named, exit_code_of
@@ -48,14 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
         "of all layers)",
     )
     parser.add_argument(
-        "--tokens", type=int, default=4096, metavar="N", help="most tokens of the text that are read (default: 4096)"
+        "--tokens",
+        type=at_least(2),
+        default=4096,
+        metavar="N",
+        help="most tokens of the text that are read (default: 4096)",
     )
     parser.add_argument(
-        "--map-tokens", type=int, default=64, metavar="N", help="tokens that attention maps show (default: 64)"
+        "--map-tokens", type=at_least(1), default=64, metavar="N", help="tokens that attention maps show (default: 64)"
     )
     parser.add_argument(
         "--window",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="which window of model.sequence_length tokens the maps show, counted from 1 (default: 1; later ones show "
@@ -75,13 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def analyze(args: argparse.Namespace) -> None:
     """Raises UserError."""
-    for option, value, least in (
-        ("tokens", args.tokens, 2),
-        ("map-tokens", args.map_tokens, 1),
-        ("window", args.window, 1),
-    ):
-        if value < least:
-            raise UserError(f"--{option}: is {value}; the least is {least}")
     from tqdm import tqdm
 
     from pretrain.analysis import report  # here: torch and matplotlib, for which --help need not wait

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from common.arguments import Parser, a_path, not_empty
 from common.errors import UserError
+from common.progress_bar import count_bytes
 from common.tables import text_table
-from pretrain.checkpoint.convert import convert, progress_bar
+from pretrain.checkpoint.convert import convert
 from pretrain.checkpoint.folder import (
     CHECKPOINT_NAME,
     OWN_FILE,
@@ -238,7 +239,7 @@ def verify_all(folder: Path) -> int:
     for path in (path.absolute() for path in paths):  # "." has no name of its own
         try:
             checkpoint = Checkpoint.open(path)
-            problem = checkpoint.damaged_file(read=progress_bar(path.name, checkpoint.bytes))
+            problem = checkpoint.damaged_file(read=count_bytes(path.name, checkpoint.bytes))
         except UserError as error:
             if path.is_dir() and not isinstance(error, DamagedCheckpoint):
                 raise

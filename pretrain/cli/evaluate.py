@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path, add_overrides
+from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import code_of_failure, device_named, exit_code_of
@@ -41,11 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
         "reads a local file of JSON lines instead; switchall_lambada, switchall_blimp and switchall_cbt read published "
         "files, as --tasks does. One process",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples of each file, for a quick look")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts of one forward pass (default: 16)")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="the first N examples of each file, for a quick look"
+    )
+    parser.add_argument(
+        "--batch", type=at_least(1), default=16, metavar="N", help="texts of one forward pass (default: 16)"
+    )
     parser.add_argument(
         "--context",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="most tokens that the model looks back to (default: as in training, sequence_length and the memory); of "
         "longer texts the beginning is cut off",
@@ -86,9 +90,6 @@ def wanted_tasks(text: str | None, *, default: bool) -> dict[str, str | None]:
 
 def evaluate(args: argparse.Namespace) -> int | None:
     """Raises UserError."""
-    for option, value in (("limit", args.limit), ("batch", args.batch), ("context", args.context)):
-        if value is not None and value < 1:
-            raise UserError(f"--{option}: is {value}; the least is 1")
     wanted = wanted_tasks(args.tasks, default=args.harness is None)
     ranks = Ranks.from_environment()
     if args.harness is not None and ranks.world_size > 1:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
+from common.progress_bar import count_bytes
+from common.tables import listed
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 
@@ -69,16 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError and OSError."""
     imported = READERS[_kind(args)](args)
-    from pretrain.checkpoint.convert import progress_bar
     from pretrain.checkpoint.shapes import full_shapes
     from pretrain.checkpoint.weights import write_weights
 
     shapes = full_shapes(imported.origin.config.model)
     count = sum(math.prod(shape) for shape in shapes.values())
-    checkpoint = write_weights(args.to, imported.origin, imported.tensors, wrote=progress_bar(args.to.name, 4 * count))
+    checkpoint = write_weights(args.to, imported.origin, imported.tensors, wrote=count_bytes(args.to.name, 4 * count))
     if imported.ignored:
-        more = f" and {len(imported.ignored) - 1} more" if len(imported.ignored) > 1 else ""
-        print(f"left out, for no output depends on it: {imported.ignored[0]}{more}", flush=True)
+        print(f"left out, for no output depends on it: {listed(imported.ignored, 1)}", flush=True)
     print(f"{checkpoint.path}: {len(shapes)} tensors, {count:,} parameters, {imported.origin.source}", flush=True)
 
 

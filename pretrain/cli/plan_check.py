@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from common.strict_json import dumps
+from common.tables import counted
 from common.terminal import visible
 from pretrain.preflight.checklist import Outcome
 from pretrain.preflight.whole import Examination, Wanted
@@ -60,4 +61,4 @@ def summary(examination: Examination) -> str:
     if not wrong:
         return f"all {len(outcomes)} checks passed; nothing was written"
     later = f"; {left_out} checks need what is wrong put right first" if left_out else ""
-    return f"{wrong} problem{'s' * (wrong > 1)} in {len(outcomes)} checks{later}; nothing was written"
+    return f"{counted(wrong, 'problem')} in {len(outcomes)} checks{later}; nothing was written"

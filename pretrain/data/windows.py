@@ -187,7 +187,7 @@ class TrainingStream:
         self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
         self._chunks = reader.num_windows // self._global if config.reads_streams else 0
-        self.micro_steps = self._global // (self._micro * data_size)
+        self.micro_steps = config.micro_steps(data_size)
 
     def own_positions(self, consumed: int, micro_step: int) -> np.ndarray:
         """Positions in the run [micro_sequences] int64 of this rank's sequences."""

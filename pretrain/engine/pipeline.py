@@ -31,7 +31,7 @@ from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
 from pretrain.engine.gradient_norm import deepspeed_norm, poisoned_unless_finite
 from pretrain.engine.micro_steps import Queries, StepOutput
-from pretrain.parallel.groups import asked_for_once, process_groups, tied_group
+from pretrain.parallel.groups import asked_for_once, groups_of, tied_group
 from pretrain.parallel.stages import stage_bounds
 from pretrain.phases import Phases
 
@@ -61,12 +61,7 @@ class PipelineStage(PipelineModule):
         # It prints its partition; ours is among the derived values.
         with contextlib.redirect_stdout(io.StringIO()), asked_for_once():
             super().__init__([_Layer(build) for _, build in factories], topology=topology)
-        groups = process_groups(
-            pipeline=parallel.pipeline_size,
-            data=parallel.data_size,
-            tensor=parallel.tensor_size,
-            expert=parallel.expert_size,
-        )
+        groups = groups_of(parallel)
         for ours, theirs in (
             (groups.pipeline, self._grid.pp_group),
             (groups.data, self._grid.dp_group),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -49,12 +50,8 @@ def chosen(config: Config) -> Iterator[None]:
     if not is_used(config):
         yield
         return
-    original = DeepSpeedEngine._do_optimizer_sanity_check
-    DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
-    try:
+    with mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", return_value=ZERO_OPTIMIZATION):
         yield
-    finally:
-        DeepSpeedEngine._do_optimizer_sanity_check = original
 
 
 def add_without_a_copy(optimizer: Any) -> None:

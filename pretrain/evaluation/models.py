@@ -12,8 +12,8 @@ import torch.distributed as dist
 from common.errors import UserError
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.convert import moved_data, progress_bar
-from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.prepared_data import moved_data
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
@@ -76,12 +76,7 @@ def open_model(
     has_group = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
 
-    def check() -> None:
-        read = progress_bar(checkpoint.path.name, checkpoint.bytes) if world_size == 1 else None
-        if problem := checkpoint.damaged_file(rank=rank, world_size=world_size, read=read):
-            raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
-
-    agreed(check)
+    agreed(lambda: checkpoint.check_files(rank=rank, world_size=world_size))
     parallel = parallel_context(config) if has_group else ParallelContext()
     backends = agreed(lambda: choose_backends(config, device.type))
     in_stages = parallel.pipeline_size > 1

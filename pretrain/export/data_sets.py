@@ -8,8 +8,8 @@ from typing import Any
 
 from common.errors import UserError
 from data_prep.shards.format import Manifest
-from pretrain.checkpoint.convert import data_at, moved_data
 from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.prepared_data import data_at, moved_data
 from pretrain.config.schema import Config
 
 

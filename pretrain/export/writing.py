@@ -10,9 +10,10 @@ from common.errors import UserError
 from common.files import write_file, write_json
 from common.folders import free_bytes, no_room
 from common.paths import REPOSITORY
+from common.progress_bar import count_bytes
 from data_prep.shards.format import Manifest
-from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.schema import Config
 from pretrain.export import folder as names
@@ -24,7 +25,7 @@ from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
 from pretrain.export.verify import verify
 from pretrain.export.weights import DTYPES, bytes_of, write_weights
-from pretrain.saved_model.loading import check_files, config_of, find_tokenizer, while_it_is_there
+from pretrain.saved_model.loading import config_of, find_tokenizer, while_it_is_there
 
 OPTION = "--to"
 BESIDE_WEIGHTS = 4 << 20
@@ -94,15 +95,14 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
     needed = size + len(source.content) + BESIDE_WEIGHTS
     if free_bytes(out.parent) < needed:
         raise UserError(f"{OPTION}: {no_room(out, needed, 'the export')}; free some, or name a folder on another disk")
-    check_files(checkpoint)
+    checkpoint.check_files()
     with new_folder(out, OPTION) as place:
-        wrote = progress_bar("writing weights", size)
         write_weights(
             place,
             checkpoint,
             dtype=options.dtype,
             most_bytes=options.most_bytes,
-            wrote=wrote,
+            wrote=count_bytes("writing weights", size),
             ema=options.ema,
         )
         _write_rest(place, source, options, name=out.name)

@@ -14,7 +14,7 @@ def parallel_context(config: Config) -> ParallelContext:
     they belong on one node."""
     rank, parallel = dist.get_rank(), config.parallel
     tensor, expert = parallel.tensor, parallel.expert
-    data = dist.get_world_size() // (parallel.pipeline * tensor)
+    data = config.data_size(dist.get_world_size())
     data_rank = rank // tensor % data
     if data == dist.get_world_size() and expert == 1:  # the group of all ranks is enough
         return ParallelContext(data_rank=rank, data_size=data, data_group=dist.group.WORLD if data > 1 else None)

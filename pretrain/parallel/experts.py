@@ -16,7 +16,7 @@ from model.config import ModelConfig, SigmaMoEConfig
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import sharded_axis
 from model.parameters import parameter_specs
-from pretrain.parallel.groups import process_groups
+from pretrain.parallel.groups import groups_of
 
 MARKER = "deepspeed_experts"
 """Name of a module without parameters, by which DeepSpeed detects that there are experts."""
@@ -77,12 +77,7 @@ def _register_groups(name: str, parallel: ParallelContext) -> None:
     """Gives DeepSpeed the groups of our mesh; those that it would make hold the same ranks (a test compares them)."""
     from deepspeed.utils import groups
 
-    ours = process_groups(
-        pipeline=parallel.pipeline_size,
-        data=parallel.data_size,
-        tensor=parallel.tensor_size,
-        expert=parallel.expert_size,
-    )
+    ours = groups_of(parallel)
     assert dist.get_process_group_ranks(ours.expert) == dist.get_process_group_ranks(parallel.expert_group)
     for groups_by_name, ranks_by_name, group in (
         (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, parallel.expert_group),

@@ -44,6 +44,16 @@ def _process_groups(world: Any, pipeline: int, data: int, tensor: int, expert: i
     )
 
 
+def groups_of(parallel: ParallelContext) -> Groups:
+    """The groups of a run whose rank this is, which are there: not collective."""
+    return process_groups(
+        pipeline=parallel.pipeline_size,
+        data=parallel.data_size,
+        tensor=parallel.tensor_size,
+        expert=parallel.expert_size,
+    )
+
+
 def _grid(pipeline: int, data: int, tensor: int, expert: int) -> Any:
     """megatron-core's grid of all ranks, whose groups are values (its parallel_state holds them in globals). Imported
     here, because it takes seconds, and a run with data-parallel ranks alone needs no groups."""
@@ -60,12 +70,7 @@ def replica_group(parallel: ParallelContext, of_experts: bool) -> Any:
     the expert-parallel ranks; None if there is no other. Not collective: the groups are there."""
     if not of_experts:
         return parallel.data_group
-    groups = process_groups(
-        pipeline=parallel.pipeline_size,
-        data=parallel.data_size,
-        tensor=parallel.tensor_size,
-        expert=parallel.expert_size,
-    )
+    groups = groups_of(parallel)
     return groups.expert_replicas if dist.get_world_size(groups.expert_replicas) > 1 else None
 
 
@@ -110,12 +115,7 @@ class ModelParallelUnit:
         assert parallel.tensor_group is not None
         self._parallel = parallel
         # A group of one rank where there is no data parallelism: DeepSpeed wants a group in any case.
-        self._data_group = process_groups(
-            pipeline=parallel.pipeline_size,
-            data=parallel.data_size,
-            tensor=parallel.tensor_size,
-            expert=parallel.expert_size,
-        ).data
+        self._data_group = groups_of(parallel).data
 
     def get_data_parallel_group(self) -> Any:
         return self._data_group

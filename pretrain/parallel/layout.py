@@ -16,9 +16,6 @@ from model.parameters import owner_of
 from pretrain.config.schema import Config
 from pretrain.parallel.stages import stage_bounds
 
-MASTER_AND_MOMENTS = 12
-"""Bytes of Adam's state per parameter: fp32 master weight and two fp32 moments."""
-
 
 def mesh(config: Config, data_size: int) -> np.ndarray:
     """Ranks [pipeline, data, tensor] int64, as `model.parallel.context.DIMENSIONS` says."""
@@ -37,6 +34,12 @@ def group_ranks(config: Config, data_size: int) -> dict[str, np.ndarray]:
         apart = ranks.reshape(pipeline, data // config.parallel.expert, config.parallel.expert, tensor)
         found["expert"] = np.moveaxis(apart, 2, -1).reshape(-1, config.parallel.expert)
     return found
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of the state of one parameter, in memory and in a checkpoint: fp32 master weight, Adam's two moments and,
+    with train.ema_decay, a moving average of the weight."""
+    return 16 if config.train.ema_decay else 12
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ def rank_bytes(config: Config, data_size: int) -> list[RankBytes]:
         elements = _elements(config, data_size, stage)
         total = sum(elements.values())
         replicas = {"expert": data_size * parallel.tensor // parallel.expert, "tensor": data_size, None: data_size}
-        states = MASTER_AND_MOMENTS if parallel.zero else MASTER_AND_MOMENTS - 4
-        states += 4 if config.train.ema_decay else 0
+        states = state_bytes(config) - (0 if parallel.zero else 4)
         if parallel.zero == 0:
             optimizer = states * total
         else:

@@ -69,7 +69,7 @@ class FitReport:
         return max(stage.total for stage in self.stages)
 
 
-def checked(config: Config, machine: Machine) -> None:
+def check_on(config: Config, machine: Machine) -> None:
     """Raises ConfigError if the run would be refused on so many GPUs."""
     check_ranks(config, machine.num_gpus)
     check_device(config, machine.device.device_type)
@@ -77,7 +77,7 @@ def checked(config: Config, machine: Machine) -> None:
 
 def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell = lambda line: None) -> FitReport:
     """Everything about a run on a machine. Raises ConfigError if it would be refused there."""
-    checked(config, machine)
+    check_on(config, machine)
     tell(_told(config))
     stages = layout_plan.stage_memories(config, machine)
     measured = measurements(machine.device, results)
@@ -161,7 +161,7 @@ def cheapest_change(
     for overrides in changes(config, machine):
         try:
             changed = with_overrides(config, overrides)
-            checked(changed, machine)
+            check_on(changed, machine)
         except ConfigError:
             continue
         if layout_plan.at_least(changed, machine) <= USABLE * _capacity(machine):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from model.kernels.ops.linear_cross_entropy import working_bytes
 from pretrain.config.schema import Config
+from pretrain.parallel.layout import state_bytes
 from pretrain.planning.communication import Collective
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
@@ -174,7 +175,7 @@ def staging_bytes(config: Config, parameters: int, data_size: int) -> int:
     average. Nothing where training waits for the files."""
     if not config.checkpoint.asynchronous:
         return 0
-    return -(-parameters * (16 if config.train.ema_decay else 12) // data_size)
+    return -(-parameters * state_bytes(config) // data_size)
 
 
 def at_least(config: Config, machine: Machine) -> int:

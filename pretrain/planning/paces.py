@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from common.tables import counted
 from model.costs import training_flops_per_token
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.schema import Config
@@ -162,7 +163,7 @@ def _link_rates(machine: Machine, lines: list[Assumption]) -> tuple[Ends, Ends, 
         starts[0] = _start("inside a node", lines)
     if machine.interconnect is not None and machine.between is not None:
         port = machine.interconnect.bandwidth
-        ports = f"{machine.ports_per_node} port{'s' * (machine.ports_per_node > 1)}"
+        ports = counted(machine.ports_per_node, "port")
         name = f"{machine.interconnect.what}, {ports} for {machine.gpus_per_node} GPUs, one direction of a GPU"
         between = _share(Figure(machine.between, port.source), name, assumptions["link between nodes"], lines)
         starts[1] = _start("between nodes", lines)

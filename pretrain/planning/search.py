@@ -18,7 +18,7 @@ from common.errors import ConfigError, UserError
 from pretrain.config.rules import check_rules
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
-from pretrain.planning.fit import checked
+from pretrain.planning.fit import check_on
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
@@ -111,16 +111,15 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
     for done, layout in enumerate(legal):
         progress("layouts by arithmetic", done, len(legal))
         candidate = layout.applied(config)
-        reason = _excluded(candidate, machine)
-        if reason is None:
-            time = layout_plan.step_time(candidate, machine, measured)
-            timed.append((layout_plan.rounded(time.middle), layout))
-        else:
-            excluded[reason] += 1
+        if layout_plan.at_least(candidate, machine) > USABLE * machine.capacity:
+            excluded[TOO_LARGE] += 1
+            continue
+        time = layout_plan.step_time(candidate, machine, measured)
+        timed.append((layout_plan.rounded(time.middle), layout))
     timed.sort()
-    rehearsal = Rehearsal(config, machine, measured, excluded)
-    rehearsal.run(timed, progress)
-    best = sorted(rehearsal.fitting, key=lambda found: found.rank)
+    trials = Trials(config, machine, measured, excluded)
+    trials.run(timed, progress)
+    best = sorted(trials.fitting, key=lambda found: found.rank)
     beyond = max(0, len(best) - SHOWN)
     if beyond:
         excluded[SLOWER] += beyond
@@ -130,17 +129,18 @@ def search(config: Config, machine: Machine, *, results: Path = RESULTS, progres
         refused=refused,
         excluded=dict(excluded),
         layouts=len(legal) + sum(count for count, _ in refused.values()),
-        traced=rehearsal.traced,
+        traced=trials.traced,
     )
 
 
 SLOWER = f"slower than the {SHOWN} best, or as fast with less headroom"
+TOO_LARGE = "memory: weights, optimizer and the inputs of the blocks alone do not fit"
 FULL = "memory: activations do not fit beside weights, gradients and optimizer"
 KINDS = ("none", "selective", "full")
 """train.recompute, what needs most memory first."""
 
 
-class Rehearsal:
+class Trials:
     """Goes through layouts, the fastest first, until SHOWN of them fit."""
 
     def __init__(self, config: Config, machine: Machine, measured: Measurements, excluded: Counter[str]) -> None:
@@ -198,13 +198,6 @@ def _needs_more(layout: Layout, other: Layout) -> bool:
     return same and keeps_more and layout.micro_sequences >= other.micro_sequences
 
 
-def _excluded(config: Config, machine: Machine) -> str | None:
-    """Why a legal layout gets no estimate; None if it does."""
-    if layout_plan.at_least(config, machine) > USABLE * (machine.capacity or 0):
-        return "memory: weights, optimizer and the inputs of the blocks alone do not fit"
-    return None
-
-
 def legal_layouts(config: Config, machine: Machine) -> tuple[list[Layout], dict[str, tuple[int, str]]]:
     """Those that the rules of configurations allow, and why the others are refused: a key -> how many, and the first
     message. Rules are asked once for all micro-batches that divide a rank's share, and for all recomputation where a
@@ -216,7 +209,7 @@ def legal_layouts(config: Config, machine: Machine) -> tuple[list[Layout], dict[
         try:
             candidate = layout.applied(config)
             check_rules(candidate)
-            checked(candidate, machine)
+            check_on(candidate, machine)
         except ConfigError as error:
             key = str(error).partition(":")[0]
             number, said = refused.get(key, (0, str(error)))

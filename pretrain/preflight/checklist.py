@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError, refuse
+from common.tables import counted
 
 KEYED = re.compile(r"(--)?[a-z_]+([.\[-][a-z0-9_\]]+)*: ")
 """How a message begins that names its key or option."""
@@ -49,8 +50,7 @@ class Outcome:
         if self.blocked_by:
             return f"  -       {self.name:<18}  not checked: {self.blocked_by}"
         if self.problems:
-            count = len(self.problems)
-            return f"  WRONG   {self.name:<18}  {count} problem{'s' * (count > 1)}, said below"
+            return f"  WRONG   {self.name:<18}  {counted(len(self.problems), 'problem')}, said below"
         return f"  {'warning' if self.warnings else 'ok     '} {self.name:<18}  {self.said}"
 
     def to_json(self) -> dict[str, Any]:

@@ -11,14 +11,11 @@ from common.folders import free_bytes
 from model.config import ModelConfig
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
+from pretrain.parallel.layout import state_bytes
 from pretrain.report.model_text import parameter_count
 from pretrain.report.startup import DerivedValue
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 12
-"""fp32 weight and two moments of Adam (checkpoint/state.py)."""
-BYTES_OF_AVERAGE = 4
-"""fp32 moving average of a weight, with train.ema_decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class CheckpointSpace:
 
     size: int
     """Bytes of one checkpoint: `per_parameter`, and the memory of all streams."""
-    per_parameter: int = BYTES_PER_PARAMETER
+    per_parameter: int
     kept: int
     """Checkpoints that the run keeps at its end: no more than it saves."""
     there: int
@@ -79,7 +76,7 @@ def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     # By time the run may save after any step.
     saved = config.train.steps if saving.every_minutes else -(-config.train.steps // saving.every_steps)
     forever = config.train.steps // saving.keep_every_steps if saving.keep_every_steps else 0
-    per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema_decay else 0)
+    per_parameter = state_bytes(config)
     return CheckpointSpace(
         size=per_parameter * _parameters(model) + _memory_bytes(config),
         per_parameter=per_parameter,

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from common.line_log import Row
+from common.tables import listed
 from pretrain.report.source_losses import source_losses, sources_text
 
 
@@ -47,16 +48,14 @@ def _validation(event: Row) -> str:
 def _replicas(event: Row) -> str:
     tensors = event.get("tensors")
     names = [str(tensor) for tensor in tensors] if isinstance(tensors, list) else []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     node = f"; suspect: {event['node']}" if event.get("node") else ""
-    return f"{_step(event)}: replicas differ: {'; '.join(names[:3]) or '?'}{more}{node}"
+    return f"{_step(event)}: replicas differ: {listed(names, 3, '; ') or '?'}{node}"
 
 
 def _collapsed(event: Row) -> str:
     routers = event.get("routers")
     names = [str(r.get("router")) for r in routers if isinstance(r, dict)] if isinstance(routers, list) else []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{_step(event)}: collapsed routers: {', '.join(names[:3])}{more}"
+    return f"{_step(event)}: collapsed routers: {listed(names, 3)}"
 
 
 def _slow(event: Row) -> str:

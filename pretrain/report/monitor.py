@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.tables import listed
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import versions
 from pretrain.config.schema import Config, MonitorConfig
@@ -134,10 +135,9 @@ class Monitor:
     def _warn_of_collapse(self, step: int, due: list[Collapsed]) -> None:
         if not due:
             return
-        more = f" and {len(due) - 3} more" if len(due) > 3 else ""
         print(
             f"warning: step {step}: collapsed routers (share of the choices that the k busiest experts get): "
-            f"{', '.join(map(str, due[:3]))}{more}; {advice(self._model, due)} (monitor.collapse_after_steps)",
+            f"{listed([str(one) for one in due], 3)}; {advice(self._model, due)} (monitor.collapse_after_steps)",
             flush=True,
         )
         self._folder.event("router_collapsed", step=step, routers=collapse_event(due))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from common.tables import listed
+
 MOST_SOURCES = 6
 """In a line."""
 
@@ -18,9 +20,7 @@ def source_losses(values: Mapping[str, Any], prefix: str = "loss/") -> dict[str,
 
 def sources_text(losses: Mapping[str, Any]) -> str:
     """`c4 3.1234, pes2o 2.9876`, and how many more there are."""
-    shown = [f"{name} {_number(loss)}" for name, loss in list(losses.items())[:MOST_SOURCES]]
-    more = f" and {len(losses) - MOST_SOURCES} more" if len(losses) > MOST_SOURCES else ""
-    return ", ".join(shown) + more
+    return listed([f"{name} {_number(loss)}" for name, loss in losses.items()], MOST_SOURCES)
 
 
 def _number(loss: Any) -> str:

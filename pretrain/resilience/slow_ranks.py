@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from common.tables import listed
 from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.phases import Phases
@@ -169,10 +170,9 @@ class RankComparison:
             return {}
         values, slow = self._watch.see(table)
         if slow:
-            more = f" and {len(slow) - LISTED} more" if len(slow) > LISTED else ""
             print(
                 f"warning: step {step}: slower than the others in their own work: "
-                f"{'; '.join(map(str, slow[:LISTED]))}{more} (docs/monitoring.md#which-rank-is-slow)",
+                f"{listed([str(one) for one in slow], LISTED, '; ')} (docs/monitoring.md#which-rank-is-slow)",
                 flush=True,
             )
             self._folder.event("slow_ranks", step=step, count=len(slow), ranks=[asdict(one) for one in slow[:LISTED]])

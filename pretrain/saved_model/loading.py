@@ -15,8 +15,8 @@ from data_prep.shards.format import Manifest
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.convert import find_data, progress_bar
 from pretrain.checkpoint.folder import CHECKPOINT_NAME, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
@@ -60,7 +60,7 @@ def _loaded(
     config = config_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, data)
     if verify:
-        check_files(checkpoint)
+        checkpoint.check_files()
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
     from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
@@ -118,12 +118,6 @@ def while_it_is_there(checkpoint: Checkpoint) -> Iterator[None]:
             f"RUN: {checkpoint.path} was removed while it was read, by a run that goes on (checkpoint.keep_last); give "
             f"the command again for the newest one"
         ) from None
-
-
-def check_files(checkpoint: Checkpoint) -> None:
-    """Compares every file with its sha256, with a progress bar. Raises DamagedCheckpoint."""
-    if problem := checkpoint.damaged_file(read=progress_bar(checkpoint.path.name, checkpoint.bytes)):
-        raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {problem}; name an earlier one")
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

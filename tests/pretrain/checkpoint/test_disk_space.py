@@ -90,13 +90,13 @@ def test_numbers_of_checkpoints(
 
 
 def test_the_limits_themselves() -> None:
-    space = CheckpointSpace(size=100, kept=3, there=0, free=200, folder=Path("run"))
+    space = CheckpointSpace(size=100, per_parameter=12, kept=3, there=0, free=200, folder=Path("run"))
     space.check()
     assert space.warning() == (
         "the disk of run has no room for the 3 checkpoints that the run keeps and one being written: 400 bytes are "
         "needed, 200 are free; make room, or lower checkpoint.keep_last, keep_best or raise keep_every_steps"
     )
-    assert not CheckpointSpace(size=100, kept=3, there=0, free=400, folder=Path("run")).warning()
+    assert not CheckpointSpace(size=100, per_parameter=12, kept=3, there=0, free=400, folder=Path("run")).warning()
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run", "--no-step"]])
