@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -23,6 +24,11 @@ def describe(event: Row) -> str:
     """What it was, without the time."""
     text = TEXTS.get(event["event"])
     return text(event) if text is not None else _plain(event)
+
+
+def value_text(value: Any) -> str:
+    """A setting as a configuration and --set have it: null, not None."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _plain(event: Row) -> str:
@@ -95,7 +101,7 @@ TEXTS = {
     "router_collapsed": _collapsed,
     "slow_ranks": _slow,
     "changed_setting": lambda e: (
-        f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
+        f"setting {e.get('key', '?')} changed from {value_text(e.get('then'))} to {value_text(e.get('now'))}"
     ),
     "data_stage": lambda e: f"new stage of the data: {e.get('text', '?')}",
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",

@@ -79,7 +79,7 @@ def state_text(view: RunView, now: float) -> str:
     state, sign = view.state, view.sign
     if state.goes_on and sign is not None:
         ranks = view.last("started").get("ranks")
-        many = f", {ranks} ranks" if isinstance(ranks, int) and state is State.RUNNING else ""
+        many = f", {ranks} rank{'' if ranks == 1 else 's'}" if isinstance(ranks, int) and state is State.RUNNING else ""
         return f"{state.value}: {sign.owner}{many}, last sign of life {sign.age:.0f} s ago"
     if state is State.DEAD:
         if not view.events and not len(view.metrics):
