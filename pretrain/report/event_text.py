@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from common.line_log import Row
+from common.tables import counted
 from pretrain.report.source_losses import source_losses, sources_text
 
 
@@ -38,6 +39,11 @@ def _plain(event: Row) -> str:
 
 def _step(event: Row) -> str:
     return f"step {event.get('step', '?')}"
+
+
+def _ranks(event: Row) -> str:
+    ranks = event.get("ranks")
+    return counted(ranks, "rank") if isinstance(ranks, int) else "? ranks"
 
 
 def _number(value: Any, form: str = ".4f") -> str:
@@ -81,7 +87,7 @@ def _compared(event: Row) -> str:
 
 
 TEXTS = {
-    "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} rank{'' if e.get('ranks') == 1 else 's'}",
+    "started": lambda e: f"started after {_step(e)} on {_ranks(e)}",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",
