@@ -23,6 +23,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed
+from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
@@ -355,7 +356,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
         if key != "description":  # of a run with --set it names the keys that are printed here anyway
-            print(f"  changed on resume: {key}: {then!r} -> {now!r}", flush=True)
+            print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)
     if start.begins_stage and not config.reads_streams:  # streams are contiguous text: no stage decides their order
         stage = start.progress.stages[-1]

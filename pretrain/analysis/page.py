@@ -108,6 +108,8 @@ class Page:
         header = ("run", "router", "experts", "dead", "share dead", "tokens per expert, if even", "load max", "entropy")
         yield html_page.table(header, rows, numbers=range(2, 8))
         for index, run in enumerate(self._runs):
+            if run.kinds() and len(self._runs) > 1:  # the whole name: a picture has no room for a long one
+                yield f"<h3>{escape(run.title)}</h3>"
             for kind in run.kinds():
                 yield self._image(f"load-{index}-{kind.replace(' ', '-')}.png", f"load of the {kind} experts")
 

@@ -170,8 +170,8 @@ def load(findings: Findings, kind: str) -> bytes:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("expert", fontsize=8)
     _few_ticks(axes.xaxis, values.shape[1])
-    axes.set_title(_words(findings.title, f": {kind}", width), fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, label="load / mean load of the row")
+    _title(figure, findings, f"\n{kind}", lines=2)  # narrow, and names of a sweep's runs are long
     return _png(figure)
 
 
@@ -201,9 +201,10 @@ def _axis_names(findings: Findings, *, labels: bool) -> tuple[str, str]:
     return f"key{unit}{memory}", f"query{unit}"
 
 
-def _title(figure: Figure, findings: Findings, what: str) -> None:
+def _title(figure: Figure, findings: Findings, what: str, *, lines: int = 1) -> None:
     """Above the whole picture."""
-    figure.suptitle(_words(findings.title, what, figure.get_figwidth()), fontsize=10, parse_math=False)
+    words = _words(findings.title, what, figure.get_figwidth(), lines=lines)
+    figure.suptitle(words, fontsize=10, parse_math=False)
 
 
 def _words(title: str, what: str, inches: float, *, lines: int = 1) -> str:

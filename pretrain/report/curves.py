@@ -177,10 +177,14 @@ class Curves:
     def _hand_over(self, *, wait: bool) -> None:
         while self._has_begun and self._events:
             row = self._events.popleft()
+            texts = [event_text(row, row["time"])]
+            while self._events and _is_beside(self._events[0], row):  # settings that changed at once
+                beside = self._events.popleft()
+                texts.append(event_text(beside, beside["time"]))
             step = row.get("step")
             for writer in self._writers:
                 at = step if isinstance(step, int) else self._at.step
-                writer.event(at, row["event"].replace("_", " "), event_text(row, row["time"]))
+                writer.event(at, row["event"].replace("_", " "), "\n\n".join(texts))
         waiting = []
         for step, tag, drawn in self._drawn:
             if wait or drawn.done():
@@ -188,6 +192,10 @@ class Curves:
             else:
                 waiting.append((step, tag, drawn))
         self._drawn = waiting
+
+
+def _is_beside(one: Row, other: Row) -> bool:
+    return one["event"] == other["event"] and one.get("step") == other.get("step")
 
 
 def _picture(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:

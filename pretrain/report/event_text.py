@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 from common.line_log import Row
-from common.tables import listed
+from common.tables import counted, listed
 from pretrain.report.source_losses import source_losses, sources_text
 
 
@@ -26,6 +27,11 @@ def describe(event: Row) -> str:
     return text(event) if text is not None else _plain(event)
 
 
+def value_text(value: Any) -> str:
+    """A setting as a configuration and --set have it: null, not None."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _plain(event: Row) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
     return f"{event['event'].replace('_', ' ')}{': ' if rest else ''}{rest}"
@@ -33,6 +39,11 @@ def _plain(event: Row) -> str:
 
 def _step(event: Row) -> str:
     return f"step {event.get('step', '?')}"
+
+
+def _ranks(event: Row) -> str:
+    ranks = event.get("ranks")
+    return counted(ranks, "rank") if isinstance(ranks, int) else "? ranks"
 
 
 def _number(value: Any, form: str = ".4f") -> str:
@@ -74,7 +85,7 @@ def _compared(event: Row) -> str:
 
 
 TEXTS = {
-    "started": lambda e: f"started after {_step(e)} on {e.get('ranks', '?')} rank{'' if e.get('ranks') == 1 else 's'}",
+    "started": lambda e: f"started after {_step(e)} on {_ranks(e)}",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",
@@ -94,7 +105,7 @@ TEXTS = {
     "router_collapsed": _collapsed,
     "slow_ranks": _slow,
     "changed_setting": lambda e: (
-        f"setting {e.get('key', '?')} changed from {e.get('then', '?')} to {e.get('now', '?')}"
+        f"setting {e.get('key', '?')} changed from {value_text(e.get('then'))} to {value_text(e.get('now'))}"
     ),
     "data_stage": lambda e: f"new stage of the data: {e.get('text', '?')}",
     "lock_taken_over": lambda e: f"took the folder over from {e.get('owner', '?')}, which was dead",

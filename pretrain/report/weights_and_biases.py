@@ -85,8 +85,8 @@ class WeightsAndBiases:
         self._log(max(step, self._sent + 1), tag, lambda wandb: wandb.Html(shown, inject=False))
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """W&B keeps one text of a tag and step. After a rollback all go to the newest step, until the run is beyond
-        it: one that would replace others begins with them."""
+        """W&B keeps one text of a tag and step, and until a run is beyond the steps that it has, all go to the newest:
+        one that would replace others of this start begins with them."""
         tag, place = f"events/{kind}", max(step, self._sent + 1, self._newest)
         at, before = self._told.get(tag, (-1, ""))
         text = f"{before}\n{text}" if at == place else text

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run_lock import BEAT_SECONDS
-from common.tables import DOTS, shortened, text_table
+from common.tables import DOTS, counted, shortened, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import MEANING, ExitCode
@@ -79,7 +79,7 @@ def state_text(view: RunView, now: float) -> str:
     state, sign = view.state, view.sign
     if state.goes_on and sign is not None:
         ranks = view.last("started").get("ranks")
-        many = f", {ranks} ranks" if isinstance(ranks, int) and state is State.RUNNING else ""
+        many = f", {counted(ranks, 'rank')}" if isinstance(ranks, int) and state is State.RUNNING else ""
         return f"{state.value}: {sign.owner}{many}, last sign of life {sign.age:.0f} s ago"
     if state is State.DEAD:
         if not view.events and not len(view.metrics):

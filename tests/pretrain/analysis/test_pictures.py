@@ -56,3 +56,14 @@ def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.Mo
             inside = box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
             assert inside, f"{word!r} is cut off"
         assert len(words) > 3 or not png
+
+
+def test_the_loads_of_two_runs_of_a_sweep_can_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names differ in their middle, and the picture of a few experts is narrow."""
+    words = note_words(monkeypatch)
+    label = "switchall_tiny,learning_rate=1e-3"
+    found = findings("switchhead", label)
+    for kind in found.kinds():
+        words.clear()
+        pictures.load(found, kind)
+        assert f"{label}, step 20\n{kind}" in [word for word, _ in words]

@@ -93,6 +93,16 @@ def test_a_run_that_has_ended(tmp_path: Path, outcome: dict[str, Any], state: St
     assert f"state      {state.value}" in text and outcome.get("reason", "left no outcome") in text
 
 
+def test_a_changed_setting_has_the_values_that_a_configuration_has(tmp_path: Path) -> None:
+    changed = {"event": "changed_setting", "time": 2.0, "key": "train.stop_after_steps", "then": 60, "now": None}
+    lists = {**changed, "key": "checkpoint.allow_changes", "then": [], "now": ["optimizer"]}
+    words = {**changed, "key": "checkpoint.resume", "then": "auto", "now": "never"}
+    text = shown(write(tmp_path / "run", events=[changed, lists, words]), 200)
+    assert "setting train.stop_after_steps changed from 60 to null" in text
+    assert 'checkpoint.allow_changes changed from [] to ["optimizer"]' in text
+    assert "checkpoint.resume changed from auto to never" in text
+
+
 def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
     words = " ".join(f"word{number}" for number in range(40))
     events = [{"event": "skipped_checkpoint", "time": 2.0, "path": "step-00000009", "reason": words}]
