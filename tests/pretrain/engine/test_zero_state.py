@@ -1,0 +1,59 @@
+"""Where pretrain/engine/zero_state.py finds a parameter, with every switch of DeepSpeed's ZeRO that is passed on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.language_model import build_model
+from pretrain.config.deepspeed_keys import EXTRA
+from pretrain.config.schema import Config
+from pretrain.engine.zero_state import pieces
+from tests.harness import run_ranks
+from tests.pretrain.runs import small_config, trainer_of
+
+ON_GPUS_ALONE = ("zero_optimization.zero_quantized_weights",)
+
+
+def switches(zero: int) -> dict[str, bool]:
+    """All of a stage, on."""
+    return {
+        key.partition(".")[2]: True
+        for key, extra in EXTRA.items()
+        if key.startswith("zero_optimization.") and extra.type is bool and zero in extra.stages
+        if key not in ON_GPUS_ALONE and ".stage3_" not in key  # the same keys once more
+    }
+
+
+def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
+    """Of each configuration the parameters whose pieces hold other elements, and the elements of all pieces."""
+    found = []
+    for config in configs:
+        expected = dict(build_model(config.model, seed=config.train.seed).named_parameters())
+        trainer = trainer_of(config)
+        own = list(pieces(trainer.engine, rank=rank, world_size=2, for_saving=True))
+        wrong = [
+            piece.name
+            for piece in own
+            if not torch.equal(piece.master, expected[piece.name].flatten()[piece.start :][: piece.master.numel()])
+        ]
+        found.append((wrong, sum(piece.master.numel() for piece in own)))
+        trainer.engine.destroy()
+    return found
+
+
+def test_every_element_is_where_it_is_said_to_be(prepared: Path) -> None:
+    """Else a checkpoint holds other weights than the model, and the resumed run goes on with them."""
+    configs = [
+        small_config(prepared, f"parallel.zero={zero}", f"deepspeed.zero_optimization={json.dumps(switches(zero))}")
+        for zero in (1, 2, 3)
+    ]
+    assert all(len(switches(zero)) > 4 for zero in (1, 2, 3))
+    total = sum(p.numel() for p in build_model(configs[0].model, seed=0).parameters())
+    ranks = run_ranks(misplaced, 2, configs)
+    for (wrong, elements), (others, more) in zip(*ranks, strict=True):
+        assert not wrong and not others
+        assert elements + more == total and elements == pytest.approx(more, rel=0.1)
