@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ class Checkpoint:
         read = count_bytes(self.path.name, self.bytes) if world_size == 1 else None
         if problem := self.damaged_file(rank=rank, world_size=world_size, read=read):
             raise DamagedCheckpoint(f"checkpoint {self.path}: {problem}; name an earlier one")
+
+
+@contextlib.contextmanager
+def while_they_are_there(checkpoints: Sequence[Path], argument: str) -> Iterator[None]:
+    """What fails inside because a run that goes on has removed one of the checkpoints is raised as a UserError that
+    says so; `argument` of the command named it."""
+    try:
+        yield
+    except Exception:
+        gone = next((path for path in checkpoints if not path.is_dir()), None)
+        if gone is None:
+            raise
+        raise UserError(
+            f"{argument}: {gone} was removed while it was read, by a run that goes on (checkpoint.keep_last); give the "
+            f"command again for the newest one"
+        ) from None
 
 
 def _check_size(path: Path, name: str, expected: int) -> None:
