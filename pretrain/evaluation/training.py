@@ -79,8 +79,9 @@ class RunTasks(NamedTuple):
             if found is None:
                 return
             results.append(found)
-        for result in results if monitor is not None else ():
-            assert monitor is not None
+        if monitor is None:
+            return
+        for result in results:
             values = without_nan(result.values)
             monitor.evaluation(step, result.name, values, examples=result.examples, limit=self.first)
 
