@@ -275,7 +275,7 @@ class Segment:
         if not stopping and self._is_due(config.evaluate.every_steps):
             self._validate()
             stopping = self.control.stopping()
-        if not stopping and self.setup.tasks.are_due(self.progress.step, self.last):
+        if not stopping and self._tasks_are_due():
             self._evaluate_tasks()
             stopping = self.control.stopping()
         if stopping or self._save_is_due():
@@ -286,8 +286,11 @@ class Segment:
         """After the launched step."""
         config = self.setup.config
         replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
-        tasks = self.setup.tasks.every_steps
-        return self._save_is_due() or any(map(self._is_due, (config.evaluate.every_steps, replicas, tasks)))
+        steps = (config.evaluate.every_steps, replicas)
+        return self._save_is_due() or self._tasks_are_due() or any(map(self._is_due, steps))
+
+    def _tasks_are_due(self) -> bool:
+        return bool(self.setup.tasks.prepared) and self._is_due(self.setup.tasks.every_steps)
 
     def _save_is_due(self) -> bool:
         """After the last step, launched ones included: by time or by steps."""
@@ -361,7 +364,7 @@ class Segment:
     def _tasks_are_missing(self) -> bool:
         """As `_validation_is_missing`."""
         step = self.progress.step
-        if step == 0 or not self.setup.tasks.are_due(step, self.last):
+        if step == 0 or not self._tasks_are_due():
             return False
         if any(key.startswith("evaluate.tasks") and key != "evaluate.tasks_every_steps" for key in self.start.changes):
             return True  # other tasks (evaluate.tasks.NAME), or another limit

@@ -57,12 +57,6 @@ class RunTasks(NamedTuple):
             raise UserError(f"evaluate.tasks{'.' if tokenizer.has_text else ': '}{error}") from None
         return cls(tuple(prepared), settings.tasks_every_steps, limits, first)
 
-    def are_due(self, step: int, last: int) -> bool:
-        """After step `step` of a start that ends with step `last`."""
-        return bool(self.prepared) and (
-            step == last or (self.every_steps > 0 and step > 0 and step % self.every_steps == 0)
-        )
-
     def evaluate(
         self,
         evaluator: Evaluator,
