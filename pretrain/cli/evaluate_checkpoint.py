@@ -201,9 +201,7 @@ def _data(opened: OpenedModel, config: Config) -> Sources:
     try:
         sources, known = open_sources(config), opened.checkpoint.state.get("tokenizer_sha256")
     except UserError as error:
-        data = config.data
-        places = [source.manifest for source in data.sources] or [data.manifest]
-        if all(URL.match(place) or find_input(place).exists() for place in places):
+        if all(URL.match(place) or find_input(place).exists() for place in config.data.locations):
             raise
         raise UserError(f"validation: {error}; name the place of the prepared data with --data") from None
     if known is not None and sources.tokenizer.sha256 != known:
