@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.errors import ConfigError, UserError
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
+from pretrain.checkpoint.folder import STATE_FILE, newest_of
 from pretrain.config.data_rules import folder_name
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
@@ -74,8 +74,9 @@ def named_checkpoint(choice: str) -> Path:
         return path  # opening it says what is missing
     for folder, what in ((path, "a folder of checkpoints"), (path / "checkpoints", "a run folder")):
         if found := list_checkpoints(folder):
-            newest = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
-            raise UserError(f"checkpoint.resume: {path} is {what}, not a checkpoint; its newest is: set it to {newest}")
+            raise UserError(
+                f"checkpoint.resume: {path} is {what}, not a checkpoint; its newest is: set it to {newest_of(found)}"
+            )
     raise UserError(
         f"checkpoint.resume: {path} is no checkpoint (it holds no {STATE_FILE}) and no run with checkpoints; set it to "
         f"auto, never or a step-... folder"

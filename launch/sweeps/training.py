@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import UserError
 from common.terminal import follows_escapes, visible
 from launch.sweeps.record import Sweep
-from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
 from pretrain.views.reading import RunView, State
 from pretrain.views.status import beginning, duration, left_text
@@ -159,8 +159,7 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
     loss = f", validation loss {result.validation:.4f}" if has_loss else ""
     print(f"  {result.state_text}{loss}", flush=True)
     if result.state is State.FAILED:
-        meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
-        print(f"  {meaning}; the end of {log} says more", file=sys.stderr, flush=True)
+        print(f"  {meaning_of(code)}; the end of {log} says more", file=sys.stderr, flush=True)
     return code
 
 

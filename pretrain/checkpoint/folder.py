@@ -170,6 +170,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_of(checkpoints: Sequence[Path]) -> Path:
+    """The newest that was committed, of one or more, oldest first; the last if none was."""
+    return next((path for path in reversed(checkpoints) if (path / COMMIT_FILE).is_file()), checkpoints[-1])
+
+
 def check_output_folder(folder: Path, option: str) -> None:
     """Raises UserError where a command must not write into `folder`, which is absolute: it is no folder that this user
     may write, or stands among a run's checkpoints. There it would pass for the newest one, which the run could not

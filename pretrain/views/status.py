@@ -14,7 +14,7 @@ from common.run_lock import BEAT_SECONDS
 from common.tables import DOTS, shortened, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
-from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
 from pretrain.views.reading import RunView, State, setting
 from pretrain.views.text_plot import text_plot
@@ -219,8 +219,7 @@ def next_text(view: RunView) -> str:
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
         return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
-    meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
-    return f"{meaning}; the end of its log says more. The same command continues; {resume}"
+    return f"{meaning_of(code)}; the end of its log says more. The same command continues; {resume}"
 
 
 def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:
