@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.terminal import follows_escapes, visible
 from launch.sweeps.record import Sweep
 from pretrain.report.exit_codes import ExitCode, meaning_of
-from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
+from pretrain.resilience.signals import heard_signals
 from pretrain.views.reading import RunView, State
 from pretrain.views.status import beginning, duration, left_text
 from pretrain.views.sweep import STOPPED, SweepRun
@@ -43,8 +43,7 @@ class Stopping:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Takes the signals over, main thread only."""
-        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._take) for number in taken}
+        before = {number: signal.signal(number, self._take) for number in heard_signals()}
         try:
             yield
         finally:
