@@ -211,16 +211,22 @@ def process_start(pid: int) -> int | None:
 
         return int(100 * psutil.Process(pid).create_time()) if psutil.pid_exists(pid) else None
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        fields = stat_fields(pid)
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def stat_fields(pid: int) -> list[bytes]:
+    """What /proc/PID/stat says behind the name of the process, which may hold blanks: its state, its parent, ... Raises
+    OSError."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
 def process_state(pid: int) -> str:
     """What a process of this machine is doing, in words."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
+        letter = stat_fields(pid)[0].decode()
     except OSError:
         return "is gone"
     words = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "D": "waits for a disk or file system"}

@@ -60,7 +60,7 @@ def train(
         rollback: Rollback | None = None
         while True:
             setup.phases.enter("looking for a checkpoint")
-            start = find_start(config, sources, run_dir, control, rollback)
+            start = find_start(config, sources, run_dir, rollback)
             if control.stopping():
                 end = SegmentEnd(start.progress.step, stopped=control.stop_reason())
                 break

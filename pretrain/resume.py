@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.errors import ConfigError, UserError
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE
+from pretrain.checkpoint.folder import STATE_FILE, newest_of
 from pretrain.config.data_rules import folder_name
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
@@ -22,10 +22,9 @@ from pretrain.config.source_weights import whole_weights
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
-from pretrain.parallel.agreement import agreed
+from pretrain.parallel.agreement import agreed, from_first_rank
 from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
-from pretrain.resilience.control import Control
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
 
 
@@ -75,8 +74,9 @@ def named_checkpoint(choice: str) -> Path:
         return path  # opening it says what is missing
     for folder, what in ((path, "a folder of checkpoints"), (path / "checkpoints", "a run folder")):
         if found := list_checkpoints(folder):
-            newest = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
-            raise UserError(f"checkpoint.resume: {path} is {what}, not a checkpoint; its newest is: set it to {newest}")
+            raise UserError(
+                f"checkpoint.resume: {path} is {what}, not a checkpoint; its newest is: set it to {newest_of(found)}"
+            )
     raise UserError(
         f"checkpoint.resume: {path} is no checkpoint (it holds no {STATE_FILE}) and no run with checkpoints; set it to "
         f"auto, never or a step-... folder"
@@ -279,24 +279,22 @@ class StartPoint:
         return self.checkpoint is not None and len(self.progress.stages) > max(1, len(self.checkpoint.progress.stages))
 
 
-def find_start(
-    config: Config, sources: Sources, run_dir: Path, control: Control, rollback: Rollback | None
-) -> StartPoint:
+def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollback | None) -> StartPoint:
     """The checkpoint to continue from, if any, or to go back to: also for a rollback that an earlier start decided and
     did not live to make. Collective; rank 0's listing of the folder counts. Raises UserError or PeerFailed on every
     rank."""
-    paths: list[Path] = control.from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
+    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
     changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
-    rollbacks: list[Rollback] = control.from_first_rank(lambda: read_rollbacks(run_dir, branch))
+    rollbacks = from_first_rank(lambda: read_rollbacks(run_dir, branch))
     if rollback is None and (decided := pending(rollbacks)) is not None:
         if dist.get_rank() == 0:
             print(
                 f"going back to before step {decided.first_step}, as the last start decided: {decided.reason}",
                 flush=True,
             )
-        return find_start(config, sources, run_dir, control, decided)
+        return find_start(config, sources, run_dir, decided)
     stages = stages_of(resumed, sources, config)
     progress = progress_now(config, resumed)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)

@@ -15,7 +15,7 @@ from pretrain.data.progress import Progress
 from pretrain.device import memory_before, memory_bytes
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
-from pretrain.parallel.agreement import agreed, raise_agreed
+from pretrain.parallel.agreement import agreed, from_first_rank, raise_agreed
 from pretrain.report.estimate import COMPARED_AFTER
 from pretrain.report.metrics import step_values
 from pretrain.report.monitor import Monitor, Origin
@@ -255,7 +255,7 @@ class Segment:
             self.control.largest(0)
         assert not (any_skipped and any_updated), f"step {step}: some ranks skipped the update, others did not"
         if is_spike:
-            reason = self.control.from_first_rank(lambda: self._spike)
+            reason = from_first_rank(lambda: self._spike)
             steps = self.setup.config.resilience.spike_skip_steps
             return said.stopping, self._go_back(f"loss spike: {reason}", Diverged, steps=steps)
         if not said.stopping:
@@ -275,7 +275,7 @@ class Segment:
         if not stopping and self._is_due(config.evaluate.every_steps):
             self._validate()
             stopping = self.control.stopping()
-        if not stopping and self.setup.tasks.are_due(self.progress.step, self.last):
+        if not stopping and self._tasks_are_due():
             self._evaluate_tasks()
             stopping = self.control.stopping()
         if stopping or self._save_is_due():
@@ -286,8 +286,11 @@ class Segment:
         """After the launched step."""
         config = self.setup.config
         replicas = config.resilience.replica_check_every_steps if self.replicas is not None else 0
-        tasks = self.setup.tasks.every_steps
-        return self._save_is_due() or any(map(self._is_due, (config.evaluate.every_steps, replicas, tasks)))
+        steps = (config.evaluate.every_steps, replicas)
+        return self._save_is_due() or self._tasks_are_due() or any(map(self._is_due, steps))
+
+    def _tasks_are_due(self) -> bool:
+        return bool(self.setup.tasks.prepared) and self._is_due(self.setup.tasks.every_steps)
 
     def _save_is_due(self) -> bool:
         """After the last step, launched ones included: by time or by steps."""
@@ -356,16 +359,16 @@ class Segment:
         changes = [key for key in self.start.changes if key.startswith("evaluate.")]
         if any(key != "evaluate.every_steps" and not key.startswith("evaluate.tasks") for key in changes):
             return due  # because settings differ from the checkpoint's
-        return due and not self.control.from_first_rank(lambda: self.folder.was_validated(self.progress.step))
+        return due and not from_first_rank(lambda: self.folder.was_validated(self.progress.step))
 
     def _tasks_are_missing(self) -> bool:
         """As `_validation_is_missing`."""
         step = self.progress.step
-        if step == 0 or not self.setup.tasks.are_due(step, self.last):
+        if step == 0 or not self._tasks_are_due():
             return False
         if any(key.startswith("evaluate.tasks") and key != "evaluate.tasks_every_steps" for key in self.start.changes):
             return True  # other tasks (evaluate.tasks.NAME), or another limit
-        return not self.control.from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
+        return not from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
 
     def _evaluate_tasks(self) -> None:
         def goes_on(done: int) -> bool:

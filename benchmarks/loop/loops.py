@@ -79,7 +79,7 @@ def our_loop(config: Config, run_dir: Path, device: torch.device) -> Iterator[Ou
     setup = RunSetup(config, sources, parallel_context(config), device)
     folder, stop = agreed(lambda: RunFolder(run_dir, writes=setup.parallel.is_first)), Stop()
     with guarded(config.resilience, folder, stop, setup.phases) as control:
-        segment = build_segment(setup, folder, control, find_start(config, sources, run_dir, control, None))
+        segment = build_segment(setup, folder, control, find_start(config, sources, run_dir, None))
         try:
             yield Ours(segment, run_dir)
         finally:

@@ -11,10 +11,10 @@ from typing import Any
 from common.errors import DataError, PassingError
 from common.folders import expanded
 from common.paths import REPOSITORY
-from common.splits import SPLITS, SplitName
+from common.splits import SPLITS, SourceSplit, SplitName
 from common.urls import URL, without_secrets
 from data_prep.config.schema import DataConfig
-from data_prep.raw.documents import ORIGINS, SourceSplit
+from data_prep.raw.documents import ORIGINS
 from data_prep.raw.locations import InputFile, RemoteFile, expand, is_file, match
 from data_prep.raw.megatron_index import bin_pattern, index_of
 from data_prep.work.folder import WORK

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from common.errors import DataError
-from common.splits import SPLITS, SplitName
+from common.splits import SPLITS, SourceSplit, SplitName
 from data_prep.raw.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, is_parquet, is_tar, no_json_lines
 from data_prep.raw.json_text import json_record, text_in
 from data_prep.raw.locations import InputFile
@@ -47,7 +47,6 @@ ID_FORMATS = ("megatron", "token_array")
 _NAMES = {"parquet": "Parquet file", "webdataset": "tar archive"}
 # What `position` counts.
 UNITS = ("line", "byte", "row", "sample", "token")
-SourceSplit = Literal["train", "validation", "test", "hash", "position"]
 # Files of a split in the archives of Wikitext: as written, and with rare words as <unk>.
 WIKITEXT_MEMBERS = {
     split: (f"wiki.{name}.raw", f"wiki.{name}.tokens")

@@ -11,7 +11,7 @@ from common.tables import text_table
 from common.terminal import visible
 from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import ID_FORMATS
-from data_prep.report.stats import QUANTILES, READ_TOKENS, Lengths, dropped_rows, other_tokenizer, text_sums
+from data_prep.report.stats import QUANTILES, READ_TOKENS, TOTALS, Lengths, dropped_rows, other_tokenizer, totals_rows
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import REBUILD, Manifest
 from data_prep.shards.reader import ShardReader, SplitReader
@@ -65,14 +65,12 @@ def _check_content(manifest: Manifest, split: str) -> None:
 
 def stats(manifest: Manifest) -> None:
     """Prints totals of each split and the distribution of tokens per document (EOS not counted)."""
-    totals = []
     lengths = []
     for split, sums in manifest.totals.items():
-        totals.append((split, len(manifest.split(split)), sums.documents, sums.tokens, *text_sums(manifest, split)))
         if sums.documents:
             of_split = Lengths.of(manifest, split)
             lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
-    print(text_table(("split", "shards", "documents", "tokens", "text bytes", "bytes/token"), totals))
+    print(text_table(TOTALS, totals_rows(manifest)))
     print()
     print("tokens per document")
     print(text_table(("split", *QUANTILES, "mean"), lengths))

@@ -26,6 +26,7 @@ PLOTS = ("lengths.png", "bytes_per_token.png", "left_out.png", "duplicates.png",
 READ_TOKENS = 1 << 20
 RATIO_STEP, RATIO_BINS = 0.05, 240  # bytes per token up to 12
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+TOTALS = ("split", "shards", "documents", "tokens", "text bytes", "bytes/token")
 TOP_PIECES = 20
 FIGURE_INCHES = (7.0, 3.2)
 
@@ -151,7 +152,7 @@ def _report(manifest: Manifest) -> tuple[list[str], Plots]:
     """The lines of report.md, and the plots that it names."""
     plots: Plots = {}
     lines = [f"{TITLE}{manifest.digest[:12]}", ""]
-    lines += _totals(manifest)
+    lines += _markdown(TOTALS, totals_rows(manifest))
     lines += _lengths({split: Lengths.of(manifest, split) for split in manifest.splits}, plots)
     lines += _left_out(manifest, plots)
     entry = manifest.tokenizer
@@ -176,14 +177,15 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[s
     return ["| " + " | ".join(row) + " |" for row in [list(header), align, *cells]] + [""]
 
 
-def _totals(manifest: Manifest) -> list[str]:
-    rows = []
-    for split, sums in manifest.totals.items():
-        rows.append((split, len(manifest.split(split)), sums.documents, sums.tokens, *text_sums(manifest, split)))
-    return _markdown(("split", "shards", "documents", "tokens", "text bytes", "bytes per token"), rows)
+def totals_rows(manifest: Manifest) -> list[tuple[object, ...]]:
+    """TOTALS of each split."""
+    return [
+        (split, len(manifest.split(split)), sums.documents, sums.tokens, *_text_sums(manifest, split))
+        for split, sums in manifest.totals.items()
+    ]
 
 
-def text_sums(manifest: Manifest, split: SplitName) -> tuple[object, str]:
+def _text_sums(manifest: Manifest, split: SplitName) -> tuple[object, str]:
     """Bytes of text of a split, and bytes per token; - where nobody knows."""
     sums = manifest.totals[split]
     if not manifest.tokenizer.has_text:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from common.splits import SourceSplit
+
 BYTE_VALUES = 256
 
 
@@ -116,9 +118,8 @@ class InputRecord(Record):
     """Documents of it that are in the shards."""
     format: str
     """Source format, as in the config; of auto what was found: c4, pes2o, jsonl, parquet or webdataset."""
-    split: Literal["train", "validation", "test", "hash", "position"]
-    """Where its documents went; `hash`: to train or validation by a hash of the text; `position`: to every
-    split, by their place in the file."""
+    split: SourceSplit
+    """Where its documents went."""
     quarantined: dict[str, Count] = {}
     """Records that gave no document, by reason; `damaged file` stands for the whole file."""
     filtered: Count = 0

@@ -12,11 +12,12 @@ from typing import IO, Any
 
 from common.errors import DataError
 from common.files import replacing, write_json
+from common.splits import SourceSplit
 from common.terminal import visible
 from data_prep.config.resolved import ResolvedConfig
 from data_prep.config.schema import DataConfig
 from data_prep.config.versions import base_versions, versions
-from data_prep.raw.documents import HARMLESS_REASONS, ID_FORMATS, UNITS, RawFile, SourceSplit
+from data_prep.raw.documents import HARMLESS_REASONS, ID_FORMATS, UNITS, RawFile
 from data_prep.raw.locations import InputFile, UnreachableError, identity, sha256_of, size_and_stamp
 from data_prep.raw.megatron_index import index_of
 from data_prep.raw.records import Document, Rejected

@@ -252,8 +252,7 @@ def _check_gpus(args: argparse.Namespace) -> None:
 
 def _future_data(config: Config) -> list[Path]:
     """Where the data sets will be, found as in pretrain/data/sources.py; those behind URLs are left out."""
-    locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
-    return [find_input(location).absolute() for location in locations if not URL.match(location)]
+    return [find_input(location).absolute() for location in config.data.locations if not URL.match(location)]
 
 
 def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:

@@ -42,12 +42,11 @@ class LocalCheck:
     def problems(self, run: SweepRun) -> list[str]:
         from pretrain.preflight.whole import Examination, Wanted
 
-        settings = [*self._sweep.overrides, *(f"{key}={value}" for key, value in run.values.items())]
         examination = Examination(
             Wanted(
                 config=self._configs[run.config],
                 option="--config",
-                overrides=settings,
+                overrides=self._sweep.settings(run),
                 run_dir=self._sweep.run_dir(run),
                 num_ranks=self._ranks,
             )

@@ -118,11 +118,14 @@ class Sweep:
     def run_dir(self, run: SweepRun) -> Path:
         return self.folder / run.name
 
+    def settings(self, run: SweepRun) -> list[str]:
+        """KEY=VALUE of all that one run sets."""
+        return [*self.overrides, *(f"{key}={value}" for key, value in run.values.items())]
+
     def arguments(self, run: SweepRun, config: Path | None = None) -> list[str]:
         """Of launch/pretrain.py for one run. `config`: instead of the sweep's copy, which may not be there yet."""
-        settings = [*self.overrides, *(f"{key}={value}" for key, value in run.values.items())]
         line = ["--config", str(config or self.config(run.config)), "--run-dir", str(self.run_dir(run))]
-        return [*line, *set_options(settings)]
+        return [*line, *set_options(self.settings(run))]
 
     def result(self, run: SweepRun) -> Result:
         return Result.read(run, self.folder, self.unrecorded.get(run.name), self.jobs.get(run.name, ""))

@@ -18,8 +18,8 @@ from typing import Any
 from common.errors import UserError
 from common.terminal import follows_escapes, visible
 from launch.sweeps.record import Sweep
-from pretrain.report.exit_codes import MEANING, ExitCode
-from pretrain.resilience.signals import IGNORABLE, STOP_SIGNALS
+from pretrain.report.exit_codes import ExitCode, meaning_of
+from pretrain.resilience.signals import heard_signals
 from pretrain.views.reading import RunView, State
 from pretrain.views.status import beginning, duration, left_text
 from pretrain.views.sweep import STOPPED, SweepRun
@@ -43,8 +43,7 @@ class Stopping:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Takes the signals over, main thread only."""
-        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._take) for number in taken}
+        before = {number: signal.signal(number, self._take) for number in heard_signals()}
         try:
             yield
         finally:
@@ -159,8 +158,7 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
     loss = f", validation loss {result.validation:.4f}" if has_loss else ""
     print(f"  {result.state_text}{loss}", flush=True)
     if result.state is State.FAILED:
-        meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
-        print(f"  {meaning}; the end of {log} says more", file=sys.stderr, flush=True)
+        print(f"  {meaning_of(code)}; the end of {log} says more", file=sys.stderr, flush=True)
     return code
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ class Checkpoint:
             raise DamagedCheckpoint(f"checkpoint {self.path}: {problem}; name an earlier one")
 
 
+@contextlib.contextmanager
+def while_they_are_there(checkpoints: Sequence[Path], argument: str) -> Iterator[None]:
+    """What fails inside because a run that goes on has removed one of the checkpoints is raised as a UserError that
+    says so; `argument` of the command named it."""
+    try:
+        yield
+    except Exception:
+        gone = next((path for path in checkpoints if not path.is_dir()), None)
+        if gone is None:
+            raise
+        raise UserError(
+            f"{argument}: {gone} was removed while it was read, by a run that goes on (checkpoint.keep_last); give the "
+            f"command again for the newest one"
+        ) from None
+
+
 def _check_size(path: Path, name: str, expected: int) -> None:
     """Raises DamagedCheckpoint unless the file `name` of the checkpoint `path` has this size."""
     size: int | None = None
@@ -151,6 +168,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=step_of)
+
+
+def newest_of(checkpoints: Sequence[Path]) -> Path:
+    """The newest that was committed, of one or more, oldest first; the last if none was."""
+    return next((path for path in reversed(checkpoints) if (path / COMMIT_FILE).is_file()), checkpoints[-1])
 
 
 def check_output_folder(folder: Path, option: str) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.folder import COMMIT_FILE, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints, newest_of
 from pretrain.checkpoint.shapes import check_shapes
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
@@ -37,7 +37,7 @@ def initial_checkpoint(
             raise UserError(
                 f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder"
             )
-        path = next((p for p in found[::-1] if (p / COMMIT_FILE).is_file()), found[-1])
+        path = newest_of(found)
     checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
     theirs, weights_only = checkpoint.state["tokenizer_sha256"], checkpoint.state.get("weights_only")
     is_known = theirs is not None or weights_only is None or weights_only["tokenizer"] is not None

@@ -60,7 +60,7 @@ def data_at(checkpoint: Checkpoint, config: Config, place: str | None) -> Manife
 
     if place is not None:
         config = config.replaced("data", manifest=place, sources=())
-    locations = [source.manifest for source in config.data.sources] or [config.data.manifest]
+    locations = config.data.locations
     if remote := next((location for location in locations if URL.match(location)), None):
         raise _RemoteData(f"{remote} is behind a URL")
     sources = Sources.load(config)

@@ -4,10 +4,9 @@ other programs."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import Parser, a_path, not_empty
@@ -24,6 +23,7 @@ from pretrain.checkpoint.folder import (
     DamagedCheckpoint,
     check_new_checkpoint,
     list_checkpoints,
+    while_they_are_there,
 )
 from pretrain.checkpoint.shares import read_weights, shares_of
 from pretrain.cli.options import add_ema
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         average_of(args)
     else:
         folder = _newest(args.folder)
-        with _while_they_are_there([folder]):
+        with while_they_are_there([folder], "PATH"):
             convert(folder, args.out, data=args.data, ema=args.ema)
     return 0
 
@@ -124,23 +124,8 @@ def average_of(args: argparse.Namespace) -> None:
     from pretrain.checkpoint.average import average  # imports torch, for which what is refused above need not wait
 
     kind = "ema" if args.ema else "master"
-    with _while_they_are_there(folders):
+    with while_they_are_there(folders, "PATH"):
         average(folders, args.to, weights=weights, kind=kind)
-
-
-@contextlib.contextmanager
-def _while_they_are_there(folders: Sequence[Path]) -> Iterator[None]:
-    """What fails inside because a run that goes on has removed a checkpoint is raised as a UserError that says so."""
-    try:
-        yield
-    except Exception:
-        gone = next((folder for folder in folders if not folder.is_dir()), None)
-        if gone is None:
-            raise
-        raise UserError(
-            f"PATH: {gone} was removed while it was read, by a run that goes on (checkpoint.keep_last); give the "
-            f"command again for the newest one"
-        ) from None
 
 
 def _checkpoints_folder(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.paths import find_input
 from common.terminal import visible
 from common.urls import URL
+from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, open_sources
 from pretrain.evaluate import evaluate as validation
@@ -68,7 +69,7 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
         )
     )
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
-    agreed(lambda: results.check_folder(out))
+    agreed(lambda: check_output_folder(out, "--out"))
     opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
     limits = Limits(choices.batch, choices.context or learned_context(config.model))
     is_first = opened.place.parallel.is_first
@@ -200,9 +201,7 @@ def _data(opened: OpenedModel, config: Config) -> Sources:
     try:
         sources, known = open_sources(config), opened.checkpoint.state.get("tokenizer_sha256")
     except UserError as error:
-        data = config.data
-        places = [source.manifest for source in data.sources] or [data.manifest]
-        if all(URL.match(place) or find_input(place).exists() for place in places):
+        if all(URL.match(place) or find_input(place).exists() for place in config.data.locations):
             raise
         raise UserError(f"validation: {error}; name the place of the prepared data with --data") from None
     if known is not None and sources.tokenizer.sha256 != known:

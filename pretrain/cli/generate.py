@@ -207,9 +207,6 @@ class _Printer:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
         self._is_terminal = sys.stdout.isatty()
-        reconfigure = getattr(sys.stdout, "reconfigure", None)
-        if reconfigure is not None:  # a model writes characters that a terminal's encoding may not have
-            reconfigure(errors="backslashreplace")
 
     def begin(self, prompt: str, number: int, total: int) -> None:
         if self._as_json:

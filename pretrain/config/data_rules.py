@@ -23,7 +23,7 @@ def check_data(config: Config) -> None:
             f"data.sources: the weights add up to {period} in whole numbers, but the schedule has at most "
             f"{LARGEST_PERIOD} positions; round them, e.g. to shares with three decimals"
         )
-    for location in [source.manifest for source in data.sources] or [data.manifest]:
+    for location in data.locations:
         if URL.match(location) and may_hold_secret(location):
             raise ConfigError(
                 f"data.{'sources' if data.sources else 'manifest'}: the URL of {without_secrets(location)} has a "

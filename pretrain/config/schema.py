@@ -72,6 +72,11 @@ class DataConfig(Section):
     cache_bytes: Annotated[int, Field(ge=1, lt=2**63)] = Field(100_000_000_000, json_schema_extra=FREE)
     """Above this total size, the least recently used shards in cache_dir are removed; other files there stay."""
 
+    @property
+    def locations(self) -> list[str]:
+        """The manifests, folders or URLs of all data sets that are read."""
+        return [source.manifest for source in self.sources] or [self.manifest]
+
 
 class BatchConfig(Section):
     """Sizes of batches, in sequences of model.sequence_length tokens."""

@@ -66,12 +66,11 @@ class Sources:
     ) -> Sources | None:
         """As `load`; None if `problem` took that a manifest cannot be loaded."""
         data, patience = config.data, patience or Patience()
-        locations = [source.manifest for source in data.sources] or [data.manifest]
         keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
         names = source_names(config) or [folder_name(data.manifest)]
         weights = whole_weights([source.weight for source in data.sources]) or [1]
         found = []
-        for location, key, name, weight in zip(locations, keys, names, weights, strict=True):
+        for location, key, name, weight in zip(data.locations, keys, names, weights, strict=True):
             try:
                 manifest, cache = patience(partial(_load, location, key, config, follow_links=follow_links))
             except UserError as error:
@@ -80,7 +79,7 @@ class Sources:
             found.append(Source(key, name, manifest, weight, cache))
         for source in found:
             _check_beside(source, found, problem)
-        return cls(tuple(found), patience=patience) if len(found) == len(locations) else None
+        return cls(tuple(found), patience=patience) if len(found) == len(keys) else None
 
     @property
     def key(self) -> str:

@@ -7,7 +7,8 @@ our tasks give the same numbers. Generation is greedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ class HarnessModel(LM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> HarnessModel:
         """For `lm_eval --model switchall --model_args pretrained=RUN`: also batch_size, device, max_length and data, a
         folder of prepared data. Raises UserError."""
-        from pathlib import Path
-
         given = {**arg_dict, **{k: v for k, v in (additional_config or {}).items() if v is not None}}
         checkpoint = find_checkpoint(Path(str(given["pretrained"])))
         batch, data = int(given.get("batch_size") or 16), [str(given["data"])] if "data" in given else []
@@ -170,5 +169,4 @@ def _likeliest(model: Any, rows: Sequence[Sequence[int]], device: torch.device) 
 
 def _before(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stop sequences."""
-    cuts: Callable[[str], int] = text.find
-    return text[: min([cuts(stop) for stop in stops if stop and stop in text], default=len(text))]
+    return text[: min([text.find(stop) for stop in stops if stop and stop in text], default=len(text))]

@@ -74,7 +74,7 @@ def run_harness(
             log_samples=False,
             bootstrap_iters=0,
         )
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise UserError(
             f"--harness: the data of a task cannot be read ({str(error).splitlines()[0]}); where no hub is reachable, "
             f"name a local file, NAME=FILE"

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.folders import making
 from common.tables import text_table
-from pretrain.checkpoint.folder import Checkpoint, check_output_folder
+from pretrain.checkpoint.folder import Checkpoint
 from pretrain.evaluation.tasks import TASKS, TaskResult
 
 FOLDER = "evaluation"
@@ -25,11 +25,6 @@ def results_folder(checkpoint: Checkpoint, *, ema: bool = False) -> Path:
     path = checkpoint.path.absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return run / FOLDER / (path.name + "-ema" * ema)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError if no file can be written there."""
-    check_output_folder(folder, "--out")
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:

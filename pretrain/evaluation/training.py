@@ -69,12 +69,6 @@ class RunTasks(NamedTuple):
                 problem(error)
         return cls(tuple(prepared), settings.tasks_every_steps, limits, first)
 
-    def are_due(self, step: int, last: int) -> bool:
-        """After step `step` of a start that ends with step `last`."""
-        return bool(self.prepared) and (
-            step == last or (self.every_steps > 0 and step > 0 and step % self.every_steps == 0)
-        )
-
     def evaluate(
         self,
         evaluator: Evaluator,
@@ -91,8 +85,9 @@ class RunTasks(NamedTuple):
             if found is None:
                 return
             results.append(found)
-        for result in results if monitor is not None else ():
-            assert monitor is not None
+        if monitor is None:
+            return
+        for result in results:
             values = without_nan(result.values)
             monitor.evaluation(step, result.name, values, examples=result.examples, limit=self.first)
 

@@ -12,7 +12,7 @@ from common.folders import free_bytes, no_room
 from common.paths import REPOSITORY
 from common.progress_bar import count_bytes
 from data_prep.shards.format import Manifest
-from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.folder import Checkpoint, while_they_are_there
 from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.schema import Config
@@ -25,7 +25,7 @@ from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
 from pretrain.export.verify import verify
 from pretrain.export.weights import DTYPES, bytes_of, write_weights
-from pretrain.saved_model.loading import config_of, find_tokenizer, while_it_is_there
+from pretrain.saved_model.loading import config_of, find_tokenizer
 
 OPTION = "--to"
 BESIDE_WEIGHTS = 4 << 20
@@ -85,7 +85,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
     """
     out = out.absolute()
     check_output(out, OPTION)
-    with while_it_is_there(checkpoint):
+    with while_they_are_there([checkpoint.path], "RUN"):
         _export(checkpoint, out, options)
 
 

@@ -33,6 +33,13 @@ def agreed(function: Callable[[], Result]) -> Result:
     return result
 
 
+def from_first_rank(function: Callable[[], Result]) -> Result:
+    """Calls `function` on rank 0 alone and returns its result on every rank; its UserError is agreed. Collective."""
+    values = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]
+
+
 def said_by_first(function: Callable[[], None]) -> None:
     """As `agreed`, but the first rank raises what any rank has met: people read its output, and not that of rank
     4711."""
@@ -92,10 +99,8 @@ def check_same(what: str, value: str) -> None:
 
 def check_shared(folder: Path) -> None:
     """Collective: raises UserError (agreed) unless every rank sees the folder that rank 0 writes."""
-    token = [f".seen-by-rank-0-{secrets.token_hex(8)}"]
-    agreed(lambda: _touch(folder / token[0]) if dist.get_rank() == 0 else None)
-    dist.broadcast_object_list(token, src=0)
-    visible = (folder / token[0]).exists()
+    path = folder / from_first_rank(lambda: _seen_file(folder))
+    visible = path.exists()
     try:
         agree(
             None
@@ -107,11 +112,14 @@ def check_shared(folder: Path) -> None:
         )
     finally:
         if dist.get_rank() == 0:
-            (folder / token[0]).unlink()
+            path.unlink()
 
 
-def _touch(path: Path) -> None:
+def _seen_file(folder: Path) -> str:
+    """The name of a new file in it."""
+    name = f".seen-by-rank-0-{secrets.token_hex(8)}"
     try:
-        path.touch()
+        (folder / name).touch()
     except OSError as error:
-        raise UserError(f"--run-dir: {path.parent} cannot be written: {error.strerror}") from None
+        raise UserError(f"--run-dir: {folder} cannot be written: {error.strerror}") from None
+    return name

@@ -39,6 +39,11 @@ MEANING = {
 }
 
 
+def meaning_of(code: object) -> str:
+    """What a process said by its exit code, which may be of none of ours."""
+    return next((meaning for known, meaning in MEANING.items() if known == code), f"exit code {code}")
+
+
 def code_of(kind: type[UserError]) -> ExitCode:
     """How a run ends that meets an error of this kind."""
     return ExitCode.CUT_OFF if issubclass(kind, PassingError) else ExitCode.REFUSED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import PassingError
-from pretrain.parallel.agreement import agreed
 from pretrain.parallel.rounds import maximum
 from pretrain.resilience.signals import Stop
 
@@ -79,12 +78,6 @@ class Control:
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
         return self.agree(None).stopping
-
-    def from_first_rank(self, function: Callable[[], Any]) -> Any:
-        """Calls `function` on rank 0 alone and returns its result on every rank; its UserError is agreed."""
-        values = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
 
     def stop_reason(self) -> str:
         """Who was asked to stop and by what, e.g. `SIGTERM to rank 3`."""

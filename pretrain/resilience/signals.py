@@ -27,6 +27,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from common.run_lock import stat_fields
 from common.slurm import is_task_of_many
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
@@ -49,6 +50,11 @@ ASIDE_SECONDS = 30.0
 """How long a rank waits for the first one of its node to say what all of them have found."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
+
+
+def heard_signals() -> list[signal.Signals]:
+    """The stop signals that a process takes over."""
+    return [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class ProcessState(Enum):
@@ -90,7 +96,7 @@ class Stop:
         """Takes over the stop signals; main thread only. `launched`: this process is to end with its launcher."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        taken = [n for n in STOP_SIGNALS if n not in IGNORABLE or signal.getsignal(n) is not signal.SIG_IGN]
+        taken = heard_signals()
         for number in (*taken, PARENT_DIED) if launched else taken:
             signal.signal(number, lambda *_: None)  # the work is done by the thread, from the pipe
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -238,6 +244,6 @@ def _deepspeed_runner(launcher: int) -> int | None:
 def _parent_of(pid: int) -> int | None:
     """Parent of a process; None where /proc does not say."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        return int(stat_fields(pid)[1])
     except (OSError, ValueError, IndexError):
         return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,14 @@ from data_prep.shards.format import Manifest
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.folder import CHECKPOINT_NAME, STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint.folder import (
+    CHECKPOINT_NAME,
+    STATE_FILE,
+    Checkpoint,
+    DamagedCheckpoint,
+    list_checkpoints,
+    while_they_are_there,
+)
 from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
@@ -50,7 +56,7 @@ def load_model(
     version, no tokenizer, no moving average.
     """
     checkpoint = find_checkpoint(Path(run_or_checkpoint))
-    with while_it_is_there(checkpoint):
+    with while_they_are_there([checkpoint.path], "RUN"):
         return _loaded(checkpoint, torch.device(device), data, verify=verify, kind="ema" if ema else "master")
 
 
@@ -104,20 +110,6 @@ def find_checkpoint(place: Path) -> Checkpoint:
             raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
         raise DamagedCheckpoint(f"{error}{earlier}") from None
-
-
-@contextlib.contextmanager
-def while_it_is_there(checkpoint: Checkpoint) -> Iterator[None]:
-    """What fails inside because a run that goes on has removed the checkpoint is raised as a UserError that says so."""
-    try:
-        yield
-    except Exception:
-        if checkpoint.path.is_dir():
-            raise
-        raise UserError(
-            f"RUN: {checkpoint.path} was removed while it was read, by a run that goes on (checkpoint.keep_last); give "
-            f"the command again for the newest one"
-        ) from None
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

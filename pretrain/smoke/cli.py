@@ -151,6 +151,7 @@ def _test(
     import torch.distributed as dist
 
     from pretrain.loop import train
+    from pretrain.parallel.agreement import from_first_rank
     from pretrain.smoke.collectives import check_collectives
 
     is_first = dist.get_rank() == 0
@@ -163,17 +164,17 @@ def _test(
             print(f"{VERDICT}{fault}", flush=True)
     if faults:
         return ExitCode.UNFORESEEN, f"FAILED: a wrong result of a collective, {faults[0]}"
-    folder = _from_first(lambda: new_folder(run_dir))
+    folder = from_first_rank(lambda: new_folder(run_dir))
     if train(config, sources, folder / "unbroken", device, stop) is not ExitCode.FINISHED:
         return ExitCode.STOPPED, "STOPPED by a signal before it was done"
     middle = folder / "unbroken" / "checkpoints" / f"step-{args.steps:08d}"
     resumed = smoke_config(config_file(args.config), args.overrides, args.steps, resume=middle)
     if train(resumed, sources, folder / "resumed", device, stop) is not ExitCode.FINISHED:
         return ExitCode.STOPPED, "STOPPED by a signal before it was done"
-    faults = _from_first(lambda: differences(folder, args.steps))
+    faults = from_first_rank(lambda: differences(folder, args.steps))
     if faults:
         return ExitCode.UNFORESEEN, f"FAILED: resume is not equal in every bit: {faults[0]}; see {folder}"
-    speed = _from_first(lambda: tokens_per_second(folder / "unbroken"))
+    speed = from_first_rank(lambda: tokens_per_second(folder / "unbroken"))
     if is_first:
         for name in ("unbroken", "resumed"):
             shutil.rmtree(folder / name / "checkpoints")
@@ -184,17 +185,6 @@ def _test(
         ExitCode.FINISHED,
         f"PASSED: {collectives}; {speed:,.0f} tokens/s{slower}; resume equal in every bit",
     )
-
-
-def _from_first(function: Any) -> Any:
-    """What `function` gives on rank 0, on every rank; collective. Raises UserError or PeerFailed."""
-    import torch.distributed as dist
-
-    from pretrain.parallel.agreement import agreed
-
-    value = [agreed(lambda: function() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(value, src=0)
-    return value[0]
 
 
 def new_folder(run_dir: Path) -> Path:

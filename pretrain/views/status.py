@@ -14,7 +14,7 @@ from common.run_lock import BEAT_SECONDS
 from common.tables import DOTS, counted, shortened, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
-from pretrain.report.exit_codes import MEANING, ExitCode
+from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
 from pretrain.views.reading import RunView, State, setting
 from pretrain.views.text_plot import text_plot
@@ -226,10 +226,9 @@ def next_text(view: RunView) -> str:
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
         return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
-    meaning = next((text for known, text in MEANING.items() if known == code), f"exit code {code}")
     changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
     then = next(changed, "Start the same command again")
-    return f"{meaning}; the end of its log says more. {then}; {resume}"
+    return f"{meaning_of(code)}; the end of its log says more. {then}; {resume}"
 
 
 def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:

@@ -57,3 +57,11 @@ def write_corpus(folder: Path, *, documents: int = 60) -> dict[str, Any]:
         "tokenizer": {"vocab_size": 600, "sample_bytes": 100_000},
         "shard": {"tokens_per_shard": 40_000, "tokens_per_member": 4096},
     }
+
+
+def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
+    """`raw`: the folder of a test, and the config of the corpus in it."""
+    folder, body = raw
+    path = folder / f"{output}.json"
+    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
+    return path

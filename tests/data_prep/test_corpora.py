@@ -17,9 +17,8 @@ from data_prep.config.resolved import resolve
 from data_prep.raw.documents import RawFile, Rejected, documents, is_article_heading
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
-from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import WORDS
-from tests.data_prep.test_prepare import one_error, outputs, run
+from tests.data_prep.test_prepare import decoded, one_error, outputs, run
 
 SPLIT_BYTES = [30_011, 5_003, 5_000]
 SHARD = {"tokens_per_shard": 8000, "tokens_per_member": 1024}
@@ -96,12 +95,6 @@ def stream(manifest: Manifest, split: str) -> np.ndarray:
     """All ids of a split, int64 [tokens]."""
     with SplitReader(manifest, split, verify_on_first_read=True) as reader:
         return reader.read(0, reader.num_tokens)
-
-
-def texts(manifest: Manifest, split: str) -> list[str]:
-    tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
-    with SplitReader(manifest, split, verify_on_first_read=True) as reader:
-        return [tokenizer.decode(reader.document(number)) for number in range(reader.num_documents)]
 
 
 def test_enwik8_is_its_bytes_in_order_in_three_exact_parts(enwik8: Path, tmp_path: Path) -> None:
@@ -277,7 +270,7 @@ def test_articles_are_documents_in_the_order_of_the_files(wikitext: Path, tmp_pa
     assert run(wikitext) == 0
     manifest = Manifest.load(tmp_path / "out")
     for seed, (split, newline) in enumerate((("train", "\n"), ("validation", "\n"), ("test", "\r\n"))):
-        assert texts(manifest, split) == make_wikitext(40, seed=seed, newline=newline)
+        assert decoded(manifest, split) == make_wikitext(40, seed=seed, newline=newline)
     assert [(r.name, r.split, r.documents) for r in manifest.provenance.inputs] == [
         ("wiki.train.raw", "train", 42),
         ("wiki.valid.raw", "validation", 42),

@@ -16,7 +16,7 @@ from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
 from data_prep.work.parallel import _start_method
-from tests.data_prep.raw_corpus import write_corpus
+from tests.data_prep.raw_corpus import write_config, write_corpus
 from tests.data_prep.test_prepare import outputs
 from tests.data_prep.test_stages import Killed
 
@@ -31,13 +31,6 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     trained.write_text(json.dumps({**body, "output": str(folder / "trained")}))
     assert main(["run", "--config", str(trained)]) == 0
     return folder, {**body, "tokenizer": {"model": str(folder / "trained" / "tokenizer.model")}}
-
-
-def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
-    folder, body = raw
-    path = folder / f"{output}.json"
-    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
-    return path
 
 
 @pytest.fixture(scope="module")

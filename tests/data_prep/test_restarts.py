@@ -1,7 +1,6 @@
 """What stands between two attempts: other versions of the code, lost connections, killed workers."""
 
 import dataclasses
-import json
 import os
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ from data_prep.raw import locations
 from data_prep.run.preparation import Preparation
 from data_prep.run.stages import STAGES, spread
 from data_prep.stages.id_maker import IdRecipe
-from tests.data_prep.raw_corpus import write_corpus
+from tests.data_prep.raw_corpus import write_config, write_corpus
 from tests.data_prep.test_prepare import one_error, outputs
 
 
@@ -27,13 +26,6 @@ from tests.data_prep.test_prepare import one_error, outputs
 def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("restarts")
     return folder, write_corpus(folder / "raw")
-
-
-def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
-    folder, body = raw
-    path = folder / f"{output}.json"
-    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
-    return path
 
 
 def folders_of(config: Path, *overrides: str) -> dict[str, str]:

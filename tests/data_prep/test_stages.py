@@ -23,7 +23,7 @@ from data_prep.run import output_files
 from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.shards.reader import ShardReader
 from data_prep.work import folder as work
-from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_corpus
+from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_config, write_corpus
 from tests.data_prep.test_prepare import decoded, one_error, outputs
 
 # Parts of 60 KB and every file alone, as large ones are: it becomes several, so that stages have something to
@@ -59,13 +59,6 @@ def clean(raw: tuple[Path, dict[str, Any]]) -> Path:
         patch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)
         assert main(["run", "--config", str(write_config(raw, "clean"))]) == 0
     return raw[0] / "clean"
-
-
-def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> Path:
-    folder, body = raw
-    path = folder / f"{output}.json"
-    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
-    return path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

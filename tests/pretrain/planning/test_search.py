@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -30,6 +29,7 @@ from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
+from tests.pretrain.planning.test_fit import Total, by_stage
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -37,17 +37,6 @@ ONE_BILLION = CONFIGS / "switchall_1b.json"
 NOWHERE = Path("no records")
 SMALL = ("model.num_layers=2", "batch.global_sequences=8")
 """Of the 1B model: a space of a few hundred layouts on four GPUs."""
-
-
-def by_stage(estimate: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """In place of layout_plan.stage_memories."""
-    return lambda config, found, stages=None: [
-        estimate(config, found.num_gpus, "cuda", stage=stage) for stage in stages or range(config.parallel.pipeline)
-    ]
-
-
-class Total(NamedTuple):
-    total: int
 
 
 def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
