@@ -206,6 +206,15 @@ def test_every_documented_key_has_words() -> None:
     assert not [key for key in keys if key != "step" and tags.tag_of(key)[0].startswith("other/")]
 
 
+def test_every_group_of_the_board_is_in_the_table_of_the_page(finished: tuple[Config, Path]) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "monitoring.md").read_text()
+    groups = {words for line in page.splitlines() if line.startswith("| `") for words in re.findall("`([^`]+)`", line)}
+    board = read(finished[1] / "tensorboard").Tags()
+    shown = {*board["scalars"], *board["images"], *board["histograms"], *(tag for tag, _ in tags.TAGS.values())}
+    known = [tag for tag in shown if {tag.split("/")[0], "/".join(tag.split("/")[:2])} & groups]
+    assert sorted(shown - set(known)) == []
+
+
 def fail_to_draw(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
     """As where matplotlib finds no font, or no room for its cache."""
 
