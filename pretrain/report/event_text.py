@@ -53,7 +53,8 @@ def _number(value: Any, form: str = ".4f") -> str:
 def _validation(event: Row) -> str:
     of_sources = source_losses(event)
     told = f" ({sources_text(of_sources)})" if of_sources else ""
-    return f"validation after {_step(event)}: loss {_number(event.get('loss'))}{told}"
+    average = f"; moving average: loss {_number(event['ema_loss'])}" if "ema_loss" in event else ""
+    return f"validation after {_step(event)}: loss {_number(event.get('loss'))}{told}{average}"
 
 
 def _replicas(event: Row) -> str:

@@ -28,6 +28,9 @@ TAGS: dict[str, tuple[str, float]] = {
     "memory_reserved_bytes": ("memory of rank 0 in GiB/reserved", 1 / GIB),
     "memory_peak_bytes": ("memory of rank 0 in GiB/peak", 1 / GIB),
     "routing_negative_entropy": ("routing/of the regulariser/negative entropy", 1.0),
+    "routing_choices": ("routing/replayed/choices taken from the record", 1.0),
+    "routing_flips": ("routing/replayed/choices that would have been different", 1.0),
+    "routing_flip_distance": ("routing/replayed/farthest from a tie, difference of the logits", 1.0),
 }
 """Key of metrics.jsonl -> tag, and the factor to its unit."""
 SUMMARY = {

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from html import escape
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +31,20 @@ LEGEND_LETTERS, TITLE_LETTERS = 168, 28
 WIDE = 10.0
 """Losses or norms that differ by more than this factor, as after a blow-up, are drawn on a logarithmic axis, or the
 others would lie on one line."""
+
+
+COLOURS, DASHES = 10, ("-", "--", ":", "-.")
+"""Of matplotlib's cycle, and how the lines of every further ten runs are broken."""
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour and line of a run, which no other of the first forty has."""
+    return {"color": f"C{number % COLOURS}", "linestyle": DASHES[number // COLOURS % len(DASHES)]}
+
+
+def fill(number: int) -> Literal["full", "none"]:
+    """Of its dots."""
+    return "full" if number < COLOURS else "none"
 
 
 def set_scale(axes: Axes) -> None:
@@ -65,7 +80,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
         axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
     for number, run in enumerate(runs):
         if validations := run.view.validations():
-            grid[0, 0].plot(*zip(*validations, strict=True), "o", color=f"C{number}", markersize=5)
+            dots = {"color": f"C{number}", "markersize": 5, "fillstyle": fill(number)}
+            grid[0, 0].plot(*zip(*validations, strict=True), "o", **dots)
             grid[0, 0].set_title("training loss, validation loss (dots) against steps")
     _sources(grid[0, 0], runs)
     if len(runs) > 1:
@@ -86,7 +102,7 @@ def drawn(runs: Sequence[Run]) -> bytes:
     for axes in (*grid[0], grid[1, 1]):
         set_scale(axes)
     # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
-    handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+    handles = [Line2D([], [], **look(number)) for number in range(len(runs))]
     legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=columns, frameon=False)
     for entry, run in zip(legend.get_texts(), runs, strict=True):
         entry.set(text=shortened(run.label, most), parse_math=False)
@@ -113,7 +129,7 @@ def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
         x, y = thinned(run.column(axis), run.column(key))
         # Wider and paler, so that the first is seen below one that is equal.
         width, alpha = (1.2, 1.0) if number else (3.0, 0.5)
-        axes.plot(x, y, color=f"C{number}", linewidth=width, alpha=alpha)
+        axes.plot(x, y, **look(number), linewidth=width, alpha=alpha)
     axes.grid(alpha=0.3)
 
 
@@ -138,7 +154,7 @@ def _distance(axes: Axes, runs: Sequence[Run]) -> None:
     for number, other in enumerate(runs[1:], start=1):
         steps, ours, theirs = np.intersect1d(runs[0].column("step"), other.column("step"), return_indices=True)
         distance = other.column("loss")[theirs] - runs[0].column("loss")[ours]
-        axes.plot(*thinned(steps, distance), color=f"C{number}", linewidth=1.2)
+        axes.plot(*thinned(steps, distance), **look(number), linewidth=1.2)
     axes.axhline(0.0, color="C0", linewidth=1.0)
     axes.grid(alpha=0.3)
     name = shortened(runs[0].label, TITLE_LETTERS)

@@ -233,6 +233,11 @@ class RunView:
             for step, event in self._validation_events("validation")
         ]
 
+    def average_validations(self, split: str = "validation") -> list[tuple[int, float]]:
+        """Step and loss of the moving average in those validations that computed it (`evaluate.ema`)."""
+        found = self._validation_events(split)
+        return [(step, _loss(event["ema_loss"])) for step, event in found if "ema_loss" in event]
+
     def _validation_events(self, split: str) -> list[tuple[int, Row]]:
         found: dict[int, Row] = {}
         for event in self.events:

@@ -133,7 +133,7 @@ def loss_text(view: RunView) -> str:
 
 
 def validation_text(view: RunView) -> str:
-    """The newest validation, also of each source of a mixture, and the best."""
+    """The newest validation, also of each source of a mixture and of the moving average, and the best."""
     validations = view.validations()
     if not validations:
         return ""
@@ -141,9 +141,14 @@ def validation_text(view: RunView) -> str:
     finite = [pair for pair in validations if math.isfinite(pair[1])]
     best, lowest = min(finite, key=lambda pair: pair[1]) if finite else (step, loss)
     of_sources = dict(view.source_validations())[step]
-    text = f"{loss:.4f}" if math.isfinite(loss) else "not finite"
-    text += f" after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
-    return text if best == step else f"{text}, best {lowest:.4f} after step {best:,}"
+    text = f"{_finite(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
+    text += "" if best == step else f", best {lowest:.4f} after step {best:,}"
+    average = dict(view.average_validations()).get(step)
+    return text if average is None else f"{text}; moving average {_finite(average)}"
+
+
+def _finite(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "not finite"
 
 
 def tasks_text(view: RunView) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from common.tables import shortened
-from pretrain.views.comparison_page import set_scale
+from pretrain.views.comparison_page import fill, look, set_scale
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result, content_of, loss_name, number_of, ranked, short_keys
 
@@ -48,10 +48,12 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
         texts = {other: names[other][_value(result, other)] for other in others}
         label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
         lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
-    style = "o-" if _are_numbers(results, key) else "o"  # nothing lies between two words
     curves: list[Line2D] = []
-    for label, points in sorted(lines.items()):
-        curves += axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1.2)
+    for number, (label, points) in enumerate(sorted(lines.items())):
+        curve = {**look(number), "marker": "o", "fillstyle": fill(number), "linewidth": 1.2}
+        if not _are_numbers(results, key):
+            curve["linestyle"] = ""  # nothing lies between two words
+        curves += axes.plot(*zip(*sorted(points), strict=True), label=label, **curve)
     if finished:
         best = finished[0]
         axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import pretrain
 from common.errors import UserError
 from model.config import XLConfig
 from model.language_model import build_model
@@ -133,7 +134,8 @@ def test_what_is_refused(opened: OpenModel) -> None:
 def test_the_notebook_runs(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a run in the place of the demo's. It is stored without outputs, which would hold paths of a machine."""
+    """On a run in the place of the demo's, in the folder where Jupyter starts it. It is stored without outputs, which
+    would hold paths of a machine."""
     content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
     cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
@@ -141,7 +143,9 @@ def test_the_notebook_runs(
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(trained)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs" / "notebooks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "docs" / "notebooks")
+    monkeypatch.setattr(pretrain, "__file__", str(tmp_path / "pretrain" / "__init__.py"))
     variables: dict[str, Any] = {}
     for cell in cells:
         # As in a notebook every cell sees what the cells before it defined.

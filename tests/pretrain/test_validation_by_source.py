@@ -212,11 +212,12 @@ def test_the_sources_are_shown_where_the_total_is(
     written = {key.replace("/c4", "/NAME") for key in event if not key.endswith("/pes2o")} - {"event", "time"}
     assert documented - written == {"bits_per_byte", "ema_bits_per_byte"} and written <= documented
 
-    assert validation_text(RunView.open(run)) == f"{event['loss']:.4f} after step 1 ({of_sources})"
+    average = f"{event['ema_loss']:.4f}"
+    told = f"{event['loss']:.4f} after step 1 ({of_sources}); moving average {average}"
+    assert validation_text(RunView.open(run)) == told
     loss = f"validation after step 1: loss {event['loss']:.4f}"
-    assert event_text(event, 0.0).endswith(f"  {loss} ({of_sources})") and f"{loss} (" in screen(
-        RunView.open(run), width=120, now=0.0
-    )
+    assert event_text(event, 0.0).endswith(f"  {loss} ({of_sources}); moving average: loss {average}")
+    assert f"{loss} (" in screen(RunView.open(run), width=120, now=0.0)
     assert "(" not in event_text(validation(alone), 0.0)
     known = {name: event[f"loss/{name}"] for name in sources}
     assert summary(RunView.open(run))["validations_by_source"] == [[1, known]]

@@ -192,6 +192,29 @@ def test_every_key_of_a_line_has_words(finished: tuple[Config, Path]) -> None:
     assert phases >= {"forward", "backward", "update", "reading batches", "validation", "checkpoint", "whole step"}
 
 
+def test_every_documented_key_has_words() -> None:
+    """Those too that only some runs have: of docs/operations.md's table of metrics.jsonl."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text()
+    table = page.partition("## What a run writes")[2].partition("MoA's routers are")[0]
+    keys = [
+        key
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for key in re.findall("`([a-zA-Z_/]+)`", line.split("|")[1])
+    ]
+    assert {"loss", "epoch/NAME", "loss_scale", "memory_reserved_bytes", "routing_flips"} <= set(keys)
+    assert not [key for key in keys if key != "step" and tags.tag_of(key)[0].startswith("other/")]
+
+
+def test_every_group_of_the_board_is_in_the_table_of_the_page(finished: tuple[Config, Path]) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "monitoring.md").read_text()
+    groups = {words for line in page.splitlines() if line.startswith("| `") for words in re.findall("`([^`]+)`", line)}
+    board = read(finished[1] / "tensorboard").Tags()
+    shown = {*board["scalars"], *board["images"], *board["histograms"], *(tag for tag, _ in tags.TAGS.values())}
+    known = [tag for tag in shown if {tag.split("/")[0], "/".join(tag.split("/")[:2])} & groups]
+    assert sorted(shown - set(known)) == []
+
+
 def fail_to_draw(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
     """As where matplotlib finds no font, or no room for its cache."""
 

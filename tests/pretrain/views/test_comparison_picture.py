@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -62,6 +63,25 @@ def test_losses_and_norms_more_than_a_decade_apart_have_a_logarithmic_axis(
     drawn(runs_of(calm, wild))
     assert len(found) == 6
     assert {title.partition(" against")[0] for title, scale in found.items() if scale == "log"} == logarithmic
+
+
+def test_every_run_of_many_has_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib has ten colours and begins anew."""
+    figures = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *args: Any, **kwargs: Any) -> None:
+        figures.append(canvas.figure)
+        print_png(canvas, *args, **kwargs)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    paths = [write(tmp_path / f"run-{number}", [row(1, 2.0), row(2, 1.0)]) for number in range(13)]
+    assert len(drawn(runs_of(*paths))) > 10_000
+    (figure,) = figures
+    (legend,) = figure.legends
+    lines = (legend.get_lines(), figure.axes[0].lines, figure.axes[4].lines)
+    shown = [[(to_hex(line.get_color()), line.get_linestyle()) for line in of_one] for of_one in lines]
+    assert shown[0] == shown[1] == shown[2] and len(set(shown[0])) == len(paths)
 
 
 @pytest.mark.parametrize("runs, letters", [(1, 34), (3, 34), (9, 34), (4, 47), (10, 120), (2, 198)])

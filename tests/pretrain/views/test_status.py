@@ -103,6 +103,19 @@ def test_a_changed_setting_has_the_values_that_a_configuration_has(tmp_path: Pat
     assert "checkpoint.resume changed from auto to never" in text
 
 
+def test_a_validation_has_its_moving_average_beside_it(tmp_path: Path) -> None:
+    events = [
+        {"event": "validation", "time": 2.0, "step": step, "loss": loss, "ema_loss": average}
+        for step, loss, average in ((4, 4.5, 4.75), (8, 5.0, 4.25))
+    ]
+    text = shown(write(tmp_path / "run", events=events))
+    assert "validation 5.0000 after step 8, best 4.5000 after step 4; moving average 4.2500" in text
+    assert "validation after step 4: loss 4.5000; moving average: loss 4.7500" in text
+    assert "moving average not finite" in shown(write(tmp_path / "wild", events=[{**events[0], "ema_loss": None}]))
+    del events[1]["ema_loss"]  # switched off on the way
+    assert "best 4.5000 after step 4\n" in shown(write(tmp_path / "off", events=events))
+
+
 def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
     words = " ".join(f"word{number}" for number in range(40))
     events = [{"event": "skipped_checkpoint", "time": 2.0, "path": "step-00000009", "reason": words}]

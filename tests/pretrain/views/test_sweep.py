@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
 from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
@@ -234,3 +235,21 @@ def test_the_legend_names_also_a_configuration_that_begins_with_an_underscore(
     values = ("1e-3", "2e-3")
     losses_drawn([result(tmp_path, value, [3.0], config=config) for config in ("_x", "y") for value in values], [RATE])
     assert drawn == [["_x", "y"]]
+
+
+def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve configurations, where matplotlib has ten colours; also dots without lines, of the configurations."""
+    looks: list[set[tuple[object, ...]]] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
+        for axes in canvas.figure.axes:
+            lines = axes.get_legend().get_lines()
+            looks.append({(to_hex(line.get_color()), line.get_linestyle(), line.get_fillstyle()) for line in lines})
+        return print_png(canvas, *given, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    configs = [f"config-{number:02}" for number in range(12)]
+    rates = [f"{number}e-3" for number in range(1, 13)]
+    losses_drawn([result(tmp_path, value, [3.0], config=config) for config in configs for value in rates], [RATE])
+    assert [len(of_axes) for of_axes in looks] == [12, 12]
