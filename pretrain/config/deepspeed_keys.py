@@ -2,8 +2,8 @@
 
 A key is passed on only if it changes what a run of ours does. All others are refused with the reason: decided by
 another key of ours, without an effect here (DeepSpeed's own checkpoints, data loader, inference ...), removed from
-DeepSpeed, one with which no run works, or unknown. tests/pretrain/config/test_deepspeed_keys.py compares the tables with
-DeepSpeed's own models, so that an upgrade cannot add or remove a key unseen.
+DeepSpeed, one with which no run works, or unknown. tests/pretrain/config/test_deepspeed_keys.py compares the tables
+with DeepSpeed's own models, so that an upgrade cannot add or remove a key unseen.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ BREAKS = {
     "DeepSpeed frees before their backward pass is over; deepspeed.zero_optimization.leaf_module names single layers"
     for prefix in ("", "stage3_")
 } | {
-    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then says of most elements that another parameter's lie "
-    "where they lie, so a checkpoint would hold other weights than the model's"
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then says of most elements that another parameter's "
+    "lie where they lie, so a checkpoint would hold other weights than the model's"
 }
 """Keys with which a run of ours ends at its first step or saves what cannot be used: key -> why."""
 

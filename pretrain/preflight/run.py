@@ -250,10 +250,11 @@ class PlannedRun:
 
     def _routing(self, found: Outcome) -> str:
         train = self.config.train
-        if train.replay_routing is None:
-            return "none is replayed"
+        if train.replay_routing is None and not train.record_routing:
+            return "none is written or replayed"
         from pretrain.resume import stages_of
-        from pretrain.routing.tape import open_record
+        from pretrain.routing.record import check_recording
+        from pretrain.routing.tape import open_record, recording
 
         if self.has_checkpoint is None or "routing record" in self.broken:
             raise Blocked("it is not known which steps of which record are needed")
@@ -261,6 +262,11 @@ class PlannedRun:
         last = min(train.steps, train.stop_after_steps or train.steps)
         sources = self._opened()
         stage = stages_of(self.newest, sources, self.config)[-1]
+        if train.record_routing:
+            if self.run_dir is None:
+                raise Blocked("there can be no run folder")
+            folder, content = recording(self.config, sources, stage, self.run_dir)
+            return f"{folder} {'goes on' if check_recording(folder, content) else 'will be made'}"
         open_record(self.config, sources, stage).check_steps(range(first + 1, last + 1))
         return f"{train.replay_routing} holds the steps {first + 1:,} to {last:,}"
 

@@ -152,23 +152,32 @@ class Record:
         return Replay(choices, positions)
 
 
+def check_recording(folder: Path, content: dict[str, Any]) -> bool:
+    """Whether `folder` holds choices already, those of this run. Raises UserError if they are another's, and
+    OSError."""
+    path = folder / "record.json"
+    if not path.exists():
+        return False
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"train.record_routing: {path} is not a record of choices; move it away") from None
+    if held != {"format": FORMAT, **content}:
+        raise UserError(
+            f"train.record_routing: {folder} holds the choices of another run; move it away, or give the run "
+            f"another --run-dir"
+        )
+    return True
+
+
 def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
     """Rank 0: prepares the folder for the choices after `step`, and removes those of later steps, which will be
     computed again. Raises UserError if it holds another run's."""
-    path = folder / "record.json"
     try:
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            if held != {"format": FORMAT, **content}:
-                raise UserError(
-                    f"train.record_routing: {folder} holds the choices of another run; move it away, or give the run "
-                    f"another --run-dir"
-                )
+        if check_recording(folder, content):
             _remove_after(folder, step)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, **content})
-    except json.JSONDecodeError:
-        raise UserError(f"train.record_routing: {path} is not a record of choices; move it away") from None
+        write_json(folder / "record.json", {"format": FORMAT, **content})
     except OSError as error:
         raise UserError(f"train.record_routing: {folder} cannot be written: {error.strerror}") from None
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -76,8 +76,7 @@ def open_tape(
     PeerFailed."""
     sources, stage = data.sources, data.stream.stage
     if config.train.record_routing:
-        folder = run_dir / "routing"
-        content = description(config, sources.digest, stage)
+        folder, content = recording(config, sources, stage, run_dir)
         agreed(lambda: begin_record(folder, content, steps.start - 1) if parallel.is_first else None)
         return Recording(folder, module, parallel)
     if config.train.replay_routing is not None:
@@ -85,6 +84,11 @@ def open_tape(
         agreed(lambda: record.check_steps(steps))
         return Replaying(record, config, module, parallel)
     return None
+
+
+def recording(config: Config, sources: Sources, stage: Stage, run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a run in `stage` of its data writes what its routers choose, and how that is described."""
+    return run_dir / "routing", description(config, sources.digest, stage)
 
 
 def open_record(config: Config, sources: Sources, stage: Stage) -> Record:

@@ -144,6 +144,18 @@ def test_files_of_tasks_are_read_as_a_start_reads_them(place: Path, capsys: pyte
     assert re.match(expected, wrong[0]) and "launch/evaluate.py --context" in wrong[0], wrong[0]
 
 
+def test_choices_of_another_run_are_in_the_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a start says that is to record its own."""
+    record, keys = place / "run" / "routing" / "record.json", ("--run-dir", "run", "--set", "train.record_routing=true")
+    code, said, _ = checked(capsys, *keys)
+    assert code == 0 and f"{record.parent} will be made" in said
+    record.parent.mkdir(parents=True)
+    for content, words in (('{"format": 1}', "holds the choices of another run"), ("{", "is not a record of choices")):
+        record.write_text(content)
+        code, _, wrong = checked(capsys, *keys)
+        assert code == 2 and len(wrong) == 1 and words in wrong[0] and "move it away" in wrong[0]
+
+
 def test_data_of_another_tokenizer_are_no_change_that_a_run_may_make(
     place: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
