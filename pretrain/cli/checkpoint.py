@@ -22,6 +22,7 @@ from pretrain.checkpoint.folder import (
     Checkpoint,
     DamagedCheckpoint,
     check_new_checkpoint,
+    check_no_export,
     list_checkpoints,
 )
 from pretrain.checkpoint.shares import read_weights, shares_of
@@ -153,6 +154,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _check_folder(folder: Path, argument: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{argument}: there is no folder {folder}; name a checkpoint (step-...) or a run folder")
+    check_no_export(folder, argument)
 
 
 def _newest(folder: Path) -> Path:
