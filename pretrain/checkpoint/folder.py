@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,15 @@ def check_output_folder(folder: Path, option: str) -> None:
                 f"{option}: {place} is, or would pass for, a checkpoint that a run continues from and removes by "
                 f"itself; name a folder outside of {place.parent}"
             )
+
+
+def check_no_export(folder: Path, option: str) -> None:
+    """Raises UserError for a folder that launch/export.py wrote, or transformers: its weights are no checkpoint yet."""
+    if (folder / "generation_config.json").exists() and not (folder / STATE_FILE).exists():
+        raise UserError(
+            f"{option}: {folder} is an export; make a checkpoint of it, python launch/import_weights.py "
+            f"{shlex.quote(str(folder))} --to FOLDER, and name that"
+        )
 
 
 def is_among_checkpoints(folder: Path) -> bool:

@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint.folder import STATE_FILE, Checkpoint, DamagedCheckpoint, list_checkpoints, newest_of
+from pretrain.checkpoint.folder import (
+    STATE_FILE,
+    Checkpoint,
+    DamagedCheckpoint,
+    check_no_export,
+    list_checkpoints,
+    newest_of,
+)
 from pretrain.checkpoint.shapes import check_shapes
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
@@ -34,6 +41,7 @@ def initial_checkpoint(
     if not (path / STATE_FILE).exists():
         found = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if not found:
+            check_no_export(path, KEY)
             raise UserError(
                 f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder"
             )

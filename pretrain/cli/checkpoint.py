@@ -22,6 +22,7 @@ from pretrain.checkpoint.folder import (
     Checkpoint,
     DamagedCheckpoint,
     check_new_checkpoint,
+    check_no_export,
     list_checkpoints,
     while_they_are_there,
 )
@@ -139,6 +140,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _check_folder(folder: Path, argument: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{argument}: there is no folder {folder}; name a checkpoint (step-...) or a run folder")
+    check_no_export(folder, argument)
 
 
 def _newest(folder: Path) -> Path:

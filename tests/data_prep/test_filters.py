@@ -13,7 +13,15 @@ from data_prep.cli import main
 from data_prep.config.schema import FilterConfig
 from data_prep.shards.format import Manifest
 from data_prep.stages.c4_rules import clean_page
-from data_prep.stages.filters import RULES, Filters, LanguageIdentifier, _repeated_spans, _top_ngram, plain_newlines
+from data_prep.stages.filters import (
+    RULES,
+    Filters,
+    LanguageIdentifier,
+    _repeated_spans,
+    _top_ngram,
+    gopher_repetition,
+    plain_newlines,
+)
 from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
 from tests.data_prep.test_prepare import decoded
@@ -73,6 +81,25 @@ def test_good_text_passes_and_every_switch_works() -> None:
     assert verdict(mixed, language="en", language_characters=5000) is None
     assert verdict(mixed, language="en", language_characters=100) == "language"
     assert verdict("", c4=False, gopher_quality=False, min_words=0) == "too few words"  # c4_lines left nothing
+
+
+@pytest.mark.parametrize(
+    "repeated, times, rule",
+    [
+        (2, 21, "top 2-gram"), (2, 19, None), (3, 13, "top 3-gram"), (3, 11, None), (4, 9, "top 4-gram"), (4, 7, None),
+        (31, 2, "repeated 5-grams"), (29, 2, "repeated 6-grams"), (27, 2, "repeated 7-grams"),
+        (25, 2, "repeated 8-grams"), (23, 2, "repeated 9-grams"), (21, 2, "repeated 10-grams"), (19, 2, None),
+    ],
+)  # fmt: skip
+def test_shares_of_ngrams_are_those_of_gophers_table(repeated: int, times: int, rule: str | None) -> None:
+    """Of 200 words of one length, `repeated` stand `times` times, with another word between. The most frequent n-gram
+    may take 20%, 18% and 16% (n = 2, 3, 4), n-grams that occurred before 15%, 14%, ... 10% (n = 5, 6, ... 10)."""
+    others = iter(f"w{number:03}" for number in range(200))
+    again = [f"r{number:03}" for number in range(repeated)]
+    words = [word for _ in range(times) for word in [*again, next(others)]]
+    words += [next(others) for _ in range(200 - len(words))]
+    found = gopher_repetition(" ".join(words), words)
+    assert (found and found[0]) == rule
 
 
 def test_repeated_spans_are_the_words_of_ngrams_seen_before() -> None:

@@ -142,6 +142,9 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
 
     refused("train.init_from: there is no folder .*gone", str(tmp_path / "gone"), None)
     refused("is no checkpoint and holds none", str(tmp_path), None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "generation_config.json").touch()
+    refused("mine is an export; make a checkpoint of it, python launch/import_weights.py", str(tmp_path / "mine"), None)
     refused("train.init_from: .* trained with another tokenizer", str(place), "0" * 64)
     own = state["tokenizer_sha256"]
     refused(r"of another model: head.weight is \[400, 24\] here and missing there; give", str(run), own)

@@ -361,3 +361,17 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
     assert main([part.format(tmp_path) for part in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words.format(tmp_path) in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["list", "{0}"], ["verify", "{0}"], ["convert", "{0}", "{0}-out"]])
+def test_an_export_is_told_how_it_becomes_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "generation_config.json").touch()
+    for line in (arguments, ["average", "{0}", "{0}", "--to", "{0}-out"]):
+        assert main([part.format(folder) for part in line]) == 2
+        said = capsys.readouterr().err
+        assert f"{folder} is an export; make a checkpoint of it, python launch/import_weights.py {folder} --to" in said
+        assert said.count("\n") == 1 and list(tmp_path.iterdir()) == [folder]

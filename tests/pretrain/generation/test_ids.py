@@ -10,6 +10,7 @@ from model.decoding import context_limit, uncached_logits
 from model.language_model import LanguageModel
 from pretrain.generation.ids import Cost, NotFinite, Work, check_lengths, continued, window_start
 from pretrain.generation.sampling import Sampling
+from pretrain.generation.texts import Settings
 from tests.pretrain.analysis.models import some_tokens, tiny
 
 GREEDY = Sampling(temperature=0.0)
@@ -112,3 +113,10 @@ def test_lengths_that_do_not_fit(prompt: list[int], tokens: int, words: str) -> 
         check_lengths(work(prompt, tokens=tokens), None, ["the prompt"])
         check_lengths(work(prompt, tokens=tokens, slides=True), 7, ["the prompt"])
         check_lengths(work(prompt[:7], tokens=1), 7, ["the prompt"])
+
+
+def test_without_a_number_a_text_has_100_tokens_or_as_many_as_there_is_room_for() -> None:
+    wanted = Settings()
+    assert [wanted.most(prompt, 128) for prompt in (3, 29, 30, 127, 128)] == [100, 100, 99, 2, 1]
+    assert wanted.most(1000, None) == Settings(slides=True).most(128, 128) == 100
+    assert Settings(tokens=7).most(128, 128) == 7
