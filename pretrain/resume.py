@@ -22,7 +22,7 @@ from pretrain.config.source_weights import whole_weights
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
-from pretrain.parallel.agreement import agreed, from_first_rank
+from pretrain.parallel.agreement import agreed, from_first_rank, of_all_ranks
 from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
@@ -226,18 +226,12 @@ def newest_valid(
             problem = f"checkpoint {path}: {damaged}" if damaged else None
         except DamagedCheckpoint as error:
             problem = str(error)
-        found = next((p for p in (gather or _gathered)(problem) if p), None)
+        found = next((p for p in (gather or of_all_ranks)(problem) if p), None)
         if found is None:
             return checkpoint, reasons
         reasons.append(found)
     _refuse_without(reasons)
     return None, reasons
-
-
-def _gathered(problem: str | None) -> list[str | None]:
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return problems
 
 
 def _refuse_without(reasons: list[str]) -> None:

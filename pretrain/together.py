@@ -21,7 +21,7 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember
 from pretrain.device import on_collective_device
-from pretrain.parallel.agreement import said_by_first
+from pretrain.parallel.agreement import of_all_ranks, said_by_first
 from pretrain.ranks import place_on_node
 
 MANY_RANKS = 16
@@ -117,11 +117,9 @@ def _hash(sources: Sources, known: frozenset[VerifiedShard], done: _Hashed, *, s
 
 def _gathered(done: _Hashed) -> tuple[VerifiedShard, ...]:
     """What all ranks have done: rank 0 says it, and gets the shards; the others get none. Collective."""
-    found: list[_Hashed | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, done)
+    parts = of_all_ranks(done)
     if dist.get_rank():
         return ()
-    parts = [part for part in found if part is not None]
     hashed, known = sum(part.hashed for part in parts), sum(part.known for part in parts)
     print(f"data: {hashed:,} shards verified, {known:,} known from an earlier start", flush=True)
     return tuple(shard for part in parts for shard in part.verified)

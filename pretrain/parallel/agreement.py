@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,12 +40,18 @@ def from_first_rank(function: Callable[[], Result]) -> Result:
     return values[0]  # type: ignore[return-value]
 
 
+def of_all_ranks(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """The values of all ranks (of the group), in their order. Collective."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def said_by_first(function: Callable[[], None]) -> None:
     """As `agreed`, but the first rank raises what any rank has met: people read its output, and not that of rank
     4711."""
     _, error = attempt(function)
-    words: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(words, None if error is None else (isinstance(error, PassingError), str(error)))
+    words = of_all_ranks(None if error is None else (isinstance(error, PassingError), str(error)))
     found = [word for word in words if word is not None]
     passes, text = min(found, key=lambda word: word[0], default=(False, ""))
     agree((PassingError if passes else UserError)(text) if found else None)
@@ -87,8 +93,7 @@ def raise_agreed(error: Exception | None, first_failed: int | None, *, passes: b
 
 def check_same(what: str, value: str) -> None:
     """Collective: raises UserError (agreed) unless every rank holds the same value."""
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = of_all_ranks(value)
     different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
     agree(
         UserError(f"{what}: rank 0 has {values[0]}, rank {different} has {values[different]}; give all nodes the same")

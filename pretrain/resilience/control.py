@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import PassingError
+from pretrain.parallel.agreement import of_all_ranks
 from pretrain.parallel.rounds import maximum
 from pretrain.resilience.signals import Stop
 
@@ -71,9 +72,7 @@ class Control:
 
     def gathered(self, values: list[Any]) -> list[Any]:
         """The values of all ranks, in their order."""
-        found: list[list[Any]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(found, values, group=self.group)
-        return [value for of_rank in found for value in of_rank]
+        return [value for of_rank in of_all_ranks(values, self.group) for value in of_rank]
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
@@ -81,8 +80,7 @@ class Control:
 
     def stop_reason(self) -> str:
         """Who was asked to stop and by what, e.g. `SIGTERM to rank 3`."""
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, self._stop.requested, group=self.group)
+        reasons = of_all_ranks(self._stop.requested, self.group)
         asked = {rank: reason for rank, reason in enumerate(reasons) if reason}
         if 1 < len(asked) == len(reasons):
             return f"{asked[0]} to every rank"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 
@@ -14,7 +13,7 @@ from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
 from pretrain.device import control_group
-from pretrain.parallel.agreement import PeerFailed, agreed
+from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
@@ -66,8 +65,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome, releases the
     lock and waits a moment for alerts. Collective."""
     own = {**process_identity(os.getpid()), "node": node_name(os.environ)}
-    identities: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(identities, own)
+    identities = of_all_ranks(own)
     neighbours = [other for other in identities if is_same_machine(own, other)]
     group = control_group(collective_timeout(config))
     control = Control(stop, group, [str(identity["node"]) for identity in identities])

@@ -14,6 +14,7 @@ from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
+from pretrain.parallel.agreement import of_all_ranks
 from pretrain.parallel.rounds import maximum
 
 CHUNK = 2**22
@@ -139,9 +140,7 @@ def _of_all_ranks(keys: list[str], parallel: ParallelContext) -> list[str]:
     found = set(keys)
     for group in (parallel.tensor_group, parallel.expert_group, parallel.pipeline_group):
         if group is not None:
-            theirs: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(theirs, sorted(found), group=group)
-            found = set().union(*theirs)
+            found = set().union(*of_all_ranks(sorted(found), group))
     return sorted(found)
 
 

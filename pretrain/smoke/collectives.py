@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.device import synchronize
+from pretrain.parallel.agreement import of_all_ranks
 
 REPEATS = 5
 EVERY_PAIR = 64
@@ -48,7 +49,7 @@ def check_collectives(num_bytes: int, device: torch.device) -> tuple[list[Measur
     measured, faults = [], []
     for name, call, expected in _cases(rank, size, elements, device):
         faults += _agreed(_difference(name, rank, call(), expected))
-        seconds = _slowest(_median_seconds(call, device))
+        seconds = max(of_all_ranks(_median_seconds(call, device)))
         if name in WIDTH:
             moved = WIDTH[name] * elements * 4 * (size - 1) / size
             measured.append(Measured(name, seconds, moved / seconds))
@@ -121,8 +122,7 @@ def _pairs(rank: int, size: int, elements: int, device: torch.device, faults: li
             return result
 
         faults += _agreed(_difference(f"point to point from rank {source}", rank, exchange(), base + source))
-        seconds: list[tuple[float, str]] = [(0.0, "")] * size
-        dist.all_gather_object(seconds, (_median_seconds(exchange, device), f"{source} to {rank}"))
+        seconds = of_all_ranks((_median_seconds(exchange, device), f"{source} to {rank}"))
         slowest = max([max(seconds), *([slowest] if slowest else [])])
     if slowest is None:
         return []
@@ -141,12 +141,6 @@ def _median_seconds(call: Call, device: torch.device) -> float:
     return statistics.median(times)
 
 
-def _slowest(seconds: float) -> float:
-    all_seconds: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(all_seconds, seconds)
-    return max(all_seconds)
-
-
 def _difference(name: str, rank: int, result: Tensor, expected: Tensor) -> str | None:
     if torch.equal(result, expected):
         return None
@@ -156,6 +150,4 @@ def _difference(name: str, rank: int, result: Tensor, expected: Tensor) -> str |
 
 def _agreed(fault: str | None) -> list[str]:
     """The faults of all ranks."""
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    return [found for found in faults if found is not None]
+    return [found for found in of_all_ranks(fault) if found is not None]
