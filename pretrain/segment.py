@@ -229,7 +229,7 @@ class Segment:
             raise Diverged(
                 f"step {step}: loss {loss}: the updates of {skipped} steps in a row were skipped, because loss or "
                 f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). "
-                f"{what_stands(self.folder.path)}"
+                f"{what_stands(self.folder.path, self.trainer.saver)}"
             )
         spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
         if spike is None:
@@ -323,7 +323,11 @@ class Segment:
         `failure` if there were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
-            stands = what_stands(self.folder.path) if failure is Diverged else "The last checkpoint stands"
+            stands = (
+                what_stands(self.folder.path, self.trainer.saver)
+                if failure is Diverged
+                else "The last checkpoint stands"
+            )
             raise failure(f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). {stands}")
         sequences = self.setup.config.batch.global_sequences
         # A checkpoint from before the stage would begin it anew: its positions would be other data.

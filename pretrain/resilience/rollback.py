@@ -12,6 +12,7 @@ from common.files import write_json
 from common.presence import exists
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
 from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.checkpoint.saver import Saver
 from pretrain.data.progress import Progress, Range, merged
 from pretrain.data.stages import Stage
 
@@ -132,11 +133,11 @@ def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks
     return replace(progress, skipped_ranges=merged((*own, *ahead)))
 
 
-def what_stands(run_dir: Path) -> str:
-    """What a run that diverged can go on from, and how."""
+def what_stands(run_dir: Path, saver: Saver) -> str:
+    """What a run that diverged can go on from, and how; a checkpoint that is being written is there by its end."""
     rate = "a lower learning rate (--set optimizer.learning_rate=..."
     try:
-        is_saved = bool(list_checkpoints(run_dir / "checkpoints"))
+        is_saved = saver.is_writing or bool(list_checkpoints(run_dir / "checkpoints"))
     except UserError:  # a folder that cannot be read now must not change how the run ends
         is_saved = True
     if not is_saved:
