@@ -25,7 +25,7 @@ from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
-from pretrain.resilience.rollback import Rollback, record
+from pretrain.resilience.rollback import Rollback, record, what_stands
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resilience.step_limit import StepLimit
@@ -228,9 +228,8 @@ class Segment:
         if skipped >= settings.max_skipped_updates:
             raise Diverged(
                 f"step {step}: loss {loss}: the updates of {skipped} steps in a row were skipped, because loss or "
-                f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). The last "
-                f"checkpoint stands: resume from it with a lower learning rate (--set optimizer.learning_rate=... "
-                f"--set 'checkpoint.allow_changes=[\"optimizer\"]'), or from an earlier one (checkpoint.resume=PATH)"
+                f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). "
+                f"{what_stands(self.folder.path, self.trainer.saver)}"
             )
         spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
         if spike is None:
@@ -327,9 +326,12 @@ class Segment:
         `failure` if there were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
-            raise failure(
-                f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). The last checkpoint stands"
+            stands = (
+                what_stands(self.folder.path, self.trainer.saver)
+                if failure is Diverged
+                else "The last checkpoint stands"
             )
+            raise failure(f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). {stands}")
         sequences = self.setup.config.batch.global_sequences
         # A checkpoint from before the stage would begin it anew: its positions would be other data.
         consumed, stream = self.progress.consumed_sequences, self.trainer.data.stream
