@@ -101,7 +101,8 @@ BREAKS = {
     "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then says of most elements that another parameter's "
     "lie where they lie, so a checkpoint would hold other weights than the model's"
 }
-"""Keys with which a run of ours ends at its first step or saves what cannot be used: key -> why."""
+"""Keys with which a run of ours ends at its first step or saves what cannot be used, unless they are off (0, false):
+key -> why."""
 
 REMOVED = (
     "compression_training",
@@ -239,6 +240,8 @@ def check_deepspeed(config: Config) -> None:
 def _check_section(config: Config, prefix: str, section: dict[str, Any]) -> None:
     for name, value in section.items():
         key = f"{prefix}{name}"
+        if key in BREAKS and isinstance(value, int) and not value:
+            continue  # off, as by default; runs that said so have checkpoints
         _refuse_by_name(key)
         if any(known.startswith(f"{key}.") for known in (*EXTRA, *OWNED, *NO_EFFECT)):
             if not isinstance(value, dict):

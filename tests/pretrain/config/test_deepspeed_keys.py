@@ -168,12 +168,22 @@ def test_a_section_is_an_object(key: str, value: str) -> None:
         load_config(TINY, [f"deepspeed.{key}={value}"])
 
 
-@pytest.mark.parametrize("key", sorted((*OWNED, *NO_EFFECT, *BREAKS)))
+@pytest.mark.parametrize("key", sorted((*OWNED, *NO_EFFECT)))
 @pytest.mark.parametrize("value", ["null", "0", '{"enabled":true}'])
 def test_keys_without_an_effect_are_refused_whatever_their_value(key: str, value: str) -> None:
     """Also null: DeepSpeed took it for the key left out, or fell over it."""
     with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}"):
         load_config(TINY, [f"deepspeed.{key}={value}"])
+
+
+@pytest.mark.parametrize("key", sorted(BREAKS))
+def test_keys_with_which_no_run_works_may_be_off(key: str) -> None:
+    """As they are by default: a checkpoint may have it in its configuration."""
+    off = "false" if key.endswith("gradients") else "0"
+    load_config(TINY, [f"deepspeed.{key}={off}"])
+    for value in ("null", "true", "7", '{"enabled":true}'):
+        with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}: does not work here"):
+            load_config(TINY, [f"deepspeed.{key}={value}"])
 
 
 @pytest.mark.parametrize(
