@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.attention.rope import rope_tables
+from model.config import RopeConfig
 from model.language_model import LanguageModel
+from pretrain.export import layers_switchall
 from pretrain.export.hf_config import hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
-from tests.pretrain.export.models import CHUNK, MODELS, model_of, our_logits, some_tokens
+from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
 
@@ -81,6 +84,35 @@ def test_cache_and_padding(name: str) -> None:
         padded = model(rows, attention_mask=mask).logits
         assert torch.allclose(padded[0, pad:], logits[0], atol=TOLERANCE, rtol=0)
         assert torch.allclose(padded[1, :LENGTH], logits[1], atol=TOLERANCE, rtol=0) and padded.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_json_says_what_the_configuration_derives(name: str) -> None:
+    """Other programs read the file alone."""
+    from pretrain.export.configuration_switchall import SwitchAllConfig
+
+    tree = hf_config(config_of(name), dtype="float32", special={})
+    found = SwitchAllConfig(**tree)
+    for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        assert tree[key] == getattr(found, key), key
+    for key in ("sliding_window", "layer_types"):  # of models with memory
+        assert tree.get(key) == getattr(found, key, None), key
+
+
+def test_angles_are_rounded_as_in_training_but_where_positions_have_no_end() -> None:
+    from pretrain.export.configuration_switchall import SwitchAllConfig
+
+    for name in ("dense", "switchhead shared, rope with memory"):
+        ours, positions = config_of(name), torch.arange(100_000, 100_010)
+        config = SwitchAllConfig(**hf_config(ours, dtype="float32", special={}))
+        found = torch.stack(layers_switchall.rope_tables(positions[None], config))[:, 0, 0]
+        assert isinstance(ours.position, RopeConfig)
+        rounded = torch.stack(rope_tables(positions, ours.attention.head_dim, ours.position))[:, :, 0]
+        width = 2 * found.shape[-1]
+        angles = positions.double()[:, None] * 500.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        exact = torch.stack([angles.cos(), angles.sin()]).float()
+        assert not torch.equal(rounded, exact)
+        assert torch.equal(found, exact if ours.memory_length else rounded), name
 
 
 def test_what_is_refused() -> None:
