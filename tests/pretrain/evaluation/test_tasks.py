@@ -212,24 +212,22 @@ def test_a_run_in_other_layouts_computes_the_same_while_it_trains(runs: Path, pr
             assert [event[key] for key in keys] == pytest.approx([expected[task][key] for key in keys], rel=1e-5), name
 
 
-def test_a_finished_run_computes_its_tasks_again_if_one_of_them_is_new(
+def test_a_run_computes_its_tasks_when_they_are_due_and_again_if_one_of_them_is_new(
     runs: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    few = {"blimp": runs / "blimp"}
+    few, keys = {"blimp": runs / "blimp"}, ("train.steps=3", "evaluate.tasks_every_steps=2", "evaluate.tasks_limit=1")
     wanted = [tasks_of_a_run(paths) for paths in (few, few, {**few, "lambada": runs})]
-    configs = [small_config(prepared, *STEPS, *XL, tasks, "evaluate.tasks_limit=1") for tasks in wanted]
+    configs = [small_config(prepared, *STEPS, *XL, *keys, tasks) for tasks in wanted]
     run_ranks(train_runs, 1, [(config, tmp_path / "run") for config in configs])
     text = (tmp_path / "run" / "events.jsonl").read_text()
-    tasks = [event["task"] for event in map(json.loads, text.splitlines()) if event["event"] == "evaluation"]
-    assert tasks == ["blimp", "blimp", "lambada"], "the second start has nothing new"
+    found = [(e["step"], e["task"]) for e in map(json.loads, text.splitlines()) if e["event"] == "evaluation"]
+    assert found == [(2, "blimp"), (3, "blimp"), (3, "blimp"), (3, "lambada")], "the second start has nothing new"
 
 
-def test_a_run_computes_as_many_examples_as_often_as_its_keys_say(runs: Path, prepared: Path) -> None:
-    keys = ("evaluate.tasks_limit=3", "evaluate.tasks_every_steps=4")
-    config = small_config(prepared, *STEPS, tasks_of_a_run({"lambada": runs}), *keys)
+def test_a_run_computes_as_many_examples_as_its_key_says(runs: Path, prepared: Path) -> None:
+    config = small_config(prepared, *STEPS, tasks_of_a_run({"lambada": runs}), "evaluate.tasks_limit=3")
     found = RunTasks.open(config, Sources.load(config))
     assert [len(task.examples) for task in found.prepared] == [3]
-    assert [step for step in range(12) if found.are_due(step, 10)] == [4, 8, 10]
 
 
 def test_a_run_shows_its_tasks(runs: Path) -> None:
