@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import replacing, write_json
+from common.files import intended_name, replacing, write_json
 from common.folders import check_folder, check_permission
 from common.hashing import sha256_file
 from common.locks import NoLocks, file_lock
@@ -191,8 +191,12 @@ def output_lock(output: Path, *, shared: bool) -> Iterator[None]:
 
 
 def remove_work(resolved: ResolvedConfig) -> None:
-    """Removes the stages in the work folder, unless `keep_work`, and the remains of a removal that was killed; other
-    files there stay. Stages are moved aside first, because half of a stage would pass for a finished one."""
+    """Removes the stages in the work folder, unless `keep_work`, and what a killed process left of a removal or
+    half-written in the output; other files stay. Stages are moved aside first, because half of a stage would pass for a
+    finished one."""
+    for path in resolved.output.glob(".*.tmp"):
+        if (intended := intended_name(path.name)) != path.name and is_product(intended):
+            path.unlink(missing_ok=True)
     removed = resolved.work / REMOVED
     _remove_stages(removed)
     _remove_stages(resolved.output / REMOVED_WORK)

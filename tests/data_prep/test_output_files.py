@@ -253,3 +253,22 @@ def test_a_report_that_fails_leaves_the_one_of_before_and_a_new_one_no_plot_of_i
     write_report(manifest, out)
     del before["duplicates.png"]
     assert content_of(out) == before
+
+
+def test_what_a_killed_run_left_half_written_in_the_output_is_removed(corpus: Corpus, tmp_path: Path) -> None:
+    """Of its own alone: a kill while run.json was written left such a file for ever."""
+    out = tmp_path / "out"
+    config = str(corpus.write_config(tmp_path / "config.json", output=str(out)))
+    assert main(["run", "--config", config]) == 0
+    whole = {path.name for path in out.iterdir()}
+    own = (".run.json.host-18643-a0744443.tmp", ".train-000000.tar.my_host-1-00000000.tmp")
+    others = (".notes.json.host-1-00000000.tmp", ".run.json.tmp")
+    for begins_anew in (False, True):
+        if begins_anew:
+            (out / "manifest.json").unlink()
+        else:
+            (out / ".work").mkdir()  # which is removed after run.json is written
+        for name in own + others:
+            (out / name).write_text("half")
+        assert main(["run", "--config", config]) == 0
+        assert {path.name for path in out.iterdir()} == whole | set(others)
