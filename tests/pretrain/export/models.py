@@ -28,6 +28,9 @@ MOA = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5}
 RELU, SWIGLU = {"type": "dense", "hidden_size": 31}, {"type": "swiglu", "hidden_size": 21}
 ALL = ["query", "key", "value", "output"]
 
+TIED = "switchhead of queries, xl without memory, tied"
+"""The model of tests that need one alone."""
+
 MODELS: dict[str, dict[str, Any]] = {
     "switchall": {"attention": SWITCHHEAD, "feedforward": SIGMA_MOE},
     "switchall xl": {
