@@ -24,7 +24,7 @@ from pretrain.resilience.control import Control
 from pretrain.resilience.guard import guarded
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.signals import ProcessState, Stop
-from pretrain.resume import StartPoint, find_start
+from pretrain.resume import StartPoint, find_start, what_stands
 from pretrain.segment import Segment, SegmentEnd, build_segment
 from pretrain.together import check_data, remember_data
 from pretrain.trainer import RunSetup
@@ -43,7 +43,7 @@ def train(
     the process group must exist.
 
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
-    (the last checkpoint stands)."""
+    (what was saved stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
     check_same(f"{sources.key} (digest)", sources.digest)
@@ -54,6 +54,7 @@ def train(
         record_memory_history(device)  # before a model is built: only what is allocated later has a stack
     alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first, alerts=alerts))
+    stop.standing = lambda: what_stands(config, run_dir)
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
         remember_data(run_dir, sources)

@@ -254,6 +254,30 @@ def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 
 
+def what_stands(config: Config, run_dir: Path, *, is_diverged: bool = False) -> str:
+    """From which checkpoint a run that ends by a fault can go on, as a sentence without its stop. `is_diverged`: from
+    there it would come to the same end, so the sentence says what to change. Not collective; raises nothing, for it
+    must not change how the run ends."""
+    rate = "with a lower learning rate (--set optimizer.learning_rate=...)"
+    choice, folder = config.checkpoint.resume, run_dir / "checkpoints"
+    try:
+        paths = list_checkpoints(folder)[::-1] if choice == "never" else candidates(config, run_dir)
+        newest = newest_committed(paths, check_sizes=False)
+    except (UserError, OSError) as error:
+        return f"Its checkpoints cannot be read now ({error})"
+    if newest is None:
+        return f"Nothing was saved: {f'begin again {rate}' if is_diverged else 'the same command begins anew'}"
+    is_own, to_continue = newest.path.parent == folder, " and checkpoint.resume=auto" * (choice == "never")
+    named = f"The last whole checkpoint is that of step {newest.progress.step}" if is_own else ""
+    named = named or f"Nothing was saved after {newest.path}"
+    if is_diverged:
+        return (
+            f"{named}: resume from it {rate}, --set 'checkpoint.allow_changes=[\"optimizer\"]'{to_continue}, or from "
+            f"an earlier one (checkpoint.resume=PATH)"
+        )
+    return f"{named}: the same command{to_continue.replace(' and', ' with')} goes on from it"
+
+
 @dataclass(frozen=True)
 class StartPoint:
     """Where a segment of the run begins, the same on every rank."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
@@ -27,7 +27,7 @@ COLLECTIVE_SECONDS = 1800.0
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on; its last checkpoint stands. Raised on every rank."""
+    """The run cannot go on; what it saved stands. Raised on every rank."""
 
     code: ExitCode
 
@@ -109,6 +109,10 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     except RunFailed as error:
         folder.end(error.code, str(error))
         raise
+    except PassingError as error:
+        told = PassingError(f"{error}. {stop.what_stands()}")
+        folder.end(code_of(type(told)), str(told))
+        raise told from None
     except UserError as error:
         folder.end(code_of(type(error)), str(error))
         raise
@@ -120,7 +124,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         if reason is None:
             folder.end(ExitCode.UNFORESEEN, repr(error))
             raise
-        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. The last checkpoint stands")
+        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. {stop.what_stands()}")
         folder.end(lost.code, str(lost))
         raise lost from None
     finally:

@@ -212,10 +212,23 @@ def memory_text(newest: dict[str, Any]) -> str:
     return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
 
 
+def resume_text(view: RunView) -> str:
+    """Where the run's own command would go on, following checkpoint.resume."""
+    choice, begun = setting(view.config, "checkpoint.resume"), view.last("started").get("step")
+    newest = view.checkpoints[-1] if view.checkpoints else None
+    is_branch = isinstance(choice, str) and choice not in ("auto", "never")
+    if is_branch and (newest is None or (isinstance(begun, int) and int(newest.removeprefix("step-")) <= begun)):
+        # What lies in the folder may be of another branch.
+        return f"it continues from {view.last('resumed').get('path', choice)}, for nothing was saved since"
+    if newest is None:
+        return "it begins anew: nothing was saved"
+    return f"{'with checkpoint.resume=auto ' * (choice == 'never')}it continues from {newest}"
+
+
 def next_text(view: RunView) -> str:
     """What to do now."""
     state, run, hang = view.state, shlex.quote(str(view.path)), view.path / "hang" / "message.txt"
-    resume = f"it continues from {view.checkpoints[-1]}" if view.checkpoints else "it begins anew: nothing was saved"
+    resume = resume_text(view)
     if state is State.STARTING:
         return f"wait; `python launch/status.py {run} --watch` follows it"
     if state is State.RUNNING:

@@ -204,7 +204,7 @@ def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_t
     config = light_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
     (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps_of_one_model, (5,))
     assert ending.startswith("DIVERGED: loss spike") and "2 rollbacks" in ending
-    assert "Nothing was saved: begin again with a lower learning rate" in ending and "stands" not in ending
+    assert "Nothing was saved: begin again with a lower learning rate" in ending and "checkpoint is" not in ending
     assert [row["skipped"] for row in json.loads((tmp_path / "rollbacks.json").read_text())] == [[24, 40], [40, 56]]
     assert [event["step"] for event in events(tmp_path, "started")] == [0, 0, 0]
     assert outcome(tmp_path)["exit_code"] == 3

@@ -17,7 +17,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, screen, speed_text, summary
+from pretrain.views.status import duration, resume_text, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 
@@ -421,3 +421,26 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
     first, second = (table.splitlines() for table in said.out.split("run ")[1:])
     assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
     assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    "resume, begun, resumed, checkpoints, told",
+    [
+        ("auto", 0, None, (8,), "it continues from step-00000008"),
+        ("never", 0, None, (8,), "with checkpoint.resume=auto it continues from step-00000008"),
+        ("never", 0, None, (), "it begins anew: nothing was saved"),
+        # Of a branch: what is older than its start is another branch's.
+        ("/t/step-00000008", 8, "/t/step-00000008", (8,), "it continues from /t/step-00000008, for nothing was"),
+        ("/t/step-00000008", 8, "/t/step-00000008", (8, 16), "it continues from step-00000016"),
+        ("/t/step-00000008", 16, "/run/checkpoints/step-00000016", (16,), "it continues from /run/checkpoints/step-"),
+        ("/t/step-00000008", None, None, (), "it continues from /t/step-00000008, for nothing was saved since"),
+    ],
+)
+def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
+    tmp_path: Path, resume: str, begun: int | None, resumed: str | None, checkpoints: tuple[int, ...], told: str
+) -> None:
+    view = RunView(tmp_path, config={"checkpoint": {"resume": resume}})
+    view.checkpoints = [f"step-{step:08d}" for step in checkpoints]
+    view.events = [] if begun is None else [{"event": "started", "step": begun}]
+    view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
+    assert resume_text(view).startswith(told)
