@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
 from pretrain.views.reading import RunView
@@ -180,19 +181,27 @@ def losses(runs: Sequence[Run], axis: str) -> list[tuple[float, list[float]]]:
     return found
 
 
-def validation_losses(runs: Sequence[Run]) -> list[tuple[float, list[float]]]:
-    """A step and the loss of every run on the held-out split after it, NaN where a run was not validated: some steps,
+def splits_of(runs: Sequence[Run]) -> list[SplitName]:
+    """Those on which any of the runs was validated."""
+    found = {split for run in runs for split in run.view.splits}
+    return [split for split in SPLITS if split in found]
+
+
+def validation_losses(runs: Sequence[Run], split: SplitName = "validation") -> list[tuple[float, list[float]]]:
+    """A step and the loss of every run on a split after it, NaN where a run was not validated on that: some steps,
     evenly among all, with the first and the last."""
-    found = [dict(run.view.validations()) for run in runs]
+    found = [dict(run.view.validations(split)) for run in runs]
     steps = sorted(set().union(*found))
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), VALIDATIONS)).round().astype(int))
     return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]
 
 
-def source_losses_at_end(runs: Sequence[Run]) -> tuple[int, list[tuple[str, list[float]]]]:
-    """The last step after which all runs were validated (0: there is none); every source of that validation, and its
-    loss in every run, NaN where a run did not read it."""
-    found = [dict(run.view.source_validations()) for run in runs]
+def source_losses_at_end(
+    runs: Sequence[Run], split: SplitName = "validation"
+) -> tuple[int, list[tuple[str, list[float]]]]:
+    """The last step after which all runs were validated on a split (0: there is none); every source of that validation,
+    and its loss in every run, NaN where a run did not read it."""
+    found = [dict(run.view.source_validations(split)) for run in runs]
     step = max(set.intersection(*map(set, found)), default=0)
     at_end = [of_run.get(step, {}) for of_run in found]
     names = dict.fromkeys(name for losses in at_end for name in losses)

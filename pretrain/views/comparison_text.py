@@ -18,6 +18,7 @@ from pretrain.views.comparison import (
     differing_facts,
     losses,
     source_losses_at_end,
+    splits_of,
     validation_losses,
 )
 from pretrain.views.reading import setting
@@ -43,12 +44,13 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
         places = _places(losses(runs, axis))
         title = f"Loss {how} {name}" + (": no stretch of them is in all runs" * (not places))
         found.append((title, (name, *labels), places))
-    if places := _places(validation_losses(runs)):
-        found.append((f"Validation loss {how} steps", ("steps", *labels), places))
-    step, sources = source_losses_at_end(runs)
-    if sources:
-        rows = [(name, *_losses(values)) for name, values in sources]
-        found.append((f"Validation loss by source after step {step:,}", ("source", *labels), rows))
+    for split in splits_of(runs):
+        name = f"{split.capitalize()} loss"
+        found.append((f"{name} {how} steps", ("steps", *labels), _places(validation_losses(runs, split))))
+        step, sources = source_losses_at_end(runs, split)
+        if sources:
+            rows = [(source, *_losses(values)) for source, values in sources]
+            found.append((f"{name} by source after step {step:,}", ("source", *labels), rows))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found

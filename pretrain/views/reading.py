@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
+from common.splits import SPLITS, SplitName
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
@@ -225,12 +226,24 @@ class RunView:
         again."""
         return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
 
-    def source_validations(self) -> list[tuple[int, dict[str, float]]]:
-        """Step and the loss of each source, on the validation split; none of one data set, or of a version that did not
-        record them."""
+    @property
+    def splits(self) -> list[SplitName]:
+        """Those on which it was validated, see `evaluate.split`: mostly one, two where a resume changed it."""
+        return [split for split in SPLITS if self._validation_events(split)]
+
+    @property
+    def newest_validation(self) -> tuple[SplitName, int, float] | None:
+        """Split, step and loss; of two of one step that of the split which the configuration names."""
+        chosen = setting(self.config, "evaluate.split")
+        found = [(split, *self.validations(split)[-1]) for split in self.splits]
+        return max(found, key=lambda one: (one[1], one[0] == chosen), default=None)
+
+    def source_validations(self, split: str = "validation") -> list[tuple[int, dict[str, float]]]:
+        """Step and the loss of each source, on a split; none of one data set, or of a version that did not record
+        them."""
         return [
             (step, {name: _loss(loss) for name, loss in source_losses(event).items()})
-            for step, event in self._validation_events("validation")
+            for step, event in self._validation_events(split)
         ]
 
     def average_validations(self, split: str = "validation") -> list[tuple[int, float]]:

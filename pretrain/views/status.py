@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run_lock import BEAT_SECONDS
+from common.splits import SplitName
+from common.strict_json import finite
 from common.tables import DOTS, counted, shortened, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
@@ -65,7 +67,7 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
         ("step", step_text(view)),
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),
-        ("validation", validation_text(view)),
+        *((split, validation_text(view, split)) for split in view.splits),
         ("tasks", tasks_text(view)),
         ("speed", speed_text(view)),
         ("experts", balance_text(newest, view.config)),
@@ -132,19 +134,23 @@ def loss_text(view: RunView) -> str:
     return f"{losses[-1]:.4f} (mean of {len(losses)} steps {sum(losses) / len(losses):.4f})" if losses else ""
 
 
-def validation_text(view: RunView) -> str:
-    """The newest validation, also of each source of a mixture and of the moving average, and the best."""
-    validations = view.validations()
-    if not validations:
-        return ""
+def validation_text(view: RunView, split: SplitName) -> str:
+    """The newest validation on a split that has one, also of each source of a mixture and of the moving average, and
+    the best."""
+    validations = view.validations(split)
     step, loss = validations[-1]
     finite = [pair for pair in validations if math.isfinite(pair[1])]
     best, lowest = min(finite, key=lambda pair: pair[1]) if finite else (step, loss)
-    of_sources = dict(view.source_validations())[step]
+    of_sources = dict(view.source_validations(split))[step]
     text = f"{_finite(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
     text += "" if best == step else f", best {lowest:.4f} after step {best:,}"
-    average = dict(view.average_validations()).get(step)
+    average = dict(view.average_validations(split)).get(step)
     return text if average is None else f"{text}; moving average {_finite(average)}"
+
+
+def _of_split(split: SplitName, loss: float) -> str:
+    """A loss in a column of those on the validation split."""
+    return _finite(loss) + ("" if split == "validation" else f" ({split})")
 
 
 def _finite(loss: float) -> str:
@@ -272,7 +278,7 @@ def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None
 def _run_row(view: RunView, now: float) -> tuple[str, ...]:
     seconds, newest = seconds_per_step(view), view.metrics.newest
     loss, tokens = newest.get("loss"), newest.get("tokens")
-    validations = [value for _, value in view.validations()]
+    validated = view.newest_validation
     try:
         age = duration(now - (view.path / "metrics.jsonl").stat().st_mtime) + " ago"
     except OSError:
@@ -283,7 +289,7 @@ def _run_row(view: RunView, now: float) -> tuple[str, ...]:
         f"{view.step:,}",
         f"{view.last_step:,}" if view.last_step else "-",
         f"{loss:.4f}" if isinstance(loss, int | float) else "-",
-        f"{validations[-1]:.4f}" if validations else "-",
+        _of_split(validated[0], validated[2]) if validated else "-",
         f"{seconds:.3g}" if seconds is not None else "-",
         f"{tokens:,.0f}" if isinstance(tokens, int | float) else "-",
         left_text(view, now).partition(",")[0] or "-",
@@ -300,12 +306,13 @@ def summary(view: RunView) -> dict[str, Any]:
         "last_step": view.last_step,
         "newest": newest,
         "seconds_per_step": seconds_per_step(view),
-        "validations": [[step, loss if math.isfinite(loss) else None] for step, loss in view.validations()],
-        "validations_by_source": [
-            [step, {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}]
-            for step, losses in view.source_validations()
-            if losses
-        ],
+        **_validations(view, "validation", ""),
+        **{
+            key: value
+            for split in view.splits
+            if split != "validation"
+            for key, value in _validations(view, split, f"{split}_").items()
+        },
         "tasks": {
             name: {k: v for k, v in one.items() if k not in ("event", "time")} for name, one in view.tasks().items()
         },
@@ -314,6 +321,18 @@ def summary(view: RunView) -> dict[str, Any]:
         "silent_seconds": None if view.sign is None else view.sign.age,
         "sign_of_life_every_seconds": BEAT_SECONDS,
         "next": next_text(view),
+    }
+
+
+def _validations(view: RunView, split: SplitName, prefix: str) -> dict[str, Any]:
+    """Of a split, for another program."""
+    return {
+        f"{prefix}validations": [[step, finite(loss)] for step, loss in view.validations(split)],
+        f"{prefix}validations_by_source": [
+            [step, {name: finite(loss) for name, loss in losses.items()}]
+            for step, losses in view.source_validations(split)
+            if losses
+        ],
     }
 
 

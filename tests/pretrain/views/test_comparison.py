@@ -22,7 +22,7 @@ from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
-from tests.pretrain.views.compared import row, runs_of, write
+from tests.pretrain.views.compared import of_mixture, row, runs_of, write
 
 
 def test_losses_at_equal_steps_tokens_and_flops(tmp_path: Path) -> None:
@@ -203,6 +203,21 @@ def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "differs" not in printed and f"{run / 'curves' / 'comparison.html'}: the page" in printed
     page = (run / "curves" / "comparison.html").read_text()
     assert "<title>Curves of a</title>" in page and "data:image/png" in page
+
+
+def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Two runs on the test split, by source, and one on the other."""
+    one = of_mixture(tmp_path / "one", {4: {}, 8: {"c4": 3.5}}, split="test", loss=4.5)
+    other = of_mixture(tmp_path / "other", {8: {"c4": 3.25}}, split="test", loss=4.25)
+    third = of_mixture(tmp_path / "third", {8: {"c4": 3.0}})
+    said = text(runs_of(one, other), 0.0)
+    assert re.search(r"\nTest loss at equal steps\n.*\n4 +4\.5000 +-\n8 +4\.5000 +4\.2500 \(-0\.2500\)\n", said)
+    assert (
+        re.search(r"\nTest loss by source after step 8\n.*\nc4 +3\.5000 +3\.2500 ", said) and "Validation" not in said
+    )
+    said = text(runs_of(one, third), 0.0)
+    assert re.search(r"\nValidation loss at equal steps\n.*\n8 +- +4\.0000\n", said)
+    assert re.search(r"\nTest loss at equal steps\n.*\n4 +4\.5000 +-\n8 +4\.5000 +-\n", said)
 
 
 @pytest.mark.parametrize(

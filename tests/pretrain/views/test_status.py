@@ -265,6 +265,26 @@ def test_validations_that_were_computed_again_count_once(tmp_path: Path) -> None
     assert "validation 3.7500 after step 12, best 3.5000 after step 8" in shown(view.path)
 
 
+def test_each_split_that_was_evaluated_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`evaluate.split=test` from the start, or from a resume on."""
+
+    def validation(step: int, loss: float, split: str, **more: float) -> dict[str, Any]:
+        return {"event": "validation", "time": 3.0, "step": step, "split": split, "loss": loss, **more}
+
+    tested = [validation(4, 4.5, "test"), validation(8, 3.5, "test", ema_loss=3.25, **{"loss/c4": 3.75})]
+    test = write(tmp_path / "test", events=tested)
+    both = write(tmp_path / "both", events=[validation(4, 4.25, "validation"), validation(8, 3.5, "test")])
+    assert "test       3.5000 after step 8 (c4 3.7500); moving average 3.2500\n" in shown(test)
+    assert "validation 4" not in shown(test) and "validation after step 8 on the test split: loss 3.5000" in shown(test)
+    assert "validation 4.2500 after step 4\ntest       3.5000 after step 8\n" in shown(both)
+    assert main([str(test), str(both)]) == 0
+    assert capsys.readouterr().out.count("  3.5000 (test)  ") == 2
+    told = summary(RunView.open(test))
+    assert told["validations"] == [] and told["test_validations"] == [[4, 4.5], [8, 3.5]]
+    assert told["test_validations_by_source"] == [[8, {"c4": 3.75}]]
+    assert not [key for key in summary(RunView.open(write(tmp_path / "none"))) if key.startswith("test")]
+
+
 @pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
 def test_watching_ends_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool

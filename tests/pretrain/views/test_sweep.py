@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
+from pretrain.views.sweep import Result, SweepRun, edges, loss_name, number_of, ranked, table, table_csv, table_text
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
 
@@ -32,6 +32,7 @@ def result(
     config: str = "x",
     key: str = RATE,
     validated: bool = True,
+    split: str = "validation",
     unrecorded: int | None = None,
     job: str = "",
 ) -> Result:
@@ -40,7 +41,8 @@ def result(
     run = SweepRun(name=f"{config},{value}", config=config, values={key: value})
     if losses is not None:
         path = write(folder / run.name, [row(n, x) for n, x in enumerate(losses, 1)], {"train": {"steps": 3}})
-        event: dict[str, Any] = {"event": "validation", "step": len(losses), "loss": losses[-1] + 0.1}
+        event: dict[str, Any] = {"event": "validation", "split": split, "step": len(losses)}
+        event["loss"] = losses[-1] + 0.1
         (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated else "")
         if code is not None:
             (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
@@ -84,6 +86,23 @@ def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(t
 def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
     results = [result(tmp_path, value, [x], validated=False) for value, x in (("1", 5.0), ("2", 4.0))]
     assert [found.run.values[RATE] for found in ranked(results)] == ["2", "1"]
+
+
+def test_runs_that_were_validated_on_the_test_split_are_ranked_by_that(tmp_path: Path) -> None:
+    """Not by their training losses, nor together with one that was validated on another split."""
+    results = [
+        result(tmp_path, "1", [1.0], validated=False),
+        result(tmp_path, "2", [5.0], split="test"),
+        result(tmp_path, "3", [4.0], split="test"),
+        result(tmp_path, "4", [0.5]),
+    ]
+    assert loss_name(results) == "test"
+    assert [found.run.values[RATE] for found in ranked(results)] == ["3", "2", "1", "4"]
+    header, *rows = table(results, [RATE])
+    assert header[4:7] == ["test", "validation", "training"]
+    assert rows[0][4:7] == ["4.1000", "-", "4.0000"] and rows[3][4:7] == ["-", "0.6000", "0.5000"]
+    assert next(csv.DictReader(io.StringIO(table_csv(results, [RATE]))))["test_loss"] == "4.1"
+    assert len(losses_drawn(results, [RATE])) > 1000
 
 
 def test_a_start_that_left_no_outcome_counts_until_the_run_goes_on_or_is_finished(tmp_path: Path) -> None:
