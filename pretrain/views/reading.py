@@ -36,6 +36,14 @@ NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
 
 
+BEFORE_A_RUN = re.compile(r"slurm|checkpoints|lock-\d+\.json|\..*")
+"""What its folder may hold before a run has begun: what submitting it and the first moments of a start leave there."""
+
+
+class NotYet(UserError):
+    """There is no run, but there may be one later: it waits in a queue, or is about to start."""
+
+
 class State(Enum):
     """What a run is doing."""
 
@@ -152,14 +160,17 @@ class RunView:
 
     @classmethod
     def open(cls, path: Path) -> RunView:
-        """Raises UserError if `path` is no run folder or cannot be read."""
+        """Raises UserError if `path` is no run folder or cannot be read, and NotYet if it may become one."""
+        if not os.path.lexists(path):
+            raise NotYet(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
         if not path.is_dir():
             raise UserError(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
         if (path / SWEEP_RECORD).exists():
             line = f"python launch/sweep.py --sweep-dir {shlex.quote(str(path))} --table"
             raise UserError(f"RUN: {path} is the folder of a sweep; name runs in it, or show all of them: {line}")
         if not any((path / name).exists() for name in LOGS):
-            raise UserError(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
+            kind = NotYet if _may_become_one(path) else UserError
+            raise kind(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
         view = cls(path)
         view.update()
         return view
@@ -273,6 +284,13 @@ class RunView:
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)
         return {one["task"]: one for one in found if at_step in (None, one["step"])}
+
+
+def _may_become_one(folder: Path) -> bool:
+    try:
+        return all(BEFORE_A_RUN.fullmatch(name) for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _loss(value: Any) -> float:

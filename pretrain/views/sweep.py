@@ -115,7 +115,7 @@ class Result:
 
 def splits_of(results: Sequence[Result]) -> list[str]:
     """Those on which runs were validated, the one of most runs first; `validation` before any was."""
-    found = {split: sum(math.isfinite(result.loss(split)) for result in results) for split in SPLITS}
+    found: dict[str, int] = {split: sum(math.isfinite(result.loss(split)) for result in results) for split in SPLITS}
     return sorted((split for split in found if found[split]), key=lambda split: -found[split]) or ["validation"]
 
 

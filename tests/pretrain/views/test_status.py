@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,38 +17,7 @@ from pretrain.views.reading import Metrics, RunView, State
 from pretrain.views.status import duration, resume_text, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
-
-CONFIG = {
-    "description": "a test",
-    "train": {"steps": 40},
-    "batch": {"global_sequences": 4},
-    "model": {
-        "sequence_length": 8,
-        "attention": {"num_experts": 4, "active_experts": 2},
-        "feedforward": {"num_experts": 8, "active_experts": 2},
-    },
-}
-
-
-def row(step: int, **more: Any) -> dict[str, Any]:
-    values = {"step": step, "loss": 5.0 - step / 10, "tokens": 32 * step, "step_seconds": 2.0, **more}
-    return {**values, "attention_load_max": 1.5, "feedforward_load_max": 3.0, "feedforward_unused_experts": 2}
-
-
-def write(folder: Path, steps: int = 10, *, events: list[dict[str, Any]] | None = None, **outcome: Any) -> Path:
-    """A run folder by hand."""
-    (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row(n + 1)) + "\n" for n in range(steps)))
-    events = [{"event": "started", "time": 1.0, "step": 0, "ranks": 2, "last_step": 40}, *(events or [])]
-    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    if outcome:
-        (folder / "outcome.json").write_text(json.dumps(outcome))
-    return folder
-
-
-def shown(folder: Path, width: int = 100) -> str:
-    return screen(RunView.open(folder), width=width, now=time.time())
+from tests.pretrain.views.status_case import row, shown, write
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -285,32 +251,6 @@ def test_each_split_that_was_evaluated_is_shown(tmp_path: Path, capsys: pytest.C
     assert not [key for key in summary(RunView.open(write(tmp_path / "none"))) if key.startswith("test")]
 
 
-@pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
-def test_watching_ends_with_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool
-) -> None:
-    """And clears the screen between two looks, where a terminal can."""
-    monkeypatch.setenv("TERM", term)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    folder = write(tmp_path / "run")
-    lock = FolderLock(folder)
-
-    def end() -> None:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row(11)) + "\n")
-        (folder / "outcome.json").write_text('{"exit_code": 85, "reason": "SIGTERM to rank 1"}')
-        lock.release()
-
-    timer = threading.Timer(0.5, end)
-    timer.start()
-    assert main([str(folder), "--watch", "--every", "0.1"]) == 0
-    timer.join()
-    printed = capsys.readouterr().out
-    assert printed.startswith(str(folder)[:40]) and "running: " in printed  # a long path is cut
-    assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
-    assert ("\x1b" in printed) == clears
-
-
 def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("train.steps=4", "checkpoint.every_steps=2", "evaluate.every_steps=2")
     run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path / "run")])
@@ -418,29 +358,6 @@ def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 7, "loss": 5.0}\n')
     assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
-
-
-def test_a_run_that_is_removed_ends_no_watch_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ended, other = write(tmp_path / "ended", exit_code=0), write(tmp_path / "other", 20)
-    locks = [FolderLock(write(tmp_path / "removed")), FolderLock(other)]
-
-    def sleep(seconds: float) -> None:
-        (tmp_path / "removed").rename(tmp_path / "away")
-        locks[1].release()  # so that the watch ends
-
-    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
-    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest's workers have; tables are then as wide as they are
-    try:
-        assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
-    finally:
-        for lock in locks:
-            lock.release()
-    said = capsys.readouterr()
-    first, second = (table.splitlines() for table in said.out.split("run ")[1:])
-    assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
-    assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
