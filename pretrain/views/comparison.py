@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.errors import UserError
 from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
+from common.urls import URL
 from pretrain.views.reading import RunView
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
@@ -156,7 +158,22 @@ def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     every = [facts(run) for run in runs]
     keys = dict.fromkeys(key for found in every for key in found)
     rows = [(key, [found.get(key) for found in every]) for key in keys]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+    meant = [(key, values, [as_meant(key, value) for value in values]) for key, values in rows]
+    return [(key, values) for key, values, these in meant if any(value != these[0] for value in these)]
+
+
+def as_meant(key: str, value: Any) -> Any:
+    """A setting in the one form that it has among several which mean the same: data are named by their folder, or by
+    the manifest in it."""
+    if key == "data.manifest" and isinstance(value, str):
+        url = URL.match(value)
+        path = PurePosixPath(value[url.end() :] if url else value)
+        path = path.parent if path.name == "manifest.json" else path
+        return f"{url[0] if url else ''}{path}"
+    if key == "data.sources" and isinstance(value, list):
+        rows = [row if isinstance(row, dict) else {} for row in value]
+        return [{**row, "manifest": as_meant("data.manifest", row.get("manifest"))} for row in rows]
+    return value
 
 
 def places(runs: Sequence[Run], axis: str, count: int = 6) -> list[float]:

@@ -13,6 +13,7 @@ from pretrain.views.comparison import (
     AXES,
     DIGEST,
     Run,
+    as_meant,
     data_digest,
     differences,
     differing_facts,
@@ -77,7 +78,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 def _same_sources(runs: Sequence[Run]) -> bool:
     """Whether all read several data sets, the same in the same order: then validations read the same windows, whatever
     the weights."""
-    every = [setting(run.view.config, "data.sources") for run in runs]
+    every = [as_meant("data.sources", setting(run.view.config, "data.sources")) for run in runs]
     found = [[(row.get("manifest"), row.get("name")) for row in rows or () if isinstance(row, dict)] for rows in every]
     return len(found[0]) > 1 and all(rows == found[0] for rows in found)
 

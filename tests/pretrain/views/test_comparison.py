@@ -142,6 +142,29 @@ def test_data_are_the_same_by_their_digest_and_not_by_their_place(
     assert bool(re.search(r"(?m)^data digest +1{12} +(2{12}|-)$", said)) == (digest != "1" * 64)
 
 
+@pytest.mark.parametrize(
+    "one, other, differs",
+    [
+        ("data/c4", "data/c4/manifest.json", False),
+        ("data/c4/", "./data/c4", False),
+        ("https://host/c4/manifest.json", "https://host/c4", False),
+        ("data/c4", "data/c5/manifest.json", True),
+        ("data/c4", "data/c4/other.json", True),
+        ("https://host/c4", "http://host/c4", True),
+        ("data/c4", None, True),
+    ],
+)
+def test_a_folder_of_data_and_the_manifest_in_it_are_the_same(
+    tmp_path: Path, one: str, other: str | None, differs: bool
+) -> None:
+    configs = [{"data": {"manifest": place}} for place in (one, other)]
+    sources = [{"data": {"sources": [{"manifest": place, "weight": 1.0}] * 2}} for place in (one, other)]
+    for name, pair in (("single", configs), ("mixture", sources)):
+        runs = runs_of(*(write(tmp_path / name / str(n), [row(1, 5.0)], config) for n, config in enumerate(pair)))
+        assert bool(differing_facts(runs)) == differs
+        assert ("note:" in text(runs, 0.0)) == differs
+
+
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
     one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
     later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
