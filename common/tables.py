@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Sequence
 
 DOTS = "..."
@@ -35,29 +36,38 @@ def folded_table(
     width: int | None,
     left: Collection[int] = frozenset({0}),
 ) -> str:
-    """As `text_table`, in lines of at most `width` characters: titles wider than their columns lose their middle; the
-    columns that do not fit then stand below the others, behind the first one again. width: None: as wide as it is."""
+    """As `text_table`, in lines of at most `width` characters: titles wider than their columns are broken at a blank
+    or, where they have none, lose their middle; the columns that do not fit then stand below the others, behind the
+    first one again. width: None: as wide as it is."""
     whole = text_table(header, rows, left=left)
     if width is None or len(header) < 2 or max(map(len, whole.splitlines())) <= width:
         return whole
-    columns = [[title, *(_cell(row[number]) for row in rows)] for number, title in enumerate(header)]
-    for number, (title, *cells) in enumerate(columns):
-        columns[number][0] = shortened(title, max([LEAST_TITLE, *map(len, cells)]))
-    columns[0] = [shortened(cell, width // 2 - 1) for cell in columns[0]]
-    room = width - max(map(len, columns[0]))
+    first = [shortened(cell, width // 2 - 1) for cell in (header[0], *(_cell(row[0]) for row in rows))]
+    room = width - max(map(len, first))
+    titles, columns = [[first[0]]], [first[1:]]
+    for number, title in enumerate(header[1:], start=1):
+        columns.append([shortened(_cell(row[number]), room - 2) for row in rows])
+        titles.append(_broken(title, min(room - 2, max([LEAST_TITLE, *map(len, columns[-1])]))))
     parts, taken = [[0]], 0
-    for number in range(1, len(columns)):
-        columns[number] = [shortened(cell, room - 2) for cell in columns[number]]
-        wide = 2 + max(map(len, columns[number]))
+    for number in range(1, len(header)):
+        wide = 2 + max(map(len, (*titles[number], *columns[number])))
         if taken + wide > room:
             parts, taken = [*parts, [0]], 0
         parts[-1].append(number)
         taken += wide
     texts = []
     for part in parts:
-        head, *lines = zip(*(columns[number] for number in part), strict=True)
+        high = max(len(titles[number]) for number in part)
+        stacked = [[""] * (high - len(titles[number])) + titles[number] + columns[number] for number in part]
+        head, *lines = zip(*stacked, strict=True)
         texts.append(text_table(head, lines, left={place for place, number in enumerate(part) if number in left}))
     return "\n\n".join(texts)
+
+
+def _broken(title: str, most: int) -> list[str]:
+    """In two lines of at most `most` characters, if one is too short for it; without its middle if both are."""
+    lines = textwrap.wrap(title, max(1, most), break_long_words=False, break_on_hyphens=False)
+    return lines if 0 < len(lines) <= 2 and max(map(len, lines)) <= most else [shortened(title, most)]
 
 
 def shortened(text: str, most: int) -> str:

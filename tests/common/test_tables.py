@@ -37,6 +37,18 @@ def test_a_table_folds_to_the_width_of_a_terminal() -> None:
     )
 
 
+def test_a_title_of_several_words_is_broken_and_not_cut() -> None:
+    header, rows = ("value", "largest difference (relative)", "at step"), [("loss", "0.5", "7"), ("norm", "0.25", "8")]
+    assert folded_table(header, rows, width=34) == (
+        "       largest difference\n"
+        "value          (relative)  at step\n"
+        "loss                  0.5        7\n"
+        "norm                 0.25        8"
+    )
+    header, rows = ("a", "one two three four five six", "b"), [("1", "2", "3")]
+    assert "one" in (cut := folded_table(header, rows, width=14)) and "..." in cut and "three" not in cut
+
+
 @pytest.mark.parametrize("width", [20, 33, 47, 80])
 def test_a_folded_table_holds_every_cell_that_fits(width: int) -> None:
     """Every row of every part begins with the first column's cell."""

@@ -356,6 +356,7 @@ def test_the_text_has_the_width_of_the_terminal(
     tables = [line for line in narrow.splitlines() if not line.startswith(("First", "note"))]
     assert max(map(len, tables)) <= 40
     assert all(f"c4_{n}" in narrow for n in range(3))
+    assert "largest difference\n" in narrow and " (relative)" in narrow
     wide = text(runs_of(*paths), 1e-5)
     numbers = set(re.findall(r"\d+\.\d{4}\b", wide))
     assert numbers and numbers <= set(re.findall(r"\d+\.\d{4}\b", narrow))
