@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,7 @@ from common.paths import find_input
 from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
+from data_prep.shards.reader import Stamp
 from pretrain.config.data_rules import folder_name, source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
@@ -45,8 +46,9 @@ class Sources:
     """All data sets of a run, which share a tokenizer."""
 
     sources: tuple[Source, ...]
-    hashed: bool = False
-    """Whether the sha256 of every shard was checked, so that no reader has to."""
+    hashed: Mapping[str, Mapping[str, Stamp]] = field(default_factory=dict)
+    """Digest of a manifest -> shards whose sha256 was checked at the start, each with the stamp that it had before: no
+    reader hashes it while it has that."""
     verified: tuple[VerifiedShard, ...] = ()
     """On rank 0: what was hashed, or is known from an earlier start, on file systems that all nodes share."""
     patience: Patience = field(default_factory=Patience, compare=False)
@@ -129,15 +131,15 @@ class Sources:
                 source.manifest,
                 split,
                 config.model.sequence_length,
-                # A cache hashes what it fetches and what it finds.
-                verify_on_first_read=config.data.verify == "size" and source.cache is None and not self.hashed,
+                verify_on_first_read=source.cache is None,  # a cache hashes what it fetches and what it finds
                 hold=source.cache.hold if source.cache else None,
                 max_tokens=config.data.max_tokens if split == "train" else None,
             )
             for source in self.sources
         ]
-        for reader in readers:
+        for reader, source in zip(readers, self.sources, strict=True):
             reader.patience = self.patience
+            reader.trust(self.hashed.get(source.manifest.digest, {}))
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 

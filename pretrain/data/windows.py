@@ -6,7 +6,7 @@ every token is a target exactly once per epoch, except the first of a split and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import Hold, SplitReader
+from data_prep.shards.reader import Hold, SplitReader, Stamp
 from pretrain.config.data_rules import source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
@@ -99,6 +99,10 @@ class WindowReader:
         self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
         self.patience = Patience()
         """Makes every read; this one raises each error as it is."""
+
+    def trust(self, hashed: Mapping[str, Stamp]) -> None:
+        """See SplitReader."""
+        self._split.trust(hashed)
 
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
