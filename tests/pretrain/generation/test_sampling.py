@@ -70,6 +70,8 @@ def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
 def test_draws_are_of_seed_and_sample() -> None:
     numbers = {key: [Draws(*key).next() for _ in range(2)] + [Draws(*key).next()] for key in ((3, 0), (3, 1), (4, 0))}
     assert len({tuple(found) for found in numbers.values()}) == 3
+    draws = Draws(3, 1)  # a prompt's texts are those of earlier versions
+    assert [draws.next(), draws.next()] == list(np.random.default_rng([3, 1]).random(2))
     draws = Draws(3, 0)
     assert [draws.next(), draws.next()] == [draws.next() for draws in [Draws(3, 0)] for _ in range(2)]
 
