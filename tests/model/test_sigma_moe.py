@@ -10,7 +10,7 @@ from model.dropout import keep_mask, site_key
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
-from model.routing import RoutingStatistics, entropy_regularizer
+from model.routing import Place, RoutingStatistics, entropy_regularizer
 from tests.harness import run_ranks
 from tests.model import oracles
 
@@ -166,6 +166,24 @@ def test_statistics_ignore_evaluation_and_expert_dropout() -> None:
     clean = (x.view(6, 6) @ layer.router.T).softmax(-1).mean(0)
     torch.testing.assert_close(layer.statistics.probability, clean.double().detach(), rtol=1e-6, atol=1e-7)
     assert float(layer.statistics.load.sum()) == 0
+
+
+class OwnChoices:
+    """A record that holds what the router chooses anyway."""
+
+    replaces = True
+
+    def settle(self, own: torch.Tensor, logits: torch.Tensor, place: Place, *, is_repeated: bool) -> torch.Tensor:
+        return own
+
+
+def test_a_dropped_expert_scores_0_for_choices_of_a_record_too() -> None:
+    """Four of five experts are chosen and three of five dropped, so dropped ones are among the choices."""
+    layer = build(7, 5, 6, 4, 0.6)
+    x, index = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3)), torch.arange(2)
+    y, _ = layer(x, index)
+    layer.statistics.choices = OwnChoices()
+    torch.testing.assert_close(layer(x, index)[0], y, rtol=1e-6, atol=1e-6)
 
 
 def _rank_gradient(rank: int, x: torch.Tensor, router: torch.Tensor, world_size: int) -> torch.Tensor:
