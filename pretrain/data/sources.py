@@ -14,6 +14,7 @@ from typing import Literal
 
 from common.errors import Problem, UserError, refuse
 from common.paths import find_input
+from common.splits import SplitName
 from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
@@ -186,21 +187,32 @@ def _check_beside(source: Source, others: list[Source], problem: Problem) -> Non
         )
 
 
-def _check_splits(source: Source, config: Config) -> None:
-    """Checks that the splits that the run reads exist and have at least one window each."""
-    manifest, T, held_out = source.manifest, config.model.sequence_length, config.evaluate.split
-    if config.evaluate.sequences and held_out not in manifest.splits:
+def check_held_out(source: Source, config: Config) -> None:
+    """Raises UserError if the split that is evaluated is not there, or has no window."""
+    manifest, held_out = source.manifest, config.evaluate.split
+    if held_out not in manifest.splits:
         raise UserError(
             f"evaluate.split: {manifest.folder} has no {held_out} split, only {' and '.join(manifest.splits)}; set it "
             f"to validation, or prepare the data with a test_input"
         )
-    for split in ("train", held_out) if config.evaluate.sequences else ("train",):
-        if num_windows(manifest, split, T) < 1:
-            raise UserError(
-                f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
-                f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
-                f"model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
-            )
+    _check_length(source, held_out, config, ", or set evaluate.sequences to 0")
+
+
+def _check_splits(source: Source, config: Config) -> None:
+    """Checks that the splits that the run reads exist and have at least one window each."""
+    if config.evaluate.sequences:
+        check_held_out(source, config)
+    _check_length(source, "train", config)
+
+
+def _check_length(source: Source, split: SplitName, config: Config, remedy: str = "") -> None:
+    manifest, T = source.manifest, config.model.sequence_length
+    if num_windows(manifest, split, T) < 1:
+        raise UserError(
+            f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
+            f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
+            f"model's sequences{remedy}"
+        )
 
 
 def _check_train_tokens(manifest: Manifest, config: Config) -> None:

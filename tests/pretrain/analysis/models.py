@@ -24,7 +24,11 @@ CASES: dict[str, dict[str, Any]] = {
         "position": {"type": "rope", "memory_chunks": 1},
         "feedforward": DENSE,
     },
-    "one selector, xl": {"attention": {**ALL_EXPERTS, "selection": "shared"}, "position": XL, "feedforward": DENSE},
+    "one selector, xl": {
+        "attention": {**ALL_EXPERTS, "num_experts": 4, "active_experts": 1, "selection": "shared"},
+        "position": XL,
+        "feedforward": {**SIGMA_MOE, "activation": "swiglu"},
+    },
     "dense": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "feedforward": DENSE},
     "dense xl": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "position": XL, "feedforward": DENSE},
     "moa": {"attention": MOA, "feedforward": SIGMA_MOE},

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from model.attention.rope import rope_tables
-from model.config import RopeConfig
+from model.config import ModelConfig, RopeConfig
 from model.language_model import LanguageModel
 from pretrain.export import layers_switchall
-from pretrain.export.hf_config import hf_config
+from pretrain.export.hf_config import NAMES, hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
+from tests.model.options import TRAINING_ALONE, left_out
 from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
@@ -32,6 +33,12 @@ def theirs(model: LanguageModel, attention: str) -> Any:
     found = SwitchAllForCausalLM._from_config(SwitchAllConfig(**tree), attn_implementation=attention)
     found.load_state_dict(model.state_dict())
     return found.eval()
+
+
+def test_every_option_of_a_model_is_exported_and_compared_here() -> None:
+    """One that is not would be lost on the way, and the export compute something else without a word."""
+    assert ModelConfig.model_fields.keys() - TRAINING_ALONE <= NAMES.keys()
+    assert left_out(map(config_of, MODELS)) == []
 
 
 @pytest.mark.parametrize("name", MODELS)
