@@ -89,8 +89,8 @@ def measure(config: Config) -> dict[str, Any]:
     found = {"before": before, "peak": peak, "losses": losses, "estimate": None if expected is None else expected.total}
     print(f"peak {peak / GIB:.2f} GiB, {(peak - before) / GIB:.2f} of it since the model", flush=True)
     if expected is not None:
-        parts = {"weights": expected.weights, "optimizer": expected.optimizer, "gradients": expected.gradients}
-        parts |= {"their buffers": expected.buckets, "activations": expected.activations.peak}
+        parts = {"weights": expected.weights, "optimizer": expected.optimizer}
+        parts |= {"gradients and update": expected.gradients.afterwards, "activations": expected.activations.peak}
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         ratio = (peak - before) / expected.total
         print(f"estimated {expected.total / GIB:.2f} GiB ({listed}); measured / estimated {ratio:.3f}", flush=True)

@@ -27,13 +27,19 @@ from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
 NCCL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8}
 NCCL_DTYPES |= {torch.uint8, torch.bool}
 
+COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
+"""Gloo joins what it gathers, and what it is to scatter, in a tensor of its own as large as all ranks' together, also
+in a group of one (counted with torch 2.13). NCCL does not, and gloo's other collectives do not either."""
+
 
 class Ledger(TorchDispatchMode):
     """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for
-    what the loss holds."""
+    what the loss holds and what gloo copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_gloo: bool = False) -> None:
+        """`by_gloo`: collectives are gloo's, as between CPUs, and not NCCL's."""
         super().__init__()
+        self._by_gloo = by_gloo
         self.now = self.peak = 0
         """Bytes of the storages that are alive, and the most of them since `forget_peak`. Those of `elsewhere` do not
         count."""
@@ -69,12 +75,8 @@ class Ledger(TorchDispatchMode):
             if result.untyped_storage()._cdata not in given:
                 is_bucket = result.numel() == self.bucket and result.dim() == 1
                 self._add(result.untyped_storage(), BUCKETS if is_bucket else part)
-        inside = 0
-        if func is torch.ops.switchall.linear_cross_entropy.default:
-            inside = self._loss(*args)
-        if self.now + inside > self.peak:
-            self.peak = self.now + inside
-            self.at_peak = {**self.parts, "loss": inside}
+        is_loss = func is torch.ops.switchall.linear_cross_entropy.default
+        self._note_peak("loss", self._loss(*args) if is_loss else 0)
         return results
 
     def hold(self, part: str, tensors: Iterable[Tensor | None]) -> None:
@@ -99,6 +101,12 @@ class Ledger(TorchDispatchMode):
         self.peak, self.at_peak = self.now, dict(self.parts)
 
     # --------------------------------------------------------------------------------------------------------- storages
+
+    def _note_peak(self, part: str, inside: int) -> None:
+        """`inside`: bytes that an operator holds for `part` until it returns."""
+        if self.now + inside > self.peak:
+            self.peak = self.now + inside
+            self.at_peak = {**self.parts, part: inside}
 
     def _current(self) -> str:
         """What a new storage is for. What a backward pass leaves behind are gradients."""
@@ -154,6 +162,8 @@ class Ledger(TorchDispatchMode):
             other, own = ranks[named["dst" if kind == "send" else "src"]], dist.get_rank()
             ranks = (own, other) if kind == "send" else (other, own)
         dtype = tensors[0].dtype if tensors else torch.uint8
+        if self._by_gloo and kind in COPIED_BY_GLOO:
+            self._note_peak("gloo", sum(t.numel() * t.element_size() for t in tensors))
         self._call(kind, ranks, dtype, sum(t.numel() for t in tensors), nccl_refusal(named))
         return result
 

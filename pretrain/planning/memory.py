@@ -1,9 +1,9 @@
 """How much memory a rank needs at its highest point: an estimate, without a device.
 
 Weights, master weights and moments are counted from what the layers declare (pretrain/parallel/layout.py), activations
-are traced (traced.py), and what DeepSpeed's ZeRO optimizer holds of gradients is read from its code (0.19.8). A test
-compares all with an allocator's counts. Not counted: the CUDA context, NCCL, what the allocator cannot use, what a
-kernel needs for itself, CUDA graphs. What is not known is not estimated: `why_unknown` says so.
+are traced (traced.py), and what DeepSpeed holds of gradients is read from its code (gradients.py). Tests compare all
+with a rehearsed step and with an allocator's counts. Not counted: the CUDA context, NCCL, what the allocator cannot
+use, what a kernel needs for itself. What is not known is not estimated: `why_unknown` says so.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ import torch
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.rules import choose_backends
 from pretrain.config.schema import Config
-from pretrain.engine import zero_1
-from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.parallel.layout import rank_bytes
+from pretrain.planning.gradients import Gradients, gradients
 from pretrain.planning.traced import Activations, TracedRun, traced
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BUCKET = 500_000_000
-"""Elements of a bucket of gradients at ZeRO 0, where nothing sets reduce_bucket_size: DeepSpeed's default."""
 USABLE = 0.9
 """Share of a device's memory that an estimate may fill; the rest is for what is not counted."""
 
@@ -35,14 +32,9 @@ class MemoryEstimate:
     """What the rank computes with."""
     optimizer: int
     """fp32 master weights and Adam's moments."""
-    gradients: int
-    """Sums that are kept between micro-steps."""
     memory: int
     """Transformer-XL memory of all its streams, as it is read and as it is written."""
-    buckets: int
-    """Buffers of gradients on their way to other ranks, in the last backward pass."""
-    update: int
-    """What an update needs besides: gradients as one tensor. Fused AdamW needs nothing."""
+    gradients: Gradients
     activations: Activations
     micro_steps: int
     graphs: int = 0
@@ -55,15 +47,18 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """At the highest point of a step: in the last micro-step at the loss or right after it, or in the update. CUDA
-        graphs give nothing back: activations are there during the update too."""
+        """At the highest point of a step: in its last micro-step, or after that. CUDA graphs give nothing back:
+        activations are there during the update too."""
+        gradients, activations = self.gradients, self.activations
         if self.graphs:
-            held = self.resting + self.gradients + self.graphs + self.activations.peak
-            return held + max(self.buckets, self.update)
-        before = self.gradients if self.micro_steps > 1 else 0
-        at_loss = before + max(self.activations.peak, self.buckets + self.activations.kept)
-        at_end = self.gradients + self.buckets + self.activations.of_a_layer
-        return self.resting + max(at_loss, at_end, self.gradients + self.update)
+            highest = max(gradients.coming + gradients.stay + gradients.joined, gradients.afterwards)
+            return self.resting + self.graphs + activations.peak + highest
+        coming = max(activations.later, activations.at_a_gradient + gradients.joined)
+        if gradients.stay:
+            coming = max(activations.with_gradients, gradients.stay + activations.at_the_end)
+        return self.resting + max(
+            gradients.at_loss + activations.at_loss, gradients.coming + coming, gradients.afterwards
+        )
 
 
 def why_unknown(config: Config) -> str | None:
@@ -83,9 +78,9 @@ def estimate(config: Config, data_size: int, device_type: str, *, micro_sequence
     """Of a rank of a run whose `why_unknown` is None, on `cuda` or `cpu`. `micro_sequences`: instead of the run's."""
     micro = micro_sequences or config.batch.micro_sequences
     (held,), model = rank_bytes(config, data_size), config.model
-    count, share, dtype = held.parameters, -(-held.parameters // data_size), DTYPES[config.train.precision]
-    zero = config.parallel.zero
+    count, dtype = held.parameters, DTYPES[config.train.precision]
     streams = config.batch.global_sequences // data_size
+    micro_steps = config.batch.global_sequences // (micro * data_size)
     run = TracedRun(
         model,
         micro,
@@ -97,12 +92,10 @@ def estimate(config: Config, data_size: int, device_type: str, *, micro_sequence
     return MemoryEstimate(
         weights=held.weights,
         optimizer=held.optimizer,
-        gradients=(2 if dtype == torch.float16 else 4) * (share if zero == 2 else count),
         memory=2 * streams * model.num_layers * model.memory_length * model.d_model * dtype.itemsize,
-        buckets=_buckets(config, data_size, dtype),
-        update=4 * share if zero else 0,
+        gradients=gradients(config, data_size, micro_steps, device_type),
         activations=traced(run),
-        micro_steps=config.batch.global_sequences // (micro * data_size),
+        micro_steps=micro_steps,
         graphs=_graphs(config, count, dtype.itemsize, data_size, device_type),
     )
 
@@ -113,19 +106,6 @@ def _graphs(config: Config, count: int, itemsize: int, data_size: int, device_ty
         return 0
     kinds = 1 + config.model.memory_length // config.model.sequence_length
     return kinds * count * itemsize
-
-
-def _buckets(config: Config, data_size: int, dtype: torch.dtype) -> int:
-    """Bytes of DeepSpeed's buffers of gradients. ZeRO 0 copies the gradients of a bucket when it reduces them."""
-    settings = deepspeed_json(config, data_size)["zero_optimization"]
-    elements = int(settings.get("reduce_bucket_size", BUCKET))
-    if config.parallel.zero == 0:
-        return 4 * min(elements, rank_bytes(config, data_size)[0].parameters) if data_size > 1 else 0
-    if not settings.get("contiguous_gradients", True):
-        return 0
-    buffers = 2 if settings.get("overlap_comm", False) else 1
-    itemsize = 4 if zero_1.is_used(config) else dtype.itemsize
-    return buffers * elements * itemsize
 
 
 @dataclass(frozen=True)

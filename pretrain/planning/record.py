@@ -31,7 +31,8 @@ class Rehearsal(NamedTuple):
     peak: int
     """At the highest point of the step."""
     at_peak: dict[str, int]
-    """Then, by part: those of RESTING, layers (what they keep), `backward pass`, `buckets`, `update`, `loss`."""
+    """Then, by part: those of RESTING, layers (what they keep), `backward pass`, `buckets`, `update`, `loss`, `gloo`
+    (its copies, on CPUs)."""
     calls: list[Call]
     """Collectives in their order."""
     starts: list[int]

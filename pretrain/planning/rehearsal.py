@@ -49,7 +49,8 @@ def rehearse(
     micro_steps = min(config.micro_steps(data_size), most_micro_steps or (2 if stages == 1 else stages + 1))
     sequences = micro_steps * batch.micro_sequences * data_size
     shorter = config.replaced("batch", global_sequences=sequences)
-    with fake_world(config, rank, num_ranks, routed), Ledger() as ledger:
+    by_gloo = device_type == "cpu"
+    with fake_world(config, rank, num_ranks, routed), Ledger(by_gloo=by_gloo) as ledger:
         rehearsed = _Rank(shorter, device_type, ledger, streams=batch.global_sequences)
         for _ in range(2 if config.parallel.zero == 3 else 1):  # ZeRO 3 knows the order of its gathers after two
             rehearsed.step()

@@ -72,11 +72,12 @@ def _estimate_row(found: MemoryEstimate) -> DerivedValue:
     parts = {
         "weights": found.weights,
         "optimizer": found.optimizer,
-        "gradients": found.gradients,
-        "their buffers": found.buckets,
+        "gradients": max(found.gradients.between, found.gradients.stay),
+        "their buffers": found.gradients.buckets,
         "memory": found.memory,
         "CUDA graphs": found.graphs,
         "activations": found.activations.peak,
+        "reduction and update": found.gradients.afterwards,
     }
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     layer = f"{found.activations.of_a_layer / GIB:.3f} a block"

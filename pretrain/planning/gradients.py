@@ -1,0 +1,146 @@
+"""What DeepSpeed's ZeRO optimizers (0.19.8, stages 0 to 2) hold of gradients at each point of a step, of the rank that
+holds most: read from stage_1_and_2.py, and compared with rehearsed steps by a test.
+
+What decides it is whether gradients are reduced during the backward pass or after it, and where a rank keeps the sum of
+its share: in fp32 runs each micro-step has its own copy, of whole parameters, beside the sum of those before; in bf16
+runs the sum is one flat fp32 tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from model.language_model import build_on_meta
+from model.parameters import parameter_specs
+from pretrain.config.schema import Config
+from pretrain.engine.deepspeed_json import deepspeed_json
+
+BUCKET = 500_000_000
+"""Elements of a bucket of gradients at ZeRO 0, where nothing sets reduce_bucket_size: DeepSpeed's default."""
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element of weights and of the gradients that the backward pass makes."""
+
+
+class Gradients(NamedTuple):
+    """Bytes of one rank, besides what rests."""
+
+    between: int
+    """Sums that are kept between micro-steps. 0 where there is one micro-step."""
+    at_loss: int
+    """Until the first gradient of the last micro-step is there: sums, and buckets that were not given back."""
+    coming: int
+    """While its gradients come: sums, buckets, and where the rank's own share goes."""
+    joined: int
+    """What is held besides each time that a bucket of them is reduced, when its gradients are all there."""
+    stay: int
+    """Gradients of this micro-step that are there at its end, where nothing reduces them before; else 0."""
+    afterwards: int
+    """At the highest point after the backward pass: the last reductions, the update, what it sends."""
+    buckets: int
+    """Of `coming`, DeepSpeed's buffers of gradients on their way."""
+
+
+class _Sizes(NamedTuple):
+    """Elements."""
+
+    all: int
+    largest: int
+    """Of a parameter."""
+    share: int
+    """Of a rank's share of all optimizer groups, with what fills the last one up."""
+    touched: int
+    """Of all parameters of which a rank's share has a part: the most of any rank."""
+
+
+def gradients(config: Config, data_size: int, micro_steps: int, device_type: str) -> Gradients:
+    """Of a rank of a run whose model is in one piece, at ZeRO 0 to 2, on `cuda` or `cpu`."""
+    sizes, settings = _sizes(config, data_size), deepspeed_json(config, data_size)["zero_optimization"]
+    found = {0: _stage_0, 1: _stage_1, 2: _stage_2}[config.parallel.zero](config, sizes, settings, data_size, micro_steps)
+    if device_type == "cpu" and config.parallel.zero:  # gloo's copy of the weights that ranks gather after an update
+        found = found._replace(afterwards=max(found.afterwards, ITEM[config.train.precision] * sizes.all))
+    return found
+
+
+def _stage_0(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:
+    """fp32. The engine copies the gradients of a bucket when it reduces them, after the backward pass."""
+    everything = 4 * sizes.all
+    sums = everything if micro_steps > 1 else 0
+    copied = 4 * min(int(settings.get("reduce_bucket_size", BUCKET)) + sizes.largest, sizes.all) if data_size > 1 else 0
+    return Gradients(sums, sums, sums, 0, everything - sums, everything + copied, 0)
+
+
+def _stage_1(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:
+    """All gradients are summed on every rank, and reduced with the last micro-step: during its backward pass if
+    overlap_comm is on, else after it. The buckets that the first micro-step has made stay."""
+    is_flat = config.train.precision == "bf16"  # of the rank's share
+    item = 4 if is_flat else ITEM[config.train.precision]
+    everything = item * sizes.all
+    sums = everything if micro_steps > 1 else 0
+    buckets, bucket = _buckets(config, settings, item)
+    own = 4 * sizes.share if is_flat else item * sizes.touched
+    joined = min(max(bucket, item * sizes.largest), everything)
+    update = 0 if is_flat else _copies(config, sizes)
+    at_loss = sums + (buckets if micro_steps > 1 else 0)
+    if not settings.get("overlap_comm", False):
+        # When the first bucket is reduced, its gradients lie in it and nowhere else.
+        beside = max(0, buckets - everything) if buckets else 0
+        reduced = everything + beside + (own + joined if is_flat else max(own, joined))
+        afterwards = max(reduced, own + update)
+        return Gradients(sums, at_loss, sums + buckets, 0, everything - sums, afterwards, buckets)
+    afterwards = max(buckets + own + joined, own + update)
+    if bucket > everything:  # one reduction, at the end
+        return Gradients(sums, at_loss, sums + buckets, 0, 0, afterwards, buckets)
+    # Gradients of a bucket are gone from the sums when it is reduced; beside it are its copy and the rank's share.
+    coming = sums + buckets + max(0, own - (bucket if sums else 0))
+    return Gradients(sums, at_loss, coming, joined, 0, afterwards, buckets)
+
+
+def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:
+    """Every micro-step reduces its gradients during the backward pass, and gives the buckets back."""
+    is_flat = config.train.precision == "bf16"
+    item = ITEM[config.train.precision]
+    buckets, bucket = _buckets(config, settings, item)
+    own = 4 * sizes.share if is_flat else item * sizes.touched
+    sums = own if micro_steps > 1 else 0
+    # The flat sum is the one of all micro-steps.
+    of_this = own if not is_flat or not sums else 0
+    joined = min(max(bucket, item * sizes.largest), item * sizes.all)
+    if is_flat and config.parallel.reduce_dtype == "fp32":
+        joined *= 3  # the copy that is sent, too
+    afterwards = max(sums + of_this + buckets + joined, own + (0 if is_flat else _copies(config, sizes)))
+    if bucket > item * sizes.all:
+        return Gradients(sums, sums, sums + buckets, 0, 0, afterwards, buckets)
+    return Gradients(sums, sums, sums + buckets + of_this, joined, 0, afterwards, buckets)
+
+
+def _copies(config: Config, sizes: _Sizes) -> int:
+    """What the update makes of a share that is no flat fp32 tensor: a flat one and, of fp16, that in fp32."""
+    return 4 * sizes.share if config.train.precision == "fp32" else (2 + 4) * sizes.share
+
+
+def _buckets(config: Config, settings: dict[str, Any], item: int) -> tuple[int, int]:
+    """Bytes of all buckets, and of one."""
+    bucket = item * int(settings["reduce_bucket_size"])
+    if not settings.get("contiguous_gradients", True):
+        return 0, bucket
+    return (2 if settings.get("overlap_comm", False) else 1) * bucket, bucket
+
+
+def _sizes(config: Config, data_size: int) -> _Sizes:
+    """Optimizer groups (those that decay, and the others) are divided one by one, at equal borders, through the
+    middle of parameters."""
+    specs = parameter_specs(config.model)
+    counts = {name: parameter.numel() for name, parameter in build_on_meta(config.model).named_parameters()}
+    groups = [[count for name, count in counts.items() if specs[name].decayed is wanted] for wanted in (True, False)]
+    if config.optimizer.weight_decay == 0.0:
+        groups = [list(counts.values())]
+    share, touched = 0, [0] * data_size
+    for group in filter(None, groups):
+        of_a_rank = -(-sum(group) // (2 * data_size)) * 2
+        share += of_a_rank
+        start = 0
+        for count in group:
+            for rank in range(start // of_a_rank, -(-(start + count) // of_a_rank)):
+                touched[rank] += count
+            start += count
+    return _Sizes(sum(counts.values()), max(counts.values()), share, max(touched))
