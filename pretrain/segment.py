@@ -47,6 +47,8 @@ class SegmentEnd:
     """The rollback that is needed."""
     stopped: str | None = None
     """What stopped it, after a checkpoint was saved."""
+    has_begun: bool = True
+    """Whether it came to train: if not, no checkpoint was saved."""
 
 
 def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
