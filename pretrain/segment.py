@@ -262,7 +262,7 @@ class Segment:
         if not said.stopping:
             if said.first_failed is not None:
                 self._settle()
-            raise_agreed(error, said.first_failed, passes=said.passes)
+            raise_agreed(error, said.first_failed, passes=said.passes, group=self.control.group)
         return said.stopping, None
 
     def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:
