@@ -63,7 +63,7 @@ def train(
             setup.phases.enter("looking for a checkpoint")
             start = find_start(config, sources, run_dir, rollback)
             if control.stopping():
-                end = SegmentEnd(start.progress.step, stopped=control.stop_reason())
+                end = SegmentEnd(start.progress.step, stopped=control.stop_reason(), has_begun=False)
                 break
             end = run_segment(setup, folder, control, stop, start)
             gc.collect()  # nothing refers to the segment any more: its memory goes before another is built
@@ -107,5 +107,7 @@ def report_end(folder: RunFolder, config: Config, end: SegmentEnd) -> None:
         print(f"finished at step {step} of {config.train.steps}{early}; run folder {folder.path}", flush=True)
         return
     folder.event("stopped", step=step, reason=stopped)
-    what = f"at step {step} of {config.train.steps}, checkpoint saved" if step else "during start-up, nothing trained"
+    what = f"at step {step} of {config.train.steps}, checkpoint saved"
+    if not (end.has_begun and step):
+        what = "during start-up, nothing trained" + (f" after step {step}" if step else "")
     print(f"stopped by {stopped} {what}; the same command continues; run folder {folder.path}", flush=True)

@@ -147,7 +147,7 @@ def stages_of(checkpoint: Checkpoint | None, sources: Sources, config: Config) -
     progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
     stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
     before, length = sequence_length_of(checkpoint), config.model.sequence_length
-    if before == length or config.reads_streams:  # the place in a stream is that of the position alone
+    if before == length:
         return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
     followed = stages[-1].followed_by(progress.position, now.sources)
     return (*stages, followed.in_windows_of(length, before=before))

@@ -47,6 +47,8 @@ class SegmentEnd:
     """The rollback that is needed."""
     stopped: str | None = None
     """What stopped it, after a checkpoint was saved."""
+    has_begun: bool = True
+    """Whether it came to train: if not, no checkpoint was saved."""
 
 
 def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
@@ -260,7 +262,7 @@ class Segment:
         if not said.stopping:
             if said.first_failed is not None:
                 self._settle()
-            raise_agreed(error, said.first_failed, passes=said.passes)
+            raise_agreed(error, said.first_failed, passes=said.passes, group=self.control.group)
         return said.stopping, None
 
     def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:

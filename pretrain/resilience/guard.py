@@ -110,14 +110,16 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.end(error.code, str(error))
         raise
     except PassingError as error:
-        told = PassingError(f"{error}. {stop.what_stands()}")
-        folder.end(code_of(type(told)), str(told))
-        raise told from None
+        passing = PassingError(f"{error}. {stop.what_stands()}")
+        folder.end(code_of(type(passing)), str(passing))
+        raise passing from None
     except UserError as error:
         folder.end(code_of(type(error)), str(error))
         raise
     except PeerFailed as error:
-        folder.end(code_of(error.kind), "another rank met an error and said so")
+        told = error.words or "another rank met an error and said so"
+        may_pass = issubclass(error.kind, PassingError)
+        folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if may_pass else told)
         raise
     except BaseException as error:
         reason = lost_connection(error)

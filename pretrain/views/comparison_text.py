@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.tables import DOTS, counted, folded_table
@@ -27,6 +27,8 @@ from pretrain.views.reading import setting
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
 DIFFERS = "What differs"
+WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
+"""Settings that decide what a validation reads of its split."""
 LONGEST = 60
 """Characters of a setting."""
 CONTEXT = 20
@@ -60,6 +62,12 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader of the losses must know."""
     keys = {key for key, _ in differing_facts(runs)}
+    other = [key for key in WINDOWS if key in keys]
+    of_windows = f"{' and '.join(other)} differ: validation losses are of other windows of the text"
+    return [*_notes_on_text(runs, keys), *([of_windows] if other and splits_of(runs) else [])]
+
+
+def _notes_on_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
     if None not in (digests := [data_digest(run) for run in runs]) and len(set(digests)) == 1:
         return []  # data that lie elsewhere, and rows of the embedding that no piece uses
     of_text = [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]

@@ -231,6 +231,12 @@ def resume_text(view: RunView) -> str:
     return f"{'with checkpoint.resume=auto ' * (choice == 'never')}it continues from {newest}"
 
 
+def again_text(view: RunView) -> str:
+    """A run that was submitted starts by itself: its job goes back into the queue (docs/operations.md)."""
+    is_job = (view.path / "slurm").is_dir()
+    return "start the same command again" + ", unless its SLURM job is back in the queue (squeue)" * is_job
+
+
 def next_text(view: RunView) -> str:
     """What to do now."""
     state, run, hang = view.state, shlex.quote(str(view.path)), view.path / "hang" / "message.txt"
@@ -244,15 +250,15 @@ def next_text(view: RunView) -> str:
             return f"the same command with a later train.stop_after_steps goes on; {resume}"
         return f"`python launch/generate.py {run} --interactive` lets it write; docs/use.md has the rest"
     if state is State.STOPPED:
-        return f"start the same command again; {resume}"
+        return f"{again_text(view)}; {resume}"
     if state is State.DEAD:
-        return f"read the end of its log, then start the same command again; {resume}"
+        return f"read the end of its log, then {again_text(view)}; {resume}"
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
-        return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
+        return f"read {hang}: it names the rank that did not arrive; then {again_text(view)}; {resume}"
     changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
-    then = next(changed, "Start the same command again")
-    return f"{meaning_of(code)}; the end of its log says more. {then}; {resume}"
+    then = next(changed, None)
+    return f"{meaning_of(code)}; the end of its log says more. {then or f'Then {again_text(view)}'}; {resume}"
 
 
 def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:

@@ -217,7 +217,7 @@ def test_the_sources_are_shown_where_the_total_is(
 
     average = f"{event['ema_loss']:.4f}"
     told = f"{event['loss']:.4f} after step 1 ({of_sources}); moving average {average}"
-    assert validation_text(RunView.open(run)) == told
+    assert validation_text(RunView.open(run), "validation") == told
     loss = f"validation after step 1: loss {event['loss']:.4f}"
     assert event_text(event, 0.0).endswith(f"  {loss} ({of_sources}); moving average: loss {average}")
     assert f"{loss} (" in screen(RunView.open(run), width=120, now=0.0)

@@ -1,4 +1,4 @@
-"""What a run that ends by a fault says of its checkpoints: which one it goes on from, or that there is none."""
+"""What a run that ends says of its checkpoints: which one it goes on from, or that there is none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from pretrain.loop import report_end
 from pretrain.report.exit_codes import MEANING
+from pretrain.report.run_folder import RunFolder
 from pretrain.resume import what_stands
+from pretrain.segment import SegmentEnd
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import rewrite_state
 
@@ -78,3 +81,20 @@ def test_checkpoints_that_are_damaged_or_cannot_be_read_change_nothing_of_how_a_
 
 def test_no_meaning_of_an_exit_code_speaks_of_a_checkpoint_that_may_not_be_there() -> None:
     assert not [meaning for meaning in MEANING.values() if "last checkpoint" in meaning]
+
+
+@pytest.mark.parametrize(
+    "end, told",
+    [
+        (SegmentEnd(0, stopped="SIGTERM", has_begun=False), "SIGTERM during start-up, nothing trained; the same"),
+        (SegmentEnd(0, stopped="SIGTERM"), "SIGTERM during start-up, nothing trained; the same"),
+        # Resumed, and stopped before its first step: the checkpoint may be another run's.
+        (SegmentEnd(5, stopped="SIGTERM", has_begun=False), "during start-up, nothing trained after step 5; the same"),
+        (SegmentEnd(5, stopped="SIGTERM"), "SIGTERM at step 5 of 9, checkpoint saved; the same"),
+    ],
+)
+def test_a_stop_says_that_a_checkpoint_was_saved_only_where_one_was(
+    prepared: Path, run: Path, capsys: pytest.CaptureFixture[str], end: SegmentEnd, told: str
+) -> None:
+    report_end(RunFolder(run, writes=False), small_config(prepared, "train.steps=9"), end)
+    assert told in capsys.readouterr().out

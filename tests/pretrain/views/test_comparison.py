@@ -228,6 +228,24 @@ def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "<title>Curves of a</title>" in page and "data:image/png" in page
 
 
+@pytest.mark.parametrize(
+    "changed, note",
+    [
+        ({"evaluate": {"sequences": 64}}, "note: evaluate.sequences differ: validation losses are of other windows"),
+        ({"model": {"sequence_length": 64}}, "note: model.sequence_length differ: validation losses are of other"),
+        ({"evaluate": {"every_steps": 2}}, None),
+    ],
+)
+def test_validations_of_other_windows_are_said_to_be(tmp_path: Path, changed: dict[str, Any], note: str | None) -> None:
+    runs = [of_mixture(tmp_path / name, {4: {}}) for name in ("one", "other")]
+    (runs[1] / "config.json").write_text(json.dumps(changed))
+    said = text(runs_of(*runs), 0.0)
+    assert note in said if note else "note:" not in said
+    for run in runs:
+        (run / "events.jsonl").unlink()
+    assert "note:" not in text(runs_of(*runs), 0.0), "no validation, and nothing to compare"
+
+
 def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:
     """Two runs on the test split, by source, and one on the other."""
     one = of_mixture(tmp_path / "one", {4: {}, 8: {"c4": 3.5}}, split="test", loss=4.5)

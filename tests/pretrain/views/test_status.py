@@ -14,7 +14,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, resume_text, screen, speed_text, summary
+from pretrain.views.status import duration, next_text, resume_text, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -46,7 +46,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         ({"exit_code": 3, "reason": "diverged"}, State.FAILED, "The same command would diverge again: lower opt"),
         ({"exit_code": 2, "reason": "refused"}, State.FAILED, "Change that, then start it again; it continues from"),
         ({"exit_code": 6, "reason": "lost"}, State.FAILED, "See who has the folder before you start it again"),
-        ({"exit_code": 1, "reason": "bug"}, State.FAILED, "Start the same command again; it continues from"),
+        ({"exit_code": 1, "reason": "bug"}, State.FAILED, "Then start the same command again; it continues from"),
         ({"exit_code": 77, "reason": "of a later version"}, State.FAILED, "exit code 77"),
         ({}, State.DEAD, "read the end of its log, then start the same command again; it continues from step-0"),
     ],
@@ -381,3 +381,16 @@ def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
     view.events = [] if begun is None else [{"event": "started", "step": begun}]
     view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
     assert resume_text(view).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "code, waits", [(85, True), (86, True), (5, True), (1, True), (None, True), (2, False), (3, False)]
+)
+def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
+    tmp_path: Path, code: int | None, waits: bool
+) -> None:
+    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
+    assert "squeue" not in next_text(RunView.open(folder))
+    (folder / "slurm").mkdir()
+    told = next_text(RunView.open(folder))
+    assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits
