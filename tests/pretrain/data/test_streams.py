@@ -66,6 +66,8 @@ def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> 
     stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((16, 32),))
     assert [step for step in range(6) if stream.begins(step * 8)] == [0, 2]
     assert [stream.own_positions(step * 8, 0)[0] for step in range(4)] == [0, 8, 32, 40]
+    behind = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((0, 24),))
+    assert behind.streams().tolist() == list(range(8)) and behind.own_positions(0, 0)[0] == 24
     assert stream.range_of(8, 8) == (8, 16) and stream.range_of(8, 16) == (8, 40) and stream.range_of(19, 2) == (32, 40)
 
 
