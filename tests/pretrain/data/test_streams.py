@@ -84,6 +84,17 @@ def test_streams_go_on_in_their_text_where_windows_become_longer_or_shorter(
     assert begins == [chunks - place, 2 * chunks - place]
 
 
+def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> None:
+    """Memory would hold the text before the gap. What is left out are whole steps, of every stream the same ones."""
+    config = small_config(prepared, *XL)
+    stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((16, 32),))
+    assert [step for step in range(6) if stream.begins(step * 8)] == [0, 2]
+    assert [stream.own_positions(step * 8, 0)[0] for step in range(4)] == [0, 8, 32, 40]
+    behind = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((0, 24),))
+    assert behind.streams().tolist() == list(range(8)) and behind.own_positions(0, 0)[0] == 24
+    assert stream.range_of(8, 8) == (8, 16) and stream.range_of(8, 16) == (8, 40) and stream.range_of(19, 2) == (32, 40)
+
+
 def test_other_models_are_shuffled_as_before_and_never_begin(prepared: Path) -> None:
     config = small_config(prepared, "model.position.type=xl", "model.position.memory_chunks=0")
     stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1)

@@ -47,6 +47,15 @@ def test_a_spike_stands_out_from_the_median() -> None:
     assert not any(falling.see(float(loss)) for loss in 7.0 * np.exp(-np.arange(500) / 100))
 
 
+def test_a_spike_is_so_many_robust_deviations_above_the_median_of_a_quarter_of_the_window_or_more() -> None:
+    """Median 3, and half of the losses at least 0.1 from it: of a normal distribution with deviation 0.14826."""
+    earlier = [2.9, 3.1, 2.8, 3.2] * 4
+    for loss, is_spike in ((3.0 + 1.48, False), (3.0 + 10 * 0.15 * 1.4826 + 0.001, True), (0.01, False), (-9.0, False)):
+        assert bool(SpikeDetector(10.0, 64, earlier).see(loss)) is is_spike, loss
+    assert SpikeDetector(10.0, 64, earlier).see(3.0 + 10 * 0.15 * 1.4826 - 0.001) is None
+    assert SpikeDetector(10.0, 68, earlier).see(99.0) is None, "16 of 68 are less than a quarter"
+
+
 def test_nothing_stands_out_from_too_few_or_from_nothing() -> None:
     detector = SpikeDetector(10.0, 64)
     assert not any(detector.see(loss) for loss in [3.0] * 15 + [30.0])
