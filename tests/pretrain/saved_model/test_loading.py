@@ -159,7 +159,7 @@ def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
 
     of_bytes = tokenizer(kind="bytes", file=None, sha256=None, eos_id=None, vocab_size=256)
     assert of_bytes.encode("aé") == [97, 195, 169] and of_bytes.decode(np.array([97, 195, 169])) == "aé"
-    assert of_bytes.pieces([97, 195]) == ["a", "<0xC3>"]
+    assert of_bytes.pieces([97, 195]) == ["a", "<0xC3>"] and of_bytes.bytes_of(np.bincount([97, 195, 195])) == 3
     symbols = tokenizer(kind="symbols", eos_id=None, vocab_size=5)
     assert symbols.encode("cab a\n") == [4, 2, 3, 1, 2, 0] and symbols.decode([4, 2, 3]) == "cab"
     with pytest.raises(UserError, match=r"holds the byte 0x64, which is none of the 5"):
@@ -176,6 +176,13 @@ def test_the_sign_for_a_blank_is_what_the_data_have(prepared: Path) -> None:
             tokenizer.encode(text) == reference.encode(text).tolist()
             and tokenizer.decode(tokenizer.encode(text)) == text
         )
+
+
+def test_the_bytes_of_counted_ids_are_those_of_their_text(prepared: Path) -> None:
+    tokenizer = Tokenizer(Manifest.load(prepared))
+    ids = [*tokenizer.encode(f"{TEXT}\U0001f333"), tokenizer.eos_id or 0]
+    assert tokenizer.bytes_of(np.bincount(ids)) == len(f" {TEXT}\U0001f333".encode())
+    assert tokenizer.bytes_of(np.bincount([*ids, 0])) is None, "an unknown piece stands for any text"
 
 
 def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
