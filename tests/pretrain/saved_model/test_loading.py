@@ -17,6 +17,7 @@ from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
+from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
@@ -82,6 +83,9 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(tmp_path / "file", "is a file; name a run folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither a run folder nor a checkpoint")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / SWEEP_RECORD).write_text("{}")
+    refused(tmp_path / "sweep", "sweep is the folder of a sweep; name a run in it")
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
     (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
