@@ -9,6 +9,7 @@ HEAD_BYTES = 4096
 """First bytes of a file's content that the functions below want."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_MAGIC = b"PAR1"
+TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
 # A text may begin with these letters too, so they count only if no text follows.
@@ -111,7 +112,9 @@ def no_json_lines(head: bytes) -> str:
     if separator:
         return f"looks like {separator}, which is not read; write its rows as JSON lines or as Parquet"
     if not _is_text(head):
-        return "is no text of a kind that is known; only what docs/data.md lists is read"
+        has_controls = any(byte < 0x20 and byte not in b"\t\n\f\r" for byte in head)
+        kind = "is no text of a kind that is known; only what docs/data.md lists is read"
+        return kind if has_controls else f"is no UTF-8 text; {TO_UTF8}"
     if not start.startswith(b"{"):
         return 'holds no JSON lines; if it is plain text set format to "text"'
     return ""

@@ -22,7 +22,7 @@ from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, check_held_out, open_sources
 from pretrain.evaluate import evaluate as validation
-from pretrain.evaluate import evaluation_windows, unigram_perplexity
+from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluation import results
 from pretrain.evaluation.examples import Encoder, Example
 from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
@@ -200,7 +200,11 @@ def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict
     with bar:
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
-    unigram = unigram_perplexity(reader, evaluation_windows(reader, config))
+    windows = evaluation_windows(reader, config)
+    size = opened.tokenizer.bytes_of(target_counts(reader, windows))
+    if size:
+        values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
+    unigram = unigram_perplexity(reader, windows)
     content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
     if folder is None:
         return content

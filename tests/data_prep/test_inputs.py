@@ -123,6 +123,7 @@ NO_DOCUMENT = [
     ("a.jsonl", b"", r"holds nothing"),
     ("a.jsonl", b"\n\n\n", r"holds only blank lines"),
     ("a.jsonl", b'{"url": "u", "doc": {"body": "b"}}\n', r"keys found: url, doc\.body; set `text_key`"),
+    ("a.jsonl", '{"text": "été"}\n'.encode("latin-1"), r"is no UTF-8 text; convert it from its encoding, .*iconv -f"),
     ("a.jsonl", b"\x93\x01\x02" * 900, r"is no text of a kind that is known"),
 ]  # fmt: skip
 
@@ -228,8 +229,9 @@ def test_the_text_is_where_text_key_says(tmp_path: Path) -> None:
 def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     data = b"\n\nOne.\r\nStill one.\r\n \t\r\nTwo.\n\n\n\nThree \xff.\n\nFour"
     path = write(tmp_path / "a.txt", data)
+    to_utf8 = r"; convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8$"
     with pytest.raises(
-        NoDocumentError, match=r"gives no document: not UTF-8 \(byte 38 of the file: invalid start byte\)"
+        NoDocumentError, match=r"gives no document: not UTF-8 \(byte 38 of the file: invalid start byte\)" + to_utf8
     ):
         read(path, "text")
     texts, (rejected,) = read(path, "text", text_documents="blank_lines")

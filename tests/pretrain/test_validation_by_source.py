@@ -4,6 +4,7 @@ is shown."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from data_prep.cli import main as data_prep
@@ -311,6 +313,11 @@ def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["tokens"] == targets.numel()
     assert found["digest"] == Manifest.load(sources["pes2o"]).digest
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(sources["pes2o"] / "tokenizer.model"))
+    texts = [pieces.decode([anchor, *row]) for anchor, row in zip(inputs[:, 0].tolist(), targets.tolist(), strict=True)]
+    anchors = [pieces.decode([anchor]) for anchor in inputs[:, 0].tolist()]
+    size = len("".join(texts).encode()) - len("".join(anchors).encode())
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["tokens"] / size, rel=1e-12)
     assert ["validation", "pes2o", "loss", f"{expected:.4f}"] in [
         x.split() for x in capsys.readouterr().out.splitlines()
     ]

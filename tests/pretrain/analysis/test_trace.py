@@ -13,7 +13,7 @@ import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import MoAConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.config import DenseAttentionConfig, MoAConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.ops.route import route_handing_on
 from pretrain.analysis.counting import Counts, favourites, gate_matrix
@@ -58,8 +58,10 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
         assert {(h, e): n for (h, e), n in np.ndenumerate(load) if n} == dict(counts)
 
 
-def test_every_option_of_a_routed_layer_is_in_a_model_here() -> None:
-    assert left_out([tiny(case).config for case in CASES], SwitchHeadConfig, MoAConfig, SigmaMoEConfig) == []
+def test_every_option_of_attention_and_of_a_router_is_in_a_model_here() -> None:
+    """Maps and gates are computed apart from the layers, which a new option changes."""
+    sections = (SwitchHeadConfig, DenseAttentionConfig, MoAConfig, RopeConfig, XLConfig, SigmaMoEConfig)
+    assert left_out([tiny(case).config for case in CASES], *sections) == []
 
 
 @pytest.mark.parametrize("case", ROUTED)
