@@ -117,7 +117,7 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
 def _told(config: Config) -> str:
     """What takes the time."""
     stages = config.parallel.pipeline
-    step = f"rehearsing a step of {'the first rank' if stages == 1 else f'a rank of each of {stages} stages'}"
+    step = f"rehearsing a step of {'a rank' if stages == 1 else f'a rank of each of {stages} stages'}"
     return f"tracing activations and {step}" if why_unknown(config) is None else step
 
 

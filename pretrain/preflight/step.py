@@ -58,10 +58,11 @@ class StepRehearsal:
 
     def _ends(self) -> list[int]:
         """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""
-        from pretrain.parallel.layout import mesh
+        from pretrain.planning.gradients import fullest_rank
 
-        ranks = mesh(self._run.config, self._data_size)
-        ends = dict.fromkeys(int(ranks[stage, 0, 0]) for stage in (0, -1))
+        config = self._run.config
+        stages = (0, config.parallel.pipeline - 1)
+        ends = dict.fromkeys(fullest_rank(config, self._data_size, stage) for stage in stages)
         if self._rank is not None and self._rank < self._run.world_size:
             ends.setdefault(self._rank)
         return list(ends)
