@@ -23,6 +23,7 @@ from pretrain.planning.paces import paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
 from pretrain.planning.step_time import Terms, blocks_of_stages, held_by_stages, stage_works, step_terms
+from pretrain.planning.stops import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,10 @@ _rehearsed: dict[tuple[str, int, int, str, int | None], Rehearsal] = {}
 def rehearsed(
     config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int | None = None
 ) -> Rehearsal:
-    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr."""
+    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr. Raises StepStops or CannotRehearse."""
     key = config.model_dump_json(), num_ranks, rank, device_type, most_micro_steps
     if key not in _rehearsed:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), told():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
