@@ -58,6 +58,9 @@ def summary(examination: Examination) -> str:
     """The last line."""
     outcomes = examination.checks.outcomes
     wrong, left_out = len(examination.checks.problems), sum(outcome.passed is None for outcome in outcomes)
+    if not wrong and left_out:
+        made = len(outcomes) - left_out
+        return f"{made} of {len(outcomes)} checks passed, {left_out} could not be made (see above); nothing was written"
     if not wrong:
         return f"all {len(outcomes)} checks passed; nothing was written"
     later = f"; {left_out} checks need what is wrong put right first" if left_out else ""

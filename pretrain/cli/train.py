@@ -166,7 +166,7 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     planned = examination.run
     assert config is not None and planned is not None and planned.run_dir is not None
     assert planned.sources is not None and planned.data_size is not None
-    print_warnings(planned.passed_over)
+    print_warnings([*planned.passed_over, *examination.not_rehearsed])
     print_derived(config, planned.data_size, planned.sources, planned.run_dir, planned.newest)
     _print_memory(planned, device_gib)
     print(summary(examination), flush=True)

@@ -72,6 +72,7 @@ def _forget_the_world() -> None:
 
 
 def _patches(config: Config, routed: Routed) -> list[Any]:
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
@@ -81,6 +82,8 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
     return [
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(FakeTensor, "data_ptr", _no_address),
+        # DeepSpeed asks this machine's device, where no GPU needs to be; check_device has refused fp16 on CPUs.
+        mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True),
         mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
         mock.patch.object(pipeline, "initialize", _nothing),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),

@@ -19,6 +19,7 @@ from pretrain.planning.memory import USABLE, why_unknown
 from pretrain.planning.paces import Assumption, paces, why_no_time
 from pretrain.planning.rehearsed_traffic import rehearsed_collectives
 from pretrain.planning.step_time import model_flops, stage_flops
+from pretrain.planning.stops import CannotRehearse, StepStops
 
 Tell = Callable[[str], None]
 """Takes a line about what is done now: traces take seconds."""
@@ -117,7 +118,7 @@ def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell
 def _told(config: Config) -> str:
     """What takes the time."""
     stages = config.parallel.pipeline
-    step = f"rehearsing a step of {'the first rank' if stages == 1 else f'a rank of each of {stages} stages'}"
+    step = f"rehearsing a step of {'a rank' if stages == 1 else f'a rank of each of {stages} stages'}"
     return f"tracing activations and {step}" if why_unknown(config) is None else step
 
 
@@ -170,7 +171,10 @@ def cheapest_change(
     for tried, number in enumerate(order, 1):
         overrides, changed, time = candidates[number]
         tell(f"trying {' '.join(overrides)}")
-        memories = layout_plan.stage_memories(changed, machine, layout_plan.decisive_stages(changed))
+        try:
+            memories = layout_plan.stage_memories(changed, machine, layout_plan.decisive_stages(changed))
+        except (StepStops, CannotRehearse):  # not a change to advise
+            continue
         if layout_plan.fits(memories, machine):
             return Change(overrides, max(memory.total for memory in memories), time), tried
     return None, len(order)

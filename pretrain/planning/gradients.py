@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from model.language_model import build_on_meta
 from model.parameters import parameter_specs
 from pretrain.config.schema import Config
+from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
+from pretrain.parallel.layout import mesh
 
 BUCKET = 500_000_000
 """Elements of a bucket of gradients at ZeRO 0, where nothing sets reduce_bucket_size: DeepSpeed's default."""
@@ -59,6 +61,15 @@ def gradients(config: Config, data_size: int, micro_steps: int, device_type: str
     if device_type == "cpu" and config.parallel.zero:  # gloo's copy of the weights that ranks gather after an update
         found = found._replace(afterwards=max(found.afterwards, ITEM[config.train.precision] * sizes.all))
     return found
+
+
+def fullest_rank(config: Config, data_size: int, stage: int) -> int:
+    """The rank of a pipeline stage that holds most, in a rehearsed step. Where gradients are reduced during the backward
+    pass, each rank makes room for its share when the first of them is there: the last rank does so first, while all
+    activations are there, because gradients come in the opposite order of parameters. Elsewhere no rank holds more than
+    the first, which often has a part of one parameter more than its share."""
+    is_last = config.parallel.zero == 2 or zero_1.is_used(config)
+    return int(mesh(config, data_size)[stage, -1 if is_last else 0, 0])
 
 
 def _stage_0(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:

@@ -14,6 +14,7 @@ from model.kernels.ops.linear_cross_entropy import working_bytes
 from pretrain.config.schema import Config
 from pretrain.parallel.layout import state_bytes
 from pretrain.planning.communication import Collective
+from pretrain.planning.gradients import fullest_rank
 from pretrain.planning.links import sent_bytes, spreads
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import Measurements
@@ -22,6 +23,7 @@ from pretrain.planning.paces import paces
 from pretrain.planning.record import Rehearsal
 from pretrain.planning.rough_traffic import rough_collectives
 from pretrain.planning.step_time import Terms, blocks_of_stages, held_by_stages, stage_works, step_terms
+from pretrain.planning.stops import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def decisive_stages(config: Config) -> list[int]:
 
 def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | None = None) -> list[StageMemory]:
     """Of `stages`, by default of every pipeline stage. Where the model is in one piece its activations are traced
-    (memory.py); elsewhere a step of the first rank of each stage is rehearsed."""
+    (memory.py); elsewhere a step of the fullest rank of each stage is rehearsed."""
     data_size = config.data_size(machine.num_gpus)
     held = held_by_stages(config, data_size)
     found = []
@@ -96,8 +98,8 @@ def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | Non
             traced = estimate(config, machine.num_gpus, kind)
             parts, total, offloaded = _traced_parts(config, traced, kind), traced.total, 0
         else:
-            first = stage * machine.num_gpus // config.parallel.pipeline
-            rehearsal = rehearsed(config, machine.num_gpus, first, machine.device.device_type)
+            rank = fullest_rank(config, data_size, stage)
+            rehearsal = rehearsed(config, machine.num_gpus, rank, machine.device.device_type)
             parts, total, offloaded = _rehearsed_parts(rehearsal), rehearsal.peak, rehearsal.elsewhere
         found.append(
             StageMemory(
@@ -119,10 +121,10 @@ _rehearsed: dict[tuple[str, int, int, str, int | None], Rehearsal] = {}
 def rehearsed(
     config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int | None = None
 ) -> Rehearsal:
-    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr."""
+    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr. Raises StepStops or CannotRehearse."""
     key = config.model_dump_json(), num_ranks, rank, device_type, most_micro_steps
     if key not in _rehearsed:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), told():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 

@@ -7,6 +7,7 @@ Layouts that need more than one which did not fit are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.memory import USABLE
 from pretrain.planning.paces import why_no_time
+from pretrain.planning.stops import CannotRehearse, StepStops
 
 SHOWN = 10
 """Layouts of the table."""
@@ -166,7 +168,11 @@ class Trials:
                     self._try(layout)
 
     def _try(self, layout: Layout) -> None:
-        needed = self._needed(layout)
+        try:
+            needed = self._needed(layout)
+        except (StepStops, CannotRehearse) as error:  # of this layout; others may be possible
+            self._excluded[str(error)] += 1
+            return
         if needed is None:
             self._excluded[FULL] += 1
             self._rule_out(layout)
@@ -179,8 +185,9 @@ class Trials:
         that divide alike."""
         self._too_large.append(layout)
         smallest = layout._replace(recompute=KINDS[-1], micro_sequences=1)
-        if layout[:5] not in self._kinds and smallest != layout and self._needed(smallest) is None:
-            self._too_large.append(smallest)
+        with contextlib.suppress(StepStops, CannotRehearse):
+            if layout[:5] not in self._kinds and smallest != layout and self._needed(smallest) is None:
+                self._too_large.append(smallest)
         self._kinds.add(layout[:5])
 
     def _needed(self, layout: Layout) -> int | None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -44,8 +44,18 @@ class StepRehearsal:
     def check(self, checks: Checklist) -> None:
         """Makes two checks, collectives and memory."""
         failed = next((o.name for o in checks.outcomes if o.name in NEEDED and not o.passed), None)
-        checks.do("collectives", lambda found: self._collectives(found, failed))
-        checks.do("memory", lambda found: self._memory(failed))
+        checks.do("collectives", lambda found: self._warned(found, lambda: self._collectives(found, failed)))
+        checks.do("memory", lambda found: self._warned(found, lambda: self._memory(failed)))
+
+    def _warned(self, found: Outcome, check: Callable[[], str]) -> str:
+        """Makes a check. What a rehearsal cannot do is no fault of the run, but nobody may think that it was checked."""
+        from pretrain.planning.stops import CannotRehearse
+
+        try:
+            return check()
+        except CannotRehearse as error:
+            found.warnings.append(f"{found.name}: not checked; {error}")
+            raise Blocked(str(error)) from error
 
     def _memory(self, failed: str | None) -> str:
         self._need(failed)
@@ -58,10 +68,11 @@ class StepRehearsal:
 
     def _ends(self) -> list[int]:
         """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""
-        from pretrain.parallel.layout import mesh
+        from pretrain.planning.gradients import fullest_rank
 
-        ranks = mesh(self._run.config, self._data_size)
-        ends = dict.fromkeys(int(ranks[stage, 0, 0]) for stage in (0, -1))
+        config = self._run.config
+        stages = (0, config.parallel.pipeline - 1)
+        ends = dict.fromkeys(fullest_rank(config, self._data_size, stage) for stage in stages)
         if self._rank is not None and self._rank < self._run.world_size:
             ends.setdefault(self._rank)
         return list(ends)
@@ -134,20 +145,16 @@ class StepRehearsal:
         return ("even", "worst") if self._run.config.parallel.expert > 1 else ("even",)
 
     def _rehearsed(self, blocks: int, rank: int, routed: Routed) -> Rehearsal:
-        """A step of `rank` in a model of so many blocks. Raises Blocked where none can be rehearsed."""
+        """A step of `rank` in a model of so many blocks. Raises StepStops or CannotRehearse where there is none."""
         key = blocks, rank, routed
         if key not in self._found:
             run, config = self._run, self._run.config.replaced("model", num_layers=blocks)
-            try:
-                with _quiet():
-                    from pretrain.planning.rehearsal import rehearse
+            with _quiet():
+                from pretrain.planning.rehearsal import rehearse
+                from pretrain.planning.stops import told
 
+                with told():
                     self._found[key] = rehearse(config, run.world_size, rank, run.device, routed=routed)
-            except UserError:
-                raise
-            except Exception as error:  # of torch or DeepSpeed, which do not expect tensors without data
-                words = (str(error).strip().splitlines() or [""])[-1]
-                raise Blocked(f"no step can be rehearsed: {type(error).__name__}: {words}") from error
         return self._found[key]
 
     def _key(self, group: tuple[int, ...]) -> str:

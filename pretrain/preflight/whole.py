@@ -73,6 +73,11 @@ class Examination:
             StepRehearsal(self.run, rank).check(self.checks)
 
     @property
+    def not_rehearsed(self) -> list[str]:
+        """Warnings of what a rehearsed step could not tell."""
+        return [words for o in self.checks.outcomes if o.name in ("collectives", "memory") for words in o.warnings]
+
+    @property
     def is_sound(self) -> bool:
         """Whether nothing wrong was found."""
         return not self.checks.problems

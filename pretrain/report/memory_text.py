@@ -6,6 +6,7 @@ from common.errors import UserError
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning.devices import device_of_card
+from pretrain.planning.gradients import fullest_rank
 from pretrain.planning.layout_plan import rehearsed, step_time
 from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
@@ -45,10 +46,10 @@ def run_estimate(
 def _rehearsed_estimate(
     config: Config, num_ranks: int, device_type: str, seconds: tuple[float, float] | None
 ) -> RunEstimate:
-    """Of a layout whose activations are not traced: of the fullest of the first ranks of the stages."""
-    stages = config.parallel.pipeline
-    firsts = range(0, num_ranks, num_ranks // stages)
-    peak, rank = max((rehearsed(config, num_ranks, first, device_type).peak, first) for first in firsts)
+    """Of a layout whose activations are not traced: of the rank that needs most."""
+    data_size = check_ranks(config, num_ranks)
+    ranks = [fullest_rank(config, data_size, stage) for stage in range(config.parallel.pipeline)]
+    peak, rank = max((rehearsed(config, num_ranks, rank, device_type).peak, rank) for rank in ranks)
     what = f"of rank {rank:,}, at the highest point of a rehearsed step"
     return RunEstimate(peak, device_type, f"{peak / GIB:.2f} GiB estimated: {what}; {NOT_COUNTED}", seconds)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from model.layers import Block
 from pretrain.config.rules import check_ranks
@@ -94,13 +95,39 @@ def test_the_ranks_of_legal_layouts_call_the_same(prepared: Path, ranks: int, ov
     assert ("as many tokens as possible" in memory.said) is ("parallel.expert=2" in overrides)
 
 
-def test_what_cannot_be_rehearsed_is_said(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*arguments: Any, **options: Any) -> Any:
-        raise TypeError("and more\nno such operator\n")
+        raise error
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
-    collectives, memory = rehearsed(prepared, 1).outcomes
-    assert memory.passed is collectives.passed is None
-    assert memory.blocked_by == "no step can be rehearsed: TypeError: no such operator"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (DataDependentOutputException(torch.ops.aten._local_scalar_dense.default), "DataDependentOutputException"),
+        (NotImplementedError("and more\nno such operator\n"), "(NotImplementedError: no such operator)"),
+        (RuntimeError(".numpy() is not supported for tensor subclasses."), "tensor subclasses"),
+        (MemoryError(), "(MemoryError: )"),
+    ],
+)
+def test_what_a_rehearsal_cannot_do_is_a_warning(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    failing(monkeypatch, error)
+    checks = rehearsed(prepared, 1)
+    collectives, memory = checks.outcomes
+    assert memory.passed is collectives.passed is None and not checks.problems
+    assert memory.blocked_by.startswith("step: it cannot be rehearsed on tensors without data (") and words in str(memory)
+    assert [text.partition(";")[0] for text in checks.warnings] == ["collectives: not checked", "memory: not checked"]
     (problem,) = rehearsed(prepared, 1, rank=1).problems
     assert str(problem) == "--rank: is 1, but the run has the ranks 0 to 0; name one of them"
+
+
+def test_where_the_step_stops_is_an_error_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an exception of the model or of DeepSpeed would end a start."""
+    failing(monkeypatch, ValueError("DeepSpeed says\nType fp8 is not supported"))
+    checks = rehearsed(prepared, 1)
+    (problem,) = map(str, checks.problems)
+    assert problem.startswith("step: the code that trains ends in a rehearsed step, as it would in a run: ValueError: ")
+    assert "Type fp8 is not supported; change the setting" in problem and checks.warnings == []
