@@ -42,12 +42,14 @@ def folded_table(
     whole = text_table(header, rows, left=left)
     if width is None or len(header) < 2 or max(map(len, whole.splitlines())) <= width:
         return whole
-    first = [shortened(cell, width // 2 - 1) for cell in (header[0], *(_cell(row[0]) for row in rows))]
+    first = shortened_apart([header[0], *(_cell(row[0]) for row in rows)], width // 2 - 1)
     room = width - max(map(len, first))
-    titles, columns = [[first[0]]], [first[1:]]
-    for number, title in enumerate(header[1:], start=1):
+    columns = [first[1:]]
+    for number in range(1, len(header)):
         columns.append([shortened(_cell(row[number]), room - 2) for row in rows])
-        titles.append(_broken(title, min(room - 2, max([LEAST_TITLE, *map(len, columns[-1])]))))
+    most = [min(room - 2, max([LEAST_TITLE, *map(len, column)])) for column in columns[1:]]
+    names = shortened_apart(header[1:], *most)
+    titles = [[first[0]], *map(_broken, header[1:], most, names)]
     parts, taken = [[0]], 0
     for number in range(1, len(header)):
         wide = 2 + max(map(len, (*titles[number], *columns[number])))
@@ -64,10 +66,36 @@ def folded_table(
     return "\n\n".join(texts)
 
 
-def _broken(title: str, most: int) -> list[str]:
-    """In two lines of at most `most` characters, if one is too short for it; without its middle if both are."""
+def _broken(title: str, most: int, short: str) -> list[str]:
+    """In two lines of at most `most` characters, if one is too short for it; `short` if both are."""
     lines = textwrap.wrap(title, max(1, most), break_long_words=False, break_on_hyphens=False)
-    return lines if 0 < len(lines) <= 2 and max(map(len, lines)) <= most else [shortened(title, most)]
+    return lines if 0 < len(lines) <= 2 and max(map(len, lines)) <= most else [short]
+
+
+def shortened_apart(texts: Sequence[str], *most: int) -> list[str]:
+    """Each as `shortened`, in at most `most` characters (one number for all, or one for each); of those that would look
+    alike the part in which they differ."""
+    limits = list(most) * len(texts) if len(most) == 1 else list(most)
+    found = [shortened(text, limit) for text, limit in zip(texts, limits, strict=True)]
+    alike = [n for n, cut in enumerate(found) if len({texts[m] for m, other in enumerate(found) if other == cut}) > 1]
+    if not alike:
+        return found
+    different, limit = [texts[number] for number in alike], min(limits[number] for number in alike)
+    begin = _same_letters(different)
+    left = [text[begin:] for text in different]
+    end = _same_letters([text[::-1] for text in left])
+    room = limit - 2 * len(DOTS) - (max(map(len, left)) - end)
+    begin -= min(begin, max(0, room))
+    for number, text in zip(alike, different, strict=True):
+        shown = DOTS * (begin > 0) + text[begin : len(text) - end] + DOTS * (end > 0)
+        found[number] = shortened(shown, limit)
+    return found
+
+
+def _same_letters(texts: Sequence[str]) -> int:
+    """How many letters all of them begin with."""
+    differing = (n for n, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    return next(differing, min(map(len, texts)))
 
 
 def shortened(text: str, most: int) -> str:

@@ -263,7 +263,9 @@ def what_stands(config: Config, run_dir: Path, *, is_diverged: bool = False) -> 
     try:
         paths = list_checkpoints(folder)[::-1] if choice == "never" else candidates(config, run_dir)
         newest = newest_committed(paths, check_sizes=False)
-    except (UserError, OSError) as error:
+    except UserError as error:
+        return f"The same command would be refused: {error}"
+    except OSError as error:
         return f"Its checkpoints cannot be read now ({error})"
     if newest is None:
         return f"Nothing was saved: {f'begin again {rate}' if is_diverged else 'the same command begins anew'}"

@@ -118,8 +118,9 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         raise
     except PeerFailed as error:
         told = error.words or "another rank met an error and said so"
-        may_pass = issubclass(error.kind, PassingError)
-        folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if may_pass else told)
+        # Of all ranks that were told, the one with the lock writes it down; the others need not look.
+        is_needed = issubclass(error.kind, PassingError) and folder.lock is not None
+        folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if is_needed else told)
         raise
     except BaseException as error:
         reason = lost_connection(error)

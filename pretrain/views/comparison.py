@@ -61,7 +61,8 @@ class Run:
         return float(np.median(known)) if len(known) else math.nan
 
     def _flops_rate(self) -> np.ndarray:
-        return self.column("flops_per_second") / self.column("tokens_per_second")
+        with np.errstate(divide="ignore", invalid="ignore"):  # a warning of numpy's is none for a reader
+            return self.column("flops_per_second") / self.column("tokens_per_second")
 
     def _flops(self) -> np.ndarray:
         tokens, rate, usual = self.column("tokens"), self._flops_rate(), self.flops_per_token
@@ -223,6 +224,19 @@ def source_losses_at_end(
     at_end = [of_run.get(step, {}) for of_run in found]
     names = dict.fromkeys(name for losses in at_end for name in losses)
     return step, [(name, [losses.get(name, math.nan) for losses in at_end]) for name in names]
+
+
+def task_accuracies_at_end(runs: Sequence[Run]) -> list[tuple[str, int, list[float]]]:
+    """Every task, the last step after which all runs that were evaluated on it have an accuracy, and that of every run,
+    NaN where a run was not; no task without such a step."""
+    every = [run.view.task_accuracies() for run in runs]
+    found = []
+    for task in sorted({task for of_run in every for task in of_run}):
+        of_task = [of_run.get(task, {}) for of_run in every]
+        step = max(set.intersection(*(set(of_run) for of_run in of_task if of_run)), default=None)
+        if step is not None:
+            found.append((task, step, [of_run.get(step, math.nan) for of_run in of_task]))
+    return found
 
 
 def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Difference]]:

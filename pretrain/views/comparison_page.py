@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common import html_page
-from common.tables import shortened
+from common.tables import shortened, shortened_apart
 from common.terminal import visible
 from pretrain.views.comparison import AXES, Run, splits_of
 from pretrain.views.comparison_text import DIFFERS, notes, tables
@@ -108,8 +108,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
     # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
     handles = [Line2D([], [], **look(number)) for number in range(len(runs))]
     legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=columns, frameon=False)
-    for entry, run in zip(legend.get_texts(), runs, strict=True):
-        entry.set(text=shortened(run.label, most), parse_math=False)
+    for entry, name in zip(legend.get_texts(), shortened_apart([run.label for run in runs], most), strict=True):
+        entry.set(text=name, parse_math=False)
     # Inches that the words need: to measure them (tight_layout) would take longer than to draw them.
     edges = {"left": 0.8 / wide, "right": 1 - 0.2 / wide, "bottom": (0.8 + 0.2 * rows) / high, "top": 1 - 0.4 / high}
     figure.subplots_adjust(**edges, wspace=0.24, hspace=0.3)

@@ -20,6 +20,7 @@ from pretrain.views.comparison import (
     losses,
     source_losses_at_end,
     splits_of,
+    task_accuracies_at_end,
     validation_losses,
 )
 from pretrain.views.reading import setting
@@ -54,6 +55,9 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
         if sources:
             rows = [(source, *_losses(values)) for source, values in sources]
             found.append((f"{name} by source after step {step:,}", ("source", *labels), rows))
+    if tasks := task_accuracies_at_end(runs):
+        rows = [(task, f"{step:,}", *_accuracies(values)) for task, step, values in tasks]
+        found.append(("Accuracy of tasks", ("task", "after step", *labels), rows))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found
@@ -167,6 +171,16 @@ def _place(value: float) -> str:
 
 def _number(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.9g}"
+
+
+def _accuracies(values: Sequence[float]) -> list[str]:
+    """As `_losses`, in percent."""
+    shown = ["-" if math.isnan(value) else f"{value:.2%}" for value in values]
+    known = [not (number == 0 or math.isnan(value) or math.isnan(values[0])) for number, value in enumerate(values)]
+    return [
+        f"{text} ({100 * (value - values[0]):+.2f})" if is_known else text
+        for text, value, is_known in zip(shown, values, known, strict=True)
+    ]
 
 
 def _loss(value: float, reference: float, number: int) -> str:

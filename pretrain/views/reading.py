@@ -276,6 +276,17 @@ class RunView:
 
     def tasks(self, at_step: int | None = None) -> dict[str, Row]:
         """Task -> its newest evaluation that still counts, as of `validations`; with `at_step` the one after it."""
+        return {one["task"]: one for one in self._evaluations() if at_step in (None, one["step"])}
+
+    def task_accuracies(self) -> dict[str, dict[int, float]]:
+        """Task -> step -> accuracy, of evaluations that still count."""
+        found: dict[str, dict[int, float]] = {}
+        for one in self._evaluations():
+            if isinstance(one.get("accuracy"), int | float):
+                found.setdefault(one["task"], {})[one["step"]] = one["accuracy"]
+        return found
+
+    def _evaluations(self) -> list[Row]:
         found: list[Row] = []
         for event in self.events:
             step = event.get("step")
@@ -283,7 +294,7 @@ class RunView:
                 found = [one for one in found if one["step"] <= step]
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)
-        return {one["task"]: one for one in found if at_step in (None, one["step"])}
+        return found
 
 
 def _may_become_one(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from common.run_lock import BEAT_SECONDS
 from common.splits import SplitName
 from common.strict_json import finite
-from common.tables import DOTS, counted, shortened, text_table
+from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
@@ -275,7 +275,7 @@ def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None
             room = width - sum(2 + widths[number] for number in kept[1:])
             if room >= min(LEAST_NAME, max(map(len, named))):
                 break
-        short = [shortened(name, max(room, SHORTEST_NAME)) for name in named]
+        short = shortened_apart(named, max(room, SHORTEST_NAME))
         rows = [(name, *(row[number] for number in kept[1:])) for name, row in zip(short, rows, strict=True)]
         return text_table([TITLES[number] for number in kept], rows, left=(0, 1))
     return visible(text_table(TITLES, rows, left=(0, 1)))

@@ -17,7 +17,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.splits import SPLITS
-from common.tables import folded_table, text_table
+from common.tables import folded_table, shortened, text_table
 from common.terminal import visible
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import Run
@@ -158,14 +158,25 @@ def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
 
 
 def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:
-    """For a terminal of that width. Where a column for each key is too much for it, the runs' names say the values."""
-    header, *rows = table(results, keys)
-    # The other columns say what the folder's name says.
-    whole = visible(text_table(header[:-1], [row[:-1] for row in rows], left=range(len(keys) + 2)))
-    if width is None or max(map(len, whole.splitlines())) <= width:
-        return whole
-    named = [[row[-1], *row[len(keys) + 1 : -1]] for row in (header, *rows)]
-    return visible(folded_table(named[0], named[1:], width=width, left=(0, 1)))
+    """For a terminal of that width. Where it is narrow, keys are short and the only configuration goes without saying;
+    where a column for each key is too much for it, the runs' names say the values, or if they look alike when they are
+    cut, the values alone."""
+    (config, *titles), *rows = table(results, keys)
+    short, count = short_keys(keys), len(keys)
+    others = titles[count:]
+    begin = int(len({row[0] for row in rows}) == 1)
+    for named, first in ((keys, 0), ([short[key] for key in keys], 0), ([short[key] for key in keys], begin)):
+        # The folder's name, which is last, says what the other columns say.
+        header = [config, *named, *others][first:-1]
+        whole = visible(text_table(header, [row[first:-1] for row in rows], left=range(count + 2 - first)))
+        if width is None or max(map(len, whole.splitlines())) <= width:
+            return whole
+    assert width is not None, "a table without a limit is returned above"
+    title, labels = others[-1], [row[-1] for row in rows]
+    if len({shortened(label, width // 2 - 1) for label in labels}) < len(labels):
+        title, labels = ", ".join(short.values()), [", ".join(row[begin : count + 1]) for row in rows]
+    told = [[label, *row[count + 1 : -1]] for label, row in zip(labels, rows, strict=True)]
+    return visible(folded_table([title, *others[:-1]], told, width=width, left=(0, 1)))
 
 
 def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:

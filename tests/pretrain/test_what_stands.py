@@ -76,7 +76,7 @@ def test_checkpoints_that_are_damaged_or_cannot_be_read_change_nothing_of_how_a_
     prepared: Path, run: Path
 ) -> None:
     (save(run / "checkpoints" / "step-00000004") / "state.json").write_text("")
-    assert said(prepared, run).startswith("Its checkpoints cannot be read now (no checkpoint is whole (")
+    assert said(prepared, run).startswith("The same command would be refused: no checkpoint is whole (")
 
 
 def test_no_meaning_of_an_exit_code_speaks_of_a_checkpoint_that_may_not_be_there() -> None:

@@ -193,6 +193,15 @@ def test_retention(saved: list[Path], rules: dict[str, int], steps: set[int]) ->
     assert not list(saved[0].parent.glob("*.partial"))
 
 
+def test_losses_on_other_splits_do_not_compete(saved: list[Path]) -> None:
+    """From step 500 on `evaluate.split` is test, whose losses are lower."""
+    for path, loss in ((saved[5], 1.75), (saved[6], 1.5), (saved[7], 1.625)):
+        config = {"evaluate": {"split": "test"}}
+        (path / "state.json").write_text(json.dumps({"validation_loss": loss, "config": config}))
+    Retention(keep_last=1, keep_best=1).apply(saved[0].parent)
+    assert [path.name for path in list_checkpoints(saved[0].parent)] == [f"step-00000{n}00" for n in (4, 7, 8)]
+
+
 def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path) -> None:
     keys = (
         "train.steps=8",

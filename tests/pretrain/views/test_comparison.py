@@ -228,6 +228,23 @@ def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "<title>Curves of a</title>" in page and "data:image/png" in page
 
 
+def test_the_accuracies_of_tasks_are_compared_after_the_last_step_of_all(tmp_path: Path) -> None:
+    def evaluated(name: str, *rows: tuple[str, int, float | None]) -> Path:
+        path = write(tmp_path / name, [row(1, 5.0)])
+        lines = [{"event": "evaluation", "task": task, "step": step, "accuracy": value} for task, step, value in rows]
+        (path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    one = evaluated("one", ("lambada", 4, 0.25), ("lambada", 8, 0.5), ("blimp", 8, 0.75), ("cbt", 8, 0.5))
+    other = evaluated("other", ("lambada", 4, 0.3125), ("lambada", 6, 0.75), ("blimp", 6, 0.75), ("cbt", 8, None))
+    third = evaluated("third")
+    said = text(runs_of(one, other, third), 0.0).partition("Accuracy of tasks\n")[2].splitlines()
+    assert said[0].split() == ["task", "after", "step", "one", "other", "third"]
+    assert said[1].split() == ["cbt", "8", "50.00%", "-", "-"]
+    assert said[2].split() == ["lambada", "4", "25.00%", "31.25%", "(+6.25)", "-"] and said[3] == ""
+    assert "Accuracy" not in text(runs_of(third), 0.0)
+
+
 @pytest.mark.parametrize(
     "changed, note",
     [

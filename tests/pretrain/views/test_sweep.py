@@ -83,6 +83,24 @@ def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(t
     assert "2.1000" in " ".join(first) and "finished" in first[0]  # the run's name stands in each part
 
 
+def test_in_a_narrow_terminal_every_run_can_be_told_from_the_others(tmp_path: Path) -> None:
+    """The names of two keys differ in their middle, which is cut where there is no room for it."""
+    keys = ["optimizer.learning_rate", "model.sequence_length"]
+    results = []
+    for number, (rate, length) in enumerate([("1e-3", "64"), ("1e-3", "128"), ("4e-3", "64"), ("4e-3", "128")]):
+        one = result(tmp_path, str(number), [5.0 - number])
+        name = f"switchall_tiny,learning_rate={rate},sequence_length={length}"
+        run = SweepRun(name=name, config="switchall_tiny", values=dict(zip(keys, (rate, length), strict=True)))
+        results.append(Result(run, one.view))
+    ways = {width: table_text(results, keys, width=width).splitlines() for width in (200, 105, 90, 60, 40)}
+    assert ways[200][0].split()[:3] == ["config", *keys]
+    assert ways[105][0].split()[:3] == ["config", "learning_rate", "sequence_length"]
+    assert [line.split()[:2] for line in ways[90][:2]] == [["learning_rate", "sequence_length"], ["4e-3", "128"]]
+    assert ways[60][0].startswith("learning_rate...") and ways[60][1].startswith("4e-3, 128  ")
+    for width, lines in ways.items():
+        assert max(map(len, lines)) <= width and len({line for line in lines if line}) == len(list(filter(None, lines)))
+
+
 def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
     results = [result(tmp_path, value, [x], validated=False) for value, x in (("1", 5.0), ("2", 4.0))]
     assert [found.run.values[RATE] for found in ranked(results)] == ["2", "1"]
