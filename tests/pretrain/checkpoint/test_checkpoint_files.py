@@ -20,6 +20,7 @@ from pretrain.checkpoint.loading import _saved_as
 from pretrain.checkpoint.saver import ALIGNMENT, _layout_in_buffer
 from pretrain.checkpoint.state import memory_fragments
 from pretrain.checkpoint.storage import Entry, _write_all, commit, write_safetensors
+from pretrain.engine.zero_state import _stage_0
 
 CONFIG = ModelConfig(d_model=4, num_layers=1, vocab_size=9, sequence_length=3)
 
@@ -113,6 +114,21 @@ def test_chunks_lie_apart_and_aligned_in_the_buffer_of_a_save() -> None:
     assert len(spans) == 10 and all(start % ALIGNMENT == 0 for start, _ in spans)
     assert all(end <= following for (_, end), (following, _) in itertools.pairwise(spans))
     assert spans[-1][1] <= total < spans[-1][1] + ALIGNMENT
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_of_zero_0_save_every_element_once(ranks: int) -> None:
+    """Also of parameters whose elements they cannot divide evenly, or that have fewer than there are ranks."""
+    for numel in range(1, 20):
+        parameter = torch.arange(numel)
+        parts = []
+        for rank in range(ranks):
+            if (located := _stage_0(parameter, rank, ranks, for_saving=True)) is not None:
+                start, length, flat, offset = located
+                assert start == offset and flat is parameter
+                parts.append(parameter[start : start + length])
+        assert torch.equal(torch.cat(parts), parameter)
+        assert _stage_0(parameter, ranks - 1, ranks, for_saving=False) == (0, numel, parameter, 0)
 
 
 def test_a_memory_has_a_chunk_for_each_run_of_neighbouring_streams() -> None:
