@@ -263,6 +263,17 @@ def test_opcheck_of_the_rotation() -> None:
     torch.library.opcheck(elementwise._rotate.overload, (k, None, angle.cos(), angle.sin(), 1, "triton"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_of_dropout_has_the_wider_dtype(backend: str) -> None:
+    x, residual = normal((2, 3, 8), 0, torch.bfloat16), normal((2, 3, 8), 1)
+    draw = Draw(0.25, KEY, torch.tensor(SEQUENCES[:2]))
+    for total in (dropout(x, draw, residual, backend=backend), dropout(residual, draw, x, backend=backend)):
+        assert total.dtype == torch.float32
+    kept = draw.mask(x.shape) / 0.75
+    found = dropout(residual, draw, x, backend=backend)
+    torch.testing.assert_close(found, x.float() + residual * kept, rtol=1e-6, atol=1e-6)
+
+
 @dataclass(frozen=True)
 class Norm:
     """A row of [B, T, d] is one token; `branch` is added before, after dropout with `probability`."""
