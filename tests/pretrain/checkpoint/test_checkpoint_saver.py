@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import pretrain.checkpoint.saver
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
+from pretrain.checkpoint.loading import load_training_state
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
@@ -103,6 +106,42 @@ def test_a_plan_is_made_once_and_again_where_a_rank_has_more_to_save(prepared: P
     for folder in folders:
         checkpoint = Checkpoint.open(folder)
         assert checkpoint.damaged_file() is None and len(checkpoint.state["files"]) == 3
+
+
+def save_again(rank: int, config: Config, folder: Path) -> tuple[list[tuple[int, bool]], list[bool]]:
+    """What each save reports, and whether the numbers that torch draws go on where they were saved."""
+    trainer, outcomes = trainer_of(config), list[tuple[int, bool]]()
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(step: int, before: Callable[[], None] = lambda: None) -> None:
+        trainer.saver.save(
+            folder,
+            Progress(step, 8 * step),
+            extra={},
+            retention=Retention(keep_last=9),
+            before=before,
+            report=lambda outcome: outcomes.append((outcome.step, outcome.error is None)),
+        )
+        trainer.saver.wait()
+
+    save(1)
+    save(1)
+    save(2, refuse)
+    torch.manual_seed(31)
+    save(2)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    load_training_state(Checkpoint.open(list_checkpoints(folder)[-1]), trainer.engine, trainer.setup.parallel)
+    return outcomes, torch.eq(torch.rand(3), drawn).tolist()
+
+
+def test_a_step_is_saved_once_and_again_only_where_it_failed(prepared: Path, tmp_path: Path) -> None:
+    config = light_config(prepared, "checkpoint.asynchronous=false")
+    [(outcomes, goes_on)] = run_ranks(save_again, 1, config, tmp_path)
+    assert outcomes == [(1, True), (2, False), (2, True)] and all(goes_on)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
