@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,32 @@ def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | N
         title, labels = ", ".join(short.values()), [", ".join(row[begin : count + 1]) for row in rows]
     told = [[label, *row[count + 1 : -1]] for label, row in zip(labels, rows, strict=True)]
     return visible(folded_table([title, *others[:-1]], told, width=width, left=(0, 1)))
+
+
+def seeds_table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
+    """Header and rows, the best first: of finished runs that differ in their seeds alone the mean loss and its standard
+    deviation (of a sample). Empty where no two such runs are there."""
+    name, others = loss_name(results), [key for key in keys if not key.endswith("seed")]
+    losses: dict[tuple[str, ...], list[float]] = {}
+    for result in results:
+        group = losses.setdefault((result.run.config, *(result.run.values[key] for key in others)), [])
+        loss = getattr(result, name)
+        if result.state is State.FINISHED and math.isfinite(loss):
+            group.append(loss)
+    known = {group: found for group, found in losses.items() if found}
+    if max(map(len, known.values()), default=0) < 2:
+        return []
+    rows = [["config", *others, "seeds", f"mean {name}", "deviation"]]
+    for combination, values in sorted(known.items(), key=lambda item: statistics.fmean(item[1])):
+        deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+        rows.append([*combination, f"{len(values)}", f"{statistics.fmean(values):.4f}", deviation])
+    return rows
+
+
+def seeds_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:
+    """`seeds_table` for a terminal of that width; empty where it is."""
+    found = seeds_table(results, keys)
+    return visible(folded_table(found[0], found[1:], width=width, left=range(len(found[0]) - 3))) if found else ""
 
 
 def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:

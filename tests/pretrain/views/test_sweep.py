@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from pretrain.views.sweep import Result, SweepRun, edges, loss_name, number_of, ranked, table, table_csv, table_text
+from pretrain.views.sweep import (
+    Result,
+    SweepRun,
+    edges,
+    loss_name,
+    number_of,
+    ranked,
+    seeds_table,
+    seeds_text,
+    table,
+    table_csv,
+    table_text,
+)
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
 
@@ -173,6 +186,31 @@ def test_each_configuration_has_its_own_edges_and_seeds_have_none(tmp_path: Path
     assert edges(results, [RATE]) == [f"y: the best {RATE}, 1, is the lowest tried: try lower ones"]
     seeds = [result(tmp_path, f"{seed}", [float(seed)], config="z", key="train.seed") for seed in (1, 2)]
     assert edges(seeds, ["train.seed"]) == []
+
+
+def test_runs_that_differ_in_their_seeds_alone_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
+    def seeded(config: str, rate: str, seed: str, loss: float, code: int = 0) -> Result:
+        found = result(tmp_path, f"{rate},{seed}", [loss], code, config=config)
+        return replace(found, run=replace(found.run, values={RATE: rate, "train.seed": seed}))
+
+    results = [
+        seeded("x", "1e-3", "0", 3.0),
+        seeded("x", "1e-3", "1", 4.0),
+        seeded("x", "1e-3", "2", 8.0),
+        seeded("x", "2e-3", "0", 1.0),
+        seeded("x", "2e-3", "1", 2.0, 3),  # diverged: no loss to take a mean of
+        seeded("y", "1e-3", "0", 2.0),
+        seeded("y", "1e-3", "1", 2.0),
+        seeded("y", "2e-3", "0", 2.0, 85),
+    ]
+    assert seeds_table(results, [RATE, "train.seed"]) == [
+        ["config", RATE, "seeds", "mean validation", "deviation"],
+        ["x", "2e-3", "1", "1.1000", "-"],
+        ["y", "1e-3", "2", "2.1000", "0.0000"],
+        ["x", "1e-3", "3", "5.1000", f"{math.sqrt(7):.4f}"],
+    ]
+    assert seeds_text(results, [RATE, "train.seed"]).splitlines()[3].split() == ["x", "1e-3", "3", "5.1000", "2.6458"]
+    assert seeds_text(results[3:6], [RATE, "train.seed"]) == "" == seeds_text([result(tmp_path, "9")], [RATE])
 
 
 def test_only_json_numbers_are_numbers() -> None:
