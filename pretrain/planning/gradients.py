@@ -61,19 +61,18 @@ class _Sizes(NamedTuple):
 def gradients(config: Config, data_size: int, micro_steps: int, device_type: str) -> Gradients:
     """Of a rank of a run whose model is in one piece, at ZeRO 0 to 2, on `cuda` or `cpu`."""
     sizes, settings = _sizes(config, data_size), deepspeed_json(config, data_size)["zero_optimization"]
-    found = {0: _stage_0, 1: _stage_1, 2: _stage_2}[config.parallel.zero](
-        config, sizes, settings, data_size, micro_steps
-    )
+    stage = (_stage_0, _stage_1, _stage_2)[config.parallel.zero]
+    found = stage(config, sizes, settings, data_size, micro_steps)
     if device_type == "cpu" and config.parallel.zero:  # gloo's copy of the weights that ranks gather after an update
         found = found._replace(afterwards=max(found.afterwards, ITEM[config.train.precision] * sizes.all))
     return found
 
 
 def fullest_rank(config: Config, data_size: int, stage: int) -> int:
-    """The rank of a pipeline stage that holds most, in a rehearsed step. Where gradients are reduced during the backward
-    pass, each rank makes room for its share when the first of them is there: the last rank does so first, while all
-    activations are there, because gradients come in the opposite order of parameters. Elsewhere no rank holds more than
-    the first, which often has a part of one parameter more than its share."""
+    """The rank of a pipeline stage that holds most, in a rehearsed step. Where gradients are reduced during the
+    backward pass, each rank makes room for its share when the first of them is there: the last rank does so first,
+    while all activations are there, because gradients come in the opposite order of parameters. Elsewhere no rank holds
+    more than the first, which often has a part of one parameter more than its share."""
     is_last = config.parallel.zero == 2 or zero_1.is_used(config)
     return int(mesh(config, data_size)[stage, -1 if is_last else 0, 0])
 

@@ -121,7 +121,7 @@ def test_all_mistakes_are_found_in_one_call(
         (
             ValueError("Type fp8 is not supported"),
             2,
-            "1 problem in 18 checks; 1 check could not be made because of what is wrong; ",
+            "1 problem in 18 checks; 1 check could not be made because of it; ",
         ),
         (NotImplementedError("aten::new"), 0, "16 of 18 checks passed, 2 could not be made (see above); "),
     ],
