@@ -63,5 +63,5 @@ def summary(examination: Examination) -> str:
         return f"{made} of {len(outcomes)} checks passed, {left_out} could not be made (see above); nothing was written"
     if not wrong:
         return f"all {len(outcomes)} checks passed; nothing was written"
-    later = f"; {left_out} checks need what is wrong put right first" if left_out else ""
+    later = f"; {counted(left_out, 'check')} could not be made because of it" if left_out else ""
     return f"{counted(wrong, 'problem')} in {len(outcomes)} checks{later}; nothing was written"

@@ -83,7 +83,7 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(FakeTensor, "data_ptr", _no_address),
         # DeepSpeed asks this machine's device, where no GPU needs to be; check_device has refused fp16 on CPUs.
-        mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True),
+        mock.patch.object(get_accelerator(), "is_fp16_supported", _yes),
         mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
         mock.patch.object(pipeline, "initialize", _nothing),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
@@ -97,6 +97,10 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """What no other rank hears, or no data is needed for."""
+
+
+def _yes() -> bool:
+    return True
 
 
 def _no_address(tensor: Tensor) -> int:

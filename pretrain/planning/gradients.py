@@ -30,8 +30,12 @@ class Gradients(NamedTuple):
     """Sums that are kept between micro-steps. 0 where there is one micro-step."""
     at_loss: int
     """Until the first gradient of the last micro-step is there: sums, and buckets that were not given back."""
+    first: int
+    """While its first gradients come: sums and buckets."""
     coming: int
-    """While its gradients come: sums, buckets, and where the rank's own share goes."""
+    """From when the first bucket of them is reduced: also where the rank's own share goes."""
+    passed: int
+    """Blocks whose backward pass is over then."""
     joined: int
     """What is held besides each time that a bucket of them is reduced, when its gradients are all there."""
     stay: int
@@ -57,17 +61,18 @@ class _Sizes(NamedTuple):
 def gradients(config: Config, data_size: int, micro_steps: int, device_type: str) -> Gradients:
     """Of a rank of a run whose model is in one piece, at ZeRO 0 to 2, on `cuda` or `cpu`."""
     sizes, settings = _sizes(config, data_size), deepspeed_json(config, data_size)["zero_optimization"]
-    found = {0: _stage_0, 1: _stage_1, 2: _stage_2}[config.parallel.zero](config, sizes, settings, data_size, micro_steps)
+    stage = (_stage_0, _stage_1, _stage_2)[config.parallel.zero]
+    found = stage(config, sizes, settings, data_size, micro_steps)
     if device_type == "cpu" and config.parallel.zero:  # gloo's copy of the weights that ranks gather after an update
         found = found._replace(afterwards=max(found.afterwards, ITEM[config.train.precision] * sizes.all))
     return found
 
 
 def fullest_rank(config: Config, data_size: int, stage: int) -> int:
-    """The rank of a pipeline stage that holds most, in a rehearsed step. Where gradients are reduced during the backward
-    pass, each rank makes room for its share when the first of them is there: the last rank does so first, while all
-    activations are there, because gradients come in the opposite order of parameters. Elsewhere no rank holds more than
-    the first, which often has a part of one parameter more than its share."""
+    """The rank of a pipeline stage that holds most, in a rehearsed step. Where gradients are reduced during the
+    backward pass, each rank makes room for its share when the first of them is there: the last rank does so first,
+    while all activations are there, because gradients come in the opposite order of parameters. Elsewhere no rank holds
+    more than the first, which often has a part of one parameter more than its share."""
     is_last = config.parallel.zero == 2 or zero_1.is_used(config)
     return int(mesh(config, data_size)[stage, -1 if is_last else 0, 0])
 
@@ -77,7 +82,7 @@ def _stage_0(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     everything = 4 * sizes.all
     sums = everything if micro_steps > 1 else 0
     copied = 4 * min(int(settings.get("reduce_bucket_size", BUCKET)) + sizes.largest, sizes.all) if data_size > 1 else 0
-    return Gradients(sums, sums, sums, 0, everything - sums, everything + copied, 0)
+    return Gradients(sums, sums, sums, sums, 0, 0, everything - sums, everything + copied, 0)
 
 
 def _stage_1(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:
@@ -91,19 +96,19 @@ def _stage_1(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     own = 4 * sizes.share if is_flat else item * sizes.touched
     joined = min(max(bucket, item * sizes.largest), everything)
     update = 0 if is_flat else _copies(config, sizes)
-    at_loss = sums + (buckets if micro_steps > 1 else 0)
+    first, at_loss = sums + buckets, sums + (buckets if micro_steps > 1 else 0)
     if not settings.get("overlap_comm", False):
         # When the first bucket is reduced, its gradients lie in it and nowhere else.
         beside = max(0, buckets - everything) if buckets else 0
         reduced = everything + beside + (own + joined if is_flat else max(own, joined))
         afterwards = max(reduced, own + update)
-        return Gradients(sums, at_loss, sums + buckets, 0, everything - sums, afterwards, buckets)
+        return Gradients(sums, at_loss, first, first, 0, 0, everything - sums, afterwards, buckets)
     afterwards = max(buckets + own + joined, own + update)
     if bucket > everything:  # one reduction, at the end
-        return Gradients(sums, at_loss, sums + buckets, 0, 0, afterwards, buckets)
+        return Gradients(sums, at_loss, first, first, 0, 0, 0, afterwards, buckets)
     # Gradients of a bucket are gone from the sums when it is reduced; beside it are its copy and the rank's share.
-    coming = sums + buckets + max(0, own - (bucket if sums else 0))
-    return Gradients(sums, at_loss, coming, joined, 0, afterwards, buckets)
+    coming = first + max(0, own - (bucket if sums else 0))
+    return Gradients(sums, at_loss, first, coming, _passed(config, bucket // item), joined, 0, afterwards, buckets)
 
 
 def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size: int, micro_steps: int) -> Gradients:
@@ -113,6 +118,7 @@ def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     buckets, bucket = _buckets(config, settings, item)
     own = 4 * sizes.share if is_flat else item * sizes.touched
     sums = own if micro_steps > 1 else 0
+    first = sums + buckets
     # The flat sum is the one of all micro-steps.
     of_this = own if not is_flat or not sums else 0
     joined = min(max(bucket, item * sizes.largest), item * sizes.all)
@@ -120,8 +126,9 @@ def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
         joined *= 3  # the copy that is sent, too
     afterwards = max(sums + of_this + buckets + joined, own + (0 if is_flat else _copies(config, sizes)))
     if bucket > item * sizes.all:
-        return Gradients(sums, sums, sums + buckets, 0, 0, afterwards, buckets)
-    return Gradients(sums, sums, sums + buckets + of_this, joined, 0, afterwards, buckets)
+        return Gradients(sums, sums, first, first, 0, 0, 0, afterwards, buckets)
+    passed = _passed(config, bucket // item)
+    return Gradients(sums, sums, first, first + of_this, passed, joined, 0, afterwards, buckets)
 
 
 def _copies(config: Config, sizes: _Sizes) -> int:
@@ -135,6 +142,20 @@ def _buckets(config: Config, settings: dict[str, Any], item: int) -> tuple[int, 
     if not settings.get("contiguous_gradients", True):
         return 0, bucket
     return (2 if settings.get("overlap_comm", False) else 1) * bucket, bucket
+
+
+def _passed(config: Config, elements: int) -> int:
+    """Blocks of which all gradients are among the first `elements`: they come in the opposite order of parameters."""
+    begun, done, count = set[str](), 0, 0
+    for name, parameter in reversed(list(build_on_meta(config.model).named_parameters())):
+        block = name.split(".")[1] if name.startswith("blocks.") else ""
+        if block not in begun:
+            begun.add(block)
+            done = max(done, len(begun - {""}) - 1)
+        count += parameter.numel()
+        if count > elements:
+            break
+    return done
 
 
 def _sizes(config: Config, data_size: int) -> _Sizes:

@@ -53,12 +53,13 @@ class MemoryEstimate:
         if self.graphs:
             highest = max(gradients.coming + gradients.stay + gradients.joined, gradients.afterwards)
             return self.resting + self.graphs + activations.peak + highest
-        coming = max(activations.later, activations.at_a_gradient + gradients.joined)
         if gradients.stay:
-            coming = max(activations.with_gradients, gradients.stay + activations.at_the_end)
-        return self.resting + max(
-            gradients.at_loss + activations.at_loss, gradients.coming + coming, gradients.afterwards
-        )
+            coming = max(activations.with_gradients, gradients.stay + activations.at_the_end) + gradients.coming
+        else:
+            reducing = max(activations.later, activations.at_a_gradient + gradients.joined)
+            reducing -= gradients.passed * activations.of_a_layer
+            coming = max(gradients.first + activations.later, gradients.coming + reducing)
+        return self.resting + max(gradients.at_loss + activations.at_loss, coming, gradients.afterwards)
 
 
 def why_unknown(config: Config) -> str | None:

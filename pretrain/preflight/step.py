@@ -48,7 +48,7 @@ class StepRehearsal:
         checks.do("memory", lambda found: self._warned(found, lambda: self._memory(failed)))
 
     def _warned(self, found: Outcome, check: Callable[[], str]) -> str:
-        """Makes a check. What a rehearsal cannot do is no fault of the run, but nobody may think that it was checked."""
+        """Makes a check. What a rehearsal cannot do is no fault of the run, but nobody may think it was checked."""
         from pretrain.planning.stops import CannotRehearse
 
         try:

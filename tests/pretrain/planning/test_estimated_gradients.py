@@ -19,7 +19,7 @@ from tests.pretrain.runs import small_config
 
 SIZES = (
     "model.d_model=96",
-    "model.num_layers=4",
+    "model.num_layers=3",
     "model.sequence_length=64",
     "model.attention.num_heads=4",
     "model.attention.head_dim=24",
@@ -38,13 +38,13 @@ def at_zero(stage: int, *keys: str) -> tuple[str, ...]:
 
 
 FAST: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "ZeRO 0: buckets are copied after the backward pass": (2, 4, at_zero(0)),
-    "ZeRO 1 alone: the share is as large as the sums": (1, 2, at_zero(1, BF16)),
+    "ZeRO 0: buckets are copied after the backward pass": (2, 2, at_zero(0)),
+    "ZeRO 1 alone: the share is as large as the sums": (1, 1, at_zero(1, BF16)),
     "ZeRO 1 in bf16: gradients go as buckets are reduced": (8, 1, at_zero(1, BF16)),
-    "ZeRO 1 in bf16: the share lies beside the sums": (2, 4, at_zero(1, BF16, FULL)),
-    "ZeRO 2: each micro-step has a share beside the sum": (2, 4, at_zero(2)),
+    "ZeRO 1 in bf16: the share lies beside the sums": (2, 2, at_zero(1, BF16, FULL)),
+    "ZeRO 2: each micro-step has a share beside the sum": (2, 2, at_zero(2)),
     "ZeRO 2 in bf16: the sum is what is updated": (4, 1, at_zero(2, BF16)),
-    "one bucket": (2, 4, ("parallel.zero=1", BF16)),
+    "one bucket": (2, 2, ("parallel.zero=1", BF16)),
 }
 """Number of ranks, micro-steps, settings."""
 TABLE = {
@@ -71,12 +71,9 @@ OTHERS: dict[str, tuple[int, int, tuple[str, ...]]] = {
 
 
 def highest(rank: int, cases: list[tuple[Config, int, str]]) -> list[int]:
-    """Of each case the bytes of the first rank or the last, whichever has more: those between have no more."""
+    """Of each case the bytes of the rank that holds most."""
     dist.destroy_process_group()  # of this process alone, which plays others
-    return [
-        max(rehearse(config, ranks, each, device, most_micro_steps=99).peak for each in {0, ranks - 1})
-        for config, ranks, device in cases
-    ]
+    return [rehearse(config, ranks, fullest_rank(config, ranks, 0), device).peak for config, ranks, device in cases]
 
 
 def check(prepared: Path, table: dict[str, tuple[int, int, tuple[str, ...]]], device: str) -> None:
@@ -91,7 +88,8 @@ def check(prepared: Path, table: dict[str, tuple[int, int, tuple[str, ...]]], de
         name: round(estimate(config, ranks, device).total / peak, 3)
         for name, (config, ranks, _), peak in zip(table, cases, found, strict=True)
     }
-    assert not {name: ratio for name, ratio in ratios.items() if not 0.98 < ratio < 1.08}, ratios
+    print(f"lowest {min(ratios.values())}, highest {max(ratios.values())}")
+    assert not {name: ratio for name, ratio in ratios.items() if not 0.98 < ratio < 1.1}, ratios
 
 
 def test_an_estimate_is_what_a_rehearsed_step_holds(prepared: Path) -> None:
@@ -132,7 +130,8 @@ def peaks_of_the_first_stage(rank: int, config: Config) -> dict[int, int]:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "TP2 in bf16")) for name in DIVIDED]
 )
 def test_no_rank_holds_more_than_the_one_that_is_rehearsed(prepared: Path, name: str) -> None:
-    config = small_config(prepared, *SIZES, BUCKET, *DIVIDED[name], "batch.global_sequences=4")
+    config = small_config(prepared, *SIZES, BUCKET, *DIVIDED[name])
+    data_size = config.data_size(4)
+    config = config.replaced("batch", global_sequences=data_size)  # of more micro-steps, other points are the highest
     (peaks,) = run_ranks(peaks_of_the_first_stage, 1, config)
-    found = peaks[fullest_rank(config, config.data_size(4), 0)]
-    assert found == max(peaks.values()) and (name == "PP2" or found > 1.01 * min(peaks.values())), peaks
+    assert peaks[fullest_rank(config, data_size, 0)] == max(peaks.values()) > 1.01 * min(peaks.values()), peaks

@@ -172,11 +172,13 @@ def check(prepared: Path, ranks: int) -> None:
     names = [name for name, (wanted, _) in CASES.items() if wanted == ranks]
     configs = [small_config(prepared, *SIZES, *CASES[name][1], *[BUCKETS] * (name != "ZeRO 0")) for name in names]
     failed = []
-    for name, config, found in zip(names, configs, run_ranks(measured, ranks, configs)[0], strict=True):
+    of_ranks = zip(*run_ranks(measured, ranks, configs), strict=True)
+    for name, config, each in zip(names, configs, of_ranks, strict=True):
+        found = max(each, key=lambda rank: rank.total)
         expected = estimate(config, ranks, "cpu")
         rest, total = expected.resting / found.resting, expected.total / found.total
         print(f"{name}: between steps {rest:.3f}, highest {total:.3f} of {found.total:,}; {expected}")
-        failed += [name] * (abs(rest - 1) > 0.1 or abs(total - 1) > 0.2)
+        failed += [name] * (abs(rest - 1) > 0.1 or abs(total - 1) > 0.15)
     assert not failed
 
 
@@ -196,7 +198,7 @@ def given(micro_steps: int, per_sequence: int, sequences: int) -> MemoryEstimate
     sums = 50 if micro_steps > 1 else 0
     return MemoryEstimate(
         weights=100, optimizer=0, memory=0, activations=Activations(0, 0, peak, peak, peak, peak, 0),
-        gradients=Gradients(sums, sums, sums, 0, 50 - sums, 50, 0), micro_steps=micro_steps,
+        gradients=Gradients(sums, sums, sums, sums, 0, 0, 50 - sums, 50, 0), micro_steps=micro_steps,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO 1, recomputed": (2, ("train.recompute=full",)),
     "ZeRO 1 in bf16, selective": (2, (BF16, "train.recompute=selective")),
     "ZeRO 2, XL": (2, ("parallel.zero=2", XL)),
+    "ZeRO 2, offloaded": (2, ("parallel.zero=2", "parallel.offload_optimizer=true")),
     "ZeRO 3": (2, ("parallel.zero=3",)),
     "ZeRO 3 in bf16, XL, recomputed": (4, ("parallel.zero=3", BF16, XL, "train.recompute=full")),
     "TP2 SP": (2, (TP2, SP)),

@@ -29,6 +29,7 @@ from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
+from pretrain.planning.stops import CannotRehearse, StepStops
 from tests.pretrain.planning.test_fit import Total, by_stage
 from tests.pretrain.runs import small_config
 
@@ -179,6 +180,25 @@ def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(search, "MOST_REHEARSED", 3)
     report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
     assert report.traced <= 4 and any(reason.startswith("not rehearsed") for reason in report.excluded)
+
+
+@pytest.mark.parametrize("error", [StepStops, CannotRehearse])
+def test_a_layout_whose_step_stops_is_none_to_choose(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search goes on, as does the one of `fit` for a change that helps."""
+
+    def stages(config: Config, found: Machine, stages: Any = None) -> list[Any]:
+        if config.parallel.zero == 1:
+            raise error("step: an operator is missing")
+        return [estimate(config, found.num_gpus, "cuda")]
+
+    monkeypatch.setattr(layout_plan, "stage_memories", stages)
+    config = load_config(ONE_BILLION, SMALL)
+    report = search.search(config, h100(2), results=NOWHERE, progress=lambda *said: None)
+    assert report.best and all(one.layout.zero != 1 for one in report.best)
+    assert report.excluded["step: an operator is missing"] > 0
+    run = config.replaced("parallel", zero=0).replaced("train", precision="fp32")
+    change, tried = planning.cheapest_change(run, h100(2), Measurements())
+    assert tried > 0 and change is not None and "parallel.zero=1" not in change.overrides
 
 
 def test_reasons() -> None:

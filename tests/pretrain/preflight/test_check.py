@@ -12,6 +12,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -112,6 +113,40 @@ def test_all_mistakes_are_found_in_one_call(
     for line, (first, *words) in zip(wrong, expected, strict=True):
         assert line.startswith(f"error: {first}") and all(word in line for word in words), line
     assert code == 2 and said.splitlines()[-1].startswith(f"{len(expected)} problems in ")
+
+
+@pytest.mark.parametrize(
+    "error, code, last",
+    [
+        (
+            ValueError("Type fp8 is not supported"),
+            2,
+            "1 problem in 18 checks; 1 check could not be made because of it; ",
+        ),
+        (NotImplementedError("aten::new"), 0, "16 of 18 checks passed, 2 could not be made (see above); "),
+    ],
+    ids=["of the run", "of the rehearsal"],
+)
+def test_a_step_that_was_not_rehearsed_is_never_a_check_that_passed(
+    place: Path,
+    error: Exception,
+    code: int,
+    last: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pretrain.planning.rehearsal.rehearse", Mock(side_effect=error))
+    for program, arguments in ((main, ["check", "c.json"]), (train_main, ["--config", "c.json", "--dry-run"])):
+        assert program(arguments) == code
+        printed = capsys.readouterr()
+        warned = printed.out.count("warning: collectives: not checked; step: it cannot be rehearsed")
+        if code == 0:
+            assert printed.err == "" and warned == 1
+        else:
+            words = "step: the code that trains ends in a rehearsed step, as it would in a run: ValueError: Type fp8"
+            assert printed.err.startswith(f"error: {words}") and printed.err.count("\n") == 1 and warned == 0
+        if code == 0 or program is main:
+            assert printed.out.splitlines()[-1] == f"{last}nothing was written"
 
 
 @pytest.mark.parametrize(
