@@ -187,7 +187,7 @@ def seeds_table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str
     losses: dict[tuple[str, ...], list[float]] = {}
     for result in results:
         group = losses.setdefault((result.run.config, *(result.run.values[key] for key in others)), [])
-        loss = getattr(result, name)
+        loss = result.loss(name)
         if result.state is State.FINISHED and math.isfinite(loss):
             group.append(loss)
     known = {group: found for group, found in losses.items() if found}
