@@ -280,8 +280,8 @@ class Retention:
     keep_every_steps: int = 0
     """Checkpoints of steps divisible by this are kept; 0: none for this reason."""
     keep_best: int = 0
-    """How many with the lowest validation loss are kept; of two equal ones the older. Losses on other splits, or of
-    other windows, say nothing of each other: if a resume changed that, so many of each."""
+    """How many with the lowest validation loss are kept; of two equal ones the older. Losses on other data, other
+    splits or other windows say nothing of each other: if a resume changed that, so many of each."""
 
     def kept(self, paths: list[Path]) -> set[Path]:
         """Those of `paths` (oldest first) that are kept. A checkpoint whose loss cannot be read counts as one without a
@@ -290,7 +290,7 @@ class Retention:
         if self.keep_every_steps:
             kept |= {path for path in paths if step_of(path) % self.keep_every_steps == 0}
         if self.keep_best:
-            losses: dict[tuple[str, ...], list[tuple[float, Path]]] = {}
+            losses: dict[str, list[tuple[float, Path]]] = {}
             for path in paths:
                 if (found := validation_loss(path)) is not None:
                     losses.setdefault(found[0], []).append((found[1], path))
@@ -310,13 +310,21 @@ class Retention:
                 shutil.rmtree(doomed)
 
 
-def validation_loss(path: Path) -> tuple[tuple[str, ...], float] | None:
+def validation_loss(path: Path) -> tuple[str, float] | None:
     """The validation loss that a checkpoint was saved with, nats, behind what was read for it; None: there was no
     validation at its step."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        settings = state.get("config", {}).get("evaluate", {})
-        read = tuple(str(settings.get(key)) for key in ("split", "sequences", "placement"))
-        return None if state["validation_loss"] is None else (read, state["validation_loss"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None if state["validation_loss"] is None else (_validated(state), state["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
+
+
+def _validated(state: dict[str, Any]) -> str:
+    """Which windows of which data a validation reads: the same text for the same ones. Weights of a mixture change the
+    digest of its data, but not these."""
+    config, stages = state.get("config", {}), state.get("progress", {}).get("stages")
+    settings, length = config.get("evaluate", {}), config.get("model", {}).get("sequence_length")
+    digests = [source["digest"] for source in stages[-1]["sources"] if source["weight"]] if stages else []
+    windows = [settings.get(key) for key in ("split", "sequences", "placement", "streams")]
+    return json.dumps([*windows, length, digests or [state.get("manifest_digest")]])

@@ -232,13 +232,36 @@ def test_retention(saved: list[Path], rules: dict[str, int], steps: set[int]) ->
     assert not list(saved[0].parent.glob("*.partial"))
 
 
-def test_losses_on_other_splits_do_not_compete(saved: list[Path]) -> None:
-    """From step 500 on `evaluate.split` is test, whose losses are lower."""
-    for path, loss in ((saved[5], 1.75), (saved[6], 1.5), (saved[7], 1.625)):
-        config = {"evaluate": {"split": "test"}}
-        (path / "state.json").write_text(json.dumps({"validation_loss": loss, "config": config}))
+def stage_of(*weights: int, digest: str = "a") -> dict[str, Any]:
+    sources = [{"digest": f"{digest}{number}", "weight": weight} for number, weight in enumerate(weights)]
+    return {"progress": {"stages": [{"sources": [{"digest": "first", "weight": 1}]}, {"sources": sources}]}}
+
+
+@pytest.mark.parametrize(
+    "before, after, is_kept",
+    [
+        ({}, {"config": {"evaluate": {"split": "test"}}}, True),
+        ({}, {"config": {"model": {"sequence_length": 64}}}, True),
+        ({"manifest_digest": "a0"}, {"manifest_digest": "b0"}, True),
+        (stage_of(1, 2), stage_of(1, 2, digest="b"), True),
+        # The same windows, whatever the weights, and a file from before stages were recorded.
+        ({"manifest_digest": "x", **stage_of(1, 2)}, {"manifest_digest": "y", **stage_of(3, 1)}, False),
+        ({"manifest_digest": "a0"}, {"manifest_digest": "a0", **stage_of(1, 0)}, False),
+    ],
+    ids=["split", "length", "data", "sources", "weights", "record of stages"],
+)
+def test_losses_of_other_text_do_not_compete(
+    saved: list[Path], before: dict[str, Any], after: dict[str, Any], is_kept: bool
+) -> None:
+    """From step 500 on a resume has changed what is validated, and losses are lower: the best before that, of step 400,
+    is kept."""
+    losses = {4: 2.5, 6: 1.75, 7: 1.5, 8: 1.625}
+    for number, path in enumerate(saved, 1):
+        state = {"validation_loss": losses.get(number), **(before if number < 5 else after)}
+        (path / "state.json").write_text(json.dumps(state))
     Retention(keep_last=1, keep_best=1).apply(saved[0].parent)
-    assert [path.name for path in list_checkpoints(saved[0].parent)] == [f"step-00000{n}00" for n in (4, 7, 8)]
+    expected = [f"step-00000{n}00" for n in ((4, 7, 8) if is_kept else (7, 8))]
+    assert [path.name for path in list_checkpoints(saved[0].parent)] == expected
 
 
 def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path) -> None:
