@@ -164,7 +164,7 @@ def validate(
     if values is None or monitor is None:
         return None if values is None else finite(values["loss"])
     if is_last:
-        values["unigram_perplexity"] = unigram_perplexity(reader, evaluation_windows(reader, config))
+        values["unigram_perplexity"] = unigram_perplexity(target_counts(reader, evaluation_windows(reader, config)))
     monitor.validation(step, without_nan(values), split=config.evaluate.split)
     if is_last and math.isfinite(values["loss"]):
         print(_last_line(values, config.evaluate.split), flush=True)
@@ -186,9 +186,9 @@ def _last_line(values: dict[str, float], split: str) -> str:
     )
 
 
-def unigram_perplexity(reader: Windows, windows: np.ndarray) -> float:
-    """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
-    counts = target_counts(reader, windows)
+def unigram_perplexity(counts: np.ndarray) -> float:
+    """Perplexity of targets that were counted, [ids], under their own frequencies: the best any context-free model
+    could do."""
     probability = counts[counts > 0] / counts.sum()
     return float(np.exp(-(probability * np.log(probability)).sum()))
 

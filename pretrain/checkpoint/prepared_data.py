@@ -28,7 +28,7 @@ def stored_tokenizer_of(checkpoint: Checkpoint, place: str | None = None) -> tup
 def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifest | None, str]:
     """Looks for the data set that the run read (one of them; they share a tokenizer) at the place that the checkpoint's
     configuration, or `place`, names. Returns None and the reason if it is not there. Raises UserError if `place` holds
-    another data set."""
+    another data set, or nothing that can be read."""
     try:
         config = parse_config(checkpoint.state["config"])
         rows = [source.manifest for source in config.data.sources]
@@ -38,6 +38,8 @@ def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifes
                     return data_at(checkpoint, config, row), ""
         return data_at(checkpoint, config, place), ""
     except _RemoteData as error:
+        if place is not None:
+            raise UserError(f"--data {place}: is behind a URL; name a local copy") from None
         return None, f"{error}; name a local copy with --data"
     except (UserError, OSError) as error:
         if place is not None:

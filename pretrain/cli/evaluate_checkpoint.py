@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
     if name == "validation":
         content = _validate(opened, choices, place)
         of = content.get("data", "")
-        file += f"-{of}" if of else ""
+        file += "" if place is None else f"-{of}"
         rows: list[tuple[str, ...]] = [
             (name, of, key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
         ]
@@ -200,17 +201,17 @@ def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict
     with bar:
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
-    windows = evaluation_windows(reader, config)
-    size = opened.tokenizer.bytes_of(target_counts(reader, windows))
-    if size:
+    counts = target_counts(reader, evaluation_windows(reader, config))
+    if size := opened.tokenizer.bytes_of(counts):
         values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
-    unigram = unigram_perplexity(reader, windows)
+    unigram = unigram_perplexity(counts)
     content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
     if folder is None:
         return content
     # Another task's name: a model card shows what is of the run's own data.
     manifest = sources.sources[0].manifest
-    return {**content, "task": "validation of other data", "data": manifest.folder.name, "digest": manifest.digest}
+    data = Path(os.path.abspath(manifest.folder)).name  # of "." too
+    return {**content, "task": "validation of other data", "data": data, "digest": manifest.digest}
 
 
 def _data(opened: OpenedModel, config: Config) -> Sources:

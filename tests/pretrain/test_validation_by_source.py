@@ -295,7 +295,7 @@ def test_data_of_a_mixture_that_moved_are_named_with_data(
 
 
 def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of one data set on another: what a loop over windows says. It is no result of the run's own data."""
     run, keys = tmp_path / "run", ("train.steps=1", "evaluate.sequences=9", "data.max_tokens=1000")
@@ -322,11 +322,17 @@ def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
         x.split() for x in capsys.readouterr().out.splitlines()
     ]
     assert evaluations_of(Checkpoint.open(checkpoint)) == before, "a model card would show it as the run's own"
+    monkeypatch.chdir(sources["pes2o"])
+    before = sorted((run / "evaluation" / checkpoint.name).iterdir())
+    assert evaluate_checkpoint([str(run), "--tasks", "validation=.", "--limit", "2"]) == 0
+    assert sorted((run / "evaluation" / checkpoint.name).iterdir()) == before, "not the file of the run's own data"
+    capsys.readouterr()
 
     def refused(words: str, *arguments: str) -> None:
         assert evaluate_checkpoint([str(run), *arguments]) == 2
         assert re.search(words, capsys.readouterr().err)
 
+    refused(r"--data s3://a/b: is behind a URL; name a local copy", "--data", "s3://a/b")
     refused(r"--data .*pes2o is not the data set .*: --tasks validation=FOLDER", "--data", str(sources["pes2o"]))
     there = ("--tasks", f"validation={sources['pes2o']}")
     refused(r"--tasks validation=.*: evaluate.split: .* has no test split", *there, "--set", "evaluate.split=test")
