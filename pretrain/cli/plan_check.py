@@ -58,10 +58,10 @@ def summary(examination: Examination) -> str:
     """The last line."""
     outcomes = examination.checks.outcomes
     wrong, left_out = len(examination.checks.problems), sum(outcome.passed is None for outcome in outcomes)
-    if not wrong and left_out:
-        made = len(outcomes) - left_out
-        return f"{made} of {len(outcomes)} checks passed, {left_out} could not be made (see above); nothing was written"
-    if not wrong:
-        return f"all {len(outcomes)} checks passed; nothing was written"
-    later = f"; {counted(left_out, 'check')} could not be made because of it" if left_out else ""
-    return f"{counted(wrong, 'problem')} in {len(outcomes)} checks{later}; nothing was written"
+    if wrong:
+        found = f"{counted(wrong, 'problem')} in {counted(len(outcomes), 'check')}"
+    else:
+        made = f"{len(outcomes) - left_out} of" if left_out else "all"
+        found = f"{made} {len(outcomes)} checks passed"
+    later = f", {left_out} could not be made (see above)" if left_out else ""
+    return f"{found}{later}; nothing was written"

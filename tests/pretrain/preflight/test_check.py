@@ -11,6 +11,7 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ import pytest
 
 from common.errors import UserError
 from pretrain.cli.plan import main
+from pretrain.cli.plan_check import summary
 from pretrain.cli.train import main as train_main
 from pretrain.config.loading import load_config, to_json
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
@@ -121,7 +123,7 @@ def test_all_mistakes_are_found_in_one_call(
         (
             ValueError("Type fp8 is not supported"),
             2,
-            "1 problem in 18 checks; 1 check could not be made because of it; ",
+            "1 problem in 18 checks, 1 could not be made (see above); ",
         ),
         (NotImplementedError("aten::new"), 0, "16 of 18 checks passed, 2 could not be made (see above); "),
     ],
@@ -147,6 +149,16 @@ def test_a_step_that_was_not_rehearsed_is_never_a_check_that_passed(
             assert printed.err.startswith(f"error: {words}") and printed.err.count("\n") == 1 and warned == 0
         if code == 0 or program is main:
             assert printed.out.splitlines()[-1] == f"{last}nothing was written"
+
+
+def test_the_last_line_blames_no_problem_for_a_check_that_was_not_made() -> None:
+    """The disk has no room, and besides a step cannot be rehearsed."""
+    checks = Checklist()
+    checks.do("disk", Mock(side_effect=UserError("--run-dir: no room")))
+    checks.do("memory", Mock(side_effect=Blocked("step: it cannot be rehearsed")))
+    checks.do("text", lambda outcome: "is there")
+    said = summary(SimpleNamespace(checks=checks))  # type: ignore[arg-type]
+    assert said == "1 problem in 3 checks, 1 could not be made (see above); nothing was written"
 
 
 @pytest.mark.parametrize(
