@@ -104,7 +104,7 @@ def of_gloo(rank: int, config: Config) -> list[tuple[int, int]]:
 
 
 def test_on_cpus_gloo_copies_the_weights_that_ranks_gather(prepared: Path) -> None:
-    """More than the rest of the update, where a rank's share is small; with an offloaded optimizer the highest point."""
+    """More than the rest of the update where a rank's share is small; with an offloaded optimizer the highest point."""
     keys = (*SIZES, BUCKET, "parallel.zero=2", "parallel.offload_optimizer=true", "optimizer.weight_decay=0.0")
     config = small_config(prepared, *keys, "batch.global_sequences=2", "model.sequence_length=16")
     (((copied, weights), (none, _)),) = run_ranks(of_gloo, 1, config)
